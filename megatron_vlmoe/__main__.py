@@ -1,0 +1,7 @@
+"""`python -m megatron_vlmoe COMMAND ...`."""
+
+from megatron_vlmoe.cli import main
+
+# dist_checkpointing starts helper processes, which import this file again.
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,437 @@
+"""The configuration tree: one frozen dataclass per section, one class for a whole run.
+
+Every field is reachable as ``--section.field VALUE`` on the command line and as ``section: {field: VALUE}``
+in a YAML file. Fields that the paper (arXiv 2303.07226) leaves open are explained in docs/fidelity.md.
+Checks that need more than one section live in :mod:`megatron_vlmoe.config.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is one line that names the option and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The MoME Transformer (paper section 3.2).
+
+    Args:
+        num_layers: number of blocks, L.
+        hidden_size: width D.
+        num_attention_heads: heads of the shared self-attention.
+        ffn_hidden_size: inner width of every FFN and every expert.
+        num_vl_layers: F, the last blocks in which tokens of pairs use the VL-FFN.
+        image_size: side of the square input image in pixels.
+        patch_size: side of a patch in pixels.
+        text_length: tokens of a packed text, [T_CLS] and [T_SEP] included.
+        pair_text_length: token slots of a caption, [T_CLS] and [T_SEP] included; shorter ones are padded.
+        vocab_size: 0 takes it from the text tokenizer.
+        visual_vocab_size: 0 takes it from the image tokenizer.
+        layernorm_epsilon: epsilon of every LayerNorm.
+        layer_scale_init: initial LayerScale; 0 builds the model without LayerScale.
+        drop_path: stochastic depth of the last block; earlier blocks grow linearly from 0.
+        init_std: standard deviation of the truncated normal (cut at one standard deviation, as BEiT).
+        token_type_embeddings: adds learned modality embeddings (the paper's formulas have none).
+        attention_backend: `sdpa` is torch's scaled_dot_product_attention; `math` forces its plain kernel.
+    """
+
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    ffn_hidden_size: int = 3072
+    num_vl_layers: int = 3
+    image_size: int = 224
+    patch_size: int = 16
+    text_length: int = 128
+    pair_text_length: int = 128
+    vocab_size: int = 0
+    visual_vocab_size: int = 0
+    layernorm_epsilon: float = 1e-6
+    layer_scale_init: float = 0.1
+    drop_path: float = 0.1
+    init_std: float = 0.02
+    token_type_embeddings: bool = False
+    attention_backend: Literal["sdpa", "math"] = "sdpa"
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, N."""
+        return self.patch_grid**2
+
+    @property
+    def image_length(self) -> int:
+        """Tokens of an image: [I_CLS] and N patches."""
+        return self.num_patches + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxLossConfig:
+    """Weights of the auxiliary losses of one modality, before `moe.aux_loss_coefficient`.
+
+    Args:
+        importance: squared coefficient of variation of the summed gates (paper A.3).
+        load: squared coefficient of variation of the expected assignments (paper A.3).
+        z: mean squared log-sum-exp of the logits (paper A.3, ST-MoE).
+        gshard: expert share times mean gate (GShard, Switch Transformer).
+        local_entropy: mean entropy of a token's gates (LIMoE).
+        global_entropy: negative entropy of the mean gates, thresholded (LIMoE).
+        global_entropy_experts: soft minimum number of experts in use, tau = log of it; 0 is no threshold.
+    """
+
+    importance: float = 0.0
+    load: float = 0.0
+    z: float = 0.0
+    gshard: float = 0.0
+    local_entropy: float = 0.0
+    global_entropy: float = 0.0
+    global_entropy_experts: float = 0.0
+
+    def active_terms(self) -> tuple[str, ...]:
+        """Names of the losses with a weight, in the order of the fields."""
+        names = ("importance", "load", "z", "gshard", "local_entropy", "global_entropy")
+        return tuple(name for name in names if getattr(self, name) != 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sparse experts in the V-FFN and T-FFN (paper sections 3.2 and 4.1).
+
+    Args:
+        num_vision_experts: experts of a V-MoE layer; 0 keeps the dense V-FFN.
+        num_text_experts: experts of a T-MoE layer; 0 keeps the dense T-FFN.
+        num_vl_experts: experts on the VL-FFN (with `vl`).
+        layers: block numbers counted from 1; empty means the even blocks of the first L - F.
+        modalities: which of the two pools exist.
+        vl: experts on the VL-FFN of the listed blocks too (the paper's future work).
+        shared_router: one pool for tokens of both modalities (LIMoE, V-MoE); its size is num_vision_experts.
+        topk: experts per token, k.
+        capacity_factor: expert capacity in training; 0 or less drops nothing.
+        eval_capacity_factor: expert capacity in evaluation; 0 or less drops nothing.
+        capacity_multiple_of: rounds a capacity up to a multiple of this.
+        noise_std: standard deviation of the router noise in training; negative means 1 / E.
+        batch_priority: Batch Priority Routing: tokens with a larger gate take their place first.
+        normalize_gate: divides the k gates by their sum.
+        dispatcher: `fixed_capacity` (static shapes), `alltoall` (megatron-core's) or `dropless`.
+        route_padding: sends padding tokens of captions to experts (as the paper did).
+        aux_loss_coefficient: weight of the auxiliary losses in the total.
+        text_aux: auxiliary losses of the T-router.
+        vision_aux: auxiliary losses of the V-router, of a shared router and of the VL-router.
+        train_experts: false freezes experts and routers (fine-tuning): no noise and no auxiliary loss.
+    """
+
+    num_vision_experts: int = 0
+    num_text_experts: int = 0
+    num_vl_experts: int = 0
+    layers: tuple[int, ...] = ()
+    modalities: Literal["both", "text", "vision", "none"] = "both"
+    vl: bool = False
+    shared_router: bool = False
+    topk: int = 1
+    capacity_factor: float = 1.05
+    eval_capacity_factor: float = 1.0
+    capacity_multiple_of: int = 1
+    noise_std: float = -1.0
+    batch_priority: bool = True
+    normalize_gate: bool = False
+    dispatcher: Literal["fixed_capacity", "alltoall", "dropless"] = "fixed_capacity"
+    route_padding: bool = False
+    aux_loss_coefficient: float = 0.01
+    text_aux: AuxLossConfig = field(default_factory=lambda: AuxLossConfig(load=1.0))
+    vision_aux: AuxLossConfig = field(
+        default_factory=lambda: AuxLossConfig(importance=0.5, load=0.5)
+    )
+    train_experts: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """Masked data modelling (paper section 3.1).
+
+    Args:
+        mlm_weight: weight of the masked language loss of texts.
+        mim_weight: weight of the masked image loss of images.
+        vlm_text_weight: weight of the masked token loss of pairs.
+        vlm_image_weight: weight of the masked patch loss of pairs.
+        text_mask_fraction: share of the tokens of a text that are predicted.
+        caption_mask_fraction: share of the tokens of a caption that are predicted.
+        num_masked_patches: patches that are predicted per image; 0 means floor(0.4 N).
+        min_mask_block: smallest block of the block-wise mask, in patches (BEiT: 16 of 196).
+        caption_mask_slots: most predicted tokens of one caption; 0 derives it from the data
+            (caption_mask_fraction of the 99th percentile caption length).
+    """
+
+    mlm_weight: float = 1.0
+    mim_weight: float = 1.0
+    vlm_text_weight: float = 1.0
+    vlm_image_weight: float = 1.0
+    text_mask_fraction: float = 0.15
+    caption_mask_fraction: float = 0.5
+    num_masked_patches: int = 0
+    min_mask_block: int = 16
+    caption_mask_slots: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Indexed datasets, tokenizers, batch sizes and augmentation.
+
+    Args:
+        text: prefixes of text datasets, or a blend `0.7 PREFIX 0.3 PREFIX`.
+        images: prefixes of image datasets, or a blend.
+        pairs: prefixes of image-text datasets, or a blend.
+        eval_text: held-out texts; empty holds out the last `eval_fraction` of each of `text`.
+        eval_images: held-out images, likewise.
+        eval_pairs: held-out pairs, likewise.
+        eval_fraction: share of the documents that is held out where no eval dataset is given.
+        text_tokenizer: SentencePiece model file.
+        image_tokenizer: folder of a VQ-KD tokenizer, or the official BEiT v2 file.
+        codes: `auto` reads visual tokens from PREFIX_codes where every image dataset has them, else computes
+            them on the fly; `stored` demands them; `compute` ignores them.
+        micro_texts: texts in a micro-batch of one data-parallel rank.
+        micro_images: images in a micro-batch.
+        micro_pairs: pairs in a micro-batch.
+        global_texts: texts in a step over all ranks and micro-batches.
+        global_images: images in a step.
+        global_pairs: pairs in a step.
+        pair_unit: `caption` makes an epoch run over all (image, caption) pairs; `image` draws one caption per image.
+        reset_attention: restarts attention at every document inside a packed text.
+        crop_scale_min: smallest share of the image that a random crop keeps.
+        color_jitter: strength of brightness, contrast and saturation jitter (BEiT: 0.4).
+        flip_probability: probability of a horizontal flip of image-only samples.
+        pair_flip_probability: probability of a horizontal flip of pairs (a flip makes "left" and "right" false).
+        pixel_mean: mean of each channel, in 0..1, for the model's input.
+        pixel_std: standard deviation of each channel, in 0..1.
+        num_workers: loader processes per rank; 0 loads in the training process.
+        prefetch: batches that each worker prepares ahead.
+        cache_dir: folder of cached indexes; empty keeps them beside the data when writable, else in memory.
+    """
+
+    text: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    eval_text: tuple[str, ...] = ()
+    eval_images: tuple[str, ...] = ()
+    eval_pairs: tuple[str, ...] = ()
+    eval_fraction: float = 0.02
+    text_tokenizer: str = ""
+    image_tokenizer: str = ""
+    codes: Literal["auto", "stored", "compute"] = "auto"
+    micro_texts: int = 64
+    micro_images: int = 64
+    micro_pairs: int = 64
+    global_texts: int = 2048
+    global_images: int = 2048
+    global_pairs: int = 2048
+    pair_unit: Literal["caption", "image"] = "caption"
+    reset_attention: bool = False
+    crop_scale_min: float = 0.2
+    color_jitter: float = 0.4
+    flip_probability: float = 0.5
+    pair_flip_probability: float = 0.5
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    num_workers: int = 2
+    prefetch: int = 2
+    cache_dir: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule (paper section 4.1).
+
+    Args:
+        optimizer: `adam` is AdamW; `sgd` is for comparisons.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the cosine.
+        lr_warmup_steps: steps of linear warm-up.
+        lr_decay_steps: step at which the cosine ends; 0 means `train.steps`.
+        weight_decay: decoupled weight decay of matrices; vectors, positions and special embeddings have none.
+        adam_beta1: first moment decay.
+        adam_beta2: second moment decay.
+        adam_eps: Adam's epsilon.
+        sgd_momentum: momentum of `sgd`.
+        clip_grad: largest gradient norm; 0 does not clip.
+        initial_loss_scale: first loss scale of fp16.
+        min_loss_scale: smallest loss scale of fp16.
+        loss_scale_window: steps without overflow before the scale doubles.
+        hysteresis: overflows before the scale is halved.
+    """
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 2e-3
+    min_lr: float = 1e-5
+    lr_warmup_steps: int = 10_000
+    lr_decay_steps: int = 0
+    weight_decay: float = 0.05
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.0
+    clip_grad: float = 3.0
+    initial_loss_scale: float = 65536.0
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is laid out over ranks; names are megatron-core's.
+
+    Args:
+        tensor_model_parallel_size: TP; sequence parallelism is on whenever it is above 1.
+        pipeline_model_parallel_size: PP.
+        virtual_pipeline_model_parallel_size: model chunks per pipeline stage (interleaved schedule); 1 is 1F1B.
+        expert_model_parallel_size: EP; each rank owns E / EP experts of each pool.
+        expert_tensor_parallel_size: only 1 is supported.
+        context_parallel_size: only 1 is supported (a pair has 325 tokens).
+        use_distributed_optimizer: shards optimizer state over data parallel ranks.
+        overlap_grad_reduce: reduces gradients while the backward pass runs.
+        overlap_param_gather: gathers updated parameters while the forward pass runs.
+        batch_p2p_comm: must be false with virtual stages (megatron-core 0.16.1 then computes wrong values).
+        distributed_timeout_minutes: time after which a stuck collective is an error.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    context_parallel_size: int = 1
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = False
+    batch_p2p_comm: bool = False
+    distributed_timeout_minutes: int = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, precision and evaluation of a run.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        seed: seed of initial weights, data order, masks, router noise and stochastic depth.
+        precision: `auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU.
+        deterministic: deterministic kernels on GPU (CPU runs always are).
+        recompute: `full` recomputes each block in the backward pass.
+        eval_interval: steps between evaluations; 0 evaluates only at step 0 and at the end.
+        eval_steps: evaluation steps (each of the global batch size); 0 turns evaluation off.
+        exit_interval: saves and exits when the step is a multiple of this; 0 never.
+        exit_duration_minutes: saves and exits after this time; 0 never.
+        exit_signals: signals that save and exit cleanly.
+        stop_on_nan: ends the run with an error when the loss is not finite (fp16 overflow steps are skipped).
+    """
+
+    steps: int = 200_000
+    seed: int = 1234
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    deterministic: bool = False
+    recompute: Literal["none", "full"] = "none"
+    eval_interval: int = 1000
+    eval_steps: int = 10
+    exit_interval: int = 0
+    exit_duration_minutes: float = 0.0
+    exit_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
+    stop_on_nan: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where checkpoints go and what is loaded.
+
+    Args:
+        save: run folder: `checkpoints/`, `metrics.jsonl`, `config.yaml` and `tensorboard/` live in it.
+        load: run or checkpoint folder to start from; empty resumes from `save` if it has a checkpoint.
+        save_interval: steps between checkpoints; 0 saves only at the end.
+        keep_last: checkpoints that are kept; 0 keeps all.
+        save_initial: writes the weights before the first step (iter_0000000) as a seed for other layouts.
+        load_optimizer: false takes only the weights and starts at step 0.
+        async_save: writes in the background.
+        require: fails if there is nothing to resume from.
+    """
+
+    save: str = ""
+    load: str = ""
+    save_interval: int = 1000
+    keep_last: int = 3
+    save_initial: bool = False
+    load_optimizer: bool = True
+    async_save: bool = False
+    require: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run reports.
+
+    Args:
+        interval: steps between logged steps.
+        tensorboard: writes TensorBoard events.
+        wandb_project: Weights & Biases project; empty turns it off.
+        wandb_name: name of the W&B run.
+        moe_per_layer: adds per-layer MoE statistics to metrics.jsonl.
+    """
+
+    interval: int = 10
+    tensorboard: bool = False
+    wandb_project: str = ""
+    wandb_name: str = ""
+    moe_per_layer: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Torch profiler.
+
+    Args:
+        steps: first and last step to record, as `[10, 12]`; empty records nothing.
+        ranks: ranks that write a trace.
+        with_memory: records allocations too.
+    """
+
+    steps: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)
+    with_memory: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run.
+
+    Args:
+        model: architecture.
+        moe: sparse experts.
+        objectives: losses and masks.
+        data: datasets and batch.
+        optim: optimizer.
+        parallel: layout over ranks.
+        train: run length and precision.
+        checkpoint: saving and loading.
+        log: reporting.
+        profile: profiler.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+OptionalPath = Optional[str]

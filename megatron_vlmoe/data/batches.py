@@ -1,0 +1,372 @@
+"""Pretraining data: opens a run's datasets and makes every micro-batch from its number alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_vlmoe.config.schema import ConfigError, DataConfig, RunConfig
+from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.data.collate import (
+    BatchShare,
+    ImageBatches,
+    MicroBatchNumber,
+    PairBatches,
+    PixelBatches,
+    TextBatches,
+)
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.packing import PackedTexts
+from megatron_vlmoe.data.samples import (
+    Augmentation,
+    CaptionFormat,
+    CaptionSamples,
+    Draws,
+    ImageViews,
+    PatchMasks,
+    TextSamples,
+)
+from megatron_vlmoe.data.sources import (
+    OBJECTIVES,
+    SPLITS,
+    Sources,
+    Split,
+    VisualTargets,
+    enabled_objectives,
+    open_sources,
+    open_targets,
+    open_text_tokenizer,
+    resolve_sizes,
+    steps_micro_batches,
+)
+from megatron_vlmoe.data.summary import describe_config, describe_sources, text_mask_slots
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from megatron_vlmoe.tokenizers.image import ImageTokenizer
+
+__all__ = ["BatchShare", "Loader", "MicroBatches", "PretrainData"]
+
+Part = TextBatches | ImageBatches | PairBatches
+
+
+class MicroBatches(Dataset[Any]):
+    """Local micro-batch number to batch: a pure function, whatever process or order it runs in.
+
+    Args:
+        parts: for each objective that is on (``texts``, ``images``, ``pairs``), its batches.
+        data: batch sizes.
+        share: which part this process needs.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, TextBatches | ImageBatches | PairBatches],
+        data: DataConfig,
+        share: BatchShare,
+    ) -> None:
+        self.parts, self.share = dict(parts), share
+        self.per_step = steps_micro_batches(data, share.data_size)
+        self.sizes = {
+            name: (getattr(data, f"micro_{name}"), getattr(data, f"global_{name}"))
+            for name in parts
+        }
+
+    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
+        """The batch; an error in the data is returned, for `Loader` to raise."""
+        number = MicroBatchNumber.locate(local, self.per_step, self.share)
+        batch: dict[str, Any] = {
+            "micro_batch": np.int64(number.in_run),
+            "step": np.int64(number.step),
+        }
+        try:
+            for name, part in self.parts.items():
+                batch |= part.make(number.samples(*self.sizes[name]))
+        except DataError as error:
+            return error
+        return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Local micro-batch numbers from ``first`` on; endless if ``count`` is None."""
+
+    first: int
+    count: int | None
+
+    def __iter__(self) -> Iterator[int]:
+        if self.count is None:
+            return itertools.count(self.first)
+        return iter(range(self.first, self.first + self.count))
+
+
+class Loader:
+    """Batches in order, made ahead by worker processes; may be iterated over again.
+
+    A DataLoader would wrap a worker's error in a traceback; here it is raised as it was.
+    """
+
+    def __init__(
+        self, dataset: MicroBatches, first: int, count: int | None, data: DataConfig
+    ) -> None:
+        workers = data.num_workers
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=_Numbers(first, count),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=max(1, data.prefetch) if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_limit_threads,
+            # The base seed of workers would otherwise be drawn from the global generator.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def _limit_threads(worker: int) -> None:
+    del worker
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What the batches of both splits are built from."""
+
+    config: RunConfig
+    share: BatchShare
+    sources: Mapping[tuple[str, Split], Sources]
+    text_tokenizer: TextTokenizer | None
+    targets: VisualTargets | None
+
+    def draws(self, objective: str, split: Split) -> Draws:
+        """The randomness of an objective in a split; stream 0 is left to tools."""
+        stream = 1 + 2 * OBJECTIVES.index(objective) + SPLITS.index(split)
+        return Draws(self.config.train.seed, stream, split == "train")
+
+    def parts(self, split: Split) -> dict[str, Part]:
+        """The batch parts of every objective that is on.
+
+        Raises:
+            ConfigError: an objective has nothing held out.
+        """
+        builders: dict[str, Callable[[Split], Part]] = {
+            "texts": self._texts,
+            "images": self._images,
+            "pairs": self._pairs,
+        }
+        parts: dict[str, Part] = {}
+        for name in enabled_objectives(self.config.data):
+            if (name, split) not in self.sources:
+                raise ConfigError(
+                    f"no {name} to evaluate on: data.eval_fraction is 0 and no eval dataset is set"
+                )
+            parts[name] = builders[name](split)
+        return parts
+
+    @property
+    def _tokenizer(self) -> TextTokenizer:
+        assert self.text_tokenizer is not None
+        return self.text_tokenizer
+
+    def _texts(self, split: Split) -> TextBatches:
+        data, objectives = self.config.data, self.config.objectives
+        sources, draws = self.sources["texts", split], self.draws("texts", split)
+        texts = [
+            PackedTexts(
+                item.reader("text_document"),
+                item.documents,
+                self.config.model.text_length,
+                bos_id=self._tokenizer.bos_id,
+                eos_id=self._tokenizer.eos_id,
+                seed=draws.seed,
+                shuffle=draws.train,
+                dataset=draws.dataset_key(number),
+                cache_dir=data.cache_dir or None,
+                identity=item.manifest.files["_text_document.idx"].sha256,
+            )
+            for number, item in enumerate(sources.items)
+        ]
+        samples = TextSamples(
+            texts,
+            self._tokenizer,
+            text_mask_slots(self.config),
+            objectives.text_mask_fraction,
+            draws,
+        )
+        sizes = [text.num_samples for text in texts]
+        order = sources.order(sizes, draws.seed, draws.train, draws.dataset_key)
+        return TextBatches(order, samples, data.reset_attention)
+
+    def _pixels(self, objective: str, split: Split) -> PixelBatches:
+        config, targets = self.config, self.targets
+        assert targets is not None
+        flips = {
+            "images": config.data.flip_probability,
+            "pairs": config.data.pair_flip_probability,
+        }
+        draws = self.draws(objective, split)
+        views = ImageViews(
+            [item.reader("image") for item in self.sources[objective, split].items],
+            targets.codes[objective, split] if targets.stored else None,
+            Augmentation(config.data.crop_scale_min, config.data.color_jitter, flips[objective]),
+            draws,
+        )
+        masks = PatchMasks(
+            config.model.patch_grid,
+            config.objectives.num_masked_patches,
+            config.objectives.min_mask_block,
+        )
+        prefix = "image" if objective == "images" else "pair"
+        sizes = (config.model.image_size, targets.tokenizer_size)
+        return PixelBatches(prefix, views, masks, draws, sizes, self.share)
+
+    def _images(self, split: Split) -> ImageBatches:
+        sources, draws = self.sources["images", split], self.draws("images", split)
+        sizes = [len(item.documents) for item in sources.items]
+        order = sources.order(sizes, draws.seed, draws.train, draws.dataset_key)
+        first = [item.documents.start for item in sources.items]
+        return ImageBatches(order, first, self._pixels("images", split))
+
+    def _pairs(self, split: Split) -> PairBatches:
+        config = self.config
+        sources, draws = self.sources["pairs", split], self.draws("pairs", split)
+        layout = CaptionFormat(
+            bos_id=self._tokenizer.bos_id,
+            eos_id=self._tokenizer.eos_id,
+            pad_id=self._tokenizer.pad_id,
+            length=config.model.pair_text_length,
+            fraction=config.objectives.caption_mask_fraction,
+            slots=config.objectives.caption_mask_slots,
+        )
+        captions = CaptionSamples(
+            [item.reader("text") for item in sources.items],
+            [item.documents for item in sources.items],
+            config.data.pair_unit,
+            self._tokenizer,
+            layout,
+            draws,
+        )
+        sizes = [captions.num_samples(number) for number in range(len(sources.items))]
+        order = sources.order(sizes, draws.seed, draws.train, draws.dataset_key)
+        return PairBatches(order, captions, self._pixels("pairs", split))
+
+
+class PretrainData:
+    """The datasets of a pretraining run, verified, as micro-batches.
+
+    Keys of a batch; ``t``, ``i`` and ``p`` count texts, images and pairs of the micro-batch,
+    ``/tp`` marks this tensor-parallel rank's share, all others hold every sample in order:
+
+    - ``text_ids [t, Lt]``, ``text_positions [t, St]``, ``text_labels [t, St]``, and with
+      ``data.reset_attention`` ``text_segments [t, Lt]``;
+    - ``pair_ids [p, Lp]``, ``pair_lengths [p]``, ``pair_text_positions [p, Sp]``,
+      ``pair_text_labels [p, Sp]``, ``truncated_captions``, ``dropped_caption_masks``;
+    - ``image_mask [i, N]`` (bool), ``image_positions [i, M]``, ``pair_image_mask``,
+      ``pair_image_positions``;
+    - on the first stage ``image_pixels [i/tp, 3, S, S]`` and ``pair_pixels`` (uint8);
+    - on the last stage ``image_codes [i, M]`` and ``pair_image_codes [p, M]`` if codes are stored,
+      else ``image_tokenizer_pixels [i/tp, 3, S', S']`` and ``pair_tokenizer_pixels`` (uint8);
+    - ``micro_batch`` (counted over the run and all data-parallel ranks), ``step``, and
+      ``text_sample_numbers``, ``image_sample_numbers``, ``pair_sample_numbers``.
+
+    Integers are int64. Unused slots have position 0 and label -100.
+    """
+
+    def __init__(self, opened: _Opened) -> None:
+        self.config = opened.config
+        """The run's configuration with all sizes filled in."""
+        self.text_tokenizer = opened.text_tokenizer
+        """None if the run has neither texts nor pairs."""
+        self.text_slots = text_mask_slots(opened.config)
+        """St."""
+        self.caption_slots = opened.config.objectives.caption_mask_slots
+        """Sp."""
+        self.num_masked_patches = opened.config.objectives.num_masked_patches
+        """M."""
+        self.stored_codes = opened.targets is not None and opened.targets.stored
+        """Whether visual codes are read from disk."""
+        self._opened = opened
+        train = opened.parts("train")
+        self._datasets = {"train": MicroBatches(train, self.config.data, opened.share)}
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        share: BatchShare = BatchShare(),  # noqa: B008 (frozen)
+        image_tokenizer: ImageTokenizer | None = None,
+    ) -> PretrainData:
+        """Opens and verifies every dataset, tokenizer and stored code of a run.
+
+        Args:
+            config: of the run.
+            share: which part of the batches this process needs.
+            image_tokenizer: `config.data.image_tokenizer`, if it is in memory already.
+
+        Raises:
+            ConfigError: options that are missing or contradict each other or the data.
+            DataError: a dataset that is missing, damaged, or made with another tokenizer.
+            ValueError: a tokenizer that cannot be read.
+        """
+        steps_micro_batches(config.data, share.data_size)
+        StreamLayout.from_config(config.model, config.data).shard(share.tensor_size)
+        tokenizer = open_text_tokenizer(config.data)
+        fingerprint = tokenizer.fingerprint if tokenizer else None
+        sources: dict[tuple[str, Split], Sources] = {}
+        for name in enabled_objectives(config.data):
+            wanted = None if name == "images" else fingerprint
+            for split, found in open_sources(config.data, name, wanted).items():
+                if found is not None:
+                    sources[name, split] = found
+        targets = open_targets(config, sources, image_tokenizer)
+        config = resolve_sizes(
+            config,
+            tokenizer.size if tokenizer else None,
+            targets.num_codes if targets else None,
+            sources.get(("pairs", "train")),
+        )
+        return cls(_Opened(config, share, sources, tokenizer, targets))
+
+    def loader(
+        self, split: Split, first_micro_batch: int = 0, num_micro_batches: int | None = None
+    ) -> Loader:
+        """Micro-batches of this process in order; may be iterated over again.
+
+        Args:
+            split: ``train``, or ``eval``: held-out data in stored order, unaugmented, with masks
+                that do not change; its steps count from 0.
+            first_micro_batch: number of the first among this process's own micro-batches.
+            num_micro_batches: how many; None: endless.
+        """
+        return Loader(self._dataset(split), first_micro_batch, num_micro_batches, self.config.data)
+
+    def summary(self) -> list[str]:
+        """Lines for the log: documents, samples and epochs of every dataset, and derived sizes."""
+        lines = describe_config(self.config, self.stored_codes)
+        for split in SPLITS:
+            if all((name, split) in self._opened.sources for name in self._dataset("train").parts):
+                parts = self._dataset(split).parts
+                for name, part in parts.items():
+                    sources = self._opened.sources[name, split]
+                    lines += describe_sources(self.config, name, split, sources, part.order)
+        return lines
+
+    def _dataset(self, split: Split) -> MicroBatches:
+        if split not in self._datasets:
+            parts = self._opened.parts(split)
+            self._datasets[split] = MicroBatches(parts, self.config.data, self._opened.share)
+        return self._datasets[split]

@@ -1,0 +1,383 @@
+"""Indexed files in the format of megatron-core's IndexedDataset.
+
+``PREFIX.bin`` is all sequences one after another. ``PREFIX.idx`` is little-endian: the magic
+``MMIDIDX\\0\\0``, version 1 (u64), dtype code (u8), number of sequences N (u64), number of document
+boundaries D+1 (u64); then the lengths (i32 [N]), the byte offsets (i64 [N]) and the document
+boundaries in sequences (i64 [D+1], from 0 to N).
+
+The format is written and read here rather than through megatron-core, whose builder keeps Python
+lists of all lengths and whose import takes seconds; the tests hold the two against each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.manifest import FileRecord, file_sha256, sync_directory
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_VERSION = 1
+_DTYPES: Mapping[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+_UINT16_VOCABULARY = 65500
+_BLOCK_ITEMS = 1 << 20
+_BLOCK_BYTES = 1 << 24
+_MAX_SEQUENCE = 2**31 - 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of token ids, as megatron-core's ``DType.optimal_dtype``: uint16 or int32."""
+    return _DTYPES[8] if vocab_size < _UINT16_VOCABULARY else _DTYPES[4]
+
+
+class IndexedWriter:
+    """Writes ``PATH_PREFIX.bin`` and ``.idx``; memory does not grow with what is written.
+
+    The files have temporary names until `publish`. As a context manager it publishes on a clean
+    exit and deletes everything on an error.
+
+    Raises:
+        DataError: the disk is full or the files cannot be written; a sequence does not fit the
+            dtype; nothing was added.
+    """
+
+    def __init__(self, path_prefix: str, dtype: npt.DTypeLike) -> None:
+        self.path_prefix = str(path_prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = next((c for c, known in _DTYPES.items() if known == self.dtype), 0)
+        if not self._code:
+            raise DataError(f"{self.path_prefix}.idx: dtype {np.dtype(dtype)} cannot be stored")
+        self.num_documents = 0
+        self.num_sequences = 0
+        self.num_items = 0
+        self._digest = hashlib.sha256()
+        self._records: dict[str, FileRecord] | None = None
+        mark = f"tmp-{os.getpid()}"
+        self._bin_path = f"{self.path_prefix}.bin.{mark}"
+        self._idx_path = f"{self.path_prefix}.idx.{mark}"
+        # Document boundaries come last in the .idx; until their place is known they wait here.
+        self._documents_path = f"{self._idx_path}-documents"
+        self._handles: list[IO[bytes]] = []
+        self._bin, self._idx, self._documents = (
+            self._open(path) for path in (self._bin_path, self._idx_path, self._documents_path)
+        )
+        self._write(self._idx, self._idx_path, bytes(_HEADER.size))
+        self._write(self._documents, self._documents_path, np.zeros(1, "<i8").tobytes())
+
+    def _open(self, path: str) -> IO[bytes]:
+        try:
+            handle = open(path, "w+b", buffering=1 << 20)  # noqa: SIM115 (closed in _close_handles)
+        except OSError as error:
+            self.abort()
+            raise DataError(f"{path}: {error.strerror}") from error
+        self._handles.append(handle)
+        return handle
+
+    @staticmethod
+    def _write(handle: IO[bytes], path: str, data: bytes | memoryview) -> None:
+        try:
+            handle.write(data)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+
+    def _to_dtype(self, items: np.ndarray) -> np.ndarray:
+        if items.dtype == self.dtype:
+            return np.ascontiguousarray(items)
+        converted = items.astype(self.dtype)
+        if not np.array_equal(converted, items):
+            raise DataError(f"{self.path_prefix}.bin: an item does not fit {self.dtype}")
+        return converted
+
+    def add_document(self, sequences: Sequence[np.ndarray]) -> None:
+        """Adds one document of one or more 1-D sequences."""
+        arrays = [np.asarray(sequence) for sequence in sequences]
+        flat = arrays[0] if len(arrays) == 1 else np.concatenate([*arrays, np.empty(0, self.dtype)])
+        lengths = np.array([len(a) for a in arrays], dtype=np.int64)
+        self.add_documents(flat, lengths, np.array([len(arrays)]))
+
+    def add_documents(
+        self, items: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray
+    ) -> None:
+        """Adds many documents at once.
+
+        Args:
+            items: ``[sum(lengths)]``, all sequences one after another.
+            lengths: ``[N]``, items per sequence.
+            sequences_per_document: ``[D]``, with sum N.
+        """
+        lengths = np.asarray(lengths, dtype=np.int64)
+        ends = np.cumsum(np.asarray(sequences_per_document, dtype=np.int64))
+        if lengths.sum() != len(items) or (ends[-1] if len(ends) else 0) != len(lengths):
+            raise DataError(f"{self.path_prefix}.bin: items, lengths and documents do not agree")
+        if len(lengths) and lengths.max() > _MAX_SEQUENCE:
+            raise DataError(f"{self.path_prefix}.bin: a sequence of {lengths.max()} items")
+        data = self._to_dtype(items).data.cast("B") if len(items) else memoryview(b"")
+        self._write(self._bin, self._bin_path, data)
+        self._digest.update(data)
+        self._write(self._idx, self._idx_path, lengths.astype("<i4").tobytes())
+        boundaries = (ends + self.num_sequences).astype("<i8")
+        self._write(self._documents, self._documents_path, boundaries.tobytes())
+        self.num_documents += len(ends)
+        self.num_sequences += len(lengths)
+        self.num_items += len(items)
+
+    def add_dataset(self, reader: IndexedReader) -> None:
+        """Appends all documents of an indexed file, streaming its bytes."""
+        if reader.dtype != self.dtype:
+            raise DataError(f"{reader.path_prefix}.idx: {reader.dtype}, not {self.dtype}")
+        for block in reader.byte_blocks():
+            self._write(self._bin, self._bin_path, block)
+            self._digest.update(block)
+        for lengths in _blocks(reader.sequence_lengths):
+            self._write(self._idx, self._idx_path, lengths.tobytes())
+        for ends in _blocks(reader.document_indices[1:]):
+            moved = (ends + self.num_sequences).astype("<i8")
+            self._write(self._documents, self._documents_path, moved.tobytes())
+        self.num_documents += reader.num_documents
+        self.num_sequences += reader.num_sequences
+        self.num_items += reader.num_items
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Completes and syncs both files under their temporary names.
+
+        Returns:
+            The records of the two files, by ``.bin`` and ``.idx``.
+        """
+        if self._records is None:
+            if not self.num_items:
+                raise DataError(f"{self.path_prefix}.bin: nothing to write")
+            try:
+                self._complete_index()
+                for handle in (self._bin, self._idx):
+                    handle.flush()
+                    os.fsync(handle.fileno())
+            except OSError as error:
+                raise DataError(f"{self.path_prefix}: {error.strerror}") from error
+            self._close_handles()
+            os.unlink(self._documents_path)
+            self._records = {
+                ".bin": FileRecord(self.num_items * self.dtype.itemsize, self._digest.hexdigest()),
+                ".idx": FileRecord(os.path.getsize(self._idx_path), file_sha256(self._idx_path)),
+            }
+        return self._records
+
+    def staged_lengths(self) -> np.ndarray:
+        """The sequence lengths before `publish`, int32 ``[N]``, mapped from the temporary file."""
+        return np.memmap(
+            self._idx_path, dtype="<i4", mode="r", offset=_HEADER.size, shape=self.num_sequences
+        )
+
+    def _complete_index(self) -> None:
+        """Header, then (after the lengths already written) byte offsets and boundaries."""
+        self._idx.flush()
+        lengths = self.staged_lengths()
+        offset = 0
+        self._idx.seek(0, os.SEEK_END)
+        for block in _blocks(lengths):
+            sizes = block.astype("<i8") * self.dtype.itemsize
+            ends = offset + np.cumsum(sizes)
+            self._idx.write((ends - sizes).tobytes())
+            offset = int(ends[-1])
+        del lengths
+        self._documents.flush()
+        self._documents.seek(0)
+        while data := self._documents.read(_BLOCK_BYTES):
+            self._idx.write(data)
+        self._idx.seek(0)
+        counts = (self.num_sequences, self.num_documents + 1)
+        self._idx.write(_HEADER.pack(_MAGIC, _VERSION, self._code, *counts))
+
+    def publish(self) -> None:
+        """Gives the finished files their names."""
+        self.finish()
+        os.replace(self._bin_path, f"{self.path_prefix}.bin")
+        os.replace(self._idx_path, f"{self.path_prefix}.idx")
+        sync_directory(Path(self.path_prefix).parent)
+
+    def close(self) -> None:
+        """`finish` and `publish`."""
+        self.publish()
+
+    def abort(self) -> None:
+        """Deletes the temporary files; published ones stay."""
+        self._close_handles()
+        for path in (self._bin_path, self._idx_path, self._documents_path):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def _close_handles(self) -> None:
+        for handle in self._handles:
+            # Closing flushes, which fails again on a full disk; the first error is the one told.
+            with contextlib.suppress(OSError):
+                handle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.abort()
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), _BLOCK_ITEMS):
+        yield array[start : start + _BLOCK_ITEMS]
+
+
+class IndexedReader:
+    """Reads ``PATH_PREFIX.bin`` and ``.idx`` through memory maps, opened at first use.
+
+    It pickles as its path, so that data loader workers can have it however they are started.
+    Returned arrays are read-only views of the file.
+
+    Raises:
+        DataError: a file is missing, truncated or not an index, or the two do not belong together.
+    """
+
+    def __init__(self, path_prefix: str) -> None:
+        self.path_prefix = str(path_prefix)
+        self._maps: tuple[mmap.mmap, np.ndarray, np.ndarray, np.ndarray] | None = None
+        header = self._read_header()
+        self.dtype, self.num_sequences, self._num_boundaries = header
+        self._check_sizes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": None}
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return self._num_boundaries - 1
+
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """Items per sequence, int32 ``[num_sequences]``."""
+        return self._open()[1]
+
+    @property
+    def document_indices(self) -> np.ndarray:
+        """First sequence of each document, and the end: int64 ``[num_documents + 1]``."""
+        return self._open()[3]
+
+    def sequence(self, index: int) -> np.ndarray:
+        """All items of a sequence, ``[length]``."""
+        data, lengths, offsets, _ = self._maps or self._open()
+        return np.frombuffer(data, self.dtype, lengths[index], offsets[index])
+
+    def sequence_slice(self, index: int, offset: int, length: int) -> np.ndarray:
+        """``length`` items of a sequence from item ``offset`` on. Raises IndexError outside."""
+        data, lengths, offsets, _ = self._maps or self._open()
+        if offset < 0 or length < 0 or offset + length > lengths[index]:
+            raise IndexError(
+                f"{self.path_prefix}.bin: items {offset}..{offset + length} of sequence {index}, "
+                f"which has {lengths[index]}"
+            )
+        start = int(offsets[index]) + offset * self.dtype.itemsize
+        return np.frombuffer(data, self.dtype, length, start)
+
+    def document(self, index: int) -> list[np.ndarray]:
+        """The sequences of a document."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"{self.path_prefix}.idx: document {index} of {self.num_documents}")
+        begin, end = self.document_indices[index : index + 2]
+        return [self.sequence(i) for i in range(int(begin), int(end))]
+
+    def byte_blocks(self) -> Iterator[bytes]:
+        """The bytes of the ``.bin`` file, in order."""
+        with open(f"{self.path_prefix}.bin", "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+
+    @property
+    def num_items(self) -> int:
+        """Sum of all sequence lengths."""
+        return os.path.getsize(f"{self.path_prefix}.bin") // self.dtype.itemsize
+
+    def _read_header(self) -> tuple[np.dtype, int, int]:
+        path = f"{self.path_prefix}.idx"
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(_HEADER.size)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+        if len(raw) < _HEADER.size:
+            raise DataError(f"{path}: truncated: {len(raw)} bytes")
+        magic, version, code, sequences, boundaries = _HEADER.unpack(raw)
+        if magic != _MAGIC or version != _VERSION or code not in _DTYPES or boundaries < 1:
+            raise DataError(f"{path}: not an index of megatron-core's version {_VERSION}")
+        return _DTYPES[code], sequences, boundaries
+
+    def _check_sizes(self) -> None:
+        idx_path, bin_path = f"{self.path_prefix}.idx", f"{self.path_prefix}.bin"
+        wanted = _HEADER.size + self.num_sequences * 12 + self._num_boundaries * 8
+        size = os.path.getsize(idx_path)
+        # Files of other tools may have one mode byte per sequence at the end.
+        if size not in (wanted, wanted + self.num_sequences):
+            raise DataError(f"{idx_path}: truncated or damaged: {size} bytes, not {wanted}")
+        with open(idx_path, "rb") as file:
+            last_length, last_offset = 0, 0
+            if self.num_sequences:
+                file.seek(_HEADER.size + (self.num_sequences - 1) * 4)
+                (last_length,) = struct.unpack("<i", file.read(4))
+                file.seek(_HEADER.size + self.num_sequences * 12 - 8)
+                (last_offset,) = struct.unpack("<q", file.read(8))
+            first = struct.unpack("<q", file.read(8))[0]
+            file.seek(wanted - 8)
+            last = struct.unpack("<q", file.read(8))[0]
+        if first != 0 or last != self.num_sequences:
+            raise DataError(f"{idx_path}: damaged: its documents do not cover its sequences")
+        wanted = last_offset + last_length * self.dtype.itemsize
+        try:
+            size = os.path.getsize(bin_path)
+        except OSError as error:
+            raise DataError(f"{bin_path}: {error.strerror}") from error
+        if size != wanted:
+            raise DataError(f"{bin_path}: {size} bytes, but its index says {wanted}")
+
+    def _open(self) -> tuple[mmap.mmap, np.ndarray, np.ndarray, np.ndarray]:
+        if self._maps is None:
+            try:
+                self._check_sizes()
+                data, index = (_map(f"{self.path_prefix}{s}") for s in (".bin", ".idx"))
+            except OSError as error:
+                raise DataError(f"{self.path_prefix}: {error.strerror}") from error
+            n, start = self.num_sequences, _HEADER.size
+            lengths = np.frombuffer(index, "<i4", n, start)
+            offsets = np.frombuffer(index, "<i8", n, start + 4 * n)
+            documents = np.frombuffer(index, "<i8", self._num_boundaries, start + 12 * n)
+            self._maps = (data, lengths, offsets, documents)
+        return self._maps
+
+
+def _map(path: str) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

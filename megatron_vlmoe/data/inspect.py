@@ -1,0 +1,155 @@
+"""Showing what a dataset holds: counts, samples, and a contact sheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.manifest import (
+    DATASET_PARTS,
+    DatasetManifest,
+    check_dataset,
+    length_percentiles,
+    load_manifest,
+    part_prefix,
+)
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+_MAX_SHOWN = 200
+_CELL = 192
+_CAPTION_LINE = 12
+_CAPTION_LINES = 4
+_SHEET_COLUMNS = 6
+
+
+class DatasetView:
+    """A checked dataset, opened for looking at.
+
+    Args:
+        prefix: path prefix of the dataset.
+        tokenizer_model: SentencePiece model that decodes texts; None shows token ids.
+        checksums: also compare the SHA-256 of every file.
+
+    Raises:
+        DataError: the dataset is damaged or was made with another tokenizer.
+    """
+
+    def __init__(
+        self, prefix: str, tokenizer_model: str | None = None, checksums: bool = False
+    ) -> None:
+        kind = load_manifest(prefix).kind
+        self.tokenizer: TextTokenizer | None = None
+        fingerprint = None
+        if tokenizer_model is not None and kind != "images":
+            self.tokenizer = TextTokenizer(tokenizer_model)
+            fingerprint = self.tokenizer.fingerprint
+        self.prefix = prefix
+        self.manifest: DatasetManifest = check_dataset(
+            prefix, kind, fingerprint, checksums=checksums
+        )
+        self.readers = {
+            part: IndexedReader(part_prefix(prefix, part)) for part in DATASET_PARTS[kind]
+        }
+
+    def summary(self) -> Iterator[str]:
+        """Lines of counts and percentiles."""
+        manifest = self.manifest
+        yield f"{self.prefix}: {manifest.kind}"
+        counts = {"documents": manifest.documents}
+        if manifest.kind == "pairs":
+            counts["captions"] = manifest.sequences
+        if manifest.kind != "images":
+            counts["tokens"] = manifest.tokens
+        counts |= {"bytes": manifest.bytes, "rejects": manifest.rejects}
+        yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
+        if manifest.tokenizer_fingerprint:
+            yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
+        for part, reader in self.readers.items():
+            unit = "bytes per image" if part == "image" else "tokens per sequence"
+            shown = length_percentiles(reader.sequence_lengths)
+            yield f"  {unit}: " + ", ".join(f"{name} {value}" for name, value in shown.items())
+
+    def samples(self, count: int) -> Iterator[str]:
+        """One line for each of ``count`` documents, spread evenly over the dataset."""
+        for index in self._spread(count):
+            yield f"[{index}] " + " | ".join(self._describe(index))
+
+    def contact_sheet(self, count: int) -> Image.Image:
+        """Draws ``count`` images, spread evenly, with their first captions.
+
+        Raises:
+            DataError: the dataset has no images.
+        """
+        if "image" not in self.readers:
+            raise DataError(f"{self.prefix}: a dataset of text has no images to draw")
+        indices = self._spread(count)
+        columns = min(_SHEET_COLUMNS, len(indices))
+        rows = -(-len(indices) // columns)
+        lines = _CAPTION_LINES if "text" in self.readers else 1
+        height = _CELL + lines * _CAPTION_LINE + 4
+        sheet = Image.new("RGB", (columns * _CELL, rows * height), "white")
+        for place, index in enumerate(indices):
+            row, column = divmod(place, columns)
+            image = self._image(index).convert("RGB")
+            image.thumbnail((_CELL - 4, _CELL - 4))
+            left, top = column * _CELL, row * height
+            sheet.paste(image, (left + 2, top + 2))
+            caption = self._captions(index)[0] if "text" in self.readers else ""
+            label = _wrapped(f"[{index}] {caption}", lines)
+            ImageDraw.Draw(sheet).multiline_text((left + 2, top + _CELL), label, "black", spacing=1)
+        return sheet
+
+    def _spread(self, count: int) -> list[int]:
+        total = self.manifest.documents
+        count = min(count, total)
+        return [place * (total - 1) // max(count - 1, 1) for place in range(count)]
+
+    def _describe(self, index: int) -> list[str]:
+        shown = []
+        if "image" in self.readers:
+            image = self._image(index)
+            shown.append(f"{image.format} {image.width}x{image.height} {image.mode}")
+        if self.manifest.kind != "images":
+            shown += [_shortened(caption) for caption in self._captions(index)]
+        return shown
+
+    def _image(self, index: int) -> Image.Image:
+        data = self.readers["image"].document(index)[0].tobytes()
+        try:
+            return Image.open(io.BytesIO(data))
+        except OSError as error:
+            raise DataError(f"{self.prefix}_image.bin: image {index}: {error}") from error
+
+    def _captions(self, index: int) -> list[str]:
+        reader = self.readers["text" if "text" in self.readers else "text_document"]
+        texts = []
+        for ids in reader.document(index):
+            head = ids[:_MAX_SHOWN].tolist()
+            texts.append(self.tokenizer.decode(head) if self.tokenizer else str(head))
+        return texts
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_SHOWN else f"{line[: _MAX_SHOWN - 3]}..."
+
+
+def _wrapped(text: str, lines: int) -> str:
+    width = _CELL // 6
+    text = " ".join(text.split())
+    return "\n".join(text[i * width : (i + 1) * width] for i in range(lines))
+
+
+def save_contact_sheet(view: DatasetView, path: Path, count: int) -> None:
+    """Writes `DatasetView.contact_sheet` as PNG. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        view.contact_sheet(count).save(temporary, "PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,244 @@
+"""The manifest ``PREFIX.json``: what a dataset holds and how its files are recognised.
+
+The manifest is written last, so a dataset without one was never finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vlmoe.data.errors import DataError
+
+FORMAT_VERSION = 1
+
+DATASET_PARTS: Mapping[str, tuple[str, ...]] = {
+    "text": ("text_document",),
+    "images": ("image",),
+    "pairs": ("image", "text"),
+}
+"""The indexed files of each kind of dataset: ``PREFIX_PART.bin`` and ``PREFIX_PART.idx``."""
+
+_HASH_BLOCK = 1 << 22
+_LENGTH_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """Contents of ``PREFIX.json``."""
+
+    kind: str
+    """``text``, ``images`` or ``pairs``."""
+    documents: int
+    """Documents: texts, images, or (for pairs) images with their captions."""
+    sequences: int
+    """Sequences: equal to ``documents`` except for pairs, where it counts captions."""
+    tokens: int
+    """Text tokens without special ones; 0 for images."""
+    bytes: int
+    """Bytes of all ``.bin`` files."""
+    files: Mapping[str, FileRecord]
+    """By what follows the prefix, as ``_image.bin``, so that a dataset may be moved and renamed."""
+    source: Mapping[str, Any]
+    """``command`` and ``inputs`` as they were given."""
+    rejects: int = 0
+    """Records left out, listed in ``PREFIX.rejects.jsonl``."""
+    tokenizer_fingerprint: str | None = None
+    """`TextTokenizer.fingerprint` of the tokenizer that made the ids; None for images."""
+    vocab_size: int | None = None
+    """Number of pieces of that tokenizer; None for images."""
+    caption_lengths: Mapping[str, int] | None = None
+    """For pairs ``p50``, ``p90``, ``p99`` and ``max`` of the tokens per caption; else None."""
+    format_version: int = FORMAT_VERSION
+
+
+def part_prefix(prefix: str | Path, part: str) -> str:
+    """Path prefix of one indexed file of a dataset: ``PREFIX_PART``."""
+    return f"{prefix}_{part}"
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """``PREFIX.json``."""
+    return Path(f"{prefix}.json")
+
+
+def rejects_path(prefix: str | Path) -> Path:
+    """``PREFIX.rejects.jsonl``."""
+    return Path(f"{prefix}.rejects.jsonl")
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """Nearest-rank percentiles ``p50``, ``p90``, ``p99`` and ``max`` of sequence lengths ``[N]``.
+
+    pX is the smallest length that at least X % of the sequences do not exceed.
+    """
+    histogram = np.zeros(1, dtype=np.int64)
+    for start in range(0, len(lengths), _LENGTH_BLOCK):
+        counts = np.bincount(lengths[start : start + _LENGTH_BLOCK])
+        if len(counts) > len(histogram):
+            histogram = np.pad(histogram, (0, len(counts) - len(histogram)))
+        histogram[: len(counts)] += counts
+    cumulative = np.cumsum(histogram)
+    # Integers: 0.9 * N in floats can fall just above the rank that is meant.
+    ranks = {f"p{p}": (p * int(cumulative[-1]) + 99) // 100 for p in (50, 90, 99)}
+    result = {name: int(np.searchsorted(cumulative, rank)) for name, rank in ranks.items()}
+    return result | {"max": len(histogram) - 1}
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames inside the directory ``path`` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> Path:
+    """Writes the manifest under a temporary name beside its place, synced; returns that name.
+
+    Raises:
+        DataError: it cannot be written; nothing is left behind.
+    """
+    path = manifest_path(prefix)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(manifest), file, indent=2, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: {error.strerror}") from error
+    return temporary
+
+
+def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
+    """Writes ``PREFIX.json`` atomically. Raises DataError if it cannot."""
+    temporary = stage_manifest(prefix, manifest)
+    os.replace(temporary, manifest_path(prefix))
+    sync_directory(manifest_path(prefix).parent)
+
+
+def load_manifest(prefix: str | Path) -> DatasetManifest:
+    """Reads ``PREFIX.json``.
+
+    Raises:
+        DataError: the file is missing, damaged, or of a newer format; the message names it.
+    """
+    path = manifest_path(prefix)
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found (no dataset, or preprocessing did not end)") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged: {error}") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {version} is newer than this program's {FORMAT_VERSION}"
+        )
+    try:
+        files = {name: FileRecord(**record) for name, record in raw["files"].items()}
+        manifest = DatasetManifest(**{**raw, "files": files})
+        _check_fields(manifest)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(f"{path}: damaged: not a dataset manifest ({error})") from error
+    return manifest
+
+
+def _check_fields(manifest: DatasetManifest) -> None:
+    if manifest.kind not in DATASET_PARTS:
+        raise ValueError(f"unknown kind {manifest.kind!r}")
+    counts = ("documents", "sequences", "tokens", "bytes", "rejects", "format_version")
+    numbers = {name: getattr(manifest, name) for name in counts}
+    numbers |= {name: record.size for name, record in manifest.files.items()}
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{name} is {number!r}")
+    expected = {
+        f"_{part}{suffix}" for part in DATASET_PARTS[manifest.kind] for suffix in (".bin", ".idx")
+    }
+    if missing := expected - set(manifest.files):
+        raise ValueError(f"no record of {', '.join(sorted(missing))}")
+
+
+def check_dataset(
+    prefix: str | Path,
+    kind: str,
+    tokenizer_fingerprint: str | None = None,
+    *,
+    checksums: bool = False,
+) -> DatasetManifest:
+    """Loads the manifest and checks the dataset against it and against what the caller wants.
+
+    Args:
+        prefix: path prefix of the dataset.
+        kind: the kind that is wanted: ``text``, ``images`` or ``pairs``.
+        tokenizer_fingerprint: fingerprint of the tokenizer in use; None: any.
+        checksums: also read every file and compare its SHA-256.
+
+    Raises:
+        DataError: another kind, another tokenizer, or a file that is missing or has changed.
+    """
+    manifest = load_manifest(prefix)
+    path = manifest_path(prefix)
+    if manifest.kind != kind:
+        raise DataError(f"{path}: a dataset of {manifest.kind}, but one of {kind} is wanted")
+    if tokenizer_fingerprint not in (None, manifest.tokenizer_fingerprint):
+        raise DataError(
+            f"{path}: made with another tokenizer (fingerprint "
+            f"{str(manifest.tokenizer_fingerprint)[:12]}, in use {str(tokenizer_fingerprint)[:12]})"
+        )
+    for suffix, record in manifest.files.items():
+        _check_file(f"{prefix}{suffix}", record, checksums)
+    return manifest
+
+
+def _check_file(name: str, record: FileRecord, checksums: bool) -> None:
+    try:
+        size = os.path.getsize(name)
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}") from error
+    if size != record.size:
+        raise DataError(f"{name}: {size} bytes, but its manifest says {record.size}")
+    if checksums and file_sha256(name) != record.sha256:
+        raise DataError(f"{name}: contents differ from the checksum in its manifest")
+
+
+def check_same_tokenizer(prefixes: Sequence[str], manifests: Sequence[DatasetManifest]) -> None:
+    """Raises DataError unless all manifests name one tokenizer; the message names two files."""
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.tokenizer_fingerprint != manifests[0].tokenizer_fingerprint:
+            raise DataError(
+                f"{manifest_path(prefix)}: made with another tokenizer than "
+                f"{manifest_path(prefixes[0])}"
+            )

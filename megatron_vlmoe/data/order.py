@@ -1,0 +1,256 @@
+"""Which sample comes when: keyed random numbers, epoch shuffles and blends of datasets.
+
+Everything is a pure function of (seed, purpose, dataset, epoch, sample index), so that a resumed
+run, at any data-parallel size, sees the samples that an unbroken one would.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vlmoe.config.schema import ConfigError
+
+_BLEND_BLOCK = 1024
+_MAX_BLEND_BLOCK = 1 << 22
+_WORD = (1 << 64) - 1
+
+Value = TypeVar("Value")
+
+
+class Purpose(enum.IntEnum):
+    """What random numbers are drawn for. Changing a value changes every run."""
+
+    SAMPLE_ORDER = 1
+    DOCUMENT_ORDER = 2
+    BLEND = 3
+    TEXT_MASK = 4
+    CAPTION_MASK = 5
+    IMAGE_MASK = 6
+    AUGMENTATION = 7
+    CAPTION_CHOICE = 8
+    STORED_VIEW = 9
+
+
+def keyed_rng(
+    seed: int, purpose: Purpose, dataset: int = 0, epoch: int = 0, index: int = 0
+) -> np.random.Generator:
+    """A generator that depends on nothing but its key; different keys never share a number.
+
+    Philox is counter-based (Salmon et al., SC 2011): seed and purpose are its key, the rest are the
+    upper words of its counter, of which a generator uses up only the lowest.
+    """
+    key = np.array((seed & _WORD, purpose), dtype=np.uint64)
+    counter = np.array((0, index, epoch, dataset), dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def epoch_permutation(
+    num_samples: int,
+    seed: int,
+    epoch: int,
+    dataset: int = 0,
+    purpose: Purpose = Purpose.SAMPLE_ORDER,
+) -> npt.NDArray[np.integer]:
+    """The order of samples in an epoch: a permutation of 0..num_samples-1, int32 if that fits."""
+    fits = num_samples <= np.iinfo(np.int32).max
+    order: npt.NDArray[np.integer] = np.arange(num_samples, dtype=np.int32 if fits else np.int64)
+    keyed_rng(seed, purpose, dataset, epoch).shuffle(order)
+    return order
+
+
+class RecentCache(Generic[Value]):
+    """Remembers the last few values of a pure function of an integer; pickles empty.
+
+    Two are enough where samples are read ahead across the end of an epoch.
+    """
+
+    def __init__(self, size: int = 2) -> None:
+        self._size = size
+        self._values: dict[int, Value] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_size": self._size, "_values": {}}
+
+    def get(self, argument: int, compute: Callable[[int], Value]) -> Value:
+        """``compute(argument)``, computed once while it is remembered."""
+        if argument not in self._values:
+            value = compute(argument)
+            if len(self._values) >= self._size:
+                del self._values[next(iter(self._values))]
+            self._values[argument] = value
+        return self._values[argument]
+
+
+class SampleOrder:
+    """Endless order over a dataset: every epoch has every sample once.
+
+    Args:
+        num_samples: samples of an epoch, at least 1.
+        seed: seed of the shuffles.
+        shuffle: false keeps the stored order in every epoch.
+        dataset: number of the dataset, so that equal sizes do not mean equal orders.
+    """
+
+    def __init__(self, num_samples: int, seed: int, shuffle: bool = True, dataset: int = 0) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples}: an order needs at least one sample")
+        self.num_samples = num_samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.dataset = dataset
+        self._recent: RecentCache[npt.NDArray[np.integer]] = RecentCache()
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.integer]:
+        return epoch_permutation(self.num_samples, self.seed, epoch, self.dataset)
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Epoch and sample index of the sample with this number, counted from 0 over all epochs."""
+        epoch, place = divmod(number, self.num_samples)
+        return epoch, int(
+            self._recent.get(epoch, self._permutation)[place]
+        ) if self.shuffle else place
+
+
+@dataclass(frozen=True)
+class BlendSpec:
+    """Datasets of one objective.
+
+    Args:
+        prefixes: path prefixes of the datasets.
+        weights: share of the samples from each, with sum 1; None: in proportion to their sizes.
+    """
+
+    prefixes: tuple[str, ...]
+    weights: tuple[Fraction, ...] | None = None
+
+
+def parse_blend(values: Sequence[str], option: str) -> BlendSpec:
+    """Reads ``A B`` or Megatron's ``0.7 A 0.3 B``.
+
+    Args:
+        values: the words of the option.
+        option: its name, for errors.
+
+    Raises:
+        ConfigError: weights and prefixes do not alternate, or a weight is not positive.
+    """
+    numbers = [_as_weight(value) for value in values]
+    if all(number is None for number in numbers):
+        return BlendSpec(tuple(values))
+    weights, prefixes = numbers[0::2], tuple(values[1::2])
+    if len(values) % 2 or None in weights or any(n is not None for n in numbers[1::2]):
+        raise ConfigError(
+            f"{option} {' '.join(values)}: give prefixes alone, or a weight before each of them"
+        )
+    positive = [weight for weight in weights if weight is not None and weight > 0]
+    if len(positive) != len(weights):
+        raise ConfigError(f"{option} {' '.join(values)}: weights must be positive")
+    total = sum(positive, Fraction(0))
+    return BlendSpec(prefixes, tuple(weight / total for weight in positive))
+
+
+def _as_weight(value: str) -> Fraction | None:
+    try:
+        return Fraction(value)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+class Blend:
+    """Interleaves datasets by weight: sample number to (dataset, number inside that dataset).
+
+    Numbers come in blocks. After each block every dataset has had its exact share, less than one
+    sample apart (largest remainders, in integers); inside a block the order is shuffled. Nothing
+    of the length of the run is stored.
+
+    Args:
+        weights: one positive number per dataset; only their ratios count.
+        seed: seed of the order inside a block.
+
+    Raises:
+        ConfigError: no weight, one that is not positive, or one below 2**-22 of the total.
+    """
+
+    def __init__(self, weights: Sequence[Fraction | int | float], seed: int) -> None:
+        shares = [Fraction(weight) for weight in weights]
+        if not shares or min(shares) <= 0:
+            raise ConfigError(f"a blend needs positive weights, not {list(map(str, weights))}")
+        self._total = sum(shares, Fraction(0))
+        self._shares = shares
+        self.seed = seed
+        # With a whole sample of every dataset per block no count can go down from block to block.
+        self.block_size = _BLEND_BLOCK
+        while self.block_size * min(shares) < self._total:
+            self.block_size *= 2
+        if self.block_size > _MAX_BLEND_BLOCK:
+            raise ConfigError(f"a blend weight is below 1/{_MAX_BLEND_BLOCK} of the total")
+        self._recent: RecentCache[_BlendBlock] = RecentCache(size=4)
+
+    def counts_before(self, block: int) -> list[int]:
+        """Samples of each dataset in the first ``block`` blocks."""
+        size = block * self.block_size
+        quotas = [share * size / self._total for share in self._shares]
+        counts = [quota.numerator // quota.denominator for quota in quotas]
+        by_remainder = sorted(range(len(quotas)), key=lambda d: (counts[d] - quotas[d], d))
+        for dataset in by_remainder[: size - sum(counts)]:
+            counts[dataset] += 1
+        return counts
+
+    def _make_block(self, block: int) -> _BlendBlock:
+        begins, ends = self.counts_before(block), self.counts_before(block + 1)
+        datasets = np.repeat(
+            np.arange(len(begins), dtype=np.int32),
+            [e - b for b, e in zip(begins, ends, strict=True)],
+        )
+        keyed_rng(self.seed, Purpose.BLEND, index=block).shuffle(datasets)
+        numbers = np.empty(len(datasets), dtype=np.int64)
+        for dataset, begin in enumerate(begins):
+            places = np.flatnonzero(datasets == dataset)
+            numbers[places] = begin + np.arange(len(places))
+        return _BlendBlock(datasets, numbers)
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Dataset of the sample with this number, and its number in that dataset's own order."""
+        if len(self._shares) == 1:
+            return 0, number
+        block, place = divmod(number, self.block_size)
+        content = self._recent.get(block, self._make_block)
+        return int(content.datasets[place]), int(content.numbers[place])
+
+
+@dataclass(frozen=True)
+class _BlendBlock:
+    """Dataset, and number inside it, of each place of a block, ``[block_size]``."""
+
+    datasets: npt.NDArray[np.int32]
+    numbers: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which sample a number stands for: dataset of the blend, its epoch, and sample index."""
+
+    dataset: int
+    epoch: int
+    index: int
+
+
+class BlendedOrder:
+    """The order of one objective's samples over all its datasets: sample number to `Place`."""
+
+    def __init__(self, blend: Blend, orders: Sequence[SampleOrder]) -> None:
+        self.blend = blend
+        self.orders = tuple(orders)
+
+    def locate(self, number: int) -> Place:
+        """The sample with this number, counted from 0 over the whole run."""
+        dataset, inner = self.blend.locate(number)
+        epoch, index = self.orders[dataset].locate(inner)
+        return Place(dataset, epoch, index)

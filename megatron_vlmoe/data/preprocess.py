@@ -1,0 +1,345 @@
+"""What the preprocessing tools share: worker processes, rejects, progress, publishing.
+
+A tool is a reader (records in order), a `Work` (done to a chunk of records in a worker) and a sink
+(results, in the order of the input, into a `DatasetOutput`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Generic, Literal, Protocol, Self, TypeVar
+
+import numpy.typing as npt
+
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.indexed import IndexedWriter
+from megatron_vlmoe.data.manifest import (
+    DATASET_PARTS,
+    DatasetManifest,
+    FileRecord,
+    manifest_path,
+    part_prefix,
+    rejects_path,
+    stage_manifest,
+    sync_directory,
+)
+from megatron_vlmoe.data.readers.records import Reject
+
+OnError = Literal["stop", "skip"]
+Chunk = TypeVar("Chunk")
+Chunk_contra = TypeVar("Chunk_contra", contravariant=True)
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+_CHUNKS_IN_FLIGHT_PER_WORKER = 3
+_PROGRESS_SECONDS = 5.0
+
+
+class Work(Protocol, Generic[Chunk_contra, Result_co]):
+    """What is done to a chunk: hashable, picklable, and built once in each worker."""
+
+    def build(self) -> Callable[[Chunk_contra], Result_co]:
+        """Loads what is needed and returns the function of one chunk."""
+
+    def __hash__(self) -> int: ...
+
+
+class TokenizerLike(Protocol):
+    """What preprocessing needs of a tokenizer (`tokenizers.text.TextTokenizer` has it)."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Options that all preprocessing tools have.
+
+    Attributes:
+        output_prefix: where the dataset goes.
+        workers: processes; 1 works in this one.
+        on_error: ``stop`` at the first bad record, or ``skip`` and list it.
+        source: what the manifest records: ``command`` and ``inputs``.
+    """
+
+    output_prefix: str
+    workers: int
+    on_error: OnError
+    source: Mapping[str, Any]
+
+
+def load_tokenizer(model_path: str) -> TokenizerLike:
+    """The text tokenizer of a SentencePiece model file. Raises ValueError."""
+    from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+    return TextTokenizer(model_path)
+
+
+def encode_all(tokenizer: TokenizerLike, texts: Sequence[str]) -> list[list[int] | None]:
+    """Ids of each text; None for one that is no valid Unicode (a lone surrogate from JSON)."""
+    try:
+        # One call for many texts is several times faster than a call for each.
+        return list(tokenizer.encode_batch(texts))
+    except ValueError:
+        if len(texts) == 1:
+            return [None]
+        return [encode_all(tokenizer, [text])[0] for text in texts]
+
+
+@lru_cache(maxsize=1)
+def _built(work: Work[Any, Any]) -> Callable[[Any], Any]:
+    return work.build()
+
+
+def _run_in_worker(work: Work[Any, Any], chunk: Any) -> Any:
+    return _built(work)(chunk)
+
+
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ordered_map(
+    work: Work[Chunk, Result], chunks: Iterable[Chunk], workers: int
+) -> Iterator[Result]:
+    """Yields ``work`` of each chunk in order, a bounded number of chunks ahead.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    if workers == 1:
+        function = work.build()
+        yield from map(function, chunks)
+        return
+    # Spawned, not forked: libraries of the parent may have threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_run_in_worker, work, chunk))
+            if len(waiting) >= _CHUNKS_IN_FLIGHT_PER_WORKER * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker process died (out of memory, or killed)") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def chunked(records: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
+    """Lists of ``size`` consecutive records; the last may be shorter."""
+    iterator = iter(records)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+class Progress:
+    """A line to stderr every few seconds: records done and records per second."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._count = 0
+        self._start = time.monotonic()
+        self._next = self._start + _PROGRESS_SECONDS
+
+    def add(self, records: int) -> None:
+        """Counts records and prints a line if it is time."""
+        self._count += records
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _PROGRESS_SECONDS
+            self._print("...")
+
+    def finish(self, rejects: int) -> None:
+        """Prints the last line."""
+        self._print(f", {rejects} rejected" if rejects else "")
+
+    def _print(self, end: str) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = self._count / seconds
+        print(
+            f"{self._name}: {self._count} records in {seconds:.1f} s, {rate:.1f} records/s{end}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class RejectLog:
+    """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``."""
+
+    def __init__(self, prefix: str, on_error: OnError) -> None:
+        self._on_error = on_error
+        self._path = rejects_path(prefix)
+        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
+        self._file: IO[str] | None = None
+        self.count = 0
+        self.first: Reject | None = None
+
+    def add(self, rejects: Sequence[Reject]) -> None:
+        """Takes rejects in order. Raises DataError if the run is to stop at errors."""
+        for reject in rejects:
+            if self._on_error == "stop":
+                raise DataError(str(reject))
+            self.first = self.first or reject
+            self.count += 1
+            line = {"source": reject.source, "record": reject.record, "reason": reject.reason}
+            try:
+                if self._file is None:
+                    self._file = open(self._temporary, "w", encoding="ascii")  # noqa: SIM115
+                self._file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise DataError(f"{self._path}: {error.strerror}") from error
+
+    def finish(self) -> None:
+        """Syncs the file. Raises DataError if the disk is full."""
+        if self._file is None:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror}") from error
+        self._file.close()
+
+    def publish(self) -> None:
+        """Gives the file its name; without rejects removes one of an earlier run."""
+        if self._file is None:
+            self._path.unlink(missing_ok=True)
+        else:
+            os.replace(self._temporary, self._path)
+
+    def abort(self) -> None:
+        """Deletes the temporary file."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+class DatasetOutput:
+    """All files of one dataset: published together by `commit`, deleted without it.
+
+    Args:
+        prefix: path prefix of the dataset; its folder is made if need be.
+        kind: ``text``, ``images`` or ``pairs``.
+        dtypes: the dtype of each part of this kind (`DATASET_PARTS`), in order.
+        on_error: what a reject does.
+    """
+
+    def __init__(
+        self, prefix: str, kind: str, dtypes: Sequence[npt.DTypeLike], on_error: OnError = "stop"
+    ) -> None:
+        self.prefix = prefix
+        self.kind = kind
+        self.rejects = RejectLog(prefix, on_error)
+        self.writers: dict[str, IndexedWriter] = {}
+        if not Path(prefix).name or prefix.endswith(os.sep):
+            raise DataError(f"{prefix}: an output prefix needs a name after its folder")
+        try:
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{Path(prefix).parent}: {error.strerror}") from error
+        try:
+            for part, dtype in zip(DATASET_PARTS[kind], dtypes, strict=True):
+                self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype)
+        except BaseException:
+            self._abort()
+            raise
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Completes all files under temporary names; returns their records by suffix.
+
+        Raises:
+            DataError: the disk is full, or there was no usable record.
+        """
+        if not any(writer.num_documents for writer in self.writers.values()):
+            first = f" ({self.rejects.count} rejected; the first: {self.rejects.first})"
+            raise DataError(f"no usable record in the input{first if self.rejects.first else ''}")
+        self.rejects.finish()
+        return {
+            f"_{part}{suffix}": record
+            for part, writer in self.writers.items()
+            for suffix, record in writer.finish().items()
+        }
+
+    def commit(self, manifest: DatasetManifest) -> None:
+        """Publishes the finished files, the manifest last.
+
+        The manifest of a dataset that is being replaced goes first, so that at no time a manifest
+        stands beside files that are not its own.
+        """
+        staged = stage_manifest(self.prefix, manifest)
+        try:
+            manifest_path(self.prefix).unlink(missing_ok=True)
+            self.rejects.publish()
+            for writer in self.writers.values():
+                writer.publish()
+            os.replace(staged, manifest_path(self.prefix))
+        finally:
+            staged.unlink(missing_ok=True)
+        sync_directory(manifest_path(self.prefix).parent)
+
+    def _abort(self) -> None:
+        self.rejects.abort()
+        for writer in self.writers.values():
+            writer.abort()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._abort()
+
+
+def positive_int(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def run_tool(function: Callable[[], object]) -> int:
+    """Calls a tool's work and returns its exit status; an error is one line on stderr."""
+    previous = None
+    with contextlib.suppress(ValueError):  # not the main thread
+        # The usual death by SIGTERM would leave the temporary files.
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        function()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+    return 0

@@ -1,0 +1,144 @@
+"""Text corpora to ``PREFIX_text_document``: one document of one sequence per text."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.indexed import token_dtype
+from megatron_vlmoe.data.manifest import DatasetManifest
+from megatron_vlmoe.data.preprocess import (
+    DatasetOutput,
+    Progress,
+    Run,
+    TokenizerLike,
+    encode_all,
+    load_tokenizer,
+    ordered_map,
+)
+from megatron_vlmoe.data.readers.records import Reject, TextBlock
+from megatron_vlmoe.data.readers.text import TextInput, read_text
+
+@dataclass
+class TokenizedText:
+    """The result of one block."""
+
+    tokens: np.ndarray
+    """``[sum(lengths)]``."""
+    lengths: np.ndarray
+    """Tokens per document, ``[N]``."""
+    rejects: list[Reject] = field(default_factory=list)
+    records: int = 0
+    """Documents of the block, rejected ones included."""
+
+
+@dataclass(frozen=True)
+class TokenizeText:
+    """The work on one block: decode, parse, tokenize."""
+
+    tokenizer_model: str
+    load: Callable[[str], TokenizerLike] = load_tokenizer
+
+    def build(self) -> Callable[[TextBlock | Reject], TokenizedText]:
+        """Loads the tokenizer."""
+        tokenizer = self.load(self.tokenizer_model)
+        dtype = token_dtype(tokenizer.size)
+        return lambda block: _tokenize(tokenizer, dtype, block)
+
+
+def _tokenize(
+    tokenizer: TokenizerLike, dtype: np.dtype, block: TextBlock | Reject
+) -> TokenizedText:
+    if isinstance(block, Reject):
+        return TokenizedText(np.empty(0, dtype), np.empty(0, np.int64), [block], 1)
+    numbers: list[int] = []
+    texts: list[str] = []
+    rejects: list[tuple[int, str]] = []
+    for number, payload in zip(block.numbers, block.payloads, strict=True):
+        try:
+            texts.append(_parse(payload, block.json_key))
+            numbers.append(number)
+        except DataError as error:
+            rejects.append((number, str(error)))
+    tokens, lengths = array("I"), array("q")
+    for number, ids in zip(numbers, encode_all(tokenizer, texts), strict=True):
+        if ids:
+            tokens.fromlist(ids)  # with "I" several times faster than extend, or than NumPy
+            lengths.append(len(ids))
+        else:
+            rejects.append((number, "invalid Unicode" if ids is None else "empty text"))
+    return TokenizedText(
+        np.array(tokens, dtype),
+        np.array(lengths, np.int64),
+        [Reject(block.source, f"{block.unit} {n}", reason) for n, reason in sorted(rejects)],
+        len(block.payloads),
+    )
+
+
+def _parse(payload: bytes, json_key: str | None) -> str:
+    """The text of one payload. Raises DataError with the reason why there is none."""
+    try:
+        text = payload.decode("utf-8")
+        if json_key is None:
+            return text
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"invalid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError("not a JSON object")
+    if json_key not in value:
+        raise DataError(f"no key {json_key!r}")
+    if not isinstance(value[json_key], str):
+        raise DataError(f"the value of {json_key!r} is not a string")
+    return str(value[json_key])
+
+
+def preprocess_text(
+    source: TextInput,
+    tokenizer_model: str,
+    run: Run,
+    load: Callable[[str], TokenizerLike] = load_tokenizer,
+) -> DatasetManifest:
+    """Tokenizes text files into an indexed dataset; returns its manifest.
+
+    The result does not depend on ``run.workers``.
+
+    Raises:
+        DataError: bad input (with ``on_error`` "stop"), no usable record, or a full disk; nothing
+            is left behind.
+        ValueError: the tokenizer cannot be loaded.
+    """
+    tokenizer = load(tokenizer_model)
+    progress = Progress("text")
+    with DatasetOutput(
+        run.output_prefix, "text", [token_dtype(tokenizer.size)], run.on_error
+    ) as output:
+        writer = output.writers["text_document"]
+        work = TokenizeText(tokenizer_model, load)
+        for result in ordered_map(work, read_text(source), run.workers):
+            output.rejects.add(result.rejects)
+            writer.add_documents(result.tokens, result.lengths, np.ones_like(result.lengths))
+            progress.add(result.records)
+        files = output.finish()
+        manifest = DatasetManifest(
+            kind="text",
+            documents=writer.num_documents,
+            sequences=writer.num_sequences,
+            tokens=writer.num_items,
+            bytes=files["_text_document.bin"].size,
+            files=files,
+            source=run.source,
+            rejects=output.rejects.count,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.size,
+        )
+        output.commit(manifest)
+    progress.finish(manifest.rejects)
+    return manifest

@@ -1,0 +1,110 @@
+"""Batches of random numbers in the shape of real ones, for benchmarks and layout comparisons."""
+
+from __future__ import annotations
+
+from typing import Iterator, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.config.validate import num_micro_batches
+from megatron_vlmoe.data.collate import BatchShare
+
+
+class RandomData:
+    """A source of batches like `PretrainData`; every micro-batch is a pure function of its number.
+
+    Args:
+        config: the run, with vocabulary sizes, `num_masked_patches` and `caption_mask_slots`.
+        share: which part of a batch this rank reads.
+    """
+
+    stored_codes = True
+
+    def __init__(self, config: RunConfig, share: BatchShare) -> None:
+        self.config = config
+        self.share = share
+        self.layout = StreamLayout.from_config(config.model, config.data)
+        self.per_step = num_micro_batches(config, share.data_size)
+
+    def summary(self) -> list[str]:
+        """One line for the log."""
+        return ["data: random numbers"]
+
+    def loader(
+        self, split: str, first_micro_batch: int, num_micro_batches: Optional[int]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches from a local micro-batch number on."""
+        local = first_micro_batch
+        while num_micro_batches is None or local < first_micro_batch + num_micro_batches:
+            step, index = divmod(local, self.per_step)
+            number = index * self.share.data_size + self.share.data_rank
+            yield self.batch(step * self.per_step * self.share.data_size + number, split)
+            local += 1
+
+    def batch(self, number: int, split: str = "train") -> dict[str, Tensor]:
+        """The micro-batch with a global number."""
+        rng = np.random.default_rng((self.config.train.seed, number, int(split == "eval")))
+        batch: dict[str, Tensor] = {"micro_batch": torch.tensor(number)}
+        if self.layout.texts:
+            batch.update(self._texts(rng))
+        if self.layout.pairs:
+            batch.update(self._captions(rng))
+            batch.update(self._images(rng, "pair", "pair_image", self.layout.pairs))
+        if self.layout.images:
+            batch.update(self._images(rng, "image", "image", self.layout.images))
+        return batch
+
+    def _texts(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        count, length = self.layout.texts, self.layout.text_length
+        slots = int(self.config.objectives.text_mask_fraction * (length - 2) + 0.5)
+        positions = _choose(rng, count, length - 2, slots) + 1
+        return {
+            "text_ids": self._ids(rng, (count, length)),
+            "text_positions": positions,
+            "text_labels": self._ids(rng, (count, slots)),
+        }
+
+    def _captions(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        count, length = self.layout.pairs, self.layout.pair_text_length
+        slots = self.config.objectives.caption_mask_slots
+        lengths = torch.from_numpy(rng.integers(min(slots + 2, length), length + 1, count))
+        labels = self._ids(rng, (count, slots))
+        # Some slots stay unused, as in captions that are shorter than the budget.
+        labels[torch.from_numpy(rng.random((count, slots)) < 0.1)] = -100
+        return {
+            "pair_ids": self._ids(rng, (count, length)),
+            "pair_lengths": lengths,
+            "pair_text_positions": _choose(rng, count, min(slots, length - 2), slots) + 1,
+            "pair_text_labels": labels,
+        }
+
+    def _images(
+        self, rng: np.random.Generator, pixels: str, prefix: str, count: int
+    ) -> dict[str, Tensor]:
+        model = self.config.model
+        masked = self.config.objectives.num_masked_patches
+        positions = _choose(rng, count, model.num_patches, masked)
+        mask = torch.zeros(count, model.num_patches, dtype=torch.bool).scatter_(1, positions, True)
+        shape = (count, 3, model.image_size, model.image_size)
+        values = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+        local = values.chunk(self.share.tensor_size)[self.share.tensor_rank]
+        codes = rng.integers(0, model.visual_vocab_size, (count, masked))
+        return {
+            f"{pixels}_pixels": local,
+            f"{prefix}_mask": mask,
+            f"{prefix}_positions": positions,
+            f"{prefix}_codes": torch.from_numpy(codes),
+        }
+
+    def _ids(self, rng: np.random.Generator, shape: tuple[int, int]) -> Tensor:
+        return torch.from_numpy(rng.integers(5, self.config.model.vocab_size, shape))
+
+
+def _choose(rng: np.random.Generator, rows: int, width: int, count: int) -> Tensor:
+    """`count` different ascending numbers below `width` in each row ``[rows, count]``."""
+    order = rng.random((rows, width)).argsort(axis=1)[:, :count]
+    return torch.from_numpy(np.sort(order, axis=1))

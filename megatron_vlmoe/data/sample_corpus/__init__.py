@@ -1,0 +1,1 @@
+"""The sample corpus: a generated world of coloured shapes with known truth."""

@@ -1,0 +1,209 @@
+"""The world: a picture is one to four shapes on a 3 x 3 grid, and this is all that is true of it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Stream = Literal["pair", "image", "text"]
+Relation = Literal["left", "right", "above", "below"]
+
+KINDS = ("circle", "square", "triangle", "diamond", "star", "cross")
+COLORS = ("red", "green", "blue", "yellow", "orange", "purple")
+SIZES = ("small", "large")
+TEXTURES = ("solid", "striped", "dotted")
+BACKGROUNDS = ("white", "gray", "black", "beige")
+LETTERS = ("A", "E", "H", "L", "T", "X")
+LETTERED_KINDS = ("circle", "square", "triangle", "diamond")
+"""Kinds wide enough in the middle to carry a letter."""
+PICTURE_SIZES = ((96, 96), (120, 96), (96, 120), (128, 96), (128, 128), (160, 120), (120, 160))
+GRID = 3
+VALIDATION_PERIOD = 10
+"""Every tenth picture and paragraph, from number 0 on, is held out."""
+CONVERSE: dict[Relation, Relation] = {
+    "left": "right",
+    "right": "left",
+    "above": "below",
+    "below": "above",
+}
+
+Cell = tuple[int, int]
+"""(row, column), both 0..2 from the top left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One shape of a picture."""
+
+    kind: str
+    color: str
+    size: str
+    texture: str
+    letter: str | None
+    row: int
+    column: int
+    shift: tuple[float, float]
+    """Of the centre from the cell's centre, (x, y), as a fraction of the smaller cell side."""
+
+    @property
+    def cell(self) -> Cell:
+        """Its place on the grid."""
+        return self.row, self.column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All shapes of a scene that share colour and kind; they share everything but the place."""
+
+    kind: str
+    color: str
+    size: str
+    texture: str
+    letter: str | None
+    cells: tuple[Cell, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of shapes, 1 to 3; several always fill part of one row or one column."""
+        return len(self.cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a picture shows; pictures and texts are both drawn from it."""
+
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    background: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The shapes by (colour, kind), in order of first appearance."""
+        members: dict[tuple[str, str], list[Shape]] = {}
+        for shape in self.shapes:
+            members.setdefault((shape.color, shape.kind), []).append(shape)
+        return tuple(
+            Group(
+                kind=kind,
+                color=color,
+                size=shapes[0].size,
+                texture=shapes[0].texture,
+                letter=shapes[0].letter,
+                cells=tuple(shape.cell for shape in shapes),
+            )
+            for (color, kind), shapes in members.items()
+        )
+
+
+def holds(relation: Relation, a: Sequence[Cell], b: Sequence[Cell]) -> bool:
+    """Whether every cell of ``a`` is left of (right of, above, below) every cell of ``b``."""
+    axis = 1 if relation in ("left", "right") else 0
+    if relation in ("right", "below"):
+        a, b = b, a
+    return max(cell[axis] for cell in a) < min(cell[axis] for cell in b)
+
+
+def relation_between(a: Group, b: Group) -> Relation | None:
+    """The relation of ``a`` to ``b`` along the axis where they are farther apart.
+
+    Both axes alike: the horizontal one. None where they overlap on both; `sample_scene` makes no
+    such scene.
+    """
+    best: Relation | None = None
+    best_gap = 0
+    for relation in CONVERSE:
+        if holds(relation, a.cells, b.cells):
+            axis = 1 if relation in ("left", "right") else 0
+            gap = min(abs(p[axis] - q[axis]) for p in a.cells for q in b.cells)
+            if gap > best_gap:
+                best, best_gap = relation, gap
+    return best
+
+
+def generator_for(seed: int, purpose: str, index: int) -> random.Random:
+    """A random generator that depends on nothing but its key."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return random.Random(int.from_bytes(digest[:16], "big"))
+
+
+def split_of(index: int) -> Literal["train", "val"]:
+    """Whether picture or paragraph ``index`` is for training or held out."""
+    return "val" if index % VALIDATION_PERIOD == 0 else "train"
+
+
+def sample_scene(seed: int, stream: Stream, index: int) -> Scene:
+    """Scene ``index`` of a stream: a pure function of its arguments.
+
+    Streams "pair" and "text" may hold two or three equal shapes. In stream "image" the first shape
+    is the only large one: its kind and colour are the picture's class.
+    """
+    rng = generator_for(seed, f"{stream}-scene", index)
+    width, height = rng.choice(PICTURE_SIZES)
+    counts = _image_counts(rng) if stream == "image" else _group_counts(rng)
+    names = rng.sample([(color, kind) for color in COLORS for kind in KINDS], len(counts))
+    shapes: list[Shape] = []
+    for number, ((color, kind), cells) in enumerate(zip(names, _place(rng, counts), strict=True)):
+        if stream == "image":
+            size = "large" if number == 0 else "small"
+        else:
+            size = rng.choice(SIZES)
+        texture = rng.choices(TEXTURES, weights=(4, 1, 1))[0]
+        letter = None
+        can_carry = size == "large" and texture == "solid" and kind in LETTERED_KINDS
+        if can_carry and len(cells) == 1 and rng.random() < 0.4:
+            letter = rng.choice(LETTERS)
+        shapes.extend(
+            Shape(
+                kind=kind,
+                color=color,
+                size=size,
+                texture=texture,
+                letter=letter,
+                row=row,
+                column=column,
+                shift=(round(rng.uniform(-0.05, 0.05), 3), round(rng.uniform(-0.05, 0.05), 3)),
+            )
+            for row, column in cells
+        )
+    background = rng.choice(BACKGROUNDS)
+    return Scene(width=width, height=height, background=background, shapes=tuple(shapes))
+
+
+def _image_counts(rng: random.Random) -> list[int]:
+    return [1] * rng.choices((1, 2, 3, 4), weights=(3, 3, 3, 2))[0]
+
+
+def _group_counts(rng: random.Random) -> list[int]:
+    total = rng.choices((1, 2, 3, 4), weights=(2, 5, 4, 2))[0]
+    if total == 1 or rng.random() < 0.7:
+        return [1] * total
+    several = rng.randint(2, min(3, total))
+    counts = [several] + [1] * (total - several)
+    rng.shuffle(counts)
+    return counts
+
+
+def _place(rng: random.Random, counts: Sequence[int]) -> list[tuple[Cell, ...]]:
+    """Cells of each group such that any two groups are apart along a row or a column."""
+    while True:
+        placed = [_line(rng, count) for count in counts]
+        if all(_apart(a, b) for i, a in enumerate(placed) for b in placed[:i]):
+            return placed
+
+
+def _line(rng: random.Random, count: int) -> tuple[Cell, ...]:
+    fixed = rng.randrange(GRID)
+    along = sorted(rng.sample(range(GRID), count))
+    if rng.random() < 0.5:
+        return tuple((fixed, place) for place in along)
+    return tuple((place, fixed) for place in along)
+
+
+def _apart(a: Sequence[Cell], b: Sequence[Cell]) -> bool:
+    return any(holds(relation, a, b) for relation in CONVERSE)

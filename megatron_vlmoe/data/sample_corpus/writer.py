@@ -1,0 +1,214 @@
+"""The sample corpus on disk, in the raw layouts of COCO, Karpathy's split, ImageNet and JSONL text."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlmoe.data.sample_corpus.coco import coco_file, coco_id, write_caption_files
+from megatron_vlmoe.data.sample_corpus.paragraphs import write_paragraph
+from megatron_vlmoe.data.sample_corpus.render import render_jpeg
+from megatron_vlmoe.data.sample_corpus.scene import (
+    COLORS,
+    KINDS,
+    Scene,
+    Stream,
+    sample_scene,
+    split_of,
+)
+
+MARKER = "corpus.json"
+"""Written last; holds what the corpus was made with."""
+FORMAT_VERSION = 1
+PARAGRAPHS_PER_IMAGE = 2
+POOL_THRESHOLD = 10_000
+"""Fewer pictures than this are drawn faster than a process pool starts."""
+README = """\
+Sample corpus of generated pictures and texts: coloured shapes on a plain background.
+Made by tools/make_sample_corpus.py with --num-images {num_images} --seed {seed}.
+
+coco/annotations/captions_{{train,val}}2014.json   captions in the layout of COCO 2014
+coco/{{train,val}}2014/*.jpg                       the pictures they describe
+coco/dataset_coco.json                           the same captions as a Karpathy split
+images/{{train,val}}/CLASS/*.JPEG                  pictures without text, in ImageNet folders
+images/words.txt                                 what the classes are called
+text/{{train,val}}.jsonl                           paragraphs about other scenes, key "text"
+scenes.jsonl                                     what each picture shows
+"""
+
+PictureTask = tuple[int, Stream, int, Path]
+"""(seed, stream, index, file)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCorpus:
+    """What to make; equal values give equal bytes, however many workers."""
+
+    output: Path
+    num_images: int
+    """Pictures with captions, and again as many without; a tenth of each is for validation."""
+    seed: int = 0
+    workers: int = 1
+
+    def validate(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        if self.num_images < 2:
+            raise ValueError(
+                f"num_images must be at least 2 (one to train, one to validate), "
+                f"got {self.num_images}"
+            )
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+
+    def description(self) -> dict[str, int]:
+        """What the marker file holds."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "num_images": self.num_images,
+            "seed": self.seed,
+        }
+
+
+def make_sample_corpus(corpus: SampleCorpus) -> bool:
+    """Writes the corpus beside ``output`` and renames it into place.
+
+    Returns:
+        False where ``output`` already holds exactly this corpus.
+
+    Raises:
+        ValueError: bad option, ``output`` holds something else, or it cannot be written.
+    """
+    corpus.validate()
+    try:
+        if _is_complete(corpus):
+            return False
+        with _staging_directory(corpus.output) as staging:
+            _write_pictures_and_captions(corpus, staging)
+            _write_texts(corpus, staging)
+            readme = README.format(num_images=corpus.num_images, seed=corpus.seed)
+            (staging / "README.txt").write_text(readme)
+            (staging / MARKER).write_text(json.dumps(corpus.description()) + "\n")
+    except OSError as error:
+        where = error.filename or corpus.output
+        raise ValueError(f"cannot write {where}: {error.strerror or error}") from error
+    return True
+
+
+def _is_complete(corpus: SampleCorpus) -> bool:
+    marker = corpus.output / MARKER
+    if not corpus.output.exists() or (corpus.output.is_dir() and not any(corpus.output.iterdir())):
+        return False
+    if not corpus.output.is_dir():
+        raise ValueError(f"{corpus.output} is not a directory")
+    if not marker.exists():
+        raise ValueError(f"{corpus.output} is not empty and holds no sample corpus")
+    try:
+        found = json.loads(marker.read_text())
+    except ValueError as error:
+        raise ValueError(f"{marker} is not valid JSON: delete {corpus.output}") from error
+    if found != corpus.description():
+        raise ValueError(
+            f"{corpus.output} holds another sample corpus ({json.dumps(found)}, asked for "
+            f"{json.dumps(corpus.description())}): delete it or choose another directory"
+        )
+    return True
+
+
+@contextmanager
+def _staging_directory(output: Path) -> Iterator[Path]:
+    """A directory that becomes ``output`` on success and vanishes on failure."""
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        # One sync of everything instead of one per picture.
+        os.sync()
+        staging.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_pictures_and_captions(corpus: SampleCorpus, root: Path) -> None:
+    tasks: list[PictureTask] = []
+    truth: list[dict[str, Any]] = []
+    coco: list[tuple[int, Path, Scene]] = []
+    for index in range(corpus.num_images):
+        scene = sample_scene(corpus.seed, "pair", index)
+        file = coco_file(index)
+        coco.append((index, file, scene))
+        tasks.append((corpus.seed, "pair", index, root / file))
+        truth.append(_truth("pair", index, file, scene) | {"image_id": coco_id(index)})
+    for index in range(corpus.num_images):
+        scene = sample_scene(corpus.seed, "image", index)
+        synset = synset_of(scene.shapes[0].color, scene.shapes[0].kind)
+        file = Path("images", split_of(index), synset, f"{synset}_{index}.JPEG")
+        tasks.append((corpus.seed, "image", index, root / file))
+        truth.append(_truth("image", index, file, scene) | {"class": synset})
+    for split in ("train", "val"):
+        (root / "images" / split).mkdir(parents=True)
+    for directory in {task[-1].parent for task in tasks}:
+        directory.mkdir(parents=True, exist_ok=True)
+    _draw(tasks, corpus.workers)
+    write_caption_files(root / "coco", coco, corpus.seed)
+    words = [(synset_of(c, k), f"{c} {k}") for c in COLORS for k in KINDS]
+    (root / "images" / "words.txt").write_text("".join(f"{s}\t{name}\n" for s, name in words))
+    _write_jsonl(root / "scenes.jsonl", truth)
+
+
+def _draw(tasks: list[PictureTask], workers: int) -> None:
+    if workers == 1 or len(tasks) < POOL_THRESHOLD:
+        for task in tasks:
+            _draw_one(task)
+        return
+    # Spawned, because the caller may have threads that a fork would freeze.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for _ in pool.map(_draw_one, tasks, chunksize=64):
+            pass
+
+
+def _draw_one(task: PictureTask) -> None:
+    seed, stream, index, path = task
+    path.write_bytes(render_jpeg(sample_scene(seed, stream, index)))
+
+
+def synset_of(color: str, kind: str) -> str:
+    """Folder name of a class, formed like a WordNet id: n00CCCKKK."""
+    return f"n{(COLORS.index(color) + 1) * 1000 + KINDS.index(kind) + 1:08d}"
+
+
+def _truth(stream: Stream, index: int, file: Path, scene: Scene) -> dict[str, Any]:
+    return {
+        "file": file.as_posix(),
+        "stream": stream,
+        "index": index,
+        "split": split_of(index),
+        "scene": asdict(scene),
+    }
+
+
+def _write_texts(corpus: SampleCorpus, root: Path) -> None:
+    indices = range(PARAGRAPHS_PER_IMAGE * corpus.num_images)
+    for split in ("train", "val"):
+        chosen = (i for i in indices if split_of(i) == split)
+        _write_jsonl(
+            root / "text" / f"{split}.jsonl",
+            ({"text": write_paragraph(corpus.seed, i)} for i in chosen),
+        )
+
+
+def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)

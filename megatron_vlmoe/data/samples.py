@@ -1,0 +1,300 @@
+"""Samples of the three objectives: masked texts, masked images and masked image-text pairs.
+
+Letters: L tokens of a sample, g patches along a side, S pixels along a side.
+
+A sample is named by its `Place` and made from nothing else but the seed. Masks and views have
+generators of their own: a mask never depends on the size of an image, and a process that needs no
+pixels touches no image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vlmoe.data.augment import (
+    NO_JITTER,
+    CropBox,
+    ImageDraw,
+    decode_pixels,
+    draw_crop,
+    draw_jitter,
+    open_image,
+    views,
+)
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.masking import (
+    MaskVocabulary,
+    blockwise_mask,
+    maskable_positions,
+    mask_tokens,
+    natural_mask_count,
+)
+from megatron_vlmoe.data.order import Place, Purpose, keyed_rng
+from megatron_vlmoe.data.packing import PackedTexts
+
+if TYPE_CHECKING:
+    from megatron_vlmoe.data.codes import CodesReader, StoredView
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The source of all random numbers of one objective in one split.
+
+    Args:
+        seed: seed of the run.
+        stream: number of the objective and split, so that no two of them share draws.
+        train: false makes every draw the same in each epoch and leaves images unaugmented.
+    """
+
+    seed: int
+    stream: int
+    train: bool
+
+    def dataset_key(self, dataset: int) -> int:
+        """Number of a dataset of the blend among those of all objectives."""
+        return (self.stream << 32) + dataset
+
+    def rng(self, purpose: Purpose, place: Place) -> np.random.Generator:
+        """The generator of one sample for one purpose."""
+        epoch = place.epoch if self.train else 0
+        return keyed_rng(self.seed, purpose, self.dataset_key(place.dataset), epoch, place.index)
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """A masked packed text; all ``[L]``.
+
+    Args:
+        ids: inputs.
+        labels: -100 where not predicted.
+        segments: number of the document within the sample, from 0.
+    """
+
+    ids: Tokens
+    labels: Tokens
+    segments: Tokens
+
+
+class TextSamples:
+    """Masked packed texts.
+
+    Args:
+        texts: one per dataset of the blend.
+        vocab: the vocabulary that masks are drawn in.
+        slots: tokens to predict in each text.
+        fraction: the same as a share.
+        draws: source of randomness.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[PackedTexts],
+        vocab: MaskVocabulary,
+        slots: int,
+        fraction: float,
+        draws: Draws,
+    ) -> None:
+        self.texts = tuple(texts)
+        self.vocab, self.slots, self.fraction, self.draws = vocab, slots, fraction, draws
+
+    def sample(self, place: Place) -> TextSample:
+        """The packed text at a place, masked."""
+        ids, segments = self.texts[place.dataset].sample(place.epoch, place.index)
+        rng = self.draws.rng(Purpose.TEXT_MASK, place)
+        inputs, labels = mask_tokens(ids, self.fraction, self.vocab, rng, self.slots)
+        return TextSample(inputs, labels, segments)
+
+
+@dataclass(frozen=True)
+class PatchMasks:
+    """How patches are masked: grid side g, number of masked patches, smallest block."""
+
+    grid: int
+    num_masked: int
+    min_block: int
+
+    def draw(self, draws: Draws, place: Place) -> npt.NDArray[np.bool_]:
+        """The mask of an image, ``[g * g]``, row by row."""
+        rng = draws.rng(Purpose.IMAGE_MASK, place)
+        mask = blockwise_mask(self.grid, self.grid, self.num_masked, rng, min_block=self.min_block)
+        return mask.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views are drawn in training: smallest crop, strength of colour jitter, share of flips."""
+
+    crop_scale_min: float
+    color_jitter: float
+    flip_probability: float
+
+
+class ImageViews:
+    """Augmented pixels, and stored codes, of the images of one objective.
+
+    Args:
+        readers: encoded images, one reader per dataset of the blend.
+        codes: stored codes of the same images; None where codes are computed from pixels.
+        augmentation: applied in training; in evaluation the whole image is resized to a square.
+        draws: source of randomness.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[IndexedReader],
+        codes: Sequence[CodesReader] | None,
+        augmentation: Augmentation,
+        draws: Draws,
+    ) -> None:
+        self.readers = tuple(readers)
+        self.codes = None if codes is None else tuple(codes)
+        self.augmentation, self.draws = augmentation, draws
+
+    def stored_view(self, place: Place, image: int) -> StoredView:
+        """The stored view that this sample uses: any in training, the first in evaluation."""
+        if self.codes is None:
+            raise ValueError("no stored codes")
+        reader = self.codes[place.dataset]
+        view = 0
+        if self.draws.train:
+            rng = self.draws.rng(Purpose.STORED_VIEW, place)
+            view = int(rng.integers(reader.num_views))
+        return reader.view(image, view)
+
+    def draw(self, place: Place, image: int, width: int, height: int) -> ImageDraw:
+        """Box, flip and jitter of a sample whose image has this size in pixels."""
+        rng = self.draws.rng(Purpose.AUGMENTATION, place)
+        wanted = self.augmentation
+        jitter = draw_jitter(rng, wanted.color_jitter) if self.draws.train else NO_JITTER
+        if self.codes is not None:
+            stored = self.stored_view(place, image)
+            return ImageDraw(stored.box, stored.flip, jitter)
+        if not self.draws.train:
+            return ImageDraw(CropBox.whole(width, height))
+        flip = bool(rng.random() < wanted.flip_probability)
+        box = draw_crop(width, height, rng, (wanted.crop_scale_min, 1.0))
+        return ImageDraw(box, flip, jitter)
+
+    def pixels(self, place: Place, image: int, sizes: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        """Aligned views of one image, uint8 ``[3, size, size]`` for each size.
+
+        Raises:
+            DataError: the image is damaged, or is not the one that its stored codes are of.
+        """
+        reader = self.readers[place.dataset]
+        where = f"{reader.path_prefix}.bin: image {image}"
+        opened = open_image(reader.sequence(image), where)
+        draw = self.draw(place, image, opened.width, opened.height)
+        try:
+            return views(decode_pixels(opened, where), draw, sizes)
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class CaptionSample:
+    """A masked caption.
+
+    Args:
+        ids: ``[L]`` inputs: ``<s>``, tokens, ``</s>``, padding.
+        labels: ``[L]``, -100 where not predicted.
+        length: tokens up to ``</s>``.
+        image: image document of the pair.
+        truncated: whether the caption was too long.
+        dropped_masks: tokens that were not masked for want of slots.
+    """
+
+    ids: Tokens
+    labels: Tokens
+    length: int
+    image: int
+    truncated: bool
+    dropped_masks: int
+
+
+@dataclass(frozen=True)
+class CaptionFormat:
+    """Special ids, length L, share of tokens to predict, and how many at most."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    length: int
+    fraction: float
+    slots: int
+
+
+class CaptionSamples:
+    """Masked captions.
+
+    Args:
+        readers: captions, one reader per dataset of the blend; a document's sequences are the
+            captions of the image with the same number.
+        documents: of each dataset, the documents that samples come from.
+        unit: ``caption``: a sample index counts captions; ``image``: it counts images, and one
+            caption is drawn.
+        vocab: the vocabulary that masks are drawn in.
+        layout: how a caption is laid out.
+        draws: source of randomness.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[IndexedReader],
+        documents: Sequence[range],
+        unit: str,
+        vocab: MaskVocabulary,
+        layout: CaptionFormat,
+        draws: Draws,
+    ) -> None:
+        self.readers, self.documents = tuple(readers), tuple(documents)
+        self.unit, self.vocab, self.layout, self.draws = unit, vocab, layout, draws
+
+    def num_samples(self, dataset: int) -> int:
+        """Samples of an epoch of one dataset."""
+        documents = self.documents[dataset]
+        if self.unit == "image":
+            return len(documents)
+        first = self.readers[dataset].document_indices
+        return int(first[documents.stop] - first[documents.start])
+
+    def locate(self, place: Place) -> tuple[int, int]:
+        """Image document and caption sequence of a sample."""
+        reader, documents = self.readers[place.dataset], self.documents[place.dataset]
+        first = reader.document_indices
+        if self.unit == "caption":
+            sequence = int(first[documents.start]) + place.index
+            return int(np.searchsorted(first, sequence, side="right")) - 1, sequence
+        image = documents.start + place.index
+        begin, end = int(first[image]), int(first[image + 1])
+        if begin == end:
+            raise DataError(f"{reader.path_prefix}.bin: document {image} has no caption")
+        rng = self.draws.rng(Purpose.CAPTION_CHOICE, place)
+        return image, int(rng.integers(begin, end))
+
+    def sample(self, place: Place) -> CaptionSample:
+        """The caption at a place, masked."""
+        image, sequence = self.locate(place)
+        tokens = self.readers[place.dataset].sequence(sequence)
+        layout = self.layout
+        kept = tokens[: layout.length - 2]
+        length = len(kept) + 2
+        ids = np.full(layout.length, layout.pad_id, dtype=np.int64)
+        ids[0], ids[1 : length - 1], ids[length - 1] = layout.bos_id, kept, layout.eos_id
+        natural = natural_mask_count(len(maskable_positions(ids, self.vocab)), layout.fraction)
+        rng = self.draws.rng(Purpose.CAPTION_MASK, place)
+        count = min(natural, layout.slots)
+        inputs, labels = mask_tokens(ids, layout.fraction, self.vocab, rng, count)
+        return CaptionSample(
+            inputs, labels, length, image, len(tokens) > len(kept), natural - count
+        )

@@ -1,0 +1,327 @@
+"""Opens and verifies the datasets of a run, and derives the sizes that its configuration leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_vlmoe.config.schema import ConfigError, DataConfig, RunConfig
+from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.manifest import DatasetManifest, check_dataset, part_prefix
+from megatron_vlmoe.data.order import Blend, BlendedOrder, SampleOrder, parse_blend
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from megatron_vlmoe.data.codes import CodesReader
+    from megatron_vlmoe.tokenizers.image import ImageTokenizer
+
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
+OBJECTIVES = ("texts", "images", "pairs")
+
+_KINDS = {"texts": "text", "images": "images", "pairs": "pairs"}
+"""Name of each objective's option in `DataConfig`, and of its kind of dataset."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One verified dataset, and the documents of it that a split uses."""
+
+    prefix: str
+    manifest: DatasetManifest
+    documents: range
+
+    def reader(self, part: str) -> IndexedReader:
+        """The indexed file ``PREFIX_PART``."""
+        return IndexedReader(part_prefix(self.prefix, part))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The datasets of one objective in one split.
+
+    Args:
+        items: the datasets.
+        weights: share of the samples from each; None: in proportion to their samples.
+    """
+
+    items: tuple[Source, ...]
+    weights: tuple[Fraction, ...] | None
+
+    def shares(self, num_samples: Sequence[int]) -> list[Fraction]:
+        """Share of each dataset in the blend, given its samples per epoch."""
+        weights = self.weights or [Fraction(n) for n in num_samples]
+        total = sum(weights, Fraction(0))
+        return [weight / total for weight in weights]
+
+    def order(
+        self,
+        num_samples: Sequence[int],
+        seed: int,
+        shuffle: bool,
+        dataset_key: Callable[[int], int],
+    ) -> BlendedOrder:
+        """The order of samples over all datasets, given the samples per epoch of each."""
+        orders = [SampleOrder(n, seed, shuffle, dataset_key(d)) for d, n in enumerate(num_samples)]
+        return BlendedOrder(Blend(self.shares(num_samples), seed), orders)
+
+
+def enabled_objectives(data: DataConfig) -> list[str]:
+    """The objectives with a positive micro-batch count."""
+    return [name for name in OBJECTIVES if getattr(data, f"micro_{name}") > 0]
+
+
+def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
+    """The text tokenizer; None if the run has neither texts nor pairs.
+
+    Raises:
+        ConfigError: it is needed and not set.
+        ValueError: it cannot be read.
+    """
+    users = [name for name in ("texts", "pairs") if getattr(data, f"micro_{name}") > 0]
+    if not users:
+        return None
+    if not data.text_tokenizer:
+        count = getattr(data, f"micro_{users[0]}")
+        raise ConfigError(f"data.text_tokenizer is not set: data.micro_{users[0]}={count} needs it")
+    return TextTokenizer(data.text_tokenizer)
+
+
+def open_sources(
+    data: DataConfig, objective: str, fingerprint: str | None
+) -> dict[Split, Sources | None]:
+    """Verifies the datasets of one objective and splits off what is held out.
+
+    Raises:
+        ConfigError: no dataset is given, or one is too small to hold anything out.
+        DataError: a dataset is not what it should be.
+    """
+    option = _KINDS[objective]
+    values = getattr(data, option)
+    if not values:
+        count = getattr(data, f"micro_{objective}")
+        raise ConfigError(f"data.{option} is empty: data.micro_{objective}={count} needs a dataset")
+    spec = parse_blend(values, f"data.{option}")
+    held_out = getattr(data, f"eval_{option}")
+    fraction = 0.0 if held_out else data.eval_fraction
+    train, evaluation = [], []
+    for prefix in spec.prefixes:
+        manifest = check_dataset(prefix, option, fingerprint)
+        kept, rest = split_documents(manifest.documents, fraction, prefix, option)
+        train.append(Source(prefix, manifest, kept))
+        evaluation.append(Source(prefix, manifest, rest))
+    result: dict[Split, Sources | None] = {
+        "train": Sources(tuple(train), spec.weights),
+        "eval": Sources(tuple(evaluation), spec.weights) if fraction > 0 else None,
+    }
+    if held_out:
+        spec = parse_blend(held_out, f"data.eval_{option}")
+        manifests = [check_dataset(prefix, option, fingerprint) for prefix in spec.prefixes]
+        found = zip(spec.prefixes, manifests, strict=True)
+        items = [Source(prefix, m, range(m.documents)) for prefix, m in found]
+        result["eval"] = Sources(tuple(items), spec.weights)
+    return result
+
+
+def split_documents(
+    num_documents: int, fraction: float, prefix: str, option: str
+) -> tuple[range, range]:
+    """Documents for training, and the last ``fraction`` of them (at least one) for evaluation.
+
+    Raises:
+        ConfigError: ``fraction`` is not in 0..1, or nothing would be left to train on.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigError(f"data.eval_fraction={fraction} is not in [0, 1)")
+    held_out = max(1, math.floor(num_documents * fraction)) if fraction > 0 else 0
+    if held_out >= num_documents:
+        raise ConfigError(
+            f"{prefix}: {num_documents} document(s) cannot be split by data.eval_fraction="
+            f"{fraction}: give data.eval_{option}, or data.eval_fraction 0"
+        )
+    return range(num_documents - held_out), range(num_documents - held_out, num_documents)
+
+
+def steps_micro_batches(data: DataConfig, data_size: int) -> int:
+    """Micro-batches of one rank in a step, global / (micro * data_size), equal for all objectives.
+
+    Raises:
+        ConfigError: no objective is on, a count does not divide, or the objectives differ.
+    """
+    numbers = {}
+    for name in enabled_objectives(data):
+        micro, whole = getattr(data, f"micro_{name}"), getattr(data, f"global_{name}")
+        if whole <= 0 or whole % (micro * data_size):
+            raise ConfigError(
+                f"data.global_{name}={whole} is not a multiple of data.micro_{name}={micro} times "
+                f"{data_size} data-parallel rank(s)"
+            )
+        numbers[name] = whole // (micro * data_size)
+    if not numbers:
+        raise ConfigError("data.micro_texts, data.micro_images and data.micro_pairs are all 0")
+    if len(set(numbers.values())) > 1:
+        listed = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        raise ConfigError(f"data.global_* and data.micro_* give different micro-batches: {listed}")
+    return next(iter(numbers.values()))
+
+
+@dataclass(frozen=True)
+class VisualTargets:
+    """Where visual codes come from.
+
+    Args:
+        num_codes: size of the visual vocabulary.
+        tokenizer_size: side in pixels of the image tokenizer's view; None with stored codes.
+        codes: for each objective and split, one reader per dataset; empty if computed from pixels.
+    """
+
+    num_codes: int
+    tokenizer_size: int | None
+    codes: dict[tuple[str, Split], tuple[CodesReader, ...]]
+
+    @property
+    def stored(self) -> bool:
+        """Whether codes are read from disk."""
+        return self.tokenizer_size is None
+
+
+def open_targets(
+    config: RunConfig,
+    sources: dict[tuple[str, Split], Sources],
+    tokenizer: ImageTokenizer | None = None,
+) -> VisualTargets | None:
+    """Checks the image tokenizer and any stored codes; None if the run has no images.
+
+    Stored codes need no tokenizer; if one is given, they must be its own.
+
+    Args:
+        config: of the run.
+        sources: the datasets of every objective and split.
+        tokenizer: the tokenizer, if it is in memory already; else it is read from the disk.
+
+    Raises:
+        ConfigError: no tokenizer, one of another grid, or `codes: stored` without codes.
+        DataError: codes of another tokenizer.
+    """
+    from megatron_vlmoe.data.codes import codes_prefix
+
+    data, grid = config.data, config.model.patch_grid
+    visual = {key: value for key, value in sources.items() if key[0] != "texts"}
+    if not visual:
+        return None
+    prefixes = [item.prefix for value in visual.values() for item in value.items]
+    # The manifest is written last: without it the codes were never finished.
+    without = [p for p in prefixes if not Path(f"{codes_prefix(p)}.json").is_file()]
+    if data.codes == "stored" and without:
+        raise ConfigError(f"data.codes is stored, but {codes_prefix(without[0])}.json is missing")
+    if tokenizer is None and data.image_tokenizer:
+        tokenizer = _load_image_tokenizer(data.image_tokenizer)
+    if tokenizer is not None and tokenizer.grid != grid:
+        raise ConfigError(
+            f"data.image_tokenizer {data.image_tokenizer}: {tokenizer.grid}x{tokenizer.grid} "
+            f"codes, but model.image_size / model.patch_size gives {grid}x{grid} patches"
+        )
+    if data.codes == "compute" or without:
+        if tokenizer is None:
+            name = "images" if data.micro_images else "pairs"
+            count = getattr(data, f"micro_{name}")
+            raise ConfigError(
+                f"data.image_tokenizer is not set: data.micro_{name}={count} needs it"
+            )
+        return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {})
+    return _open_codes(data, visual, grid, tokenizer.fingerprint if tokenizer else None)
+
+
+def _open_codes(
+    data: DataConfig,
+    visual: dict[tuple[str, Split], Sources],
+    grid: int,
+    fingerprint: str | None,
+) -> VisualTargets:
+    """Verifies the stored codes of every dataset; without a fingerprint all must share one."""
+    from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
+
+    codes: dict[tuple[str, Split], tuple[CodesReader, ...]] = {}
+    num_codes = 0
+    for key, value in visual.items():
+        option = "flip_probability" if key[0] == "images" else "pair_flip_probability"
+        readers = []
+        for item in value.items:
+            fingerprint = fingerprint or CodesReader(item.prefix).fingerprint
+            reader = check_codes(item.prefix, fingerprint, item.manifest.documents, grid)
+            if reader.manifest.flip_probability > 0 and getattr(data, option) == 0:
+                raise ConfigError(
+                    f"data.{option} is 0, but {codes_prefix(item.prefix)} has mirrored views "
+                    f"(probability {reader.manifest.flip_probability}): use data.codes compute"
+                )
+            readers.append(reader)
+            num_codes = reader.manifest.num_codes
+        codes[key] = tuple(readers)
+    return VisualTargets(num_codes, None, codes)
+
+
+def _load_image_tokenizer(path: str) -> ImageTokenizer:
+    from megatron_vlmoe.tokenizers.image import ImageTokenizer
+
+    return ImageTokenizer.from_pretrained(path)
+
+
+def resolve_sizes(
+    config: RunConfig,
+    vocab_size: int | None,
+    num_codes: int | None,
+    pair_sources: Sources | None,
+) -> RunConfig:
+    """Fills in the vocabulary sizes, the masked patches and the caption slots.
+
+    Args:
+        config: of the run.
+        vocab_size: size of the text tokenizer; None if the run has no text.
+        num_codes: size of the image tokenizer; None if the run has no images.
+        pair_sources: training pairs, whose caption lengths decide the slots.
+
+    Raises:
+        ConfigError: a given size contradicts a tokenizer or the number of patches.
+    """
+    model, objectives = config.model, config.objectives
+    for name, given, found in (
+        ("vocab_size", model.vocab_size, vocab_size),
+        ("visual_vocab_size", model.visual_vocab_size, num_codes),
+    ):
+        if given and found and given != found:
+            raise ConfigError(f"model.{name}={given}, but the tokenizer has {found}")
+    # 40 % of the patches, rounded down (paper section 3.1), in integers.
+    masked = objectives.num_masked_patches or model.num_patches * 2 // 5
+    if not 0 < masked <= model.num_patches:
+        raise ConfigError(
+            f"objectives.num_masked_patches={masked} is not in 1..{model.num_patches} patches"
+        )
+    slots = objectives.caption_mask_slots
+    if slots == 0 and pair_sources is not None:
+        slots = derive_caption_slots(
+            [item.manifest for item in pair_sources.items],
+            objectives.caption_mask_fraction,
+            model.pair_text_length,
+        )
+    return replace(
+        config,
+        model=replace(
+            model,
+            vocab_size=model.vocab_size or vocab_size or 0,
+            visual_vocab_size=model.visual_vocab_size or num_codes or 0,
+        ),
+        objectives=replace(objectives, num_masked_patches=masked, caption_mask_slots=slots),
+    )
+
+
+def derive_caption_slots(
+    manifests: Sequence[DatasetManifest], fraction: float, pair_text_length: int
+) -> int:
+    """Predicted tokens per caption: the share of the blend's largest 99th percentile length."""
+    lengths = [(m.caption_lengths or {}).get("p99", pair_text_length) for m in manifests]
+    longest = min(max(lengths), pair_text_length - 2)
+    return max(1, math.ceil(fraction * longest))

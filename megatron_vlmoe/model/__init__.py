@@ -1,0 +1,1 @@
+"""The MoME Transformer with sparse experts: embed, blocks, heads."""

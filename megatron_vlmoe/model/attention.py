@@ -1,0 +1,120 @@
+"""Core attention over the stream: each sample attends within itself, the two halves of a pair together.
+
+Letters: T tokens of the gathered stream, H heads on this rank, K head width, n samples, L tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, ContextManager, Optional
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_vlmoe.moe.stream_batch import StreamBatch
+
+
+class StreamAttention(MegatronModule):
+    """The `core_attention` spec of megatron-core's SelfAttention; the StreamBatch comes as attention_mask.
+
+    Args:
+        config: megatron-core configuration.
+        layer_number: block number from 1.
+        backend: `sdpa` lets torch choose the kernel, `math` forces the plain one.
+        **unused: megatron-core's other constructor arguments.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        backend: str = "sdpa",
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: StreamBatch,
+        **unused: Any,
+    ) -> Tensor:
+        """Query, key and value ``[T, 1, H, K]`` to ``[T, 1, H * K]``."""
+        stream = attention_mask
+        layout, gathered = stream.layout, stream.tensor_size
+        parts: dict[str, Tensor] = {}
+
+        def take(segment: str) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = (layout.take(x.squeeze(1), segment, gathered) for x in (query, key, value))
+            return q, k, v
+
+        if layout.texts:
+            parts["texts"] = self._attend(*take("texts"), _document_mask(stream))
+        if layout.pairs:
+            text, image = take("pair_texts"), take("pair_images")
+            q, k, v = (torch.cat(halves, dim=1) for halves in zip(text, image))
+            both = self._attend(q, k, v, _pair_mask(stream))
+            parts["pair_texts"], parts["pair_images"] = both.split(
+                [layout.pair_text_length, layout.image_length], dim=1
+            )
+        if layout.images:
+            parts["images"] = self._attend(*take("images"), None)
+        output = layout.assemble(parts, gathered)
+        return output.reshape(output.shape[0], 1, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """``[n, L, H, K]`` within samples; the mask broadcasts to ``[n, H, L, L]``, True may be seen."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        with self._kernel():
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return output.transpose(1, 2)
+
+    def _kernel(self) -> ContextManager[None]:
+        if self.backend == "math":
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
+
+
+def _pair_mask(stream: StreamBatch) -> Tensor:
+    """Keys that are not padding ``[n, 1, 1, L]`` of captions and images together."""
+    captions = stream.caption_mask()
+    images = captions.new_ones(captions.shape[0], stream.layout.image_length)
+    return torch.cat([captions, images], dim=1)[:, None, None, :]
+
+
+def _document_mask(stream: StreamBatch) -> Optional[Tensor]:
+    """Tokens of the same document ``[n, 1, L, L]``; None where attention is not restarted."""
+    if stream.text_documents is None:
+        return None
+    documents = stream.text_documents
+    return (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+
+
+class StreamSelfAttention(SelfAttention):
+    """Shared self-attention whose key has no bias (BEiT, VLMo).
+
+    The key's part of the fused bias starts at zero and its gradient, which is zero up to rounding, is
+    removed: an adaptive optimizer would otherwise turn the rounding into steps.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        bias = self.linear_qkv.bias
+        heads = bias.shape[0] // (3 * self.hidden_size_per_attention_head)
+        keep = torch.ones(heads, 3, self.hidden_size_per_attention_head)
+        keep[:, 1] = 0.0
+        keep = keep.reshape(-1)
+
+        def without_key(grad: Tensor) -> Tensor:
+            return grad * keep.to(device=grad.device, dtype=grad.dtype)
+
+        bias.register_hook(without_key)

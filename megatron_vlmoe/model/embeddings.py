@@ -1,0 +1,137 @@
+"""Input representations of texts, images and pairs (paper section 3.2).
+
+Letters: n samples, L tokens, N patches, P patch side, D width, S image side.
+"""
+
+from __future__ import annotations
+
+from typing import Mapping, Optional
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_vlmoe.config.schema import DataConfig, ModelConfig
+from megatron_vlmoe.model.norm import mark_sequence_parallel
+from megatron_vlmoe.moe.stream_batch import StreamBatch
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of word embeddings and text head: a multiple of 128, whatever the layout."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class TextEmbedding(MegatronModule):
+    """``H^w = word embeddings + T_pos``; special tokens are part of the ids.
+
+    Args:
+        config: megatron-core configuration.
+        model: lengths and vocabulary.
+    """
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
+        super().__init__(config=config)
+        self.word = VocabParallelEmbedding(
+            padded_vocab_size(model.vocab_size),
+            model.hidden_size,
+            init_method=lambda tensor: None,
+            # Every rank looks up all ids and keeps the samples of its share.
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+        )
+        length = max(model.text_length, model.pair_text_length)
+        self.position = _table(length, config)
+        self.token_type = _table(1, config) if model.token_type_embeddings else None
+
+    def forward(self, ids: Tensor, local_samples: int) -> Tensor:
+        """Ids ``[n, L]`` of the whole micro-batch to this rank's ``[n / TP * L, 1, D]``."""
+        length = ids.shape[1]
+        words = self.word(ids.reshape(1, -1))
+        if not self.config.sequence_parallel:
+            words = words.transpose(0, 1)
+        tokens = words.reshape(local_samples, length, -1) + self.position[:length]
+        if self.token_type is not None:
+            tokens = tokens + self.token_type
+        return tokens.reshape(local_samples * length, 1, -1)
+
+
+class ImageEmbedding(MegatronModule):
+    """``H^v = [I_CLS, V v_1, ..., V v_N] + V_pos``; masked patches are replaced before positions (BEiT).
+
+    Args:
+        config: megatron-core configuration.
+        model: image and patch size.
+        data: pixel mean and standard deviation.
+    """
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, data: DataConfig) -> None:
+        super().__init__(config=config)
+        self.patch_size = model.patch_size
+        pixels = 3 * model.patch_size**2
+        weight = torch.empty(model.hidden_size, pixels, dtype=config.params_dtype)
+        bias = torch.zeros(model.hidden_size, dtype=config.params_dtype)
+        self.weight = mark_sequence_parallel(nn.Parameter(weight), config)
+        self.bias = mark_sequence_parallel(nn.Parameter(bias), config)
+        self.cls_token = _table(1, config)
+        self.mask_token = _table(1, config)
+        self.position = _table(model.image_length, config)
+        self.token_type = _table(1, config) if model.token_type_embeddings else None
+        self.mean = torch.tensor(data.pixel_mean).view(3, 1, 1)
+        self.std = torch.tensor(data.pixel_std).view(3, 1, 1)
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """uint8 pixels ``[n, 3, S, S]`` and mask ``[n, N]`` (True is hidden) to ``[n * (N + 1), 1, D]``."""
+        mean, std = (x.to(pixels.device) for x in (self.mean, self.std))
+        values = ((pixels.float() / 255.0 - mean) / std).to(self.weight.dtype)
+        patches = F.linear(patchify(values, self.patch_size), self.weight, self.bias)
+        patches = torch.where(mask.unsqueeze(2), self.mask_token, patches)
+        cls_token = self.cls_token.expand(len(patches), 1, -1)
+        tokens = torch.cat([cls_token, patches], dim=1) + self.position
+        if self.token_type is not None:
+            tokens = tokens + self.token_type
+        return tokens.reshape(-1, 1, tokens.shape[2])
+
+
+def patchify(pixels: Tensor, patch_size: int) -> Tensor:
+    """``[n, 3, S, S]`` to rows of patches ``[n, N, 3 * P * P]``, row-major, channel first within a patch."""
+    n, channels, height, width = pixels.shape
+    rows, columns = height // patch_size, width // patch_size
+    grid = pixels.view(n, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
+
+
+class StreamEmbedding(MegatronModule):
+    """Builds the local stream from a batch (first pipeline stage)."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, data: DataConfig) -> None:
+        super().__init__(config=config)
+        self.text = TextEmbedding(config, model)
+        self.image = ImageEmbedding(config, model, data)
+
+    def forward(self, batch: Mapping[str, Tensor], stream: StreamBatch) -> Tensor:
+        """The stream ``[T, 1, D]`` of this rank."""
+        layout = stream.layout
+        parts: list[Tensor] = []
+        if layout.texts:
+            parts.append(self.text(batch["text_ids"], layout.texts))
+        if layout.pairs:
+            parts.append(self.text(batch["pair_ids"], layout.pairs))
+            mask = stream.share(batch["pair_image_mask"])
+            parts.append(self.image(batch["pair_pixels"], mask))
+        if layout.images:
+            parts.append(self.image(batch["image_pixels"], stream.share(batch["image_mask"])))
+        return torch.cat(parts)
+
+
+def _table(rows: int, config: TransformerConfig) -> nn.Parameter:
+    """A learned table ``[rows, D]`` that every TP rank applies to its own samples."""
+    value = torch.empty(rows, config.hidden_size, dtype=config.params_dtype)
+    return mark_sequence_parallel(nn.Parameter(value), config)
+
+
+OptionalTable = Optional[nn.Parameter]

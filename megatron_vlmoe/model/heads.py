@@ -1,0 +1,148 @@
+"""Prediction heads of masked data modelling, on masked positions only.
+
+Letters: n samples, M predicted positions of a sample, S positions in total, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Mapping, Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import ModelConfig
+from megatron_vlmoe.model.embeddings import padded_vocab_size
+from megatron_vlmoe.moe.stream_batch import StreamBatch
+
+
+class VocabHead(MegatronModule):
+    """Linear ``D -> V`` with bias, sharded over the vocabulary; rows beyond V are padding.
+
+    Args:
+        config: megatron-core configuration.
+        num_classes: V.
+    """
+
+    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+        super().__init__(config=config)
+        self.num_classes = num_classes
+        self.padded = padded_vocab_size(num_classes)
+        self.linear = ColumnParallelLinear(
+            config.hidden_size,
+            self.padded,
+            config=config,
+            init_method=lambda tensor: None,
+            bias=True,
+            gather_output=False,
+            skip_bias_add=False,
+        )
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        rows = self.padded // self.tp_group.size()
+        self.first_row = rows * self.tp_group.rank()
+        self.valid_rows = max(0, min(rows, num_classes - self.first_row))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Local rows ``[S / TP, 1, D]`` to logits of all rows ``[S, V / TP]`` in fp32; padding is -inf."""
+        logits, _ = self.linear(hidden)
+        logits = logits.squeeze(1).float()
+        if self.valid_rows < logits.shape[1]:
+            padding = torch.arange(logits.shape[1], device=logits.device) >= self.valid_rows
+            logits = logits.masked_fill(padding, float("-inf"))
+        return logits
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy ``[S]`` in nats; 0 where the label is negative (an unused slot)."""
+        target = labels.clamp(min=0)
+        # The kernel subtracts the maximum in place.
+        loss = vocab_parallel_cross_entropy(logits.clone().unsqueeze(1), target.unsqueeze(1))
+        return loss.squeeze(1) * (labels >= 0)
+
+    @torch.no_grad()
+    def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Whether the largest logit is the label ``[S]``; unused slots are False."""
+        value, index = logits.max(dim=1)
+        index = index + self.first_row
+        if self.tp_group.size() > 1:
+            pair = torch.stack([value.double(), index.double()])
+            pairs = [torch.empty_like(pair) for _ in range(self.tp_group.size())]
+            torch.distributed.all_gather(pairs, pair, group=self.tp_group)
+            values, indices = torch.stack(pairs).unbind(1)
+            best = values.argmax(dim=0, keepdim=True)
+            index = indices.gather(0, best).squeeze(0).long()
+        return index == labels
+
+
+class MaskedHeads(MegatronModule):
+    """MLM head for texts and captions, MIM head for images (untied, as BEiT-3; the paper is silent)."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
+        super().__init__(config=config)
+        self.text = VocabHead(config, model.vocab_size)
+        self.image = VocabHead(config, model.visual_vocab_size)
+
+    def forward(
+        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Losses and correctness of every predicted slot of the whole micro-batch.
+
+        Args:
+            hidden: the local stream ``[T, 1, D]`` after the last LayerNorm.
+            batch: positions ``[n, M]`` within a sample and labels ``[n, M]`` (-100 where unused).
+            stream: the micro-batch.
+
+        Returns:
+            For each of `mlm`, `vlm_text`, `vlm_image`, `mim` that the layout has: losses ``[n * M]`` and
+            correctness ``[n * M]``, equal on all tensor-parallel ranks.
+        """
+        layout = stream.layout
+        text, image = [], []
+        if layout.texts:
+            text.append(("mlm", "texts", "text_positions", "text_labels", 0))
+        if layout.pairs:
+            text.append(("vlm_text", "pair_texts", "pair_text_positions", "pair_text_labels", 0))
+            # Positions count patches; [I_CLS] stands before them.
+            image.append(("vlm_image", "pair_images", "pair_image_positions", "pair_image_codes", 1))
+        if layout.images:
+            image.append(("mim", "images", "image_positions", "image_codes", 1))
+        result = {}
+        for head, parts in ((self.text, text), (self.image, image)):
+            if parts:
+                result.update(_apply(head, parts, hidden, batch, stream))
+        return result
+
+
+def _apply(
+    head: VocabHead,
+    parts: Sequence[tuple[str, str, str, str, int]],
+    hidden: Tensor,
+    batch: Mapping[str, Tensor],
+    stream: StreamBatch,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """One matmul for all parts of a head; rows of a gathered tensor come rank by rank."""
+    rows, labels, sizes = [], [], []
+    for _, segment, positions_key, labels_key, offset in parts:
+        samples = stream.layout.take(hidden.squeeze(1), segment)
+        positions = stream.share(batch[positions_key]) + offset
+        rows.append(_select(samples, positions))
+        labels.append(batch[labels_key].reshape(stream.tensor_size, -1))
+        sizes.append(rows[-1].shape[0])
+    logits = head(torch.cat(rows).unsqueeze(1))
+    target = torch.cat(labels, dim=1).reshape(-1)
+    losses = head.losses(logits, target).view(stream.tensor_size, -1).split(sizes, dim=1)
+    correct = head.correct(logits, target).view(stream.tensor_size, -1).split(sizes, dim=1)
+    return {
+        name: (loss.reshape(-1), hit.reshape(-1))
+        for (name, *_), loss, hit in zip(parts, losses, correct)
+    }
+
+
+def _select(samples: Tensor, positions: Tensor) -> Tensor:
+    """Rows of ``[n, L, D]`` at positions ``[n, M]``: ``[n * M, D]``."""
+    n, length, width = samples.shape
+    start = torch.arange(n, device=positions.device).unsqueeze(1) * length
+    return samples.reshape(n * length, width).index_select(0, (positions + start).reshape(-1))

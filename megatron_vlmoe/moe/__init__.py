@@ -1,0 +1,1 @@
+"""Mixture-of-experts building blocks: routing, auxiliary losses, dispatch and experts."""

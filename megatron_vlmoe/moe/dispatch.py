@@ -1,0 +1,215 @@
+"""Token dispatch: three ways to bring tokens to experts and back, with equal results.
+
+Letters: T tokens of a pool on this rank, D width, E experts of a pool, C slots per expert, K experts per
+token, L experts of a pool on one rank (E / EP), S = E * C slots.
+
+Each dispatcher maps the tokens of all pools to the gated sum of their experts' outputs; tokens that are
+dropped come back as zero. Expert numbers inside a transfer are rank-major (all pools of rank 0, of rank 1,
+...) and exist only here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Sequence
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch import Tensor
+
+from megatron_vlmoe.config.block_plan import Branch
+from megatron_vlmoe.moe.experts import PooledExperts
+from megatron_vlmoe.moe.router import PoolRouting
+
+
+class Dispatcher(Protocol):
+    """Sends tokens to experts and combines what comes back."""
+
+    def __call__(
+        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
+    ) -> list[Tensor]:
+        """Gated expert outputs ``[T, D]`` of every pool for its tokens ``[T, D]``."""
+        ...
+
+
+class FixedCapacityDispatcher:
+    """Static shapes: every expert computes C rows per source rank, filled or not; no host synchronization.
+
+    One send buffer ``[EP, R, D]`` holds, for each destination rank, the slots of its experts of every pool;
+    one equal-split all-to-all carries it there and one brings the results back.
+    """
+
+    def __init__(self, pg_collection: ProcessGroupCollection) -> None:
+        self.ep_group = pg_collection.ep
+        self.ep_size = pg_collection.ep.size()
+
+    def __call__(
+        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
+    ) -> list[Tensor]:
+        """See :class:`Dispatcher`."""
+        rows = [_fill_slots(tokens, routing) for tokens, routing in zip(inputs, routings)]
+        received = self._exchange(rows, routings)
+        outputs = []
+        for part, routing in zip(received, routings):
+            pool = experts.pool(routing.pool.name)
+            local, capacity = pool.num_local_experts, routing.capacity
+            # [EP, L, C, D] -> [L, EP * C, D]: an expert's rows from all source ranks together.
+            by_expert = part.view(self.ep_size, local, capacity, -1).transpose(0, 1)
+            result = pool.forward_batched(by_expert.reshape(local, self.ep_size * capacity, -1))
+            back = result.view(local, self.ep_size, capacity, -1).transpose(0, 1)
+            outputs.append(back.reshape(self.ep_size, local * capacity, -1))
+        returned = self._exchange(outputs, routings)
+        return [
+            _combine_slots(part.reshape(-1, part.shape[-1]), routing)
+            for part, routing in zip(returned, routings)
+        ]
+
+    def _exchange(self, parts: Sequence[Tensor], routings: Sequence[PoolRouting]) -> list[Tensor]:
+        """One all-to-all of every pool's slots, grouped by the rank on the other side."""
+        by_rank = [part.reshape(self.ep_size, -1, part.shape[-1]) for part in parts]
+        if self.ep_size == 1:
+            return by_rank
+        sizes = [part.shape[1] for part in by_rank]
+        buffer = torch.cat(by_rank, dim=1)
+        received = all_to_all(self.ep_group, buffer.flatten(0, 1)).view_as(buffer)
+        return list(received.split(sizes, dim=1))
+
+
+class TokenAllToAllDispatcher:
+    """megatron-core's all-to-all of as many rows as there are; serves `alltoall` and `dropless`.
+
+    Args:
+        token_dispatcher: the MoE layer's own megatron-core dispatcher.
+        pools: pools of the block.
+        ep_size: expert-parallel size.
+    """
+
+    def __init__(
+        self, token_dispatcher: MoETokenDispatcher, pools: Sequence[Branch], ep_size: int
+    ) -> None:
+        # Untyped: megatron-core's base class does not declare the methods of its subclasses.
+        self.transport: Any = token_dispatcher
+        self.ep_size = ep_size
+        self.pools = tuple(pools)
+        self.local = [pool.num_experts // ep_size for pool in pools]
+
+    def __call__(
+        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
+    ) -> list[Tensor]:
+        """See :class:`Dispatcher`."""
+        tokens = torch.cat(list(inputs)).unsqueeze(1)
+        routing_map, probs = self._union(routings)
+        rows, probs = self.transport.dispatch_preprocess(tokens, routing_map, probs)
+        rows, probs = self.transport.token_dispatch(rows, probs)
+        rows, counts, probs = self.transport.dispatch_postprocess(rows, probs)
+        outputs = []
+        counts_by_pool = counts.split(self.local)
+        row_counts = [int(part.sum()) for part in counts_by_pool]
+        for pool, part, pool_counts in zip(self.pools, rows.split(row_counts), counts_by_pool):
+            outputs.append(experts.pool(pool.name).forward_grouped(part, pool_counts))
+        result = torch.cat(outputs) * probs.unsqueeze(-1).to(rows.dtype)
+        result = self.transport.combine_preprocess(result)
+        result = self.transport.token_combine(result)
+        combined = self.transport.combine_postprocess(result).squeeze(1)
+        return list(combined.split([len(part) for part in inputs]))
+
+    def _union(self, routings: Sequence[PoolRouting]) -> tuple[Tensor, Tensor]:
+        """Routing map and gates of all tokens over all experts in rank-major order ``[sum T, sum E]``."""
+        width = sum(self.local) * self.ep_size
+        maps, probs, offset = [], [], 0
+        for routing, local in zip(routings, self.local):
+            rank = torch.div(routing.expert, local, rounding_mode="floor")
+            column = rank * sum(self.local) + offset + routing.expert % local
+            offset += local
+            kept = routing.kept
+            gate = torch.where(kept, routing.gate, torch.zeros_like(routing.gate))
+            empty = gate.new_zeros(gate.shape[0], width)
+            probs.append(empty.scatter(1, column, gate))
+            maps.append(
+                torch.zeros_like(empty, dtype=torch.bool).scatter(1, column, kept)
+            )
+        return torch.cat(maps), torch.cat(probs)
+
+
+def _fill_slots(tokens: Tensor, routing: PoolRouting) -> Tensor:
+    """Copies kept tokens ``[T, D]`` into slots ``[S, D]``; unfilled slots are zero."""
+    slots = routing.slots
+    assert slots is not None
+    return _FillSlots.apply(
+        tokens, slots.slot_token, slots.slot_filled, slots.token_slot, slots.token_kept
+    )
+
+
+def _combine_slots(rows: Tensor, routing: PoolRouting) -> Tensor:
+    """Sums each token's kept slots weighted by its gates: ``[S, D]`` to ``[T, D]``."""
+    slots = routing.slots
+    assert slots is not None
+    return _CombineSlots.apply(
+        rows,
+        routing.gate,
+        slots.slot_token,
+        slots.slot_choice,
+        slots.slot_filled,
+        slots.token_slot,
+        slots.token_kept,
+    )
+
+
+class _FillSlots(torch.autograd.Function):
+    """A gather in both directions: no atomics, so the gradient is deterministic."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, tokens: Tensor, slot_token: Tensor, filled: Tensor, token_slot: Tensor, kept: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(token_slot, kept)
+        rows = tokens.index_select(0, slot_token)
+        return rows.mul_(filled.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        token_slot, kept = ctx.saved_tensors
+        grad = torch.zeros((), device=grad_rows.device)
+        for choice in range(token_slot.shape[1]):
+            part = grad_rows.index_select(0, token_slot[:, choice])
+            part.mul_(kept[:, choice].unsqueeze(1))
+            grad = part if choice == 0 else grad + part
+        return grad, None, None, None, None
+
+
+class _CombineSlots(torch.autograd.Function):
+    """Weighted sum over a token's slots; both gradients are gathers."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: Tensor,
+        gate: Tensor,
+        slot_token: Tensor,
+        slot_choice: Tensor,
+        filled: Tensor,
+        token_slot: Tensor,
+        kept: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, gate, slot_token, slot_choice, filled, token_slot, kept)
+        weight = (gate * kept).to(rows.dtype)
+        total = torch.zeros((), device=rows.device)
+        for choice in range(token_slot.shape[1]):
+            part = rows.index_select(0, token_slot[:, choice])
+            part.mul_(weight[:, choice].unsqueeze(1))
+            total = part if choice == 0 else total + part
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        rows, gate, slot_token, slot_choice, filled, token_slot, kept = ctx.saved_tensors
+        grad_rows = grad.index_select(0, slot_token)
+        weight = gate[slot_token, slot_choice] * filled
+        grad_rows.mul_(weight.unsqueeze(1).to(grad_rows.dtype))
+        columns = []
+        for choice in range(token_slot.shape[1]):
+            picked = rows.index_select(0, token_slot[:, choice])
+            columns.append((picked.mul_(grad)).sum(dim=1, dtype=gate.dtype))
+        grad_gate = torch.stack(columns, dim=1) * kept
+        return grad_rows, grad_gate, None, None, None, None, None

@@ -1,0 +1,174 @@
+"""Pools of expert FFNs, held as batched weights so that one matmul serves all experts of a rank.
+
+Letters: E experts of a pool on this rank, F inner width, D width, R rows per expert, N rows in total.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_vlmoe.config.block_plan import Branch
+
+GROUPED_MM_DTYPES = (torch.bfloat16,)
+
+
+class ExpertPool(nn.Module):
+    """The experts of one pool that this rank owns: ``e(x) = W2 gelu(W1 x + b1) + b2`` (paper section 3.2).
+
+    Parameters are ``weight1 [E, F, D]``, ``bias1 [E, F]``, ``weight2 [E, D, F]``, ``bias2 [E, D]``; their
+    global first axis is the expert number of the pool, sharded over expert parallel ranks.
+
+    Args:
+        num_experts: experts of the pool over all ranks.
+        config: megatron-core configuration (`hidden_size`, `moe_ffn_hidden_size`, `params_dtype`).
+        pg_collection: groups `ep` and `expt_dp`.
+    """
+
+    def __init__(
+        self, num_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__()
+        self.ep_size = pg_collection.ep.size()
+        self.ep_rank = pg_collection.ep.rank()
+        self.replica = pg_collection.expt_dp.rank()
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // self.ep_size
+        local, hidden, inner = (
+            self.num_local_experts,
+            config.hidden_size,
+            config.moe_ffn_hidden_size,
+        )
+        assert inner is not None
+        shapes = {
+            "weight1": (local, inner, hidden),
+            "bias1": (local, inner),
+            "weight2": (local, hidden, inner),
+            "bias2": (local, hidden),
+        }
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+            # Always reduced over the expert-data-parallel group, also with EP = 1: with TP > 1 the replicas
+            # on other TP ranks see other tokens, and megatron-core would otherwise let them drift apart.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # Not a duplicate of TP rank 0's: the gradient norm must count it on every rank that owns it.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim = 0  # type: ignore[attr-defined]
+            parameter.partition_stride = 1  # type: ignore[attr-defined]
+            self.register_parameter(name, parameter)
+
+    def forward_batched(self, rows: Tensor) -> Tensor:
+        """All experts at once: ``[E, R, D]`` to ``[E, R, D]``."""
+        hidden = torch.baddbmm(self.bias1.unsqueeze(1), rows, self.weight1.transpose(1, 2))
+        hidden = F.gelu(hidden)
+        return torch.baddbmm(self.bias2.unsqueeze(1), hidden, self.weight2.transpose(1, 2))
+
+    def forward_grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows sorted by expert, ``counts [E]`` of them each: ``[N, D]`` to ``[N, D]``."""
+        expert = torch.repeat_interleave(
+            torch.arange(self.num_local_experts, device=rows.device),
+            counts.to(rows.device),
+            output_size=rows.shape[0],
+        )
+        hidden = grouped_matmul(rows, self.weight1, counts) + self.bias1[expert]
+        hidden = F.gelu(hidden)
+        return grouped_matmul(hidden, self.weight2, counts) + self.bias2[expert]
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Sequence[tuple[int, int, int]] = (),
+        metadata: Optional[dict] = None,
+    ) -> ShardedStateDict:
+        """Every parameter as a shard of axis 0 over expert parallel ranks."""
+        shards = {}
+        offset = len(sharded_offsets)
+        for name, parameter in self.named_parameters():
+            shards[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                parameter,
+                *sharded_offsets,
+                (offset, self.ep_rank, self.ep_size),
+                replica_id=(0, 0, self.replica),
+                prepend_axis_num=offset,
+            )
+        return shards
+
+
+def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """``rows[i] @ weight[expert of i].T`` for rows ``[N, K]`` sorted by expert, weight ``[E, M, K]``.
+
+    Uses torch's grouped kernel where it exists for the dtype, else one matmul per expert.
+    """
+    if rows.dtype in GROUPED_MM_DTYPES and hasattr(F, "grouped_mm") and rows.shape[0] > 0:
+        offsets = counts.to(rows.device).cumsum(0).to(torch.int32)
+        return _ContiguousGrad.apply(F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets))
+    parts = [
+        part @ weight[index].T for index, part in enumerate(rows.split(counts.tolist(), dim=0))
+    ]
+    return torch.cat(parts, dim=0)
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity whose backward makes the gradient contiguous, which the grouped kernel's backward needs."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:  # type: ignore[override]
+        return value
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
+
+
+class PooledExperts(MegatronModule):
+    """The experts of every pool of one MoE block, by pool name (the `experts` spec of the MoE layer).
+
+    Args:
+        num_local_experts: experts on this rank over all pools (megatron-core's argument).
+        config: megatron-core configuration.
+        pg_collection: groups `ep` and `expt_dp`.
+        pools: the pools of the block.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        pools: Sequence[Branch] = (),
+    ) -> None:
+        super().__init__(config=config)
+        for pool in pools:
+            self.add_module(pool.name, ExpertPool(pool.num_experts, config, pg_collection))
+        owned = sum(self.pool(pool.name).num_local_experts for pool in pools)
+        if owned != num_local_experts:
+            raise ValueError(
+                f"{owned} experts on this rank, megatron-core expects {num_local_experts}"
+            )
+
+    def pool(self, name: str) -> ExpertPool:
+        """One pool's experts."""
+        module = self.get_submodule(name)
+        assert isinstance(module, ExpertPool)
+        return module
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Sequence[tuple[int, int, int]] = (),
+        metadata: Optional[dict] = None,
+    ) -> ShardedStateDict:
+        """The shards of all pools under ``{prefix}{pool}.``."""
+        shards = {}
+        for name, pool in self.named_children():
+            assert isinstance(pool, ExpertPool)
+            shards.update(pool.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return shards

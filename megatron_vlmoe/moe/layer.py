@@ -1,0 +1,92 @@
+"""The MoE layer of one block: routers, dispatch and the expert pools of all its modalities."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, Sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vlmoe.config.block_plan import BlockPlan
+from megatron_vlmoe.config.schema import MoEConfig
+from megatron_vlmoe.moe.dispatch import (
+    Dispatcher,
+    FixedCapacityDispatcher,
+    TokenAllToAllDispatcher,
+)
+from megatron_vlmoe.moe.experts import PooledExperts
+from megatron_vlmoe.moe.router import ModalityRouter
+from megatron_vlmoe.moe.stream_batch import StreamBatch
+
+
+def moe_submodules(plan: BlockPlan, moe: MoEConfig) -> MoESubmodules:
+    """The spec of a block's MoE layer: swap the router or the experts here."""
+    return MoESubmodules(
+        experts=ModuleSpec(module=PooledExperts, params={"pools": plan.pools}),
+        router=functools.partial(ModalityRouter, plan=plan, moe=moe),
+    )
+
+
+class ModalityMoELayer(MoELayer):
+    """A megatron-core MoE layer over several pools, each with its own router and tokens.
+
+    Args:
+        config: megatron-core configuration of the model.
+        submodules: router and experts.
+        plan: the block's branches.
+        moe: routing options.
+        pg_collection: process groups; None takes megatron-core's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules,
+        plan: BlockPlan,
+        moe: MoEConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        # The union of this block's pools is what megatron-core's dispatcher counts; it differs by block.
+        block_config = copy.copy(config)
+        block_config.num_moe_experts = sum(pool.num_experts for pool in plan.pools)
+        groups = pg_collection or get_default_pg_collection()
+        super().__init__(
+            config=block_config,
+            submodules=submodules,
+            layer_number=plan.layer_number,
+            pg_collection=groups,
+        )
+        self.moe = moe
+        self.plan = plan
+        self.fixed_capacity = FixedCapacityDispatcher(groups)
+        self.token_all_to_all = TokenAllToAllDispatcher(
+            self.token_dispatcher, plan.pools, groups.ep.size()
+        )
+
+    def capacity_factor(self) -> float:
+        """The capacity factor of this mode; 0 or less drops nothing."""
+        if self.moe.dispatcher == "dropless":
+            return 0.0
+        return self.moe.capacity_factor if self.training else self.moe.eval_capacity_factor
+
+    def _dispatcher(self, capacity_factor: float) -> Dispatcher:
+        if capacity_factor <= 0.0 or self.moe.dispatcher != "fixed_capacity":
+            return self.token_all_to_all
+        return self.fixed_capacity
+
+    def forward(  # type: ignore[override]
+        self, inputs: Sequence[Tensor], stream: StreamBatch
+    ) -> list[Tensor]:
+        """Outputs ``[T, 1, D]`` of every pool for its tokens ``[T, 1, D]``."""
+        flat = [tokens.flatten(0, 1) for tokens in inputs]
+        capacity_factor = self.capacity_factor()
+        router: Any = self.router
+        routings = router(flat, stream, capacity_factor)
+        outputs = self._dispatcher(capacity_factor)(flat, routings, self.experts)
+        return [output.unsqueeze(1) for output in outputs]

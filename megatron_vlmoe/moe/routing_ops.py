@@ -1,0 +1,212 @@
+"""Token-to-expert assignment: top-k choice, expert capacity and Batch Priority Routing.
+
+Everything here is integer bookkeeping without host synchronisation: output shapes depend on the
+input shapes only, so the functions can run inside a CUDA graph.
+
+Letters in shapes: T tokens, E experts, K choices per token, C capacity (slots per expert).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SlotRouting:
+    """Which token fills which expert slot, seen from both sides.
+
+    Slots are numbered `expert * C + position`; an expert's slots are filled from position 0 on.
+    """
+
+    slot_token: Tensor
+    """[E*C] int64: the token in each slot; 0 where unfilled."""
+    slot_choice: Tensor
+    """[E*C] int64: which of the token's K choices this slot serves; 0 where unfilled."""
+    slot_filled: Tensor
+    """[E*C] bool."""
+    token_slot: Tensor
+    """[T, K] int64: the slot of each choice; 0 where dropped or masked."""
+    token_kept: Tensor
+    """[T, K] bool: False where dropped or masked."""
+    load: Tensor
+    """[E] int64: choices of unmasked tokens per expert, before dropping."""
+
+
+def expert_capacity(
+    num_tokens: int, num_experts: int, k: int, capacity_factor: float, multiple_of: int = 1
+) -> int:
+    """Slots per expert: `max(1, min(T, ceil(T * k * capacity_factor / E)))`, in floating point.
+
+    The ceiling is rounded up to `multiple_of` before the minimum with T, so a result is not a
+    multiple where T cuts it short. A factor <= 0 means that no token may be dropped: returns T.
+
+    Raises:
+        ValueError: for negative or zero counts, or a factor that is not finite.
+    """
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
+    if not math.isfinite(capacity_factor):
+        raise ValueError(f"capacity_factor must be finite, got {capacity_factor}")
+    check_top_k(k, num_experts)
+    if capacity_factor <= 0:
+        return num_tokens
+    capacity = math.ceil(num_tokens * k * capacity_factor / num_experts)
+    capacity = math.ceil(capacity / multiple_of) * multiple_of
+    return max(1, min(num_tokens, capacity))
+
+
+def top_k_experts(gates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest gates of each token in falling order; ties go to the lower expert.
+
+    Args:
+        gates: [T, E] gates or logits.
+
+    Returns:
+        gate [T, K], differentiable with respect to `gates`, and expert [T, K] int64, distinct
+        within a token.
+
+    Raises:
+        ValueError: if k is not in 1..E.
+    """
+    check_matrix("gates", gates)
+    check_top_k(k, gates.shape[1])
+    # torch.max documents that it returns the first maximum; torch.topk promises no order of ties.
+    # For the few choices in use, repeated maxima are also much cheaper than a stable row sort.
+    remaining = gates.detach()
+    if k > 1:
+        # A chosen expert is marked with -inf, which must lie below everything still to choose.
+        remaining = remaining.clamp(min=torch.finfo(gates.dtype).min)
+    choices = []
+    for choice in range(k):
+        chosen = remaining.max(dim=1, keepdim=True).indices
+        choices.append(chosen)
+        if choice + 1 < k:
+            remaining = remaining.scatter(1, chosen, -math.inf)
+    expert = choices[0] if k == 1 else torch.cat(choices, dim=1)
+    return gates.gather(1, expert), expert
+
+
+@torch.no_grad()
+def route_slots(
+    gate: Tensor,
+    expert: Tensor,
+    num_experts: int,
+    capacity: int,
+    mask: Tensor | None = None,
+    batch_priority: bool = True,
+) -> SlotRouting:
+    """Give the choices of all tokens to expert slots until each expert has C tokens.
+
+    Batch Priority Routing (V-MoE, arXiv 2106.05974, section 4): tokens are served in falling
+    order of their largest gate, ties by token index; all first choices come before all second
+    choices, which follow in the same token order. A choice that finds its expert full is dropped
+    and not routed elsewhere. A NaN gate counts as the lowest priority.
+
+    Args:
+        gate: [T, K] gates of the choices, the largest first (as `top_k_experts` returns them).
+        expert: [T, K] int64, distinct within a token.
+        mask: [T] bool; tokens with False take no slot and are not counted.
+        batch_priority: False serves the tokens in index order instead.
+
+    Raises:
+        ValueError: on shapes that do not fit or a negative capacity.
+    """
+    check_matrix("gate", gate)
+    if expert.shape != gate.shape:
+        raise ValueError(
+            f"expert {list(expert.shape)} and gate {list(gate.shape)} must have one shape"
+        )
+    check_mask(mask, gate.shape[0])
+    if capacity < 0:
+        raise ValueError(f"capacity must be at least 0, got {capacity}")
+    num_tokens, k = expert.shape
+    num_assignments = num_tokens * k
+    device = expert.device
+
+    served_token = torch.arange(num_tokens, device=device)
+    if batch_priority:
+        priority = torch.nan_to_num(gate[:, 0], nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        served_token = torch.sort(priority, descending=True, stable=True).indices
+    # Assignments are numbered choice * T + token; `queue` lists them in the order of service.
+    choice_start = torch.arange(k, device=device)[:, None] * num_tokens
+    queue = (choice_start + served_token).flatten()
+
+    # Masked tokens go to a virtual expert E behind the real ones. A 32-bit key halves the radix
+    # sort's passes on CUDA.
+    key = expert.to(torch.int32)
+    if mask is not None:
+        key = key.masked_fill(~mask[:, None], num_experts)
+    sorted_key, order = torch.sort(key.t().flatten()[queue], stable=True)
+    assignment = queue[order]
+
+    # bounds[e] = where expert e starts in the sorted list; bounds[E] = end of the last real one.
+    experts = torch.arange(num_experts + 1, dtype=torch.int32, device=device)
+    bounds = torch.searchsorted(sorted_key, experts)
+    load = bounds.diff()
+
+    position = torch.arange(num_assignments, device=device) - bounds[sorted_key]
+    kept = (position < capacity) & (sorted_key < num_experts)
+    slot = torch.where(kept, sorted_key * capacity + position, -1)
+    token_slot = torch.empty_like(slot).scatter_(0, assignment, slot)
+    token_slot = token_slot.view(k, num_tokens).t().contiguous()
+
+    place = torch.arange(capacity, device=device)
+    slot_filled = place < load[:, None]
+    # Unfilled slots read the zero appended here, which also serves a batch without tokens.
+    source = torch.where(slot_filled, bounds[:-1, None] + place, num_assignments).flatten()
+    slot_assignment = torch.nn.functional.pad(assignment, (0, 1))[source]
+    return SlotRouting(
+        slot_token=slot_assignment % max(num_tokens, 1),
+        slot_choice=slot_assignment // max(num_tokens, 1),
+        slot_filled=slot_filled.flatten(),
+        token_slot=token_slot.clamp(min=0),
+        token_kept=token_slot >= 0,
+        load=load,
+    )
+
+
+def batch_priority_route(
+    gates: Tensor, k: int, capacity: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Batch Priority Routing in dense form (see `route_slots`, which it calls).
+
+    Args:
+        gates: [T, E].
+        mask: [T] bool; tokens with False are not routed and take no capacity.
+
+    Returns:
+        keep [T, E] bool and position [T, E] int64, the token's place in the expert's buffer;
+        -1 where not kept.
+
+    Raises:
+        ValueError: if k is not in 1..E, the capacity is negative or a shape does not fit.
+    """
+    gate, expert = top_k_experts(gates, k)
+    routing = route_slots(gate, expert, gates.shape[1], capacity, mask)
+    chosen_position = torch.where(routing.token_kept, routing.token_slot - expert * capacity, -1)
+    position = torch.full(gates.shape, -1, dtype=torch.int64, device=gates.device)
+    position.scatter_(1, expert, chosen_position)
+    return position >= 0, position
+
+
+def check_matrix(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {list(tensor.shape)}"
+        )
+
+
+def check_top_k(k: int, num_experts: int) -> None:
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must be in 1..{num_experts} (the number of experts), got {k}")
+
+
+def check_mask(mask: Tensor | None, num_tokens: int) -> None:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (num_tokens,)):
+        raise ValueError(f"mask must be bool [{num_tokens}], got {mask.dtype} {list(mask.shape)}")

@@ -1,0 +1,108 @@
+"""What a block must know about the micro-batch besides its hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.runtime.draws import DrawKey
+
+
+@dataclass(frozen=True, eq=False)
+class StreamBatch:
+    """Layout, padding and random key of one micro-batch on one tensor-parallel rank.
+
+    Args:
+        layout: this rank's share of the micro-batch.
+        tensor_rank: tensor-parallel rank.
+        tensor_size: tensor-parallel size; samples of rank r are the r-th part of each segment.
+        pair_lengths: tokens of every caption of the whole micro-batch ``[n]``, special tokens included.
+        key: names the micro-batch for random draws; None draws nothing.
+        text_documents: document number of every token of every text ``[n, L]``, to restart attention.
+    """
+
+    layout: StreamLayout
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    pair_lengths: Optional[Tensor] = None
+    key: Optional[DrawKey] = None
+    text_documents: Optional[Tensor] = None
+
+    def share(self, samples: Tensor) -> Tensor:
+        """This rank's part of a tensor over the samples of the whole micro-batch."""
+        return samples.chunk(self.tensor_size, dim=0)[self.tensor_rank] if len(samples) else samples
+
+    def caption_mask(self) -> Tensor:
+        """True where a caption slot holds a token: ``[n, L]`` over the whole micro-batch."""
+        assert self.pair_lengths is not None
+        slots = torch.arange(self.layout.pair_text_length, device=self.pair_lengths.device)
+        return slots < self.pair_lengths.unsqueeze(1)
+
+    def token_mask(self, segments: Sequence[str], device: torch.device) -> Optional[Tensor]:
+        """True for tokens that are not padding, over this rank's tokens of the segments; None if all are."""
+        if "pair_texts" not in segments or self.layout.pairs == 0 or self.pair_lengths is None:
+            return None
+        parts = []
+        for segment in segments:
+            if segment == "pair_texts":
+                parts.append(self.share(self.caption_mask()).reshape(-1))
+            else:
+                parts.append(torch.ones(self.layout.size(segment), dtype=torch.bool, device=device))
+        return torch.cat(parts)
+
+    def normal(
+        self,
+        layer_number: int,
+        purpose: str,
+        segments: Sequence[str],
+        width: int,
+        device: torch.device,
+    ) -> Optional[Tensor]:
+        """Standard normal draws for this rank's tokens of the segments: ``[T, width]`` in fp32.
+
+        The draw covers the whole micro-batch, so every layout takes its share of the same numbers.
+        """
+        if self.key is None:
+            return None
+        generator = self.key.generator(layer_number, purpose, device)
+        parts = []
+        for segment in segments:
+            shape = (
+                self.layout.count(segment) * self.tensor_size,
+                self.layout.length(segment),
+                width,
+            )
+            whole = torch.empty(shape, device=device).normal_(generator=generator)
+            parts.append(self.share(whole).reshape(-1, width))
+        return torch.cat(parts)
+
+    def keep_scale(
+        self, layer_number: int, purpose: str, drop_rate: float, device: torch.device
+    ) -> Optional[Tensor]:
+        """Stochastic depth: 0 for dropped samples, 1 / (1 - rate) for others, per token ``[T, 1, 1]``.
+
+        The two halves of a pair share one draw. None if nothing is dropped.
+        """
+        if self.key is None or drop_rate <= 0.0:
+            return None
+        generator = self.key.generator(layer_number, purpose, device)
+        scale: dict[str, Tensor] = {}
+        for name in ("texts", "pairs", "images"):
+            count = getattr(self.layout, name) * self.tensor_size
+            uniform = torch.empty(count, device=device).uniform_(generator=generator)
+            scale[name] = self.share((uniform >= drop_rate) / (1.0 - drop_rate))
+        order = (
+            ("texts", "texts"),
+            ("pairs", "pair_texts"),
+            ("pairs", "pair_images"),
+            ("images", "images"),
+        )
+        parts = [
+            scale[samples].unsqueeze(1).expand(-1, self.layout.length(segment)).reshape(-1)
+            for samples, segment in order
+        ]
+        return torch.cat(parts).view(-1, 1, 1)

@@ -1,0 +1,1 @@
+"""Masked data modelling objectives and their total."""

@@ -1,0 +1,186 @@
+"""Lets megatron-core 0.16.1 run on CPU over gloo.
+
+megatron-core places tensors on ``torch.cuda.current_device()``, uses CUDA streams and events, and compares
+tensor types with CUDA spellings. :func:`install_cpu_runtime` replaces exactly those symbols. It must be called
+explicitly (the entry point and the test helpers do), does nothing where CUDA is present, and fails loudly
+when a symbol that it replaces is gone, which is what an incompatible megatron-core looks like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from typing import Any, Callable, Iterator
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Factories that megatron-core calls with device="cuda" or device=torch.cuda.current_device().
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
+
+
+class _InertStream:
+    """Stands for a CUDA stream: every operation is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = CPU
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: object = None) -> _InertEvent:
+        """An event that has already happened."""
+        return _InertEvent()
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+
+class _InertEvent:
+    """Stands for a CUDA event."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        """Nothing to record."""
+
+    def wait(self, stream: object = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """The event has happened."""
+        return True
+
+
+@contextlib.contextmanager
+def _inert_context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        where = getattr(owner, "__name__", repr(owner))
+        raise RuntimeError(
+            f"the CPU runtime replaces {where}.{name}, which does not exist in this version; "
+            "it was written for megatron-core 0.16.1 and torch 2.11 to 2.13"
+        )
+    setattr(owner, name, value)
+
+
+def _is_cuda_name(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda_name(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _patch_devices() -> None:
+    for name in FACTORIES:
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    plain_to = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda_name(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda_name(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return plain_to(self, *args, **kwargs)
+
+    _replace(torch.Tensor, "to", to)
+
+
+def _patch_cuda_module() -> None:
+    cuda = torch.cuda
+    _replace(cuda, "current_device", lambda: CPU)
+    _replace(cuda, "set_device", lambda device: None)
+    _replace(cuda, "synchronize", lambda device=None: None)
+    _replace(cuda, "empty_cache", lambda: None)
+    _replace(cuda, "Stream", _InertStream)
+    _replace(cuda, "Event", _InertEvent)
+    _replace(cuda, "stream", _inert_context)
+    shared = _InertStream()
+    _replace(cuda, "current_stream", lambda device=None: shared)
+    _replace(cuda, "default_stream", lambda device=None: shared)
+    _replace(cuda, "manual_seed", torch.default_generator.manual_seed)
+    _replace(cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
+    _replace(cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state))
+    _replace(cuda.nvtx, "range_push", lambda *args, **kwargs: None)
+    _replace(cuda.nvtx, "range_pop", lambda *args, **kwargs: None)
+
+
+def _patch_tensor_type() -> None:
+    # The optimizers compare param.type() with 'torch.cuda.FloatTensor'; only they get that spelling.
+    plain_type = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        value = plain_type(self, *args, **kwargs)
+        if args or kwargs or not isinstance(value, str):
+            return value
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("megatron.core") and not value.startswith("torch.cuda"):
+            return value.replace("torch.", "torch.cuda.", 1)
+        return value
+
+    _replace(torch.Tensor, "type", tensor_type)
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(
+        random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
+    )
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # The original converts CUDA tensors only, but all_to_all_single wants numpy splits on CPU too.
+        if torch.is_tensor(tensor) and as_numpy:
+            return tensor.numpy()
+        return tensor
+
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
+
+
+def install_cpu_runtime() -> bool:
+    """Installs the CPU runtime in this process, once.
+
+    Returns:
+        True where the process now runs (or already ran) on it, False where CUDA is present and nothing was done.
+
+    Raises:
+        RuntimeError: if a replaced symbol does not exist in the installed torch or megatron-core.
+    """
+    if torch.cuda.is_available():
+        return False
+    if getattr(torch.cuda.current_device, "__module__", "") == __name__:
+        return True
+    _patch_cuda_module()
+    _patch_devices()
+    _patch_tensor_type()
+    _patch_megatron()
+    return True

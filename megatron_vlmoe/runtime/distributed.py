@@ -1,0 +1,190 @@
+"""Process groups, device and ranks of this process."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_vlmoe.config.schema import ConfigError, ParallelConfig
+from megatron_vlmoe.runtime.adam import install_adam
+from megatron_vlmoe.runtime.cpu import install_cpu_runtime
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands in the layout (rank order tp-cp-ep-dp-pp).
+
+    Args:
+        rank: rank in the world.
+        world_size: processes.
+        local_rank: rank on this machine.
+        local_world_size: processes on this machine.
+        tensor: rank and size along TP, likewise the others.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    tensor: int
+    tensor_size: int
+    pipeline: int
+    pipeline_size: int
+    data: int
+    data_size: int
+    expert: int
+    expert_size: int
+    expert_data: int
+    expert_data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embeddings."""
+        return self.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the heads."""
+        return self.pipeline == self.pipeline_size - 1
+
+
+def device() -> torch.device:
+    """The device that this process computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def environment_world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_world(parallel: ParallelConfig, world_size: int) -> int:
+    """Data-parallel size of a layout on `world_size` ranks.
+
+    Raises:
+        ConfigError: if the sizes do not fit.
+    """
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model:
+        raise ConfigError(
+            f"{world_size} processes cannot hold parallel.tensor_model_parallel_size="
+            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size}"
+        )
+    expert = parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % expert:
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide "
+            f"the {world_size // parallel.pipeline_model_parallel_size} ranks of a pipeline stage"
+        )
+    return world_size // model
+
+
+def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False) -> Ranks:
+    """Starts torch.distributed and megatron-core's process groups.
+
+    Works alone (a single process without torchrun) and under torchrun.
+
+    Raises:
+        ConfigError: if the layout does not fit the number of processes.
+    """
+    on_cpu = install_cpu_runtime()
+    install_adam()
+    # megatron-core may only be imported after the CPU runtime is in place.
+    from megatron.core import parallel_state, tensor_parallel
+
+    check_world(parallel, environment_world_size())
+    if not dist.is_initialized():
+        if not on_cpu:
+            torch.cuda.set_device(device())
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        alone = "RANK" not in os.environ
+        store = dist.HashStore() if alone else None
+        dist.init_process_group(
+            backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            **({"store": store, "rank": 0, "world_size": 1} if alone else {}),  # type: ignore[arg-type]
+        )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=True,
+    )
+    seed_everything(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    if deterministic and not on_cpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return current_ranks()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators; the model's own draws are keyed and do not use them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def current_ranks() -> Ranks:
+    """The ranks of this process in the initialized groups."""
+    from megatron.core import parallel_state as ps
+
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+        tensor=ps.get_tensor_model_parallel_rank(),
+        tensor_size=ps.get_tensor_model_parallel_world_size(),
+        pipeline=ps.get_pipeline_model_parallel_rank(),
+        pipeline_size=ps.get_pipeline_model_parallel_world_size(),
+        data=ps.get_data_parallel_rank(),
+        data_size=ps.get_data_parallel_world_size(),
+        expert=ps.get_expert_model_parallel_rank(),
+        expert_size=ps.get_expert_model_parallel_world_size(),
+        expert_data=ps.get_expert_data_parallel_rank(),
+        expert_data_size=ps.get_expert_data_parallel_world_size(),
+    )
+
+
+def destroy() -> None:
+    """Ends the process groups, so that another layout can be initialized in this process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process prints and writes for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank if it is true on any rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([int(flag)], device=device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

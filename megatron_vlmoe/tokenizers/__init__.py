@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece for text, VQ-KD for images."""

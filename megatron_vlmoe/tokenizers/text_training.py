@@ -1,0 +1,272 @@
+"""Training of the SentencePiece text tokenizer: a bounded, seeded sample of the input files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import sentencepiece
+
+from megatron_vlmoe.tokenizers.text import (
+    BOS_PIECE,
+    EOS_PIECE,
+    MASK_PIECE,
+    PAD_PIECE,
+    SPECIAL_PIECES,
+    UNK_PIECE,
+)
+
+MAX_SENTENCE_CHARACTERS = 1000
+"""Longer lines are cut at white space: SentencePiece silently drops lines beyond 4192 bytes."""
+
+SMALL_LEXICON = 20_000
+"""Number of distinct words up to which `whole_word_hints` are added to the sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizerTraining:
+    """What to train on and how; the same values and files give the same model, byte for byte."""
+
+    inputs: Sequence[Path]
+    """JSONL (key ``text``), captions (.json: COCO or Karpathy) or plain text (anything else)."""
+    vocab_size: int
+    """Number of pieces, the five special ones included."""
+    output_prefix: Path
+    """Writes PREFIX.model and PREFIX.vocab."""
+    character_coverage: float = 0.9995
+    """Fraction of the characters seen that get a piece; the others are unknown."""
+    byte_fallback: bool = False
+    """Spell unknown characters as UTF-8 bytes (256 more pieces) instead of ``<unk>``."""
+    max_sentences: int = 2_000_000
+    """Sample size; what bounds the memory (at most 1,000 characters each)."""
+    seed: int = 0
+    """Of the sample."""
+    num_threads: int = 1
+    """The model depends on it: sums are formed in another order."""
+
+    def validate(self) -> None:
+        """Raises ValueError on values that cannot work."""
+        if not self.inputs:
+            raise ValueError("no input files")
+        if self.vocab_size <= len(SPECIAL_PIECES):
+            raise ValueError(
+                f"vocab_size must be above {len(SPECIAL_PIECES)} (the special pieces), "
+                f"got {self.vocab_size}"
+            )
+        if not 0.0 < self.character_coverage <= 1.0:
+            raise ValueError(f"character_coverage must be in (0, 1], got {self.character_coverage}")
+        for name in ("max_sentences", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def train_text_tokenizer(training: TextTokenizerTraining) -> int:
+    """Trains a unigram model and writes PREFIX.model and PREFIX.vocab.
+
+    Returns:
+        The vocabulary size, below ``vocab_size`` where the corpus cannot fill it.
+
+    Raises:
+        ValueError: bad option, unreadable or empty input, or a corpus that SentencePiece refuses.
+    """
+    training.validate()
+    sentences = sample_sentences(
+        iterate_sentences(training.inputs), training.max_sentences, training.seed
+    )
+    if not sentences:
+        names = ", ".join(str(p) for p in training.inputs)
+        raise ValueError(f"no text to train on in {names}")
+    model = _fit(sentences + whole_word_hints(sentences), training)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = int(processor.get_piece_size())
+    vocab = "".join(
+        f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(size)
+    )
+    prefix = str(training.output_prefix)
+    # The model last: where it exists, its vocabulary listing does too.
+    _write_atomically(Path(prefix + ".vocab"), vocab.encode())
+    _write_atomically(Path(prefix + ".model"), model)
+    return size
+
+
+def _fit(sentences: list[str], training: TextTokenizerTraining) -> bytes:
+    writer = io.BytesIO()
+    sentences.reverse()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            # Handing the sample over and letting it go keeps one copy in memory instead of two.
+            sentence_iterator=(sentences.pop() for _ in range(len(sentences))),
+            model_writer=writer,
+            model_type="unigram",
+            vocab_size=training.vocab_size,
+            # Soft: a corpus too small for vocab_size gives a smaller model, not an error.
+            hard_vocab_limit=False,
+            character_coverage=training.character_coverage,
+            byte_fallback=training.byte_fallback,
+            num_threads=training.num_threads,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            bos_piece=BOS_PIECE,
+            pad_piece=PAD_PIECE,
+            eos_piece=EOS_PIECE,
+            unk_piece=UNK_PIECE,
+            # Control, not user-defined: raw text can never spell it.
+            control_symbols=[MASK_PIECE],
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explain(error, training)) from error
+    return writer.getvalue()
+
+
+def _explain(error: RuntimeError, training: TextTokenizerTraining) -> str:
+    message = str(error)
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size {training.vocab_size} is too small: the characters of the corpus and the "
+            f"special pieces alone need {found[1]} (or lower character_coverage)"
+        )
+    return f"SentencePiece cannot train on this corpus: {message.splitlines()[0]}"
+
+
+def sample_sentences(sentences: Iterable[str], max_sentences: int, seed: int) -> list[str]:
+    """A uniform sample of at most ``max_sentences`` (reservoir); all, in order, where they fit."""
+    generator = random.Random(seed)
+    sample: list[str] = []
+    for count, sentence in enumerate(sentences):
+        if count < max_sentences:
+            sample.append(sentence)
+        elif (place := generator.randrange(count + 1)) < max_sentences:
+            sample[place] = sentence
+    return sample
+
+
+def whole_word_hints(sentences: Sequence[str]) -> list[str]:
+    """Lines that make SentencePiece consider each word of a small lexicon as a piece.
+
+    Its candidates are the strings that occur in at least two different words, however often one
+    word occurs; in a small world a frequent word may occur in no other and would end in fragments.
+    With its last character doubled, a word begins a second one, at the cost of one count.
+    Large lexicons hold enough variants by themselves: no hints.
+    """
+    words: set[str] = set()
+    for sentence in sentences:
+        words.update(re.findall(r"\w+", sentence))
+        if len(words) > SMALL_LEXICON:
+            return []
+    return [word + word[-1] for word in sorted(words)]
+
+
+def iterate_sentences(paths: Sequence[Path]) -> Iterator[str]:
+    """Non-empty lines of all files, longer ones cut into at most 1,000 characters.
+
+    Raises:
+        ValueError: a file is missing, empty, no valid UTF-8 or not of its format; names file and
+            line.
+    """
+    for path in paths:
+        found = False
+        for text in _iterate_texts(path):
+            for line in text.splitlines():
+                for sentence in _cut(" ".join(line.split())):
+                    found = True
+                    yield sentence
+        if not found:
+            raise ValueError(f"{path} holds no text")
+
+
+def _cut(line: str) -> Iterator[str]:
+    while len(line) > MAX_SENTENCE_CHARACTERS:
+        end = line.rfind(" ", 0, MAX_SENTENCE_CHARACTERS + 1)
+        end = end if end > 0 else MAX_SENTENCE_CHARACTERS
+        yield line[:end]
+        line = line[end:].lstrip()
+    if line:
+        yield line
+
+
+def _iterate_texts(path: Path) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        for number, line in _iterate_lines(path):
+            if line.strip():
+                yield _text_of_record(line, f"{path}:{number}")
+    elif path.suffix == ".json":
+        yield from _iterate_captions(path)
+    else:
+        for _, line in _iterate_lines(path):
+            yield line
+
+
+def _iterate_lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}:{number}: invalid UTF-8 ({error.reason})") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+
+
+def _text_of_record(line: str, where: str) -> str:
+    match _parse_json(line, where):
+        case {"text": str(text)}:
+            return _check_unicode(text, where)
+    raise ValueError(f'{where}: expected an object with a string under "text"')
+
+
+def _iterate_captions(path: Path) -> Iterator[str]:
+    content = _parse_json("".join(line for _, line in _iterate_lines(path)), str(path))
+    try:
+        if "annotations" in content:
+            captions = [a["caption"] for a in content["annotations"]]
+        else:
+            captions = [s["raw"] for image in content["images"] for s in image["sentences"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: neither COCO captions nor a Karpathy split") from error
+    for number, caption in enumerate(captions):
+        yield _check_unicode(caption, f"{path}: caption {number}")
+
+
+def _check_unicode(text: Any, where: str) -> str:
+    # JSON escapes can spell half of a surrogate pair, which is no text.
+    try:
+        str.encode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: invalid Unicode ({error.reason})") from error
+    except TypeError as error:
+        raise ValueError(f"{where} is not a string") from error
+    return cast(str, text)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

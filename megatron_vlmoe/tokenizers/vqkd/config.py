@@ -1,0 +1,131 @@
+"""Architecture of the VQ-KD image tokenizer (BEiT v2, arXiv 2208.06366) and its two presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQKDConfig:
+    """Everything that fixes the shapes and the function of a VQ-KD model.
+
+    The defaults are the published base model: ViT-B/16 encoder, 8192 codes of 32 dimensions, a
+    three-layer decoder and CLIP features of 512 dimensions.
+    """
+
+    image_size: int = 224
+    """Side of the square input in pixels."""
+    patch_size: int = 16
+    """Side of a patch in pixels; one code per patch."""
+    width: int = 768
+    """Hidden size of the encoder and of the decoder."""
+    depth: int = 12
+    """Encoder blocks."""
+    num_heads: int = 12
+    """Attention heads of the encoder and of the decoder."""
+    mlp_ratio: float = 4.0
+    """FFN hidden size divided by `width`."""
+    decoder_depth: int = 3
+    """Decoder blocks; 0 = no decoder (inference only)."""
+    num_codes: int = 8192
+    """Codebook entries."""
+    code_dim: int = 32
+    """Dimensions of a code."""
+    teacher: str = "pixels"
+    """What the decoder regresses: `pixels`, `hf:DIR`, or the name of an imported teacher."""
+    teacher_dim: int = 512
+    """Dimensions of one target vector."""
+    commitment: float = 1.0
+    """Weight beta of the commitment loss."""
+    ema_decay: float = 0.99
+    """Decay of the codebook's and of the usage statistics' moving averages."""
+    restart_threshold: float = 0.0
+    """Codes used less than this share of the uniform share are re-seeded; 0 = never (published)."""
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from RGB in [0, 1]."""
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divides RGB after the mean; 0.5 / 0.5 maps [0, 1] to [-1, 1]."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.decoder_depth < 0:
+            raise ValueError(f"decoder_depth must not be negative, not {self.decoder_depth}")
+        if self.num_codes < 2 or self.code_dim < 2:
+            raise ValueError(
+                f"num_codes and code_dim must be at least 2, not {self.num_codes}, {self.code_dim}"
+            )
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}")
+        if not 0.0 <= self.restart_threshold < 1.0:
+            raise ValueError(f"restart_threshold must be in [0, 1), not {self.restart_threshold}")
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Codes per image, in row-major order."""
+        return self.grid**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, the inverse of `from_dict`."""
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VQKDConfig:
+        """Build from JSON values; an unknown or missing key raises ValueError naming it."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+        if unknown or missing:
+            raise ValueError(f"unknown keys {unknown}, missing keys {missing}")
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**fields)
+
+
+def pixel_teacher_dim(patch_size: int) -> int:
+    """Dimensions of the `pixels` target: three channels of a patch and one constant."""
+    return 3 * patch_size**2 + 1
+
+
+def build_preset(name: str, **overrides: Any) -> VQKDConfig:
+    """`base` (published) or `tiny` (quick start, tests), with `overrides` that are not None.
+
+    The target is set to pixels unless `teacher` / `teacher_dim` say otherwise.
+    """
+    presets: dict[str, dict[str, Any]] = {
+        "base": {},
+        "tiny": {
+            "image_size": 64,
+            "patch_size": 8,
+            "width": 64,
+            "depth": 2,
+            "num_heads": 4,
+            "decoder_depth": 1,
+            "num_codes": 256,
+            "code_dim": 16,
+            "restart_threshold": 0.3,
+        },
+    }
+    if name not in presets:
+        raise ValueError(f"no image tokenizer preset {name!r}; there are {sorted(presets)}")
+    values = presets[name] | {k: v for k, v in overrides.items() if v is not None}
+    patch_size = values.get("patch_size", VQKDConfig.patch_size)
+    values.setdefault("teacher_dim", pixel_teacher_dim(patch_size))
+    return VQKDConfig(**values)

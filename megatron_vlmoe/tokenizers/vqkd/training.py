@@ -1,0 +1,300 @@
+"""Training of the VQ-KD image tokenizer; alone or under torchrun (data parallel).
+
+Published recipe (BEiT v2, TOKENIZER.md and run_vqkd_training.py): ImageNet-1k, 100 epochs, batch
+512, AdamW (0.9, 0.99), weight decay 1e-4, crops of 0.08 to 1 of the image, flip; peak learning
+rate 5e-5 * batch / 128 after 10 epochs of linear warm-up, then a cosine down to 1e-5.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
+from megatron_vlmoe.tokenizers.vqkd.files import open_atomically, read_torch_file
+from megatron_vlmoe.tokenizers.vqkd.model import VQKD, compute_fingerprint, save_vqkd
+from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
+from megatron_vlmoe.tokenizers.vqkd.statistics import CodeStatistics, MetricsLog, RunningMeans
+from megatron_vlmoe.tokenizers.vqkd.teachers import Teacher, check_teacher
+
+STATE_FILE = "training_state.pt"
+METRICS_FILE = "metrics.jsonl"
+
+
+class CropStream(Protocol):
+    """Where the trainer gets its images; every crop is a pure function of (seed, step, slot)."""
+
+    num_images: int
+    """Images in the corpus."""
+
+    def training_batches(self, first_step: int, rank: int, world_size: int) -> Iterator[Tensor]:
+        """From a step on, this rank's share of each batch: uint8 `[n, 3, S, S]`."""
+        ...
+
+    def evaluation_batches(self) -> Iterator[Tensor]:
+        """The same whole images every time, resized: uint8 `[n, 3, S, S]`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train; the architecture is in `VQKDConfig`."""
+
+    steps: int
+    """Optimizer steps in total."""
+    batch_size: int
+    """Images per step over all ranks."""
+    lr: float
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 1e-4
+    """AdamW's, on matrices only."""
+    seed: int = 0
+    """Of the initial weights; the crops have their own copy."""
+    bf16: bool = False
+    """Encoder and decoder under bf16 autocast; quantiser and losses in fp32."""
+    log_interval: int = 20
+    """Steps between progress lines."""
+    save_interval: int = 500
+    """Steps between saves."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_interval", "save_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.lr <= 0 or self.min_lr < 0:
+            raise ValueError(f"lr must be positive, not {self.lr} (min_lr {self.min_lr})")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps must be in 0..{self.steps}, not {self.warmup_steps}")
+
+
+def published_lr(batch_size: int) -> float:
+    """Peak learning rate of the published recipe: 5e-5 * batch / 128."""
+    return 5e-5 * batch_size / 128
+
+
+def learning_rate(step: int, options: TrainingOptions) -> float:
+    """Rate of step `step` (0-based): linear warm-up, then a cosine that ends at `min_lr`."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    decay_steps = max(1, options.steps - 1 - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps) / decay_steps)
+    floor = min(options.min_lr, options.lr)
+    return floor + 0.5 * (options.lr - floor) * (1.0 + math.cos(math.pi * progress))
+
+
+def build_model(config: VQKDConfig, seed: int) -> VQKD:
+    """A model whose initial weights depend on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VQKD(config)
+
+
+def build_optimizer(model: VQKD, options: TrainingOptions) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices, not on biases, norms, cls token and positions."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_table = name.endswith(("cls_token", "pos_embed"))
+        (free if parameter.dim() < 2 or is_table else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), eps=1e-8)
+
+
+class Trainer:
+    """One training run in `folder`; continues an interrupted run of the same identity."""
+
+    def __init__(
+        self,
+        config: VQKDConfig,
+        options: TrainingOptions,
+        *,
+        teacher: Teacher,
+        crops: CropStream,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        check_teacher(teacher, config)
+        self.rank = distributed.get_rank() if is_distributed() else 0
+        self.world_size = distributed.get_world_size() if is_distributed() else 1
+        if options.batch_size % self.world_size:
+            raise ValueError(
+                f"batch size {options.batch_size} does not divide by {self.world_size} processes"
+            )
+        self.options = options
+        self.teacher = teacher
+        self.crops = crops
+        self.folder = folder
+        self.device = device
+        self.model = build_model(config, options.seed).to(device)
+        self.optimizer = build_optimizer(self.model, options)
+        self.step = 0
+        self.identity = {
+            "model": config.to_dict(),
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "num_images": crops.num_images,
+        }
+
+    def run(self) -> str:
+        """Train to the last step, save, and return the tokenizer's fingerprint.
+
+        Raises ValueError (one line) if the folder holds another run or the loss is not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        log = MetricsLog(self.folder / METRICS_FILE, first_step=self.step, active=self.rank == 0)
+        if self.step < self.options.steps:
+            self._train(log)
+        fingerprint = compute_fingerprint(self.model)
+        log.say(f"image tokenizer {self.folder}: {self.step} steps, fingerprint {fingerprint[:16]}")
+        return fingerprint
+
+    def _train(self, log: MetricsLog) -> None:
+        options = self.options
+        batches = self.crops.training_batches(self.step, self.rank, self.world_size)
+        wrapped = self._wrap()
+        means, statistics = RunningMeans(), CodeStatistics(self.model.config.num_codes)
+        started, first = time.perf_counter(), self.step
+        for images in batches:
+            pixels = self._to_pixels(images)
+            if self.step == 0:
+                self._place_codes(pixels)
+                log.write(0, self.evaluate())
+            losses, codes = self._training_step(wrapped, pixels)
+            means.add(losses)
+            statistics.add(codes)
+            if self.step % options.log_interval == 0 or self.step == options.steps:
+                values = self._reduced(means) | statistics.reduced()
+                values["learning_rate"] = learning_rate(self.step - 1, options)
+                rate = (self.step - first) * options.batch_size / (time.perf_counter() - started)
+                log.write(self.step, values | {"images_per_second": rate}, total=options.steps)
+                means, statistics = RunningMeans(), CodeStatistics(self.model.config.num_codes)
+                started, first = time.perf_counter(), self.step
+            if self.step == options.steps:
+                log.write(self.step, self.evaluate())
+            if self.step % options.save_interval == 0 or self.step == options.steps:
+                self.save()
+            if self.step == options.steps:
+                return
+        raise ValueError(f"the images ended before step {options.steps}")
+
+    def _training_step(
+        self, wrapped: nn.Module, pixels: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; the losses by name, and the codes `[n, L]`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.options)
+        with self._autocast():
+            losses = wrapped(pixels, self.teacher(pixels))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        self.optimizer.step()
+        self.step += 1
+        named = {
+            "loss/total": losses.total.detach(),
+            "loss/cosine": losses.cosine.detach(),
+            "loss/commitment": losses.commitment.detach(),
+        }
+        return named, losses.codes
+
+    def _place_codes(self, pixels: Tensor) -> None:
+        """K-means on the first batch, before step 0 is evaluated."""
+        self.model.train()
+        with torch.no_grad(), self._autocast():
+            vectors = self.model.project(pixels).flatten(0, 1)
+        self.model.quantizer.initialize(nn.functional.normalize(vectors.float(), dim=-1))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Losses and use of the codebook on the evaluation images (every rank sees all)."""
+        self.model.eval()
+        means, statistics = RunningMeans(), CodeStatistics(self.model.config.num_codes)
+        for images in self.crops.evaluation_batches():
+            pixels = self._to_pixels(images)
+            with self._autocast():
+                losses = self.model(pixels, self.teacher(pixels))
+            weight = pixels.shape[0]
+            means.add({"eval/loss/cosine": losses.cosine}, weight)
+            means.add({"eval/loss/commitment": losses.commitment}, weight)
+            statistics.add(losses.codes)
+        self.model.train()
+        return means.values() | {f"eval/{k}": v for k, v in statistics.values().items()}
+
+    def resume(self) -> None:
+        """Load `training_state.pt` where there is one; ValueError if it is of another run."""
+        path = self.folder / STATE_FILE
+        if not path.is_file():
+            if (self.folder / "config.json").exists():
+                raise ValueError(f"{self.folder}: holds a tokenizer without {STATE_FILE}")
+            return
+        state = read_torch_file(path, self.device)
+        try:
+            saved = json.loads(state["identity"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a training state of an image tokenizer") from error
+        differing = [key for key in self.identity if saved.get(key) != self.identity[key]]
+        if differing:
+            raise ValueError(
+                f"{self.folder}: holds a run with another {', '.join(differing)}; "
+                "choose another output folder"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+
+    def save(self) -> None:
+        """Write the training state (alone enough to go on), then the tokenizer for its users."""
+        if self.rank == 0:
+            with open_atomically(self.folder / STATE_FILE) as stream:
+                torch.save(
+                    {
+                        "model": self.model.state_dict(),
+                        "optimizer": self.optimizer.state_dict(),
+                        "step": self.step,
+                        "identity": json.dumps(self.identity),
+                    },
+                    stream,
+                )
+            training: dict[str, Any] = {k: v for k, v in self.identity.items() if k != "model"}
+            save_vqkd(self.folder, self.model, training | {"steps": self.step})
+        if is_distributed():
+            distributed.barrier()
+
+    def _wrap(self) -> nn.Module:
+        if self.world_size == 1:
+            return self.model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # The quantiser's buffers are equal on all ranks by construction.
+        return DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
+
+    def _to_pixels(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True).float().div_(255.0)
+
+    def _reduced(self, means: RunningMeans) -> dict[str, float]:
+        values = means.values()
+        if is_distributed():
+            tensor = torch.tensor(list(values.values()), device=self.device, dtype=torch.float64)
+            distributed.all_reduce(tensor)
+            values = dict(zip(values, (tensor / self.world_size).tolist(), strict=True))
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError(f"step {self.step}: the loss is not finite: lower the learning rate")
+        return values

@@ -1,0 +1,315 @@
+"""Checkpoints: written whole or not at all, loadable at any TP/PP/EP/DP.
+
+``iter_0000100/`` is written as ``iter_0000100.tmp``, synced, agreed on by all ranks and renamed; then the
+tracker file ``latest_checkpointed_iteration.txt`` is replaced. Format: megatron-core dist_checkpointing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.runtime.distributed import agree, barrier, device, is_rank_zero
+from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# Weights of these two sections must fit the model that loads them.
+ARCHITECTURE = (
+    ("model", ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_vl_layers")),
+    ("model", ("image_size", "patch_size", "text_length", "pair_text_length", "vocab_size")),
+    ("model", ("visual_vocab_size", "token_type_embeddings")),
+    ("moe", ("num_vision_experts", "num_text_experts", "num_vl_experts", "layers", "modalities")),
+    ("moe", ("vl", "shared_router")),
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands; data order, masks and noise follow from it.
+
+    Args:
+        step: finished optimizer steps.
+        skipped_steps: steps without an update (fp16 overflow).
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+
+
+def iteration_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"iter_{step:07d}"
+
+
+def checkpoint_root(run: str | Path) -> Path:
+    """Folder of the checkpoints of a run folder (or the folder itself if it already is one)."""
+    path = Path(run)
+    return path if (path / TRACKER).exists() else path / "checkpoints"
+
+
+def find_checkpoint(location: str | Path) -> Optional[Path]:
+    """The checkpoint that a run folder, checkpoint folder or iteration folder names; None if there is none.
+
+    Raises:
+        CheckpointError: if the tracker names a checkpoint that is not there.
+    """
+    path = Path(location)
+    if (path / "metadata.json").exists():
+        return path
+    tracker = checkpoint_root(path) / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker}: expected a step number, found {text!r}")
+    target = tracker.parent / iteration_name(int(text))
+    if not (target / "metadata.json").exists():
+        raise CheckpointError(f"{target}: named by {tracker.name}, but missing or incomplete")
+    return target
+
+
+class CheckpointWriter:
+    """Writes checkpoints of a run, in the background on request.
+
+    Args:
+        root: folder of the checkpoints.
+        keep_last: checkpoints that are kept; 0 keeps all.
+        async_save: returns before the files are written.
+    """
+
+    def __init__(self, root: Path, keep_last: int, async_save: bool) -> None:
+        self.root = root
+        self.keep_last = keep_last
+        self.queue = AsyncCallsQueue() if async_save else None
+
+    def save(self, state: TrainState, config: RunConfig, parts: TrainingParts) -> Path:
+        """Writes a checkpoint.
+
+        Raises:
+            CheckpointError: on every rank, if the disk is too full or writing fails on any.
+        """
+        self.finish()
+        target = self.root / iteration_name(state.step)
+        temporary = target.with_name(target.name + ".tmp")
+        content = _state_dict(state, config, parts, is_loading=False)
+        self._prepare_folder(temporary, content)
+        request = self._write(content, temporary)
+        if request is None:
+            self._publish(temporary, target, state.step)
+        else:
+            assert self.queue is not None
+            request.add_finalize_fn(lambda: self._publish(temporary, target, state.step))
+            self.queue.schedule_async_request(request)
+        return target
+
+    def poll(self) -> None:
+        """Publishes a background save that has finished."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Waits for a background save."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        """Waits for a background save and ends its helper."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+            self.queue.close()
+
+    def _prepare_folder(self, temporary: Path, content: dict[str, Any]) -> None:
+        needed = torch.tensor([_local_bytes(content)], dtype=torch.float64, device=device())
+        dist.all_reduce(needed)
+        problem = ""
+        if is_rank_zero():
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                free = shutil.disk_usage(temporary).free
+                if free < needed.item():
+                    problem = f"needs {needed.item() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            except OSError as error:
+                problem = f"{error.strerror or error}"
+        _raise_together(problem, temporary)
+
+    def _write(self, content: dict[str, Any], temporary: Path) -> Any:
+        problem, request = "", None
+        try:
+            request = dist_checkpointing.save(
+                content,
+                str(temporary),
+                async_sharded_save=self.queue is not None,
+                content_metadata=_plain_metadata(),
+            )
+        except Exception as error:  # noqa: BLE001 - any failed writer must stop every rank
+            problem = " ".join(str(error).split())[:300] or type(error).__name__
+        _raise_together(problem, temporary)
+        return request
+
+    def _publish(self, temporary: Path, target: Path, step: int) -> None:
+        barrier()
+        if is_rank_zero():
+            _sync_folder(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            _sync_folder(self.root)
+            replacement = self.root / f"{TRACKER}.tmp"
+            replacement.write_text(f"{step}\n")
+            os.replace(replacement, self.root / TRACKER)
+            self._delete_old(step)
+        barrier()
+
+    def _delete_old(self, step: int) -> None:
+        if self.keep_last <= 0:
+            return
+        found = sorted(path for path in self.root.glob("iter_*") if path.name[5:].isdigit())
+        for path in [path for path in found if int(path.name[5:]) <= step][: -self.keep_last]:
+            # The seed checkpoint is what other layouts start from.
+            if int(path.name[5:]) != 0:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(
+    path: Path, config: RunConfig, parts: TrainingParts, with_optimizer: bool = True
+) -> TrainState:
+    """Loads weights, and with `with_optimizer` also optimizer, schedule and step.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model or damaged.
+    """
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:  # noqa: BLE001
+        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    check_architecture(path, common.get("config", {}), config)
+    content = _state_dict(TrainState(), config, parts, is_loading=True, with_optimizer=with_optimizer)
+    try:
+        loaded = dist_checkpointing.load(
+            content,
+            str(path),
+            strict=StrictHandling.RAISE_UNEXPECTED if not with_optimizer else StrictHandling.RAISE_ALL,
+        )
+    except Exception as error:  # noqa: BLE001
+        message = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: {type(error).__name__}: {message}") from None
+    for index, chunk in enumerate(parts.chunks):
+        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+    if not with_optimizer:
+        if parts.optimizer is not None:
+            parts.optimizer.reload_model_params()
+        return TrainState()
+    parts.optimizer.load_state_dict(loaded["optimizer"])
+    parts.scheduler.load_state_dict(loaded["scheduler"])
+    return TrainState(**common["train_state"])
+
+
+def check_architecture(path: Path, saved: dict[str, Any], config: RunConfig) -> None:
+    """Refuses a checkpoint of another model.
+
+    Raises:
+        CheckpointError: naming the first option that differs.
+    """
+    ours = dataclasses.asdict(config)
+    for section, names in ARCHITECTURE:
+        for name in names:
+            theirs = saved.get(section, {}).get(name)
+            if theirs is None:
+                raise CheckpointError(f"{path}: holds no {section}.{name}; not a checkpoint of this project")
+            mine = ours[section][name]
+            if (list(theirs) if isinstance(theirs, (list, tuple)) else theirs) != (
+                list(mine) if isinstance(mine, (list, tuple)) else mine
+            ):
+                raise CheckpointError(
+                    f"{path}: is of another model: {section}.{name} is {theirs} there, {mine} here"
+                )
+
+
+def _state_dict(
+    state: TrainState,
+    config: RunConfig,
+    parts: TrainingParts,
+    is_loading: bool,
+    with_optimizer: bool = True,
+) -> dict[str, Any]:
+    metadata = checkpoint_metadata()
+    content: dict[str, Any] = {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(parts.chunks)
+    }
+    if with_optimizer:
+        models = {key: value for key, value in content.items() if key.startswith("model")}
+        if len(models) == 1:
+            models = {"model": models["model0"]}
+        content["optimizer"] = parts.optimizer.sharded_state_dict(
+            models, is_loading=is_loading, metadata=metadata
+        )
+        content["scheduler"] = parts.scheduler.state_dict()
+    if not is_loading:
+        content["train_state"] = dataclasses.asdict(state)
+        content["config"] = dataclasses.asdict(config)
+    return content
+
+
+def _plain_metadata() -> dict[str, Any]:
+    return {key: value for key, value in checkpoint_metadata().items() if key != "dp_cp_group"}
+
+
+def _local_bytes(content: Any) -> float:
+    """Bytes that this rank would write at most."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    total = 0.0
+    stack: list[Any] = [content]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+        elif isinstance(item, ShardedTensor):
+            is_main = item.replica_id in (0, (0,), (0, 0), (0, 0, 0))
+            if is_main and item.data is not None:
+                total += item.data.numel() * item.data.element_size()
+        elif torch.is_tensor(item):
+            total += item.numel() * item.element_size()
+    return total
+
+
+def _raise_together(problem: str, path: Path) -> None:
+    """Raises on every rank if any rank has a problem, and removes the unfinished folder."""
+    if agree(bool(problem)):
+        barrier()
+        if is_rank_zero():
+            shutil.rmtree(path, ignore_errors=True)
+        raise CheckpointError(f"{path}: {problem or 'another rank failed to write'}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes files of a folder and its entries durable."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+

@@ -1,0 +1,124 @@
+"""The `pretrain` command: from a command line to a trained model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+from megatron_vlmoe.config.command_line import ParsedCommand, parse_run
+from megatron_vlmoe.config.dry_run import dry_run_text
+from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.validate import num_micro_batches, validate
+from megatron_vlmoe.runtime.distributed import Ranks, device, environment_world_size
+
+log = logging.getLogger("megatron_vlmoe")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, checks and runs."""
+    command = parse_run("pretrain", arguments)
+    world_size = command.dry_run_world_size or environment_world_size()
+    validate(command.config, world_size)
+    if command.dry_run:
+        print(dry_run_text(command.config, world_size))
+        return 0
+    return pretrain(command)
+
+
+def pretrain(command: ParsedCommand) -> int:
+    """Trains; returns 0 at the end of the run and after a clean early exit."""
+    config = command.config
+    _check_sources(config)
+    _report_packages()
+    # megatron-core warns on import about packages that are optional here.
+    warnings.filterwarnings("ignore", module="megatron")
+    from megatron_vlmoe.runtime.distributed import destroy, initialize
+    from megatron_vlmoe.runtime.precision import resolve_precision
+
+    precision = resolve_precision(config.train)
+    ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
+    try:
+        _train(config, ranks, precision)
+    finally:
+        destroy()
+    return 0
+
+
+def _train(config: RunConfig, ranks: Ranks, precision: Any) -> None:
+    from megatron_vlmoe.data.batches import BatchShare, PretrainData
+    from megatron_vlmoe.train.setup import build_training
+    from megatron_vlmoe.train.trainer import Trainer
+
+    share = BatchShare(
+        data_rank=ranks.data,
+        data_size=ranks.data_size,
+        tensor_rank=ranks.tensor,
+        tensor_size=ranks.tensor_size,
+        first_stage=ranks.is_first_stage,
+        last_stage=ranks.is_last_stage,
+    )
+    data = PretrainData.open(config, share)
+    config = data.config
+    validate(config, ranks.world_size)
+    micro_batches = num_micro_batches(config, ranks.data_size)
+    _log_start(config, ranks, precision, micro_batches, data.summary())
+    parts = build_training(config, precision)
+    if parts.frozen:
+        log.info("frozen, never reached by this run: %s", ", ".join(parts.frozen))
+    trainer = Trainer(
+        config, parts, ranks, data, micro_batches, precision, _image_tokenizer(config, ranks, data)
+    )
+    trainer.run()
+
+
+def _image_tokenizer(config: RunConfig, ranks: Ranks, data: Any) -> Optional[Any]:
+    """The frozen tokenizer, where visual tokens are computed on the fly (last stage only)."""
+    uses_images = config.data.micro_images or config.data.micro_pairs
+    if data.stored_codes or not uses_images or not ranks.is_last_stage:
+        return None
+    from megatron_vlmoe.tokenizers.image import ImageTokenizer
+
+    return ImageTokenizer.from_pretrained(config.data.image_tokenizer, device=device())
+
+
+def _check_sources(config: RunConfig) -> None:
+    if config.checkpoint.save and Path(config.checkpoint.save).is_file():
+        raise ConfigError(f"--save {config.checkpoint.save} is a file, not a folder")
+
+
+def _report_packages() -> None:
+    from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
+
+    if int(os.environ.get("RANK", 0)) == 0:
+        log.info(accelerator_report())
+    problems = unusable_packages()
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _log_start(
+    config: RunConfig, ranks: Ranks, precision: str, micro_batches: int, summary: Sequence[str]
+) -> None:
+    parallel = config.parallel
+    log.info(
+        "layout: TP %d, PP %d (virtual %d), EP %d, DP %d on %d rank(s), %s, %d micro-batch(es) per step",
+        ranks.tensor_size,
+        ranks.pipeline_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        ranks.expert_size,
+        ranks.data_size,
+        ranks.world_size,
+        precision,
+        micro_batches,
+    )
+    if ranks.expert_size * ranks.tensor_size > ranks.local_world_size:
+        log.warning(
+            "expert parallelism spans nodes: %d ranks exchange tokens in every MoE block, %d are on a node",
+            ranks.expert_size * ranks.tensor_size,
+            ranks.local_world_size,
+        )
+    for line in summary:
+        log.info(line)

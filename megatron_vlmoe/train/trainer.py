@@ -1,0 +1,269 @@
+"""The training loop: steps, logging, evaluation, checkpoints, clean exits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vlmoe.config.command_line import to_yaml
+try:
+    from megatron_vlmoe.config.estimate import flops_per_step
+except ImportError:
+    flops_per_step = lambda c: 1.0
+from megatron_vlmoe.config.schema import ConfigError, Precision, RunConfig
+from megatron_vlmoe.objectives.masked import LOSSES
+from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
+from megatron_vlmoe.train.checkpoint import (
+    CheckpointWriter,
+    TrainState,
+    checkpoint_root,
+    find_checkpoint,
+    load_checkpoint,
+)
+from megatron_vlmoe.train.evaluate import evaluate, evaluation_line
+from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
+from megatron_vlmoe.train.profiling import StepProfiler
+from megatron_vlmoe.train.setup import TrainingParts
+from megatron_vlmoe.train.signals import ExitWatch
+from megatron_vlmoe.train.step import ImageEncoder, StepRunner
+from megatron_vlmoe.train.throughput import DataClock, Throughput
+from megatron_vlmoe.train.writers import MetricsWriter, build_writers, progress_line
+
+log = logging.getLogger("megatron_vlmoe")
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; the message is one line."""
+
+
+class Trainer:
+    """Trains one model on one source of batches.
+
+    Args:
+        config: the run, with vocabulary sizes and data-derived numbers.
+        parts: model chunks, optimizer and schedule.
+        ranks: where this process stands.
+        data: source of batches: `loader(split, first_micro_batch, num_micro_batches)`.
+        num_micro_batches: micro-batches of a step on each data-parallel rank.
+        precision: resolved precision.
+        image_tokenizer: computes visual tokens on the last stage; None if they are stored.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: TrainingParts,
+        ranks: Ranks,
+        data: Any,
+        num_micro_batches: int,
+        precision: Precision,
+        image_tokenizer: Optional[ImageEncoder] = None,
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.ranks = ranks
+        self.data = data
+        self.num_micro_batches = num_micro_batches
+        self.runner = StepRunner(config, parts, ranks, image_tokenizer)
+        self.state = TrainState()
+        self.writer: Optional[CheckpointWriter] = None
+        self.outputs: list[MetricsWriter] = []
+        self.losses = torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=device())
+        self.throughput = Throughput(
+            config,
+            ranks.world_size,
+            num_micro_batches,
+            ranks.data_size,
+            flops_per_step(config),
+            precision,
+        )
+
+    def run(self) -> TrainState:
+        """Trains to `train.steps` or to the first reason to stop; returns where it stopped."""
+        self._resume()
+        self._open_outputs()
+        watch = ExitWatch(self.config.train)
+        profiler = StepProfiler(self.config, self.ranks.rank)
+        try:
+            self._first_step_duties()
+            reason = self._loop(watch, profiler)
+            self._save()
+        finally:
+            watch.close()
+            profiler.close()
+            for output in self.outputs:
+                output.close()
+        if self.writer is not None:
+            self.writer.close()
+        log.info(reason)
+        return self.state
+
+    def _loop(self, watch: ExitWatch, profiler: StepProfiler) -> str:
+        config = self.config
+        first = self.state.step * self.num_micro_batches
+        clock = DataClock(self.data.loader("train", first, None))
+        self.throughput.reset()
+        while self.state.step < config.train.steps:
+            step = self.state.step + 1
+            profiler.before(step)
+            grad_norm = self._train_step(clock)
+            profiler.after(step)
+            metrics: dict[str, float] = {}
+            if step % config.log.interval == 0 or step == config.train.steps:
+                metrics = self._report(step, grad_norm, clock.take())
+            if self._evaluates(step):
+                metrics.update(self._evaluate())
+            self._write(step, metrics)
+            reason = watch.reason(step)
+            if self.writer is not None:
+                self.writer.poll()
+            if reason:
+                return f"stopped after step {step}: {reason}"
+            if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
+                self._save()
+        return f"finished {config.train.steps} steps"
+
+    def _train_step(self, clock: DataClock) -> float:
+        results = self.runner.train(iter(clock), self.num_micro_batches)
+        updated, grad_norm, _ = self.parts.optimizer.step()
+        if updated:
+            self.parts.scheduler.step(increment=1)
+        elif self.config.train.stop_on_nan and self.parts.transformer_config.fp16 is False:
+            raise TrainingError(f"step {self.state.step + 1}: gradients are not finite")
+        grad_norm = float(grad_norm or 0.0)
+        if updated and self.config.train.stop_on_nan and not math.isfinite(grad_norm):
+            raise TrainingError(f"step {self.state.step + 1}: gradient norm is {grad_norm}")
+        self.state = dataclasses.replace(
+            self.state,
+            step=self.state.step + 1,
+            skipped_steps=self.state.skipped_steps + int(not updated),
+        )
+        self._add_losses(results)
+        self.throughput.step()
+        return grad_norm
+
+    def _add_losses(self, results: list[dict[str, Tensor]]) -> None:
+        """Sums losses on the last stage's first tensor rank; read at the next report."""
+        if self.ranks.tensor != 0:
+            return
+        for result in results:
+            for index, name in enumerate(("total", *LOSSES)):
+                if name in result:
+                    self.losses[index] += result[name].double()
+            self.losses[-1] += 1.0
+
+    def _report(self, step: int, grad_norm: float, data_wait: float) -> dict[str, float]:
+        """Means over the interval and all ranks."""
+        dist.all_reduce(self.losses)
+        sums = self.losses.tolist()
+        self.losses.zero_()
+        count = max(sums[-1], 1.0)
+        means = {name: sums[index] / count for index, name in enumerate(("total", *LOSSES))}
+        metrics = {"loss/total": means["total"]}
+        counts = {"mlm": "texts", "mim": "images", "vlm_text": "pairs", "vlm_image": "pairs"}
+        for name in LOSSES:
+            if getattr(self.config.data, f"micro_{counts[name]}"):
+                metrics[f"loss/{name}"] = means[name]
+        if self.config.data.micro_pairs:
+            objectives = self.config.objectives
+            metrics["loss/vlm"] = (
+                objectives.vlm_text_weight * means["vlm_text"]
+                + objectives.vlm_image_weight * means["vlm_image"]
+            )
+        counters = collect(self.parts.chunks, self.config)
+        moe = metrics_from_counters(counters, self.config.log.moe_per_layer)
+        metrics["loss/total"] += sum(v for k, v in moe.items() if k.startswith("loss/aux/"))
+        metrics.update(moe)
+        metrics["grad_norm"] = grad_norm
+        metrics["lr"] = self._learning_rate()
+        metrics["skipped_steps"] = float(self.state.skipped_steps)
+        if self.parts.transformer_config.fp16:
+            metrics["loss_scale"] = float(self.parts.optimizer.get_loss_scale())
+        metrics.update(self.throughput.report(data_wait))
+        left = (self.config.train.steps - step) * metrics["step_seconds"]
+        log.info(progress_line(step, self.config.train.steps, metrics, left))
+        return metrics
+
+    def _learning_rate(self) -> float:
+        return float(self.parts.scheduler.get_lr(self.parts.optimizer.param_groups[0]))
+
+    def _evaluates(self, step: int) -> bool:
+        train = self.config.train
+        if train.eval_steps == 0:
+            return False
+        return step == train.steps or bool(train.eval_interval and step % train.eval_interval == 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        collect(self.parts.chunks, self.config)
+        count = self.config.train.eval_steps * self.num_micro_batches
+        batches = self.data.loader("eval", 0, count)
+        metrics = evaluate(self.runner, batches, self.config, self.ranks, self.num_micro_batches)
+        counters = collect(self.parts.chunks, self.config)
+        moe = metrics_from_counters(counters, per_layer=False)
+        metrics.update({f"eval/{key}": value for key, value in moe.items() if key.startswith("moe/")})
+        log.info(evaluation_line(metrics))
+        self.throughput.reset()
+        return metrics
+
+    def _first_step_duties(self) -> None:
+        """Evaluation at step 0 and the seed checkpoint."""
+        if self.state.step > 0:
+            return
+        if self.config.train.eval_steps > 0:
+            self._write(0, self._evaluate())
+        if self.config.checkpoint.save_initial:
+            self._save()
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if metrics:
+            for output in self.outputs:
+                output.write(step, metrics)
+
+    def _resume(self) -> None:
+        """Continues the run in `--save`, or starts from `--load`."""
+        checkpoint = self.config.checkpoint
+        own = find_checkpoint(checkpoint.save) if checkpoint.save else None
+        other = find_checkpoint(checkpoint.load) if checkpoint.load else None
+        if checkpoint.load and other is None:
+            raise ConfigError(f"--load {checkpoint.load}: no checkpoint there")
+        if checkpoint.require and own is None and other is None:
+            raise ConfigError("checkpoint.require=true, but there is no checkpoint to resume from")
+        if checkpoint.save:
+            self.writer = CheckpointWriter(
+                checkpoint_root(checkpoint.save), checkpoint.keep_last, checkpoint.async_save
+            )
+        # A run that was interrupted goes on from its own checkpoint, wherever it once started from.
+        path = own or other
+        if path is None:
+            return
+        with_optimizer = own is not None or checkpoint.load_optimizer
+        self.state = load_checkpoint(path, self.config, self.parts, with_optimizer)
+        log.info("loaded %s: starting after step %d", path, self.state.step)
+
+    def _open_outputs(self) -> None:
+        if not is_rank_zero():
+            return
+        resolved = dataclasses.asdict(self.config)
+        if self.config.checkpoint.save:
+            folder = Path(self.config.checkpoint.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.outputs = build_writers(self.config, resolved, self.state.step)
+
+    def _save(self) -> None:
+        if self.writer is None:
+            return
+        path = self.writer.root
+        saved = find_checkpoint(path)
+        if saved is not None and saved.name == f"iter_{self.state.step:07d}":
+            return
+        target = self.writer.save(self.state, self.config, self.parts)
+        log.info("saved %s", target)
+        self.throughput.reset()

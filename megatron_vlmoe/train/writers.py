@@ -1,0 +1,139 @@
+"""Where metrics go: JSONL always, TensorBoard and Weights & Biases on request, a progress line on screen."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Mapping, Protocol
+
+from megatron_vlmoe.config.schema import ConfigError, RunConfig
+
+
+class MetricsWriter(Protocol):
+    """Takes the metrics of one step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records one step."""
+        ...
+
+    def close(self) -> None:
+        """Flushes."""
+        ...
+
+
+class JsonlWriter:
+    """One JSON object per logged step.
+
+    A resumed run drops the lines after the step that it starts from, so the file reads as one unbroken run.
+
+    Args:
+        path: the file.
+        resume_step: finished steps of the checkpoint that the run starts from.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if resume_step > 0 and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # a line that a killed run left half-written
+        self.file = path.open("w", encoding="utf-8")
+        for line in kept:
+            self.file.write(line + "\n")
+        self.file.flush()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line; values that are not finite become null."""
+        clean = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self.file.write(json.dumps({"step": step, **clean}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+class TensorBoardWriter:
+    """TensorBoard scalars."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("log.tensorboard=true needs the package tensorboard") from None
+        self.writer: Any = SummaryWriter(str(folder))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds every metric as a scalar."""
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self.writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases."""
+
+    def __init__(self, config: RunConfig, resolved: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("log.wandb_project is set, but the package wandb is not installed") from None
+        self.run: Any = wandb.init(
+            project=config.log.wandb_project,
+            name=config.log.wandb_name or None,
+            config=dict(resolved),
+            dir=config.checkpoint.save or None,
+            resume="allow",
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs one step."""
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self.run.finish()
+
+
+def build_writers(
+    config: RunConfig, resolved: Mapping[str, Any], resume_step: int
+) -> list[MetricsWriter]:
+    """The writers of rank 0; none without `--save`, where metrics only go to the screen."""
+    writers: list[MetricsWriter] = []
+    if config.checkpoint.save:
+        folder = Path(config.checkpoint.save)
+        writers.append(JsonlWriter(folder / "metrics.jsonl", resume_step))
+        if config.log.tensorboard:
+            writers.append(TensorBoardWriter(folder / "tensorboard"))
+    if config.log.wandb_project:
+        writers.append(WandbWriter(config, resolved))
+    return writers
+
+
+def progress_line(step: int, steps: int, metrics: Mapping[str, float], eta_seconds: float) -> str:
+    """The line of a logged step."""
+    names = (("mlm", "mlm"), ("mim", "mim"), ("vlm_text", "vlm-t"), ("vlm_image", "vlm-i"))
+    losses = " ".join(
+        f"{short} {metrics[f'loss/{name}']:.3f}" for name, short in names if f"loss/{name}" in metrics
+    )
+    drops = "/".join(
+        f"{100 * metrics[key]:.1f}"
+        for pool in ("text", "vision", "shared", "vl")
+        if (key := f"moe/{pool}/dropped_fraction") in metrics
+    )
+    hours, rest = divmod(int(eta_seconds), 3600)
+    return (
+        f"step {step:>6}/{steps} | loss {metrics['loss/total']:.4f} | {losses} | "
+        f"grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.2e} | "
+        + (f"drop % {drops} | " if drops else "")
+        + f"{metrics['tokens_per_second']:,.0f} tok/s | data wait {100 * metrics['data_wait_fraction']:.1f} % | "
+        f"left {hours}:{rest // 60:02d}:{rest % 60:02d}"
+    )

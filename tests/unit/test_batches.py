@@ -1,0 +1,561 @@
+"""Micro-batches: contents, purity, shares of ranks, resumption, stored codes and start-up errors."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vlmoe.config.presets import preset
+from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.data.batches import BatchShare, PretrainData
+from megatron_vlmoe.data.codes import CodesOptions, CodesReader, write_codes
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
+from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, write_manifest
+from megatron_vlmoe.data.sources import split_documents
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
+
+NUM_IMAGES, NUM_PAIRS, NUM_TEXTS = 23, 20, 40
+MICRO = 4
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BrightnessTokenizer:
+    """Stands for the image tokenizer: the code of a patch is its mean brightness in 0..255."""
+
+    image_size: int = 32
+    patch_size: int = 4
+    num_codes: int = 256
+    fingerprint: str = "brightness"
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        means = torch.nn.functional.avg_pool2d(pixels.mean(1), self.patch_size)
+        return (means * 255).round().long().flatten(1)
+
+
+def jpeg(seed: int) -> np.ndarray:
+    """A smooth picture of its own size, encoded."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    size = (int(rng.integers(70, 120)), int(rng.integers(60, 100)))
+    stream = io.BytesIO()
+    Image.fromarray(small).resize(size, Image.Resampling.BILINEAR).save(stream, "JPEG", quality=95)
+    return np.frombuffer(stream.getvalue(), dtype=np.uint8)
+
+
+def write_dataset(
+    prefix: Path, kind: str, parts: dict[str, list[list[np.ndarray]]], tokenizer: TextTokenizer
+) -> None:
+    """Writes documents (lists of sequences) of each part, and the manifest."""
+    files, lengths = {}, np.empty(0, np.int64)
+    for part, documents in parts.items():
+        with IndexedWriter(f"{prefix}_{part}", np.uint8 if part == "image" else np.uint16) as out:
+            for document in documents:
+                out.add_document(document)
+            files |= {f"_{part}{suffix}": record for suffix, record in out.finish().items()}
+        if part != "image":
+            lengths = np.array([len(s) for document in documents for s in document])
+    textual = kind != "images"
+    manifest = DatasetManifest(
+        kind=kind,
+        documents=len(next(iter(parts.values()))),
+        sequences=len(lengths) or len(parts["image"]),
+        tokens=int(lengths.sum()),
+        bytes=sum(record.size for name, record in files.items() if name.endswith("bin")),
+        files=files,
+        source={},
+        tokenizer_fingerprint=tokenizer.fingerprint if textual else None,
+        vocab_size=tokenizer.size if textual else None,
+        caption_lengths=length_percentiles(lengths) if kind == "pairs" else None,
+    )
+    write_manifest(prefix, manifest)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    root: Path
+    tokenizer: TextTokenizer
+
+    def config(self, **data: object) -> RunConfig:
+        base = preset("tiny-dense")
+        fields = {
+            "text": (str(self.root / "text"),),
+            "images": (str(self.root / "images"),),
+            "pairs": (str(self.root / "pairs"),),
+            "text_tokenizer": str(self.tokenizer.model_path),
+            "num_workers": 0,
+            **{f"micro_{name}": MICRO for name in ("texts", "images", "pairs")},
+            **{f"global_{name}": 2 * MICRO for name in ("texts", "images", "pairs")},
+        }
+        return replace(base, data=replace(base.data, **{**fields, **data}))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    root = tmp_path_factory.mktemp("corpus")
+    words = [f"{a}{b}" for a in ("red", "blue", "small", "big") for b in ("cat", "dog", "sun", "")]
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(words, 12)) for _ in range(200)]
+    (root / "corpus.txt").write_text("\n".join(lines))
+    train_text_tokenizer(
+        TextTokenizerTraining(
+            inputs=[root / "corpus.txt"], vocab_size=60, output_prefix=root / "spm"
+        )
+    )
+    tokenizer = TextTokenizer(root / "spm.model")
+
+    def tokens(length: int) -> np.ndarray:
+        return rng.integers(5, tokenizer.size, length)
+
+    images = [[jpeg(i)] for i in range(NUM_IMAGES)]
+    write_dataset(root / "images", "images", {"image": images}, tokenizer)
+    captions = [[tokens(int(rng.integers(3, 20))) for _ in range(1 + i % 3)] for i in range(NUM_PAIRS)]
+    captions[0][0] = tokens(50)
+    pictures = [[jpeg(100 + i)] for i in range(NUM_PAIRS)]
+    write_dataset(root / "pairs", "pairs", {"image": pictures, "text": captions}, tokenizer)
+    texts = [[tokens(int(rng.integers(1, 90)))] for _ in range(NUM_TEXTS)]
+    write_dataset(root / "text", "text", {"text_document": texts}, tokenizer)
+    return Corpus(root, tokenizer)
+
+
+def open_data(config: RunConfig, **share: int | bool) -> PretrainData:
+    return PretrainData.open(config, BatchShare(**share), image_tokenizer=BrightnessTokenizer())
+
+
+def batches(data: PretrainData, count: int, first: int = 0, split: str = "train") -> list[Batch]:
+    return list(data.loader(split, first, count))
+
+
+def assert_equal(left: Batch, right: Batch, ignored: tuple[str, ...] = ()) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        if name not in ignored:
+            assert torch.equal(left[name], right[name]), name
+
+
+def test_shapes_and_types(corpus: Corpus) -> None:
+    data = open_data(corpus.config(reset_attention=True))
+    batch = batches(data, 1)[0]
+    slots, captions, masked = data.text_slots, data.caption_slots, data.num_masked_patches
+    assert (slots, masked) == (9, 25)  # floor(0.15 * 62 + 0.5), floor(0.4 * 64)
+    expected = {
+        **dict.fromkeys(("text_ids", "text_segments"), (MICRO, 64)),
+        **dict.fromkeys(("text_positions", "text_labels"), (MICRO, slots)),
+        "pair_ids": (MICRO, 32),
+        "pair_lengths": (MICRO,),
+        **dict.fromkeys(("pair_text_positions", "pair_text_labels"), (MICRO, captions)),
+        **dict.fromkeys(("image_mask", "pair_image_mask"), (MICRO, 64)),
+        **dict.fromkeys(("image_positions", "pair_image_positions"), (MICRO, masked)),
+        **dict.fromkeys(("image_pixels", "pair_pixels"), (MICRO, 3, 64, 64)),
+        **dict.fromkeys(("image_tokenizer_pixels", "pair_tokenizer_pixels"), (MICRO, 3, 32, 32)),
+        **{f"{name}_sample_numbers": (MICRO,) for name in ("text", "image", "pair")},
+        **dict.fromkeys(("micro_batch", "step", "truncated_captions", "dropped_caption_masks"), ()),
+    }
+    assert {name: tuple(value.shape) for name, value in batch.items()} == expected
+    for name, value in batch.items():
+        wanted = torch.uint8 if "pixels" in name else torch.int64
+        assert value.dtype == (torch.bool if name.endswith("mask") else wanted), name
+    assert data.config.model.vocab_size == corpus.tokenizer.size
+    assert data.config.model.visual_vocab_size == 256
+    assert data.config.objectives.num_masked_patches == masked
+    assert data.config.objectives.caption_mask_slots == captions
+
+
+def test_masks_agree_with_positions_and_labels(corpus: Corpus) -> None:
+    tokenizer, data = corpus.tokenizer, open_data(corpus.config())
+    for batch in batches(data, 6):
+        for prefix in ("image", "pair_image"):
+            mask = batch[f"{prefix}_mask"]
+            assert (mask.sum(1) == 25).all()
+            rows = [torch.nonzero(row)[:, 0] for row in mask]
+            assert torch.equal(torch.stack(rows), batch[f"{prefix}_positions"])
+        for prefix, name in (("text", "text"), ("pair", "pair_text")):
+            ids, positions = batch[f"{prefix}_ids"], batch[f"{name}_positions"]
+            labels = batch[f"{name}_labels"]
+            used = labels != -100
+            assert (positions[~used] == 0).all() and (positions[used] > 0).all()
+            assert not torch.isin(labels[used], torch.tensor(list(tokenizer.special_ids))).any()
+            shown = ids.gather(1, positions)[used]
+            assert 0.5 < (shown == tokenizer.mask_id).float().mean() <= 1
+            total = sum(int((row == tokenizer.mask_id).sum()) for row in ids)
+            assert total == int((shown == tokenizer.mask_id).sum())
+
+
+def test_captions_are_framed_padded_and_cut(corpus: Corpus) -> None:
+    tokenizer, data = corpus.tokenizer, open_data(corpus.config(eval_fraction=0.0))
+    reader = IndexedReader(str(corpus.root / "pairs_text"))
+    seen, truncated = [], 0
+    num_captions = reader.num_sequences
+    for batch in batches(data, -(-num_captions // MICRO)):
+        truncated += int(batch["truncated_captions"])
+        ids = batch["pair_ids"].clone()
+        labels = batch["pair_text_labels"]
+        for row in range(MICRO):
+            used = labels[row] != -100
+            ids[row, batch["pair_text_positions"][row][used]] = labels[row][used]
+            length = int(batch["pair_lengths"][row])
+            assert ids[row, 0] == tokenizer.bos_id and ids[row, length - 1] == tokenizer.eos_id
+            assert (ids[row, length:] == tokenizer.pad_id).all()
+            seen.append(tuple(ids[row, 1 : length - 1].tolist()))
+    stored = [tuple(reader.sequence(i)[:30].tolist()) for i in range(num_captions)]
+    assert sorted(seen[:num_captions]) == sorted(stored)
+    assert truncated == 1 + seen[num_captions:].count(stored[0])
+
+
+def test_caption_masks_beyond_the_slots_are_counted(corpus: Corpus) -> None:
+    base = corpus.config()
+    config = replace(base, objectives=replace(base.objectives, caption_mask_slots=3))
+    for batch in batches(open_data(config), 3):
+        taken = (batch["pair_text_labels"] != -100).sum(1)
+        natural = ((batch["pair_lengths"] - 2) * 0.5 + 0.5).floor().clamp(min=1)
+        assert torch.equal(taken, natural.clamp(max=3).long())
+        assert int(batch["dropped_caption_masks"]) == int((natural - taken).sum())
+
+
+def test_caption_slots_come_from_the_99th_percentile(corpus: Corpus) -> None:
+    lengths = IndexedReader(str(corpus.root / "pairs_text")).sequence_lengths
+    longest = np.sort(lengths)[int(np.ceil(0.99 * len(lengths))) - 1]
+    assert open_data(corpus.config()).caption_slots == int(np.ceil(0.5 * min(longest, 30)))
+
+
+def test_a_batch_depends_on_its_number_alone(corpus: Corpus) -> None:
+    data = open_data(corpus.config())
+    expected = batches(data, 8)
+    dataset = open_data(corpus.config())._dataset("train")
+    for number in (7, 0, 5, 5, 2):
+        assert_equal(dataset[number], expected[number])
+    for first in (3, 6):
+        for batch, wanted in zip(batches(data, 2, first), expected[first:], strict=False):
+            assert_equal(batch, wanted)
+    assert not torch.equal(expected[0]["text_ids"], expected[1]["text_ids"])
+    other = replace(corpus.config(), train=replace(corpus.config().train, seed=99))
+    assert not torch.equal(batches(open_data(other), 1)[0]["image_mask"], expected[0]["image_mask"])
+
+
+def test_workers_change_nothing_and_leave_the_global_generator_alone(corpus: Corpus) -> None:
+    expected = batches(open_data(corpus.config()), 5)
+    loader = open_data(corpus.config(num_workers=2)).loader("train", 1, 4)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        for batch, wanted in zip(loader, expected[1:], strict=True):
+            assert_equal(batch, wanted)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_endless_loader_goes_on(corpus: Corpus) -> None:
+    stream = iter(open_data(corpus.config()).loader("train", 4))
+    assert [int(next(stream)["micro_batch"]) for _ in range(30)] == list(range(4, 34))
+
+
+def test_two_ranks_see_what_one_process_sees(corpus: Corpus) -> None:
+    whole = batches(open_data(corpus.config()), 6)
+    ranks = [batches(open_data(corpus.config(), data_rank=r, data_size=2), 3) for r in range(2)]
+    merged = [batch for step in zip(*ranks, strict=True) for batch in step]
+    for left, right in zip(merged, whole, strict=True):
+        assert_equal(left, right)
+    assert [int(batch["micro_batch"]) for batch in whole] == list(range(6))
+    assert [int(batch["step"]) for batch in whole] == [0, 0, 1, 1, 2, 2]
+    numbers = torch.cat([batch["text_sample_numbers"] for batch in whole])
+    assert torch.equal(numbers, torch.arange(6 * MICRO))
+
+
+def test_tensor_shares_concatenate_to_the_whole(corpus: Corpus) -> None:
+    whole = batches(open_data(corpus.config()), 2)
+    shares = [
+        batches(open_data(corpus.config(), tensor_rank=r, tensor_size=2), 2) for r in range(2)
+    ]
+    for number, wanted in enumerate(whole):
+        for name, value in wanted.items():
+            parts = [share[number][name] for share in shares]
+            if "pixels" in name:
+                assert parts[0].shape[0] == MICRO // 2
+                assert torch.equal(torch.cat(parts), value)
+            else:
+                assert torch.equal(parts[0], value) and torch.equal(parts[1], value)
+
+
+def test_stages_read_only_what_they_need(corpus: Corpus, tmp_path: Path) -> None:
+    whole = batches(open_data(corpus.config()), 1)[0]
+    common = {name for name in whole if "pixels" not in name}
+    for first, last in ((True, False), (False, False), (False, True)):
+        batch = batches(open_data(corpus.config(), first_stage=first, last_stage=last), 1)[0]
+        own = {name for name in whole if name.endswith("pixels")}
+        own = {name for name in own if (last if "tokenizer" in name else first)}
+        assert batch.keys() == common | own
+        for name in batch:
+            assert torch.equal(batch[name], whole[name])
+
+
+def damaged_copy(corpus: Corpus, target: Path) -> str:
+    """A copy of the image dataset whose pictures are all noise, with the same sizes."""
+    for suffix in (".json", "_image.idx"):
+        (target / f"images{suffix}").write_bytes((corpus.root / f"images{suffix}").read_bytes())
+    size = (corpus.root / "images_image.bin").stat().st_size
+    (target / "images_image.bin").write_bytes(bytes(size))
+    return str(target / "images")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_and_middle_stages_never_see_it(
+    corpus: Corpus, tmp_path: Path, workers: int
+) -> None:
+    prefix = damaged_copy(corpus, tmp_path)
+    config = corpus.config(images=(prefix,), num_workers=workers)
+    with pytest.raises(DataError, match=r"images_image.bin: image \d+: not a read") as caught:
+        batches(open_data(config), 1)
+    assert "\n" not in str(caught.value)
+    assert batches(open_data(config, first_stage=False, last_stage=False), 1)
+
+
+@pytest.mark.parametrize("unit,epoch", [("caption", 39), ("image", NUM_PAIRS)])
+def test_an_epoch_of_pairs_has_every_sample_once(corpus: Corpus, unit: str, epoch: int) -> None:
+    data = open_data(corpus.config(pair_unit=unit, eval_fraction=0.0), last_stage=False)
+    part = data._dataset("train").parts["pairs"]
+    reader = IndexedReader(str(corpus.root / "pairs_text"))
+    assert part.order.orders[0].num_samples == epoch
+    found = [part.captions.locate(part.order.locate(number)) for number in range(epoch)]
+    documents = reader.document_indices
+    for image, sequence in found:
+        assert documents[image] <= sequence < documents[image + 1]
+    if unit == "caption":
+        assert sorted(sequence for _, sequence in found) == list(range(reader.num_sequences))
+    else:
+        assert sorted(image for image, _ in found) == list(range(NUM_PAIRS))
+        later = [part.captions.locate(part.order.locate(n)) for n in range(epoch, 4 * epoch)]
+        assert len(set(found + later)) > epoch + 5
+
+
+def test_held_out_documents_are_not_trained_on(corpus: Corpus) -> None:
+    data = open_data(corpus.config(eval_fraction=0.25))
+    train, held_out = data._dataset("train").parts, data._dataset("eval").parts
+    assert held_out["texts"].samples.texts[0].documents == range(30, 40)
+    assert train["texts"].samples.texts[0].documents == range(30)
+    assert train["images"].order.orders[0].num_samples == 18
+    assert held_out["images"].first_documents == [18]
+    images = {
+        part.captions.locate(part.order.locate(n))[0]
+        for part in (held_out["pairs"],)
+        for n in range(part.order.orders[0].num_samples)
+    }
+    assert images == set(range(15, 20))
+
+
+def test_evaluation_is_fixed_and_unaugmented(corpus: Corpus) -> None:
+    data = open_data(corpus.config(eval_fraction=0.25, color_jitter=0.4))
+    first = batches(data, 4, split="eval")
+    for left, right in zip(first, batches(data, 4, split="eval"), strict=True):
+        assert_equal(left, right)
+    # Five images are held out: sample 5 is sample 0 again, with the same masks.
+    masks = torch.cat([batch["image_mask"] for batch in first])
+    pixels = torch.cat([batch["image_pixels"] for batch in first])
+    assert torch.equal(masks[0], masks[5]) and torch.equal(pixels[0], pixels[5])
+    assert not torch.equal(masks[0], masks[1])
+    stored = IndexedReader(str(corpus.root / "images_image")).sequence(18).tobytes()
+    whole = Image.open(io.BytesIO(stored)).resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), whole)
+
+
+def test_eval_datasets_replace_the_held_out_part(corpus: Corpus) -> None:
+    prefix = str(corpus.root / "images")
+    data = open_data(corpus.config(eval_images=(prefix,)))
+    assert data._dataset("train").parts["images"].order.orders[0].num_samples == NUM_IMAGES
+    assert data._dataset("eval").parts["images"].order.orders[0].num_samples == NUM_IMAGES
+
+
+def test_without_held_out_data_only_the_evaluation_fails(corpus: Corpus) -> None:
+    data = open_data(corpus.config(eval_fraction=0.0))
+    assert data.summary()
+    with pytest.raises(ConfigError, match="no texts to evaluate on"):
+        data.loader("eval", 0, 1)
+
+
+def test_the_two_views_show_the_same_thing(corpus: Corpus) -> None:
+    data = open_data(corpus.config(color_jitter=0.4, pair_flip_probability=0.5))
+    for batch in batches(data, 3):
+        for name in ("image", "pair"):
+            model = batch[f"{name}_pixels"].float().unflatten(3, (8, 8)).unflatten(2, (8, 8))
+            view = batch[f"{name}_tokenizer_pixels"].float()
+            means = view.unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5))
+            difference = (model.mean((3, 5)) - means).abs()
+            assert difference.max() < 6 and difference.mean() < 1
+            assert (model.mean((3, 5)).flip(3) - means).abs().mean() > 5
+
+
+def test_flips_and_jitter_follow_their_options(corpus: Corpus) -> None:
+    def pixels(**options: float) -> torch.Tensor:
+        config = corpus.config(crop_scale_min=0.5, color_jitter=0.0, **options)
+        return torch.cat([batch["image_pixels"] for batch in batches(open_data(config), 4)])
+
+    straight, mirrored = pixels(flip_probability=0.0), pixels(flip_probability=1.0)
+    assert torch.equal(straight, mirrored.flip(3))
+    half = pixels(flip_probability=0.5)
+    flipped = [torch.equal(a, b) for a, b in zip(half, mirrored, strict=True)]
+    assert 2 <= sum(flipped) <= 14
+    assert all(torch.equal(a, c) for a, c, f in zip(half, straight, flipped, strict=True) if not f)
+
+
+@pytest.fixture(scope="session")
+def coded(corpus: Corpus) -> Corpus:
+    """The same corpus with three stored views per image."""
+    root = corpus.root / "coded"
+    root.mkdir()
+    for file in corpus.root.iterdir():
+        if file.is_file():
+            (root / file.name).write_bytes(file.read_bytes())
+    for name, flips in (("images", 0.5), ("pairs", 0.0)):
+        options = CodesOptions(num_views=3, flip_probability=flips, min_scale=0.3)
+        tokenizer = BrightnessTokenizer()
+        write_codes(str(root / name), tokenizer, options, progress=lambda line: None)  # type: ignore[arg-type]
+    return Corpus(root, corpus.tokenizer)
+
+
+def test_stored_codes_are_those_of_the_pixels(coded: Corpus) -> None:
+    data = open_data(coded.config(color_jitter=0.0))
+    assert data.stored_codes
+    for split in ("train", "eval"):
+        for batch in batches(data, 4, split=split):
+            assert "image_tokenizer_pixels" not in batch
+            for prefix, pixels in (("image", "image_pixels"), ("pair_image", "pair_pixels")):
+                seen = BrightnessTokenizer(64, 8).encode(batch[pixels].float() / 255)
+                wanted = seen.gather(1, batch[f"{prefix}_positions"])
+                difference = (batch[f"{prefix}_codes"] - wanted).abs()
+                assert difference.max() <= 4 and wanted.float().std() > 10
+
+
+def test_training_uses_every_stored_view_and_evaluation_the_first(coded: Corpus) -> None:
+    data = open_data(coded.config())
+    train = data._dataset("train").parts["images"]
+    stored = CodesReader(str(coded.root / "images"))
+    used = set()
+    for number in range(120):
+        place = train.order.locate(number)
+        view = train.pixels.views.stored_view(place, place.index)
+        used.add(next(v for v in range(3) if stored.view(place.index, v).box == view.box))
+    assert used == {0, 1, 2}
+    held_out = data._dataset("eval").parts["images"]
+    place = held_out.order.locate(1)
+    image = held_out.first_documents[0] + 1
+    assert held_out.pixels.views.stored_view(place, image).box == stored.view(image, 0).box
+
+
+def test_which_codes_are_used(coded: Corpus, corpus: Corpus) -> None:
+    assert not open_data(coded.config(codes="compute")).stored_codes
+    assert open_data(coded.config(codes="stored")).stored_codes
+    mixed = coded.config(pairs=(str(corpus.root / "pairs"),))
+    assert not open_data(mixed).stored_codes
+    with pytest.raises(ConfigError, match=r"corpus\d*/pairs_codes.json"):
+        open_data(replace(mixed, data=replace(mixed.data, codes="stored")))
+    # Stored codes know the visual vocabulary, so no tokenizer is needed.
+    assert PretrainData.open(coded.config()).config.model.visual_vocab_size == 256
+
+
+def test_mirrored_codes_are_refused_where_flips_are_off(coded: Corpus) -> None:
+    with pytest.raises(ConfigError, match=r"data.flip_probability is 0.*images_codes"):
+        open_data(coded.config(flip_probability=0.0))
+
+
+def test_codes_of_another_tokenizer_are_refused(coded: Corpus) -> None:
+    with pytest.raises(DataError, match="another image tokenizer"):
+        PretrainData.open(
+            coded.config(), image_tokenizer=BrightnessTokenizer(fingerprint="other")
+        )
+
+
+def test_blends_of_datasets(corpus: Corpus, coded: Corpus) -> None:
+    one, two = str(corpus.root / "images"), str(coded.root / "images")
+    data = open_data(corpus.config(images=("0.75", one, "0.25", two), codes="compute"))
+    order = data._dataset("train").parts["images"].order
+    counts = np.bincount([order.locate(n).dataset for n in range(1024)])
+    assert counts.tolist() == [768, 256]
+    assert sum("75.0% of the blend" in line for line in data.summary()) == 2
+
+
+def test_summary_names_datasets_epochs_and_cut_captions(corpus: Corpus) -> None:
+    config = corpus.config(eval_fraction=0.25)
+    config = replace(config, train=replace(config.train, steps=9))
+    text = "\n".join(open_data(config).summary())
+    assert "train images" in text and "18 documents, 18 samples per epoch" in text
+    assert "4.00 epochs in 9 steps" in text  # 9 * 8 / 18
+    captions = sum(1 + i % 3 for i in range(15))
+    assert f"{1 / captions:.2%} of the captions are cut" in text
+    assert "25 of 64 patches" in text and "9 of 62 tokens" in text
+
+
+def test_objectives_that_are_off_need_no_data(corpus: Corpus) -> None:
+    off = corpus.config(
+        micro_texts=0, micro_pairs=0, text=("nowhere",), pairs=(), text_tokenizer=""
+    )
+    data = open_data(off)
+    assert data.text_tokenizer is None
+    assert {"image_mask", "image_pixels"} <= batches(data, 1)[0].keys()
+    assert not any(name.startswith(("text", "pair")) for name in batches(data, 1)[0])
+    text_only = corpus.config(micro_images=0, micro_pairs=0, images=(), pairs=())
+    assert PretrainData.open(text_only).config.model.visual_vocab_size == 0
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"text": ()}, "data.text is empty: data.micro_texts=4"),
+        ({"images": ()}, "data.images is empty: data.micro_images=4"),
+        ({"text_tokenizer": ""}, "data.text_tokenizer is not set: data.micro_texts=4"),
+        ({"global_texts": 9}, "data.global_texts=9 is not a multiple of data.micro_texts=4"),
+        ({"global_texts": 4}, "different micro-batches: texts 1, images 2, pairs 2"),
+        ({"micro_texts": 0, "micro_images": 0, "micro_pairs": 0}, "are all 0"),
+        ({"eval_fraction": 1.0}, "data.eval_fraction=1.0"),
+    ],
+)
+def test_contradictory_options_are_named(
+    corpus: Corpus, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_data(corpus.config(**change))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_start_errors(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gone.json: not found"):
+        open_data(corpus.config(images=(str(tmp_path / "gone"),)))
+    with pytest.raises(DataError, match="a dataset of images, but one of text"):
+        open_data(corpus.config(text=(str(corpus.root / "images"),)))
+    with pytest.raises(ConfigError, match="data.micro_texts=4 is not divisible"):
+        open_data(corpus.config(), tensor_size=3)
+    with pytest.raises(ConfigError, match="data.image_tokenizer is not set: data.micro_images=4"):
+        PretrainData.open(corpus.config())
+    with pytest.raises(ConfigError, match="4x4 codes, but .* 8x8 patches"):
+        PretrainData.open(corpus.config(), image_tokenizer=BrightnessTokenizer(32, 8))
+    base = corpus.config()
+    with pytest.raises(ConfigError, match="model.vocab_size=7, but the tokenizer has"):
+        open_data(replace(base, model=replace(base.model, vocab_size=7)))
+    masks = replace(base, objectives=replace(base.objectives, num_masked_patches=65))
+    with pytest.raises(ConfigError, match="num_masked_patches=65 is not in 1..64"):
+        open_data(masks)
+    manifest = json.loads((corpus.root / "text.json").read_text())
+    manifest["tokenizer_fingerprint"] = "f" * 64
+    for suffix in ("_text_document.bin", "_text_document.idx"):
+        (tmp_path / f"text{suffix}").write_bytes((corpus.root / f"text{suffix}").read_bytes())
+    (tmp_path / "text.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        open_data(corpus.config(text=(str(tmp_path / "text"),)))
+
+
+def test_held_out_split_by_hand() -> None:
+    assert split_documents(100, 0.02, "p", "text") == (range(98), range(98, 100))
+    assert split_documents(10, 0.02, "p", "text") == (range(9), range(9, 10))
+    assert split_documents(10, 0.0, "p", "text") == (range(10), range(10, 10))
+    with pytest.raises(ConfigError, match="p: 1 document.*data.eval_text"):
+        split_documents(1, 0.02, "p", "text")

@@ -1,0 +1,266 @@
+"""The SentencePiece tokenizer and its trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.tokenizers.text_training import (
+    TextTokenizerTraining,
+    iterate_sentences,
+    sample_sentences,
+    train_text_tokenizer,
+    whole_word_hints,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "[MASK]"]
+
+
+def corpus(num_lines: int = 400) -> list[str]:
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgsp<>[]MASK/", k=4)) for _ in range(300)]
+    words += ["red", "circle", "<s>", "[MASK]", "<pad>", "</s>", "mask"]
+    return [" ".join(generator.choices(words, k=9)) for _ in range(num_lines)]
+
+
+def train(directory: Path, **options: Any) -> TextTokenizer:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "corpus.txt"
+    path.write_text("\n".join(corpus()))
+    values: dict[str, Any] = {
+        "inputs": [path],
+        "vocab_size": 100,
+        "output_prefix": directory / "m",
+        "character_coverage": 1.0,
+    }
+    train_text_tokenizer(TextTokenizerTraining(**(values | options)))
+    return TextTokenizer(directory / "m.model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return train(tmp_path_factory.mktemp("tokenizer"))
+
+
+def raw_model(path: Path, **options: Any) -> Path:
+    """A SentencePiece model as other people train them."""
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()),
+        model_writer=writer,
+        vocab_size=80,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(writer.getvalue())
+    return path
+
+
+def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/train_text_tokenizer.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_ids_of_special_pieces(tokenizer: TextTokenizer) -> None:
+    assert [tokenizer.piece(i) for i in range(5)] == SPECIALS
+    ids = [tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id]
+    assert ids == [0, 1, 2, 3]
+    assert tokenizer.mask_id == 4
+    assert tokenizer.special_ids == frozenset(range(5))
+    assert tokenizer.size == 100
+    vocab = tokenizer.model_path.with_suffix(".vocab").read_text().splitlines()
+    assert len(vocab) == 100
+    assert [line.split("\t")[0] for line in vocab[:5]] == SPECIALS
+
+
+def test_round_trip_without_specials(tokenizer: TextTokenizer) -> None:
+    for line in corpus(20):
+        ids = tokenizer.encode(line)
+        assert not tokenizer.special_ids & set(ids)
+        assert all(0 <= i < tokenizer.size for i in ids)
+        assert tokenizer.decode(ids) == line
+    assert tokenizer.encode("") == []
+
+
+@pytest.mark.parametrize("text", [*SPECIALS, "<s> red [MASK] circle </s>", "red<pad>[MASK][MASK]"])
+def test_text_cannot_spell_special_pieces(tokenizer: TextTokenizer, text: str) -> None:
+    # Every character is in the corpus, so not even <unk> may appear.
+    assert "[MASK]" in " ".join(corpus())
+    known = text.replace("<unk>", "<s>")
+    ids = tokenizer.encode(known)
+    assert not tokenizer.special_ids & set(ids)
+    assert tokenizer.decode(ids) == known
+    assert not {0, 1, 2, 4} & set(tokenizer.encode(text))
+
+
+def test_decode_drops_control_pieces(tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode("red circle")
+    wrapped = [tokenizer.bos_id, *ids, tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert tokenizer.decode(wrapped) == "red circle"
+    with pytest.raises(ValueError, match=r"token id 100 is not in 0\.\.99"):
+        tokenizer.decode([100])
+
+
+def test_unknown_characters_and_byte_fallback(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    assert tokenizer.unk_id in tokenizer.encode("日")
+    spelled = train(tmp_path, byte_fallback=True, vocab_size=400)
+    assert spelled.unk_id not in spelled.encode("日")
+    assert spelled.decode(spelled.encode("日 red")) == "日 red"
+
+
+def test_batch_equals_single(tokenizer: TextTokenizer) -> None:
+    lines = corpus(30)
+    single = [tokenizer.encode(line) for line in lines]
+    assert tokenizer.encode_batch(lines) == single
+    assert tokenizer.encode_batch(lines, num_threads=2) == single
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        tokenizer.encode("\ud800")
+    with pytest.raises(TypeError):
+        tokenizer.encode_batch([7])  # type: ignore[list-item]
+
+
+def test_pickle_does_not_need_the_file(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "copy.model"
+    path.write_bytes(tokenizer.model_path.read_bytes())
+    pickled = pickle.dumps(TextTokenizer(path))
+    path.unlink()
+    copy = pickle.loads(pickled)
+    assert copy.encode("red circle") == tokenizer.encode("red circle")
+    assert copy.fingerprint == tokenizer.fingerprint
+    assert tokenizer.fingerprint == hashlib.sha256(tokenizer.model_path.read_bytes()).hexdigest()
+
+
+def test_models_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"plain\.model has no piece <pad>, \[MASK\]"):
+        TextTokenizer(raw_model(tmp_path / "plain.model"))
+    user_defined = raw_model(tmp_path / "user.model", pad_id=3, user_defined_symbols=["[MASK]"])
+    with pytest.raises(ValueError, match=r"user\.model: \[MASK\] must be control"):
+        TextTokenizer(user_defined)
+    for content in (b"", b"hello, I am no model"):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
+            TextTokenizer(tmp_path / "bad.model")
+    with pytest.raises(ValueError, match=r"cannot read text tokenizer .*gone\.model: No such"):
+        TextTokenizer(tmp_path / "gone.model")
+
+
+def test_same_input_gives_same_bytes(tmp_path: Path) -> None:
+    options = {"max_sentences": 150}
+    first = train(tmp_path / "a", **options)
+    again = train(tmp_path / "b", **options)
+    other = train(tmp_path / "c", seed=1, **options)
+    assert first.fingerprint == again.fingerprint
+    assert first.fingerprint != other.fingerprint
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_sample_is_uniform_and_bounded() -> None:
+    assert sample_sentences(["a", "b", "c"], 3, seed=5) == ["a", "b", "c"]
+    counts = [0] * 10
+    for seed in range(2000):
+        sample = sample_sentences((str(i) for i in range(10)), 3, seed)
+        assert len(set(sample)) == 3
+        for item in sample:
+            counts[int(item)] += 1
+    # Binomial(2000, 0.3): mean 600, standard deviation 20.5.
+    assert all(abs(count - 600) < 100 for count in counts)
+
+
+def test_frequent_words_of_a_small_world_are_single_pieces(tmp_path: Path) -> None:
+    # None of these words shares a beginning with another one.
+    words = "the little horse jumped over that wooden fence yesterday because somebody opened it"
+    generator = random.Random(1)
+    lines = [" ".join(generator.choices(words.split(), k=8)) for _ in range(300)]
+    (tmp_path / "w.txt").write_text("\n".join(lines))
+    tokenizer = train(tmp_path, inputs=[tmp_path / "w.txt"])
+    ids = tokenizer.encode(words)
+    assert [tokenizer.piece(i) for i in ids] == ["▁" + word for word in words.split()]
+    assert whole_word_hints([str(i) for i in range(20_001)]) == []
+
+
+def test_input_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\n two  words"}\n\n{"text": "three"}\n')
+    coco = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "four"}]}
+    karpathy = {"images": [{"sentences": [{"raw": "five"}, {"raw": "six"}]}]}
+    (tmp_path / "b.json").write_text(json.dumps(coco))
+    (tmp_path / "c.json").write_text(json.dumps(karpathy))
+    (tmp_path / "d.txt").write_bytes("\ufeffseven\r\n\neight".encode())
+    paths = [tmp_path / name for name in ("a.jsonl", "b.json", "c.json", "d.txt")]
+    expected = ["one", "two words", "three", "four", "five", "six", "seven", "eight"]
+    assert list(iterate_sentences(paths)) == expected
+
+
+def test_long_lines_are_cut_not_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 3000 + "x" * 2500)
+    sentences = list(iterate_sentences([path]))
+    assert max(map(len, sentences)) <= 1000
+    assert " ".join(sentences).split()[:3000] == ["word"] * 3000
+    assert "".join(sentences).replace(" ", "").count("x") == 2500
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a\.jsonl:2: expected .* under "text"'),
+        ("a.jsonl", b'{"text": "x"}\n{"text"', r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: invalid Unicode"),
+        ("a.txt", b"fine\n\xff\xfe\n", r"a\.txt:2: invalid UTF-8"),
+        ("a.txt", b" \n\n", r"a\.txt holds no text"),
+        ("a.json", b'{"images": [{"id": 3}]}', r"a\.json: neither COCO captions nor"),
+        ("a.json", b"[1, 2]", r"a\.json: neither COCO captions nor"),
+        ("a.json", b'{"annotations": [{"caption": 1}]}', r"a\.json: caption 0 is not a string"),
+    ],
+)
+def test_bad_input_names_file_and_record(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(iterate_sentences([tmp_path / name]))
+
+
+def test_bad_options(tmp_path: Path) -> None:
+    for options, message in (
+        ({"vocab_size": 5}, "vocab_size must be above 5"),
+        ({"vocab_size": 12}, r"vocab_size 12 is too small: .* need \d+"),
+        ({"character_coverage": 1.5}, "character_coverage"),
+        ({"max_sentences": 0}, "max_sentences"),
+        ({"inputs": []}, "no input files"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, **options)
+    assert not list(tmp_path.glob("m*"))
+
+
+def test_tool_lowers_vocab_size_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("\n".join(corpus()))
+    result = run_tool(
+        "--input", tmp_path / "c.txt", "--vocab-size", "64000", "--output-prefix", tmp_path / "p"
+    )
+    assert result.returncode == 0, result.stderr
+    size = TextTokenizer(tmp_path / "p.model").size
+    assert 5 < size < 1000
+    assert f"warning: the corpus fills only {size} of the 64000 pieces" in result.stderr
+    assert f"({size} pieces)" in result.stdout
+
+
+def test_tool_prints_one_line_of_error(tmp_path: Path) -> None:
+    result = run_tool(
+        "--input", tmp_path / "gone.txt", "--vocab-size", "99", "--output-prefix", tmp_path / "p"
+    )
+    assert result.returncode == 1
+    assert result.stderr == f"error: cannot read {tmp_path}/gone.txt: No such file or directory\n"

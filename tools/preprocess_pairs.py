@@ -1,0 +1,98 @@
+"""Put images with their captions into an indexed dataset.
+
+python tools/preprocess_pairs.py --format karpathy --annotations dataset_coco.json --images coco \
+    --output-prefix data/coco --tokenizer-model tokenizers/text.model --workers 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_vlmoe.data.preprocess import Run, positive_int, run_tool
+from megatron_vlmoe.data.preprocess_pairs import (
+    DEFAULT_MAX_CAPTION_TOKENS,
+    PairOptions,
+    preprocess_pairs,
+)
+from megatron_vlmoe.data.readers.pair_formats import PAIR_READERS
+from megatron_vlmoe.data.readers.pairs import PairInput
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Index captioned images; writes P_image.*, P_text.* and P.json."
+    )
+    parser.add_argument("--format", choices=list(PAIR_READERS), required=True)
+    parser.add_argument(
+        "--annotations",
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="annotation files; for webdataset tars or folders of tars",
+    )
+    parser.add_argument("--images", metavar="DIR", help="folder of the images")
+    parser.add_argument("--output-prefix", required=True, metavar="P")
+    parser.add_argument("--tokenizer-model", required=True, metavar="M")
+    parser.add_argument("--workers", type=positive_int, default=1, help="processes (%(default)s)")
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        default=["train", "restval"],
+        help="karpathy: splits to take (train restval)",
+    )
+    parser.add_argument("--image-key", help="jsonl, parquet: key of the image")
+    parser.add_argument("--caption-key", help="jsonl, parquet, webdataset: key of the caption(s)")
+    parser.add_argument(
+        "--resize-short",
+        type=positive_int,
+        metavar="N",
+        help="shrink images whose shorter side is over N pixels to it (JPEG quality 95)",
+    )
+    parser.add_argument(
+        "--max-caption-tokens",
+        type=positive_int,
+        default=DEFAULT_MAX_CAPTION_TOKENS,
+        metavar="N",
+        help="reject longer captions (%(default)s)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="skip: leave bad captions and images out and list them in P.rejects.jsonl",
+    )
+    options = parser.parse_args(argv)
+    if not options.annotations and options.format != "webdataset":
+        parser.error(f"--format {options.format} needs --annotations")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Preprocesses; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = parse_arguments(arguments)
+    source = PairInput(
+        options.format,
+        tuple(options.annotations),
+        options.images,
+        tuple(options.split),
+        options.image_key,
+        options.caption_key,
+    )
+    command = shlex.join(["tools/preprocess_pairs.py", *arguments])
+    inputs = [*options.annotations, *([options.images] if options.images else [])]
+    record = {"command": command, "inputs": inputs}
+    run = Run(options.output_prefix, options.workers, options.on_error, record)
+    store = PairOptions(options.resize_short, options.max_caption_tokens)
+    return run_tool(lambda: preprocess_pairs(source, options.tokenizer_model, run, store))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Tokenize text files into an indexed dataset.
+
+python tools/preprocess_text.py --input wiki.jsonl books.txt --output-prefix data/wikibooks \
+    --tokenizer-model tokenizers/text.model --workers 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_vlmoe.data.preprocess import Run, positive_int, run_tool
+from megatron_vlmoe.data.preprocess_text import preprocess_text
+from megatron_vlmoe.data.readers.text import TextInput
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Tokenize text files; writes P_text_document.bin, P_text_document.idx, P.json."
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--output-prefix", required=True, metavar="P")
+    parser.add_argument("--tokenizer-model", required=True, metavar="M")
+    parser.add_argument("--workers", type=positive_int, default=1, help="processes (%(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=["auto", "jsonl", "text", "parquet"],
+        default="auto",
+        help="auto: by the suffix of each file",
+    )
+    parser.add_argument(
+        "--text-key", default="text", help="JSON key or parquet column (%(default)s)"
+    )
+    parser.add_argument(
+        "--documents",
+        choices=["line", "blank-line"],
+        default="line",
+        help="plain text: a document per line, or documents between blank lines",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="skip: leave bad records out and list them in P.rejects.jsonl",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Preprocesses; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = parse_arguments(arguments)
+    source = TextInput(tuple(options.input), options.format, options.text_key, options.documents)
+    command = shlex.join(["tools/preprocess_text.py", *arguments])
+    record = {"command": command, "inputs": options.input}
+    run = Run(options.output_prefix, options.workers, options.on_error, record)
+    return run_tool(lambda: preprocess_text(source, options.tokenizer_model, run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
