@@ -91,7 +91,9 @@ class MicroBatches(Dataset[Any]):
                 batch |= part.make(number.samples(*self.sizes[name]))
         except DataError as error:
             return error
-        return {name: torch.as_tensor(value) for name, value in batch.items()}
+        # An array under two keys becomes one tensor, which a worker then sends once.
+        tensors = {id(value): torch.as_tensor(value) for value in batch.values()}
+        return {name: tensors[id(value)] for name, value in batch.items()}
 
 
 @dataclass(frozen=True)

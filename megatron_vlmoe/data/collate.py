@@ -169,13 +169,14 @@ class PixelBatches:
 
     def _pixels(self, places: list[Place], images: list[int]) -> dict[str, Array]:
         own = self.share.slice(len(places))
-        sizes = [size for _, size in self._views]
+        # Views of equal size are equal: one array serves both keys.
+        sizes = sorted({size for _, size in self._views})
         count = own.stop - own.start
-        out = [np.empty((count, 3, size, size), dtype=np.uint8) for size in sizes]
+        out = {size: np.empty((count, 3, size, size), dtype=np.uint8) for size in sizes}
         for row, (place, image) in enumerate(zip(places[own], images[own], strict=True)):
-            for target, view in zip(out, self.views.pixels(place, image, sizes), strict=True):
-                target[row] = view
-        return {name: pixels for (name, _), pixels in zip(self._views, out, strict=True)}
+            for size, view in zip(sizes, self.views.pixels(place, image, sizes), strict=True):
+                out[size][row] = view
+        return {name: out[size] for name, size in self._views}
 
 
 class ImageBatches:

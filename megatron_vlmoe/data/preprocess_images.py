@@ -18,7 +18,8 @@ from megatron_vlmoe.data.readers.images import read_images
 from megatron_vlmoe.data.readers.records import ImageFile, Reject
 
 # Not every format that Pillow knows: its EPS reader, for one, starts Ghostscript.
-_READ_FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "TIFF", "PPM")
+_READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Pillow calls a JPEG with a second picture behind it MPO.
 _KEPT_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})
 _KEPT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA"})
 _JPEG_QUALITY = 95

@@ -24,6 +24,7 @@ from megatron_vlmoe.data.preprocess import (
 from megatron_vlmoe.data.readers.records import Reject, TextBlock
 from megatron_vlmoe.data.readers.text import TextInput, read_text
 
+
 @dataclass
 class TokenizedText:
     """The result of one block."""

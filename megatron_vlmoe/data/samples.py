@@ -31,8 +31,8 @@ from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.masking import (
     MaskVocabulary,
     blockwise_mask,
-    maskable_positions,
     mask_tokens,
+    maskable_positions,
     natural_mask_count,
 )
 from megatron_vlmoe.data.order import Place, Purpose, keyed_rng

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Union
 
 import torch
 from megatron.core import parallel_state
@@ -53,21 +53,22 @@ class MoMEFeedForward(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.plan = plan
-        self.norms = nn.ModuleDict()
-        self.ffns = nn.ModuleDict()
+        # Direct children: inside a ModuleDict megatron-core would save tensor-parallel shards as replicas.
         for branch in plan.branches:
-            self.norms[branch.name] = build_module(
+            norm = build_module(
                 submodules.norm,
                 config=config,
                 hidden_size=config.hidden_size,
                 eps=config.layernorm_epsilon,
             )
+            self.add_module(f"{branch.name}_norm", norm)
         for branch in plan.dense:
-            self.ffns[branch.name] = build_module(
+            ffn = build_module(
                 submodules.dense,
                 config=config,
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
             )
+            self.add_module(f"{branch.name}_ffn", ffn)
         self.moe: ModalityMoELayer | None = None
         if plan.pools:
             self.moe = build_module(submodules.moe, config=config, plan=plan, moe=moe)
@@ -76,6 +77,14 @@ class MoMEFeedForward(MegatronModule):
         """megatron-core's check that the spec's plan belongs to this block."""
         if layer_number != self.plan.layer_number:
             raise ValueError(f"block {layer_number} was given the plan of {self.plan.layer_number}")
+
+    def norm(self, branch: str) -> nn.Module:
+        """The LayerNorm of a branch."""
+        return self.get_submodule(f"{branch}_norm")
+
+    def ffn(self, branch: str) -> nn.Module:
+        """The FFN of a dense branch."""
+        return self.get_submodule(f"{branch}_ffn")
 
     def forward(self, hidden: Tensor, stream: StreamBatch) -> Tensor:
         """Branch outputs for the local stream: ``[T, 1, D]`` to ``[T, 1, D]``."""
@@ -99,11 +108,10 @@ class MoMEFeedForward(MegatronModule):
         slices = branch.slices(stream.layout)
         parts = [hidden[part] for part in slices]
         tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.norms[branch.name](tokens)
+        return self.norm(branch.name)(tokens)
 
     def _dense(self, branch: Branch, tokens: Tensor) -> Tensor:
-        ffn: Any = self.ffns[branch.name]
-        output, bias = ffn(tokens)
+        output, bias = self.ffn(branch.name)(tokens)
         return output if bias is None else output + bias
 
     def _write(

@@ -73,7 +73,7 @@ def _full(
         return torch.full(tuple(shape), model.layer_scale_init)
     if re.search(r"(bias|bias1|bias2)$", key):
         return torch.zeros(tuple(shape))
-    if re.search(r"(norm|norms\.\w+)\.weight$", key):
+    if re.search(r"norm\.weight$", key):
         return torch.ones(tuple(shape))
     generator = keyed_generator(torch.device("cpu"), seed, key, expert)
     value = torch.empty(tuple(shape))

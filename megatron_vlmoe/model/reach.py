@@ -63,10 +63,10 @@ def _freeze_branches(decoder: MoMEBlock, config: RunConfig, layout: StreamLayout
             prefix = f"block {number} {branch.name}"
             reached = branch.num_tokens(layout) > 0
             if not reached:
-                frozen += _freeze(feed_forward.norms[branch.name], f"{prefix} norm")
+                frozen += _freeze(feed_forward.norm(branch.name), f"{prefix} norm")
             if not branch.num_experts:
                 if not reached:
-                    frozen += _freeze(feed_forward.ffns[branch.name], f"{prefix} ffn")
+                    frozen += _freeze(feed_forward.ffn(branch.name), f"{prefix} ffn")
             elif not reached or not config.moe.train_experts:
                 assert feed_forward.moe is not None
                 frozen += _freeze(feed_forward.moe.experts.pool(branch.name), f"{prefix} experts")

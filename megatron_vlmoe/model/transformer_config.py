@@ -60,7 +60,7 @@ def build_transformer_config(config: RunConfig, precision: Precision) -> Transfo
         overlap_p2p_comm=virtual > 1,
         deterministic_mode=False,
         num_moe_experts=num_experts,
-        moe_ffn_hidden_size=model.ffn_hidden_size,
+        moe_ffn_hidden_size=model.ffn_hidden_size if num_experts else None,
         moe_router_topk=moe.topk,
         moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,7 +124,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
     images = [[jpeg(i)] for i in range(NUM_IMAGES)]
     write_dataset(root / "images", "images", {"image": images}, tokenizer)
-    captions = [[tokens(int(rng.integers(3, 20))) for _ in range(1 + i % 3)] for i in range(NUM_PAIRS)]
+    captions = [
+        [tokens(int(rng.integers(3, 20))) for _ in range(1 + i % 3)] for i in range(NUM_PAIRS)
+    ]
     captions[0][0] = tokens(50)
     pictures = [[jpeg(100 + i)] for i in range(NUM_PAIRS)]
     write_dataset(root / "pairs", "pairs", {"image": pictures, "text": captions}, tokenizer)
@@ -470,9 +473,7 @@ def test_mirrored_codes_are_refused_where_flips_are_off(coded: Corpus) -> None:
 
 def test_codes_of_another_tokenizer_are_refused(coded: Corpus) -> None:
     with pytest.raises(DataError, match="another image tokenizer"):
-        PretrainData.open(
-            coded.config(), image_tokenizer=BrightnessTokenizer(fingerprint="other")
-        )
+        PretrainData.open(coded.config(), image_tokenizer=BrightnessTokenizer(fingerprint="other"))
 
 
 def test_blends_of_datasets(corpus: Corpus, coded: Corpus) -> None:
@@ -559,3 +560,12 @@ def test_held_out_split_by_hand() -> None:
     assert split_documents(10, 0.0, "p", "text") == (range(10), range(10, 10))
     with pytest.raises(ConfigError, match="p: 1 document.*data.eval_text"):
         split_documents(1, 0.02, "p", "text")
+
+
+def test_a_dataset_pickles_for_workers_started_by_spawn(coded: Corpus) -> None:
+    for config in (coded.config(), coded.config(codes="compute")):
+        dataset = open_data(config)._dataset("train")
+        expected = dataset[3]
+        data = pickle.dumps(dataset)
+        assert len(data) < 100_000
+        assert_equal(pickle.loads(data)[3], expected)

@@ -193,6 +193,21 @@ def test_a_corrupt_image_ends_it_and_leaves_the_old_codes(
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
 
 
+def test_an_old_manifest_never_vouches_for_new_codes(
+    prefix: str, tokenizer: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_codes(prefix, tokenizer, CodesOptions(num_views=1))
+
+    def full_disk(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_vlmoe.data.codes.write_atomically", full_disk)
+    with pytest.raises(DataError, match="set_codes.json: No space left on device"):
+        write_codes(prefix, tokenizer, CodesOptions(num_views=1, seed=1))
+    with pytest.raises(DataError, match="not found"):
+        CodesReader(prefix)
+
+
 def test_tool(prefix: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["encode_images.py", *arguments])

@@ -138,7 +138,10 @@ def test_interrupted_or_empty_writer_leaves_nothing(tmp_path: Path) -> None:
         writer.add_document([np.array([1])])
         assert [p.suffix for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx")] == []
         raise KeyboardInterrupt
-    with pytest.raises(DataError, match="nothing to write"), IndexedWriter(str(tmp_path / "a"), "u1"):
+    with (
+        pytest.raises(DataError, match="nothing to write"),
+        IndexedWriter(str(tmp_path / "a"), "u1"),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 

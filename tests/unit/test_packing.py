@@ -24,14 +24,16 @@ class Reader:
         return np.array(self.lengths, dtype=np.int32)
 
     def sequence_slice(self, index: int, offset: int, length: int) -> np.ndarray:
-        assert 0 <= offset and offset + length <= self.lengths[index]
+        assert offset >= 0 and offset + length <= self.lengths[index]
         return 1000 * (index + 1) + np.arange(offset, offset + length)
 
 
 LENGTHS = (5, 1, 17, 3, 0, 9, 2)
 
 
-def packed(length: int = 8, documents: range = range(len(LENGTHS)), **options: object) -> PackedTexts:
+def packed(
+    length: int = 8, documents: range = range(len(LENGTHS)), **options: object
+) -> PackedTexts:
     return PackedTexts(
         Reader(LENGTHS), documents, length, bos_id=BOS, eos_id=EOS, seed=4, **options
     )

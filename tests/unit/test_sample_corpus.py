@@ -171,6 +171,11 @@ def check_caption(scene: Scene, caption: str) -> None:
     relation = RELATIONS.get(words) or SIDES[words]
     assert fits(relation, cells(named[int(a)]), cells(named[int(b)])), caption
     assert check_places(scene, named, masked) == len(named) - 2, masked
+    # A clause needs its verb, a list must have none.
+    for clause, rest in re.findall(
+        r", (?:(and|while)|along with|as well as|together with) (.*)", masked
+    ):
+        assert bool(clause) == bool(re.search(r"N\d (is|are)", rest)), caption
     # The subject stands behind the verb where the relation opens the sentence.
     inverted = re.match(rf"{RELATION} N\d (is|are) N(\d)(.*)", masked)
     agreements = [(inverted[3], inverted[2])] if inverted else []

@@ -126,6 +126,14 @@ class TestQuantizer:
         assert sorted(result.codes.tolist()) == list(range(6))
         assert result.commitment.item() < 1e-10
 
+    def test_codes_are_placed_once(self) -> None:
+        quantizer = Quantizer(2, 2).train()
+        quantizer(torch.eye(2))
+        placed = quantizer.codebook.clone()
+        quantizer(-torch.eye(2))  # a second placement would turn both codes round
+        assert (quantizer.codebook * placed).sum(1).min() > 0.99
+        assert int(quantizer.updates) == 3  # the placement and two moving-average steps
+
     def test_dead_codes_restart_on_vectors_of_the_batch(self) -> None:
         codebook = [[0.0, 1.0], [0.0, -1.0]]
         published = self.quantizer(codebook).train()
@@ -154,6 +162,10 @@ class TestTransformer:
         x = torch.randn(2, 5, 8)
         expected = reference(x, x, x, need_weights=False)[0]
         assert torch.allclose(attention(x), expected, atol=1e-6)
+
+    def test_layer_norms_have_the_published_epsilon(self) -> None:
+        norms = [m for m in build_model(small_config(), 0).modules() if isinstance(m, nn.LayerNorm)]
+        assert {norm.eps for norm in norms} == {1e-6} and len(norms) == 2 * 3 + 2
 
     def test_patches_are_row_major(self) -> None:
         embedding = PatchEmbedding(4, 3, 1)

@@ -280,8 +280,7 @@ class Trainer:
         if self.world_size == 1:
             return self.model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # The quantiser's buffers are equal on all ranks by construction.
-        return DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(self.model, device_ids=ids)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
