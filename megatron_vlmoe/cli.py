@@ -35,7 +35,9 @@ def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: python -m megatron_vlmoe COMMAND [--preset NAME] [--config FILE] [--section.option VALUE]"]
+        [
+            "usage: python -m megatron_vlmoe COMMAND [--preset NAME] [--config FILE] [--section.option VALUE]"
+        ]
         + lines
         + ["COMMAND --help lists every option; COMMAND --dry-run prints what would run."]
     )

@@ -212,7 +212,7 @@ class DataConfig:
         pixel_std: standard deviation of each channel, in 0..1.
         num_workers: loader processes per rank; 0 loads in the training process.
         prefetch: batches that each worker prepares ahead.
-        cache_dir: folder of cached indexes; empty keeps them beside the data when writable, else in memory.
+        cache_dir: folder of cached indexes of packed texts; empty keeps them in memory.
     """
 
     text: tuple[str, ...] = ()

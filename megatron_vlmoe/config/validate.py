@@ -32,7 +32,13 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_model(config: RunConfig) -> None:
     model = config.model
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "patch_size"):
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "ffn_hidden_size",
+        "patch_size",
+    ):
         value = getattr(model, name)
         _require(value > 0, f"model.{name}={value} must be positive")
     _require(
@@ -48,9 +54,7 @@ def _check_model(config: RunConfig) -> None:
         0 <= model.num_vl_layers <= model.num_layers,
         f"model.num_vl_layers={model.num_vl_layers} is not in 0..{model.num_layers}",
     )
-    _require(
-        0.0 <= model.drop_path < 1.0, f"model.drop_path={model.drop_path} is not in [0, 1)"
-    )
+    _require(0.0 <= model.drop_path < 1.0, f"model.drop_path={model.drop_path} is not in [0, 1)")
     for name in ("text_length", "pair_text_length"):
         value = getattr(model, name)
         _require(value >= 3, f"model.{name}={value} leaves no room between [T_CLS] and [T_SEP]")
@@ -222,7 +226,9 @@ def _check_train(config: RunConfig) -> None:
     )
     if profile.steps:
         first, last = profile.steps
-        _require(1 <= first <= last, f"profile.steps={list(profile.steps)}: FIRST must be in 1..LAST")
+        _require(
+            1 <= first <= last, f"profile.steps={list(profile.steps)}: FIRST must be in 1..LAST"
+        )
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:

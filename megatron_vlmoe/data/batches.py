@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlmoe.config.schema import ConfigError, DataConfig, RunConfig
 from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.config.validate import num_micro_batches
 from megatron_vlmoe.data.collate import (
     BatchShare,
     ImageBatches,
@@ -32,6 +33,7 @@ from megatron_vlmoe.data.samples import (
     ImageViews,
     PatchMasks,
     TextSamples,
+    Vocabulary,
 )
 from megatron_vlmoe.data.sources import (
     OBJECTIVES,
@@ -44,7 +46,6 @@ from megatron_vlmoe.data.sources import (
     open_targets,
     open_text_tokenizer,
     resolve_sizes,
-    steps_micro_batches,
 )
 from megatron_vlmoe.data.summary import describe_config, describe_sources, text_mask_slots
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -62,20 +63,20 @@ class MicroBatches(Dataset[Any]):
 
     Args:
         parts: for each objective that is on (``texts``, ``images``, ``pairs``), its batches.
-        data: batch sizes.
+        config: batch sizes.
         share: which part this process needs.
     """
 
     def __init__(
         self,
         parts: Mapping[str, TextBatches | ImageBatches | PairBatches],
-        data: DataConfig,
+        config: RunConfig,
         share: BatchShare,
     ) -> None:
         self.parts, self.share = dict(parts), share
-        self.per_step = steps_micro_batches(data, share.data_size)
+        self.per_step = num_micro_batches(config, share.data_size)
         self.sizes = {
-            name: (getattr(data, f"micro_{name}"), getattr(data, f"global_{name}"))
+            name: (getattr(config.data, f"micro_{name}"), getattr(config.data, f"global_{name}"))
             for name in parts
         }
 
@@ -184,6 +185,11 @@ class _Opened:
         assert self.text_tokenizer is not None
         return self.text_tokenizer
 
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        tokenizer = self._tokenizer
+        return Vocabulary(tokenizer.size, tokenizer.mask_id, tokenizer.special_ids)
+
     def _texts(self, split: Split) -> TextBatches:
         data, objectives = self.config.data, self.config.objectives
         sources, draws = self.sources["texts", split], self.draws("texts", split)
@@ -204,7 +210,7 @@ class _Opened:
         ]
         samples = TextSamples(
             texts,
-            self._tokenizer,
+            self._vocabulary,
             text_mask_slots(self.config),
             objectives.text_mask_fraction,
             draws,
@@ -258,7 +264,7 @@ class _Opened:
             [item.reader("text") for item in sources.items],
             [item.documents for item in sources.items],
             config.data.pair_unit,
-            self._tokenizer,
+            self._vocabulary,
             layout,
             draws,
         )
@@ -303,7 +309,7 @@ class PretrainData:
         """Whether visual codes are read from disk."""
         self._opened = opened
         train = opened.parts("train")
-        self._datasets = {"train": MicroBatches(train, self.config.data, opened.share)}
+        self._datasets = {"train": MicroBatches(train, self.config, opened.share)}
 
     @classmethod
     def open(
@@ -324,12 +330,13 @@ class PretrainData:
             DataError: a dataset that is missing, damaged, or made with another tokenizer.
             ValueError: a tokenizer that cannot be read.
         """
-        steps_micro_batches(config.data, share.data_size)
+        enabled = enabled_objectives(config.data)
+        num_micro_batches(config, share.data_size)
         StreamLayout.from_config(config.model, config.data).shard(share.tensor_size)
         tokenizer = open_text_tokenizer(config.data)
         fingerprint = tokenizer.fingerprint if tokenizer else None
         sources: dict[tuple[str, Split], Sources] = {}
-        for name in enabled_objectives(config.data):
+        for name in enabled:
             wanted = None if name == "images" else fingerprint
             for split, found in open_sources(config.data, name, wanted).items():
                 if found is not None:
@@ -370,5 +377,5 @@ class PretrainData:
     def _dataset(self, split: Split) -> MicroBatches:
         if split not in self._datasets:
             parts = self._opened.parts(split)
-            self._datasets[split] = MicroBatches(parts, self.config.data, self._opened.share)
+            self._datasets[split] = MicroBatches(parts, self.config, self._opened.share)
         return self._datasets[split]

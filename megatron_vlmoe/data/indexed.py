@@ -87,7 +87,7 @@ class IndexedWriter:
 
     def _open(self, path: str) -> IO[bytes]:
         try:
-            handle = open(path, "w+b", buffering=1 << 20)  # noqa: SIM115 (closed in _close_handles)
+            handle = open(path, "w+b", buffering=1 << 20)
         except OSError as error:
             self.abort()
             raise DataError(f"{path}: {error.strerror}") from error

@@ -64,10 +64,18 @@ class TokenizerLike(Protocol):
     """What preprocessing needs of a tokenizer (`tokenizers.text.TextTokenizer` has it)."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Number of pieces."""
+        ...
+
     @property
-    def fingerprint(self) -> str: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def fingerprint(self) -> str:
+        """Hash of the model file."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, without special tokens."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class RejectLog:
             line = {"source": reject.source, "record": reject.record, "reason": reject.reason}
             try:
                 if self._file is None:
-                    self._file = open(self._temporary, "w", encoding="ascii")  # noqa: SIM115
+                    self._file = open(self._temporary, "w", encoding="ascii")
                 self._file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise DataError(f"{self._path}: {error.strerror}") from error

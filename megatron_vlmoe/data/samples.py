@@ -69,6 +69,15 @@ class Draws:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What masking needs of a text tokenizer, without its model: workers hold no more."""
+
+    size: int
+    mask_id: int
+    special_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
 class TextSample:
     """A masked packed text; all ``[L]``.
 

@@ -71,8 +71,15 @@ class Sources:
 
 
 def enabled_objectives(data: DataConfig) -> list[str]:
-    """The objectives with a positive micro-batch count."""
-    return [name for name in OBJECTIVES if getattr(data, f"micro_{name}") > 0]
+    """The objectives with a positive micro-batch count.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    enabled = [name for name in OBJECTIVES if getattr(data, f"micro_{name}") > 0]
+    if not enabled:
+        raise ConfigError("data.micro_texts, data.micro_images and data.micro_pairs are all 0")
+    return enabled
 
 
 def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
@@ -144,29 +151,6 @@ def split_documents(
             f"{fraction}: give data.eval_{option}, or data.eval_fraction 0"
         )
     return range(num_documents - held_out), range(num_documents - held_out, num_documents)
-
-
-def steps_micro_batches(data: DataConfig, data_size: int) -> int:
-    """Micro-batches of one rank in a step, global / (micro * data_size), equal for all objectives.
-
-    Raises:
-        ConfigError: no objective is on, a count does not divide, or the objectives differ.
-    """
-    numbers = {}
-    for name in enabled_objectives(data):
-        micro, whole = getattr(data, f"micro_{name}"), getattr(data, f"global_{name}")
-        if whole <= 0 or whole % (micro * data_size):
-            raise ConfigError(
-                f"data.global_{name}={whole} is not a multiple of data.micro_{name}={micro} times "
-                f"{data_size} data-parallel rank(s)"
-            )
-        numbers[name] = whole // (micro * data_size)
-    if not numbers:
-        raise ConfigError("data.micro_texts, data.micro_images and data.micro_pairs are all 0")
-    if len(set(numbers.values())) > 1:
-        listed = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        raise ConfigError(f"data.global_* and data.micro_* give different micro-batches: {listed}")
-    return next(iter(numbers.values()))
 
 
 @dataclass(frozen=True)

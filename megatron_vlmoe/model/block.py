@@ -150,9 +150,7 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
         submodules=MoMEFeedForwardSubmodules(
             norm=LayerNorm,
             dense=dense_ffn_spec(),
-            moe=ModuleSpec(
-                module=ModalityMoELayer, submodules=moe_submodules(plan, config.moe)
-            ),
+            moe=ModuleSpec(module=ModalityMoELayer, submodules=moe_submodules(plan, config.moe)),
         ),
     )
     return ModuleSpec(

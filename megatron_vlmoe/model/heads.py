@@ -106,7 +106,9 @@ class MaskedHeads(MegatronModule):
         if layout.pairs:
             text.append(("vlm_text", "pair_texts", "pair_text_positions", "pair_text_labels", 0))
             # Positions count patches; [I_CLS] stands before them.
-            image.append(("vlm_image", "pair_images", "pair_image_positions", "pair_image_codes", 1))
+            image.append(
+                ("vlm_image", "pair_images", "pair_image_positions", "pair_image_codes", 1)
+            )
         if layout.images:
             image.append(("mim", "images", "image_positions", "image_codes", 1))
         result = {}

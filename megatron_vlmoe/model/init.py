@@ -13,6 +13,7 @@ from typing import Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import ModelConfig
@@ -44,12 +45,26 @@ def initialize_parameters(
             for shard in chunk.sharded_state_dict(metadata=metadata).values()
             if isinstance(shard, ShardedTensor)
         }
-        by_pointer = {shard.data.data_ptr(): shard for shard in shards.values() if shard.data.numel()}
+        by_pointer = {
+            shard.data.data_ptr(): shard for shard in shards.values() if shard.data.numel()
+        }
         for name, parameter in chunk.named_parameters():
             shard = shards.get(id(parameter)) or by_pointer.get(parameter.data_ptr())
             if shard is None:
                 raise RuntimeError(f"parameter {name} is not in the sharded state dict")
             parameter.copy_(initial_value(shard, model, seed).view_as(parameter))
+            _mark_shard(parameter, shard)
+
+
+def _mark_shard(parameter: nn.Parameter, shard: ShardedTensor) -> None:
+    """Marks tensor-parallel shards, as megatron-core's own initialisation would.
+
+    Unmarked shards count as replicas of TP rank 0, and the gradient norm would leave the others out.
+    """
+    shape = tuple(shard.global_shape)[shard.prepend_axis_num :]
+    axes = [axis for axis, size in enumerate(shard.local_shape) if size != shape[axis]]
+    if axes and not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axes[0], stride=1)
 
 
 def initial_value(shard: ShardedTensor, model: ModelConfig, seed: int) -> Tensor:

@@ -60,7 +60,9 @@ class VLMoEModel(MegatronModule):
         hidden = self.embedding(batch, stream) if self.pre_process else None
         return self.decoder(hidden, stream)
 
-    def forward(self, batch: Mapping[str, Tensor], stream: StreamBatch) -> Union[Tensor, HeadOutput]:
+    def forward(
+        self, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> Union[Tensor, HeadOutput]:
         """Hidden states for the next stage; on the last stage the heads' losses per slot."""
         hidden = self.encode(batch, stream)
         if not self.post_process:

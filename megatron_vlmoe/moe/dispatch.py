@@ -126,9 +126,7 @@ class TokenAllToAllDispatcher:
             gate = torch.where(kept, routing.gate, torch.zeros_like(routing.gate))
             empty = gate.new_zeros(gate.shape[0], width)
             probs.append(empty.scatter(1, column, gate))
-            maps.append(
-                torch.zeros_like(empty, dtype=torch.bool).scatter(1, column, kept)
-            )
+            maps.append(torch.zeros_like(empty, dtype=torch.bool).scatter(1, column, kept))
         return torch.cat(maps), torch.cat(probs)
 
 
@@ -161,7 +159,12 @@ class _FillSlots(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, tokens: Tensor, slot_token: Tensor, filled: Tensor, token_slot: Tensor, kept: Tensor
+        ctx: Any,
+        tokens: Tensor,
+        slot_token: Tensor,
+        filled: Tensor,
+        token_slot: Tensor,
+        kept: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(token_slot, kept)
         rows = tokens.index_select(0, slot_token)

@@ -64,7 +64,9 @@ class PoolGate(nn.Module):
 
     def __init__(self, num_experts: int, config: TransformerConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, dtype=torch.float32))
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, config.hidden_size, dtype=torch.float32)
+        )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -142,7 +144,11 @@ class ModalityRouter(MegatronModule):
         noisy = clean
         if self._trains() and sigma > 0.0:
             noise = stream.normal(
-                self.layer_number, f"{pool.name}_noise", pool.segments, pool.num_experts, tokens.device
+                self.layer_number,
+                f"{pool.name}_noise",
+                pool.segments,
+                pool.num_experts,
+                tokens.device,
             )
             if noise is not None:
                 noisy = clean + sigma * noise
@@ -251,4 +257,3 @@ class ModalityRouter(MegatronModule):
             pool, gates, routing.kept, load, score.mask, slots, losses, total.detach()
         )
         self.recorder.add(record, stream.layout, stream.tensor_size)
-

@@ -194,6 +194,7 @@ def batch_priority_route(
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the tensor is a 2-D floating-point one."""
     if tensor.dim() != 2 or not tensor.is_floating_point():
         raise ValueError(
             f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {list(tensor.shape)}"
@@ -201,6 +202,7 @@ def check_matrix(name: str, tensor: Tensor) -> None:
 
 
 def check_top_k(k: int, num_experts: int) -> None:
+    """Raises ValueError unless k is in 1..E."""
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if not 1 <= k <= num_experts:
@@ -208,5 +210,6 @@ def check_top_k(k: int, num_experts: int) -> None:
 
 
 def check_mask(mask: Tensor | None, num_tokens: int) -> None:
+    """Raises ValueError unless the mask is None or bool [T]."""
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (num_tokens,)):
         raise ValueError(f"mask must be bool [{num_tokens}], got {mask.dtype} {list(mask.shape)}")

@@ -85,7 +85,9 @@ def count(record: PoolRecord, layout: StreamLayout, tensor_size: int) -> Tensor:
         start = part.stop
         header[f"assignments_{segment}"] = valid[part].sum() * topk
         header[f"kept_{segment}"] = kept_by_token[part].sum()
-    values = [torch.as_tensor(header[name], dtype=torch.float32, device=gates.device) for name in HEADER]
+    values = [
+        torch.as_tensor(header[name], dtype=torch.float32, device=gates.device) for name in HEADER
+    ]
     return torch.cat([torch.stack(values), record.load.float()])
 
 

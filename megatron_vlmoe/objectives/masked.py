@@ -47,9 +47,7 @@ def total_loss(
         objectives: weights.
     """
     weights = loss_weights(objectives)
-    single = {
-        name: masked_mean(losses, batch[LABELS[name]]) for name, (losses, _) in slots.items()
-    }
+    single = {name: masked_mean(losses, batch[LABELS[name]]) for name, (losses, _) in slots.items()}
     # A zero weight is left out, so that an unused head gets no gradient at all.
     parts = [weights[name] * loss for name, loss in single.items() if weights[name] != 0.0]
     return torch.stack(parts).sum(), {name: loss.detach() for name, loss in single.items()}

@@ -52,9 +52,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
             device = parameters[0].device
             # The kernel reads each tensor's own step count and expects it not yet advanced twice.
-            steps = [
-                torch.tensor(float(group["step"]), dtype=torch.float32, device=device)
-            ] * len(parameters)
+            steps = [torch.tensor(float(group["step"]), dtype=torch.float32, device=device)] * len(
+                parameters
+            )
             torch._fused_adamw_(
                 parameters,
                 [p.grad for p in parameters],

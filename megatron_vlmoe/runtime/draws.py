@@ -36,9 +36,7 @@ class DrawKey:
 
     def generator(self, layer_number: int, purpose: str, device: torch.device) -> torch.Generator:
         """A generator for one purpose in one block."""
-        return keyed_generator(
-            device, self.seed, self.micro_batch, layer_number, PURPOSES[purpose]
-        )
+        return keyed_generator(device, self.seed, self.micro_batch, layer_number, PURPOSES[purpose])
 
 
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:

@@ -19,7 +19,9 @@ def resolve_precision(train: TrainConfig) -> Precision:
         return "fp32" if train.precision == "auto" else train.precision
     bf16 = torch.cuda.get_device_capability()[0] >= 8
     if train.precision == "bf16" and not bf16:
-        raise ConfigError("train.precision=bf16 needs a GPU of compute capability 8.0; use fp16 here")
+        raise ConfigError(
+            "train.precision=bf16 needs a GPU of compute capability 8.0; use fp16 here"
+        )
     if train.precision == "auto":
         return "bf16" if bf16 else "fp16"
     return train.precision

@@ -26,7 +26,10 @@ from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
 TRACKER = "latest_checkpointed_iteration.txt"
 # Weights of these two sections must fit the model that loads them.
 ARCHITECTURE = (
-    ("model", ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_vl_layers")),
+    (
+        "model",
+        ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_vl_layers"),
+    ),
     ("model", ("image_size", "patch_size", "text_length", "pair_text_length", "vocab_size")),
     ("model", ("visual_vocab_size", "token_type_embeddings")),
     ("moe", ("num_vision_experts", "num_text_experts", "num_vl_experts", "layers", "modalities")),
@@ -157,7 +160,7 @@ class CheckpointWriter:
                 async_sharded_save=self.queue is not None,
                 content_metadata=_plain_metadata(),
             )
-        except Exception as error:  # noqa: BLE001 - any failed writer must stop every rank
+        except Exception as error:
             problem = " ".join(str(error).split())[:300] or type(error).__name__
         _raise_together(problem, temporary)
         return request
@@ -196,17 +199,23 @@ def load_checkpoint(
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # noqa: BLE001
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({type(error).__name__})"
+        ) from None
     check_architecture(path, common.get("config", {}), config)
-    content = _state_dict(TrainState(), config, parts, is_loading=True, with_optimizer=with_optimizer)
+    content = _state_dict(
+        TrainState(), config, parts, is_loading=True, with_optimizer=with_optimizer
+    )
     try:
         loaded = dist_checkpointing.load(
             content,
             str(path),
-            strict=StrictHandling.RAISE_UNEXPECTED if not with_optimizer else StrictHandling.RAISE_ALL,
+            strict=StrictHandling.RAISE_UNEXPECTED
+            if not with_optimizer
+            else StrictHandling.RAISE_ALL,
         )
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         message = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: {type(error).__name__}: {message}") from None
     for index, chunk in enumerate(parts.chunks):
@@ -231,7 +240,9 @@ def check_architecture(path: Path, saved: dict[str, Any], config: RunConfig) -> 
         for name in names:
             theirs = saved.get(section, {}).get(name)
             if theirs is None:
-                raise CheckpointError(f"{path}: holds no {section}.{name}; not a checkpoint of this project")
+                raise CheckpointError(
+                    f"{path}: holds no {section}.{name}; not a checkpoint of this project"
+                )
             mine = ours[section][name]
             if (list(theirs) if isinstance(theirs, (list, tuple)) else theirs) != (
                 list(mine) if isinstance(mine, (list, tuple)) else mine
@@ -312,4 +323,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

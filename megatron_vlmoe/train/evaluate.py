@@ -45,7 +45,9 @@ class _Counters:
     def __init__(self, config: RunConfig) -> None:
         self.sums = torch.zeros(len(LOSSES), 3, dtype=torch.float64, device=device())
         sizes = {
-            name: config.model.vocab_size if "text" in LABELS[name] else config.model.visual_vocab_size
+            name: config.model.vocab_size
+            if "text" in LABELS[name]
+            else config.model.visual_vocab_size
             for name in LOSSES
         }
         self.histograms = {
@@ -68,7 +70,9 @@ class _Counters:
         flat = torch.cat([self.sums.reshape(-1), *(self.histograms[name] for name in LOSSES)])
         dist.all_reduce(flat)
         sums = flat[: self.sums.numel()].view_as(self.sums)
-        histograms = flat[self.sums.numel() :].split([len(self.histograms[name]) for name in LOSSES])
+        histograms = flat[self.sums.numel() :].split(
+            [len(self.histograms[name]) for name in LOSSES]
+        )
         metrics: dict[str, float] = {}
         for name, (loss, hits, count), histogram in zip(LOSSES, sums.tolist(), histograms):
             if count > 0:

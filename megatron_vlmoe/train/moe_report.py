@@ -25,7 +25,11 @@ def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, 
 
     Every rank must call it: a pipeline stage without experts takes part with zeros.
     """
-    slots = [(plan.layer_number, pool) for plan in block_plans(config.model, config.moe) for pool in plan.pools]
+    slots = [
+        (plan.layer_number, pool)
+        for plan in block_plans(config.model, config.moe)
+        for pool in plan.pools
+    ]
     if not slots:
         return {}
     mine = _take(chunks)
@@ -120,5 +124,3 @@ def _layer(prefix: str, vector: Tensor) -> dict[str, float]:
         if value != 0.0:
             metrics[f"{prefix}/aux/{term}"] = value
     return metrics
-
-

@@ -35,6 +35,8 @@ def pretrain(command: ParsedCommand) -> int:
     _report_packages()
     # megatron-core warns on import about packages that are optional here.
     warnings.filterwarnings("ignore", module="megatron")
+    # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from megatron_vlmoe.runtime.distributed import destroy, initialize
     from megatron_vlmoe.runtime.precision import resolve_precision
 

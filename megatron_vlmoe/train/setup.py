@@ -148,7 +148,9 @@ def _optimizer_config(config: RunConfig, precision: Precision) -> OptimizerConfi
         clip_grad=optim.clip_grad,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        params_dtype=torch.float32 if precision == "fp32" else getattr(torch, _TORCH_NAME[precision]),
+        params_dtype=torch.float32
+        if precision == "fp32"
+        else getattr(torch, _TORCH_NAME[precision]),
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
         initial_loss_scale=optim.initial_loss_scale,

@@ -13,10 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlmoe.config.command_line import to_yaml
-try:
-    from megatron_vlmoe.config.estimate import flops_per_step
-except ImportError:
-    flops_per_step = lambda c: 1.0
+from megatron_vlmoe.config.estimate import flops_per_step
 from megatron_vlmoe.config.schema import ConfigError, Precision, RunConfig
 from megatron_vlmoe.objectives.masked import LOSSES
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
@@ -207,7 +204,9 @@ class Trainer:
         metrics = evaluate(self.runner, batches, self.config, self.ranks, self.num_micro_batches)
         counters = collect(self.parts.chunks, self.config)
         moe = metrics_from_counters(counters, per_layer=False)
-        metrics.update({f"eval/{key}": value for key, value in moe.items() if key.startswith("moe/")})
+        metrics.update(
+            {f"eval/{key}": value for key, value in moe.items() if key.startswith("moe/")}
+        )
         log.info(evaluation_line(metrics))
         self.throughput.reset()
         return metrics

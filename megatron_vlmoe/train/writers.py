@@ -85,7 +85,9 @@ class WandbWriter:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("log.wandb_project is set, but the package wandb is not installed") from None
+            raise ConfigError(
+                "log.wandb_project is set, but the package wandb is not installed"
+            ) from None
         self.run: Any = wandb.init(
             project=config.log.wandb_project,
             name=config.log.wandb_name or None,
@@ -122,7 +124,9 @@ def progress_line(step: int, steps: int, metrics: Mapping[str, float], eta_secon
     """The line of a logged step."""
     names = (("mlm", "mlm"), ("mim", "mim"), ("vlm_text", "vlm-t"), ("vlm_image", "vlm-i"))
     losses = " ".join(
-        f"{short} {metrics[f'loss/{name}']:.3f}" for name, short in names if f"loss/{name}" in metrics
+        f"{short} {metrics[f'loss/{name}']:.3f}"
+        for name, short in names
+        if f"loss/{name}" in metrics
     )
     drops = "/".join(
         f"{100 * metrics[key]:.1f}"

@@ -1,4 +1,4 @@
-"""Micro-batches: contents, purity, shares of ranks, resumption, stored codes and start-up errors."""
+"""Micro-batches: contents, purity, shares of ranks, resumption, stored codes, start-up errors."""
 
 from __future__ import annotations
 
@@ -515,7 +515,7 @@ def test_objectives_that_are_off_need_no_data(corpus: Corpus) -> None:
         ({"images": ()}, "data.images is empty: data.micro_images=4"),
         ({"text_tokenizer": ""}, "data.text_tokenizer is not set: data.micro_texts=4"),
         ({"global_texts": 9}, "data.global_texts=9 is not a multiple of data.micro_texts=4"),
-        ({"global_texts": 4}, "different micro-batches: texts 1, images 2, pairs 2"),
+        ({"global_texts": 4}, "different numbers of micro-batches"),
         ({"micro_texts": 0, "micro_images": 0, "micro_pairs": 0}, "are all 0"),
         ({"eval_fraction": 1.0}, "data.eval_fraction=1.0"),
     ],
@@ -567,5 +567,5 @@ def test_a_dataset_pickles_for_workers_started_by_spawn(coded: Corpus) -> None:
         dataset = open_data(config)._dataset("train")
         expected = dataset[3]
         data = pickle.dumps(dataset)
-        assert len(data) < 100_000
+        assert len(data) < 20_000
         assert_equal(pickle.loads(data)[3], expected)

@@ -484,7 +484,7 @@ class TestTraining:
         assert len(decayed["params"]) + len(free["params"]) == len(names)
 
 
-def interrupt_after(trainer: Trainer, step: int):  # noqa: ANN201
+def interrupt_after(trainer: Trainer, step: int):
     """Save as usual, then stop as a signal would, one logged step after the save."""
     original = trainer.save
 

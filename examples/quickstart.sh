@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# From nothing to a trained sparse vision-language model on a laptop: environment, sample corpus, both
+# tokenizers, indexed datasets, pretraining of tiny-8e on two processes (8 vision and 8 text experts, half
+# of each on either process), and a picture of the losses. May be run again: what is done is not repeated.
+#
+#   bash examples/quickstart.sh                 about ten minutes on two cores after the installation
+#   PRESET=tiny-dense RUN=runs/dense bash examples/quickstart.sh        the same model without experts
+#   STEPS=200 RUN=runs/short bash examples/quickstart.sh
+#
+# Leaves RUN/metrics.jsonl, RUN/losses.png and RUN/checkpoints/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source examples/setup_env.sh
+
+PRESET="${PRESET:-tiny-8e}"
+RUN="${RUN:-runs/quickstart}"
+STEPS="${STEPS:-1000}"
+NUM_IMAGES="${NUM_IMAGES:-2000}"
+CORPUS="${CORPUS:-corpora/sample-$NUM_IMAGES}"
+INDEXED="${INDEXED:-corpora/indexed-$NUM_IMAGES}"
+PROCESSES="${PROCESSES:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+mkdir -p "$INDEXED" "$RUN"
+
+say() { printf '\n== %s\n' "$*"; }
+# Runs a command unless the file that it leaves last is there.
+once() { local made="$1"; shift; if [ -e "$made" ]; then echo "have $made"; else "$@"; fi; }
+
+say "1/6 sample corpus: pictures of shapes, captions, paragraphs"
+python tools/make_sample_corpus.py --output "$CORPUS" --num-images "$NUM_IMAGES" --seed 1
+
+say "2/6 text tokenizer (SentencePiece)"
+once "$INDEXED/text.model" python tools/train_text_tokenizer.py \
+    --input "$CORPUS/text/train.jsonl" "$CORPUS/coco/annotations/captions_train2014.json" \
+    --vocab-size 320 --output-prefix "$INDEXED/text"
+
+say "3/6 indexed datasets"
+for SPLIT in train val; do
+    once "$INDEXED/text_$SPLIT.json" python tools/preprocess_text.py \
+        --input "$CORPUS/text/$SPLIT.jsonl" --output-prefix "$INDEXED/text_$SPLIT" \
+        --tokenizer-model "$INDEXED/text.model" --workers 2
+    once "$INDEXED/images_$SPLIT.json" python tools/preprocess_images.py \
+        --input "$CORPUS/images/$SPLIT" --output-prefix "$INDEXED/images_$SPLIT" --workers 2
+    once "$INDEXED/pairs_$SPLIT.json" python tools/preprocess_pairs.py \
+        --format coco --annotations "$CORPUS/coco/annotations/captions_${SPLIT}2014.json" \
+        --images "$CORPUS/coco/${SPLIT}2014" --output-prefix "$INDEXED/pairs_$SPLIT" \
+        --tokenizer-model "$INDEXED/text.model" --workers 2
+done
+
+say "4/6 image tokenizer (VQ-KD)"
+once "$INDEXED/image_tokenizer/config.json" python tools/train_image_tokenizer.py \
+    --images "$INDEXED/images_train" "$INDEXED/pairs_train" --output "$INDEXED/image_tokenizer" \
+    --preset tiny --image-size 64 --patch-size 8 --num-codes 256 --steps 400 --seed 1
+
+say "5/6 pretraining $PRESET on $PROCESSES processes"
+EXPERT_PARALLEL="$PROCESSES"
+[ "${PRESET#*-}" = dense ] && EXPERT_PARALLEL=1
+torchrun --standalone --nproc-per-node "$PROCESSES" -m megatron_vlmoe pretrain \
+    --preset "$PRESET" \
+    --data.text "$INDEXED/text_train" --data.images "$INDEXED/images_train" --data.pairs "$INDEXED/pairs_train" \
+    --data.eval_text "$INDEXED/text_val" --data.eval_images "$INDEXED/images_val" \
+    --data.eval_pairs "$INDEXED/pairs_val" \
+    --data.text_tokenizer "$INDEXED/text.model" --data.image_tokenizer "$INDEXED/image_tokenizer" \
+    --parallel.expert_model_parallel_size "$EXPERT_PARALLEL" \
+    --train.steps "$STEPS" --train.seed 1 --save "$RUN"
+
+say "6/6 losses"
+python tools/plot_losses.py --run "$RUN" --output "$RUN/losses.png"

@@ -1,0 +1,28 @@
+"""Parameters, FLOPs and memory of a run by arithmetic alone: no torch, no process group."""
+
+from megatron_vlmoe.config.estimate.flops import (
+    expert_capacity,
+    flops_per_step,
+    hardware_flops_per_step,
+)
+from megatron_vlmoe.config.estimate.memory import MemoryEstimate, memory_per_rank
+from megatron_vlmoe.config.estimate.parameters import (
+    ParameterCounts,
+    StageParameters,
+    parameter_counts,
+    parameters_per_rank,
+    with_assumed_vocabularies,
+)
+
+__all__ = [
+    "MemoryEstimate",
+    "ParameterCounts",
+    "StageParameters",
+    "expert_capacity",
+    "flops_per_step",
+    "hardware_flops_per_step",
+    "memory_per_rank",
+    "parameter_counts",
+    "parameters_per_rank",
+    "with_assumed_vocabularies",
+]

@@ -1,0 +1,31 @@
+"""Installation: dependencies from requirements.txt, optional accelerators as extras."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+REQUIREMENTS = [
+    line.strip()
+    for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+setup(
+    install_requires=REQUIREMENTS,
+    extras_require={
+        # The range that megatron-core 0.16.1 asks for. NVIDIA's apex has no package on PyPI (the `apex`
+        # there is another project): build it from source, see docs/installation.md.
+        "transformer-engine": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "deepspeed": ["deepspeed>=0.19"],
+        "wandb": ["wandb>=0.18"],
+        "teachers": ["transformers>=4.56"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "pre-commit>=3.8",
+        ],
+    },
+)
