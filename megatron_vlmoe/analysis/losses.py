@@ -85,5 +85,7 @@ def last_evaluation_table(run: str, rows: Sequence[Row]) -> str:
             continue
         entropy = series(rows, f"unigram/{name}")[1][-1]
         accuracy = series(rows, f"acc/{name}")[1][-1]
-        lines.append(f"{'':{len(run)}}  {title:>24} {values[-1]:9.3f} {entropy:8.3f} {accuracy:9.1%}")
+        lines.append(
+            f"{'':{len(run)}}  {title:>24} {values[-1]:9.3f} {entropy:8.3f} {accuracy:9.1%}"
+        )
     return "\n".join(lines)

@@ -104,7 +104,7 @@ def _layout_lines(config: RunConfig, world_size: int) -> list[str]:
     parallel, data = config.parallel, config.data
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size
-    data_size = data_parallel_size(config, world_size)
+    data_size = data_parallel_size(config.parallel, world_size)
     count = num_micro_batches(config, data_size)
     stream = StreamLayout.from_config(config.model, data)
     virtual = parallel.virtual_pipeline_model_parallel_size

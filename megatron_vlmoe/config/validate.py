@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_vlmoe.config.block_plan import block_plans, has_experts, moe_layer_numbers
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, RunConfig
 from megatron_vlmoe.config.stream import StreamLayout
 
 
@@ -22,7 +22,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_objectives(config)
     _check_parallel(config, world_size)
     _check_train(config)
-    num_micro_batches(config, data_parallel_size(config, world_size))
+    num_micro_batches(config, data_parallel_size(config.parallel, world_size))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -176,11 +176,14 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
         f"parallel.tensor_model_parallel_size={tensor} does not divide "
         f"model.num_attention_heads={model.num_attention_heads}",
     )
-    _require(
-        128 % tensor == 0 or model.vocab_size > 0,
-        f"parallel.tensor_model_parallel_size={tensor} does not divide 128, the multiple to which "
-        "the vocabulary is padded",
-    )
+    for name in ("vocab_size", "visual_vocab_size"):
+        # Rows are padded to a multiple of 128, whatever the layout; an unknown size could be any of them.
+        rows = -(-getattr(model, name) // 128) * 128 or 128
+        _require(
+            rows % tensor == 0,
+            f"parallel.tensor_model_parallel_size={tensor} does not divide the {rows} rows to which "
+            f"model.{name} is padded",
+        )
     StreamLayout.from_config(model, config.data).shard(tensor)
     _require(
         parallel.expert_model_parallel_size == 1 or has_experts(config.moe),
@@ -204,7 +207,7 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
         not parallel.overlap_param_gather or parallel.use_distributed_optimizer,
         "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true",
     )
-    data_parallel_size(config, world_size)
+    data_parallel_size(config.parallel, world_size)
 
 
 def _check_train(config: RunConfig) -> None:
@@ -231,13 +234,12 @@ def _check_train(config: RunConfig) -> None:
         )
 
 
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Data-parallel ranks of the layout.
 
     Raises:
         ConfigError: if the layout does not fit the number of processes.
     """
-    parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tensor * pipeline):
         raise ConfigError(

@@ -5,7 +5,7 @@ Letters: n samples, M predicted positions of a sample, S positions in total, D w
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -56,10 +56,12 @@ class VocabHead(MegatronModule):
         return logits
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy ``[S]`` in nats; 0 where the label is negative (an unused slot)."""
+        """Cross entropy ``[S]`` in nats; 0 where the label is negative (an unused slot).
+
+        The kernel works in place: the logits are spent afterwards.
+        """
         target = labels.clamp(min=0)
-        # The kernel subtracts the maximum in place.
-        loss = vocab_parallel_cross_entropy(logits.clone().unsqueeze(1), target.unsqueeze(1))
+        loss = vocab_parallel_cross_entropy(logits.unsqueeze(1), target.unsqueeze(1))
         return loss.squeeze(1) * (labels >= 0)
 
     @torch.no_grad()
@@ -87,7 +89,7 @@ class MaskedHeads(MegatronModule):
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    ) -> dict[str, tuple[Tensor, Optional[Tensor]]]:
         """Losses and correctness of every predicted slot of the whole micro-batch.
 
         Args:
@@ -96,8 +98,8 @@ class MaskedHeads(MegatronModule):
             stream: the micro-batch.
 
         Returns:
-            For each of `mlm`, `vlm_text`, `vlm_image`, `mim` that the layout has: losses ``[n * M]`` and
-            correctness ``[n * M]``, equal on all tensor-parallel ranks.
+            For each of `mlm`, `vlm_text`, `vlm_image`, `mim` that the layout has: losses ``[n * M]`` and, in
+            evaluation only, correctness ``[n * M]``; equal on all tensor-parallel ranks.
         """
         layout = stream.layout
         text, image = [], []
@@ -124,7 +126,7 @@ def _apply(
     hidden: Tensor,
     batch: Mapping[str, Tensor],
     stream: StreamBatch,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, tuple[Tensor, Optional[Tensor]]]:
     """One matmul for all parts of a head; rows of a gathered tensor come rank by rank."""
     rows, labels, sizes = [], [], []
     for _, segment, positions_key, labels_key, offset in parts:
@@ -135,12 +137,16 @@ def _apply(
         sizes.append(rows[-1].shape[0])
     logits = head(torch.cat(rows).unsqueeze(1))
     target = torch.cat(labels, dim=1).reshape(-1)
-    losses = head.losses(logits, target).view(stream.tensor_size, -1).split(sizes, dim=1)
-    correct = head.correct(logits, target).view(stream.tensor_size, -1).split(sizes, dim=1)
-    return {
-        name: (loss.reshape(-1), hit.reshape(-1))
-        for (name, *_), loss, hit in zip(parts, losses, correct)
-    }
+    # Before the loss, which spends the logits; training has no use for it.
+    correct = None if head.training else head.correct(logits, target)
+    losses = head.losses(logits, target)
+
+    def by_part(values: Tensor) -> list[Tensor]:
+        split = values.view(stream.tensor_size, -1).split(sizes, dim=1)
+        return [part.reshape(-1) for part in split]
+
+    hits = [None] * len(parts) if correct is None else by_part(correct)
+    return {name: (loss, hit) for (name, *_), loss, hit in zip(parts, by_part(losses), hits)}
 
 
 def _select(samples: Tensor, positions: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from megatron_vlmoe.model.embeddings import StreamEmbedding
 from megatron_vlmoe.model.heads import MaskedHeads
 from megatron_vlmoe.moe.stream_batch import StreamBatch
 
-HeadOutput = dict[str, tuple[Tensor, Tensor]]
+HeadOutput = dict[str, tuple[Tensor, Optional[Tensor]]]
 
 
 class VLMoEModel(MegatronModule):

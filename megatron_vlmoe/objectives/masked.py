@@ -7,7 +7,7 @@ every parallel layout shares.
 
 from __future__ import annotations
 
-from typing import Mapping
+from typing import Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def masked_mean(losses: Tensor, labels: Tensor) -> Tensor:
 
 
 def total_loss(
-    slots: Mapping[str, tuple[Tensor, Tensor]],
+    slots: Mapping[str, tuple[Tensor, Optional[Tensor]]],
     batch: Mapping[str, Tensor],
     objectives: ObjectivesConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,11 +55,12 @@ def total_loss(
 
 @torch.no_grad()
 def evaluation_sums(
-    slots: Mapping[str, tuple[Tensor, Tensor]], batch: Mapping[str, Tensor]
+    slots: Mapping[str, tuple[Tensor, Optional[Tensor]]], batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Sums for exact averages over any split of the data: loss, hits and count ``[3]`` of every loss."""
     sums = {}
     for name, (losses, correct) in slots.items():
+        assert correct is not None, "the heads tell correctness in evaluation only"
         count = (batch[LABELS[name]] >= 0).sum()
         sums[name] = torch.stack([losses.double().sum(), correct.double().sum(), count.double()])
     return sums

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_vlmoe.config.schema import ConfigError, ParallelConfig
+from megatron_vlmoe.config.schema import ParallelConfig
+from megatron_vlmoe.config.validate import data_parallel_size
 from megatron_vlmoe.runtime.adam import install_adam
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
 
@@ -66,28 +67,6 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_world(parallel: ParallelConfig, world_size: int) -> int:
-    """Data-parallel size of a layout on `world_size` ranks.
-
-    Raises:
-        ConfigError: if the sizes do not fit.
-    """
-    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world_size % model:
-        raise ConfigError(
-            f"{world_size} processes cannot hold parallel.tensor_model_parallel_size="
-            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size}"
-        )
-    expert = parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world_size % expert:
-        raise ConfigError(
-            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide "
-            f"the {world_size // parallel.pipeline_model_parallel_size} ranks of a pipeline stage"
-        )
-    return world_size // model
-
-
 def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False) -> Ranks:
     """Starts torch.distributed and megatron-core's process groups.
 
@@ -101,7 +80,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
     # megatron-core may only be imported after the CPU runtime is in place.
     from megatron.core import parallel_state, tensor_parallel
 
-    check_world(parallel, environment_world_size())
+    data_parallel_size(parallel, environment_world_size())
     if not dist.is_initialized():
         if not on_cpu:
             torch.cuda.set_device(device())

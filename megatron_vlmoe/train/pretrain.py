@@ -42,10 +42,9 @@ def pretrain(command: ParsedCommand) -> int:
 
     precision = resolve_precision(config.train)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
-    try:
-        _train(config, ranks, precision)
-    finally:
-        destroy()
+    _train(config, ranks, precision)
+    # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
+    destroy()
     return 0
 
 

@@ -367,7 +367,7 @@ def measured_config(name):
     )
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-8e", "small-dense", "small-8e"])
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-8e", "small-8e"])
 def test_flops_equal_torchs_counter(name, runtime):
     """torch's counter knows the plain attention kernel, but not the fused one of a CPU."""
     config = change(measured_config(name), model={"attention_backend": "math"})
@@ -443,11 +443,13 @@ def test_sgd_keeps_no_moments():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["tiny-dense", "small-dense", "small-8e", "small-32e"])
-@pytest.mark.parametrize("layer_scale", [0.1, 0.0])
+@pytest.mark.parametrize(
+    ("name", "layer_scale"),
+    [("tiny-dense", 0.1), ("small-dense", 0.0), ("small-8e", 0.1), ("small-32e", 0.1)],
+)
 def test_activations_are_what_autograd_saves(name, precision, layer_scale, runtime):
-    from megatron_vlmoe.config.estimate.memory import block_activation_bytes
     from megatron_vlmoe.config.block_plan import block_plans
+    from megatron_vlmoe.config.estimate.memory import block_activation_bytes
 
     config = change(measured_config(name), model={"layer_scale_init": layer_scale})
     saved: dict[int, torch.UntypedStorage] = {}
@@ -594,3 +596,29 @@ def test_block_ranges():
 def test_estimates_need_no_torch():
     code = "import sys, megatron_vlmoe.config.dry_run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# ---- docs/fidelity.md ----
+
+
+def test_fidelity_page_has_the_counts():
+    page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("| ")}
+    for name in ("small-dense", "small-8e", "small-16e", "small-32e", "base-dense", "base-8e"):
+        counts = parameter_counts(preset(name))
+        numbers = (counts.total, counts.without_heads, counts.per_token)
+        assert rows[name].endswith("| " + " | ".join(f"{n:,}" for n in numbers) + " |")
+    for blocks in ((2, 4, 6, 8), (2, 4, 6, 8, 10), (2, 4, 6, 8, 10, 12)):
+        counts = parameter_counts(change(preset("base-32e"), moe={"layers": blocks}))
+        numbers = (counts.without_heads, counts.total, counts.routers)
+        row = rows[", ".join(map(str, blocks))]
+        assert row.endswith("| " + " | ".join(f"{n:,}" for n in numbers) + " |")
+
+
+def test_fidelity_page_names_options_that_exist():
+    page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    config = RunConfig()
+    named = re.findall(r"`(?:--)?(model|moe|objectives|data|optim|train)\.(\w+)", page)
+    assert len(set(named)) > 30
+    for section, option in named:
+        assert hasattr(getattr(config, section), option), f"{section}.{option}"

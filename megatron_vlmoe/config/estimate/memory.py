@@ -65,7 +65,7 @@ def memory_per_rank(
     """
     config = with_assumed_vocabularies(config)
     parallel = config.parallel
-    data_size = data_parallel_size(config, world_size)
+    data_size = data_parallel_size(config.parallel, world_size)
     micro_batches = num_micro_batches(config, data_size)
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     layout = StreamLayout.from_config(config.model, config.data)

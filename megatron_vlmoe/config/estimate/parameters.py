@@ -172,7 +172,7 @@ def parameters_per_rank(config: RunConfig, world_size: int) -> list[StageParamet
     Raises:
         ConfigError: if the layout does not fit the number of processes.
     """
-    data_parallel_size(config, world_size)
+    data_parallel_size(config.parallel, world_size)
     parallel = config.parallel
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     groups = parameter_groups(config)

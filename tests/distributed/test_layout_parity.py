@@ -1,0 +1,145 @@
+"""Every parallel layout computes what one process computes, from the same seed and the same micro-batches.
+
+Nothing is dropped (the capacity is the number of tokens); auxiliary losses, router noise and stochastic
+depth are on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Layout, Workers, assert_close, layout
+from training_runs import run
+
+from megatron_vlmoe.moe.stats import HEADER
+
+pytestmark = pytest.mark.dist
+
+SGD = (
+    *("--optim.optimizer", "sgd", "--optim.lr", "0.3", "--optim.clip_grad", "1.0"),
+    *("--parallel.use_distributed_optimizer", "false"),
+)
+LAYOUTS = {
+    "dp2": layout(2),
+    "tp2": layout(2, tp=2),
+    "pp2": layout(2, pp=2),
+    "pp2-interleaved": layout(2, pp=2, vpp=2),
+    "ep2": layout(2, ep=2),
+    "ep4": layout(4, ep=4),
+    "tp2-ep2": layout(4, tp=2, ep=2),
+    "tp2-ep2-on-2": layout(2, tp=2, ep=2),
+    "pp2-ep2": layout(4, pp=2, ep=2),
+    "tp2-pp2": layout(4, tp=2, pp=2),
+}
+
+
+@pytest.fixture(scope="session")
+def alone(workers: Workers) -> Any:
+    """Runs of one process by their options, each made once."""
+    known: dict[tuple[str, ...], Any] = {}
+
+    def get(*arguments: str) -> Any:
+        if arguments not in known:
+            known[arguments] = run(workers, Layout(1), *arguments)
+        return known[arguments]
+
+    return get
+
+
+def compare(
+    actual: Any, expected: Any, weights: bool = True, skip_slots: bool = False
+) -> None:
+    for number, (mine, theirs) in enumerate(zip(actual["steps"], expected["steps"], strict=True), 1):
+        assert_close(mine["losses"], theirs["losses"], f"losses of step {number}")
+        counters = [dict(part["counters"]) for part in (mine, theirs)]
+        for part in counters if skip_slots else ():
+            for key, vector in part.items():
+                part[key] = np.delete(vector, HEADER.index("slots"))
+        assert_close(*counters, f"MoE counters of step {number}")
+        norms = {"grad_norm": mine["grad_norm"]}, {"grad_norm": theirs["grad_norm"]}
+        assert_close(*norms, f"step {number}")
+        if "gradients" in mine and weights:
+            assert_close(mine["gradients"], theirs["gradients"], f"gradients of step {number}")
+    if weights:
+        assert_close(actual["weights"], expected["weights"], "weights")
+    assert_close(actual["evaluation"], expected["evaluation"], "evaluation")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_sgd_equals_one_process(name: str, workers: Workers, alone: Any) -> None:
+    compare(run(workers, LAYOUTS[name], *SGD), alone(*SGD))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_adamw_with_distributed_optimizer_equals_one_process(
+    name: str, workers: Workers, alone: Any
+) -> None:
+    compare(run(workers, LAYOUTS[name], gradients=False), alone(), weights=False)
+
+
+def test_the_comparison_sees_everything(alone: Any) -> None:
+    report = alone(*SGD)
+    first, last = report["steps"][0], report["steps"][-1]
+    assert len(first["losses"]) == 4 * 4 and len(first["counters"]) == 2 * 2
+    assert first["gradients"].keys() == report["weights"].keys()
+    for key, gradient in first["gradients"].items():
+        assert np.abs(gradient).max() > 1e-7, key
+    assert last["losses"].keys().isdisjoint(first["losses"].keys())
+
+
+VARIANTS = {
+    "top-2": ("tp2-ep2", "--moe.topk 2 --moe.normalize_gate true"),
+    "experts-on-vl": ("tp2-ep2", "--moe.vl true --moe.num_vl_experts 4"),
+    "shared-router": ("tp2-ep2", "--moe.shared_router true"),
+    "text-experts": ("pp2-ep2", "--moe.modalities text"),
+    "vision-experts": ("ep2", "--moe.modalities vision"),
+    "dense": ("tp2-pp2", "--moe.modalities none --moe.layers []"),
+    "all-auxiliary-losses": (
+        "tp2",
+        "--moe.aux_loss_coefficient 0.1 --moe.text_aux.z 1 --moe.text_aux.local_entropy 1 "
+        "--moe.text_aux.global_entropy 1 --moe.vision_aux.gshard 1 --moe.vision_aux.z 1",
+    ),
+    "route-padding": ("ep2", "--moe.route_padding true"),
+    "texts-only": ("tp2", "--data.micro_images 0 --data.micro_pairs 0"),
+    "pairs-only": ("pp2", "--data.micro_images 0 --data.micro_texts 0"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_model_variants_equal_one_process(name: str, workers: Workers, alone: Any) -> None:
+    where, options = VARIANTS[name]
+    arguments = (*SGD, *options.split())
+    compare(run(workers, LAYOUTS[where], *arguments), alone(*arguments))
+
+
+SAME_RESULT = {
+    "alltoall": ("tp2-ep2", "--moe.dispatcher alltoall"),
+    "dropless": ("ep2", "--moe.dispatcher dropless"),
+    "recompute-1f1b": ("pp2", "--train.recompute full"),
+    "recompute-tp-ep": ("tp2-ep2-on-2", "--train.recompute full"),
+    "recompute-interleaved": ("pp2-interleaved", "--train.recompute full"),
+    "no-overlap": ("dp2", "--parallel.overlap_grad_reduce false"),
+    "math-attention": ("dp2", "--model.attention_backend math"),
+}
+
+
+@pytest.mark.parametrize("name", SAME_RESULT)
+def test_options_that_change_no_result(name: str, workers: Workers, alone: Any) -> None:
+    where, options = SAME_RESULT[name]
+    actual = run(workers, LAYOUTS[where], *SGD, *options.split())
+    compare(actual, alone(*SGD), skip_slots=name in ("alltoall", "dropless"))
+
+
+def test_overlapped_parameter_gather(workers: Workers, alone: Any) -> None:
+    actual = run(workers, LAYOUTS["dp2"], "--parallel.overlap_param_gather", "true", gradients=False)
+    compare(actual, alone(), weights=False)
+    assert_close(actual["weights"], alone()["weights"], "weights", 1e-4)
+
+
+def test_last_of_four_stages_without_experts(workers: Workers, alone: Any) -> None:
+    options = (*SGD, "--model.num_layers", "8", "--moe.layers", "2", "4", "6")
+    report = run(workers, layout(4, pp=4), *options)
+    assert {key.split("/")[0] for key in report["steps"][0]["counters"]} == {"2", "4", "6"}
+    compare(report, alone(*options))

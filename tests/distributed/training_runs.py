@@ -1,0 +1,197 @@
+"""What the processes of a layout do: train a few steps on random batches and report everything."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator, Mapping, Optional
+
+import numpy as np
+import torch
+from helpers import Layout, Shard, small_config
+
+
+def start(where: Layout, *arguments: str) -> tuple[Any, Any, Any, Any]:
+    """Process groups, model and data of a run: configuration, ranks, training parts, random data."""
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.data.random_batches import RandomData
+    from megatron_vlmoe.runtime.distributed import initialize
+    from megatron_vlmoe.runtime.precision import resolve_precision
+
+    config = small_config(*arguments, where=where)
+    ranks = initialize(config.parallel, config.train.seed)
+    from megatron_vlmoe.train.setup import build_training
+
+    parts = build_training(config, resolve_precision(config.train))
+    share = BatchShare(
+        ranks.data,
+        ranks.data_size,
+        ranks.tensor,
+        ranks.tensor_size,
+        ranks.is_first_stage,
+        ranks.is_last_stage,
+    )
+    return config, ranks, parts, RandomData(config, share)
+
+
+def shards(parts: Any, gradients: bool = False) -> dict[str, list[Shard]]:
+    """Weights of this rank, or their reduced gradients, by checkpoint key."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_vlmoe.train.setup import checkpoint_metadata
+
+    found: dict[str, list[Shard]] = {}
+    for chunk in parts.chunks:
+        by_pointer = {p.data_ptr(): p for p in chunk.parameters()}
+        state = chunk.sharded_state_dict(metadata=checkpoint_metadata())
+        entries = [entry for entry in state.values() if isinstance(entry, ShardedTensor)]
+        assert len(entries) == len(by_pointer), "parameters and checkpoint entries differ"
+        for entry in entries:
+            value = entry.data
+            if gradients:
+                parameter = by_pointer[entry.data.data_ptr()]
+                if not parameter.requires_grad:
+                    continue
+                value = parameter.main_grad
+            skip = entry.prepend_axis_num
+            shape = tuple(int(n) for n in entry.global_shape[skip:])
+            offset = tuple(int(n) for n in entry.global_offset[skip:])
+            copy = value.detach().float().reshape(entry.local_shape).numpy().copy()
+            found.setdefault(entry.key, []).append((shape, offset, copy))
+    return found
+
+
+def optimizer_shards(parts: Any) -> dict[str, Any]:
+    """Optimizer state of this rank by name, as arrays."""
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(f"{prefix}/{key}", item)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                walk(f"{prefix}/{index}", item)
+        elif torch.is_tensor(value):
+            found[prefix] = value.detach().float().numpy().copy()
+        elif isinstance(value, (int, float)):
+            found[prefix] = value
+
+    optimizers = getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])
+    for index, optimizer in enumerate(optimizers):
+        inner = optimizer.optimizer
+        walk(f"{index}", inner.state_dict())
+        for number, group in enumerate(inner.param_groups):
+            walk(f"{index}/master/{number}", [p.data for p in group["params"]])
+    return found
+
+
+class Recorder:
+    """Takes steps and keeps what happened.
+
+    Args:
+        run: what `start` returned.
+    """
+
+    def __init__(self, run: tuple[Any, Any, Any, Any]) -> None:
+        from megatron_vlmoe.config.validate import num_micro_batches
+        from megatron_vlmoe.train.step import StepRunner
+
+        self.config, self.ranks, self.parts, self.data = run
+        self.count = num_micro_batches(self.config, self.ranks.data_size)
+        self.runner = StepRunner(self.config, self.parts, self.ranks)
+        self.numbers: list[int] = []
+        self.batches = self._numbered(self.data.loader("train", 0, None))
+
+    def _numbered(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.numbers.append(int(batch["micro_batch"]))
+            yield batch
+
+    def step(self, gradients: bool = False) -> dict[str, Any]:
+        """One step: losses by (micro-batch, name), gradient norm, MoE counters, and gradients on request."""
+        from megatron_vlmoe.train.moe_report import collect
+
+        self.numbers.clear()
+        results = self.runner.train(self.batches, self.count)
+        report: dict[str, Any] = {
+            "losses": {
+                f"{number}/{name}": float(value)
+                for number, result in zip(self.numbers, results)
+                for name, value in result.items()
+            }
+        }
+        if gradients:
+            report["gradients"] = shards(self.parts, gradients=True)
+        updated, norm, _ = self.parts.optimizer.step()
+        assert updated
+        self.parts.scheduler.step(increment=1)
+        report["grad_norm"] = float(norm)
+        report["counters"] = {
+            f"{number}/{pool}": vector.numpy()
+            for (number, pool), vector in collect(self.parts.chunks, self.config).items()
+        }
+        return report
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluation metrics."""
+        from megatron_vlmoe.train.evaluate import evaluate
+
+        batches = self.data.loader("eval", 0, self.config.train.eval_steps * self.count)
+        return evaluate(self.runner, batches, self.config, self.ranks, self.count)
+
+
+def train(
+    where: Layout, arguments: tuple[str, ...], steps: int = 3, gradients: bool = True
+) -> dict[str, Any]:
+    """Trains and reports every step, the first step's gradients, the final weights and an evaluation."""
+    recorder = Recorder(start(where, *arguments))
+    reports = [recorder.step(gradients and step == 0) for step in range(steps)]
+    return {
+        "steps": reports,
+        "evaluation": recorder.evaluate(),
+        "weights": shards(recorder.parts),
+        "frozen": recorder.parts.frozen,
+    }
+
+
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of all ranks: losses of all micro-batches, whole gradients and weights.
+
+    Raises:
+        AssertionError: if ranks disagree on a loss, a norm, a counter, an evaluation or a replica.
+    """
+    from helpers import assemble
+
+    steps = []
+    for index in range(len(results[0]["steps"])):
+        parts = [result["steps"][index] for result in results]
+        losses: dict[str, float] = {}
+        for part in parts:
+            for key, value in part["losses"].items():
+                assert losses.setdefault(key, value) == value, f"ranks disagree on loss {key}"
+        assert len({part["grad_norm"] for part in parts}) == 1, "ranks disagree on the norm"
+        steps.append({**parts[0], "losses": losses})
+        if "gradients" in parts[0]:
+            steps[-1]["gradients"] = assemble([part["gradients"] for part in parts])
+    for result in results:
+        assert result["evaluation"] == results[0]["evaluation"], "ranks disagree on the evaluation"
+    weights = assemble([result["weights"] for result in results])
+    return {"steps": steps, "weights": weights, "evaluation": results[0]["evaluation"]}
+
+
+def run(
+    workers: Any,
+    where: Layout,
+    *arguments: str,
+    steps: int = 3,
+    gradients: bool = True,
+) -> dict[str, Any]:
+    """Trains on a layout and merges the reports of its ranks."""
+    return merge(workers.run(where, train, where, arguments, steps, gradients))
+
+
+def first_difference(left: Any, right: Any) -> Optional[str]:
+    """Name of the first entry that differs in bits, for messages."""
+    for key in left:
+        if not np.array_equal(left[key], right[key]):
+            return str(key)
+    return None
