@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from megatron_vlmoe.config.block_plan import Branch, block_plans, moe_layer_numbers
 from megatron_vlmoe.config.estimate import (
-    expert_capacity,
     flops_per_step,
     hardware_flops_per_step,
     memory_per_rank,
@@ -15,6 +14,7 @@ from megatron_vlmoe.config.estimate import (
     with_assumed_vocabularies,
 )
 from megatron_vlmoe.config.schema import ConfigError, Precision, RunConfig
+from megatron_vlmoe.config.sizes import expert_capacity
 from megatron_vlmoe.config.stream import StreamLayout
 from megatron_vlmoe.config.validate import data_parallel_size, num_micro_batches, validate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_vlmoe.config.block_plan import block_plans, has_experts, moe_layer_numbers
 from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, RunConfig
+from megatron_vlmoe.config.sizes import VOCAB_MULTIPLE, padded_vocab_size
 from megatron_vlmoe.config.stream import StreamLayout
 
 
@@ -178,7 +179,7 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     )
     for name in ("vocab_size", "visual_vocab_size"):
         # Rows are padded to a multiple of 128, whatever the layout; an unknown size could be any of them.
-        rows = -(-getattr(model, name) // 128) * 128 or 128
+        rows = padded_vocab_size(getattr(model, name)) or VOCAB_MULTIPLE
         _require(
             rows % tensor == 0,
             f"parallel.tensor_model_parallel_size={tensor} does not divide the {rows} rows to which "

@@ -15,15 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig
+from megatron_vlmoe.config.sizes import padded_vocab_size
 from megatron_vlmoe.model.norm import mark_sequence_parallel
 from megatron_vlmoe.moe.stream_batch import StreamBatch
-
-VOCAB_MULTIPLE = 128
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of word embeddings and text head: a multiple of 128, whatever the layout."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class TextEmbedding(MegatronModule):

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import ModelConfig
-from megatron_vlmoe.model.embeddings import padded_vocab_size
+from megatron_vlmoe.config.sizes import padded_vocab_size
 from megatron_vlmoe.moe.stream_batch import StreamBatch
 
 

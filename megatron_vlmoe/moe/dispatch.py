@@ -48,6 +48,19 @@ class FixedCapacityDispatcher:
         self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
     ) -> list[Tensor]:
         """See :class:`Dispatcher`."""
+        # A run's layout is the same on all ranks, so they all leave out the same pools.
+        reached = [index for index, tokens in enumerate(inputs) if len(tokens)]
+        outputs = list(inputs)
+        if reached:
+            parts = [inputs[index] for index in reached]
+            results = self._transfer(parts, [routings[index] for index in reached], experts)
+            for index, result in zip(reached, results):
+                outputs[index] = result
+        return outputs
+
+    def _transfer(
+        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
+    ) -> list[Tensor]:
         rows = [_fill_slots(tokens, routing) for tokens, routing in zip(inputs, routings)]
         received = self._exchange(rows, routings)
         outputs = []
@@ -56,7 +69,7 @@ class FixedCapacityDispatcher:
             local, capacity = pool.num_local_experts, routing.capacity
             # [EP, L, C, D] -> [L, EP * C, D]: an expert's rows from all source ranks together.
             by_expert = part.view(self.ep_size, local, capacity, -1).transpose(0, 1)
-            result = pool.forward_batched(by_expert.reshape(local, self.ep_size * capacity, -1))
+            result = pool(by_expert.reshape(local, self.ep_size * capacity, -1))
             back = result.view(local, self.ep_size, capacity, -1).transpose(0, 1)
             outputs.append(back.reshape(self.ep_size, local * capacity, -1))
         returned = self._exchange(outputs, routings)
@@ -107,7 +120,7 @@ class TokenAllToAllDispatcher:
         counts_by_pool = counts.split(self.local)
         row_counts = [int(part.sum()) for part in counts_by_pool]
         for pool, part, pool_counts in zip(self.pools, rows.split(row_counts), counts_by_pool):
-            outputs.append(experts.pool(pool.name).forward_grouped(part, pool_counts))
+            outputs.append(experts.pool(pool.name)(part, pool_counts))
         result = torch.cat(outputs) * probs.unsqueeze(-1).to(rows.dtype)
         result = self.transport.combine_preprocess(result)
         result = self.transport.token_combine(result)

@@ -64,14 +64,23 @@ class ExpertPool(nn.Module):
             parameter.partition_stride = 1  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
-    def forward_batched(self, rows: Tensor) -> Tensor:
-        """All experts at once: ``[E, R, D]`` to ``[E, R, D]``."""
+    def forward(self, rows: Tensor, counts: Optional[Tensor] = None) -> Tensor:
+        """All experts at once: ``[E, R, D]`` to ``[E, R, D]``; or sorted rows, as many as `counts` says.
+
+        Goes through the module's call, whose hooks wait for parameters that are still being gathered.
+
+        Args:
+            rows: ``[E, R, D]``, or ``[N, D]`` sorted by expert.
+            counts: rows of every expert ``[E]``.
+        """
+        return self._batched(rows) if counts is None else self._grouped(rows, counts)
+
+    def _batched(self, rows: Tensor) -> Tensor:
         hidden = torch.baddbmm(self.bias1.unsqueeze(1), rows, self.weight1.transpose(1, 2))
         hidden = F.gelu(hidden)
         return torch.baddbmm(self.bias2.unsqueeze(1), hidden, self.weight2.transpose(1, 2))
 
-    def forward_grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows sorted by expert, ``counts [E]`` of them each: ``[N, D]`` to ``[N, D]``."""
+    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         expert = torch.repeat_interleave(
             torch.arange(self.num_local_experts, device=rows.device),
             counts.to(rows.device),

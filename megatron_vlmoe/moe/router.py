@@ -245,6 +245,8 @@ class ModalityRouter(MegatronModule):
         # A recomputed block runs twice in training; only the pass that builds the graph counts.
         if self.training and not torch.is_grad_enabled():
             return
+        if not len(gates):
+            return
         pool = routing.pool
         if routing.slots is not None:
             load = routing.slots.load

@@ -14,6 +14,7 @@ import sys
 from typing import Any, Callable, Iterator
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -179,6 +180,8 @@ def install_cpu_runtime() -> bool:
         return False
     if getattr(torch.cuda.current_device, "__module__", "") == __name__:
         return True
+    # torch caches its factories for `with torch.device(...)`: fill the cache while they are its own.
+    _device_constructors()
     _patch_cuda_module()
     _patch_devices()
     _patch_tensor_type()

@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from megatron_vlmoe.config.command_line import ParsedCommand, parse_run
-from megatron_vlmoe.config.dry_run import dry_run_text
+from megatron_vlmoe.config.command_line import ParsedCommand, parse_run, to_yaml
+from megatron_vlmoe.config.dry_run import dry_run_text, nodes_crossed
 from megatron_vlmoe.config.schema import ConfigError, RunConfig
 from megatron_vlmoe.config.validate import num_micro_batches, validate
 from megatron_vlmoe.runtime.distributed import Ranks, device, environment_world_size
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     world_size = command.dry_run_world_size or environment_world_size()
     validate(command.config, world_size)
     if command.dry_run:
+        print(to_yaml(command.config))
         print(dry_run_text(command.config, world_size))
         return 0
     return pretrain(command)
@@ -115,10 +116,13 @@ def _log_start(
         precision,
         micro_batches,
     )
-    if ranks.expert_size * ranks.tensor_size > ranks.local_world_size:
+    if nodes_crossed(
+        ranks.expert_size, ranks.world_size, ranks.pipeline_size, ranks.local_world_size
+    ):
         log.warning(
-            "expert parallelism spans nodes: %d ranks exchange tokens in every MoE block, %d are on a node",
-            ranks.expert_size * ranks.tensor_size,
+            "parallel.expert_model_parallel_size=%d spans nodes of %d rank(s): the all-to-all of every "
+            "MoE block crosses the network",
+            ranks.expert_size,
             ranks.local_world_size,
         )
     for line in summary:

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlmoe.config.dry_run import block_ranges, dry_run_text, nodes_crossed
 from megatron_vlmoe.config.estimate import (
-    expert_capacity,
     flops_per_step,
     hardware_flops_per_step,
     memory_per_rank,
@@ -510,21 +509,6 @@ def test_recompute_and_tensor_parallelism_shrink_activations():
 
 
 # ---- capacity and the printed report ----
-
-
-def test_capacity_is_the_routers():
-    from megatron_vlmoe.moe import routing_ops
-
-    for tokens in (0, 1, 7, 128, 197, 8192, 12608):
-        for experts in (1, 6, 8, 32):
-            for k in (1, 2):
-                if k > experts:
-                    continue
-                for factor in (-1.0, 0.0, 0.5, 1.0, 1.05, 4.0):
-                    for multiple in (1, 4):
-                        arguments = (tokens, experts, k, factor, multiple)
-                        expected = routing_ops.expert_capacity(*arguments)
-                        assert expert_capacity(*arguments) == expected, arguments
 
 
 def test_dry_run_reports_base_32e_on_four_nodes():

@@ -1,7 +1,6 @@
 """Parameters, FLOPs and memory of a run by arithmetic alone: no torch, no process group."""
 
 from megatron_vlmoe.config.estimate.flops import (
-    expert_capacity,
     flops_per_step,
     hardware_flops_per_step,
 )
@@ -18,7 +17,6 @@ __all__ = [
     "MemoryEstimate",
     "ParameterCounts",
     "StageParameters",
-    "expert_capacity",
     "flops_per_step",
     "hardware_flops_per_step",
     "memory_per_rank",

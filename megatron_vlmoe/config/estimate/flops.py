@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 
 from megatron_vlmoe.config.block_plan import Branch, block_plans
-from megatron_vlmoe.config.estimate.parameters import padded_rows, with_assumed_vocabularies
+from megatron_vlmoe.config.estimate.parameters import with_assumed_vocabularies
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.sizes import expert_capacity, padded_vocab_size
 from megatron_vlmoe.config.stream import StreamLayout
 from megatron_vlmoe.config.validate import num_micro_batches
 
@@ -46,7 +47,7 @@ def hardware_flops_per_step(config: RunConfig) -> float:
     layout = StreamLayout.from_config(config.model, config.data).shard(tensor)
     blocks = _block_flops(config, layout, lambda pool: expert_rows(config, pool, layout))
     model = config.model
-    rows = padded_rows(model.vocab_size), padded_rows(model.visual_vocab_size)
+    rows = padded_vocab_size(model.vocab_size), padded_vocab_size(model.visual_vocab_size)
     ends = _end_flops(config, layout, *rows)
     passes = 4.0 if config.train.recompute == "full" else 3.0
     return num_micro_batches(config, 1) * tensor * (passes * blocks + 3.0 * ends)
@@ -112,16 +113,3 @@ def _end_flops(config: RunConfig, layout: StreamLayout, text_rows: int, image_ro
     text, image = head_slots(config, layout)
     products = patches * 3 * model.patch_size**2 + text * text_rows + image * image_rows
     return 2.0 * products * model.hidden_size
-
-
-def expert_capacity(
-    num_tokens: int, num_experts: int, topk: int, capacity_factor: float, multiple_of: int = 1
-) -> int:
-    """Slots of one expert for one rank's T tokens: ``max(1, min(T, ceil(T k cf / E)))``.
-
-    A factor of 0 or less drops nothing and gives T (the same rule as the router's).
-    """
-    if capacity_factor <= 0.0:
-        return num_tokens
-    capacity = math.ceil(num_tokens * topk * capacity_factor / num_experts)
-    return max(1, min(num_tokens, math.ceil(capacity / multiple_of) * multiple_of))

@@ -14,12 +14,12 @@ from megatron_vlmoe.config.estimate.flops import expert_rows, head_slots, score_
 from megatron_vlmoe.config.estimate.parameters import (
     ParameterGroup,
     groups_of_stage,
-    padded_rows,
     parameter_groups,
     stage_blocks,
     with_assumed_vocabularies,
 )
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.config.sizes import padded_vocab_size
 from megatron_vlmoe.config.stream import PAIR_SEGMENTS, StreamLayout
 from megatron_vlmoe.config.validate import data_parallel_size, num_micro_batches
 
@@ -183,5 +183,7 @@ def _logit_bytes(config: RunConfig, precision: Precision) -> int:
     layout = StreamLayout.from_config(config.model, config.data)
     text, image = head_slots(config, layout)
     model = config.model
-    entries = text * padded_rows(model.vocab_size) + image * padded_rows(model.visual_vocab_size)
+    entries = text * padded_vocab_size(model.vocab_size) + image * padded_vocab_size(
+        model.visual_vocab_size
+    )
     return entries // tensor * (8 + BYTES[precision])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Literal
 
 from megatron_vlmoe.config.block_plan import BlockPlan, Branch, block_plans
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.sizes import padded_vocab_size
 from megatron_vlmoe.config.stream import (
     PAIR_SEGMENTS,
     SEGMENTS,
@@ -136,11 +136,6 @@ def with_assumed_vocabularies(config: RunConfig) -> RunConfig:
     )
 
 
-def padded_rows(vocab_size: int) -> int:
-    """Rows of word embeddings and heads: a multiple of 128 at every layout."""
-    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
 def parameter_counts(config: RunConfig) -> ParameterCounts:
     """Parameters of the whole model; unknown vocabularies count as the paper's."""
     groups = parameter_groups(config)
@@ -225,7 +220,7 @@ def groups_of_stage(
 def _embedding_groups(config: RunConfig) -> list[ParameterGroup]:
     model = config.model
     width, types = model.hidden_size, int(model.token_type_embeddings)
-    words = padded_rows(model.vocab_size) * width
+    words = padded_vocab_size(model.vocab_size) * width
     patches = (3 * model.patch_size**2 + 1) * width
     text_rows = max(model.text_length, model.pair_text_length) + types
     # [I_CLS] and the mask embedding besides V_pos.
@@ -289,8 +284,8 @@ def _head_groups(config: RunConfig) -> list[ParameterGroup]:
     }
     groups = [ParameterGroup("norms", block, 2 * width, "replicated", SEGMENTS, 2 * width)]
     for part, rows, where in (
-        ("text head", padded_rows(model.vocab_size), TEXT_SEGMENTS),
-        ("image head", padded_rows(model.visual_vocab_size), VISION_SEGMENTS),
+        ("text head", padded_vocab_size(model.vocab_size), TEXT_SEGMENTS),
+        ("image head", padded_vocab_size(model.visual_vocab_size), VISION_SEGMENTS),
     ):
         read = tuple(segment for segment in where if weights[segment])
         groups.append(ParameterGroup(part, block, rows * (width + 1), "tensor", read, 0))
