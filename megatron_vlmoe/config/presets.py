@@ -33,6 +33,8 @@ def _tiny() -> RunConfig:
             patch_size=8,
             text_length=64,
             pair_text_length=32,
+            # BEiT's 0.02 at width 768, kept at the same std * sqrt(width).
+            init_std=0.05,
         ),
         objectives=ObjectivesConfig(min_mask_block=4),
         data=DataConfig(

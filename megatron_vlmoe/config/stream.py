@@ -130,6 +130,20 @@ class StreamLayout:
         local = stream.view(gathered, self.num_tokens, *tail)[:, self.slice(segment)]
         return local.reshape(gathered * self.count(segment), self.length(segment), *tail)
 
+    def segments(self, stream: Tensor, gathered: int = 1) -> dict[str, Tensor]:
+        """All segments at once, each as :meth:`take` gives it.
+
+        One split: its gradient is one concatenation, where every :meth:`take` fills a whole stream with zeros.
+        """
+        tail = stream.shape[1:]
+        parts = stream.view(gathered, self.num_tokens, *tail).split(
+            [self.size(segment) for segment in SEGMENTS], dim=1
+        )
+        return {
+            segment: part.reshape(gathered * self.count(segment), self.length(segment), *tail)
+            for segment, part in zip(SEGMENTS, parts)
+        }
+
     def assemble(self, samples: Mapping[str, Tensor], gathered: int = 1) -> Tensor:
         """Inverse of :meth:`take` over all segments: ``[gathered * T, ...]``; empty segments may be absent."""
         import torch

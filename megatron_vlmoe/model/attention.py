@@ -52,22 +52,19 @@ class StreamAttention(MegatronModule):
         stream = attention_mask
         layout, gathered = stream.layout, stream.tensor_size
         parts: dict[str, Tensor] = {}
-
-        def take(segment: str) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = (layout.take(x.squeeze(1), segment, gathered) for x in (query, key, value))
-            return q, k, v
-
+        q, k, v = (layout.segments(x.squeeze(1), gathered) for x in (query, key, value))
         if layout.texts:
-            parts["texts"] = self._attend(*take("texts"), _document_mask(stream))
+            parts["texts"] = self._attend(
+                q["texts"], k["texts"], v["texts"], _document_mask(stream)
+            )
         if layout.pairs:
-            text, image = take("pair_texts"), take("pair_images")
-            q, k, v = (torch.cat(halves, dim=1) for halves in zip(text, image))
-            both = self._attend(q, k, v, _pair_mask(stream))
+            pq, pk, pv = (torch.cat([x["pair_texts"], x["pair_images"]], dim=1) for x in (q, k, v))
+            both = self._attend(pq, pk, pv, _pair_mask(stream))
             parts["pair_texts"], parts["pair_images"] = both.split(
                 [layout.pair_text_length, layout.image_length], dim=1
             )
         if layout.images:
-            parts["images"] = self._attend(*take("images"), None)
+            parts["images"] = self._attend(q["images"], k["images"], v["images"], None)
         output = layout.assemble(parts, gathered)
         return output.reshape(output.shape[0], 1, -1)
 
@@ -109,12 +106,12 @@ class StreamSelfAttention(SelfAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         bias = self.linear_qkv.bias
-        heads = bias.shape[0] // (3 * self.hidden_size_per_attention_head)
-        keep = torch.ones(heads, 3, self.hidden_size_per_attention_head)
-        keep[:, 1] = 0.0
-        keep = keep.reshape(-1)
+        width = self.hidden_size_per_attention_head
 
         def without_key(grad: Tensor) -> Tensor:
-            return grad * keep.to(device=grad.device, dtype=grad.dtype)
+            kept = grad.clone()
+            # In place on the device: a mask held on the host would be copied there in every step.
+            kept.view(-1, 3, width)[:, 1].zero_()
+            return kept
 
         bias.register_hook(without_key)

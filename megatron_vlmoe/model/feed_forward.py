@@ -90,41 +90,48 @@ class MoMEFeedForward(MegatronModule):
         """Branch outputs for the local stream: ``[T, 1, D]`` to ``[T, 1, D]``."""
         layout = stream.layout
         branches = [b for b in self.plan.branches if b.num_tokens(layout)]
-        inputs = {branch.name: self._read(branch, hidden, stream) for branch in branches}
-        outputs: dict[str, Tensor] = {}
+        runs = [(part, branch.name) for branch in branches for part in branch.slices(layout)]
+        runs.sort(key=lambda run: (run[0].start, run[0].stop))
+        # One split: its gradient is one concatenation, where every slice would fill a whole stream.
+        pieces = hidden.split([part.stop - part.start for part, _ in runs])
+        inputs = {}
         for branch in branches:
-            if not branch.num_experts:
-                outputs[branch.name] = self._dense(branch, inputs[branch.name])
+            own = [piece for piece, (_, name) in zip(pieces, runs) if name == branch.name]
+            tokens = own[0] if len(own) == 1 else torch.cat(own)
+            inputs[branch.name] = self.norm(branch.name)(tokens)
+        outputs = self._branches(branches, inputs, hidden[:0], stream)
+        parts = {
+            branch.name: iter(
+                outputs[branch.name].split([p.stop - p.start for p in branch.slices(layout)])
+            )
+            for branch in branches
+        }
+        return torch.cat([next(parts[name]) for _, name in runs])
+
+    def _branches(
+        self,
+        branches: list[Branch],
+        inputs: dict[str, Tensor],
+        empty: Tensor,
+        stream: StreamBatch,
+    ) -> dict[str, Tensor]:
+        """Outputs of the named branches for their tokens ``[T, 1, D]``."""
+        outputs = {
+            branch.name: self._dense(branch, inputs[branch.name])
+            for branch in branches
+            if not branch.num_experts
+        }
         if self.moe is not None:
             # Every pool takes part in every micro-batch, also without tokens: collectives must match.
             pools = self.plan.pools
-            empty = hidden[:0]
             pool_inputs = [inputs.get(pool.name, empty) for pool in pools]
             for pool, output in zip(pools, self.moe(pool_inputs, stream)):
                 outputs[pool.name] = output
-        return self._write(branches, outputs, stream)
-
-    def _read(self, branch: Branch, hidden: Tensor, stream: StreamBatch) -> Tensor:
-        slices = branch.slices(stream.layout)
-        parts = [hidden[part] for part in slices]
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.norm(branch.name)(tokens)
+        return outputs
 
     def _dense(self, branch: Branch, tokens: Tensor) -> Tensor:
         output, bias = self.ffn(branch.name)(tokens)
         return output if bias is None else output + bias
-
-    def _write(
-        self, branches: list[Branch], outputs: dict[str, Tensor], stream: StreamBatch
-    ) -> Tensor:
-        pieces: list[tuple[int, Tensor]] = []
-        for branch in branches:
-            slices = branch.slices(stream.layout)
-            sizes = [part.stop - part.start for part in slices]
-            for part, value in zip(slices, outputs[branch.name].split(sizes)):
-                pieces.append((part.start, value))
-        pieces.sort(key=lambda piece: piece[0])
-        return torch.cat([value for _, value in pieces])
 
 
 def dense_ffn_spec() -> ModuleSpec:

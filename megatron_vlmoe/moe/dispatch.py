@@ -221,11 +221,9 @@ class _CombineSlots(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, gate, slot_token, slot_choice, filled, token_slot, kept = ctx.saved_tensors
         grad_rows = grad.index_select(0, slot_token)
+        # The gate's gradient is a dot product per slot; only these scalars go back to the tokens.
+        dot = (rows * grad_rows).sum(dim=1, dtype=gate.dtype)
+        grad_gate = dot[token_slot] * kept
         weight = gate[slot_token, slot_choice] * filled
         grad_rows.mul_(weight.unsqueeze(1).to(grad_rows.dtype))
-        columns = []
-        for choice in range(token_slot.shape[1]):
-            picked = rows.index_select(0, token_slot[:, choice])
-            columns.append((picked.mul_(grad)).sum(dim=1, dtype=gate.dtype))
-        grad_gate = torch.stack(columns, dim=1) * kept
         return grad_rows, grad_gate, None, None, None, None, None

@@ -5,6 +5,7 @@ Letters: T tokens of a pool on this rank, D width, E experts of a pool, K expert
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Optional, Sequence
 
@@ -193,7 +194,7 @@ class ModalityRouter(MegatronModule):
             part = statistics[start : start + size]
             start += size
             experts = self._aux(pool).global_entropy_experts
-            threshold = float(torch.tensor(experts).log()) if experts > 0.0 else None
+            threshold = math.log(experts) if experts > 0.0 else None
             losses.append(
                 losses_from_statistics(part, terms, pool.num_experts, self.moe.topk, threshold)
                 if terms
@@ -250,7 +251,7 @@ class ModalityRouter(MegatronModule):
         pool = routing.pool
         if routing.slots is not None:
             load = routing.slots.load
-            slots = gates.new_tensor(float(routing.capacity * pool.num_experts))
+            slots = gates.new_full((), routing.capacity * pool.num_experts)
         else:
             load = torch.zeros(pool.num_experts, device=gates.device)
             load.scatter_add_(0, routing.expert.reshape(-1), routing.kept.reshape(-1).float())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional, Sequence
 
 import torch
@@ -31,6 +31,8 @@ class StreamBatch:
     pair_lengths: Optional[Tensor] = None
     key: Optional[DrawKey] = None
     text_documents: Optional[Tensor] = None
+    # Every block asks for the same masks: made once for a micro-batch.
+    _masks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def share(self, samples: Tensor) -> Tensor:
         """This rank's part of a tensor over the samples of the whole micro-batch."""
@@ -39,20 +41,26 @@ class StreamBatch:
     def caption_mask(self) -> Tensor:
         """True where a caption slot holds a token: ``[n, L]`` over the whole micro-batch."""
         assert self.pair_lengths is not None
-        slots = torch.arange(self.layout.pair_text_length, device=self.pair_lengths.device)
-        return slots < self.pair_lengths.unsqueeze(1)
+        if () not in self._masks:
+            slots = torch.arange(self.layout.pair_text_length, device=self.pair_lengths.device)
+            self._masks[()] = slots < self.pair_lengths.unsqueeze(1)
+        return self._masks[()]
 
     def token_mask(self, segments: Sequence[str], device: torch.device) -> Optional[Tensor]:
         """True for tokens that are not padding, over this rank's tokens of the segments; None if all are."""
         if "pair_texts" not in segments or self.layout.pairs == 0 or self.pair_lengths is None:
             return None
-        parts = []
-        for segment in segments:
-            if segment == "pair_texts":
-                parts.append(self.share(self.caption_mask()).reshape(-1))
-            else:
-                parts.append(torch.ones(self.layout.size(segment), dtype=torch.bool, device=device))
-        return torch.cat(parts)
+        key = tuple(segments)
+        if key not in self._masks:
+            self._masks[key] = torch.cat(
+                [
+                    self.share(self.caption_mask()).reshape(-1)
+                    if segment == "pair_texts"
+                    else torch.ones(self.layout.size(segment), dtype=torch.bool, device=device)
+                    for segment in segments
+                ]
+            )
+        return self._masks[key]
 
     def normal(
         self,

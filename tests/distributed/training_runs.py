@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Iterator, Mapping
 
-import numpy as np
 import torch
 from helpers import Layout, Shard, small_config
 
@@ -101,6 +100,10 @@ class Recorder:
         self.numbers: list[int] = []
         self.batches = self._numbered(self.data.loader("train", 0, None))
 
+    def skip(self, steps: int) -> None:
+        """Starts the data after some steps."""
+        self.batches = self._numbered(self.data.loader("train", steps * self.count, None))
+
     def _numbered(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self.numbers.append(int(batch["micro_batch"]))
@@ -174,8 +177,11 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
             steps[-1]["gradients"] = assemble([part["gradients"] for part in parts])
     for result in results:
         assert result["evaluation"] == results[0]["evaluation"], "ranks disagree on the evaluation"
-    weights = assemble([result["weights"] for result in results])
-    return {"steps": steps, "weights": weights, "evaluation": results[0]["evaluation"]}
+    merged = {"steps": steps, "evaluation": results[0]["evaluation"]}
+    for name in ("start", "weights"):
+        if name in results[0]:
+            merged[name] = assemble([result[name] for result in results])
+    return merged
 
 
 def run(
@@ -189,9 +195,98 @@ def run(
     return merge(workers.run(where, train, where, arguments, steps, gradients))
 
 
-def first_difference(left: Any, right: Any) -> Optional[str]:
-    """Name of the first entry that differs in bits, for messages."""
-    for key in left:
-        if not np.array_equal(left[key], right[key]):
-            return str(key)
-    return None
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test catches it."""
+
+
+def _no_disk(path: Any) -> Any:
+    from collections import namedtuple
+
+    return namedtuple("usage", "total used free")(10**9, 10**9 - 10, 10)
+
+
+def _killed_rename(source: Any, target: Any) -> None:
+    raise Killed(f"{source} -> {target}")
+
+
+def trainer_run(
+    where: Layout, arguments: tuple[str, ...], folder: str, fault: str = ""
+) -> dict[str, Any]:
+    """A whole run through the Trainer, saved in a folder; failures of the checkpoint come back as text.
+
+    Args:
+        where: layout.
+        arguments: options.
+        folder: `--save`.
+        fault: `disk` fills the disk, `kill` kills between writing and renaming.
+    """
+    import os
+    import shutil
+    from unittest import mock
+
+    from megatron_vlmoe.config.schema import ConfigError
+    from megatron_vlmoe.config.validate import num_micro_batches
+    from megatron_vlmoe.train.checkpoint import CheckpointError
+    from megatron_vlmoe.train.trainer import Trainer
+
+    config, ranks, parts, data = start(where, *arguments, "--save", folder)
+    precision = "bf16" if parts.transformer_config.bf16 else "fp32"
+    count = num_micro_batches(config, ranks.data_size)
+    trainer = Trainer(config, parts, ranks, data, count, precision)
+    patches = {
+        "disk": mock.patch.object(shutil, "disk_usage", _no_disk),
+        "kill": mock.patch.object(os, "replace", _killed_rename),
+        "": mock.patch.object(os, "replace", os.replace),
+    }
+    try:
+        with patches[fault]:
+            state = trainer.run()
+    except (CheckpointError, ConfigError, Killed) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    for chunk in parts.wrapped:
+        if config.parallel.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    return {
+        "step": state.step,
+        "weights": shards(parts),
+        "optimizer": optimizer_shards(parts),
+        "dtypes": sorted({str(p.dtype) for chunk in parts.chunks for p in chunk.parameters()}),
+    }
+
+
+def _report_from(recorder: Recorder, steps: int) -> dict[str, Any]:
+    start_weights = shards(recorder.parts)
+    evaluation = recorder.evaluate()
+    return {
+        "start": start_weights,
+        "evaluation": evaluation,
+        "steps": [recorder.step() for _ in range(steps)],
+        "weights": shards(recorder.parts),
+    }
+
+
+def save_and_go_on(where: Layout, arguments: tuple[str, ...], folder: str) -> dict[str, Any]:
+    """Two steps, a checkpoint, then an evaluation and two more steps."""
+    from pathlib import Path
+
+    from megatron_vlmoe.train.checkpoint import CheckpointWriter, TrainState
+
+    recorder = Recorder(start(where, *arguments))
+    for _ in range(2):
+        recorder.step()
+    writer = CheckpointWriter(Path(folder) / "checkpoints", 0, False)
+    writer.save(TrainState(step=2), recorder.config, recorder.parts)
+    return _report_from(recorder, 2)
+
+
+def load_and_go_on(where: Layout, arguments: tuple[str, ...], folder: str) -> dict[str, Any]:
+    """Loads that checkpoint, then an evaluation and two more steps."""
+    from megatron_vlmoe.train.checkpoint import find_checkpoint, load_checkpoint
+
+    recorder = Recorder(start(where, *arguments))
+    path = find_checkpoint(folder)
+    assert path is not None
+    state = load_checkpoint(path, recorder.config, recorder.parts)
+    assert state.step == 2
+    recorder.skip(state.step)
+    return _report_from(recorder, 2)

@@ -1,0 +1,231 @@
+"""Checkpoints: exact resume, any layout to any other, and nothing half-written is ever taken for whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Layout, Workers, assemble, assert_close, assert_identical, layout
+from training_runs import load_and_go_on, merge, save_and_go_on, trainer_run
+
+pytestmark = pytest.mark.dist
+
+ONE = Layout(1)
+FEW = ("--data.global_texts", "4", "--data.global_images", "4", "--data.global_pairs", "4")
+# What differs between two runs of the same steps.
+TIMES = ("second", "tflop", "mfu", "memory", "data_wait")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if not any(t in key.lower() for t in TIMES)}
+        for line in lines
+    ]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
+
+
+RESUMED = {
+    "one-process": (ONE, ()),
+    "tp2-ep2": (layout(4, tp=2, ep=2), FEW),
+    "interleaved": (layout(2, pp=2, vpp=2), FEW),
+    "overlapped-gather": (layout(2), (*FEW, "--parallel.overlap_param_gather", "true")),
+    "bf16": (ONE, ("--train.precision", "bf16")),
+    "bf16-tp2-ep2": (layout(2, tp=2, ep=2), (*FEW, "--train.precision", "bf16")),
+    "dropping": (layout(2, ep=2), (*FEW, "--moe.capacity_factor", "1.05", "--moe.topk", "2")),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_is_bit_identical(name: str, workers: Workers, tmp_path: Path) -> None:
+    where, options = RESUMED[name]
+    options = (*options, "--train.steps", "4")
+
+    def train(folder: str, *more: str) -> list[Any]:
+        return workers.run(where, trainer_run, where, (*options, *more), str(tmp_path / folder))
+
+    unbroken = train("unbroken")
+    stopped = train("resumed", "--exit-interval", "2")
+    assert stopped[0]["step"] == 2 and unbroken[0]["step"] == 4
+    assert checkpoints(tmp_path / "resumed") == ["iter_0000002"]
+    resumed = train("resumed")
+    assert resumed[0]["step"] == 4
+    expected = metrics(tmp_path / "unbroken")
+    assert [line["step"] for line in expected] == [0, 1, 2, 3, 4]
+    assert expected[1]["loss/total"] != expected[4]["loss/total"]
+    assert metrics(tmp_path / "resumed") == expected
+    if "bf16" in name:
+        assert resumed[0]["dtypes"] == ["torch.bfloat16", "torch.float32"]
+    for mine, theirs, old in zip(resumed, unbroken, stopped):
+        assert_identical(mine["optimizer"], theirs["optimizer"], "optimizer state")
+        assert mine["optimizer"].keys() == old["optimizer"].keys()
+    whole = [assemble([rank["weights"] for rank in run]) for run in (resumed, unbroken, stopped)]
+    assert_identical(whole[0], whole[1], "weights")
+    assert any((whole[1][key] != whole[2][key]).any() for key in whole[1])
+
+
+MOVES = {
+    "tp2-ep2": (layout(4, tp=2, ep=2), ()),
+    "interleaved": (layout(2, pp=2, vpp=2), ()),
+    "dense": (layout(2, tp=2), ("--moe.modalities", "none", "--moe.layers", "[]")),
+}
+TARGETS = {
+    "tp2-ep2": (layout(2, pp=2), layout(4, ep=4), ONE),
+    "interleaved": (ONE, layout(2, tp=2, ep=2)),
+    "dense": (layout(4, tp=2, pp=2), ONE),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_loaded_at_other_layouts(name: str, workers: Workers, tmp_path: Path) -> None:
+    source, options = MOVES[name]
+    options = (*options, "--train.steps", "8")
+    folder = str(tmp_path)
+    expected = merge(workers.run(source, save_and_go_on, source, options, folder))
+    for target in TARGETS[name]:
+        actual = merge(workers.run(target, load_and_go_on, target, options, folder))
+        what = f"{name} loaded at {target.sizes or 'one process'}"
+        assert_identical(actual["start"], expected["start"], what)
+        assert_close(actual["evaluation"], expected["evaluation"], what)
+        for mine, theirs in zip(actual["steps"], expected["steps"], strict=True):
+            assert_close(mine["losses"], theirs["losses"], what)
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        # Adam's division magnifies rounding where a gradient is nearly zero.
+        assert_close(actual["weights"], expected["weights"], what, 1e-3)
+
+
+def test_seed_checkpoint_starts_other_layouts(workers: Workers, tmp_path: Path) -> None:
+    options = (*FEW, "--train.steps", "2")
+    where = layout(2, ep=2)
+    first = workers.run(
+        where, trainer_run, where, (*options, "--save-initial"), str(tmp_path / "ep2")
+    )
+    assert first[0]["step"] == 2
+    assert checkpoints(tmp_path / "ep2") == ["iter_0000000", "iter_0000002"]
+    seed = str(tmp_path / "ep2/checkpoints/iter_0000000")
+    # Another seed would start from other weights, were they not loaded.
+    other = workers.run(ONE, trainer_run, ONE, (*options, "--load", seed), str(tmp_path / "one"))
+    assert other[0]["step"] == 2
+    for mine, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "ep2"), strict=True):
+        names = [key for key in theirs if "loss/" in key or key == "grad_norm"]
+        assert_close({key: mine[key] for key in names}, {key: theirs[key] for key in names}, "")
+
+
+@pytest.fixture(scope="module")
+def saved(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps with checkpoints of both and of the start."""
+    folder = tmp_path_factory.mktemp("saved")
+    options = (*FEW, "--train.steps", "3", "--exit-interval", "2", "--save-interval", "1")
+    workers.run(ONE, trainer_run, ONE, options, str(folder))
+    assert checkpoints(folder) == ["iter_0000001", "iter_0000002"]
+    return folder
+
+
+def refused(workers: Workers, where: Layout, options: tuple[str, ...], folder: Path, **kw: Any) -> str:
+    """The one-line message with which every rank refuses."""
+    results = workers.run(where, trainer_run, where, options, str(folder), *kw.values())
+    for result in results:
+        assert result.get("error") in ("CheckpointError", "ConfigError"), result
+        assert "\n" not in result["message"]
+    return str(results[0]["message"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model.ffn_hidden_size", "64"),
+        ("--moe.num_text_experts", "8"),
+        ("--moe.layers", "2"),
+        ("--model.text_length", "12"),
+    ],
+)
+def test_checkpoint_of_another_model(
+    options: tuple[str, str], workers: Workers, saved: Path, tmp_path: Path
+) -> None:
+    message = refused(workers, ONE, (*FEW, *options, "--load", str(saved)), tmp_path)
+    assert options[0].removeprefix("--") in message and str(saved) in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "common", "metadata", "tracker"])
+def test_damaged_checkpoint(damage: str, workers: Workers, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    target = folder / "checkpoints/iter_0000002"
+    largest = max(target.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if damage == "truncated":
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    elif damage == "missing":
+        largest.unlink()
+    elif damage == "common":
+        (target / "common.pt").write_bytes(b"not a checkpoint")
+    elif damage == "metadata":
+        (target / ".metadata").write_bytes(b"")
+    else:
+        (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text("9\n")
+    message = refused(workers, ONE, FEW, folder)
+    assert str(folder) in message
+
+
+def test_missing_checkpoint_is_named(workers: Workers, tmp_path: Path) -> None:
+    message = refused(workers, ONE, (*FEW, "--load", str(tmp_path / "nowhere")), tmp_path / "run")
+    assert "nowhere" in message
+
+
+def test_kill_between_write_and_rename_keeps_the_previous(
+    workers: Workers, saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    options = (*FEW, "--train.steps", "3")
+    killed = workers.run(ONE, trainer_run, ONE, options, str(folder), "kill")[0]
+    assert killed["error"] == "Killed"
+    assert checkpoints(folder) == ["iter_0000001", "iter_0000002", "iter_0000003.tmp"]
+    assert metrics(folder)[-1]["step"] == 3
+    again = workers.run(ONE, trainer_run, ONE, options, str(folder))[0]
+    # Step 3 was trained again from step 2.
+    assert again["step"] == 3
+    assert [line["step"] for line in metrics(folder)] == [0, 1, 2, 3]
+    assert checkpoints(folder) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+
+
+def test_full_disk_is_refused_and_the_previous_kept(
+    workers: Workers, saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    where = layout(2)
+    message = refused(workers, where, (*FEW, "--train.steps", "3"), folder, fault="disk")
+    assert "GB are free" in message and "iter_0000003" in message
+    assert checkpoints(folder) == ["iter_0000001", "iter_0000002"]
+    tracker = folder / "checkpoints/latest_checkpointed_iteration.txt"
+    assert tracker.read_text().strip() == "2"
+
+
+def test_old_checkpoints_go_and_the_seed_stays(workers: Workers, tmp_path: Path) -> None:
+    options = ("--save-initial", "--save-interval", "1", "--keep-last", "2", "--train.steps", "4")
+    workers.run(ONE, trainer_run, ONE, (*FEW, *options), str(tmp_path))
+    assert checkpoints(tmp_path) == ["iter_0000000", "iter_0000003", "iter_0000004"]
+
+
+def test_background_save_resumes_equal(workers: Workers, tmp_path: Path) -> None:
+    where = layout(2, ep=2)
+    options = (*FEW, "--train.steps", "4", "--save-interval", "1")
+
+    def train(folder: str, *more: str) -> list[Any]:
+        return workers.run(where, trainer_run, where, (*options, *more), str(tmp_path / folder))
+
+    plain = train("plain")
+    train("background", "--checkpoint.async_save", "true", "--exit-interval", "2")
+    assert checkpoints(tmp_path / "background") == ["iter_0000001", "iter_0000002"]
+    resumed = train("background", "--checkpoint.async_save", "true")
+    for mine, theirs in zip(resumed, plain):
+        assert_identical(mine["optimizer"], theirs["optimizer"], "optimizer state")
+    assert metrics(tmp_path / "background") == metrics(tmp_path / "plain")
+    names = ["iter_0000002", "iter_0000003", "iter_0000004"]
+    assert checkpoints(tmp_path / "background") == names

@@ -1,0 +1,291 @@
+"""Rules that hold the whole repository together: imports, sizes, state, and what docs and examples say."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vlmoe.config.command_line import ALIASES, _flatten, merge_file
+from megatron_vlmoe.config.presets import preset, preset_names
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.validate import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron_vlmoe"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
+CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
+
+# Room to the rooms that it may import; the command line and tools may import all.
+ALLOWED = {
+    "config": set(),
+    "runtime": {"config"},
+    "tokenizers": {"config", "runtime"},
+    "data": {"config", "runtime", "tokenizers"},
+    "moe": {"config", "runtime"},
+    "model": {"config", "runtime", "moe"},
+    "objectives": {"config", "runtime", "moe", "model"},
+    "train": {"config", "runtime", "tokenizers", "data", "moe", "model", "objectives"},
+    "analysis": {
+        *("config", "runtime", "tokenizers", "data", "moe", "model", "objectives", "train"),
+    },
+}
+WITHOUT_MEGATRON = ("config", "tokenizers", "data", "objectives", "analysis")
+MUTATORS = {
+    *("append", "extend", "insert", "remove", "pop", "clear", "update", "setdefault"),
+    *("popitem", "add", "discard", "appendleft", "popleft"),
+}
+MUTABLE_TYPES = {"list", "dict", "set", "defaultdict", "OrderedDict", "deque", "Counter"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str | None:
+    """The room of a module of this package."""
+    parts = module.split(".")
+    if parts[0] != "megatron_vlmoe" or len(parts) < 2 or not (PACKAGE / parts[1]).is_dir():
+        return None
+    return parts[1]
+
+
+def room_violations(home: str, tree: ast.AST) -> list[str]:
+    return [
+        module
+        for module in imported_modules(tree)
+        if room(module) not in (None, home) and room(module) not in ALLOWED[home]
+    ]
+
+
+def test_every_room_has_a_rule():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= set(ALLOWED), f"no import rule for {sorted(rooms - set(ALLOWED))}"
+
+
+@pytest.mark.parametrize("home", ALLOWED)
+def test_imports_point_one_way(home):
+    found = {
+        name_of(path): bad
+        for path in sorted((PACKAGE / home).rglob("*.py"))
+        if (bad := room_violations(home, parse(path)))
+    }
+    assert not found
+
+
+def test_room_check_finds_a_wrong_import():
+    late = ast.parse("def f():\n    from megatron_vlmoe.train import step")
+    assert room_violations("config", late) == [
+        "megatron_vlmoe.train",
+        "megatron_vlmoe.train.step",
+    ]
+
+
+@pytest.mark.parametrize("home", WITHOUT_MEGATRON)
+def test_rooms_without_megatron_core(home):
+    found = [
+        name_of(path)
+        for path in sorted((PACKAGE / home).rglob("*.py"))
+        if path != PACKAGE / "data" / "indexed.py"
+        and any(module.split(".")[0] == "megatron" for module in imported_modules(parse(path)))
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm", "apex", "deepspeed"])
+def test_packages_that_are_never_imported(package):
+    found = [
+        name_of(path)
+        for path in (*SOURCES, *TOOLS)
+        if any(module.split(".")[0] == package for module in imported_modules(parse(path)))
+    ]
+    assert not found
+
+
+def test_files_have_at_most_600_lines():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in (*SOURCES, *TOOLS)}
+    assert not {name: length for name, length in lengths.items() if length > 600}
+
+
+def test_functions_have_at_most_100_lines():
+    found = {}
+    for path in (*SOURCES, *TOOLS):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > 100:
+                    found[f"{name_of(path)}: {node.name}"] = length
+    assert not found
+
+
+def _is_mutable(value: ast.expr | None) -> bool:
+    if isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)):
+        return True
+    if isinstance(value, ast.Call):
+        function = value.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        return name in MUTABLE_TYPES
+    return False
+
+
+def mutable_names(tree: ast.Module) -> set[str]:
+    """Names of lists, dictionaries and sets at module level."""
+    names: set[str] = set()
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        if targets and _is_mutable(node.value):
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names - {"__all__"}
+
+
+def changed_names(tree: ast.AST) -> set[str]:
+    """Names of which an item is set or deleted, or that a changing method is called on."""
+    changed: set[str] = set()
+    for node in ast.walk(tree):
+        inside: ast.expr | None = None
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            inside = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            inside = node.func.value if node.func.attr in MUTATORS else None
+        elif isinstance(node, ast.AugAssign):
+            inside = node.target
+        if isinstance(inside, ast.Name):
+            changed.add(inside.id)
+    return changed
+
+
+def state_problems(tree: ast.Module) -> list[str]:
+    """Module-level state: `global`, containers that are no constants, constants that are changed."""
+    constants = mutable_names(tree)
+    problems = [f"global {node.names}" for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    problems += [f"{name} is not a constant" for name in constants if not name.isupper()]
+    return problems + [f"{name} is changed" for name in sorted(constants & changed_names(tree))]
+
+
+def test_no_mutable_state_at_module_level():
+    found = {
+        name_of(path): problems
+        for path in (*SOURCES, *TOOLS)
+        if path.relative_to(ROOT).parts[1] != "runtime"
+        and (problems := state_problems(parse(path)))
+    }
+    assert not found
+
+
+def test_state_check_finds_state():
+    assert state_problems(ast.parse("cache = {}"))
+    assert state_problems(ast.parse("A = []\ndef f():\n    A.append(1)"))
+    assert state_problems(ast.parse("A = {}\ndef f():\n    A['x'] = 1"))
+    assert state_problems(ast.parse("def f():\n    global n\n    n = 1"))
+    assert not state_problems(ast.parse("A = {1: 2}\ndef f():\n    return A[1]"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_scripts_parse(path):
+    result = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_is_a_script_for_every_row_of_the_paper():
+    rows = [
+        f"{size}-{count}" for size in ("small", "base") for count in ("dense", "8e", "16e", "32e")
+    ]
+    for row in rows:
+        size, count = row.split("-")
+        text = (ROOT / "examples" / f"pretrain_{size}_{count}.sh").read_text()
+        assert f"SIZE={size}\n" in text and f"EXPERTS={count}\n" in text
+        assert row in preset_names()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_example_configs_run(path):
+    validate(merge_file(preset("small-32e"), path))
+
+
+# With the placeholder that texts about the grammar use.
+KNOWN_OPTIONS = {f"--{name}" for name in _flatten(dataclasses.asdict(RunConfig()))} | {
+    "--section.option"
+}
+PROGRAM_OPTIONS = {*ALIASES, "--preset", "--config", "--dry-run", "--dry-run-world-size", "--help"}
+
+
+def commands(text: str) -> Iterator[str]:
+    """Lines of a document or script, with continuation lines joined."""
+    yield from text.replace("\\\n", " ").splitlines()
+
+
+def unknown_options(text: str) -> list[str]:
+    """Options in a document or script that neither the program nor the named tool has."""
+    found = [
+        name for name in re.findall(r"--[a-z]+(?:\.[a-z0-9_]+)+", text) if name not in KNOWN_OPTIONS
+    ]
+    for line in commands(text):
+        for tool, rest in re.findall(r"tools/(\w+\.py)([^`|;&]*)", line):
+            path = ROOT / "tools" / tool
+            if not path.exists():
+                found.append(f"tools/{tool}")
+                continue
+            source = path.read_text()
+            options = re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)
+            found += [f"tools/{tool} {name}" for name in options if f'"{name}"' not in source]
+        for rest in re.findall(r"-m megatron_vlmoe pretrain([^`|;&]*)", line):
+            options = re.findall(r"(?<=\s)--[a-z][a-z-]*(?=\s|$)", rest)
+            found += [name for name in options if name not in PROGRAM_OPTIONS]
+    return found
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS], ids=name_of)
+def test_options_that_are_named_exist(path):
+    assert not unknown_options(path.read_text(encoding="utf-8"))
+
+
+def test_option_check_finds_wrong_options():
+    assert unknown_options("--train.stepz 3") == ["--train.stepz"]
+    assert unknown_options("python tools/merge_datasets.py --inputs A") == [
+        "tools/merge_datasets.py --inputs"
+    ]
+    assert unknown_options("python -m megatron_vlmoe pretrain --dryrun") == ["--dryrun"]
+
+
+def broken_references(path: Path) -> list[str]:
+    """Relative links, and paths of this repository in backticks, that lead nowhere."""
+    text = path.read_text(encoding="utf-8")
+    links = [
+        link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
+    ]
+    broken = [link for link in links if link and not (path.parent / link).exists()]
+    paths = re.findall(r"`((?:megatron_vlmoe|tools|tests|examples|docs)/[\w./-]+)", text)
+    return broken + [name for name in paths if not (ROOT / name.rstrip(".")).exists()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_and_paths_exist(path):
+    assert not broken_references(path)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS, *CONFIGS, *SOURCES, *TOOLS], ids=name_of)
+def test_nothing_is_left_to_fill_in(path):
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text(encoding="utf-8"))

@@ -1,0 +1,147 @@
+"""The fixed-capacity dispatcher against a plain loop over tokens and experts, forward and backward."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vlmoe.config.block_plan import Branch
+from megatron_vlmoe.moe.dispatch import FixedCapacityDispatcher
+from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts, batched_linear
+from megatron_vlmoe.moe.router import PoolRouting
+from megatron_vlmoe.moe.routing_ops import route_slots, top_k_experts
+
+WIDTH, INNER = 6, 10
+ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+GROUPS: Any = SimpleNamespace(ep=ALONE, expt_dp=ALONE)
+
+
+def make_experts(*pools: Branch) -> PooledExperts:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=WIDTH,
+        num_attention_heads=1,
+        ffn_hidden_size=INNER,
+        num_moe_experts=sum(pool.num_experts for pool in pools),
+        moe_ffn_hidden_size=INNER,
+        params_dtype=torch.float64,
+    )
+    experts = PooledExperts(sum(pool.num_experts for pool in pools), config, GROUPS, pools)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    return experts
+
+
+def make_routing(
+    pool: Branch, logits: Tensor, k: int, capacity: int, mask: Tensor | None
+) -> PoolRouting:
+    gate, expert = top_k_experts(logits.softmax(dim=1), k)
+    slots = route_slots(gate.detach(), expert, pool.num_experts, capacity, mask)
+    return PoolRouting(pool, gate, expert, slots.token_kept, capacity, slots)
+
+
+def plain_loop(
+    tokens: Tensor, logits: Tensor, k: int, capacity: int, mask: Tensor | None, pool: ExpertPool
+) -> tuple[Tensor, int, int]:
+    """Outputs, number of dropped choices and number of unfilled slots, one token after another."""
+    probs = logits.softmax(dim=1)
+    ranked = probs.argsort(dim=1, descending=True).tolist()
+    order = sorted(range(len(tokens)), key=lambda t: -float(probs[t].max()))
+    load = [0] * pool.num_experts
+    outputs = [torch.zeros_like(tokens[0]) for _ in tokens]
+    dropped = 0
+    for choice in range(k):
+        for token in order:
+            if mask is not None and not mask[token]:
+                continue
+            e = ranked[token][choice]
+            if load[e] == capacity:
+                dropped += 1
+                continue
+            load[e] += 1
+            hidden = pool.weight1[e] @ tokens[token] + pool.bias1[e]
+            hidden = 0.5 * hidden * (1.0 + torch.erf(hidden / 2.0**0.5))
+            value = pool.weight2[e] @ hidden + pool.bias2[e]
+            outputs[token] = outputs[token] + probs[token, e] * value
+    return torch.stack(outputs), dropped, capacity * pool.num_experts - sum(load)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("padding", [False, True])
+def test_fixed_capacity_is_the_plain_loop(k: int, padding: bool) -> None:
+    torch.manual_seed(k)
+    pools = (Branch("text", ("texts",), 4), Branch("vision", ("images",), 3))
+    sizes, capacities = (21, 13), (5 * k, 6 * k)
+    experts = make_experts(*pools)
+    # Uneven experts: some overflow while others have free slots.
+    tilt = [torch.linspace(0.0, 2.0, pool.num_experts).double() for pool in pools]
+    tokens = [torch.randn(n, WIDTH, dtype=torch.float64) for n in sizes]
+    logits = [torch.randn(n, len(t), dtype=torch.float64) + t for n, t in zip(sizes, tilt)]
+    masks = [torch.rand(n) < 0.8 if padding else None for n in sizes]
+    upstream = [torch.randn(n, WIDTH, dtype=torch.float64) for n in sizes]
+    results: dict[str, list[Tensor]] = {}
+    for name in ("dispatched", "loop"):
+        xs = [x.clone().requires_grad_() for x in tokens]
+        ls = [x.clone().requires_grad_() for x in logits]
+        if name == "dispatched":
+            routings = [make_routing(*a) for a in zip(pools, ls, (k, k), capacities, masks)]
+            outputs = FixedCapacityDispatcher(GROUPS)(xs, routings, experts)
+        else:
+            own = [experts.pool(pool.name) for pool in pools]
+            looped = [plain_loop(*a) for a in zip(xs, ls, (k, k), capacities, masks, own)]
+            outputs = [output for output, _, _ in looped]
+            assert sum(dropped for _, dropped, _ in looped) > 0
+            assert sum(unfilled for _, _, unfilled in looped) > 0
+        leaves = [*xs, *ls, *experts.parameters()]
+        results[name] = [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+    for actual, expected in zip(results["dispatched"], results["loop"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_dropped_and_padded_tokens_come_back_as_zero_and_get_no_gradient() -> None:
+    torch.manual_seed(0)
+    pool = Branch("text", ("texts",), 2)
+    tokens = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
+    # All want expert 0, which takes the two surest of those that are not padding: tokens 4 and 3.
+    logits = torch.stack([torch.arange(1.0, 7.0), torch.zeros(6)], dim=1).double()
+    mask = torch.tensor([True, True, True, True, True, False])
+    routing = make_routing(pool, logits, 1, 2, mask)
+    (output,) = FixedCapacityDispatcher(GROUPS)([tokens], [routing], make_experts(pool))
+    output.sum().backward()
+    assert (output.abs().sum(dim=1) > 0).tolist() == [False, False, False, True, True, False]
+    assert tokens.grad is not None
+    assert (tokens.grad.abs().sum(dim=1) > 0).tolist() == [False, False, False, True, True, False]
+
+
+def test_a_pool_without_tokens_is_left_out() -> None:
+    pools = (Branch("text", ("texts",), 2), Branch("vision", ("images",), 2))
+    sizes = (0, 4)
+    routings = [
+        make_routing(pool, torch.randn(n, 2, dtype=torch.float64), 1, 4, None)
+        for pool, n in zip(pools, sizes)
+    ]
+    tokens = [torch.randn(n, WIDTH, dtype=torch.float64) for n in sizes]
+    text, vision = FixedCapacityDispatcher(GROUPS)(tokens, routings, make_experts(*pools))
+    assert text.shape == (0, WIDTH) and vision.shape == (4, WIDTH)
+
+
+def test_batched_linear_gradients_by_finite_differences() -> None:
+    torch.manual_seed(0)
+    shapes = ((2, 3, 4), (2, 5, 4), (2, 5))
+    rows, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes
+    )
+    expected = torch.stack([rows[e] @ weight[e].T + bias[e] for e in range(2)])
+    torch.testing.assert_close(batched_linear(rows, weight, bias), expected)
+    assert torch.autograd.gradcheck(batched_linear, (rows, weight, bias))
+
+
+def test_batched_linear_gives_the_weight_gradient_in_the_weights_layout() -> None:
+    rows, weight = torch.randn(2, 3, 4), torch.randn(2, 5, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(batched_linear(rows, weight, torch.zeros(2, 5)).sum(), weight)
+    assert grad.is_contiguous()
