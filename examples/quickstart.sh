@@ -53,8 +53,9 @@ once "$INDEXED/image_tokenizer/config.json" python tools/train_image_tokenizer.p
     --preset tiny --image-size 64 --patch-size 8 --num-codes 256 --steps 400 --seed 1
 
 say "5/6 pretraining $PRESET on $PROCESSES processes"
-EXPERT_PARALLEL="$PROCESSES"
-[ "${PRESET#*-}" = dense ] && EXPERT_PARALLEL=1
+# Half of the experts on each process where their number allows it.
+EXPERT_PARALLEL=1
+[ "${PRESET#*-}" != dense ] && [ $((PROCESSES % 2)) -eq 0 ] && EXPERT_PARALLEL=2
 torchrun --standalone --nproc-per-node "$PROCESSES" -m megatron_vlmoe pretrain \
     --preset "$PRESET" \
     --data.text "$INDEXED/text_train" --data.images "$INDEXED/images_train" --data.pairs "$INDEXED/pairs_train" \

@@ -49,6 +49,10 @@ def run_guarded(action: Callable[[], int]) -> int:
 
     try:
         return action()
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`); nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ConfigError as error:
         return _fail(error, 2)
     except Exception as error:

@@ -37,11 +37,13 @@ class ParsedCommand:
         config: the run.
         dry_run: whether only to print what would run.
         dry_run_world_size: ranks to plan for; 0 takes those of this launch.
+        dry_run_gpus_per_node: ranks of a machine in that plan.
     """
 
     config: RunConfig
     dry_run: bool = False
     dry_run_world_size: int = 0
+    dry_run_gpus_per_node: int = 8
 
 
 def sequence_options() -> dict[str, str]:
@@ -117,6 +119,13 @@ def build_parser(command: str, start: RunConfig) -> ArgumentParser:
         default=0,
         help="number of ranks that --dry-run plans for; 0 takes those of this launch",
     )
+    parser.add_argument(
+        "--dry-run-gpus-per-node",
+        dest="dry_run_gpus_per_node",
+        type=int,
+        default=8,
+        help="ranks of a machine in that plan",
+    )
     parser.add_class_arguments(RunConfig, None, as_group=False)
     parser.set_defaults(_flatten(dataclasses.asdict(start)))
     return parser
@@ -139,7 +148,12 @@ def parse_run(command: str, arguments: Sequence[str]) -> ParsedCommand:
         parsed = parser.parse_args(normalized)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_one_line(str(error))) from None
-    return ParsedCommand(_to_config(parsed), bool(parsed.dry_run), parsed.dry_run_world_size)
+    return ParsedCommand(
+        _to_config(parsed),
+        bool(parsed.dry_run),
+        parsed.dry_run_world_size,
+        parsed.dry_run_gpus_per_node,
+    )
 
 
 def merge_file(start: RunConfig, path: Path) -> RunConfig:

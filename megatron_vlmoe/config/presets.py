@@ -32,7 +32,7 @@ def _tiny() -> RunConfig:
             image_size=64,
             patch_size=8,
             text_length=64,
-            pair_text_length=32,
+            pair_text_length=40,
             # BEiT's 0.02 at width 768, kept at the same std * sqrt(width).
             init_std=0.05,
         ),

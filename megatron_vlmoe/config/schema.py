@@ -329,7 +329,7 @@ class TrainConfig:
         exit_interval: saves and exits when the step is a multiple of this; 0 never.
         exit_duration_minutes: saves and exits after this time; 0 never.
         exit_signals: signals that save and exit cleanly.
-        stop_on_nan: ends the run with an error when the loss is not finite (fp16 overflow steps are skipped).
+        stop_on_nan: ends the run with an error when gradients are not finite (fp16 overflow steps are skipped).
     """
 
     steps: int = 200_000

@@ -86,8 +86,7 @@ def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
     """The text tokenizer; None if the run has neither texts nor pairs.
 
     Raises:
-        ConfigError: it is needed and not set.
-        ValueError: it cannot be read.
+        ConfigError: it is needed and not set, or cannot be read.
     """
     users = [name for name in ("texts", "pairs") if getattr(data, f"micro_{name}") > 0]
     if not users:
@@ -95,7 +94,10 @@ def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
     if not data.text_tokenizer:
         count = getattr(data, f"micro_{users[0]}")
         raise ConfigError(f"data.text_tokenizer is not set: data.micro_{users[0]}={count} needs it")
-    return TextTokenizer(data.text_tokenizer)
+    try:
+        return TextTokenizer(data.text_tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"data.text_tokenizer: {error}") from error
 
 
 def open_sources(
@@ -251,7 +253,10 @@ def _open_codes(
 def _load_image_tokenizer(path: str) -> ImageTokenizer:
     from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
-    return ImageTokenizer.from_pretrained(path)
+    try:
+        return ImageTokenizer.from_pretrained(path)
+    except ValueError as error:
+        raise ConfigError(f"data.image_tokenizer: {error}") from error
 
 
 def resolve_sizes(

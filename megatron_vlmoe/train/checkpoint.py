@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import agree, barrier, device, is_rank_zero
@@ -109,7 +110,9 @@ class CheckpointWriter:
         self.finish()
         target = self.root / iteration_name(state.step)
         temporary = target.with_name(target.name + ".tmp")
-        content = _state_dict(state, config, parts, is_loading=False)
+        gather_parameters(config, parts)
+        # Before the first step an optimizer has no state yet; weights are all that a seed is for.
+        content = _state_dict(state, config, parts, is_loading=False, with_optimizer=state.step > 0)
         self._prepare_folder(temporary, content)
         request = self._write(content, temporary)
         if request is None:
@@ -160,8 +163,8 @@ class CheckpointWriter:
                 async_sharded_save=self.queue is not None,
                 content_metadata=_plain_metadata(),
             )
-        except Exception as error:
-            problem = " ".join(str(error).split())[:300] or type(error).__name__
+        except (Exception, CheckpointException) as error:
+            problem = _one_line(error)
         _raise_together(problem, temporary)
         return request
 
@@ -204,6 +207,9 @@ def load_checkpoint(
             f"{path}: not a readable checkpoint ({type(error).__name__})"
         ) from None
     check_architecture(path, common.get("config", {}), config)
+    saved_state = TrainState(**common["train_state"])
+    # A seed checkpoint has weights only.
+    with_optimizer = with_optimizer and saved_state.step > 0
     content = _state_dict(
         TrainState(), config, parts, is_loading=True, with_optimizer=with_optimizer
     )
@@ -215,9 +221,8 @@ def load_checkpoint(
             if not with_optimizer
             else StrictHandling.RAISE_ALL,
         )
-    except Exception as error:
-        message = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: {type(error).__name__}: {message}") from None
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{path}: {_one_line(error)}") from None
     for index, chunk in enumerate(parts.chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     if not with_optimizer:
@@ -226,7 +231,15 @@ def load_checkpoint(
         return TrainState()
     parts.optimizer.load_state_dict(loaded["optimizer"])
     parts.scheduler.load_state_dict(loaded["scheduler"])
-    return TrainState(**common["train_state"])
+    return saved_state
+
+
+def gather_parameters(config: RunConfig, parts: TrainingParts) -> None:
+    """Completes the parameters that the next forward pass would still have gathered."""
+    if config.parallel.overlap_param_gather:
+        for chunk in parts.wrapped:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
 
 
 def check_architecture(path: Path, saved: dict[str, Any], config: RunConfig) -> None:
@@ -301,6 +314,14 @@ def _local_bytes(content: Any) -> float:
         elif torch.is_tensor(item):
             total += item.numel() * item.element_size()
     return total
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong; torch wraps the errors of all ranks in one that prints their tracebacks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _raise_together(problem: str, path: Path) -> None:

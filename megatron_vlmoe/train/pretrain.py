@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 from megatron_vlmoe.config.command_line import ParsedCommand, parse_run, to_yaml
 from megatron_vlmoe.config.dry_run import dry_run_text, nodes_crossed
@@ -16,20 +16,28 @@ from megatron_vlmoe.runtime.distributed import Ranks, device, environment_world_
 
 log = logging.getLogger("megatron_vlmoe")
 
+OpenData = Callable[..., Any]
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses, checks and runs."""
+
+def main(arguments: Sequence[str], open_data: Optional[OpenData] = None) -> int:
+    """Parses, checks and runs.
+
+    Args:
+        arguments: the command line.
+        open_data: makes the source of batches of (configuration, share); None reads indexed datasets.
+    """
     command = parse_run("pretrain", arguments)
     world_size = command.dry_run_world_size or environment_world_size()
     validate(command.config, world_size)
     if command.dry_run:
-        print(to_yaml(command.config))
-        print(dry_run_text(command.config, world_size))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(to_yaml(command.config))
+            print(dry_run_text(command.config, world_size, command.dry_run_gpus_per_node))
         return 0
-    return pretrain(command)
+    return pretrain(command, open_data)
 
 
-def pretrain(command: ParsedCommand) -> int:
+def pretrain(command: ParsedCommand, open_data: Optional[OpenData] = None) -> int:
     """Trains; returns 0 at the end of the run and after a clean early exit."""
     config = command.config
     _check_sources(config)
@@ -43,13 +51,13 @@ def pretrain(command: ParsedCommand) -> int:
 
     precision = resolve_precision(config.train)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
-    _train(config, ranks, precision)
+    _train(config, ranks, precision, open_data)
     # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
     destroy()
     return 0
 
 
-def _train(config: RunConfig, ranks: Ranks, precision: Any) -> None:
+def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[OpenData]) -> None:
     from megatron_vlmoe.data.batches import BatchShare, PretrainData
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.trainer import Trainer
@@ -62,7 +70,7 @@ def _train(config: RunConfig, ranks: Ranks, precision: Any) -> None:
         first_stage=ranks.is_first_stage,
         last_stage=ranks.is_last_stage,
     )
-    data = PretrainData.open(config, share)
+    data = (open_data or PretrainData.open)(config, share)
     config = data.config
     validate(config, ranks.world_size)
     micro_batches = num_micro_batches(config, ranks.data_size)

@@ -91,7 +91,7 @@ def build_training(config: RunConfig, precision: Precision) -> TrainingParts:
     frozen = freeze_unreachable(chunks, config)
     wrapped = _wrap(chunks, config, transformer_config)
     optimizer = get_megatron_optimizer(
-        _optimizer_config(config, precision), wrapped, config_overrides=_no_weight_decay()
+        _optimizer_config(config, precision), wrapped, config_overrides=_group_overrides()
     )
     transformer_config.grad_scale_func = optimizer.scale_loss
     transformer_config.finalize_model_grads_func = finalize_model_grads
@@ -176,11 +176,21 @@ def has_weight_decay(name: str, shape: torch.Size) -> bool:
     return not name.endswith(special)
 
 
-def _no_weight_decay() -> dict[ParamKey, Any]:
-    predicate = ParamWithNamePredicate(
+def _group_overrides() -> dict[ParamKey, Any]:
+    """Parameter groups: matrices, what has no weight decay, and routers.
+
+    Routers are fp32 in a 16-bit model, and megatron-core 0.16.1's distributed optimizer saves the wrong
+    state where one group mixes the two. Groups are recognised by megatron-core's own keys, of which
+    `is_decoupled_lr` has no other effect.
+    """
+    no_decay = ParamWithNamePredicate(
         name="no_weight_decay", fn=lambda param, name: not has_weight_decay(name, param.shape)
     )
-    return {ParamKey(with_name_predicate=predicate): {"wd_mult": 0.0}}
+    router = ParamWithNamePredicate(name="router", fn=lambda param, name: ".router." in name)
+    return {
+        ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0},
+        ParamKey(with_name_predicate=router): {"is_decoupled_lr": True},
+    }
 
 
 def _scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:

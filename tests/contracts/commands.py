@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MANY = """
 import json, os, runpy, signal, sys, tempfile
 import torch
-import megatron.core.parallel_state
+import megatron_vlmoe.train.pretrain
 
 def child(words, folder, out, err):
     signal.alarm(100)
@@ -129,13 +129,22 @@ def tool(
 
 
 def run_many(
-    command_lines: Sequence[Sequence[str]], cwd: Path | str = REPOSITORY, timeout: float = 200.0
+    command_lines: Sequence[Sequence[str]],
+    cwd: Path | str | Sequence[str] = REPOSITORY,
+    timeout: float = 200.0,
 ) -> list[Outcome]:
-    """Runs `python -m megatron_vlmoe WORDS...` for each command line, in a forked process each."""
+    """Runs `python -m megatron_vlmoe WORDS...` for each command line, in a forked process each.
+
+    Args:
+        command_lines: what follows the program.
+        cwd: folder of all, or one for each.
+        timeout: seconds for all.
+    """
+    folders = [str(cwd)] * len(command_lines) if isinstance(cwd, (str, Path)) else cwd
     done = subprocess.run(
         [sys.executable, "-c", MANY],
-        input=json.dumps([[list(words), str(cwd)] for words in command_lines]),
-        cwd=cwd,
+        input=json.dumps([[list(words), folder] for words, folder in zip(command_lines, folders)]),
+        cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
         text=True,

@@ -243,9 +243,6 @@ def trainer_run(
             state = trainer.run()
     except (CheckpointError, ConfigError, Killed) as error:
         return {"error": type(error).__name__, "message": str(error)}
-    for chunk in parts.wrapped:
-        if config.parallel.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
     return {
         "step": state.step,
         "weights": shards(parts),

@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,7 +242,9 @@ def commands(text: str) -> Iterator[str]:
 def unknown_options(text: str) -> list[str]:
     """Options in a document or script that neither the program nor the named tool has."""
     found = [
-        name for name in re.findall(r"--[a-z]+(?:\.[a-z0-9_]+)+", text) if name not in KNOWN_OPTIONS
+        name
+        for name in re.findall(r"--[a-z]+(?:\.[a-z0-9_]+)+(?![\w*])", text)
+        if name not in KNOWN_OPTIONS
     ]
     for line in commands(text):
         for tool, rest in re.findall(r"tools/(\w+\.py)([^`|;&]*)", line):
@@ -249,10 +253,16 @@ def unknown_options(text: str) -> list[str]:
                 found.append(f"tools/{tool}")
                 continue
             source = path.read_text()
-            options = re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)
-            found += [f"tools/{tool} {name}" for name in options if f'"{name}"' not in source]
+            options = re.findall(r"(?<=[\s[])--[a-z][a-z0-9-]*(?=[\s=\]]|$)", rest)
+            # Some tools hand what they do not know on to the program.
+            known = PROGRAM_OPTIONS if "parse_known_args" in source else set()
+            found += [
+                f"tools/{tool} {name}"
+                for name in options
+                if f'"{name}"' not in source and name not in known
+            ]
         for rest in re.findall(r"-m megatron_vlmoe pretrain([^`|;&]*)", line):
-            options = re.findall(r"(?<=\s)--[a-z][a-z-]*(?=\s|$)", rest)
+            options = re.findall(r"(?<=\s)--[a-z][a-z0-9-]*(?=[\s=\]]|$)", rest)
             found += [name for name in options if name not in PROGRAM_OPTIONS]
     return found
 
@@ -277,7 +287,9 @@ def broken_references(path: Path) -> list[str]:
         link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
     ]
     broken = [link for link in links if link and not (path.parent / link).exists()]
-    paths = re.findall(r"`((?:megatron_vlmoe|tools|tests|examples|docs)/[\w./-]+)", text)
+    paths = re.findall(
+        r"`((?:megatron_vlmoe|tools|tests|examples|docs)/[\w./-]+)(?![\w./{*-])", text
+    )
     return broken + [name for name in paths if not (ROOT / name.rstrip(".")).exists()]
 
 
@@ -289,3 +301,55 @@ def test_links_and_paths_exist(path):
 @pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS, *CONFIGS, *SOURCES, *TOOLS], ids=name_of)
 def test_nothing_is_left_to_fill_in(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text(encoding="utf-8"))
+
+
+def run_script(row: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs examples/pretrain_ROW.sh with nothing but the given variables set."""
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "VIRTUAL_ENV") if name in os.environ
+    }
+    # The interpreter of the tests comes first, wherever it is.
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"
+    command = ["bash", str(ROOT / "examples" / f"pretrain_{row}.sh"), *arguments]
+    return subprocess.run(command, env={**kept, **variables}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "variables", "layout"),
+    [
+        (
+            "base_32e",
+            {"NNODES": "4", "GPUS_PER_NODE": "8"},
+            "TP 1 x PP 1 x DP 32; EP 32, expert DP 1",
+        ),
+        (
+            "small_16e",
+            {"NPROC": "16", "PP": "2", "TP": "2"},
+            "TP 2 x PP 2 x DP 4; EP 8, expert DP 1",
+        ),
+    ],
+)
+def test_scripts_choose_expert_parallelism_that_fits(row, variables, layout):
+    result = run_script(row, "--dry-run", **variables)
+    assert result.returncode == 0, result.stderr
+    assert layout in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "TEXT is not set"),
+        ({"NPROC": "4", "TP": "3"}, "cannot hold TP=3"),
+        (
+            {
+                **dict.fromkeys(("TEXT", "IMAGES", "PAIRS", "TEXT_TOKENIZER", "RUN"), "x"),
+                "NNODES": "2",
+            },
+            "MASTER_ADDR (the host name of node 0) is not set",
+        ),
+    ],
+)
+def test_scripts_say_what_is_missing(variables, message):
+    result = run_script("small_8e", **variables)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1

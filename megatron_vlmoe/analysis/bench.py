@@ -1,0 +1,359 @@
+"""Step times of presets against each other: full training steps on random data.
+
+The presets take turns within one run (A B C A B C ...), so that a busy machine slows all of them alike, and
+every ratio is taken within a round. The optimizer is timed apart: its work grows with the parameters, the
+forward and backward pass should not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.runtime.distributed import Ranks, barrier
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Args:
+        presets: names; the first is the one that ratios refer to.
+        texts: texts in the one micro-batch of a step.
+        images: images in it.
+        pairs: pairs in it.
+        steps: measured rounds.
+        warmup: rounds before them.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        vocab_size: rows of the text head (paper: 64,000).
+        visual_vocab_size: rows of the image head (BEiT v2: 8,192).
+        caption_mask_slots: predicted tokens of a caption (half of a 32-token caption).
+    """
+
+    presets: Sequence[str]
+    texts: int = 64
+    images: int = 64
+    pairs: int = 64
+    steps: int = 5
+    warmup: int = 1
+    precision: str = "auto"
+    vocab_size: int = 64_000
+    visual_vocab_size: int = 8_192
+    caption_mask_slots: int = 16
+
+
+@dataclass
+class PresetTimes:
+    """Measurements of one preset, one entry per round.
+
+    Args:
+        parameters: parameters of this rank.
+        resident_bytes: parameters, gradient buffers and optimizer state of this rank.
+        forward_backward: wall seconds.
+        optimizer: wall seconds.
+        processor: processor seconds of forward and backward (all threads; meaningful on CPU only).
+        activation_bytes: rise of memory within forward and backward; on GPU of the allocator's peak, on CPU
+            of the process's resident set (its peak counter is reset before every step; 0 where it cannot be).
+    """
+
+    parameters: int
+    resident_bytes: int = 0
+    forward_backward: list[float] = field(default_factory=list)
+    optimizer: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    activation_bytes: list[int] = field(default_factory=list)
+
+
+def bench_config(
+    options: BenchOptions, name: str, extra: Sequence[str], data_size: int
+) -> RunConfig:
+    """The run of a preset with one micro-batch per step.
+
+    Args:
+        options: sizes.
+        name: the preset.
+        extra: command line options on top, for every preset.
+        data_size: data-parallel size.
+
+    Raises:
+        ConfigError: if the preset or an option is unknown.
+    """
+    from megatron_vlmoe.config.command_line import parse_run
+
+    config = parse_run("pretrain", ["--preset", name, *extra]).config
+    data = replace(
+        config.data,
+        micro_texts=options.texts,
+        micro_images=options.images,
+        micro_pairs=options.pairs,
+        global_texts=options.texts * data_size,
+        global_images=options.images * data_size,
+        global_pairs=options.pairs * data_size,
+    )
+    model = replace(
+        config.model,
+        vocab_size=options.vocab_size,
+        visual_vocab_size=options.visual_vocab_size,
+    )
+    masked = config.objectives.num_masked_patches or int(0.4 * model.num_patches)
+    objectives = replace(
+        config.objectives,
+        num_masked_patches=masked,
+        caption_mask_slots=min(options.caption_mask_slots, model.pair_text_length - 2),
+    )
+    train = replace(config.train, precision=options.precision)
+    return replace(config, data=data, model=model, objectives=objectives, train=train)
+
+
+class PresetBench:
+    """One preset, built and ready to step.
+
+    Args:
+        config: its run.
+        ranks: where this process stands.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        from megatron_vlmoe.runtime.precision import resolve_precision
+        from megatron_vlmoe.train.setup import build_training
+        from megatron_vlmoe.train.step import StepRunner
+
+        self.parts = build_training(config, resolve_precision(config.train))
+        self.runner = StepRunner(config, self.parts, ranks)
+        count = sum(p.numel() for chunk in self.parts.chunks for p in chunk.parameters())
+        self.times = PresetTimes(parameters=count)
+
+    def step(self, batch: Mapping[str, Tensor], measured: bool) -> None:
+        """One training step; every rank starts at the same time."""
+        barrier()
+        memory = MemoryRise()
+        processor = time.process_time()
+        start = _now()
+        self.runner.train(iter([batch]), 1)
+        middle = _now()
+        processor = time.process_time() - processor
+        rise = memory.bytes()
+        self.parts.optimizer.step()
+        end = _now()
+        self._discard_statistics()
+        if measured:
+            self.times.forward_backward.append(middle - start)
+            self.times.optimizer.append(end - middle)
+            self.times.processor.append(processor)
+            self.times.activation_bytes.append(rise)
+            self.times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
+
+    def _discard_statistics(self) -> None:
+        for chunk in self.parts.chunks:
+            for module in chunk.modules():
+                recorder = getattr(module, "recorder", None)
+                if recorder is not None:
+                    recorder.take()
+
+
+def run_bench(
+    options: BenchOptions,
+    extra: Sequence[str],
+    ranks: Ranks,
+    progress: Callable[[str], None],
+) -> dict[str, PresetTimes]:
+    """Builds all presets, then steps them in turn."""
+    from megatron_vlmoe.config.validate import validate
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.data.random_batches import RandomData
+
+    share = BatchShare(
+        data_rank=ranks.data,
+        data_size=ranks.data_size,
+        tensor_rank=ranks.tensor,
+        tensor_size=ranks.tensor_size,
+        first_stage=ranks.is_first_stage,
+        last_stage=ranks.is_last_stage,
+    )
+    benches: dict[str, PresetBench] = {}
+    rounds = options.warmup + options.steps
+    batches: list[Mapping[str, Tensor]] = []
+    for name in options.presets:
+        config = bench_config(options, name, extra, ranks.data_size)
+        validate(config, ranks.world_size)
+        benches[name] = PresetBench(config, ranks)
+        progress(f"built {name}: {benches[name].times.parameters / 1e6:.1f} M parameters per rank")
+        # The same batches for every preset, made outside the clock.
+        batches = batches or list(RandomData(config, share).loader("train", 0, rounds))
+    for number, batch in enumerate(batches):
+        for bench in benches.values():
+            bench.step(batch, measured=number >= options.warmup)
+        seconds = ", ".join(
+            f"{name} {bench.times.forward_backward[-1]:.2f} s"
+            for name, bench in benches.items()
+            if bench.times.forward_backward
+        )
+        progress(f"round {number + 1}/{rounds}: {seconds or 'warm-up'}")
+    return {name: bench.times for name, bench in benches.items()}
+
+
+def summarize(options: BenchOptions, times: Mapping[str, PresetTimes], config: RunConfig) -> dict:
+    """Medians and ratios to the first preset, as JSON types."""
+    from megatron_vlmoe.runtime.precision import resolve_precision
+
+    tokens = StreamLayout.from_config(config.model, config.data).num_tokens
+    first = times[options.presets[0]]
+    presets = {}
+    for name, own in times.items():
+        forward_backward = statistics.median(own.forward_backward)
+        optimizer = statistics.median(own.optimizer)
+        presets[name] = {
+            **asdict(own),
+            "forward_backward_seconds": forward_backward,
+            "optimizer_seconds": optimizer,
+            "tokens_per_second_per_data_rank": tokens / (forward_backward + optimizer),
+            "peak_bytes": own.resident_bytes + max(own.activation_bytes),
+            "ratio_of_rounds": _ratio(own.forward_backward, first.forward_backward),
+            "ratio_of_medians": forward_backward / statistics.median(first.forward_backward),
+            "processor_ratio_of_rounds": _ratio(own.processor, first.processor),
+        }
+    return {
+        "options": asdict(options),
+        "precision": resolve_precision(config.train),
+        "tokens": tokens,
+        "environment": environment(),
+        "presets": presets,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions, to be kept with every figure."""
+    from importlib.metadata import version
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron_core": version("megatron-core"),
+    }
+
+
+def table(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The summary for people, line by line."""
+    about = summary["environment"]
+    options = summary["options"]
+    yield (
+        f"{about['device']}, {about['threads']} thread(s), torch {about['torch']}, "
+        f"megatron-core {about['megatron_core']}, load average {about['load_average']:.1f}"
+    )
+    yield (
+        f"{options['texts']} texts + {options['images']} images + {options['pairs']} pairs "
+        f"({summary['tokens']} tokens), {summary['precision']}, median of {options['steps']} rounds"
+    )
+    columns = ("params", "fwd+bwd", "optimizer", "tokens/s", "state", "activations")
+    ratios = ("ratio", "of medians", "CPU time")
+    header = "".join(f"{name:>12}" for name in columns + ratios)
+    yield f"{'preset':<14}{header}"
+    for name, row in summary["presets"].items():
+        cells = (
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['forward_backward_seconds']:.3f} s",
+            f"{row['optimizer_seconds']:.3f} s",
+            f"{row['tokens_per_second_per_data_rank']:.0f}",
+            f"{row['resident_bytes'] / 1e9:.2f} GB",
+            f"{max(row['activation_bytes']) / 1e9:.2f} GB",
+            f"{row['ratio_of_rounds']:.3f}",
+            f"{row['ratio_of_medians']:.3f}",
+            f"{row['processor_ratio_of_rounds']:.3f}",
+        )
+        yield f"{name:<14}" + "".join(f"{cell:>12}" for cell in cells)
+    yield (
+        f"ratios are of forward + backward to {options['presets'][0]}: median over rounds, of wall medians, "
+        "and of processor time (CPU runs)"
+    )
+
+
+class MemoryRise:
+    """Peak memory above the level at construction."""
+
+    def __init__(self) -> None:
+        self.cuda = torch.cuda.is_available()
+        self.start = 0
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+            return
+        try:
+            # Linux: sets the peak of the resident set back to its present size.
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = _peak_resident()
+        except OSError:
+            self.start = -1
+
+    def bytes(self) -> int:
+        """The rise so far; 0 where the system does not tell."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() - self.start
+        return _peak_resident() - self.start if self.start >= 0 else 0
+
+
+def _peak_resident() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _ratio(own: Sequence[float], first: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, first, strict=True))
+
+
+def _state_tensors(parts: Any) -> Iterator[Tensor]:
+    for chunk in parts.chunks:
+        yield from chunk.parameters()
+        yield from chunk.buffers()
+    for chunk in parts.wrapped:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            yield from (t for t in (buffer.param_data, buffer.grad_data) if t is not None)
+    for optimizer in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+        if optimizer.optimizer is None:
+            continue
+        for group in optimizer.optimizer.param_groups:
+            yield from group["params"]
+        for state in optimizer.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind the tensors; storage that several share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def write_json(summary: Mapping[str, Any], path: Path) -> None:
+    """Writes the summary; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

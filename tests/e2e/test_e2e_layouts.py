@@ -1,0 +1,44 @@
+"""Two processes under torchrun on real data: expert, tensor and pipeline parallel runs equal one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
+
+pytestmark = pytest.mark.e2e
+
+LAYOUTS = {
+    "EP2": ["--parallel.expert_model_parallel_size", "2"],
+    "TP2": ["--parallel.tensor_model_parallel_size", "2"],
+    "PP2": ["--parallel.pipeline_model_parallel_size", "2"],
+}
+
+
+def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What every layout must agree on: the losses, and what is counted over whole batches."""
+    prefixes = ("step", "loss/", "eval/loss/", "acc/", "unigram/", "grad_norm", "lr")
+    return [
+        {key: value for key, value in record.items() if key.startswith(prefixes)}
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_three_steps_equal_one_process(unbroken: Run, corpus: Corpus, name: str) -> None:
+    """Same samples, masks, noise and weights: a run of six steps that leaves after three."""
+    folder = corpus.folder / "runs" / name
+    words = [*ROOMY, *LAYOUTS[name], "--train.eval_interval", "3", "--exit-interval", "3"]
+    corpus.pretrain(folder, 6, *words, processes=2).succeeded()
+    expected = [record for record in unbroken.metrics if record["step"] <= 3]
+    assert_same_metrics(comparable(metrics(folder)), comparable(expected), tolerance=2e-4)
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text().strip() == "3"
+    if name == "PP2":
+        # Goes on from two stages at another layout, as one process would have.
+        words = [*ROOMY, *LAYOUTS["EP2"], "--train.eval_interval", "3"]
+        corpus.pretrain(folder, 6, *words, processes=2).succeeded()
+        assert_same_metrics(
+            comparable(metrics(folder)), comparable(unbroken.metrics), tolerance=5e-4
+        )

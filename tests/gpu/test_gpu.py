@@ -1,0 +1,70 @@
+"""What only a GPU can show: one step equals the CPU's, and 16-bit training learns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import Layout, small_config
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def _losses(steps: int, *arguments: str, repeat_batch: bool = False) -> list[float]:
+    """Total loss of every step of one process on the GPU."""
+    import os
+
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.data.random_batches import RandomData
+    from megatron_vlmoe.runtime.distributed import destroy, initialize
+    from megatron_vlmoe.runtime.precision import resolve_precision
+    from megatron_vlmoe.train.step import StepRunner
+
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    config = small_config(*arguments, where=Layout(1))
+    ranks = initialize(config.parallel, config.train.seed)
+    from megatron_vlmoe.train.setup import build_training
+
+    try:
+        parts = build_training(config, resolve_precision(config.train))
+        runner = StepRunner(config, parts, ranks)
+        data = RandomData(config, BatchShare())
+        losses = []
+        for step in range(steps):
+            batches: Any = data.loader("train", 0 if repeat_batch else 4 * step, None)
+            results = runner.train(batches, 4)
+            losses.append(sum(float(result["total"]) for result in results) / len(results))
+            updated, norm, _ = parts.optimizer.step()
+            if updated:
+                parts.scheduler.step(increment=1)
+        return losses
+    finally:
+        destroy()
+
+
+def test_first_loss_equals_the_cpu() -> None:
+    """Without noise and stochastic depth, whose generators differ between devices."""
+    from helpers import Workers
+    from training_on_cpu import first_losses
+
+    options = ("--moe.noise_std", "0", "--model.drop_path", "0", "--train.precision", "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    workers = Workers(1)
+    try:
+        expected = workers.run(1, first_losses, options)[0]
+    finally:
+        workers.close()
+    assert _losses(2, *options) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_training_falls(precision: str) -> None:
+    options = ("--train.precision", precision, "--train.steps", "40")
+    losses = _losses(40, *options, repeat_batch=True)
+    assert losses[-1] < 0.8 * losses[0]
