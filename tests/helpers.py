@@ -1,12 +1,13 @@
 """Runs functions on several processes over gloo, and takes apart what they send back.
 
-Starting a process costs seconds of imports, so the processes are kept: :class:`Workers` starts as many as the
-largest layout needs, and every call gets fresh process groups on a subset of them.
+Importing torch and megatron-core costs seconds, so processes are forked from a server that has done it. Every
+call gets new ones: process groups that outlive their peers keep their gloo threads spinning.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import time
@@ -14,6 +15,7 @@ import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Callable, Mapping, Sequence
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +77,7 @@ def free_port() -> int:
 
 
 class Workers:
-    """Processes that run functions together.
+    """Starts processes that run a function together.
 
     Args:
         size: most processes of a call.
@@ -83,17 +85,17 @@ class Workers:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.processes: list[Any] = []
-        self.pipes: list[Connection] = []
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["preload"])
 
     def run(
         self,
         where: Layout | int,
         function: Callable[..., Any],
         *arguments: Any,
-        timeout: float = 120.0,
+        timeout: float = 200.0,
     ) -> list[Any]:
-        """Calls `function(*arguments)` on the first processes with rank and world size in the environment.
+        """Calls `function(*arguments)` on new processes with rank and world size in the environment.
 
         Args:
             where: layout or number of processes.
@@ -109,86 +111,90 @@ class Workers:
             WorkerError: with the traceback of the first child that raised, or naming those that hang.
         """
         world = where if isinstance(where, int) else where.world
-        self._start()
+        assert world <= self.size, f"{world} processes asked of {self.size}"
         port = free_port()
-        for rank in range(world):
-            self.pipes[rank].send((function, arguments, rank, world, port))
-        results: list[Any] = [None] * world
-        missing = set(range(world))
-        deadline = time.monotonic() + timeout
-        while missing:
-            pipes = [self.pipes[rank] for rank in missing]
-            ready = multiprocessing.connection.wait(pipes, deadline - time.monotonic())
-            if not ready:
-                self._fail(f"ranks {sorted(missing)} of {world} did not finish in {timeout:.0f} s")
-            for rank in [rank for rank in missing if self.pipes[rank] in ready]:
-                results[rank] = self._receive(rank)
-                missing.remove(rank)
-        return results
-
-    def _receive(self, rank: int) -> Any:
+        children = [self._start(rank, world, port, function, arguments) for rank in range(world)]
         try:
-            good, value = self.pipes[rank].recv()
-        except EOFError:
-            self._fail(f"rank {rank} died")
-        if not good:
-            # The others may wait for this rank for ever.
-            self._fail(f"rank {rank} raised:\n{value}")
-        return value
+            return _collect(children, timeout)
+        finally:
+            for process, pipe in children:
+                pipe.close()
+                process.join(timeout=10)
+                process.kill()
+                process.join()
 
-    def _fail(self, message: str) -> None:
-        self.close()
-        raise WorkerError(message)
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        while len(self.processes) < self.size:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,))
+    def _start(
+        self, rank: int, world: int, port: int, function: Callable[..., Any], arguments: Any
+    ) -> tuple[Any, Connection]:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(
+            target=_child, args=(theirs, rank, world, port, function, arguments)
+        )
+        # Layouts are tested over gloo, also where there are fewer GPUs than processes.
+        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
             process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.pipes.append(ours)
+        theirs.close()
+        return process, ours
 
     def close(self) -> None:
-        """Kills the processes; the next call starts new ones."""
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.processes, self.pipes = [], []
+        """Nothing to end: every call ends its own processes."""
 
 
-def _serve(pipe: Connection) -> None:
-    """A child's loop; ends when the parent is gone."""
-    import warnings
+def _collect(children: Sequence[tuple[Any, Connection]], timeout: float) -> list[Any]:
+    """What every child sends; the first error ends all."""
+    world = len(children)
+    results: list[Any] = [None] * world
+    missing = set(range(world))
+    deadline = time.monotonic() + timeout
+    while missing:
+        pipes = {children[rank][1]: rank for rank in missing}
+        ready = multiprocessing.connection.wait(list(pipes), deadline - time.monotonic())
+        if not ready:
+            raise WorkerError(
+                f"ranks {sorted(missing)} of {world} did not finish in {timeout:.0f} s"
+            )
+        for pipe in ready:
+            rank = pipes[pipe]  # type: ignore[index]
+            try:
+                good, value = children[rank][1].recv()
+            except EOFError:
+                raise WorkerError(f"rank {rank} died") from None
+            if not good:
+                # The others may wait for this rank for ever.
+                raise WorkerError(f"rank {rank} raised:\n{value}")
+            results[rank] = value
+            missing.remove(rank)
+    return results
 
+
+def _child(
+    pipe: Connection,
+    rank: int,
+    world: int,
+    port: int,
+    function: Callable[..., Any],
+    arguments: Any,
+) -> None:
+    """Runs the function of one rank and sends its result or its traceback."""
     import torch
 
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    while True:
-        try:
-            function, arguments, rank, world, port = pipe.recv()
-        except EOFError:
-            return
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world),
-            LOCAL_RANK=str(rank),
-            LOCAL_WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        try:
-            from megatron_vlmoe.runtime.distributed import destroy
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        from megatron_vlmoe.runtime.distributed import destroy
 
-            result = function(*arguments)
-            destroy()
-            pipe.send((True, result))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
+        result = function(*arguments)
+        destroy()
+        pipe.send((True, result))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
 
 
 def small_config(*arguments: str, where: Layout = Layout(1)) -> Any:

@@ -7,6 +7,8 @@ forward and backward pass should not.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ class BenchOptions:
     pairs: int = 64
     steps: int = 5
     warmup: int = 1
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     vocab_size: int = 64_000
     visual_vocab_size: int = 8_192
     caption_mask_slots: int = 16
@@ -65,16 +67,16 @@ class PresetTimes:
         forward_backward: wall seconds.
         optimizer: wall seconds.
         processor: processor seconds of forward and backward (all threads; meaningful on CPU only).
-        activation_bytes: rise of memory within forward and backward; on GPU of the allocator's peak, on CPU
-            of the process's resident set (its peak counter is reset before every step; 0 where it cannot be).
+        activation_bytes: rise of memory within one forward and backward pass after the timed rounds: of the
+            allocator's peak on GPU, of the process's resident set on CPU (0 where the system does not tell).
     """
 
     parameters: int
     resident_bytes: int = 0
+    activation_bytes: int = 0
     forward_backward: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
-    activation_bytes: list[int] = field(default_factory=list)
 
 
 def bench_config(
@@ -139,13 +141,11 @@ class PresetBench:
     def step(self, batch: Mapping[str, Tensor], measured: bool) -> None:
         """One training step; every rank starts at the same time."""
         barrier()
-        memory = MemoryRise()
         processor = time.process_time()
         start = _now()
         self.runner.train(iter([batch]), 1)
         middle = _now()
         processor = time.process_time() - processor
-        rise = memory.bytes()
         self.parts.optimizer.step()
         end = _now()
         self._discard_statistics()
@@ -153,8 +153,15 @@ class PresetBench:
             self.times.forward_backward.append(middle - start)
             self.times.optimizer.append(end - middle)
             self.times.processor.append(processor)
-            self.times.activation_bytes.append(rise)
-            self.times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
+
+    def measure_memory(self, batch: Mapping[str, Tensor]) -> None:
+        """One more forward and backward pass, apart from the clock: handing memory back slows it down."""
+        barrier()
+        memory = MemoryRise()
+        self.runner.train(iter([batch]), 1)
+        self.times.activation_bytes = memory.bytes()
+        self.times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
+        self._discard_statistics()
 
     def _discard_statistics(self) -> None:
         for chunk in self.parts.chunks:
@@ -202,6 +209,8 @@ def run_bench(
             if bench.times.forward_backward
         )
         progress(f"round {number + 1}/{rounds}: {seconds or 'warm-up'}")
+    for bench in benches.values():
+        bench.measure_memory(batches[-1])
     return {name: bench.times for name, bench in benches.items()}
 
 
@@ -220,7 +229,7 @@ def summarize(options: BenchOptions, times: Mapping[str, PresetTimes], config: R
             "forward_backward_seconds": forward_backward,
             "optimizer_seconds": optimizer,
             "tokens_per_second_per_data_rank": tokens / (forward_backward + optimizer),
-            "peak_bytes": own.resident_bytes + max(own.activation_bytes),
+            "peak_bytes": own.resident_bytes + own.activation_bytes,
             "ratio_of_rounds": _ratio(own.forward_backward, first.forward_backward),
             "ratio_of_medians": forward_backward / statistics.median(first.forward_backward),
             "processor_ratio_of_rounds": _ratio(own.processor, first.processor),
@@ -273,7 +282,7 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
             f"{row['optimizer_seconds']:.3f} s",
             f"{row['tokens_per_second_per_data_rank']:.0f}",
             f"{row['resident_bytes'] / 1e9:.2f} GB",
-            f"{max(row['activation_bytes']) / 1e9:.2f} GB",
+            f"{row['activation_bytes'] / 1e9:.2f} GB",
             f"{row['ratio_of_rounds']:.3f}",
             f"{row['ratio_of_medians']:.3f}",
             f"{row['processor_ratio_of_rounds']:.3f}",
@@ -295,11 +304,14 @@ class MemoryRise:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
             return
+        gc.collect()
         try:
+            # glibc keeps what was freed, and the resident set would hide what the next step allocates.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
             # Linux: sets the peak of the resident set back to its present size.
             Path("/proc/self/clear_refs").write_text("5")
             self.start = _peak_resident()
-        except OSError:
+        except (OSError, AttributeError):
             self.start = -1
 
     def bytes(self) -> int:

@@ -107,7 +107,8 @@ def build_parser(command: str, start: RunConfig) -> ArgumentParser:
         prog=f"python -m megatron_vlmoe {command}",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Options are --section.option VALUE; later sources win: preset, --config, options.",
+        description="Options are --section.option VALUE; later sources win: preset, --config, options. "
+        "Short forms: " + ", ".join(f"{short} = {full}" for short, full in ALIASES.items()),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=", ".join(preset_names()))
     parser.add_argument("--config", default="", help="YAML file with sections")

@@ -275,15 +275,19 @@ class DatasetOutput:
             self._abort()
             raise
 
-    def finish(self) -> dict[str, FileRecord]:
+    def finish(self, inputs: object = "the input") -> dict[str, FileRecord]:
         """Completes all files under temporary names; returns their records by suffix.
+
+        Args:
+            inputs: name or names of what was read, for the error.
 
         Raises:
             DataError: the disk is full, or there was no usable record.
         """
         if not any(writer.num_documents for writer in self.writers.values()):
             first = f" ({self.rejects.count} rejected; the first: {self.rejects.first})"
-            raise DataError(f"no usable record in the input{first if self.rejects.first else ''}")
+            names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
+            raise DataError(f"no usable record in {names}{first if self.rejects.first else ''}")
         self.rejects.finish()
         return {
             f"_{part}{suffix}": record

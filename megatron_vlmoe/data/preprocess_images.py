@@ -152,7 +152,7 @@ def preprocess_images(
             output.rejects.add(result.rejects)
             add_images(output, result.images)
             progress.add(result.records)
-        files = output.finish()
+        files = output.finish(run.source.get("inputs", "the input"))
         writer = output.writers["image"]
         manifest = DatasetManifest(
             kind="images",

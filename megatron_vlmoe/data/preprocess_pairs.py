@@ -46,6 +46,12 @@ class CheckedPairs:
     records: int = 0
 
 
+def _named(item: CaptionedImage, error: DataError) -> str:
+    """The reason with the image's own file, which is not the annotation that names it."""
+    message, path = str(error), item.image.path
+    return message if not path or path in message else f"{message} ({path})"
+
+
 @dataclass(frozen=True)
 class CheckPairs:
     """The work on one chunk: tokenize the captions, decode the images."""
@@ -76,7 +82,7 @@ class CheckPairs:
                 try:
                     image = checked_image(item.image.read(), self.resize_short)
                 except DataError as error:
-                    result.rejects.append(Reject(item.source, item.record, str(error)))
+                    result.rejects.append(Reject(item.source, item.record, _named(item, error)))
                     continue
                 result.images.append(image)
                 result.captions_per_image.append(len(captions))
@@ -175,7 +181,9 @@ def preprocess_pairs(
                 np.array(result.captions_per_image, np.int64),
             )
             progress.add(result.records)
-        manifest = pairs_manifest(output, output.finish(), run, tokenizer)
+        manifest = pairs_manifest(
+            output, output.finish(run.source.get("inputs", "the input")), run, tokenizer
+        )
         output.commit(manifest)
     progress.finish(manifest.rejects)
     return manifest

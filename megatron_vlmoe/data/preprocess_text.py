@@ -127,7 +127,7 @@ def preprocess_text(
             output.rejects.add(result.rejects)
             writer.add_documents(result.tokens, result.lengths, np.ones_like(result.lengths))
             progress.add(result.records)
-        files = output.finish()
+        files = output.finish(run.source.get("inputs", "the input"))
         manifest = DatasetManifest(
             kind="text",
             documents=writer.num_documents,

@@ -242,7 +242,8 @@ def _open_codes(
             if reader.manifest.flip_probability > 0 and getattr(data, option) == 0:
                 raise ConfigError(
                     f"data.{option} is 0, but {codes_prefix(item.prefix)} has mirrored views "
-                    f"(probability {reader.manifest.flip_probability}): use data.codes compute"
+                    f"(probability {reader.manifest.flip_probability}): encode them with "
+                    "--flip-probability 0, or use data.codes compute"
                 )
             readers.append(reader)
             num_codes = reader.manifest.num_codes

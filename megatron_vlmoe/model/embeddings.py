@@ -104,7 +104,8 @@ class StreamEmbedding(MegatronModule):
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, data: DataConfig) -> None:
         super().__init__(config=config)
-        self.text = TextEmbedding(config, model)
+        # A run without any text has no tokenizer, hence no vocabulary.
+        self.text = TextEmbedding(config, model) if model.vocab_size else None
         self.image = ImageEmbedding(config, model, data)
 
     def forward(self, batch: Mapping[str, Tensor], stream: StreamBatch) -> Tensor:
@@ -112,14 +113,18 @@ class StreamEmbedding(MegatronModule):
         layout = stream.layout
         parts: list[Tensor] = []
         if layout.texts:
-            parts.append(self.text(batch["text_ids"], layout.texts))
+            parts.append(self._text()(batch["text_ids"], layout.texts))
         if layout.pairs:
-            parts.append(self.text(batch["pair_ids"], layout.pairs))
+            parts.append(self._text()(batch["pair_ids"], layout.pairs))
             mask = stream.share(batch["pair_image_mask"])
             parts.append(self.image(batch["pair_pixels"], mask))
         if layout.images:
             parts.append(self.image(batch["image_pixels"], stream.share(batch["image_mask"])))
         return torch.cat(parts)
+
+    def _text(self) -> TextEmbedding:
+        assert self.text is not None, "texts and pairs need model.vocab_size"
+        return self.text
 
 
 def _table(rows: int, config: TransformerConfig) -> nn.Parameter:

@@ -84,8 +84,9 @@ class MaskedHeads(MegatronModule):
 
     def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
         super().__init__(config=config)
-        self.text = VocabHead(config, model.vocab_size)
-        self.image = VocabHead(config, model.visual_vocab_size)
+        # A run without texts or without images has no tokenizer for them, hence no head.
+        self.text = VocabHead(config, model.vocab_size) if model.vocab_size else None
+        self.image = VocabHead(config, model.visual_vocab_size) if model.visual_vocab_size else None
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
@@ -116,6 +117,7 @@ class MaskedHeads(MegatronModule):
         result = {}
         for head, parts in ((self.text, text), (self.image, image)):
             if parts:
+                assert head is not None, "the vocabulary of a head must be known"
                 result.update(_apply(head, parts, hidden, batch, stream))
         return result
 

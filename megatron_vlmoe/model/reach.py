@@ -45,7 +45,7 @@ def _freeze(module: nn.Module, name: str) -> list[str]:
 
 def _freeze_embeddings(chunk: VLMoEModel, layout: StreamLayout) -> list[str]:
     frozen = []
-    if not layout.texts and not layout.pairs:
+    if chunk.embedding.text is not None and not layout.texts and not layout.pairs:
         frozen += _freeze(chunk.embedding.text, "embedding.text")
     if not layout.images and not layout.pairs:
         frozen += _freeze(chunk.embedding.image, "embedding.image")
@@ -82,8 +82,8 @@ def _freeze_heads(chunk: VLMoEModel, config: RunConfig, layout: StreamLayout) ->
         layout.pairs and objectives.vlm_image_weight
     )
     frozen = []
-    if not text:
+    if chunk.heads.text is not None and not text:
         frozen += _freeze(chunk.heads.text, "heads.text")
-    if not image:
+    if chunk.heads.image is not None and not image:
         frozen += _freeze(chunk.heads.image, "heads.image")
     return frozen

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str], open_data: Optional[OpenData] = None) -> int:
 def pretrain(command: ParsedCommand, open_data: Optional[OpenData] = None) -> int:
     """Trains; returns 0 at the end of the run and after a clean early exit."""
     config = command.config
-    _check_sources(config)
+    _make_run_folder(config)
     _report_packages()
     # megatron-core warns on import about packages that are optional here.
     warnings.filterwarnings("ignore", module="megatron")
@@ -94,9 +94,20 @@ def _image_tokenizer(config: RunConfig, ranks: Ranks, data: Any) -> Optional[Any
     return ImageTokenizer.from_pretrained(config.data.image_tokenizer, device=device())
 
 
-def _check_sources(config: RunConfig) -> None:
-    if config.checkpoint.save and Path(config.checkpoint.save).is_file():
-        raise ConfigError(f"--save {config.checkpoint.save} is a file, not a folder")
+def _make_run_folder(config: RunConfig) -> None:
+    """Finds out before anything is loaded whether the run can write its files."""
+    save = config.checkpoint.save
+    if not save:
+        log.warning("no --save: nothing of this run will be kept")
+        return
+    try:
+        Path(save).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"--save {save} is a file, not a folder") from None
+    except OSError as error:
+        raise ConfigError(f"--save {save}: {error.strerror}") from None
+    if not os.access(save, os.W_OK):
+        raise ConfigError(f"--save {save}: not writable")
 
 
 def _report_packages() -> None:

@@ -252,7 +252,6 @@ class Trainer:
         resolved = dataclasses.asdict(self.config)
         if self.config.checkpoint.save:
             folder = Path(self.config.checkpoint.save)
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         self.outputs = build_writers(self.config, resolved, self.state.step)
 

@@ -126,5 +126,7 @@ def test_80_10_10() -> None:
 def test_every_position_is_chosen_equally_often() -> None:
     rng = generator(5)
     ids = np.arange(5, 25)
-    chosen = sum((mask_tokens(ids, 0.3, VOCABULARY, rng)[1] != -100).astype(int) for _ in range(2000))
+    chosen = sum(
+        (mask_tokens(ids, 0.3, VOCABULARY, rng)[1] != -100).astype(int) for _ in range(2000)
+    )
     assert chosen.min() > 500 and chosen.max() < 700

@@ -9,7 +9,11 @@ import pytest
 import yaml
 from commands import REPOSITORY, Outcome, run, run_many
 
-PRESETS = [f"{size}-{kind}" for size in ("tiny", "small", "base", "large") for kind in ("dense", "8e", "16e", "32e")]
+PRESETS = [
+    f"{size}-{kind}"
+    for size in ("tiny", "small", "base", "large")
+    for kind in ("dense", "8e", "16e", "32e")
+]
 
 # Options after `pretrain --preset tiny-8e --dry-run`, and what the error line must name.
 REFUSED: dict[str, tuple[str, list[str]]] = {
@@ -20,18 +24,23 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "not a number": ("--train.steps many", ["train.steps", "many"]),
     "not a choice": ("--moe.dispatcher magic", ["moe.dispatcher", "magic"]),
     "unknown preset": ("--preset gigantic", ["gigantic", "tiny-8e"]),
-    "context parallel": ("--parallel.context_parallel_size 2 --dry-run-world-size 2", ["context_parallel_size"]),
+    "context parallel": (
+        "--parallel.context_parallel_size 2 --dry-run-world-size 2",
+        ["context_parallel_size"],
+    ),
     "expert tensor parallel": (
         "--parallel.tensor_model_parallel_size 2 --parallel.expert_tensor_parallel_size 2 --dry-run-world-size 2",
         ["expert_tensor_parallel_size"],
     ),
     "tensor parallel and heads": (
-        "--model.hidden_size 96 --model.num_attention_heads 3 --parallel.tensor_model_parallel_size 2 --dry-run-world-size 2",
+        "--model.hidden_size 96 --model.num_attention_heads 3 --parallel.tensor_model_parallel_size 2"
+        " --dry-run-world-size 2",
         ["tensor_model_parallel_size", "num_attention_heads"],
     ),
     "tensor parallel and counts": (
         "--data.micro_texts 3 --data.micro_images 4 --data.micro_pairs 4 --data.global_texts 3 --data.global_images 4"
-        " --data.global_pairs 4 --parallel.tensor_model_parallel_size 2 --dry-run-world-size 2",
+        " --data.global_pairs 4 --parallel.tensor_model_parallel_size 2"
+        " --dry-run-world-size 2",
         ["tensor_model_parallel_size", "micro_texts"],
     ),
     "expert parallel and vision pool": (
@@ -64,9 +73,18 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         ["global_"],
     ),
     "top k over experts": ("--moe.topk 9", ["moe.topk", "9"]),
-    "patches and image": ("--model.image_size 60 --model.patch_size 16", ["image_size", "patch_size"]),
-    "heads and width": ("--model.hidden_size 100 --model.num_attention_heads 3", ["hidden_size", "num_attention_heads"]),
-    "more VL blocks than blocks": ("--model.num_layers 4 --model.num_vl_layers 5", ["num_vl_layers"]),
+    "patches and image": (
+        "--model.image_size 60 --model.patch_size 16",
+        ["image_size", "patch_size"],
+    ),
+    "heads and width": (
+        "--model.hidden_size 100 --model.num_attention_heads 3",
+        ["hidden_size", "num_attention_heads"],
+    ),
+    "more VL blocks than blocks": (
+        "--model.num_layers 4 --model.num_vl_layers 5",
+        ["num_vl_layers"],
+    ),
     "no steps": ("--train.steps 0", ["train.steps"]),
     "negative batch": ("--data.micro_texts -4 --data.global_texts -4", ["_texts"]),
     "missing config": ("--config /nowhere/run.yaml", ["/nowhere/run.yaml"]),
@@ -108,7 +126,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     lines["no preset"] = ["pretrain", "--dry-run"]
     lines["parts"] = [
         *["pretrain", "--preset", "base-32e", "--dry-run", "--dry-run-world-size", "64"],
-        *["--parallel.expert_model_parallel_size", "8", "--parallel.tensor_model_parallel_size", "2"],
+        *[
+            "--parallel.expert_model_parallel_size",
+            "8",
+            "--parallel.tensor_model_parallel_size",
+            "2",
+        ],
     ]
     lines["unknown command"] = ["pretrian", "--preset", "tiny-8e"]
     return dict(zip(lines, run_many(list(lines.values()))))
@@ -176,12 +199,20 @@ def test_dry_run_prints_what_was_asked_for(outcomes: dict[str, Outcome], preset:
 
 
 def test_presets_have_the_paper_s_values(outcomes: dict[str, Outcome]) -> None:
-    for preset, layers, width, heads in (("small-8e", 8, 384, 6), ("base-32e", 12, 768, 12), ("large-16e", 24, 1024, 16)):
+    for preset, layers, width, heads in (
+        ("small-8e", 8, 384, 6),
+        ("base-32e", 12, 768, 12),
+        ("large-16e", 24, 1024, 16),
+    ):
         config = resolved(outcomes[preset])
         assert config["model"]["num_layers"] == layers
         assert config["model"]["hidden_size"] == width
         assert config["model"]["num_attention_heads"] == heads
-        assert config["moe"]["num_text_experts"] == config["moe"]["num_vision_experts"] == int(preset.split("-")[1][:-1])
+        assert (
+            config["moe"]["num_text_experts"]
+            == config["moe"]["num_vision_experts"]
+            == int(preset.split("-")[1][:-1])
+        )
     base = resolved(outcomes["base-32e"])
     for kind in ("texts", "images", "pairs"):
         assert base["data"][f"global_{kind}"] == 2048

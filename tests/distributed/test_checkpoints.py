@@ -127,7 +127,9 @@ def saved(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(workers: Workers, where: Layout, options: tuple[str, ...], folder: Path, **kw: Any) -> str:
+def refused(
+    workers: Workers, where: Layout, options: tuple[str, ...], folder: Path, **kw: Any
+) -> str:
     """The one-line message with which every rank refuses."""
     results = workers.run(where, trainer_run, where, options, str(folder), *kw.values())
     for result in results:

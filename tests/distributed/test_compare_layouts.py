@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,13 +59,18 @@ def test_largest_difference() -> None:
     assert largest_difference(second, first)[0] == math.inf
 
 
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False, env=environment
+    )
+
+
 @pytest.mark.dist
 def test_two_layouts_from_one_seed_checkpoint() -> None:
     command = [sys.executable, str(TOOL), "--preset", "tiny-8e", *SMALL, "--random-data"]
-    # The cosine must end where both runs end.
     command += ["--steps", "2", "--layouts", "tp1", "tp2,ep2"]
-    arguments = {"capture_output": True, "text": True, "timeout": 200}
-    done = subprocess.run(command, check=False, **arguments)  # type: ignore[call-overload]
+    done = run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if "loss/total" in line]
     assert [row[0] for row in rows[:2]] == ["1", "2"] and len(rows[0]) == 4
@@ -76,7 +82,7 @@ def test_two_layouts_from_one_seed_checkpoint() -> None:
 def test_refused_layout_is_one_line() -> None:
     command = [sys.executable, str(TOOL), "--preset", "tiny-8e", *SMALL, "--random-data"]
     command += ["--layouts", "pp3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = run(command)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: layout pp3: ")
     assert "pipeline_model_parallel_size" in done.stderr

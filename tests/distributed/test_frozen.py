@@ -22,7 +22,10 @@ CASES = {
     ),
     # The last block's T-FFN and V-FFN, which are pools in block 4, read no pairs.
     "pairs-only": ("--data.micro_texts 0 --data.micro_images 0", {"text in 4", "vision in 4"}),
-    "no-image-loss": ("--data.micro_images 0 --objectives.vlm_image_weight 0", {"image_head", "vision in 4"}),
+    "no-image-loss": (
+        "--data.micro_images 0 --objectives.vlm_image_weight 0",
+        {"image_head", "vision in 4"},
+    ),
     "frozen-experts": ("--moe.train_experts false", {"experts", "router"}),
     "all": ("", set()),
 }
@@ -49,7 +52,9 @@ def train(where: Layout, arguments: tuple[str, ...]) -> dict[str, Any]:
     recorder = Recorder(start(where, *arguments))
     before = shards(recorder.parts)
     gradients = [recorder.step(gradients=True)["gradients"] for _ in range(3)]
-    used = {key for step in gradients for key, parts in step.items() if any(p[2].any() for p in parts)}
+    used = {
+        key for step in gradients for key, parts in step.items() if any(p[2].any() for p in parts)
+    }
     return {
         "before": before,
         "after": shards(recorder.parts),

@@ -48,10 +48,10 @@ def alone(workers: Workers) -> Any:
     return get
 
 
-def compare(
-    actual: Any, expected: Any, weights: bool = True, skip_slots: bool = False
-) -> None:
-    for number, (mine, theirs) in enumerate(zip(actual["steps"], expected["steps"], strict=True), 1):
+def compare(actual: Any, expected: Any, weights: bool = True, skip_slots: bool = False) -> None:
+    for number, (mine, theirs) in enumerate(
+        zip(actual["steps"], expected["steps"], strict=True), 1
+    ):
         assert_close(mine["losses"], theirs["losses"], f"losses of step {number}")
         counters = [dict(part["counters"]) for part in (mine, theirs)]
         for part in counters if skip_slots else ():
@@ -134,7 +134,9 @@ def test_options_that_change_no_result(name: str, workers: Workers, alone: Any) 
 
 def test_overlapped_parameter_gather_changes_no_bit(workers: Workers) -> None:
     plain = run(workers, LAYOUTS["dp2"], gradients=False)
-    actual = run(workers, LAYOUTS["dp2"], "--parallel.overlap_param_gather", "true", gradients=False)
+    actual = run(
+        workers, LAYOUTS["dp2"], "--parallel.overlap_param_gather", "true", gradients=False
+    )
     assert_identical(actual["weights"], plain["weights"], "weights")
     compare(actual, plain, weights=False)
 

@@ -28,6 +28,7 @@ def launch(folder: Path, *options: str) -> list[subprocess.Popen[bytes]]:
             **os.environ,
             **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            "CUDA_VISIBLE_DEVICES": "",
         }
         command = [sys.executable, "-m", "megatron_vlmoe.train.random_pretrain"]
         processes.append(

@@ -66,7 +66,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     lines = [
         "make_sample_corpus --output raw --num-images 60 --seed 3",
         f"train_text_tokenizer --input raw/text/train.jsonl {coco} --vocab-size 200 --output-prefix text",
-        f"preprocess_text --input raw/text/train.jsonl --output-prefix text_train --tokenizer-model {model} --workers 1",
+        "preprocess_text --input raw/text/train.jsonl --output-prefix text_train"
+        f" --tokenizer-model {model} --workers 1",
         "preprocess_images --input raw/images/train --output-prefix images_train --workers 2",
         f"preprocess_pairs --format coco --annotations {coco} --images raw/coco/train2014"
         f" --output-prefix pairs_train --tokenizer-model {model} --workers 1",
@@ -100,9 +101,9 @@ def assert_same_metrics(
             if any(word in key for word in measured):
                 continue
             assert key in left and key in right, f"step {right['step']}: {key} is in one run only"
-            assert math.isclose(
-                left[key], right[key], rel_tol=tolerance, abs_tol=tolerance
-            ), f"step {right['step']}: {key}: {left[key]} and {right[key]}"
+            assert math.isclose(left[key], right[key], rel_tol=tolerance, abs_tol=tolerance), (
+                f"step {right['step']}: {key}: {left[key]} and {right[key]}"
+            )
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,12 @@ def test_sigterm_saves_and_ends_well(corpus: Corpus) -> None:
     words = corpus.words(folder, 100000, "--save-interval", "0")
     command = [sys.executable, "-m", "megatron_vlmoe", *words]
     process = subprocess.Popen(
-        command, cwd=corpus.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=corpus.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 90
@@ -183,7 +188,9 @@ def test_stored_codes(unbroken: Run, corpus: Corpus) -> None:
     runs = {name: corpus.folder / "runs" / f"codes-{name}" for name in names}
     outcomes = run_many(
         [
-            corpus.words(runs[name], 3, *settings, *data, "--data.codes", name, "--save-interval", "0")
+            corpus.words(
+                runs[name], 3, *settings, *data, "--data.codes", name, "--save-interval", "0"
+            )
             for name in names
         ]
         + [corpus.words(corpus.folder / "runs" / "no-codes", 3, "--data.codes", "stored")],
@@ -210,7 +217,9 @@ def test_seed_checkpoint(unbroken: Run, corpus: Corpus) -> None:
             corpus.words(
                 seed, 2, *settings, "--checkpoint.save_initial", "true", "--exit-interval", "1"
             ),
-            corpus.words(folder, 6, *settings, "--load", str(seed / "checkpoints" / "iter_0000000")),
+            corpus.words(
+                folder, 6, *settings, "--load", str(seed / "checkpoints" / "iter_0000000")
+            ),
         ],
         cwd=corpus.folder,
     )
@@ -218,6 +227,27 @@ def test_seed_checkpoint(unbroken: Run, corpus: Corpus) -> None:
     assert (seed / "checkpoints" / "iter_0000000").is_dir(), "keep_last spares the seed checkpoint"
     outcomes[1].succeeded()
     assert_same_metrics(metrics(folder), unbroken.metrics)
+
+
+@pytest.mark.parametrize("kind, name", [("texts", "mlm"), ("images", "mim")])
+def test_one_objective_alone_trains_saves_and_resumes(corpus: Corpus, kind: str, name: str) -> None:
+    off = [other for other in ("texts", "images", "pairs") if other != kind]
+    words = [f"--data.{size}_{other}=0" for size in ("micro", "global") for other in off]
+    folder = corpus.folder / "runs" / f"only-{kind}"
+    outcomes = run_many(
+        [
+            corpus.words(folder, 3, *words, "--exit-interval", "2"),
+            corpus.words(folder, 3, *words),
+        ],
+        cwd=corpus.folder,
+    )
+    for outcome in outcomes:
+        outcome.succeeded()
+    records = [record for record in metrics(folder) if "loss/total" in record]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record in records:
+        losses = {key for key in record if key.startswith("loss/") and "aux" not in key}
+        assert losses == {"loss/total", f"loss/{name}"}
 
 
 def test_the_folder_of_a_run_can_be_moved_and_resumed(unbroken: Run, corpus: Corpus) -> None:

@@ -186,7 +186,7 @@ def test_bad_text_is_skipped_and_listed(
     assert not Path(f"{out}.rejects.jsonl").exists()  # that of the earlier run
     path.write_text("x\ny\n")
     assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 1
-    assert "no usable record in the input (2 rejected; the first: " in capfd.readouterr().err
+    assert "(2 rejected; the first: " in capfd.readouterr().err
     assert load_manifest(out).documents == 2  # the failed run replaced nothing
 
 

@@ -1,0 +1,244 @@
+"""The MoE layer against a plain loop over experts, with drops, padding and two experts per token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import Layout, Workers, layout
+from torch import Tensor
+from training_runs import start
+
+from megatron_vlmoe.moe.routing_ops import expert_capacity
+
+pytestmark = pytest.mark.dist
+
+OPTIONS = (
+    *("--moe.topk", "2", "--moe.capacity_factor", "0.8", "--moe.aux_loss_coefficient", "0"),
+    *("--moe.noise_std", "0", "--parallel.overlap_grad_reduce", "false"),
+)
+
+
+def plain_assignments(gates: Tensor, mask: Tensor, k: int, capacity: int) -> list[tuple[int, int]]:
+    """Kept (token, expert) pairs of Batch Priority Routing, read from its definition."""
+    order = sorted(range(len(gates)), key=lambda t: (-float(gates[t].max()), t))
+    places = [0] * gates.shape[1]
+    kept = []
+    for choice in range(k):
+        for token in order:
+            if not mask[token]:
+                continue
+            ranked = sorted(range(gates.shape[1]), key=lambda e: (-float(gates[token, e]), e))
+            expert = ranked[choice]
+            if places[expert] < capacity:
+                places[expert] += 1
+                kept.append((token, expert))
+    return kept
+
+
+def plain_pool(tokens: Tensor, mask: Tensor, router: Tensor, weights: dict[str, Tensor]) -> Any:
+    """Output ``[T, D]`` of one pool, one token and one expert at a time; and the number of drops."""
+    gates = torch.softmax(tokens @ router.T, dim=1)
+    capacity = expert_capacity(len(tokens), len(router), 2, 0.8)
+    kept = plain_assignments(gates.detach(), mask, 2, capacity)
+    rows = list(torch.zeros_like(tokens))
+    for token, expert in kept:
+        inner = weights["weight1"][expert] @ tokens[token] + weights["bias1"][expert]
+        result = weights["weight2"][expert] @ torch.nn.functional.gelu(inner)
+        rows[token] = rows[token] + gates[token, expert] * (result + weights["bias2"][expert])
+    return torch.stack(rows), 2 * int(mask.sum()) - len(kept)
+
+
+def gathered(value: Tensor) -> Tensor:
+    """The experts of all ranks."""
+    parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, value.detach().contiguous())
+    return torch.cat(parts).requires_grad_()
+
+
+def compare(where: Layout) -> dict[str, Any]:
+    """Largest differences of outputs and gradients of both dispatchers to the plain loop."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_vlmoe.train.step import StepRunner
+
+    config, ranks, parts, data = start(where, *OPTIONS)
+    # What the schedule would do; the backward pass below runs without one.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    layer = parts.chunks[0].decoder.layers[1].mlp.moe
+    batch = data.batch(ranks.rank)
+    stream = StepRunner(config, parts, ranks).stream(batch, draws=True)
+    generator = torch.Generator().manual_seed(ranks.rank)
+
+    def draw(pool: str) -> Tensor:
+        segments = {"text": ("texts", "pair_texts"), "vision": ("pair_images", "images")}[pool]
+        size = (stream.layout.size(*segments), config.model.hidden_size)
+        return torch.randn(size, generator=generator)
+
+    pools = [pool.name for pool in layer.plan.pools]
+    inputs = [draw(pool).requires_grad_() for pool in pools]
+    factors = [draw(pool) for pool in pools]
+    routers = [layer.router.get_submodule(pool).weight for pool in pools]
+    experts = [dict(layer.experts.pool(pool).named_parameters()) for pool in pools]
+    with torch.no_grad():
+        for generator_, weights in zip((11, 12), experts):
+            # Biases that are not zero, so that their part is seen.
+            noise = torch.Generator().manual_seed(100 * generator_ + ranks.rank)
+            for name in ("bias1", "bias2"):
+                weights[name].normal_(generator=noise)
+
+    def outcome(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        loss = sum((out * factor).sum() for out, factor in zip(outputs, factors))
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    leaves = [*inputs, *routers, *(w for weights in experts for w in weights.values())]
+    layer.train()
+    found = {}
+    for dispatcher in ("fixed_capacity", "alltoall"):
+        layer.moe = replace(layer.moe, dispatcher=dispatcher)
+        outputs = layer([tokens.unsqueeze(1) for tokens in inputs], stream)
+        found[dispatcher] = outcome([output.squeeze(1) for output in outputs], leaves)
+
+    whole = [{name: gathered(w) for name, w in weights.items()} for weights in experts]
+    masks = [torch.cat([torch.ones(2 * 16).bool(), stream.caption_mask().reshape(-1)])]
+    masks.append(torch.ones(len(inputs[1])).bool())
+    plain = [plain_pool(*args) for args in zip(inputs, masks, routers, whole)]
+    expected = outcome(
+        [output for output, _ in plain],
+        [*inputs, *routers, *(w for weights in whole for w in weights.values())],
+    )
+    world, first = ranks.expert_size, 2 * len(pools) + len(pools)
+    for index in range(first, len(expected)):
+        torch.distributed.all_reduce(expected[index])
+        expected[index] = expected[index].chunk(world)[ranks.expert]
+    differences = {
+        name: max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, expected))
+        for name, values in found.items()
+    }
+    padded = int((~masks[0]).sum())
+    return {"differences": differences, "drops": [n for _, n in plain], "padded": padded}
+
+
+@pytest.mark.parametrize("where", [Layout(1), layout(2, ep=2)], ids=["one", "ep2"])
+def test_dispatchers_equal_a_plain_loop(where: Layout, workers: Workers) -> None:
+    for result in workers.run(where, compare, where):
+        assert all(drops > 0 for drops in result["drops"]) and result["padded"] > 0
+        for name, difference in result["differences"].items():
+            assert difference < 1e-5, name
+
+
+QUIET = (
+    *("--moe.noise_std", "0", "--model.drop_path", "0", "--moe.aux_loss_coefficient", "0"),
+    *("--parallel.overlap_grad_reduce", "false", "--parallel.use_distributed_optimizer", "false"),
+)
+
+
+def gradients(parts: Any) -> dict[str, Tensor]:
+    return {n: p.main_grad.clone() for n, p in parts.chunks[0].named_parameters()}
+
+
+def one_step(run: tuple[Any, Any, Any, Any], batch: Any, **counts: int) -> Any:
+    """Losses and gradients of one micro-batch; counts replace those of the layout."""
+    from megatron_vlmoe.train.step import StepRunner
+
+    config, ranks, parts, _ = run
+    config = replace(config, data=replace(config.data, **counts))
+    losses = StepRunner(config, parts, ranks).train(iter([batch]), 1)[0]
+    return {name: float(loss) for name, loss in losses.items()}, gradients(parts)
+
+
+def objectives_apart(where: Layout) -> None:
+    run = start(where, *QUIET)
+    batch = run[3].batch(0)
+    together, whole = one_step(run, batch)
+    apart: dict[str, float] = {}
+    total: dict[str, Tensor] = {}
+    names = {"micro_texts", "micro_images", "micro_pairs"}
+    for name in sorted(names):
+        losses, grads = one_step(run, batch, **{other: 0 for other in names - {name}})
+        apart["total"] = apart.get("total", 0.0) + losses.pop("total")
+        apart.update(losses)
+        total = {key: total.get(key, 0) + grad for key, grad in grads.items()}
+    assert together.keys() == apart.keys() and len(apart) == 5
+    for key, loss in together.items():
+        assert loss == pytest.approx(apart[key], rel=1e-5), key
+    for key, grad in whole.items():
+        assert (grad - total[key]).abs().max() <= 1e-5 * grad.abs().max() + 1e-12, key
+
+
+def one_expert(where: Layout) -> None:
+    from megatron_vlmoe.runtime.distributed import destroy
+
+    dense = start(where, *QUIET, "--moe.modalities", "none", "--moe.layers", "[]")
+    state = {name: p.detach().clone() for name, p in dense[2].chunks[0].named_parameters()}
+    batch = dense[3].batch(0)
+    expected, dense_grads = one_step(dense, batch)
+    destroy()
+    single = ("--moe.num_vision_experts", "1", "--moe.num_text_experts", "1")
+    sparse = start(where, *QUIET, *single)
+    names = {"weight1": "linear_fc1.weight", "bias1": "linear_fc1.bias"}
+    names |= {"weight2": "linear_fc2.weight", "bias2": "linear_fc2.bias"}
+
+    def dense_name(name: str) -> str:
+        if ".moe.experts." not in name:
+            return name
+        prefix, _, rest = name.partition("moe.experts.")
+        pool, weight = rest.split(".")
+        return f"{prefix}{pool}_ffn.{names[weight]}"
+
+    parameters = dict(sparse[2].chunks[0].named_parameters())
+    kept = [name for name in parameters if ".router." not in name]
+    assert {dense_name(name) for name in kept} == state.keys()
+    with torch.no_grad():
+        for name in kept:
+            parameters[name].copy_(state[dense_name(name)].view_as(parameters[name]))
+    losses, grads = one_step(sparse, batch)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    for name in kept:
+        reference = dense_grads[dense_name(name)]
+        error = (grads[name].view_as(reference) - reference).abs().max()
+        assert error <= 1e-5 * reference.abs().max(), name
+
+
+def permuted(where: Layout) -> None:
+    from megatron_vlmoe.train.step import StepRunner
+
+    counts = [
+        f"--data.{scope}_{n}" for scope in ("micro", "global") for n in ("texts", "images", "pairs")
+    ]
+    options = [word for name in counts for word in (name, "4")]
+    config, ranks, parts, data = start(where, *QUIET, *options)
+    chunk, runner, batch = parts.chunks[0].eval(), StepRunner(config, parts, ranks), data.batch(0)
+    for order in ([1, 2, 3, 0], [3, 1, 0, 2]):
+        index = torch.tensor(order)
+        for prefix, losses in (
+            ("text_", ("mlm",)),
+            ("image_", ("mim",)),
+            ("pair_", ("vlm_text", "vlm_image")),
+        ):
+            moved = {k: v[index] if k.startswith(prefix) else v for k, v in batch.items()}
+            with torch.no_grad():
+                before = chunk(batch, runner.stream(batch, draws=False))
+                after = chunk(moved, runner.stream(moved, draws=False))
+            for name, (values, _) in before.items():
+                rows = values.view(4, -1)
+                wanted = rows[index] if name in losses else rows
+                torch.testing.assert_close(after[name][0].view(4, -1), wanted, rtol=1e-5, atol=1e-5)
+                assert not torch.allclose(rows[index], rows)
+
+
+def experts_differ(where: Layout) -> None:
+    _, _, parts, _ = start(where)
+    seen = set()
+    for name, value in parts.chunks[0].named_parameters():
+        if name.endswith(("weight1", "weight2")) and ".experts." in name:
+            for expert in value:
+                seen.add(tuple(expert.flatten()[:8].tolist()))
+    assert len(seen) == 2 * 2 * (8 + 4)
+
+
+@pytest.mark.parametrize("check", [objectives_apart, one_expert, permuted, experts_differ])
+def test_model_against_its_definition(check: Any, workers: Workers) -> None:
+    workers.run(1, check, Layout(1))
