@@ -204,7 +204,7 @@ def run_bench(
         for bench in benches.values():
             bench.step(batch, measured=number >= options.warmup)
         seconds = ", ".join(
-            f"{name} {bench.times.forward_backward[-1]:.2f} s"
+            f"{name} {bench.times.forward_backward[-1]:.2f} s ({bench.times.processor[-1]:.2f} s CPU)"
             for name, bench in benches.items()
             if bench.times.forward_backward
         )

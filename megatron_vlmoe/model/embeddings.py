@@ -75,13 +75,14 @@ class ImageEmbedding(MegatronModule):
         self.mask_token = _table(1, config)
         self.position = _table(model.image_length, config)
         self.token_type = _table(1, config) if model.token_type_embeddings else None
-        self.mean = torch.tensor(data.pixel_mean).view(3, 1, 1)
-        self.std = torch.tensor(data.pixel_std).view(3, 1, 1)
+        # Not part of a checkpoint; on the device, so that a micro-batch copies nothing.
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.pixel_mean, data.pixel_std))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """uint8 pixels ``[n, 3, S, S]`` and mask ``[n, N]`` (True is hidden) to ``[n * (N + 1), 1, D]``."""
-        mean, std = (x.to(pixels.device) for x in (self.mean, self.std))
-        values = ((pixels.float() / 255.0 - mean) / std).to(self.weight.dtype)
+        values = ((pixels.float() / 255.0 - self.mean) / self.std).to(self.weight.dtype)
         patches = F.linear(patchify(values, self.patch_size), self.weight, self.bias)
         patches = torch.where(mask.unsqueeze(2), self.mask_token, patches)
         cls_token = self.cls_token.expand(len(patches), 1, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 import torch
@@ -229,6 +230,7 @@ def trainer_run(
     from megatron_vlmoe.train.checkpoint import CheckpointError
     from megatron_vlmoe.train.trainer import Trainer
 
+    Path(folder).mkdir(parents=True, exist_ok=True)
     config, ranks, parts, data = start(where, *arguments, "--save", folder)
     precision = "bf16" if parts.transformer_config.bf16 else "fp32"
     count = num_micro_batches(config, ranks.data_size)
@@ -264,7 +266,6 @@ def _report_from(recorder: Recorder, steps: int) -> dict[str, Any]:
 
 def save_and_go_on(where: Layout, arguments: tuple[str, ...], folder: str) -> dict[str, Any]:
     """Two steps, a checkpoint, then an evaluation and two more steps."""
-    from pathlib import Path
 
     from megatron_vlmoe.train.checkpoint import CheckpointWriter, TrainState
 
