@@ -102,7 +102,8 @@ class Corpus:
             **{f"micro_{name}": MICRO for name in ("texts", "images", "pairs")},
             **{f"global_{name}": 2 * MICRO for name in ("texts", "images", "pairs")},
         }
-        return replace(base, data=replace(base.data, **{**fields, **data}))
+        model = replace(base.model, pair_text_length=32)
+        return replace(base, model=model, data=replace(base.data, **{**fields, **data}))
 
 
 @pytest.fixture(scope="session")
