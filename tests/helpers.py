@@ -14,6 +14,7 @@ import time
 import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 from unittest import mock
 
@@ -130,8 +131,11 @@ class Workers:
         process = self.context.Process(
             target=_child, args=(theirs, rank, world, port, function, arguments)
         )
+        # The server of Python 3.11 does not get sys.path, and passes over what it cannot import.
+        here = Path(__file__).resolve().parent
+        paths = os.pathsep.join([str(here), str(here.parent)])
         # Layouts are tested over gloo, also where there are fewer GPUs than processes.
-        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=paths):
             process.start()
         theirs.close()
         return process, ours
