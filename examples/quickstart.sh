@@ -14,7 +14,7 @@ source examples/setup_env.sh
 
 PRESET="${PRESET:-tiny-8e}"
 RUN="${RUN:-runs/quickstart}"
-STEPS="${STEPS:-1000}"
+STEPS="${STEPS:-800}"
 NUM_IMAGES="${NUM_IMAGES:-2000}"
 CORPUS="${CORPUS:-corpora/sample-$NUM_IMAGES}"
 INDEXED="${INDEXED:-corpora/indexed-$NUM_IMAGES}"
