@@ -8,7 +8,7 @@ Checks that need more than one section live in :mod:`megatron_vlmoe.config.valid
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 
 class ConfigError(ValueError):
@@ -434,4 +434,3 @@ class RunConfig:
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
-OptionalPath = Optional[str]

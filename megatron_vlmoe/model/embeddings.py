@@ -5,7 +5,7 @@ Letters: n samples, L tokens, N patches, P patch side, D width, S image side.
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+from typing import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,3 @@ def _table(rows: int, config: TransformerConfig) -> nn.Parameter:
     """A learned table ``[rows, D]`` that every TP rank applies to its own samples."""
     value = torch.empty(rows, config.hidden_size, dtype=config.params_dtype)
     return mark_sequence_parallel(nn.Parameter(value), config)
-
-
-OptionalTable = Optional[nn.Parameter]

@@ -20,7 +20,6 @@ from megatron_vlmoe.config.validate import data_parallel_size
 
 ASSUMED_VOCAB_SIZE = 64_000
 ASSUMED_VISUAL_VOCAB_SIZE = 8_192
-VOCAB_MULTIPLE = 128
 
 Sharding = Literal["replicated", "tensor", "expert"]
 
