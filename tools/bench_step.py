@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import Mapping
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,18 +25,19 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5, help="measured rounds")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every preset")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps of a turn")
+    parser.add_argument("--warmup", type=int, default=1, help="steps of a turn before them")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--vocab-size", type=int, default=64_000)
     parser.add_argument("--visual-vocab-size", type=int, default=8_192)
     parser.add_argument("--caption-mask-slots", type=int, default=16)
     parser.add_argument("--dispatcher", choices=["fixed_capacity", "alltoall", "dropless"])
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file, rewritten after every round")
     options, extra = parser.parse_known_args(arguments)
-    if options.steps < 1 or options.warmup < 0:
-        parser.error("--steps must be at least 1 and --warmup at least 0")
+    if options.rounds < 1 or options.steps < 1 or options.warmup < 0:
+        parser.error("--rounds and --steps must be at least 1 and --warmup at least 0")
     if len(set(options.presets)) != len(options.presets):
         parser.error("--presets names a preset twice")
     if options.dispatcher:
@@ -49,6 +51,7 @@ def bench(options: argparse.Namespace, extra: list[str]) -> int:
 
     from megatron_vlmoe.analysis.bench import (
         BenchOptions,
+        PresetTimes,
         bench_config,
         run_bench,
         summarize,
@@ -70,12 +73,13 @@ def bench(options: argparse.Namespace, extra: list[str]) -> int:
         if is_rank_zero():
             print(line, file=sys.stderr, flush=True)
 
-    times = run_bench(wanted, extra, ranks, progress)
+    def after_round(times: Mapping[str, PresetTimes]) -> None:
+        if is_rank_zero() and options.output:
+            write_json(summarize(wanted, times, configs[0]), options.output)
+
+    times = run_bench(wanted, extra, ranks, progress, after_round)
     if is_rank_zero():
-        summary = summarize(wanted, times, configs[0])
-        print("\n".join(table(summary)))
-        if options.output:
-            write_json(summary, options.output)
+        print("\n".join(table(summarize(wanted, times, configs[0]))))
     destroy()
     return 0
 

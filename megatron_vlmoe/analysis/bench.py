@@ -1,12 +1,14 @@
 """Step times of presets against each other: full training steps on random data.
 
 The presets take turns within one run (A B C A B C ...), so that a busy machine slows all of them alike, and
-every ratio is taken within a round. The optimizer is timed apart: its work grows with the parameters, the
-forward and backward pass should not.
+every ratio is taken within a round. A preset is built for its turn and given up after it, so that the run needs
+the memory of its largest preset and not of all together. The optimizer is timed apart: its work grows with the
+parameters, the forward and backward pass should not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -16,7 +18,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -37,8 +39,9 @@ class BenchOptions:
         texts: texts in the one micro-batch of a step.
         images: images in it.
         pairs: pairs in it.
-        steps: measured rounds.
-        warmup: rounds before them.
+        rounds: turns of every preset.
+        steps: measured steps of a turn; its figure is their median.
+        warmup: steps of a turn before them.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         vocab_size: rows of the text head (paper: 64,000).
         visual_vocab_size: rows of the image head (BEiT v2: 8,192).
@@ -49,7 +52,8 @@ class BenchOptions:
     texts: int = 64
     images: int = 64
     pairs: int = 64
-    steps: int = 5
+    rounds: int = 3
+    steps: int = 2
     warmup: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     vocab_size: int = 64_000
@@ -135,11 +139,18 @@ class PresetBench:
 
         self.parts = build_training(config, resolve_precision(config.train))
         self.runner = StepRunner(config, self.parts, ranks)
-        count = sum(p.numel() for chunk in self.parts.chunks for p in chunk.parameters())
-        self.times = PresetTimes(parameters=count)
 
-    def step(self, batch: Mapping[str, Tensor], measured: bool) -> None:
-        """One training step; every rank starts at the same time."""
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of this rank."""
+        return sum(p.numel() for chunk in self.parts.chunks for p in chunk.parameters())
+
+    def step(self, batch: Mapping[str, Tensor]) -> tuple[float, float, float]:
+        """One training step; every rank starts at the same time.
+
+        Returns:
+            Seconds of forward and backward, of the optimizer, and processor seconds of forward and backward.
+        """
         barrier()
         processor = time.process_time()
         start = _now()
@@ -149,18 +160,15 @@ class PresetBench:
         self.parts.optimizer.step()
         end = _now()
         self._discard_statistics()
-        if measured:
-            self.times.forward_backward.append(middle - start)
-            self.times.optimizer.append(end - middle)
-            self.times.processor.append(processor)
+        return middle - start, end - middle, processor
 
-    def measure_memory(self, batch: Mapping[str, Tensor]) -> None:
+    def measure_memory(self, batch: Mapping[str, Tensor], times: PresetTimes) -> None:
         """One more forward and backward pass, apart from the clock: handing memory back slows it down."""
         barrier()
         memory = MemoryRise()
         self.runner.train(iter([batch]), 1)
-        self.times.activation_bytes = memory.bytes()
-        self.times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
+        times.activation_bytes = memory.bytes()
+        times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
         self._discard_statistics()
 
     def _discard_statistics(self) -> None:
@@ -176,42 +184,63 @@ def run_bench(
     extra: Sequence[str],
     ranks: Ranks,
     progress: Callable[[str], None],
+    after_round: Callable[[Mapping[str, PresetTimes]], None],
 ) -> dict[str, PresetTimes]:
-    """Builds all presets, then steps them in turn."""
+    """Gives every preset its turn, round after round.
+
+    Args:
+        options: what to measure.
+        extra: command line options for every preset.
+        ranks: where this process stands.
+        progress: takes a line for people.
+        after_round: takes what has been measured after every full round, so that a run that is cut off leaves
+            its finished rounds.
+    """
     from megatron_vlmoe.config.validate import validate
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
 
-    share = BatchShare(
-        data_rank=ranks.data,
-        data_size=ranks.data_size,
-        tensor_rank=ranks.tensor,
-        tensor_size=ranks.tensor_size,
-        first_stage=ranks.is_first_stage,
-        last_stage=ranks.is_last_stage,
-    )
-    benches: dict[str, PresetBench] = {}
-    rounds = options.warmup + options.steps
-    batches: list[Mapping[str, Tensor]] = []
-    for name in options.presets:
-        config = bench_config(options, name, extra, ranks.data_size)
+    configs = {n: bench_config(options, n, extra, ranks.data_size) for n in options.presets}
+    for config in configs.values():
         validate(config, ranks.world_size)
-        benches[name] = PresetBench(config, ranks)
-        progress(f"built {name}: {benches[name].times.parameters / 1e6:.1f} M parameters per rank")
-        # The same batches for every preset, made outside the clock.
-        batches = batches or list(RandomData(config, share).loader("train", 0, rounds))
-    for number, batch in enumerate(batches):
-        for bench in benches.values():
-            bench.step(batch, measured=number >= options.warmup)
-        seconds = ", ".join(
-            f"{name} {bench.times.forward_backward[-1]:.2f} s ({bench.times.processor[-1]:.2f} s CPU)"
-            for name, bench in benches.items()
-            if bench.times.forward_backward
-        )
-        progress(f"round {number + 1}/{rounds}: {seconds or 'warm-up'}")
-    for bench in benches.values():
-        bench.measure_memory(batches[-1])
-    return {name: bench.times for name, bench in benches.items()}
+    # The same batches for every preset and turn, made outside the clock.
+    data = RandomData(configs[options.presets[0]], BatchShare.of(ranks))
+    batches = list(data.loader("train", 0, options.warmup + options.steps))
+    times: dict[str, PresetTimes] = {}
+    for number in range(options.rounds):
+        for name, config in configs.items():
+            own = _turn(options, config, ranks, batches, times.get(name))
+            times[name] = own
+            progress(
+                f"round {number + 1}/{options.rounds}: {name} ({own.parameters / 1e6:.1f} M parameters per "
+                f"rank) {own.forward_backward[-1]:.2f} s ({own.processor[-1]:.2f} s CPU), "
+                f"optimizer {own.optimizer[-1]:.2f} s"
+            )
+        after_round(times)
+    return times
+
+
+def _turn(
+    options: BenchOptions,
+    config: RunConfig,
+    ranks: Ranks,
+    batches: Batches,
+    times: Optional[PresetTimes],
+) -> PresetTimes:
+    """Builds a preset, measures its steps, and gives its memory back."""
+    bench = PresetBench(config, ranks)
+    seconds = [bench.step(batch) for batch in batches][options.warmup :]
+    first = times is None
+    times = times or PresetTimes(parameters=bench.num_parameters)
+    for column, values in zip(
+        (times.forward_backward, times.optimizer, times.processor), zip(*seconds)
+    ):
+        column.append(statistics.median(values))
+    if first:
+        bench.measure_memory(batches[-1], times)
+    del bench
+    _give_memory_back()
+    return times
 
 
 def summarize(options: BenchOptions, times: Mapping[str, PresetTimes], config: RunConfig) -> dict:
@@ -263,13 +292,14 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for people, line by line."""
     about = summary["environment"]
     options = summary["options"]
+    rounds = len(next(iter(summary["presets"].values()))["forward_backward"])
     yield (
         f"{about['device']}, {about['threads']} thread(s), torch {about['torch']}, "
         f"megatron-core {about['megatron_core']}, load average {about['load_average']:.1f}"
     )
     yield (
         f"{options['texts']} texts + {options['images']} images + {options['pairs']} pairs "
-        f"({summary['tokens']} tokens), {summary['precision']}, median of {options['steps']} rounds"
+        f"({summary['tokens']} tokens), {summary['precision']}, median of {rounds} round(s)"
     )
     columns = ("params", "fwd+bwd", "optimizer", "tokens/s", "state", "activations")
     ratios = ("ratio", "of medians", "CPU time")
@@ -304,14 +334,13 @@ class MemoryRise:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
             return
-        gc.collect()
+        # Else the resident set would hide what the next step allocates.
+        _give_memory_back()
         try:
-            # glibc keeps what was freed, and the resident set would hide what the next step allocates.
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
             # Linux: sets the peak of the resident set back to its present size.
             Path("/proc/self/clear_refs").write_text("5")
             self.start = _peak_resident()
-        except (OSError, AttributeError):
+        except OSError:
             self.start = -1
 
     def bytes(self) -> int:
@@ -319,6 +348,17 @@ class MemoryRise:
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.start
         return _peak_resident() - self.start if self.start >= 0 else 0
+
+
+def _give_memory_back() -> None:
+    """Returns what is no longer in use to the system: DDP's hooks form cycles, and allocators keep freed memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        return
+    # Another C library than glibc has no malloc_trim, and needs none.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _peak_resident() -> int:

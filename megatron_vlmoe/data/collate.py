@@ -14,6 +14,7 @@ import numpy.typing as npt
 from megatron_vlmoe.data.masking import IGNORED_LABEL
 from megatron_vlmoe.data.order import BlendedOrder, Place
 from megatron_vlmoe.data.samples import CaptionSamples, Draws, ImageViews, PatchMasks, TextSamples
+from megatron_vlmoe.runtime.distributed import Ranks
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +38,18 @@ class BatchShare:
     tensor_size: int = 1
     first_stage: bool = True
     last_stage: bool = True
+
+    @classmethod
+    def of(cls, ranks: Ranks) -> BatchShare:
+        """The share of a process of the layout."""
+        return cls(
+            data_rank=ranks.data,
+            data_size=ranks.data_size,
+            tensor_rank=ranks.tensor,
+            tensor_size=ranks.tensor_size,
+            first_stage=ranks.is_first_stage,
+            last_stage=ranks.is_last_stage,
+        )
 
     def slice(self, count: int) -> slice:
         """This tensor-parallel rank's samples of ``count``."""

@@ -62,15 +62,7 @@ def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.trainer import Trainer
 
-    share = BatchShare(
-        data_rank=ranks.data,
-        data_size=ranks.data_size,
-        tensor_rank=ranks.tensor,
-        tensor_size=ranks.tensor_size,
-        first_stage=ranks.is_first_stage,
-        last_stage=ranks.is_last_stage,
-    )
-    data = (open_data or PretrainData.open)(config, share)
+    data = (open_data or PretrainData.open)(config, BatchShare.of(ranks))
     config = data.config
     validate(config, ranks.world_size)
     micro_batches = num_micro_batches(config, ranks.data_size)
