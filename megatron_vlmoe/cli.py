@@ -9,7 +9,10 @@ import sys
 from typing import Callable, Optional, Sequence
 
 COMMANDS = {
-    "pretrain": ("megatron_vlmoe.train.pretrain", "train a VL-MoE from indexed datasets"),
+    "pretrain": ("megatron_vlmoe.train.pretrain:main", "train a VL-MoE from indexed datasets"),
+    "finetune": ("megatron_vlmoe.finetune.run:main", "train a checkpoint on a downstream task"),
+    "evaluate": ("megatron_vlmoe.finetune.run:evaluate_main", "score a fine-tuned checkpoint"),
+    "predict": ("megatron_vlmoe.inference.command:main", "ask a fine-tuned checkpoint"),
 }
 
 
@@ -70,8 +73,8 @@ def _fail(error: Exception, status: int) -> int:
 
 
 def _run(command: str, words: Sequence[str]) -> int:
-    module = importlib.import_module(COMMANDS[command][0])
-    return int(module.main(words))
+    module, _, function = COMMANDS[command][0].partition(":")
+    return int(getattr(importlib.import_module(module), function)(words))
 
 
 def configure_logging() -> None:

@@ -7,6 +7,7 @@ from typing import Iterator
 
 import pytest
 from helpers import Workers
+from prepared_tasks import Prepared, prepare_all
 
 # Before torch is imported anywhere: several processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,3 +19,9 @@ def workers() -> Iterator[Workers]:
     pool = Workers(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The downstream tasks of a very small sample corpus."""
+    return prepare_all(tmp_path_factory.mktemp("tasks"))

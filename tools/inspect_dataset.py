@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.inspect import DatasetView, save_contact_sheet
+from megatron_vlmoe.data.inspect import save_contact_sheet
+from megatron_vlmoe.data.inspect_task import open_view
 from megatron_vlmoe.data.preprocess import positive_int, run_tool
 
 
@@ -32,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def inspect(options: argparse.Namespace) -> None:
     """Prints, and draws if asked to."""
-    view = DatasetView(options.prefix, options.tokenizer_model, options.checksums)
+    view = open_view(options.prefix, options.tokenizer_model, options.checksums)
     for line in (*view.summary(), *view.samples(options.num_samples)):
         print(line)
     if options.png is not None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.stream import StreamLayout
 from megatron_vlmoe.runtime.distributed import Ranks, barrier
+from megatron_vlmoe.runtime.files import write_text_atomic
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -134,9 +135,11 @@ class PresetBench:
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         from megatron_vlmoe.runtime.precision import resolve_precision
+        from megatron_vlmoe.train.masked import MaskedObjective
         from megatron_vlmoe.train.setup import build_training
         from megatron_vlmoe.train.step import StepRunner
 
+        self.objective = MaskedObjective(config, ranks)
         self.parts = build_training(config, resolve_precision(config.train))
         self.runner = StepRunner(config, self.parts, ranks)
 
@@ -154,7 +157,8 @@ class PresetBench:
         barrier()
         processor = time.process_time()
         start = _now()
-        self.runner.train(iter([batch]), 1)
+        self.runner.start_step()
+        self.objective.train_step(self.runner, iter([batch]), 1)
         middle = _now()
         processor = time.process_time() - processor
         self.parts.optimizer.step()
@@ -166,10 +170,20 @@ class PresetBench:
         """One more forward and backward pass, apart from the clock: handing memory back slows it down."""
         barrier()
         memory = MemoryRise()
-        self.runner.train(iter([batch]), 1)
+        self.runner.start_step()
+        self.objective.train_step(self.runner, iter([batch]), 1)
         times.activation_bytes = memory.bytes()
         times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
         self._discard_statistics()
+
+    def release(self) -> None:
+        """Frees parameters, gradients and optimizer state; the preset cannot step any more.
+
+        Dropping the object is not enough: megatron-core's gradient hooks hold it from inside autograd's graph, where
+        the garbage collector does not see the cycle.
+        """
+        for tensor in _state_tensors(self.parts):
+            tensor.untyped_storage().resize_(0)
 
     def _discard_statistics(self) -> None:
         for chunk in self.parts.chunks:
@@ -238,7 +252,7 @@ def _turn(
         column.append(statistics.median(values))
     if first:
         bench.measure_memory(batches[-1], times)
-    del bench
+    bench.release()
     _give_memory_back()
     return times
 
@@ -351,7 +365,7 @@ class MemoryRise:
 
 
 def _give_memory_back() -> None:
-    """Returns what is no longer in use to the system: DDP's hooks form cycles, and allocators keep freed memory."""
+    """Returns what is no longer in use to the system: allocators keep freed memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -402,10 +416,4 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:
     """Writes the summary; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(summary, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text_atomic(path, json.dumps(summary, indent=2))

@@ -25,6 +25,8 @@ ALIASES = {
     "--save-initial": "--checkpoint.save_initial",
     "--exit-interval": "--train.exit_interval",
     "--keep-last": "--checkpoint.keep_last",
+    "--task": "--task.name",
+    "--seeds": "--task.seeds",
 }
 DEFAULT_PRESET = "base-32e"
 
@@ -46,30 +48,29 @@ class ParsedCommand:
     dry_run_gpus_per_node: int = 8
 
 
-def sequence_options() -> dict[str, str]:
+def _option_types(root: type[RunConfig]) -> dict[str, Any]:
+    """Every `--section.option` of a run with its type."""
+    sections = typing.get_type_hints(root)
+    return {
+        f"--{section.name}.{name}": kind
+        for section in dataclasses.fields(root)
+        for name, kind in typing.get_type_hints(sections[section.name]).items()
+    }
+
+
+def sequence_options(root: type[RunConfig] = RunConfig) -> dict[str, str]:
     """Options that take several values, with the name of their element type."""
-    found = {}
-    for section in dataclasses.fields(RunConfig):
-        section_type = typing.get_type_hints(RunConfig)[section.name]
-        for name, kind in typing.get_type_hints(section_type).items():
-            if typing.get_origin(kind) is tuple:
-                found[f"--{section.name}.{name}"] = typing.get_args(kind)[0].__name__
-    return found
+    return {
+        name: typing.get_args(kind)[0].__name__
+        for name, kind in _option_types(root).items()
+        if typing.get_origin(kind) is tuple
+    }
 
 
-def _boolean_options() -> set[str]:
-    found = set()
-    for section in dataclasses.fields(RunConfig):
-        section_type = typing.get_type_hints(RunConfig)[section.name]
-        for name, kind in typing.get_type_hints(section_type).items():
-            if kind is bool:
-                found.add(f"--{section.name}.{name}")
-    return found
-
-
-def normalize_arguments(arguments: Sequence[str]) -> list[str]:
+def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunConfig) -> list[str]:
     """Spells aliases out, gathers several values into one and lets a bare boolean mean true."""
-    sequences, booleans = sequence_options(), _boolean_options()
+    sequences = sequence_options(root)
+    booleans = {name for name, kind in _option_types(root).items() if kind is bool}
     result: list[str] = []
     index = 0
     while index < len(arguments):
@@ -101,16 +102,23 @@ def _as_list(values: list[str], element: str) -> str:
     return "[" + ", ".join(values) + "]"
 
 
-def build_parser(command: str, start: RunConfig) -> ArgumentParser:
-    """The parser of a command whose defaults are a preset's."""
+def build_parser(
+    command: str, start: RunConfig, presets: Sequence[str] = preset_names()
+) -> ArgumentParser:
+    """The parser of a command whose defaults are a preset's; the options are those of the class of `start`."""
     parser = ArgumentParser(
         prog=f"python -m megatron_vlmoe {command}",
         exit_on_error=False,
         allow_abbrev=False,
         description="Options are --section.option VALUE; later sources win: preset, --config, options. "
-        "Short forms: " + ", ".join(f"{short} = {full}" for short, full in ALIASES.items()),
+        "Short forms: "
+        + ", ".join(
+            f"{short} = {full}"
+            for short, full in ALIASES.items()
+            if full in _option_types(type(start))
+        ),
     )
-    parser.add_argument("--preset", default=DEFAULT_PRESET, help=", ".join(preset_names()))
+    parser.add_argument("--preset", default="", help=", ".join(presets))
     parser.add_argument("--config", default="", help="YAML file with sections")
     parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="print, do not run")
     parser.add_argument(
@@ -127,7 +135,7 @@ def build_parser(command: str, start: RunConfig) -> ArgumentParser:
         default=8,
         help="ranks of a machine in that plan",
     )
-    parser.add_class_arguments(RunConfig, None, as_group=False)
+    parser.add_class_arguments(type(start), None, as_group=False)
     parser.set_defaults(_flatten(dataclasses.asdict(start)))
     return parser
 
@@ -140,17 +148,38 @@ def parse_run(command: str, arguments: Sequence[str]) -> ParsedCommand:
         SystemExit: after --help.
     """
     normalized = normalize_arguments(arguments)
-    start = preset(_option(normalized, "--preset") or DEFAULT_PRESET)
-    file = _option(normalized, "--config")
+    start = preset(option_value(normalized, "--preset") or DEFAULT_PRESET)
+    return parse_options(command, normalized, start)
+
+
+def parse_options(
+    command: str,
+    normalized: Sequence[str],
+    start: RunConfig,
+    presets: Sequence[str] = preset_names(),
+) -> ParsedCommand:
+    """Puts `--config` and the options of a command line on top of a configuration.
+
+    Args:
+        command: name of the command.
+        normalized: the options, as `normalize_arguments` leaves them.
+        start: what they are put on; its class decides which options there are.
+        presets: names for --help.
+
+    Raises:
+        ConfigError: on unknown options or files, or values of the wrong type.
+        SystemExit: after --help.
+    """
+    file = option_value(normalized, "--config")
     if file:
         start = merge_file(start, Path(file))
-    parser = build_parser(command, start)
+    parser = build_parser(command, start, presets)
     try:
-        parsed = parser.parse_args(normalized)
+        parsed = parser.parse_args(list(normalized))
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(_one_line(str(error))) from None
     return ParsedCommand(
-        _to_config(parsed),
+        _to_config(parsed, type(start)),
         bool(parsed.dry_run),
         parsed.dry_run_world_size,
         parsed.dry_run_gpus_per_node,
@@ -188,7 +217,7 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
         parsed = parser.parse_object(_nest(flat))
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-    return _to_config(parsed)
+    return _to_config(parsed, type(start))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -196,7 +225,8 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
 
-def _option(arguments: Sequence[str], name: str) -> str:
+def option_value(arguments: Sequence[str], name: str) -> str:
+    """The last value of an option in a normalized command line; empty if it is not there."""
     value = ""
     for index, argument in enumerate(arguments[:-1]):
         if argument == name:
@@ -204,7 +234,7 @@ def _option(arguments: Sequence[str], name: str) -> str:
     return value
 
 
-def _to_config(parsed: Namespace) -> RunConfig:
+def _to_config(parsed: Namespace, root: type[RunConfig]) -> RunConfig:
     def build(kind: Any, values: Any) -> Any:
         if not dataclasses.is_dataclass(kind):
             return tuple(values) if isinstance(values, list) else values
@@ -215,7 +245,7 @@ def _to_config(parsed: Namespace) -> RunConfig:
         fields = {f.name: build(hints[f.name], source[f.name]) for f in dataclasses.fields(kind)}
         return kind(**fields)  # type: ignore[operator]
 
-    return build(RunConfig, parsed)
+    return build(root, parsed)
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -251,9 +251,13 @@ class OptimConfig:
     Args:
         optimizer: `adam` is AdamW; `sgd` is for comparisons.
         lr: peak learning rate.
-        min_lr: learning rate at the end of the cosine.
+        min_lr: learning rate at the end of the decay.
         lr_warmup_steps: steps of linear warm-up.
-        lr_decay_steps: step at which the cosine ends; 0 means `train.steps`.
+        lr_decay_style: shape of the decay after the warm-up.
+        lr_decay_steps: step at which the decay ends; 0 means `train.steps`.
+        layer_decay: factor of the learning rate from one block to the one below it (BEiT); the heads and the last
+            LayerNorm have the full rate, the embeddings `layer_decay ** (L + 1)`; 1 is the same rate for all.
+        head_lr_multiplier: factor of the learning rate of the heads (VLMo: 20 for visual question answering).
         weight_decay: decoupled weight decay of matrices; vectors, positions and special embeddings have none.
         adam_beta1: first moment decay.
         adam_beta2: second moment decay.
@@ -270,7 +274,10 @@ class OptimConfig:
     lr: float = 2e-3
     min_lr: float = 1e-5
     lr_warmup_steps: int = 10_000
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_decay_steps: int = 0
+    layer_decay: float = 1.0
+    head_lr_multiplier: float = 1.0
     weight_decay: float = 0.05
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,8 +194,9 @@ def views(
     draw: ImageDraw,
     sizes: Sequence[int],
     resample: Image.Resampling = Image.Resampling.BICUBIC,
+    then: Callable[[Image.Image], Image.Image] = lambda image: image,
 ) -> list[npt.NDArray[np.uint8]]:
-    """Aligned views of one decoded image: the same box, flip and jitter at several sizes.
+    """Aligned views of one decoded image: the same box, flip and jitter at several sizes, `then` further changes.
 
     Jitter is applied to the resized crop, not, as in BEiT, to the whole image before it: the result
     differs mainly in the grey level around which contrast changes, and costs a third.
@@ -207,7 +208,7 @@ def views(
     for size in sizes:
         if size not in made:
             view = apply_jitter(apply_crop(image, draw.box, size, draw.flip, resample), draw.jitter)
-            made[size] = _to_planes(view)
+            made[size] = _to_planes(then(view))
     return [made[size] for size in sizes]
 
 

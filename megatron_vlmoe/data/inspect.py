@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from megatron_vlmoe.data.errors import DataError
@@ -23,7 +25,9 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 _MAX_SHOWN = 200
 _CELL = 192
 _CAPTION_LINE = 12
-_CAPTION_LINES = 4
+CAPTION_LINES = 4
+"""Lines of text below an image of a contact sheet."""
+
 _SHEET_COLUMNS = 6
 
 
@@ -76,7 +80,7 @@ class DatasetView:
 
     def samples(self, count: int) -> Iterator[str]:
         """One line for each of ``count`` documents, spread evenly over the dataset."""
-        for index in self._spread(count):
+        for index in spread(self.manifest.documents, count):
             yield f"[{index}] " + " | ".join(self._describe(index))
 
     def contact_sheet(self, count: int) -> Image.Image:
@@ -87,27 +91,13 @@ class DatasetView:
         """
         if "image" not in self.readers:
             raise DataError(f"{self.prefix}: a dataset of text has no images to draw")
-        indices = self._spread(count)
-        columns = min(_SHEET_COLUMNS, len(indices))
-        rows = -(-len(indices) // columns)
-        lines = _CAPTION_LINES if "text" in self.readers else 1
-        height = _CELL + lines * _CAPTION_LINE + 4
-        sheet = Image.new("RGB", (columns * _CELL, rows * height), "white")
-        for place, index in enumerate(indices):
-            row, column = divmod(place, columns)
-            image = self._image(index).convert("RGB")
-            image.thumbnail((_CELL - 4, _CELL - 4))
-            left, top = column * _CELL, row * height
-            sheet.paste(image, (left + 2, top + 2))
-            caption = self._captions(index)[0] if "text" in self.readers else ""
-            label = _wrapped(f"[{index}] {caption}", lines)
-            ImageDraw.Draw(sheet).multiline_text((left + 2, top + _CELL), label, "black", spacing=1)
-        return sheet
-
-    def _spread(self, count: int) -> list[int]:
-        total = self.manifest.documents
-        count = min(count, total)
-        return [place * (total - 1) // max(count - 1, 1) for place in range(count)]
+        indices = spread(self.manifest.documents, count)
+        has_text = "text" in self.readers
+        cells = (
+            (self._image(index), f"[{index}] {self._captions(index)[0] if has_text else ''}")
+            for index in indices
+        )
+        return draw_sheet(cells, len(indices), CAPTION_LINES if has_text else 1)
 
     def _describe(self, index: int) -> list[str]:
         shown = []
@@ -115,15 +105,11 @@ class DatasetView:
             image = self._image(index)
             shown.append(f"{image.format} {image.width}x{image.height} {image.mode}")
         if self.manifest.kind != "images":
-            shown += [_shortened(caption) for caption in self._captions(index)]
+            shown += [shortened(caption) for caption in self._captions(index)]
         return shown
 
     def _image(self, index: int) -> Image.Image:
-        data = self.readers["image"].document(index)[0].tobytes()
-        try:
-            return Image.open(io.BytesIO(data))
-        except OSError as error:
-            raise DataError(f"{self.prefix}_image.bin: image {index}: {error}") from error
+        return open_image(self.prefix, index, self.readers["image"].document(index)[0])
 
     def _captions(self, index: int) -> list[str]:
         reader = self.readers["text" if "text" in self.readers else "text_document"]
@@ -134,7 +120,44 @@ class DatasetView:
         return texts
 
 
-def _shortened(text: str) -> str:
+def spread(total: int, count: int) -> list[int]:
+    """``count`` numbers below ``total`` (all if there are fewer), evenly apart."""
+    count = min(count, total)
+    return [place * (total - 1) // max(count - 1, 1) for place in range(count)]
+
+
+def open_image(prefix: str, index: int, data: np.ndarray) -> Image.Image:
+    """Opens an encoded image, uint8 ``[bytes]``. Raises DataError naming it."""
+    try:
+        return Image.open(io.BytesIO(data.tobytes()))
+    except OSError as error:
+        raise DataError(f"{prefix}_image.bin: image {index}: {error}") from error
+
+
+def draw_sheet(cells: Iterable[tuple[Image.Image, str]], count: int, lines: int) -> Image.Image:
+    """Draws images in rows, each with a text below it.
+
+    Args:
+        cells: images and texts.
+        count: number of cells.
+        lines: lines of text for each; the rest is cut.
+    """
+    columns = min(_SHEET_COLUMNS, count)
+    height = _CELL + lines * _CAPTION_LINE + 4
+    sheet = Image.new("RGB", (columns * _CELL, -(-count // columns) * height), "white")
+    for place, (image, text) in enumerate(cells):
+        row, column = divmod(place, columns)
+        small = image.convert("RGB")
+        small.thumbnail((_CELL - 4, _CELL - 4))
+        left, top = column * _CELL, row * height
+        sheet.paste(small, (left + 2, top + 2))
+        label = _wrapped(text, lines)
+        ImageDraw.Draw(sheet).multiline_text((left + 2, top + _CELL), label, "black", spacing=1)
+    return sheet
+
+
+def shortened(text: str) -> str:
+    """The text on one line, cut where it is long."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_SHOWN else f"{line[: _MAX_SHOWN - 3]}..."
 
@@ -145,8 +168,24 @@ def _wrapped(text: str, lines: int) -> str:
     return "\n".join(text[i * width : (i + 1) * width] for i in range(lines))
 
 
-def save_contact_sheet(view: DatasetView, path: Path, count: int) -> None:
-    """Writes `DatasetView.contact_sheet` as PNG. Raises OSError."""
+class View(Protocol):
+    """A dataset opened for looking at."""
+
+    def summary(self) -> Iterator[str]:
+        """Lines of counts and percentiles."""
+        ...
+
+    def samples(self, count: int) -> Iterator[str]:
+        """One line for each of ``count`` samples."""
+        ...
+
+    def contact_sheet(self, count: int) -> Image.Image:
+        """A drawing of ``count`` images. Raises DataError if there are none."""
+        ...
+
+
+def save_contact_sheet(view: View, path: Path, count: int) -> None:
+    """Writes `View.contact_sheet` as PNG. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         view.contact_sheet(count).save(temporary, "PNG")

@@ -24,8 +24,18 @@ DATASET_PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("text_document",),
     "images": ("image",),
     "pairs": ("image", "text"),
+    "vqa": ("image", "text"),
+    "nlvr2": ("image", "text"),
+    "retrieval": ("image", "text"),
+    "imagenet": ("image",),
+    "mnli": ("text",),
 }
 """The indexed files of each kind of dataset: ``PREFIX_PART.bin`` and ``PREFIX_PART.idx``."""
+
+TASKS = ("vqa", "nlvr2", "retrieval", "imagenet", "mnli")
+"""Kinds that are a split of a downstream task; they have ``PREFIX_samples.arrow`` besides."""
+
+SAMPLES_SUFFIX = "_samples.arrow"
 
 _HASH_BLOCK = 1 << 22
 _LENGTH_BLOCK = 1 << 20
@@ -44,11 +54,13 @@ class DatasetManifest:
     """Contents of ``PREFIX.json``."""
 
     kind: str
-    """``text``, ``images`` or ``pairs``."""
+    """``text``, ``images``, ``pairs`` or one of `TASKS`."""
     documents: int
-    """Documents: texts, images, or (for pairs) images with their captions."""
+    """Documents: texts, images, or (for pairs) images with their captions. Of a task with images
+    the images, else its samples."""
     sequences: int
-    """Sequences: equal to ``documents`` except for pairs, where it counts captions."""
+    """Sequences: equal to ``documents`` except for pairs, where it counts captions, and for tasks,
+    where it counts texts (for ``imagenet`` images)."""
     tokens: int
     """Text tokens without special ones; 0 for images."""
     bytes: int
@@ -64,7 +76,14 @@ class DatasetManifest:
     vocab_size: int | None = None
     """Number of pieces of that tokenizer; None for images."""
     caption_lengths: Mapping[str, int] | None = None
-    """For pairs ``p50``, ``p90``, ``p99`` and ``max`` of the tokens per caption; else None."""
+    """For pairs, and tasks with texts, ``p50``, ``p90``, ``p99`` and ``max`` of the tokens per
+    caption or text; else None."""
+    samples: int | None = None
+    """For tasks the rows of ``PREFIX_samples.arrow``; else None."""
+    omitted: Mapping[str, int] | None = None
+    """For tasks how many good samples the task itself leaves out, by reason; else None."""
+    labels_sha256: str | None = None
+    """For tasks with classes `Labels.sha256` of the class names that the labels count; else None."""
     format_version: int = FORMAT_VERSION
 
 
@@ -81,6 +100,11 @@ def manifest_path(prefix: str | Path) -> Path:
 def rejects_path(prefix: str | Path) -> Path:
     """``PREFIX.rejects.jsonl``."""
     return Path(f"{prefix}.rejects.jsonl")
+
+
+def samples_path(prefix: str | Path) -> Path:
+    """``PREFIX_samples.arrow``."""
+    return Path(f"{prefix}{SAMPLES_SUFFIX}")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -187,6 +211,10 @@ def _check_fields(manifest: DatasetManifest) -> None:
     expected = {
         f"_{part}{suffix}" for part in DATASET_PARTS[manifest.kind] for suffix in (".bin", ".idx")
     }
+    if manifest.kind in TASKS:
+        expected.add(SAMPLES_SUFFIX)
+        if not isinstance(manifest.samples, int) or manifest.samples < 0:
+            raise ValueError(f"samples is {manifest.samples!r}")
     if missing := expected - set(manifest.files):
         raise ValueError(f"no record of {', '.join(sorted(missing))}")
 
@@ -202,7 +230,7 @@ def check_dataset(
 
     Args:
         prefix: path prefix of the dataset.
-        kind: the kind that is wanted: ``text``, ``images`` or ``pairs``.
+        kind: the kind that is wanted: a key of `DATASET_PARTS`.
         tokenizer_fingerprint: fingerprint of the tokenizer in use; None: any.
         checksums: also read every file and compare its SHA-256.
 

@@ -10,11 +10,13 @@ from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import (
     DATASET_PARTS,
+    TASKS,
     DatasetManifest,
     check_dataset,
     check_same_tokenizer,
     length_percentiles,
     load_manifest,
+    manifest_path,
     part_prefix,
 )
 from megatron_vlmoe.data.preprocess import DatasetOutput
@@ -28,12 +30,14 @@ def merge_datasets(
     Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew.
 
     Raises:
-        DataError: an input is damaged, of another kind or tokenizer, or is the output; the disk is
-            full. Nothing is left behind.
+        DataError: an input is damaged, of another kind or tokenizer, a task's, or is the output;
+            the disk is full. Nothing is left behind.
     """
     if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in inputs}:
         raise DataError(f"{output_prefix}: is both an input and the output")
     kind = load_manifest(inputs[0]).kind
+    if kind in TASKS:
+        raise DataError(f"{manifest_path(inputs[0])}: splits of a task ({kind}) are not merged")
     manifests = [check_dataset(prefix, kind) for prefix in inputs]
     check_same_tokenizer(inputs, manifests)
     parts = DATASET_PARTS[kind]

@@ -36,6 +36,9 @@ class Purpose(enum.IntEnum):
     AUGMENTATION = 7
     CAPTION_CHOICE = 8
     STORED_VIEW = 9
+    RAND_AUGMENT = 10
+    ERASE = 11
+    MIX = 12
 
 
 def keyed_rng(

@@ -31,6 +31,8 @@ from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedWriter
 from megatron_vlmoe.data.manifest import (
     DATASET_PARTS,
+    SAMPLES_SUFFIX,
+    TASKS,
     DatasetManifest,
     FileRecord,
     manifest_path,
@@ -40,6 +42,7 @@ from megatron_vlmoe.data.manifest import (
     sync_directory,
 )
 from megatron_vlmoe.data.readers.records import Reject
+from megatron_vlmoe.data.task_samples import SamplesWriter
 
 OnError = Literal["stop", "skip"]
 Chunk = TypeVar("Chunk")
@@ -111,6 +114,32 @@ def encode_all(tokenizer: TokenizerLike, texts: Sequence[str]) -> list[list[int]
         if len(texts) == 1:
             return [None]
         return [encode_all(tokenizer, [text])[0] for text in texts]
+
+
+def checked_text(value: object, what: str, max_characters: int) -> str:
+    """A raw text as a string without space around it.
+
+    Args:
+        value: the text as parsed; bytes are decoded.
+        what: its name for errors, as ``caption``.
+        max_characters: longer texts are refused before they are tokenized.
+
+    Raises:
+        DataError: with the reason why it is no usable text.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"invalid UTF-8 at byte {error.start}") from error
+    if not isinstance(value, str):
+        raise DataError(f"{what} is not a string")
+    text = value.strip()
+    if not text:
+        raise DataError(f"empty {what}")
+    if len(text) > max_characters:
+        raise DataError(f"{what} of {len(text)} characters, not tokenized")
+    return text
 
 
 @lru_cache(maxsize=1)
@@ -250,7 +279,7 @@ class DatasetOutput:
 
     Args:
         prefix: path prefix of the dataset; its folder is made if need be.
-        kind: ``text``, ``images`` or ``pairs``.
+        kind: a key of `DATASET_PARTS`; a task also gets a table of samples.
         dtypes: the dtype of each part of this kind (`DATASET_PARTS`), in order.
         on_error: what a reject does.
     """
@@ -262,6 +291,7 @@ class DatasetOutput:
         self.kind = kind
         self.rejects = RejectLog(prefix, on_error)
         self.writers: dict[str, IndexedWriter] = {}
+        self.samples: SamplesWriter | None = None
         if not Path(prefix).name or prefix.endswith(os.sep):
             raise DataError(f"{prefix}: an output prefix needs a name after its folder")
         try:
@@ -271,6 +301,8 @@ class DatasetOutput:
         try:
             for part, dtype in zip(DATASET_PARTS[kind], dtypes, strict=True):
                 self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype)
+            if kind in TASKS:
+                self.samples = SamplesWriter(prefix, kind)
         except BaseException:
             self._abort()
             raise
@@ -289,11 +321,12 @@ class DatasetOutput:
             names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
             raise DataError(f"no usable record in {names}{first if self.rejects.first else ''}")
         self.rejects.finish()
-        return {
+        records = {
             f"_{part}{suffix}": record
             for part, writer in self.writers.items()
             for suffix, record in writer.finish().items()
         }
+        return records | ({SAMPLES_SUFFIX: self.samples.finish()} if self.samples else {})
 
     def commit(self, manifest: DatasetManifest) -> None:
         """Publishes the finished files, the manifest last.
@@ -305,16 +338,19 @@ class DatasetOutput:
         try:
             manifest_path(self.prefix).unlink(missing_ok=True)
             self.rejects.publish()
-            for writer in self.writers.values():
+            for writer in self._all_writers():
                 writer.publish()
             os.replace(staged, manifest_path(self.prefix))
         finally:
             staged.unlink(missing_ok=True)
         sync_directory(manifest_path(self.prefix).parent)
 
+    def _all_writers(self) -> list[IndexedWriter | SamplesWriter]:
+        return [*self.writers.values(), *([self.samples] if self.samples else [])]
+
     def _abort(self) -> None:
         self.rejects.abort()
-        for writer in self.writers.values():
+        for writer in self._all_writers():
             writer.abort()
 
     def __enter__(self) -> Self:

@@ -20,6 +20,7 @@ from megatron_vlmoe.data.preprocess import (
     Progress,
     Run,
     TokenizerLike,
+    checked_text,
     chunked,
     encode_all,
     load_tokenizer,
@@ -95,10 +96,11 @@ class CheckPairs:
         self, tokenizer: TokenizerLike, item: CaptionedImage, rejects: list[Reject]
     ) -> list[list[int]]:
         """Ids of the usable captions; the others go to ``rejects``, counted from 0."""
+        longest = self.max_caption_tokens * _MAX_CHARACTERS_PER_TOKEN
         usable: list[tuple[int, str]] = []
         for number, caption in enumerate(item.captions):
             try:
-                usable.append((number, self._text(caption)))
+                usable.append((number, checked_text(caption, "caption", longest)))
             except DataError as error:
                 rejects.append(_caption_reject(item, number, str(error)))
         result = []
@@ -113,22 +115,6 @@ class CheckPairs:
             else:
                 result.append(ids)
         return result
-
-    def _text(self, caption: object) -> str:
-        """A caption as a string. Raises DataError with the reason why it is none."""
-        if isinstance(caption, bytes):
-            try:
-                caption = caption.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"invalid UTF-8 at byte {error.start}") from error
-        if not isinstance(caption, str):
-            raise DataError("caption is not a string")
-        text = caption.strip()
-        if not text:
-            raise DataError("empty caption")
-        if len(text) > self.max_caption_tokens * _MAX_CHARACTERS_PER_TOKEN:
-            raise DataError(f"caption of {len(text)} characters, not tokenized")
-        return text
 
 
 def _caption_reject(item: CaptionedImage, number: int, reason: str) -> Reject:

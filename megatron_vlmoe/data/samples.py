@@ -37,6 +37,13 @@ from megatron_vlmoe.data.masking import (
 )
 from megatron_vlmoe.data.order import Place, Purpose, keyed_rng
 from megatron_vlmoe.data.packing import PackedTexts
+from megatron_vlmoe.data.rand_augment import (
+    Operation,
+    apply_erase,
+    apply_rand_augment,
+    draw_erase,
+    draw_rand_augment,
+)
 
 if TYPE_CHECKING:
     from megatron_vlmoe.data.codes import CodesReader, StoredView
@@ -139,11 +146,25 @@ class PatchMasks:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How views are drawn in training: smallest crop, strength of colour jitter, share of flips."""
+    """How views are drawn in training.
+
+    Args:
+        crop_scale_min: smallest share of the image that a crop keeps; 1 keeps the whole image.
+        color_jitter: strength of colour jitter.
+        flip_probability: share of flips.
+        rand_augment: recipe of `rand_augment`, or `none`.
+        random_erase: probability of overwriting a rectangle with noise.
+        pixel_mean: of the model's normalization, per channel: what noise is.
+        pixel_std: the same.
+    """
 
     crop_scale_min: float
     color_jitter: float
     flip_probability: float
+    rand_augment: str = "none"
+    random_erase: float = 0.0
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 class ImageViews:
@@ -189,8 +210,24 @@ class ImageViews:
         if not self.draws.train:
             return ImageDraw(CropBox.whole(width, height))
         flip = bool(rng.random() < wanted.flip_probability)
+        if wanted.crop_scale_min >= 1.0:
+            return ImageDraw(CropBox.whole(width, height), flip, jitter)
         box = draw_crop(width, height, rng, (wanted.crop_scale_min, 1.0))
         return ImageDraw(box, flip, jitter)
+
+    def _operations(self, place: Place, size: int) -> tuple[Operation, ...]:
+        recipe = self.augmentation.rand_augment
+        if not self.draws.train or recipe == "none":
+            return ()
+        return draw_rand_augment(self.draws.rng(Purpose.RAND_AUGMENT, place), recipe, size)
+
+    def _erase(self, place: Place, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        wanted = self.augmentation
+        if not self.draws.train or wanted.random_erase <= 0.0:
+            return pixels
+        rng = self.draws.rng(Purpose.ERASE, place)
+        erase = draw_erase(rng, pixels.shape[1], wanted.random_erase)
+        return apply_erase(pixels, erase, wanted.pixel_mean, wanted.pixel_std)
 
     def pixels(self, place: Place, image: int, sizes: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         """Aligned views of one image, uint8 ``[3, size, size]`` for each size.
@@ -202,8 +239,15 @@ class ImageViews:
         where = f"{reader.path_prefix}.bin: image {image}"
         opened = open_image(reader.sequence(image), where)
         draw = self.draw(place, image, opened.width, opened.height)
+        operations = self._operations(place, sizes[0])
         try:
-            return views(decode_pixels(opened, where), draw, sizes)
+            made = views(
+                decode_pixels(opened, where),
+                draw,
+                sizes,
+                then=lambda view: apply_rand_augment(view, operations),
+            )
+            return [self._erase(place, pixels) for pixels in made]
         except DataError:
             raise
         except ValueError as error:

@@ -54,9 +54,7 @@ class StreamAttention(MegatronModule):
         parts: dict[str, Tensor] = {}
         q, k, v = (layout.segments(x.squeeze(1), gathered) for x in (query, key, value))
         if layout.texts:
-            parts["texts"] = self._attend(
-                q["texts"], k["texts"], v["texts"], _document_mask(stream)
-            )
+            parts["texts"] = self._attend(q["texts"], k["texts"], v["texts"], _text_mask(stream))
         if layout.pairs:
             pq, pk, pv = (torch.cat([x["pair_texts"], x["pair_images"]], dim=1) for x in (q, k, v))
             both = self._attend(pq, pk, pv, _pair_mask(stream))
@@ -83,17 +81,19 @@ class StreamAttention(MegatronModule):
 
 def _pair_mask(stream: StreamBatch) -> Tensor:
     """Keys that are not padding ``[n, 1, 1, L]`` of captions and images together."""
-    captions = stream.caption_mask()
+    captions = stream.slot_mask("pair_texts")
+    assert captions is not None, "pairs need the lengths of their captions"
     images = captions.new_ones(captions.shape[0], stream.layout.image_length)
     return torch.cat([captions, images], dim=1)[:, None, None, :]
 
 
-def _document_mask(stream: StreamBatch) -> Optional[Tensor]:
-    """Tokens of the same document ``[n, 1, L, L]``; None where attention is not restarted."""
-    if stream.text_documents is None:
-        return None
-    documents = stream.text_documents
-    return (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+def _text_mask(stream: StreamBatch) -> Optional[Tensor]:
+    """Tokens of the same document ``[n, 1, L, L]``, or keys that are not padding ``[n, 1, 1, L]``; None sees all."""
+    if stream.text_documents is not None:
+        documents = stream.text_documents
+        return (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+    slots = stream.slot_mask("texts")
+    return None if slots is None else slots[:, None, None, :]
 
 
 class StreamSelfAttention(SelfAttention):

@@ -5,7 +5,7 @@ Letters: n samples, L tokens, N patches, P patch side, D width, S image side.
 
 from __future__ import annotations
 
-from typing import Mapping
+from typing import Mapping, Optional
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +80,15 @@ class ImageEmbedding(MegatronModule):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """uint8 pixels ``[n, 3, S, S]`` and mask ``[n, N]`` (True is hidden) to ``[n * (N + 1), 1, D]``."""
+    def forward(self, pixels: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """uint8 pixels ``[n, 3, S, S]`` and mask ``[n, N]`` (True is hidden) to ``[n * (N + 1), 1, D]``.
+
+        Without a mask nothing is hidden. Pixels that augmentation has mixed are float, in 0..255.
+        """
         values = ((pixels.float() / 255.0 - self.mean) / self.std).to(self.weight.dtype)
         patches = F.linear(patchify(values, self.patch_size), self.weight, self.bias)
-        patches = torch.where(mask.unsqueeze(2), self.mask_token, patches)
+        if mask is not None:
+            patches = torch.where(mask.unsqueeze(2), self.mask_token, patches)
         cls_token = self.cls_token.expand(len(patches), 1, -1)
         tokens = torch.cat([cls_token, patches], dim=1) + self.position
         if self.token_type is not None:
@@ -117,15 +121,19 @@ class StreamEmbedding(MegatronModule):
             parts.append(self._text()(batch["text_ids"], layout.texts))
         if layout.pairs:
             parts.append(self._text()(batch["pair_ids"], layout.pairs))
-            mask = stream.share(batch["pair_image_mask"])
+            mask = _share(stream, batch.get("pair_image_mask"))
             parts.append(self.image(batch["pair_pixels"], mask))
         if layout.images:
-            parts.append(self.image(batch["image_pixels"], stream.share(batch["image_mask"])))
+            parts.append(self.image(batch["image_pixels"], _share(stream, batch.get("image_mask"))))
         return torch.cat(parts)
 
     def _text(self) -> TextEmbedding:
         assert self.text is not None, "texts and pairs need model.vocab_size"
         return self.text
+
+
+def _share(stream: StreamBatch, samples: Optional[Tensor]) -> Optional[Tensor]:
+    return None if samples is None else stream.share(samples)
 
 
 def _table(rows: int, config: TransformerConfig) -> nn.Parameter:

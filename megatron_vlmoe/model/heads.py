@@ -5,7 +5,7 @@ Letters: n samples, M predicted positions of a sample, S positions in total, D w
 
 from __future__ import annotations
 
-from typing import Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -13,10 +13,11 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_vlmoe.config.schema import ModelConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.sizes import padded_vocab_size
+from megatron_vlmoe.config.stream import StreamLayout
 from megatron_vlmoe.moe.stream_batch import StreamBatch
 
 
@@ -79,11 +80,27 @@ class VocabHead(MegatronModule):
         return index == labels
 
 
-class MaskedHeads(MegatronModule):
+class Heads(MegatronModule):
+    """What the last stage ends with: hidden states to what the objective needs."""
+
+    def forward(
+        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> dict[str, Any]:
+        """Outputs by name for the local stream ``[T, 1, D]`` after the last LayerNorm."""
+        raise NotImplementedError
+
+    def unreached(self, layout: StreamLayout) -> dict[str, nn.Module]:
+        """Modules that get no gradient in a run of this layout, by name."""
+        return {}
+
+
+class MaskedHeads(Heads):
     """MLM head for texts and captions, MIM head for images (untied, as BEiT-3; the paper is silent)."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig, run: RunConfig) -> None:
         super().__init__(config=config)
+        model = run.model
+        self.objectives = run.objectives
         # A run without texts or without images has no tokenizer for them, hence no head.
         self.text = VocabHead(config, model.vocab_size) if model.vocab_size else None
         self.image = VocabHead(config, model.visual_vocab_size) if model.visual_vocab_size else None
@@ -103,7 +120,8 @@ class MaskedHeads(MegatronModule):
             evaluation only, correctness ``[n * M]``; equal on all tensor-parallel ranks.
         """
         layout = stream.layout
-        text, image = [], []
+        text: list[tuple[str, str, str, str, int]] = []
+        image: list[tuple[str, str, str, str, int]] = []
         if layout.texts:
             text.append(("mlm", "texts", "text_positions", "text_labels", 0))
         if layout.pairs:
@@ -120,6 +138,14 @@ class MaskedHeads(MegatronModule):
                 assert head is not None, "the vocabulary of a head must be known"
                 result.update(_apply(head, parts, hidden, batch, stream))
         return result
+
+    def unreached(self, layout: StreamLayout) -> dict[str, nn.Module]:
+        """Heads without samples, or whose losses all have weight 0."""
+        wanted = self.objectives
+        text = (layout.texts and wanted.mlm_weight) or (layout.pairs and wanted.vlm_text_weight)
+        image = (layout.images and wanted.mim_weight) or (layout.pairs and wanted.vlm_image_weight)
+        heads = (("heads.text", self.text, text), ("heads.image", self.image, image))
+        return {name: head for name, head, used in heads if head is not None and not used}
 
 
 def _apply(

@@ -49,6 +49,9 @@ def initialize_parameters(
             shard.data.data_ptr(): shard for shard in shards.values() if shard.data.numel()
         }
         for name, parameter in chunk.named_parameters():
+            if name.endswith("logit_scale"):
+                # A number that its module sets, not a draw.
+                continue
             shard = shards.get(id(parameter)) or by_pointer.get(parameter.data_ptr())
             if shard is None:
                 raise RuntimeError(f"parameter {name} is not in the sharded state dict")

@@ -18,10 +18,17 @@ from megatron_vlmoe.model.feed_forward import MoMEFeedForward
 from megatron_vlmoe.model.vlmoe import VLMoEModel
 
 
-def freeze_unreachable(chunks: Sequence[VLMoEModel], config: RunConfig) -> list[str]:
+def freeze_unreachable(
+    chunks: Sequence[VLMoEModel], config: RunConfig, masked: bool = True
+) -> list[str]:
     """Sets `requires_grad=False` on every module that no token of the run's layout reaches.
 
     Also freezes routers and experts when `moe.train_experts` is false.
+
+    Args:
+        chunks: stages of this rank.
+        config: the run.
+        masked: whether patches are masked; without that nothing reaches the mask embedding.
 
     Returns:
         Names of the frozen modules, for the log.
@@ -30,10 +37,11 @@ def freeze_unreachable(chunks: Sequence[VLMoEModel], config: RunConfig) -> list[
     frozen: list[str] = []
     for chunk in chunks:
         if chunk.pre_process:
-            frozen += _freeze_embeddings(chunk, layout)
+            frozen += _freeze_embeddings(chunk, layout, masked)
         frozen += _freeze_branches(chunk.decoder, config, layout)
         if chunk.post_process:
-            frozen += _freeze_heads(chunk, config, layout)
+            for name, module in chunk.heads.unreached(layout).items():
+                frozen += _freeze(module, name)
     return frozen
 
 
@@ -43,12 +51,15 @@ def _freeze(module: nn.Module, name: str) -> list[str]:
     return [name]
 
 
-def _freeze_embeddings(chunk: VLMoEModel, layout: StreamLayout) -> list[str]:
+def _freeze_embeddings(chunk: VLMoEModel, layout: StreamLayout, masked: bool) -> list[str]:
     frozen = []
     if chunk.embedding.text is not None and not layout.texts and not layout.pairs:
         frozen += _freeze(chunk.embedding.text, "embedding.text")
     if not layout.images and not layout.pairs:
         frozen += _freeze(chunk.embedding.image, "embedding.image")
+    elif not masked:
+        chunk.embedding.image.mask_token.requires_grad_(False)
+        frozen.append("embedding.image.mask_token")
     return frozen
 
 
@@ -72,18 +83,4 @@ def _freeze_branches(decoder: MoMEBlock, config: RunConfig, layout: StreamLayout
                 frozen += _freeze(feed_forward.moe.experts.pool(branch.name), f"{prefix} experts")
                 gate = feed_forward.moe.router.get_submodule(branch.name)  # type: ignore[attr-defined]
                 frozen += _freeze(gate, f"{prefix} router")
-    return frozen
-
-
-def _freeze_heads(chunk: VLMoEModel, config: RunConfig, layout: StreamLayout) -> list[str]:
-    objectives = config.objectives
-    text = (layout.texts and objectives.mlm_weight) or (layout.pairs and objectives.vlm_text_weight)
-    image = (layout.images and objectives.mim_weight) or (
-        layout.pairs and objectives.vlm_image_weight
-    )
-    frozen = []
-    if chunk.heads.text is not None and not text:
-        frozen += _freeze(chunk.heads.text, "heads.text")
-    if chunk.heads.image is not None and not image:
-        frozen += _freeze(chunk.heads.image, "heads.image")
     return frozen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Optional, Union
+from typing import Any, Callable, Mapping, Optional, Union
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
@@ -13,10 +13,11 @@ from torch import Tensor
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.block import build_block
 from megatron_vlmoe.model.embeddings import StreamEmbedding
-from megatron_vlmoe.model.heads import MaskedHeads
+from megatron_vlmoe.model.heads import Heads, MaskedHeads
 from megatron_vlmoe.moe.stream_batch import StreamBatch
 
-HeadOutput = dict[str, tuple[Tensor, Optional[Tensor]]]
+BuildHeads = Callable[[TransformerConfig, RunConfig], Heads]
+"""Makes what the last stage ends with: the heads of pretraining, or of a downstream task."""
 
 
 class VLMoEModel(MegatronModule):
@@ -28,6 +29,7 @@ class VLMoEModel(MegatronModule):
         pre_process: whether this stage embeds.
         post_process: whether this stage has the final LayerNorm and the heads.
         vp_stage: virtual pipeline stage.
+        build_heads: makes the heads of the last stage.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class VLMoEModel(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: Optional[int] = None,
+        build_heads: BuildHeads = MaskedHeads,
     ) -> None:
         super().__init__(config=transformer_config)
         self.model_type = ModelType.encoder_or_decoder
@@ -48,7 +51,7 @@ class VLMoEModel(MegatronModule):
             self.embedding = StreamEmbedding(transformer_config, config.model, config.data)
         self.decoder = build_block(config, transformer_config, pre_process, post_process, vp_stage)
         if post_process:
-            self.heads = MaskedHeads(transformer_config, config.model)
+            self.heads = build_heads(transformer_config, config)
 
     def set_input_tensor(self, input_tensor: Union[Tensor, list[Tensor]]) -> None:
         """Takes the previous stage's output from the pipeline schedule."""
@@ -62,8 +65,8 @@ class VLMoEModel(MegatronModule):
 
     def forward(
         self, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> Union[Tensor, HeadOutput]:
-        """Hidden states for the next stage; on the last stage the heads' losses per slot."""
+    ) -> Union[Tensor, dict[str, Any]]:
+        """Hidden states for the next stage; on the last stage what the heads return."""
         hidden = self.encode(batch, stream)
         if not self.post_process:
             return hidden

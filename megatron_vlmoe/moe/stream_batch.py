@@ -23,6 +23,7 @@ class StreamBatch:
         pair_lengths: tokens of every caption of the whole micro-batch ``[n]``, special tokens included.
         key: names the micro-batch for random draws; None draws nothing.
         text_documents: document number of every token of every text ``[n, L]``, to restart attention.
+        text_lengths: tokens of every text ``[n]``, special tokens included; None where texts are packed full.
     """
 
     layout: StreamLayout
@@ -31,33 +32,38 @@ class StreamBatch:
     pair_lengths: Optional[Tensor] = None
     key: Optional[DrawKey] = None
     text_documents: Optional[Tensor] = None
+    text_lengths: Optional[Tensor] = None
     # Every block asks for the same masks: made once for a micro-batch.
     _masks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _slots: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def share(self, samples: Tensor) -> Tensor:
         """This rank's part of a tensor over the samples of the whole micro-batch."""
         return samples.chunk(self.tensor_size, dim=0)[self.tensor_rank] if len(samples) else samples
 
-    def caption_mask(self) -> Tensor:
-        """True where a caption slot holds a token: ``[n, L]`` over the whole micro-batch."""
-        assert self.pair_lengths is not None
-        if () not in self._masks:
-            slots = torch.arange(self.layout.pair_text_length, device=self.pair_lengths.device)
-            self._masks[()] = slots < self.pair_lengths.unsqueeze(1)
-        return self._masks[()]
+    def slot_mask(self, segment: str) -> Optional[Tensor]:
+        """True where a slot of a segment holds a token: ``[n, L]`` over the whole micro-batch; None if all do."""
+        lengths = {"texts": self.text_lengths, "pair_texts": self.pair_lengths}.get(segment)
+        if lengths is None or not self.layout.count(segment):
+            return None
+        if segment not in self._slots:
+            slots = torch.arange(self.layout.length(segment), device=lengths.device)
+            self._slots[segment] = slots < lengths.unsqueeze(1)
+        return self._slots[segment]
 
     def token_mask(self, segments: Sequence[str], device: torch.device) -> Optional[Tensor]:
         """True for tokens that are not padding, over this rank's tokens of the segments; None if all are."""
-        if "pair_texts" not in segments or self.layout.pairs == 0 or self.pair_lengths is None:
+        masks = [self.slot_mask(segment) for segment in segments]
+        if all(mask is None for mask in masks):
             return None
         key = tuple(segments)
         if key not in self._masks:
             self._masks[key] = torch.cat(
                 [
-                    self.share(self.caption_mask()).reshape(-1)
-                    if segment == "pair_texts"
-                    else torch.ones(self.layout.size(segment), dtype=torch.bool, device=device)
-                    for segment in segments
+                    torch.ones(self.layout.size(segment), dtype=torch.bool, device=device)
+                    if mask is None
+                    else self.share(mask).reshape(-1)
+                    for segment, mask in zip(segments, masks)
                 ]
             )
         return self._masks[key]

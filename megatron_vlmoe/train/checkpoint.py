@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,10 +49,16 @@ class TrainState:
     Args:
         step: finished optimizer steps.
         skipped_steps: steps without an update (fp16 overflow).
+        best_value: best result of the metric that chooses the best checkpoint; None before the first.
+        best_step: step of that result.
+        worse_evaluations: evaluations since then.
     """
 
     step: int = 0
     skipped_steps: int = 0
+    best_value: Optional[float] = None
+    best_step: int = 0
+    worse_evaluations: int = 0
 
 
 def iteration_name(step: int) -> str:
@@ -101,8 +107,14 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.queue = AsyncCallsQueue() if async_save else None
 
-    def save(self, state: TrainState, config: RunConfig, parts: TrainingParts) -> Path:
-        """Writes a checkpoint.
+    def save(
+        self,
+        state: TrainState,
+        config: RunConfig,
+        parts: TrainingParts,
+        with_optimizer: bool = True,
+    ) -> Path:
+        """Writes a checkpoint, with `with_optimizer` one that training can go on from.
 
         Raises:
             CheckpointError: on every rank, if the disk is too full or writing fails on any.
@@ -112,7 +124,8 @@ class CheckpointWriter:
         temporary = target.with_name(target.name + ".tmp")
         gather_parameters(config, parts)
         # Before the first step an optimizer has no state yet; weights are all that a seed is for.
-        content = _state_dict(state, config, parts, is_loading=False, with_optimizer=state.step > 0)
+        with_optimizer = with_optimizer and state.step > 0
+        content = _state_dict(state, config, parts, is_loading=False, with_optimizer=with_optimizer)
         self._prepare_folder(temporary, content)
         request = self._write(content, temporary)
         if request is None:
@@ -164,7 +177,7 @@ class CheckpointWriter:
                 content_metadata=_plain_metadata(),
             )
         except (Exception, CheckpointException) as error:
-            problem = _one_line(error)
+            problem = one_line(error)
         _raise_together(problem, temporary)
         return request
 
@@ -200,16 +213,11 @@ def load_checkpoint(
     Raises:
         CheckpointError: if the checkpoint is of another model or damaged.
     """
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({type(error).__name__})"
-        ) from None
+    common = load_common(path)
     check_architecture(path, common.get("config", {}), config)
     saved_state = TrainState(**common["train_state"])
-    # A seed checkpoint has weights only.
-    with_optimizer = with_optimizer and saved_state.step > 0
+    # A seed checkpoint, and that of the best step, have weights only.
+    with_optimizer = with_optimizer and "optimizer" in common
     content = _state_dict(
         TrainState(), config, parts, is_loading=True, with_optimizer=with_optimizer
     )
@@ -222,7 +230,7 @@ def load_checkpoint(
             else StrictHandling.RAISE_ALL,
         )
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path}: {_one_line(error)}") from None
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
     for index, chunk in enumerate(parts.chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     if not with_optimizer:
@@ -234,23 +242,45 @@ def load_checkpoint(
     return saved_state
 
 
+def load_common(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors: `config`, `train_state`, optimizer settings.
+
+    Raises:
+        CheckpointError: if the folder is no readable checkpoint.
+    """
+    try:
+        return dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({type(error).__name__})"
+        ) from None
+
+
 def gather_parameters(config: RunConfig, parts: TrainingParts) -> None:
     """Completes the parameters that the next forward pass would still have gathered."""
-    if config.parallel.overlap_param_gather:
+    if config.parallel.overlap_param_gather and parts.optimizer is not None:
         for chunk in parts.wrapped:
             chunk.disable_forward_pre_hook(param_sync=True)
             chunk.enable_forward_pre_hook()
 
 
-def check_architecture(path: Path, saved: dict[str, Any], config: RunConfig) -> None:
+def check_architecture(
+    path: Path, saved: dict[str, Any], config: RunConfig, free: Sequence[str] = ()
+) -> None:
     """Refuses a checkpoint of another model.
+
+    Args:
+        path: the checkpoint, for the message.
+        saved: its configuration.
+        config: of the model that loads it.
+        free: names that may differ.
 
     Raises:
         CheckpointError: naming the first option that differs.
     """
     ours = dataclasses.asdict(config)
     for section, names in ARCHITECTURE:
-        for name in names:
+        for name in (name for name in names if name not in free):
             theirs = saved.get(section, {}).get(name)
             if theirs is None:
                 raise CheckpointError(
@@ -316,7 +346,7 @@ def _local_bytes(content: Any) -> float:
     return total
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What went wrong; torch wraps the errors of all ranks in one that prints their tracebacks."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

@@ -6,37 +6,27 @@ from typing import Any, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.objectives.masked import LABELS, LOSSES
-from megatron_vlmoe.runtime.distributed import Ranks, device
-from megatron_vlmoe.train.step import StepRunner
+from megatron_vlmoe.runtime.distributed import device
 
 
-def evaluate(
-    runner: StepRunner,
-    batches: Iterable[Mapping[str, Tensor]],
-    config: RunConfig,
-    ranks: Ranks,
-    num_micro_batches: int,
-) -> dict[str, float]:
-    """Runs `train.eval_steps` steps of held-out data.
+def reduce_evaluation(results: Iterable[Mapping[str, Any]], config: RunConfig) -> dict[str, float]:
+    """Exact averages over the micro-batches of all ranks; every rank must call it.
+
+    Args:
+        results: sums and labels of this rank's micro-batches.
+        config: the run.
 
     Returns:
         On every rank `eval/loss/*` (nats per masked slot), `acc/*` (share of masked slots whose most likely
         class is right) and `unigram/*` (entropy in nats of guessing by the labels' own frequencies).
     """
-    iterator = iter(batches)
     counters = _Counters(config)
-    for _ in range(config.train.eval_steps):
-        with torch.no_grad():
-            results = runner.evaluate(iterator, num_micro_batches)
-        for result in results:
-            # All tensor-parallel ranks hold the same sums; the first one speaks for them.
-            if ranks.tensor == 0:
-                counters.add(result)
-    return counters.reduce(config)
+    for result in results:
+        counters.add(result)
+    return counters.reduce()
 
 
 class _Counters:
@@ -65,7 +55,7 @@ class _Counters:
             valid = (labels >= 0).to(self.histograms[name].dtype)
             self.histograms[name].scatter_add_(0, labels.clamp(min=0), valid)
 
-    def reduce(self, config: RunConfig) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """Metrics over all ranks; losses without any slot are left out."""
         flat = torch.cat([self.sums.reshape(-1), *(self.histograms[name] for name in LOSSES)])
         dist.all_reduce(flat)

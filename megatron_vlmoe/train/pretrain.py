@@ -40,12 +40,9 @@ def main(arguments: Sequence[str], open_data: Optional[OpenData] = None) -> int:
 def pretrain(command: ParsedCommand, open_data: Optional[OpenData] = None) -> int:
     """Trains; returns 0 at the end of the run and after a clean early exit."""
     config = command.config
-    _make_run_folder(config)
-    _report_packages()
-    # megatron-core warns on import about packages that are optional here.
-    warnings.filterwarnings("ignore", module="megatron")
-    # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    make_run_folder(config)
+    report_packages()
+    quiet_imports()
     from megatron_vlmoe.runtime.distributed import destroy, initialize
     from megatron_vlmoe.runtime.precision import resolve_precision
 
@@ -59,6 +56,7 @@ def pretrain(command: ParsedCommand, open_data: Optional[OpenData] = None) -> in
 
 def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[OpenData]) -> None:
     from megatron_vlmoe.data.batches import BatchShare, PretrainData
+    from megatron_vlmoe.train.masked import MaskedObjective
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.trainer import Trainer
 
@@ -66,14 +64,14 @@ def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[
     config = data.config
     validate(config, ranks.world_size)
     micro_batches = num_micro_batches(config, ranks.data_size)
-    _log_start(config, ranks, precision, micro_batches, data.summary())
+    log_layout(config, ranks, precision, micro_batches, data.summary())
     parts = build_training(config, precision)
     if parts.frozen:
         log.info("frozen, never reached by this run: %s", ", ".join(parts.frozen))
-    trainer = Trainer(
-        config, parts, ranks, data, micro_batches, precision, _image_tokenizer(config, ranks, data)
+    objective = MaskedObjective(
+        config, ranks, data, micro_batches, _image_tokenizer(config, ranks, data)
     )
-    trainer.run()
+    Trainer(config, parts, ranks, data, micro_batches, precision, objective).run()
 
 
 def _image_tokenizer(config: RunConfig, ranks: Ranks, data: Any) -> Optional[Any]:
@@ -86,7 +84,15 @@ def _image_tokenizer(config: RunConfig, ranks: Ranks, data: Any) -> Optional[Any
     return ImageTokenizer.from_pretrained(config.data.image_tokenizer, device=device())
 
 
-def _make_run_folder(config: RunConfig) -> None:
+def quiet_imports() -> None:
+    """Silences warnings that no user can act on."""
+    # megatron-core warns on import about packages that are optional here.
+    warnings.filterwarnings("ignore", module="megatron")
+    # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def make_run_folder(config: RunConfig) -> None:
     """Finds out before anything is loaded whether the run can write its files."""
     save = config.checkpoint.save
     if not save:
@@ -102,7 +108,8 @@ def _make_run_folder(config: RunConfig) -> None:
         raise ConfigError(f"--save {save}: not writable")
 
 
-def _report_packages() -> None:
+def report_packages() -> None:
+    """One line about optional packages; an unusable one is an error."""
     from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
 
     if int(os.environ.get("RANK", 0)) == 0:
@@ -112,9 +119,10 @@ def _report_packages() -> None:
         raise ConfigError("; ".join(problems))
 
 
-def _log_start(
+def log_layout(
     config: RunConfig, ranks: Ranks, precision: str, micro_batches: int, summary: Sequence[str]
 ) -> None:
+    """The layout, a warning where experts span nodes, and the data."""
     parallel = config.parallel
     log.info(
         "layout: TP %d, PP %d (virtual %d), EP %d, DP %d on %d rank(s), %s, %d micro-batch(es) per step",

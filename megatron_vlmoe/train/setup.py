@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from megatron.core import parallel_state
@@ -13,15 +13,20 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer.optimizer_config import (
+    ParamKey,
+    ParamPredicate,
+    ParamWithNamePredicate,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.model.heads import MaskedHeads
 from megatron_vlmoe.model.init import initialize_parameters
 from megatron_vlmoe.model.reach import freeze_unreachable
 from megatron_vlmoe.model.transformer_config import build_transformer_config
-from megatron_vlmoe.model.vlmoe import VLMoEModel
+from megatron_vlmoe.model.vlmoe import BuildHeads, VLMoEModel
 from megatron_vlmoe.runtime.distributed import device
 
 
@@ -56,7 +61,11 @@ def checkpoint_metadata() -> dict[str, Any]:
     }
 
 
-def build_chunks(config: RunConfig, transformer_config: TransformerConfig) -> list[VLMoEModel]:
+def build_chunks(
+    config: RunConfig,
+    transformer_config: TransformerConfig,
+    build_heads: BuildHeads = MaskedHeads,
+) -> list[VLMoEModel]:
     """The model chunks of this rank, with initial weights, on its device."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
@@ -73,25 +82,31 @@ def build_chunks(config: RunConfig, transformer_config: TransformerConfig) -> li
                     ignore_virtual=False, vp_stage=vp_stage
                 ),
                 vp_stage=vp_stage,
+                build_heads=build_heads,
             )
         )
     initialize_parameters(chunks, config.model, config.train.seed, checkpoint_metadata())
     return [chunk.to(device()) for chunk in chunks]
 
 
-def build_training(config: RunConfig, precision: Precision) -> TrainingParts:
+def build_training(
+    config: RunConfig, precision: Precision, build_heads: BuildHeads = MaskedHeads
+) -> TrainingParts:
     """Everything that a training run needs on this rank.
 
     Args:
         config: the run, with vocabulary sizes.
         precision: resolved precision.
+        build_heads: makes the heads of the last stage.
     """
     transformer_config = build_transformer_config(config, precision)
-    chunks = build_chunks(config, transformer_config)
-    frozen = freeze_unreachable(chunks, config)
+    chunks = build_chunks(config, transformer_config, build_heads)
+    frozen = freeze_unreachable(chunks, config, masked=build_heads is MaskedHeads)
     wrapped = _wrap(chunks, config, transformer_config)
     optimizer = get_megatron_optimizer(
-        _optimizer_config(config, precision), wrapped, config_overrides=_group_overrides()
+        _optimizer_config(config, precision),
+        wrapped,
+        config_overrides=_group_overrides(chunks, config),
     )
     transformer_config.grad_scale_func = optimizer.scale_loss
     transformer_config.finalize_model_grads_func = finalize_model_grads
@@ -103,6 +118,18 @@ def build_training(config: RunConfig, precision: Precision) -> TrainingParts:
         scheduler=_scheduler(config, optimizer),
         frozen=frozen,
     )
+
+
+def build_forward_only(
+    config: RunConfig, precision: Precision, build_heads: BuildHeads
+) -> TrainingParts:
+    """The model alone, for evaluation and prediction: no gradients, no optimizer."""
+    transformer_config = build_transformer_config(config, precision)
+    chunks = build_chunks(config, transformer_config, build_heads)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()
+    return TrainingParts(transformer_config, chunks, list(chunks), None, None, [])
 
 
 def _wrap(
@@ -172,12 +199,47 @@ def has_weight_decay(name: str, shape: torch.Size) -> bool:
     """
     if len(shape) == 1 or name.endswith(("bias", "bias1", "bias2")):
         return False
-    special = ("position", "cls_token", "mask_token", "token_type")
+    special = ("position", "cls_token", "mask_token", "token_type", "logit_scale")
     return not name.endswith(special)
 
 
-def _group_overrides() -> dict[ParamKey, Any]:
-    """Parameter groups: matrices, what has no weight decay, and routers.
+def learning_rate_factor(name: str, layer_number: int, config: RunConfig) -> float:
+    """Factor of the learning rate of a parameter (layer-wise decay as in BEiT, head factor as in VLMo).
+
+    Args:
+        name: parameter name within its chunk.
+        layer_number: number of its block from 1; 0 outside blocks.
+        config: the run.
+    """
+    optim = config.optim
+    if name.startswith("heads."):
+        return optim.head_lr_multiplier
+    if name.startswith("embedding."):
+        return optim.layer_decay ** (config.model.num_layers + 1)
+    if layer_number:
+        return optim.layer_decay ** (config.model.num_layers + 1 - layer_number)
+    return 1.0
+
+
+def _mark_learning_rates(chunks: list[VLMoEModel], config: RunConfig) -> set[float]:
+    """Writes the factor of every trained parameter on it; returns the factors of the whole model but 1."""
+    for chunk in chunks:
+        numbers = {
+            id(parameter): layer.layer_number
+            for layer in chunk.decoder.layers
+            for parameter in layer.parameters()
+        }
+        for name, parameter in chunk.named_parameters():
+            factor = learning_rate_factor(name, numbers.get(id(parameter), 0), config)
+            parameter.learning_rate_factor = factor  # type: ignore[attr-defined]
+    blocks = range(1, config.model.num_layers + 1)
+    factors = {learning_rate_factor("decoder.", number, config) for number in blocks}
+    factors |= {learning_rate_factor(name, 0, config) for name in ("embedding.", "heads.")}
+    return factors - {1.0}
+
+
+def _group_overrides(chunks: list[VLMoEModel], config: RunConfig) -> dict[ParamKey, Any]:
+    """Parameter groups: matrices, what has no weight decay, routers, and learning rates of their own.
 
     Routers are fp32 in a 16-bit model, and megatron-core 0.16.1's distributed optimizer saves the wrong
     state where one group mixes the two. Groups are recognised by megatron-core's own keys, of which
@@ -187,10 +249,19 @@ def _group_overrides() -> dict[ParamKey, Any]:
         name="no_weight_decay", fn=lambda param, name: not has_weight_decay(name, param.shape)
     )
     router = ParamWithNamePredicate(name="router", fn=lambda param, name: ".router." in name)
-    return {
+    overrides: dict[ParamKey, Any] = {
         ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0},
         ParamKey(with_name_predicate=router): {"is_decoupled_lr": True},
     }
+    for factor in sorted(_mark_learning_rates(chunks, config)):
+        key = ParamPredicate(name=f"learning_rate_{factor!r}", fn=_has_factor(factor))
+        rates = {"max_lr": config.optim.lr * factor, "min_lr": config.optim.min_lr * factor}
+        overrides[ParamKey(predicate=key)] = rates
+    return overrides
+
+
+def _has_factor(factor: float) -> Callable[[torch.nn.Parameter], bool]:
+    return lambda parameter: getattr(parameter, "learning_rate_factor", 1.0) == factor
 
 
 def _scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
@@ -204,7 +275,7 @@ def _scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
         lr_warmup_steps=optim.lr_warmup_steps,
         # A run shorter than its warm-up ends inside it.
         lr_decay_steps=max(decay, optim.lr_warmup_steps + 1),
-        lr_decay_style="cosine",
+        lr_decay_style=optim.lr_decay_style,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,
         wd_incr_steps=config.train.steps,

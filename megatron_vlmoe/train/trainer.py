@@ -10,12 +10,10 @@ from typing import Any, Mapping, Optional
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.estimate import flops_per_step
 from megatron_vlmoe.config.schema import ConfigError, Precision, RunConfig
-from megatron_vlmoe.objectives.masked import LOSSES
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.train.checkpoint import (
     CheckpointWriter,
@@ -24,12 +22,12 @@ from megatron_vlmoe.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
-from megatron_vlmoe.train.evaluate import evaluate, evaluation_line
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
+from megatron_vlmoe.train.objective import Losses, Objective
 from megatron_vlmoe.train.profiling import StepProfiler
 from megatron_vlmoe.train.setup import TrainingParts
 from megatron_vlmoe.train.signals import ExitWatch
-from megatron_vlmoe.train.step import ImageEncoder, StepRunner
+from megatron_vlmoe.train.step import StepRunner
 from megatron_vlmoe.train.throughput import DataClock, Throughput
 from megatron_vlmoe.train.writers import MetricsWriter, build_writers, progress_line
 
@@ -50,7 +48,7 @@ class Trainer:
         data: source of batches: `loader(split, first_micro_batch, num_micro_batches)`.
         num_micro_batches: micro-batches of a step on each data-parallel rank.
         precision: resolved precision.
-        image_tokenizer: computes visual tokens on the last stage; None if they are stored.
+        objective: what is trained and how it is judged.
     """
 
     def __init__(
@@ -61,18 +59,22 @@ class Trainer:
         data: Any,
         num_micro_batches: int,
         precision: Precision,
-        image_tokenizer: Optional[ImageEncoder] = None,
+        objective: Objective,
     ) -> None:
         self.config = config
         self.parts = parts
         self.ranks = ranks
         self.data = data
         self.num_micro_batches = num_micro_batches
-        self.runner = StepRunner(config, parts, ranks, image_tokenizer)
+        self.objective = objective
+        self.runner = StepRunner(config, parts, ranks)
         self.state = TrainState()
         self.writer: Optional[CheckpointWriter] = None
+        self.best: Optional[CheckpointWriter] = None
         self.outputs: list[MetricsWriter] = []
-        self.losses = torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=device())
+        self.losses = torch.zeros(
+            len(objective.loss_names) + 2, dtype=torch.float64, device=device()
+        )
         self.throughput = Throughput(
             config,
             ranks.world_size,
@@ -116,9 +118,11 @@ class Trainer:
             if step % config.log.interval == 0 or step == config.train.steps:
                 metrics = self._report(step, grad_norm, clock.take())
             if self._evaluates(step):
-                metrics.update(self._evaluate())
+                evaluation = self._evaluate()
+                metrics.update(evaluation)
+                self._judge(evaluation)
             self._write(step, metrics)
-            reason = watch.reason(step)
+            reason = watch.reason(step) or self._patience_is_over()
             if self.writer is not None:
                 self.writer.poll()
             if reason:
@@ -128,7 +132,8 @@ class Trainer:
         return f"finished {config.train.steps} steps"
 
     def _train_step(self, clock: DataClock) -> float:
-        results = self.runner.train(iter(clock), self.num_micro_batches)
+        self.runner.start_step()
+        results = self.objective.train_step(self.runner, iter(clock), self.num_micro_batches)
         updated, grad_norm, _ = self.parts.optimizer.step()
         if updated:
             self.parts.scheduler.step(increment=1)
@@ -146,12 +151,12 @@ class Trainer:
         self.throughput.step()
         return grad_norm
 
-    def _add_losses(self, results: list[dict[str, Tensor]]) -> None:
+    def _add_losses(self, results: Losses) -> None:
         """Sums losses on the last stage's first tensor rank; read at the next report."""
         if self.ranks.tensor != 0:
             return
         for result in results:
-            for index, name in enumerate(("total", *LOSSES)):
+            for index, name in enumerate(("total", *self.objective.loss_names)):
                 if name in result:
                     self.losses[index] += result[name].double()
             self.losses[-1] += 1.0
@@ -162,18 +167,9 @@ class Trainer:
         sums = self.losses.tolist()
         self.losses.zero_()
         count = max(sums[-1], 1.0)
-        means = {name: sums[index] / count for index, name in enumerate(("total", *LOSSES))}
-        metrics = {"loss/total": means["total"]}
-        counts = {"mlm": "texts", "mim": "images", "vlm_text": "pairs", "vlm_image": "pairs"}
-        for name in LOSSES:
-            if getattr(self.config.data, f"micro_{counts[name]}"):
-                metrics[f"loss/{name}"] = means[name]
-        if self.config.data.micro_pairs:
-            objectives = self.config.objectives
-            metrics["loss/vlm"] = (
-                objectives.vlm_text_weight * means["vlm_text"]
-                + objectives.vlm_image_weight * means["vlm_image"]
-            )
+        names = ("total", *self.objective.loss_names)
+        means = {name: sums[index] / count for index, name in enumerate(names)}
+        metrics = {"loss/total": means["total"], **self.objective.loss_metrics(means)}
         counters = collect(self.parts.chunks, self.config)
         moe = metrics_from_counters(counters, self.config.log.moe_per_layer)
         metrics["loss/total"] += sum(v for k, v in moe.items() if k.startswith("loss/aux/"))
@@ -189,7 +185,9 @@ class Trainer:
         return metrics
 
     def _learning_rate(self) -> float:
-        return float(self.parts.scheduler.get_lr(self.parts.optimizer.param_groups[0]))
+        # The rate of a parameter without a factor of its own.
+        optim = self.config.optim
+        return float(self.parts.scheduler.get_lr({"max_lr": optim.lr, "min_lr": optim.min_lr}))
 
     def _evaluates(self, step: int) -> bool:
         train = self.config.train
@@ -199,23 +197,45 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         collect(self.parts.chunks, self.config)
-        count = self.config.train.eval_steps * self.num_micro_batches
-        batches = self.data.loader("eval", 0, count)
-        metrics = evaluate(self.runner, batches, self.config, self.ranks, self.num_micro_batches)
+        metrics = self.objective.evaluate(self.runner)
+        log.info(self.objective.evaluation_line(metrics))
         counters = collect(self.parts.chunks, self.config)
         moe = metrics_from_counters(counters, per_layer=False)
         metrics.update(
             {f"eval/{key}": value for key, value in moe.items() if key.startswith("moe/")}
         )
-        log.info(evaluation_line(metrics))
         self.throughput.reset()
         return metrics
+
+    def _judge(self, evaluation: Mapping[str, float]) -> None:
+        """Keeps the weights of the best evaluation so far in SAVE/best."""
+        name = self.objective.best_metric
+        if not name:
+            return
+        value, best = evaluation[name], self.state.best_value
+        if best is not None and value <= best:
+            worse = self.state.worse_evaluations + 1
+            self.state = dataclasses.replace(self.state, worse_evaluations=worse)
+            return
+        self.state = dataclasses.replace(
+            self.state, best_value=value, best_step=self.state.step, worse_evaluations=0
+        )
+        if self.best is not None:
+            self.best.save(self.state, self.config, self.parts, with_optimizer=False)
+            log.info("best %s so far: %.3f, kept in %s", name, value, self.best.root)
+            self.throughput.reset()
+
+    def _patience_is_over(self) -> str:
+        patience, worse = self.objective.patience, self.state.worse_evaluations
+        if not patience or worse < patience:
+            return ""
+        return f"{worse} evaluations without a better {self.objective.best_metric}"
 
     def _first_step_duties(self) -> None:
         """Evaluation at step 0 and the seed checkpoint."""
         if self.state.step > 0:
             return
-        if self.config.train.eval_steps > 0:
+        if self.config.train.eval_steps > 0 and self.objective.evaluates_at_start:
             self._write(0, self._evaluate())
         if self.config.checkpoint.save_initial:
             self._save()
@@ -238,8 +258,10 @@ class Trainer:
             self.writer = CheckpointWriter(
                 checkpoint_root(checkpoint.save), checkpoint.keep_last, checkpoint.async_save
             )
+            if self.objective.best_metric:
+                self.best = CheckpointWriter(Path(checkpoint.save) / "best", 1, False)
         # A run that was interrupted goes on from its own checkpoint, wherever it once started from.
-        path = own or other
+        path = own or (other if self.objective.resumes_others else None)
         if path is None:
             return
         with_optimizer = own is not None or checkpoint.load_optimizer

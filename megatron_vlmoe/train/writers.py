@@ -122,12 +122,11 @@ def build_writers(
 
 def progress_line(step: int, steps: int, metrics: Mapping[str, float], eta_seconds: float) -> str:
     """The line of a logged step."""
-    names = (("mlm", "mlm"), ("mim", "mim"), ("vlm_text", "vlm-t"), ("vlm_image", "vlm-i"))
-    losses = " ".join(
-        f"{short} {metrics[f'loss/{name}']:.3f}"
-        for name, short in names
-        if f"loss/{name}" in metrics
-    )
+    short = {"vlm_text": "vlm-t", "vlm_image": "vlm-i"}
+    names = [key.removeprefix("loss/") for key in metrics if key.startswith("loss/")]
+    # What is a sum of others, or said elsewhere in the line.
+    names = [name for name in names if name not in ("total", "vlm") and "/" not in name]
+    losses = " ".join(f"{short.get(name, name)} {metrics[f'loss/{name}']:.3f}" for name in names)
     drops = "/".join(
         f"{100 * metrics[key]:.1f}"
         for pool in ("text", "vision", "shared", "vl")

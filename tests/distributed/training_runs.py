@@ -93,10 +93,12 @@ class Recorder:
 
     def __init__(self, run: tuple[Any, Any, Any, Any]) -> None:
         from megatron_vlmoe.config.validate import num_micro_batches
+        from megatron_vlmoe.train.masked import MaskedObjective
         from megatron_vlmoe.train.step import StepRunner
 
         self.config, self.ranks, self.parts, self.data = run
         self.count = num_micro_batches(self.config, self.ranks.data_size)
+        self.objective = MaskedObjective(self.config, self.ranks, self.data, self.count)
         self.runner = StepRunner(self.config, self.parts, self.ranks)
         self.numbers: list[int] = []
         self.batches = self._numbered(self.data.loader("train", 0, None))
@@ -115,7 +117,8 @@ class Recorder:
         from megatron_vlmoe.train.moe_report import collect
 
         self.numbers.clear()
-        results = self.runner.train(self.batches, self.count)
+        self.runner.start_step()
+        results = self.objective.train_step(self.runner, self.batches, self.count)
         report: dict[str, Any] = {
             "losses": {
                 f"{number}/{name}": float(value)
@@ -137,10 +140,7 @@ class Recorder:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluation metrics."""
-        from megatron_vlmoe.train.evaluate import evaluate
-
-        batches = self.data.loader("eval", 0, self.config.train.eval_steps * self.count)
-        return evaluate(self.runner, batches, self.config, self.ranks, self.count)
+        return self.objective.evaluate(self.runner)
 
 
 def train(
@@ -228,13 +228,15 @@ def trainer_run(
     from megatron_vlmoe.config.schema import ConfigError
     from megatron_vlmoe.config.validate import num_micro_batches
     from megatron_vlmoe.train.checkpoint import CheckpointError
+    from megatron_vlmoe.train.masked import MaskedObjective
     from megatron_vlmoe.train.trainer import Trainer
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     config, ranks, parts, data = start(where, *arguments, "--save", folder)
     precision = "bf16" if parts.transformer_config.bf16 else "fp32"
     count = num_micro_batches(config, ranks.data_size)
-    trainer = Trainer(config, parts, ranks, data, count, precision)
+    objective = MaskedObjective(config, ranks, data, count)
+    trainer = Trainer(config, parts, ranks, data, count, precision, objective)
     patches = {
         "disk": mock.patch.object(shutil, "disk_usage", _no_disk),
         "kill": mock.patch.object(os, "replace", _killed_rename),

@@ -23,6 +23,7 @@ def _losses(steps: int, *arguments: str, repeat_batch: bool = False) -> list[flo
     from megatron_vlmoe.data.random_batches import RandomData
     from megatron_vlmoe.runtime.distributed import destroy, initialize
     from megatron_vlmoe.runtime.precision import resolve_precision
+    from megatron_vlmoe.train.masked import MaskedObjective
     from megatron_vlmoe.train.step import StepRunner
 
     for name in ("RANK", "WORLD_SIZE"):
@@ -33,12 +34,13 @@ def _losses(steps: int, *arguments: str, repeat_batch: bool = False) -> list[flo
 
     try:
         parts = build_training(config, resolve_precision(config.train))
-        runner = StepRunner(config, parts, ranks)
+        runner, objective = StepRunner(config, parts, ranks), MaskedObjective(config, ranks)
         data = RandomData(config, BatchShare())
         losses = []
         for step in range(steps):
             batches: Any = data.loader("train", 0 if repeat_batch else 4 * step, None)
-            results = runner.train(batches, 4)
+            runner.start_step()
+            results = objective.train_step(runner, batches, 4)
             losses.append(sum(float(result["total"]) for result in results) / len(results))
             updated, _, _ = parts.optimizer.step()
             if updated:

@@ -34,6 +34,9 @@ ALLOWED = {
     "model": {"config", "runtime", "moe"},
     "objectives": {"config", "runtime", "moe", "model"},
     "train": {"config", "runtime", "tokenizers", "data", "moe", "model", "objectives"},
+    "finetune": {
+        *("config", "runtime", "tokenizers", "data", "moe", "model", "objectives", "train"),
+    },
     "analysis": {
         *("config", "runtime", "tokenizers", "data", "moe", "model", "objectives", "train"),
     },

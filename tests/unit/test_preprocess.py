@@ -47,9 +47,8 @@ def sentence(number: int) -> str:
     return " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(3 + number % 9))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny tokenizer file."""
+def write_tokenizer(path: Path) -> str:
+    """Trains a tiny tokenizer into a file; returns its name."""
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentence(i) for i in range(300)),
@@ -63,9 +62,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         control_symbols=["[MASK]"],
         minloglevel=2,
     )
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     path.write_bytes(stream.getvalue())
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny tokenizer file."""
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 def picture(seed: int, width: int = 48, height: int = 32) -> Image.Image:

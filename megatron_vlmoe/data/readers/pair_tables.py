@@ -7,7 +7,6 @@ parquet the image may also be the encoded bytes, or Hugging Face's {bytes, path}
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.pairs import CAPTION_KEYS, PairInput, as_captions, find_key
 from megatron_vlmoe.data.readers.parquet import column_names, read_columns
 from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, Reject
-from megatron_vlmoe.data.readers.text import TextInput, read_text
+from megatron_vlmoe.data.readers.text import json_rows
 
 _IMAGE_KEYS = ("image", "image_path", "file_name")
 _BATCH_ROWS = 32
@@ -26,23 +25,17 @@ def read_jsonl_pairs(source: PairInput) -> Iterator[CaptionedImage | Reject]:
     """Yields the rows of JSON-lines files in order. Raises DataError."""
     source.image_folder()
     for path in source.annotations:
-        for block in read_text(TextInput((path,), format="jsonl")):
-            if isinstance(block, Reject):
-                yield block
-                continue
-            for number, payload in zip(block.numbers, block.payloads, strict=True):
-                yield _json_row(source, path, f"line {number}", payload)
+        for item in json_rows(path):
+            if isinstance(item, Reject):
+                yield item
+            else:
+                number, row = item
+                yield _json_row(source, path, f"line {number}", row)
 
 
-def _json_row(source: PairInput, path: str, record: str, payload: bytes) -> CaptionedImage | Reject:
-    try:
-        row = json.loads(payload.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Reject(path, record, f"invalid UTF-8 at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        return Reject(path, record, f"invalid JSON: {error}")
-    if not isinstance(row, dict):
-        return Reject(path, record, "not a JSON object")
+def _json_row(
+    source: PairInput, path: str, record: str, row: dict[Any, Any]
+) -> CaptionedImage | Reject:
     image_key = find_key(row, source.image_key, _IMAGE_KEYS)
     caption_key = find_key(row, source.caption_key, CAPTION_KEYS)
     for key, wanted in (

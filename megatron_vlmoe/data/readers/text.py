@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Literal, cast
+from typing import IO, Any, Literal, cast
 
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.parquet import read_columns
@@ -56,7 +57,7 @@ def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
             yield from _parquet_blocks(path, source.text_key)
             continue
         key = source.text_key if kind == "jsonl" else None
-        documents = _lines(path)
+        documents = numbered_lines(path)
         if kind == "text" and source.documents == "blank-line":
             documents = _paragraph_documents(path, documents)
         yield from _line_blocks(path, key, documents)
@@ -82,8 +83,17 @@ def open_binary(path: str) -> IO[bytes]:
     return open(path, "rb", buffering=1 << 20)
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes] | Reject]:
-    """Numbered lines (from 1); a blank line is ``b""``."""
+def numbered_lines(path: str, strip: bool = True) -> Iterator[tuple[int, bytes] | Reject]:
+    """Lines with their numbers, from 1.
+
+    Args:
+        path: file to read, decompressed as its suffix says.
+        strip: take white space off both ends, so that a blank line is ``b""``; else the line end
+            alone.
+
+    Raises:
+        DataError: the file cannot be opened. What breaks off later is a `Reject`.
+    """
     number = 0
     try:
         with open_binary(path) as file:
@@ -96,7 +106,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes] | Reject]:
                     continue
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                yield number, line.strip()
+                yield number, line.strip() if strip else line.rstrip(b"\r\n")
     except OSError as error:
         if number == 0:
             raise DataError(f"{path}: {error.strerror or error}") from error
@@ -132,6 +142,31 @@ def _paragraph_documents(
     if first:
         document = (first, b"\n".join(parts))
         yield document if size <= MAX_DOCUMENT_BYTES else _too_long(path, first)
+
+
+def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]] | Reject]:
+    """Yields (line number, object) of a JSON-lines file, and a `Reject` for a line that is none.
+
+    Raises:
+        DataError: the file cannot be opened.
+    """
+    for item in numbered_lines(path):
+        if isinstance(item, Reject):
+            yield item
+            continue
+        number, payload = item
+        if not payload:
+            continue
+        record = f"line {number}"
+        try:
+            row = json.loads(payload.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield Reject(path, record, f"invalid UTF-8 at byte {error.start}")
+            continue
+        except (ValueError, RecursionError) as error:
+            yield Reject(path, record, f"invalid JSON: {error}")
+            continue
+        yield (number, row) if isinstance(row, dict) else Reject(path, record, "not a JSON object")
 
 
 def _line_blocks(

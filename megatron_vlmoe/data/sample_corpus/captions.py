@@ -47,9 +47,9 @@ LIST_CONNECTIVES = ("along with", "as well as", "together with")
 CLAUSE_CONNECTIVES = ("and", "while")
 
 
-def write_captions(scene: Scene, seed: int, index: int) -> list[str]:
+def write_captions(scene: Scene, seed: int, index: int, purpose: str = "captions") -> list[str]:
     """Five captions of one scene in different phrasings; pure in its arguments."""
-    rng = generator_for(seed, "captions", index)
+    rng = generator_for(seed, purpose, index)
     groups = scene.groups
     templates = SINGLE_TEMPLATES if len(groups) == 1 else PAIR_TEMPLATES
     return [

@@ -50,6 +50,13 @@ def render_jpeg(scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
+def render_png(scene: Scene) -> bytes:
+    """The picture as an encoded PNG, ``scene.width`` x ``scene.height`` pixels."""
+    buffer = io.BytesIO()
+    render_picture(scene).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def render_picture(scene: Scene) -> Image.Image:
     """The picture, RGB, ``scene.width`` x ``scene.height`` pixels."""
     size = (scene.width * SUPERSAMPLING, scene.height * SUPERSAMPLING)

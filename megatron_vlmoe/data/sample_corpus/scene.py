@@ -32,6 +32,9 @@ CONVERSE: dict[Relation, Relation] = {
 
 Cell = tuple[int, int]
 """(row, column), both 0..2 from the top left."""
+ShapeName = tuple[str, str]
+"""(colour, kind)."""
+SHAPE_NAMES: tuple[ShapeName, ...] = tuple((color, kind) for color in COLORS for kind in KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +147,39 @@ def sample_scene(seed: int, stream: Stream, index: int) -> Scene:
     is the only large one: its kind and colour are the picture's class.
     """
     rng = generator_for(seed, f"{stream}-scene", index)
+    return draw_object_scene(rng) if stream == "image" else draw_scene(rng)
+
+
+def draw_scene(rng: random.Random, names: Sequence[ShapeName] = SHAPE_NAMES) -> Scene:
+    """One to four shapes, each group with another of ``names``, of which there are at least four."""
     width, height = rng.choice(PICTURE_SIZES)
-    counts = _image_counts(rng) if stream == "image" else _group_counts(rng)
-    names = rng.sample([(color, kind) for color in COLORS for kind in KINDS], len(counts))
+    counts = _group_counts(rng)
+    return _compose(rng, width, height, rng.sample(names, len(counts)), counts)
+
+
+def draw_object_scene(rng: random.Random, main: ShapeName | None = None) -> Scene:
+    """One large shape, of name ``main`` or any, and up to three small ones of other names."""
+    width, height = rng.choice(PICTURE_SIZES)
+    counts = _image_counts(rng)
+    names = rng.sample(SHAPE_NAMES, len(counts))
+    if main is not None:
+        names = [main, *(name for name in names if name != main)][: len(counts)]
+    return _compose(rng, width, height, names, counts, first_is_main=True)
+
+
+def _compose(
+    rng: random.Random,
+    width: int,
+    height: int,
+    names: Sequence[ShapeName],
+    counts: Sequence[int],
+    *,
+    first_is_main: bool = False,
+) -> Scene:
+    """Draws everything but the picture's size, the names and how many there are of each."""
     shapes: list[Shape] = []
     for number, ((color, kind), cells) in enumerate(zip(names, _place(rng, counts), strict=True)):
-        if stream == "image":
+        if first_is_main:
             size = "large" if number == 0 else "small"
         else:
             size = rng.choice(SIZES)

@@ -1,4 +1,7 @@
-"""The sample corpus on disk, in the raw layouts of COCO, Karpathy's split, ImageNet and JSONL text."""
+"""The sample corpus on disk, in the raw layouts of COCO, Karpathy's split, ImageNet and JSONL text.
+
+The downstream tasks, in layouts of their own, are in ``tasks.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlmoe.data.sample_corpus.coco import coco_file, coco_id, write_caption_files
+from megatron_vlmoe.data.sample_corpus.imagenet import class_names, synset_of
 from megatron_vlmoe.data.sample_corpus.paragraphs import write_paragraph
-from megatron_vlmoe.data.sample_corpus.render import render_jpeg
-from megatron_vlmoe.data.sample_corpus.scene import (
-    COLORS,
-    KINDS,
-    Scene,
-    Stream,
-    sample_scene,
-    split_of,
-)
+from megatron_vlmoe.data.sample_corpus.render import render_jpeg, render_png
+from megatron_vlmoe.data.sample_corpus.scene import Scene, Stream, sample_scene, split_of
+from megatron_vlmoe.data.sample_corpus.tasks import make_tasks
 
 MARKER = "corpus.json"
 """Written last; holds what the corpus was made with."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARAGRAPHS_PER_IMAGE = 2
 POOL_THRESHOLD = 10_000
 """Fewer pictures than this are drawn faster than a process pool starts."""
@@ -42,10 +40,20 @@ images/{{train,val}}/CLASS/*.JPEG                  pictures without text, in Ima
 images/words.txt                                 what the classes are called
 text/{{train,val}}.jsonl                           paragraphs about other scenes, key "text"
 scenes.jsonl                                     what each picture shows
+
+tasks/ holds five downstream tasks; each folder is what the real data set would be unpacked to.
+Their pictures show other scenes than those above. Sizes grow with --num-images.
+tasks/vqa/          VQA v2: v2_*.json, {{train,val}}2014/, test2015/; answers_test2015.json is the secret
+tasks/nlvr2/        NLVR2: data/{{train,dev,test1}}.json, images/
+tasks/flickr30k/    Flickr30K: dataset_flickr30k.json (Karpathy), flickr30k-images/
+tasks/imagenet/     ImageNet: {{train,val}}/CLASS/*.JPEG, equally many of every class; words.txt
+tasks/mnli/         MultiNLI as in GLUE: train.tsv, dev_matched.tsv, dev_mismatched.tsv
+tasks/truth.json    samples, labels and the score of guessing, by task and evaluation split
+tasks/scenes.jsonl  what each picture shows
 """
 
-PictureTask = tuple[int, Stream, int, Path]
-"""(seed, stream, index, file)."""
+PictureFile = tuple[Scene, Path]
+"""What to draw, and the file; the suffix says whether JPEG or PNG."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,52 +148,51 @@ def _staging_directory(output: Path) -> Iterator[Path]:
 
 
 def _write_pictures_and_captions(corpus: SampleCorpus, root: Path) -> None:
-    tasks: list[PictureTask] = []
+    files: list[PictureFile] = []
     truth: list[dict[str, Any]] = []
     coco: list[tuple[int, Path, Scene]] = []
     for index in range(corpus.num_images):
         scene = sample_scene(corpus.seed, "pair", index)
         file = coco_file(index)
         coco.append((index, file, scene))
-        tasks.append((corpus.seed, "pair", index, root / file))
+        files.append((scene, root / file))
         truth.append(_truth("pair", index, file, scene) | {"image_id": coco_id(index)})
     for index in range(corpus.num_images):
         scene = sample_scene(corpus.seed, "image", index)
         synset = synset_of(scene.shapes[0].color, scene.shapes[0].kind)
         file = Path("images", split_of(index), synset, f"{synset}_{index}.JPEG")
-        tasks.append((corpus.seed, "image", index, root / file))
+        files.append((scene, root / file))
         truth.append(_truth("image", index, file, scene) | {"class": synset})
     for split in ("train", "val"):
         (root / "images" / split).mkdir(parents=True)
-    for directory in {task[-1].parent for task in tasks}:
-        directory.mkdir(parents=True, exist_ok=True)
-    _draw(tasks, corpus.workers)
+    tasks = make_tasks(corpus.seed, corpus.num_images, [scene for scene, _ in files])
+    files += [(picture.scene, root / "tasks" / picture.file) for picture in tasks.pictures]
+    _draw(files, corpus.workers)
     write_caption_files(root / "coco", coco, corpus.seed)
-    words = [(synset_of(c, k), f"{c} {k}") for c in COLORS for k in KINDS]
-    (root / "images" / "words.txt").write_text("".join(f"{s}\t{name}\n" for s, name in words))
+    (root / "images" / "words.txt").write_text(class_names())
     _write_jsonl(root / "scenes.jsonl", truth)
+    for path, text in tasks.texts.items():
+        (root / "tasks" / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / "tasks" / path).write_text(text)
 
 
-def _draw(tasks: list[PictureTask], workers: int) -> None:
-    if workers == 1 or len(tasks) < POOL_THRESHOLD:
-        for task in tasks:
-            _draw_one(task)
+def _draw(files: list[PictureFile], workers: int) -> None:
+    for directory in {path.parent for _, path in files}:
+        directory.mkdir(parents=True, exist_ok=True)
+    if workers == 1 or len(files) < POOL_THRESHOLD:
+        for file in files:
+            _draw_one(file)
         return
     # Spawned, because the caller may have threads that a fork would freeze.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for _ in pool.map(_draw_one, tasks, chunksize=64):
+        for _ in pool.map(_draw_one, files, chunksize=64):
             pass
 
 
-def _draw_one(task: PictureTask) -> None:
-    seed, stream, index, path = task
-    path.write_bytes(render_jpeg(sample_scene(seed, stream, index)))
-
-
-def synset_of(color: str, kind: str) -> str:
-    """Folder name of a class, formed like a WordNet id: n00CCCKKK."""
-    return f"n{(COLORS.index(color) + 1) * 1000 + KINDS.index(kind) + 1:08d}"
+def _draw_one(file: PictureFile) -> None:
+    scene, path = file
+    path.write_bytes(render_png(scene) if path.suffix == ".png" else render_jpeg(scene))
 
 
 def _truth(stream: Stream, index: int, file: Path, scene: Scene) -> dict[str, Any]:

@@ -1,0 +1,214 @@
+"""ImageNet as folders of classes: ``train/{wnid}/*.JPEG`` and ``val/{wnid}/*.JPEG``.
+
+The classes are the sorted names of the folders of ``train``; a class may also be ``{wnid}.tar``, as
+ImageNet-22K is published. Without a ``train`` folder the classes lie in the raw folder itself.
+Without ``val`` a share of each class may be held out. The images of ``val`` may also lie in it
+without folders, as published; then a file tells their classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.images import read_images
+from megatron_vlmoe.data.readers.records import ImageFile, Reject, check_inputs, is_image
+from megatron_vlmoe.data.readers.tasks.records import (
+    SampleStream,
+    TaskInput,
+    TaskSample,
+    check_split,
+    chosen,
+    find_folder,
+)
+from megatron_vlmoe.data.task_labels import Labels
+
+_WORDS = ("words.txt", "LOC_synset_mapping.txt")
+_SPLITS = ("train", "val")
+
+
+class ImageNetSource:
+    """Class folders. Raises DataError if there is none, or options contradict the folders."""
+
+    def __init__(self, source: TaskInput) -> None:
+        self._source = source
+        train, self._val = (os.path.join(source.raw, split) for split in _SPLITS)
+        has_val = os.path.isdir(self._val)
+        self._train = train if has_val or os.path.isdir(train) else source.raw
+        if not 0.0 <= source.val_fraction < 1.0:
+            raise DataError(f"--val-fraction {source.val_fraction} is not in [0, 1)")
+        if source.val_fraction and has_val:
+            raise DataError(f"{self._val}: exists, so --val-fraction must not be given")
+        self._classes = _class_folders(find_folder(self._train, ("",)))
+        if not self._classes:
+            raise DataError(f"{self._train}: no class folder in it")
+        self._val_labels = (
+            _read_val_labels(source.val_labels) if source.val_labels is not None else None
+        )
+
+    def splits(self) -> tuple[str, ...]:
+        """``train`` and ``val``."""
+        return _SPLITS
+
+    @cached_property
+    def labels(self) -> Labels:
+        """The class ids, and their words if a file tells them. Raises DataError."""
+        paths = [os.path.join(self._source.raw, name) for name in _WORDS]
+        path = self._source.words or next(filter(os.path.isfile, paths), None)
+        words = _read_words(path) if path is not None else {}
+        names = tuple(words.get(wnid, wnid) for wnid in self._classes)
+        known = any(wnid in words for wnid in self._classes)
+        if self._source.words is not None and not known:
+            raise DataError(f"{path}: names none of the {len(names)} classes in {self._train}")
+        return Labels("imagenet", tuple(self._classes), names if known else None)
+
+    @cached_property
+    def _label_of(self) -> dict[str, int]:
+        return {wnid: label for label, wnid in enumerate(self._classes)}
+
+    def read(self, split: str) -> SampleStream:
+        """The images of a split, class by class (a flat ``val`` by name). Raises DataError."""
+        check_split("imagenet", split, _SPLITS)
+        if split == "train" or self._source.val_fraction:
+            return self._class_samples(self._classes, split)
+        if not os.path.isdir(self._val):
+            raise DataError(
+                f"{self._val}: no such folder; --val-fraction holds images of train out, "
+                "--splits train does without"
+            )
+        if self._val_labels is not None:
+            return self._flat_samples(_flat_images(self._val), self._val_labels)
+        folders = _class_folders(self._val)
+        if not folders:
+            raise DataError(
+                f"{self._val}: no class folder in it; images without folders need --val-labels"
+            )
+        return self._class_samples(folders, split)
+
+    def _class_samples(self, folders: Mapping[str, str], split: str) -> SampleStream:
+        for wnid, folder in folders.items():
+            if wnid not in self._label_of:
+                yield Reject(folder, "", f"class {wnid} is not in {self._train}")
+                continue
+            empty = True
+            for item in self._share(wnid, read_images((folder,)), split):
+                empty = False
+                if isinstance(item, Reject):
+                    yield item
+                elif isinstance(item, ImageFile):
+                    yield self._sample(item, f"{wnid}/{item.record}", wnid)
+            if empty:
+                yield Reject(folder, "", "no image in it")
+
+    def _share(
+        self, wnid: str, images: Iterator[ImageFile | Reject], split: str
+    ) -> Iterator[ImageFile | Reject | None]:
+        """The images of a class, with None for those of the other split."""
+        fraction = self._source.val_fraction
+        if not fraction:
+            yield from images
+            return
+        found = list(images)
+        names = [item.record for item in found if isinstance(item, ImageFile)]
+        count = min(int(fraction * len(names) + 0.5), max(len(names) - 1, 0))
+        keys = chosen([f"{wnid}/{name}" for name in names], count, self._source.seed)
+        for item in found:
+            if isinstance(item, Reject):
+                yield item if split == "train" else None
+            else:
+                held_out = f"{wnid}/{item.record}" in keys
+                yield item if held_out == (split == "val") else None
+
+    def _flat_samples(
+        self, images: list[str], classes: Mapping[str, str] | list[str]
+    ) -> SampleStream:
+        given = self._source.val_labels
+        if isinstance(classes, list) and len(classes) != len(images):
+            raise DataError(
+                f"{given}: {len(classes)} classes for {len(images)} images in {self._val}"
+            )
+        for number, name in enumerate(images):
+            stem = os.path.splitext(name)[0]
+            wnid = classes[number] if isinstance(classes, list) else classes.get(stem)
+            if wnid not in self._label_of:
+                reason = f"class {wnid} is not in {self._train}" if wnid else f"not in {given}"
+                yield Reject(self._val, name, reason)
+                continue
+            image = ImageFile(self._val, name, os.path.join(self._val, name))
+            yield self._sample(image, name, wnid)
+
+    def _sample(self, image: ImageFile, name: str, wnid: str) -> TaskSample:
+        label = self._label_of[wnid]
+        return TaskSample(image.source, image.record, name, (image,), (), (label,), (1.0,))
+
+
+def _class_folders(folder: str) -> dict[str, str]:
+    """Path of each class's folder, or else its tar, by class in sorted order. Raises DataError."""
+    folders: dict[str, str] = {}
+    tars: dict[str, str] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders[entry.name] = entry.path
+                elif entry.name.endswith(".tar"):
+                    tars[entry.name.removesuffix(".tar")] = entry.path
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+    # A tar that has been unpacked beside itself is not a second class.
+    return dict(sorted((tars | folders).items()))
+
+
+def _flat_images(folder: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if is_image(name))
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+
+
+def _text_lines(path: str) -> list[str]:
+    check_inputs((path,))
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from error
+
+
+def _read_words(path: str) -> dict[str, str]:
+    """Words by class id: a line is the id, white space, and the words. Raises DataError."""
+    pairs = (line.split(maxsplit=1) for line in _text_lines(path))
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def _read_val_labels(path: str) -> dict[str, str] | list[str]:
+    """Class ids of flat images: by file name without suffix, or in the order of the names.
+
+    Either a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), or one
+    class id per line.
+
+    Raises:
+        DataError: unreadable, empty, or the class numbers of the development kit.
+    """
+    lines = _text_lines(path)
+    if not lines:
+        raise DataError(f"{path}: empty file")
+    if lines[0].lower().startswith("imageid,"):
+        rows = list(csv.reader(lines[1:]))
+        for number, row in enumerate(rows, start=2):
+            if len(row) < 2 or not row[1].split():
+                raise DataError(f"{path}: line {number}: not an image and a class id")
+        return {row[0]: row[1].split()[0] for row in rows}
+    if lines[0].isdigit():
+        raise DataError(
+            f"{path}: class numbers of the development kit, which only its meta.mat explains: "
+            "give one class id (n01440764) per line, or LOC_val_solution.csv"
+        )
+    return [line.split()[0] for line in lines]

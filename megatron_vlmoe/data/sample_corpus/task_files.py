@@ -1,0 +1,91 @@
+"""What every task of the sample corpus is made of: fresh scenes, pictures, files and known truth."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_vlmoe.data.sample_corpus.scene import Scene, draw_scene, generator_for
+
+Look = Scene
+"""A scene whose shapes all stand in the middle of their cells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture to be drawn for one split of a task."""
+
+    split: str
+    file: Path
+    """Below the folder of all tasks; the suffix says whether JPEG or PNG."""
+    scene: Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFiles:
+    """All that one task consists of."""
+
+    pictures: tuple[Picture, ...]
+    texts: Mapping[Path, str]
+    """Content of every other file, by path below the folder of all tasks."""
+    truth: Mapping[str, Any]
+    """For each evaluation split the samples, how often each label occurs, and what guessing scores."""
+
+
+class FreshScenes:
+    """Gives out scenes that look like none before, not even with their shapes moved a little.
+
+    So no picture of an evaluation split is in any training split, and a picture that a model was
+    pretrained on is in no task.
+    """
+
+    def __init__(self, seed: int, known: Iterable[Scene] = ()) -> None:
+        self._seed = seed
+        self._looks: set[Look] = set(map(_look, known))
+        self._drawn: Counter[str] = Counter()
+
+    def take(
+        self,
+        stream: str,
+        draw: Callable[[random.Random], Scene] = draw_scene,
+        accept: Callable[[Scene], bool] = lambda scene: True,
+    ) -> Scene:
+        """The next scene of a stream that is acceptable and new; every try has its own generator."""
+        while True:
+            scene = draw(generator_for(self._seed, f"{stream}-scene", self._drawn[stream]))
+            self._drawn[stream] += 1
+            look = _look(scene)
+            if look not in self._looks and accept(scene):
+                self._looks.add(look)
+                return scene
+
+
+def _look(scene: Scene) -> Look:
+    shapes = tuple(replace(shape, shift=(0.0, 0.0)) for shape in scene.shapes)
+    return replace(scene, shapes=shapes)
+
+
+def class_truth(labels: Iterable[str]) -> dict[str, Any]:
+    """Truth of a classification split, of which always saying the most frequent label is a guess."""
+    counts = Counter(labels)
+    total = counts.total()
+    return {
+        "samples": total,
+        "labels": dict(sorted(counts.items())),
+        "guess_percent": percent(max(counts.values()) / total),
+    }
+
+
+def percent(fraction: float) -> float:
+    """Rounded as results are reported."""
+    return round(100 * fraction, 2)
+
+
+def json_text(content: object) -> str:
+    """One line of JSON."""
+    return json.dumps(content) + "\n"

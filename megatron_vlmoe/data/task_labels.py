@@ -1,0 +1,94 @@
+"""``PREFIX_labels.json``: the class names of a task, shared by its splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.manifest import sync_directory
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a task; a label is a place in ``labels``.
+
+    Attributes:
+        task: name of the task.
+        labels: VQA answers, ImageNet class ids, or names of relations.
+        names: words for each class where they are known (ImageNet); else None.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    names: tuple[str, ...] | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of task and labels (not of ``names``): equal where label numbers mean the same."""
+        content = json.dumps([self.task, list(self.labels)])
+        return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+
+def labels_path(prefix: str | Path) -> Path:
+    """``PREFIX_labels.json``, where ``PREFIX`` is shared by all splits."""
+    return Path(f"{prefix}_labels.json")
+
+
+def load_labels(prefix: str | Path) -> Labels:
+    """Reads ``PREFIX_labels.json``.
+
+    Args:
+        prefix: what all splits of the task share (not that of one split).
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = labels_path(prefix)
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found (made by tools/prepare_task.py)") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {error}") from error
+    if not (isinstance(value, dict) and isinstance(value.get("task"), str)):
+        raise DataError(f"{path}: damaged: no task is named")
+    labels, names = _texts(value.get("labels")), _texts(value.get("names"))
+    if not labels or len(set(labels)) != len(labels):
+        raise DataError(f"{path}: damaged: labels are not a list of different texts")
+    if "names" in value and (names is None or len(names) != len(labels)):
+        raise DataError(f"{path}: damaged: names are not a list of one text for each label")
+    return Labels(value["task"], labels, names)
+
+
+def _texts(value: Any) -> tuple[str, ...] | None:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        return None
+    return tuple(value)
+
+
+def write_labels(prefix: str | Path, labels: Labels) -> None:
+    """Writes ``PREFIX_labels.json`` atomically. Raises DataError if it cannot."""
+    path = labels_path(prefix)
+    content: dict[str, Any] = {"task": labels.task, "labels": list(labels.labels)}
+    if labels.names is not None:
+        content["names"] = list(labels.names)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: {error.strerror}") from error
+    sync_directory(path.parent)

@@ -1,0 +1,126 @@
+"""VQA answers: normalised spelling, the answer vocabulary, and soft scores of what ten people said.
+
+The normaliser is that of the public VQA evaluator (Antol et al., arXiv 1505.00468) as ViLT, VLMo and BEiT-3
+call it, so that VQAv2 gives the same 3,129 answers in the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+_PERIOD_OUTSIDE_NUMBER = re.compile(r"\.(?!\d)")
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = MappingProxyType(
+    {"none": "0"}
+    | {
+        word: str(value)
+        for value, word in enumerate(
+            "zero one two three four five six seven eight nine ten".split()
+        )
+    }
+)
+
+# Contractions of the evaluator's table as ending -> beginnings. It has neither "she'd" (shed) nor "we'll" (well).
+_CONTRACTIONS_BY_ENDING = (
+    ("n't", "ai are ca could did do does had has have is might must need ought sha should"),
+    ("n't", "was were wo would"),
+    ("n't've", "could had might should would"),
+    ("'ve", "could might must not should they we what where who would you"),
+    ("'d", "he how it someone something there they where who you"),
+    ("'d've", "he it she somebody someone something there they we who you y'all"),
+    ("'ll", "how it somebody someone something they what who why you y'all"),
+    ("'s", "he how somebody someone that there what when where who why"),
+    ("'re", "there they what why you"),
+    ("", "ma'am o'clock 'ow's'at 'twas y'all"),
+)
+
+_SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
+
+
+def _misspellings() -> Mapping[str, str]:
+    """Every contraction with one of its apostrophes left out -> the contraction."""
+    table: dict[str, str] = {}
+    for ending, beginnings in _CONTRACTIONS_BY_ENDING:
+        for word in (beginning + ending for beginning in beginnings.split()):
+            for place in (i for i, letter in enumerate(word) if letter == "'"):
+                table[word[:place] + word[place + 1 :]] = word
+    # The evaluator has this one pair the wrong way round, and scores depend on it.
+    table["somebody'd"] = "somebodyd"
+    return MappingProxyType(table)
+
+
+_CONTRACTIONS = _misspellings()
+
+
+def normalize_answer(text: str) -> str:
+    """The spelling under which the VQA evaluator compares answers.
+
+    1. Each of 21 punctuation marks vanishes if, anywhere in the text, it stands beside a space or a comma stands
+       between digits; otherwise it becomes a space. Commas are among the marks, so none is left.
+    2. A period vanishes unless a digit follows.
+    3. Lower case; none and zero to ten become digits; a, an and the go; contractions get their apostrophe back.
+
+    Returns:
+        Words joined by single spaces; an empty text if nothing but articles and marks was there.
+    """
+    numeric = _DIGIT_COMMA_DIGIT.search(text) is not None
+    spaced = text
+    for mark in _PUNCTUATION:
+        vanishes = numeric or f"{mark} " in text or f" {mark}" in text
+        spaced = spaced.replace(mark, "" if vanishes else " ")
+    words = _PERIOD_OUTSIDE_NUMBER.sub("", spaced).lower().split()
+    numbered = (_NUMBER_WORDS.get(word, word) for word in words)
+    return " ".join(_CONTRACTIONS.get(word, word) for word in numbered if word not in _ARTICLES)
+
+
+def build_answer_vocabulary(answers: Iterable[str], min_count: int) -> list[str]:
+    """Answers that are frequent enough, in the order of their first appearance: label i is answer i.
+
+    Args:
+        answers: one answer per question (``multiple_choice_answer``), not normalised; train before val.
+        min_count: how often a normalised answer must occur; 9 gives the 3,129 of VQAv2.
+    """
+    counts = Counter(map(normalize_answer, answers))
+    return [answer for answer, count in counts.items() if count >= min_count]
+
+
+def soft_scores(answers: Sequence[str], vocabulary: Mapping[str, int]) -> dict[int, float]:
+    """Target of one question: label -> score, in the order of first appearance.
+
+    The annotators' answers are counted as they are written, without normalisation (as ViLT, VLMo and BEiT-3
+    do); those outside the vocabulary are left out.
+
+    Args:
+        answers: what the annotators said (ten of them in VQAv2).
+        vocabulary: answer -> label.
+
+    Returns:
+        Scores 0.3, 0.6, 0.9 and 1.0 for one, two, three and more equal answers: of ten annotators, exactly
+        the ``leave_one_out_score``.
+    """
+    return {
+        vocabulary[answer]: _SOFT_SCORES[min(count, 4)]
+        for answer, count in Counter(answers).items()
+        if answer in vocabulary
+    }
+
+
+def leave_one_out_score(answer: str, answers: Sequence[str]) -> float:
+    """The official VQA accuracy of an answer, 0 to 1.
+
+    Mean over every annotator left out of min(1, equal answers among the others / 3). Texts are compared as they
+    are; the official score compares normalised ones.
+
+    Raises:
+        ValueError: nobody answered.
+    """
+    if not answers:
+        raise ValueError("no annotator answers to score against")
+    matches = answers.count(answer)
+    others = (matches - (left_out == answer) for left_out in answers)
+    return sum(min(1.0, count / 3) for count in others) / len(answers)

@@ -1,0 +1,110 @@
+"""Runs a sweep on all ranks and brings what it found together on rank 0, every item exactly once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.finetune.data import TaskData
+from megatron_vlmoe.finetune.sweeps import Sweep, sweep_layout
+from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
+from megatron_vlmoe.train.step import Batch, StepRunner
+
+# Micro-batches of one call of the schedule: bounds what waits on the device.
+MOST_MICRO_BATCHES = 64
+Found = dict[str, np.ndarray[Any, Any]]
+
+
+class CoverageError(RuntimeError):
+    """An evaluation that did not see every item exactly once."""
+
+
+def run_sweep(
+    runner: StepRunner,
+    data: TaskData,
+    sweep: Sweep,
+    outputs: Sequence[str],
+    ranks: Ranks,
+    config: FinetuneConfig,
+) -> Optional[Found]:
+    """Outputs of the heads for every item of a sweep.
+
+    Every rank must call it.
+
+    Args:
+        runner: the model.
+        data: makes the micro-batches.
+        sweep: the items.
+        outputs: names of the heads' outputs that are wanted, ``[n, ...]`` each.
+        ranks: where this process stands.
+        config: the run.
+
+    Returns:
+        On rank 0 the outputs ``[items, ...]`` in the order of the items; None elsewhere.
+
+    Raises:
+        CoverageError: on rank 0, if an item is missing or came twice.
+    """
+    plan = data.plan(sweep)
+    layout = sweep_layout(config, sweep.shape)
+    batches = iter(data.sweep_loader(sweep, plan))
+
+    def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        valid = batch["valid"]
+        kept = {name: heads[name][valid].float().cpu().numpy() for name in outputs}
+        kept["samples"] = batch["samples"][valid].cpu().numpy()
+        return torch.zeros(1, device=device()), kept
+
+    results: list[dict[str, Any]] = []
+    left = plan.count
+    pipeline = config.parallel.pipeline_model_parallel_size
+    most = max(1, MOST_MICRO_BATCHES // pipeline) * pipeline
+    while left:
+        count = min(left, most)
+        results += runner.evaluate(itertools.islice(batches, count), count, finish, layout=layout)
+        left -= count
+    # All tensor-parallel ranks of the last stage hold the same; the first one speaks for them.
+    mine = results if ranks.is_last_stage and ranks.tensor == 0 else []
+    gathered = gather_to_first(mine)
+    return None if gathered is None else in_order(gathered, len(sweep))
+
+
+def gather_to_first(mine: list[Any]) -> Optional[list[Any]]:
+    """The lists of all ranks, one after another, on rank 0; None elsewhere."""
+    if dist.get_world_size() == 1:
+        return mine
+    places: Optional[list[Any]] = [None] * dist.get_world_size() if is_rank_zero() else None
+    dist.gather_object(mine, places, dst=0)
+    return None if places is None else [item for part in places for item in part]
+
+
+def in_order(parts: Sequence[Mapping[str, Any]], count: int) -> Found:
+    """Parts with their items' numbers under `samples`, as one table in the order of the items.
+
+    Raises:
+        CoverageError: if an item is missing or came twice.
+    """
+    numbers = np.concatenate([part["samples"] for part in parts])
+    order = np.argsort(numbers, kind="stable")
+    if not np.array_equal(numbers[order], np.arange(count)):
+        seen = np.bincount(numbers, minlength=count)
+        raise CoverageError(
+            f"evaluation of {count} items: {int((seen == 0).sum())} missing, "
+            f"{int((seen > 1).sum())} more than once"
+        )
+    names = [name for name in parts[0] if name != "samples"]
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in names}
+
+
+def share_metrics(metrics: Optional[Mapping[str, float]]) -> dict[str, float]:
+    """Rank 0's metrics on every rank."""
+    box: list[Any] = [metrics]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return dict(box[0])

@@ -1,0 +1,287 @@
+"""Scores of the downstream tasks, in percent, and what guessing would score.
+
+Ties count against the model: a wrong item whose score equals the right one's ranks before it, and so does one
+that cannot be compared (not a number). A model that gives every item the same score therefore finds nothing,
+and results depend neither on the order of the items nor on a sorting algorithm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+RECALL_KS = (1, 5, 10)
+
+RowScores = Callable[[slice], Array]
+
+_BLOCK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over the labelled samples.
+
+    Args:
+        percent: the mean, 0 to 100; not a number if no sample is labelled.
+        count: labelled samples.
+        unlabelled: samples that were left out because their label is unknown.
+    """
+
+    percent: float
+    count: int
+    unlabelled: int
+
+    @classmethod
+    def of(cls, values: Sequence[float] | Array, unlabelled: int) -> Score:
+        """The mean of what each labelled sample scored (0 to 1)."""
+        count = len(values)
+        percent = 100.0 * math.fsum(values) / count if count else math.nan
+        return cls(percent, count, unlabelled)
+
+
+def accuracy(predictions: Array, labels: Array) -> Score:
+    """Share of right answers.
+
+    Args:
+        predictions: classes ``[N]``, or logits ``[N, C]`` (a tie for the first place is wrong).
+        labels: classes ``[N]``; negative: unknown.
+
+    Raises:
+        ValueError: shapes do not fit, or a label is not one of C classes.
+    """
+    if predictions.ndim == 2:
+        return topk_accuracy(predictions, labels, 1)
+    if predictions.shape != labels.shape or labels.ndim != 1:
+        raise ValueError(f"predictions {predictions.shape} do not fit labels {labels.shape}")
+    known = labels >= 0
+    return Score.of(predictions[known] == labels[known], int((~known).sum()))
+
+
+def topk_accuracy(logits: Array, labels: Array, k: int) -> Score:
+    """Share of samples whose label is among the k highest logits.
+
+    Args:
+        logits: ``[N, C]``.
+        labels: classes ``[N]``; negative: unknown.
+        k: at least 1.
+
+    Raises:
+        ValueError: shapes do not fit, or a label is not one of C classes.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits {logits.shape} do not fit labels {labels.shape}")
+    known = labels >= 0
+    kept, right = logits[known], labels[known].astype(np.int64)
+    if right.size and right.max() >= logits.shape[1]:
+        raise ValueError(f"label {right.max()} of {logits.shape[1]} classes")
+    own = np.take_along_axis(kept, right[:, None], axis=1)
+    # "Not below" instead of "at least", so that a NaN counts as ahead. The label itself is always among them.
+    ahead = (~(kept < own)).sum(axis=1) - 1
+    return Score.of(ahead < k, int((~known).sum()))
+
+
+def vqa_score(
+    predicted: Array, labels: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
+) -> Score:
+    """VQA accuracy: mean of the soft target at the predicted answer.
+
+    Args:
+        predicted: answers ``[N]`` (labels of the vocabulary).
+        labels: for each question the answers with a target, in any order; empty: unknown.
+        scores: their soft targets (0 to 1), as ``vqa_answers.soft_scores`` gives them.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    gained = [
+        dict(zip(own, soft, strict=True)).get(int(answer), 0.0)
+        for answer, own, soft in zip(predicted, labels, scores, strict=True)
+        if len(own)
+    ]
+    return Score.of(gained, len(labels) - len(gained))
+
+
+def recall_at_k(
+    scores: Array, image_of_text: Array, ks: Sequence[int] = RECALL_KS
+) -> dict[str, float]:
+    """Recall of retrieval in both directions, in percent.
+
+    Text retrieval (``TR@k``): an image is found if any of its captions is among the k best captions of all. Image
+    retrieval (``IR@k``): a caption is found if its image is among the k best images. Among several captions of an
+    image the best one counts; the others neither help nor stand in its way.
+
+    Args:
+        scores: similarity ``[I, C]`` of every image and caption, the larger the closer.
+        image_of_text: the image ``[C]`` of each caption; -1: none of them (it still competes). An image without a
+            caption still competes too, but is not looked for.
+        ks: how many of the best are looked at.
+
+    Raises:
+        ValueError: shapes do not fit, or a caption belongs to an image that is not there.
+    """
+    if scores.ndim != 2 or scores.shape[1:] != image_of_text.shape:
+        raise ValueError(f"scores {scores.shape} do not fit {image_of_text.shape} captions")
+    transposed = scores.T
+    return _recall(
+        lambda rows: scores[rows],
+        lambda rows: transposed[rows],
+        image_of_text,
+        scores.shape[0],
+        ks,
+        block=max(1, _BLOCK_ENTRIES // max(scores.shape)) if scores.size else 1,
+    )
+
+
+def recall_at_k_of_features(
+    images: Array,
+    texts: Array,
+    image_of_text: Array,
+    ks: Sequence[int] = RECALL_KS,
+    block: int = 256,
+) -> dict[str, float]:
+    """``recall_at_k`` of the scores ``images @ texts.T``, of which only a block is held at a time.
+
+    Products are summed in double precision and rounded to single: otherwise two equal items may differ in the last
+    bit, depending on where in a block they stand, and a tie would be decided by chance.
+
+    Args:
+        images: features ``[I, D]``.
+        texts: features ``[C, D]``.
+        image_of_text: the image ``[C]`` of each caption, as in ``recall_at_k``.
+        ks: how many of the best are looked at.
+        block: images (then captions) that are scored at a time, against all captions (images).
+
+    Raises:
+        ValueError: as ``recall_at_k``.
+    """
+    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
+        raise ValueError(f"features {images.shape} and {texts.shape} do not fit each other")
+    if texts.shape[:1] != image_of_text.shape:
+        raise ValueError(f"features {texts.shape} do not fit {image_of_text.shape} captions")
+    wide_images, wide_texts = images.astype(np.float64), texts.astype(np.float64)
+    return _recall(
+        lambda rows: (wide_images[rows] @ wide_texts.T).astype(np.float32),
+        lambda rows: (wide_texts[rows] @ wide_images.T).astype(np.float32),
+        image_of_text,
+        len(images),
+        ks,
+        block,
+    )
+
+
+def _recall(
+    scores_of_images: RowScores,
+    scores_of_texts: RowScores,
+    image_of_text: Array,
+    num_images: int,
+    ks: Sequence[int],
+    block: int,
+) -> dict[str, float]:
+    owner = np.asarray(image_of_text, dtype=np.int64)
+    if owner.size and not -1 <= owner.min() <= owner.max() < num_images:
+        raise ValueError(
+            f"captions of images {owner.min()} to {owner.max()}, but {num_images} images"
+        )
+    every_image = np.arange(num_images)
+    image_ranks = _ranks(scores_of_images, every_image, owner, block)
+    text_ranks = _ranks(scores_of_texts, owner, every_image, block)
+    image_ranks = image_ranks[np.isin(every_image, owner)]
+    text_ranks = text_ranks[owner >= 0]
+    recalls = {f"TR@{k}": Score.of(image_ranks < k, 0).percent for k in ks}
+    return recalls | {f"IR@{k}": Score.of(text_ranks < k, 0).percent for k in ks}
+
+
+def _ranks(scores_of: RowScores, row_image: Array, item_image: Array, block: int) -> Array:
+    """For each row the number of other images' items that are ahead of the best item of its own image.
+
+    Args:
+        scores_of: scores ``[n, M]`` of a slice of rows.
+        row_image: the image ``[R]`` that each row is about.
+        item_image: the image ``[M]`` that each item is about.
+        block: rows at a time.
+
+    Returns:
+        int64 ``[R]``; 0 is the first place. Rows without an item of their own have no meaning.
+    """
+
+    def blocks() -> Iterator[Array]:
+        for start in range(0, len(row_image), block):
+            rows = slice(start, min(start + block, len(row_image)))
+            scores = scores_of(rows)
+            own = row_image[rows, None] == item_image[None, :]
+            best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+            yield (~(scores < best) & ~own).sum(axis=1)
+
+    return np.concatenate([np.zeros(0, dtype=np.int64), *blocks()])
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1) over runs; of a single run the latter is 0.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("mean of no values")
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), spread
+
+
+def majority_rate(labels: Array) -> float:
+    """Accuracy, in percent, of always answering the most frequent label ``[N]``; unknown (negative) ones left out."""
+    known = labels[labels >= 0]
+    return 100.0 * int(np.bincount(known).max()) / len(known) if len(known) else math.nan
+
+
+def vqa_majority_score(labels: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> float:
+    """VQA accuracy, in percent, of the best answer that is the same for all questions.
+
+    Args:
+        labels: as in ``vqa_score``.
+        scores: as in ``vqa_score``.
+    """
+    totals: dict[int, float] = {}
+    for own, soft in zip(labels, scores, strict=True):
+        for label, score in zip(own, soft, strict=True):
+            totals[label] = totals.get(label, 0.0) + score
+    count = sum(len(own) > 0 for own in labels)
+    return 100.0 * max(totals.values()) / count if count else math.nan
+
+
+def random_recall(
+    image_of_text: Array, num_images: int, ks: Sequence[int] = RECALL_KS
+) -> Mapping[str, float]:
+    """Expected ``recall_at_k`` of a ranking at random.
+
+    ``IR@k`` is k / I. An image with m of the C captions is missed if all k drawn are among the C - m others:
+    ``TR@k`` is the mean over images of 1 - binom(C - m, k) / binom(C, k).
+
+    Args:
+        image_of_text: the image ``[C]`` of each caption, as in ``recall_at_k``.
+        num_images: I.
+        ks: how many of the best are looked at.
+    """
+    owner = np.asarray(image_of_text, dtype=np.int64)
+    total = len(owner)
+    captions = np.bincount(owner[owner >= 0], minlength=num_images)
+    sizes, images = np.unique(captions[captions > 0], return_counts=True)
+
+    def text_recall(k: int) -> float:
+        k = min(k, total)
+        missed = [
+            math.prod((total - m - j) / (total - j) for j in range(k)) if k <= total - m else 0.0
+            for m in sizes.tolist()
+        ]
+        return 100.0 * float(np.average(1.0 - np.asarray(missed), weights=images))
+
+    if not len(sizes):
+        return {f"{way}@{k}": math.nan for way in ("TR", "IR") for k in ks}
+    recalls = {f"TR@{k}": text_recall(k) for k in ks}
+    return recalls | {f"IR@{k}": 100.0 * min(k, num_images) / num_images for k in ks}

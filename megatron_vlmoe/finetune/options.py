@@ -1,0 +1,151 @@
+"""From the command line of `finetune` and `evaluate` to a run: architecture from a checkpoint, recipe, options."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+from megatron_vlmoe.config.command_line import (
+    ParsedCommand,
+    from_dict,
+    normalize_arguments,
+    option_value,
+    parse_options,
+)
+from megatron_vlmoe.config.presets import preset
+from megatron_vlmoe.config.recipes import DEFAULT_RECIPES, apply_recipe, recipe_names
+from megatron_vlmoe.config.schema import CheckpointConfig, ConfigError, RunConfig
+from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
+
+DEFAULT_ARCHITECTURE = "base-32e"
+# Files of a run folder that travel with its checkpoints.
+TOKENIZER_FILE, LABELS_FILE = "text.model", "labels.json"
+
+
+def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
+    """Resolves the command line of `finetune`.
+
+    The architecture is that of the checkpoint of `--load`, or without one the preset `task.architecture`; the recipe
+    of `--preset`, or else of the task, is put on it, then `--config`, then the options.
+
+    Raises:
+        ConfigError: on unknown options, recipes, presets, files or values.
+        SystemExit: after --help.
+    """
+    words = normalize_arguments(arguments, FinetuneConfig)
+    task = option_value(words, "--task.name")
+    recipe = option_value(words, "--preset")
+    if not recipe and not task and not {"--help", "-h"} & set(words):
+        raise ConfigError(f"--task is missing: one of {', '.join(TASKS)}")
+    if task and task not in TASKS:
+        raise ConfigError(f"--task {task}: unknown; choose one of {', '.join(TASKS)}")
+    base = architecture(words)
+    start = apply_recipe(recipe or DEFAULT_RECIPES.get(task, task or "vqa"), base)
+    if task and start.task.name != task:
+        raise ConfigError(f"--preset {recipe} is a recipe of {start.task.name}, not of {task}")
+    start = replace(start, checkpoint=replace(start.checkpoint, load=""))
+    return parse_options("finetune", words, start, recipe_names())
+
+
+def parse_evaluate(command: str, arguments: Sequence[str]) -> ParsedCommand:
+    """Resolves the command line of `evaluate` and `predict`: the checkpoint's own run with options on top.
+
+    Raises:
+        ConfigError: on unknown options or values, without `--load`, or if the checkpoint is not of a task.
+        SystemExit: after --help.
+    """
+    words = normalize_arguments(arguments, FinetuneConfig)
+    start: RunConfig = FinetuneConfig()
+    if not {"--help", "-h"} & set(words):
+        load = option_value(words, "--checkpoint.load")
+        if not load:
+            raise ConfigError(
+                "--load is missing: the run or checkpoint folder of a fine-tuned model"
+            )
+        start = saved_run(load)
+        if not isinstance(start, FinetuneConfig):
+            raise ConfigError(f"--load {load}: is a pretraining checkpoint, not one of a task")
+        task = option_value(words, "--task.name")
+        if task and task != start.task.name:
+            raise ConfigError(f"--load {load}: was fine-tuned on {start.task.name}, not on {task}")
+        start = replace(
+            start, checkpoint=CheckpointConfig(load=load), task=replace(start.task, seeds=())
+        )
+    return parse_options(command, words, start, recipe_names())
+
+
+def architecture(words: Sequence[str]) -> RunConfig:
+    """The run whose architecture is fine-tuned."""
+    load = option_value(words, "--checkpoint.load")
+    name = option_value(words, "--task.architecture")
+    if load and name:
+        raise ConfigError(
+            f"--task.architecture {name}: the architecture comes from --load {load}; give one of the two"
+        )
+    if load:
+        return saved_run(load)
+    return preset(name or DEFAULT_ARCHITECTURE)
+
+
+def saved_run(location: str) -> RunConfig:
+    """The configuration in a checkpoint, with the tokenizer that lies beside it where its own path is gone.
+
+    Args:
+        location: run folder, checkpoint folder or iteration folder.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it holds no configuration of this project.
+    """
+    path = checkpoint_of(location)
+    content = _saved_content(path)
+    root: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
+    config = from_dict(content, root, f"--load {path}")
+    beside = run_file(path, TOKENIZER_FILE)
+    if beside is not None and not Path(config.data.text_tokenizer).is_file():
+        config = replace(config, data=replace(config.data, text_tokenizer=str(beside)))
+    return config
+
+
+def checkpoint_of(location: str) -> Path:
+    """The checkpoint that `--load` names.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from megatron_vlmoe.runtime.cpu import install_cpu_runtime
+    from megatron_vlmoe.train.pretrain import quiet_imports
+
+    quiet_imports()
+    # megatron-core may only be imported after the CPU runtime is in place.
+    install_cpu_runtime()
+    from megatron_vlmoe.train.checkpoint import find_checkpoint
+
+    if (Path(location) / "config.json").exists():
+        raise ConfigError(
+            f"--load {location}: is a Hugging Face folder; convert it to a checkpoint first"
+        )
+    path = find_checkpoint(location)
+    if path is None:
+        raise ConfigError(f"--load {location}: no checkpoint there")
+    return path
+
+
+def run_file(checkpoint: Path, name: str) -> Optional[Path]:
+    """A file of the run folder that a checkpoint lies in (RUN/checkpoints/iter_N or RUN/best/iter_N)."""
+    for folder in (checkpoint, *checkpoint.parents[:2]):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _saved_content(path: Path) -> dict[str, Any]:
+    from megatron_vlmoe.train.checkpoint import CheckpointError, load_common
+
+    try:
+        content = load_common(path).get("config")
+    except CheckpointError as error:
+        raise ConfigError(f"--load {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--load {path}: holds no configuration of this project")
+    return content

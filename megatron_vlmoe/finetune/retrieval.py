@@ -1,0 +1,362 @@
+"""Image-text retrieval: contrastive and matching losses with hard negatives (paper section 4.2, after VLMo).
+
+A step runs the pipeline twice. A forward-only run of captions and images gives features, from which every row draws a
+wrong image and a wrong caption among those of all data-parallel ranks; then one training run reads captions, images and
+three pairs per row: the matching one, one with the wrong image, one with the wrong caption.
+
+Letters: m rows of a micro-batch, B rows of a pool, D width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, replace
+from typing import Any, Iterator, Mapping, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.data.order import Place
+from megatron_vlmoe.finetune.classification import metrics_line
+from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics
+from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
+from megatron_vlmoe.finetune.sweeps import ImageSweep, PairSweep, TextSweep
+from megatron_vlmoe.objectives.contrastive import (
+    CachedGradients,
+    contrastive_loss,
+    hard_negatives,
+    matching_loss,
+)
+from megatron_vlmoe.runtime.distributed import Ranks, device
+from megatron_vlmoe.runtime.draws import keyed_generator
+from megatron_vlmoe.train.objective import Losses
+from megatron_vlmoe.train.step import Batch, StepRunner
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What the rows of one micro-batch are paired with.
+
+    Args:
+        image_rows: numbers (over the run) of the samples whose images are wrong ``[m]``.
+        text_rows: those whose captions are wrong ``[m]``.
+        valid: rows for which there was a wrong one to draw ``[m]``.
+    """
+
+    image_rows: Tensor
+    text_rows: Tensor
+    valid: Tensor
+
+
+class RetrievalObjective:
+    """Trains and judges dual encoding and matching.
+
+    Args:
+        config: the run.
+        ranks: where this process stands.
+        data: its splits.
+    """
+
+    resumes_others = False
+    evaluates_at_start = False
+
+    def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.data = data
+        self.matches = config.contrastive.matching_weight != 0.0
+        self.loss_names: tuple[str, ...] = ("contrastive",)
+        if self.matches:
+            self.loss_names += ("matching",)
+        self.best_metric = f"{config.task.splits[0]}/{config.task.best_metric}"
+        self.patience = config.task.early_stopping
+        self.threads = min(16, max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+
+    def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """`loss/contrastive` and `loss/matching`."""
+        return {f"loss/{name}": means[name] for name in self.loss_names}
+
+    def evaluation_line(self, metrics: Mapping[str, float]) -> str:
+        """Recalls in one line."""
+        return metrics_line(metrics)
+
+    def train_step(
+        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
+    ) -> Losses:
+        """Features without gradient where negatives or the cache need them, then forward and backward."""
+        step = list(itertools.islice(batches, num_micro_batches))
+        cache: Optional[CachedGradients] = None
+        negatives: list[Optional[Negatives]] = [None] * len(step)
+        if self.matches or self.config.contrastive.cache:
+            pools = self._features(runner, step)
+            if self.config.contrastive.cache and pools is not None:
+                cache = _cached(pools)
+            if self.matches:
+                negatives = list(self._mine(step, pools))
+        places = {int(batch["micro_batch"]): number for number, batch in enumerate(step)}
+
+        def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+            return self._loss(batch, heads, cache, places[int(batch["micro_batch"])], len(step))
+
+        completed = (
+            batch if found is None else self._with_pairs(batch, found)
+            for batch, found in zip(step, negatives)
+        )
+        return runner.train(completed, num_micro_batches, finish)
+
+    def _features(self, runner: StepRunner, step: list[Batch]) -> Optional[list[_Pool]]:
+        """Pools of features, one per micro-batch, on the last stage; None elsewhere."""
+        layout = replace(runner.layout, pairs=0)
+
+        def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+            kept = {
+                name: heads[name] for name in ("image_features", "text_features", "logit_scale")
+            }
+            kept["image_documents"] = batch["image_documents"]
+            kept["sample_numbers"] = batch["sample_numbers"]
+            return torch.zeros(1, device=device()), kept
+
+        results = runner.look(iter(step), len(step), layout, finish)
+        if not self.ranks.is_last_stage:
+            return None
+        return [_Pool.gather(result, self.ranks) for result in results]
+
+    def _mine(self, step: list[Batch], pools: Optional[list[_Pool]]) -> Iterator[Negatives]:
+        """Draws on the last stage and tells the others."""
+        rows = self.config.task.micro_batch_size
+        found = torch.zeros(len(step), 3, rows, dtype=torch.int64, device=device())
+        if pools is not None:
+            wide = _Pool.join(pools) if self.config.contrastive.cache else None
+            for number, (batch, pool) in enumerate(zip(step, pools)):
+                found[number] = self._draw(int(batch["micro_batch"]), pool, wide or pool)
+        if self.ranks.pipeline_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(found, src=source, group=group)
+        for images, texts, valid in found.cpu():
+            yield Negatives(images, texts, valid.bool())
+
+    def _draw(self, micro_batch: int, own: _Pool, pool: _Pool) -> Tensor:
+        """Numbers of wrong images and captions of the rows of a micro-batch, and validity: ``[3, m]``."""
+        rows = own.local
+        same = own.documents[rows, None] == pool.documents[None]
+        scale = own.logit_scale.exp()
+        drawn = []
+        for purpose, mine, others in (
+            ("negative image", own.texts[rows], pool.images),
+            ("negative text", own.images[rows], pool.texts),
+        ):
+            seed = self.config.train.seed
+            generator = keyed_generator(torch.device("cpu"), seed, micro_batch, purpose)
+            index, valid = hard_negatives(scale * mine @ others.T, same, generator)
+            drawn.append(pool.numbers[index.to(pool.numbers.device)])
+        return torch.stack([*drawn, valid.to(drawn[0].device).long()])
+
+    def _with_pairs(self, batch: Batch, negatives: Negatives) -> Batch:
+        """Adds the three pairs of every row, row by row, so that a tensor-parallel share holds whole rows."""
+        assert self.data.train is not None
+        samples, dataset = self.data.train.samples, self.data.train.samples.dataset
+        images = self.data.train.places(negatives.image_rows.tolist())
+        texts = self.data.train.places(negatives.text_rows.tolist())
+        ids, lengths = batch["text_ids"], batch["text_lengths"]
+        wrong = samples.texts([dataset.row(place.index).texts for place in texts])
+        wrong_ids = torch.as_tensor(wrong["text_ids"])
+        wrong_lengths = torch.as_tensor(wrong["text_lengths"])
+        completed = dict(batch)
+        completed["pair_ids"] = torch.stack([ids, ids, wrong_ids], dim=1).flatten(0, 1)
+        completed["pair_lengths"] = torch.stack([lengths, lengths, wrong_lengths], dim=1).flatten()
+        completed["negatives_valid"] = negatives.valid
+        if "image_pixels" in batch:
+            completed["pair_pixels"] = self._pair_pixels(batch["image_pixels"], images)
+        return completed
+
+    def _pair_pixels(self, own: Tensor, wrong: list[Place]) -> Tensor:
+        """Pixels of this rank's pairs; the wrong images are decoded again, as the same views that were compared."""
+        assert self.data.train is not None
+        samples = self.data.train.samples
+        mine = wrong[self.data.share.slice(len(wrong))]
+        documents = [samples.dataset.row(place.index).images[0] for place in mine]
+        pixels = torch.as_tensor(samples.pixels(mine, documents, self.threads))
+        return torch.stack([own, pixels, own], dim=1).flatten(0, 1)
+
+    def _loss(
+        self,
+        batch: Batch,
+        heads: Mapping[str, Tensor],
+        cache: Optional[CachedGradients],
+        number: int,
+        num_micro_batches: int,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        weights = self.config.contrastive
+        images, texts, scale = (
+            heads[name] for name in ("image_features", "text_features", "logit_scale")
+        )
+        rows = images.shape[0]
+        if cache is None:
+            contrastive = contrastive_loss(
+                images,
+                texts,
+                _gather(images, self.ranks),
+                _gather(texts, self.ranks),
+                scale,
+                self.ranks.data * rows,
+            )
+            logged = contrastive
+        else:
+            # Pools of the micro-batches one after another, each with the rows of all data-parallel ranks.
+            first = (number * self.ranks.data_size + self.ranks.data) * rows
+            parts = num_micro_batches * self.ranks.data_size
+            contrastive = cache.surrogate(images, texts, scale, slice(first, first + rows), parts)
+            logged = cache.loss
+        losses = {"contrastive": logged.detach()}
+        total = weights.contrastive_weight * contrastive
+        shown = weights.contrastive_weight * logged.detach()
+        if self.matches:
+            matching = matching_loss(heads["match_logits"], batch["negatives_valid"])
+            total = total + weights.matching_weight * matching
+            shown = shown + weights.matching_weight * matching.detach()
+            losses["matching"] = matching.detach()
+        return total.reshape(()), {"total": shown.reshape(()), **losses}
+
+    def evaluate(self, runner: StepRunner) -> dict[str, float]:
+        """Recalls of the split that chooses the best checkpoint."""
+        metrics, _ = self.evaluate_split(runner, self.data.splits[0])
+        return metrics
+
+    def evaluate_split(
+        self, runner: StepRunner, split: SplitData
+    ) -> tuple[dict[str, float], Optional[Found]]:
+        """Recalls by `SPLIT/NAME` on every rank, and on rank 0 the features of all images and captions."""
+        arguments = (self.ranks, self.config)
+        images = run_sweep(
+            runner, self.data, ImageSweep(split.samples), ("image_features",), *arguments
+        )
+        texts = run_sweep(
+            runner, self.data, TextSweep(split.samples), ("text_features",), *arguments
+        )
+        owner = split.dataset.image_of_text()
+        found: Optional[Found] = None
+        metrics: Optional[dict[str, float]] = None
+        if images is not None and texts is not None:
+            found = {"images": images["image_features"], "texts": texts["text_features"]}
+            recalls = recall_at_k_of_features(found["images"], found["texts"], owner)
+            metrics = _named(split.name, recalls) | {
+                f"{split.name}/samples": float(len(owner)),
+            }
+        if self.config.contrastive.rerank:
+            reranked = self._rerank(runner, split, found, owner)
+            if metrics is not None:
+                metrics |= _named(f"{split.name}/reranked", reranked)
+        return share_metrics(metrics), found
+
+    def _rerank(
+        self, runner: StepRunner, split: SplitData, found: Optional[Found], owner: Any
+    ) -> dict[str, float]:
+        """Recalls after the matching head has scored the best candidates of every query anew.
+
+        A candidate's score is its dot product plus the logit of a match minus that of none; what is no candidate keeps
+        its place behind all candidates.
+        """
+        box: list[Any] = [None]
+        if found is not None:
+            scores = found["images"] @ found["texts"].T
+            box = [candidates(scores, self.config.contrastive.rerank)]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)
+        pairs = box[0]
+        sweep = PairSweep(split.samples, pairs)
+        matches = run_sweep(runner, self.data, sweep, ("match_logits",), self.ranks, self.config)
+        if found is None or matches is None:
+            return {}
+        scores = found["images"] @ found["texts"].T
+        logits = matches["match_logits"]
+        # Below every candidate: dot products of unit vectors are at least -1, differences of logits bounded by these.
+        offset = np.abs(logits).max() * 2.0 + 2.0
+        reranked = scores - 2.0 * offset
+        reranked[pairs[:, 0], pairs[:, 1]] = (
+            scores[pairs[:, 0], pairs[:, 1]] + logits[:, 1] - logits[:, 0]
+        )
+        return recall_at_k(reranked, owner)
+
+
+def _named(prefix: str, recalls: Mapping[str, float]) -> dict[str, float]:
+    """Recalls by `PREFIX/NAME`, with their mean."""
+    named = {f"{prefix}/{name}": value for name, value in recalls.items()}
+    return named | {f"{prefix}/mean_recall": float(np.mean(list(recalls.values())))}
+
+
+def candidates(scores: Any, k: int) -> Any:
+    """The k best captions of every image and the k best images of every caption: different pairs ``[n, 2]``."""
+    chosen = np.zeros(scores.shape, dtype=bool)
+    texts = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    images = np.argsort(-scores, axis=0, kind="stable")[:k]
+    np.put_along_axis(chosen, texts, True, axis=1)
+    np.put_along_axis(chosen, images, True, axis=0)
+    return np.argwhere(chosen)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Features of the same micro-batch on all data-parallel ranks, in rank order.
+
+    Args:
+        images: ``[B, D]``.
+        texts: ``[B, D]``.
+        documents: image of every row ``[B]``.
+        numbers: number of every row over the run ``[B]``.
+        local: this rank's rows.
+        logit_scale: log of the inverse temperature.
+    """
+
+    images: Tensor
+    texts: Tensor
+    documents: Tensor
+    numbers: Tensor
+    local: slice
+    logit_scale: Tensor
+
+    @classmethod
+    def gather(cls, own: Mapping[str, Tensor], ranks: Ranks) -> _Pool:
+        """From the outputs of one micro-batch on every rank."""
+        rows = own["image_features"].shape[0]
+        return cls(
+            images=_gather(own["image_features"], ranks),
+            texts=_gather(own["text_features"], ranks),
+            documents=_gather(own["image_documents"], ranks),
+            numbers=_gather(own["sample_numbers"], ranks),
+            local=slice(ranks.data * rows, (ranks.data + 1) * rows),
+            logit_scale=own["logit_scale"],
+        )
+
+    @classmethod
+    def join(cls, pools: list[_Pool]) -> _Pool:
+        """All micro-batches of a step as one pool."""
+        return cls(
+            images=torch.cat([pool.images for pool in pools]),
+            texts=torch.cat([pool.texts for pool in pools]),
+            documents=torch.cat([pool.documents for pool in pools]),
+            numbers=torch.cat([pool.numbers for pool in pools]),
+            local=pools[0].local,
+            logit_scale=pools[0].logit_scale,
+        )
+
+
+def _cached(pools: list[_Pool]) -> CachedGradients:
+    pool = _Pool.join(pools)
+    return CachedGradients.compute(pool.images, pool.texts, pool.logit_scale)
+
+
+def _gather(value: Tensor, ranks: Ranks) -> Tensor:
+    """``[m, ...]`` of every data-parallel rank: ``[B, ...]``; the gradient of a row is summed over all ranks."""
+    if ranks.data_size == 1:
+        return value
+    # megatron-core's gather along the first dimension, over the data-parallel instead of the tensor-parallel ranks.
+    group = parallel_state.get_data_parallel_group()
+    return gather_from_sequence_parallel_region(value.contiguous(), group=group)

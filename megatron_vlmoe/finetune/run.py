@@ -1,0 +1,228 @@
+"""The commands `finetune` and `evaluate`: from a command line to a fine-tuned model and its results."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from megatron_vlmoe.config.command_line import ParsedCommand, to_yaml
+from megatron_vlmoe.config.dry_run import dry_run_text
+from megatron_vlmoe.config.schema import Precision
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.validate import num_micro_batches, validate
+from megatron_vlmoe.finetune.options import (
+    LABELS_FILE,
+    TOKENIZER_FILE,
+    checkpoint_of,
+    parse_evaluate,
+    parse_finetune,
+)
+from megatron_vlmoe.runtime.distributed import Ranks, environment_world_size, is_rank_zero
+
+log = logging.getLogger("megatron_vlmoe")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`finetune`: trains on a task, keeps the best weights, evaluates them on every split."""
+    command = parse_finetune(arguments)
+    config = _task_config(command)
+    if command.dry_run:
+        return _dry_run(command, config)
+    ranks, precision = _start(config)
+    if not config.task.seeds:
+        finetune(config, ranks, precision)
+    else:
+        _several_seeds(config, ranks, precision)
+    _finish()
+    return 0
+
+
+def evaluate_main(arguments: Sequence[str]) -> int:
+    """`evaluate`: runs a fine-tuned checkpoint on the splits of its task."""
+    config = _task_config(parse_evaluate("evaluate", arguments))
+    ranks, precision = _start(config)
+    evaluate(config, ranks, precision)
+    _finish()
+    return 0
+
+
+def _task_config(command: ParsedCommand) -> FinetuneConfig:
+    assert isinstance(command.config, FinetuneConfig)
+    return command.config
+
+
+def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
+    """One fine-tuning run.
+
+    Returns:
+        Metrics of all splits by `SPLIT/NAME`, from the best weights.
+    """
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.finetune.data import TaskData
+    from megatron_vlmoe.finetune.results import evaluate_all
+    from megatron_vlmoe.model.task_heads import build_task_heads
+    from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
+    from megatron_vlmoe.train.setup import build_training
+    from megatron_vlmoe.train.trainer import Trainer
+    from megatron_vlmoe.train.warm_start import warm_start
+
+    make_run_folder(config)
+    data = TaskData.open(config, BatchShare.of(ranks))
+    config = data.config
+    validate(config, ranks.world_size)
+    micro_batches = num_micro_batches(config, ranks.data_size)
+    log_layout(config, ranks, precision, micro_batches, data.summary())
+    parts = build_training(config, precision, build_task_heads)
+    if parts.frozen:
+        log.info("frozen: %s", ", ".join(parts.frozen))
+    load = config.checkpoint.load
+    if load:
+        path = checkpoint_of(load)
+        report = warm_start(path, config, parts)
+        log.info("starting from %s", path)
+        for line in report.lines():
+            log.info(line)
+    else:
+        log.info("starting from initial weights: no --load")
+    objective = build_objective(config, ranks, data)
+    _copy_assets(config)
+    trainer = Trainer(config, parts, ranks, data, micro_batches, precision, objective)
+    state = trainer.run()
+    if state.step < config.train.steps and not objective.patience:
+        # Interrupted: the next run goes on from here.
+        return {}
+    _load_best(config, parts)
+    return evaluate_all(config, parts, ranks, data, objective)
+
+
+def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
+    """Evaluates a fine-tuned checkpoint on every split.
+
+    Returns:
+        Metrics by `SPLIT/NAME`.
+    """
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.finetune.data import TaskData
+    from megatron_vlmoe.finetune.results import evaluate_all
+    from megatron_vlmoe.model.task_heads import build_task_heads
+    from megatron_vlmoe.train.checkpoint import load_checkpoint
+    from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
+    from megatron_vlmoe.train.setup import build_forward_only
+
+    make_run_folder(config)
+    data = TaskData.open(config, BatchShare.of(ranks), training=False)
+    config = data.config
+    # The length of training is of no account here.
+    config = replace(config, train=replace(config.train, steps=max(1, config.train.steps)))
+    validate(config, ranks.world_size)
+    log_layout(config, ranks, precision, 0, data.summary())
+    parts = build_forward_only(config, precision, build_task_heads)
+    path = checkpoint_of(config.checkpoint.load)
+    load_checkpoint(path, config, parts, with_optimizer=False)
+    log.info("loaded %s", path)
+    return evaluate_all(config, parts, ranks, data, build_objective(config, ranks, data))
+
+
+def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
+    from megatron_vlmoe.runtime.distributed import initialize
+    from megatron_vlmoe.runtime.precision import resolve_precision
+    from megatron_vlmoe.train.pretrain import quiet_imports, report_packages
+
+    report_packages()
+    quiet_imports()
+    precision = resolve_precision(config.train)
+    ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
+    return ranks, precision
+
+
+def _finish() -> None:
+    from megatron_vlmoe.runtime.distributed import destroy
+
+    destroy()
+
+
+def build_objective(config: FinetuneConfig, ranks: Ranks, data: Any) -> Any:
+    """The objective of a run's task."""
+    if config.task.name == "retrieval":
+        from megatron_vlmoe.finetune.retrieval import RetrievalObjective
+
+        return RetrievalObjective(config, ranks, data)
+    from megatron_vlmoe.finetune.classification import ClassificationObjective
+
+    return ClassificationObjective(config, ranks, data)
+
+
+def _load_best(config: FinetuneConfig, parts: Any) -> None:
+    """The weights of the best evaluation, where there is one."""
+    from megatron_vlmoe.train.checkpoint import find_checkpoint, load_checkpoint
+
+    save = config.checkpoint.save
+    best = find_checkpoint(Path(save) / "best") if save and config.task.save_best else None
+    if best is not None:
+        load_checkpoint(best, config, parts, with_optimizer=False)
+        log.info("loaded the best weights, %s", best)
+
+
+def _copy_assets(config: FinetuneConfig) -> None:
+    """Puts what a checkpoint needs to be used alone beside it: text tokenizer and class names."""
+    if not config.checkpoint.save or not is_rank_zero():
+        return
+    folder = Path(config.checkpoint.save)
+    files = {f"{config.task.data}_labels.json": LABELS_FILE}
+    files[config.data.text_tokenizer] = TOKENIZER_FILE
+    for source, name in files.items():
+        target = folder / name
+        if source and Path(source).is_file() and Path(source).resolve() != target.resolve():
+            temporary = target.with_name(f"{name}.tmp")
+            shutil.copyfile(source, temporary)
+            os.replace(temporary, target)
+
+
+def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> None:
+    """One run per seed in SAVE/seed_N; mean and standard deviation in SAVE/metrics.json."""
+    from megatron_vlmoe.finetune.metrics import mean_and_std
+    from megatron_vlmoe.finetune.predictions import write_json
+    from megatron_vlmoe.runtime.distributed import seed_everything
+
+    save = config.checkpoint.save
+    results: dict[int, Mapping[str, float]] = {}
+    for seed in config.task.seeds:
+        folder = str(Path(save) / f"seed_{seed}") if save else ""
+        own = replace(
+            config,
+            train=replace(config.train, seed=seed),
+            checkpoint=replace(config.checkpoint, save=folder),
+            task=replace(config.task, seeds=()),
+        )
+        log.info("seed %d", seed)
+        seed_everything(seed)
+        results[seed] = finetune(own, ranks, precision)
+        if not results[seed]:
+            return
+    names = results[config.task.seeds[0]]
+    summary = {}
+    for name in names:
+        mean, deviation = mean_and_std([results[seed][name] for seed in config.task.seeds])
+        summary[name] = {"mean": mean, "std": deviation}
+        log.info("%s: %.2f +- %.2f over %d seeds", name, mean, deviation, len(results))
+    if save and is_rank_zero():
+        by_seed = {str(seed): metrics for seed, metrics in results.items()}
+        write_json(Path(save) / "metrics.json", {"seeds": by_seed, "summary": summary})
+
+
+def _dry_run(command: ParsedCommand, config: FinetuneConfig) -> int:
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.finetune.data import TaskData
+
+    world_size = command.dry_run_world_size or environment_world_size()
+    data = TaskData.open(config, BatchShare())
+    validate(data.config, world_size)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(to_yaml(data.config))
+        print("\n".join(data.summary()))
+        print(dry_run_text(data.config, world_size, command.dry_run_gpus_per_node))
+    return 0

@@ -1,0 +1,217 @@
+"""Heads of the downstream tasks (paper sections 4.2 and 4.3; shapes after VLMo where the paper is silent).
+
+Letters: n samples of a micro-batch, L tokens of a sample, D width, C classes.
+
+Every tensor-parallel rank applies a head to its own samples; the outputs are gathered, so that all of them hold those
+of the whole micro-batch and compute the same loss.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Mapping
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.model.heads import Heads
+from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
+from megatron_vlmoe.moe.stream_batch import StreamBatch
+
+
+class Linear(nn.Module):
+    """``y = W x + b`` on this rank's samples, with the whole matrix on every tensor-parallel rank.
+
+    Args:
+        config: megatron-core configuration.
+        inputs: width of x.
+        outputs: width of y.
+        bias: whether there is b.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, inputs: int, outputs: int, bias: bool = True
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(outputs, inputs, dtype=config.params_dtype)
+        self.weight = mark_sequence_parallel(nn.Parameter(weight), config)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            value = nn.Parameter(torch.zeros(outputs, dtype=config.params_dtype))
+            self.bias = mark_sequence_parallel(value, config)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``[n, inputs]`` to ``[n, outputs]``."""
+        return F.linear(values, self.weight, self.bias)
+
+
+class Pooler(nn.Module):
+    """``tanh(W [T_CLS] + b)`` (BERT, VLMo): ``[n, D]`` to ``[n, D]``."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config, config.hidden_size, config.hidden_size)
+
+    def forward(self, cls_token: Tensor) -> Tensor:
+        """Pooled ``[n, D]``."""
+        return torch.tanh(self.dense(cls_token))
+
+
+class TwoLayerClassifier(nn.Module):
+    """Linear to 2 D, LayerNorm, GELU, linear to the classes (VLMo): ``[n, width]`` to ``[n, C]``."""
+
+    def __init__(self, config: TransformerConfig, width: int, num_classes: int) -> None:
+        super().__init__()
+        inner = 2 * config.hidden_size
+        self.dense = Linear(config, width, inner)
+        self.norm = LayerNorm(config, inner, config.layernorm_epsilon)
+        self.output = Linear(config, inner, num_classes)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Logits ``[n, C]``."""
+        return self.output(F.gelu(self.norm(self.dense(values))))
+
+
+class TaskHeads(Heads):
+    """Common to all tasks: takes vectors of samples out of the stream and gathers outputs over TP ranks."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+        self.gathers = config.sequence_parallel
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """``[n / TP, ...]`` of this rank to ``[n, ...]`` in fp32; each rank keeps the gradient of its own samples."""
+        values = values.float()
+        if not self.gathers:
+            return values
+        # The loss is computed alike on every rank: the gradient is split, not summed.
+        return gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+
+    @staticmethod
+    def first_tokens(hidden: Tensor, stream: StreamBatch, segment: str) -> Tensor:
+        """First token of every sample of a segment: ``[n / TP, D]``."""
+        return stream.layout.take(hidden.squeeze(1), segment)[:, 0]
+
+
+class PairClassifier(TaskHeads):
+    """VQA: the final vector of [T_CLS] of question and image, pooled, to the answers."""
+
+    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(config)
+        self.classifier = TwoLayerClassifier(config, config.hidden_size, num_classes)
+
+    def forward(
+        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> dict[str, Any]:
+        """`logits` ``[n, C]``."""
+        pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
+        return {"logits": self.gathered(self.classifier(pooled))}
+
+
+class TwoImageClassifier(TaskHeads):
+    """NLVR2: pooled [T_CLS] of (sentence, left) and (sentence, right), concatenated, to the two classes."""
+
+    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(config)
+        self.classifier = TwoLayerClassifier(config, 2 * config.hidden_size, num_classes)
+
+    def forward(
+        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> dict[str, Any]:
+        """`logits` ``[n, C]`` of the n = pairs / 2 samples, whose two pairs follow each other."""
+        pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
+        both = pooled.reshape(pooled.shape[0] // 2, -1)
+        return {"logits": self.gathered(self.classifier(both))}
+
+
+class ImageClassifier(TaskHeads):
+    """ImageNet: the final vectors of the patches, averaged, to the classes (paper section 4.3, BEiT)."""
+
+    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+        super().__init__(config)
+        self.classifier = Linear(config, config.hidden_size, num_classes)
+
+    def forward(
+        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> dict[str, Any]:
+        """`logits` ``[n, C]``."""
+        patches = stream.layout.take(hidden.squeeze(1), "images")[:, 1:]
+        return {"logits": self.gathered(self.classifier(patches.mean(dim=1)))}
+
+
+class TextClassifier(TaskHeads):
+    """MNLI and other sentence pairs: pooled [T_CLS] to the classes."""
+
+    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(config)
+        self.classifier = Linear(config, config.hidden_size, num_classes)
+
+    def forward(
+        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> dict[str, Any]:
+        """`logits` ``[n, C]``."""
+        pooled = self.pooler(self.first_tokens(hidden, stream, "texts"))
+        return {"logits": self.gathered(self.classifier(pooled))}
+
+
+class RetrievalHeads(TaskHeads):
+    """Retrieval: projections of [T_CLS] and [I_CLS], a learned temperature, and the matching head (VLMo)."""
+
+    def __init__(self, config: TransformerConfig, temperature: float) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.text_projection = Linear(config, width, width, bias=False)
+        self.image_projection = Linear(config, width, width, bias=False)
+        # Part of the loss, which every tensor-parallel rank computes whole: its gradient is not summed over them.
+        self.logit_scale = nn.Parameter(
+            torch.full((1,), math.log(1.0 / temperature), dtype=config.params_dtype)
+        )
+        self.pooler = Pooler(config)
+        self.matching = Linear(config, width, 2)
+
+    def forward(
+        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
+    ) -> dict[str, Any]:
+        """Unit vectors `text_features` and `image_features` ``[n, D]``, `match_logits` ``[pairs, 2]`` of what the
+        layout has, and `logit_scale`, the log of the inverse temperature."""
+        outputs: dict[str, Any] = {"logit_scale": self.logit_scale.float()}
+        for name, segment in (("text", "texts"), ("image", "images")):
+            if stream.layout.count(segment):
+                project = self.get_submodule(f"{name}_projection")
+                features = project(self.first_tokens(hidden, stream, segment))
+                outputs[f"{name}_features"] = F.normalize(self.gathered(features), dim=1)
+        if stream.layout.pairs:
+            pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
+            outputs["match_logits"] = self.gathered(self.matching(pooled))
+        return outputs
+
+    def unreached(self, layout: StreamLayout) -> dict[str, nn.Module]:
+        """The matching head of a run without pairs."""
+        return (
+            {} if layout.pairs else {"heads.pooler": self.pooler, "heads.matching": self.matching}
+        )
+
+
+CLASSIFIERS = {
+    "vqa": PairClassifier,
+    "nlvr2": TwoImageClassifier,
+    "imagenet": ImageClassifier,
+    "mnli": TextClassifier,
+}
+
+
+def build_task_heads(transformer_config: TransformerConfig, config: RunConfig) -> Heads:
+    """The heads of the task of a run."""
+    assert isinstance(config, FinetuneConfig)
+    if config.task.name == "retrieval":
+        return RetrievalHeads(transformer_config, config.contrastive.temperature)
+    return CLASSIFIERS[config.task.name](transformer_config, config.task.num_classes)

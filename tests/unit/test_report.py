@@ -1,0 +1,138 @@
+"""The evaluation report: one well-formed page, everything escaped, pictures inside, nothing outside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.finetune.report import LONGER_SIDE, Example, write_report
+
+VOID = {"meta", "img", "link", "br", "hr", "input"}
+NASTY = '<script>alert("x")</script> & \'quoted\' "double"'
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects texts and attributes."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.feed(source)
+        self.close()
+        assert not self.open, f"unclosed {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open and data.strip():
+            self.texts.append(data.strip())
+
+    def pictures(self) -> list[Image.Image]:
+        found = []
+        for tag, name, value in self.attributes:
+            if (tag, name) == ("img", "src"):
+                assert value is not None
+                head, content = value.split(",")
+                assert head == "data:image/jpeg;base64"
+                found.append(Image.open(io.BytesIO(base64.b64decode(content))))
+        return found
+
+
+def encoded(width: int, height: int, form: str = "PNG", mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, form)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> tuple[str, Page]:
+    path = tmp_path / "new" / "report.html"
+    examples = [
+        Example((encoded(640, 400, "JPEG"),), (("question", NASTY), ("answer", "2")), True),
+        Example((encoded(20, 30), encoded(300, 900)), (("statement", "left & right"),), False),
+        Example((encoded(40, 40, mode="P"),), (("premise", "ünïcode"),), None),
+        Example((), (("premise", "No picture."),), True),
+    ]
+    write_report(
+        path,
+        f"VQA {NASTY}",
+        [("checkpoint", "runs/a/iter_0000100"), ("note", NASTY)],
+        {"accuracy": 71.2345, "samples": 1000, "open": float("nan")},
+        examples,
+    )
+    source = path.read_text(encoding="utf-8")
+    return source, Page(source)
+
+
+def test_texts_are_escaped(page: tuple[str, Page]) -> None:
+    source, parsed = page
+    assert "script" not in parsed.tags and "<script" not in source
+    # Title, heading, a fact and a question come back as they were given.
+    assert [text for text in parsed.texts if NASTY in text] == [
+        f"VQA {NASTY}",
+        f"VQA {NASTY}",
+        NASTY,
+        NASTY,
+    ]
+    assert "left & right" in parsed.texts and "ünïcode" in parsed.texts
+
+
+def test_scores_are_shown(page: tuple[str, Page]) -> None:
+    texts = page[1].texts
+    for name, value in (("accuracy", "71.23"), ("samples", "1000"), ("open", "–")):
+        assert texts[texts.index(name) + 1] == value
+
+
+def test_right_and_wrong_are_said_in_words(page: tuple[str, Page]) -> None:
+    marks = [text for text in page[1].texts if text in ("✓ right", "✗ wrong", "not scored")]
+    assert marks == ["✓ right", "✗ wrong", "not scored", "✓ right"]
+    classes = [value for tag, name, value in page[1].attributes if (tag, name) == ("p", "class")]
+    assert classes == ["mark right", "mark wrong", "mark open", "mark right"]
+
+
+def test_pictures_are_inside_and_small(page: tuple[str, Page]) -> None:
+    assert [picture.size for picture in page[1].pictures()] == [
+        (LONGER_SIDE, 200),
+        (20, 30),
+        (107, LONGER_SIDE),
+        (40, 40),
+    ]
+    assert sum(name == "alt" and bool(value) for _, name, value in page[1].attributes) == 4
+
+
+def test_nothing_is_fetched_from_elsewhere(page: tuple[str, Page]) -> None:
+    source, parsed = page
+    assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub(r"base64,[^\"]*", "", source))
+    assert not {"script", "link", "iframe"} & set(parsed.tags)
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_a_page_may_be_empty(tmp_path: Path) -> None:
+    write_report(tmp_path / "a.html", "nothing", [], {}, [])
+    assert Page((tmp_path / "a.html").read_text()).texts == ["nothing", "nothing"]
+
+
+def test_a_broken_picture_is_named_and_nothing_written(tmp_path: Path) -> None:
+    examples = [Example((encoded(9, 9),), (), None), Example((encoded(9, 9), b"no"), (), None)]
+    with pytest.raises(DataError, match="Picture 2 of example 2: not a readable image"):
+        write_report(tmp_path / "a.html", "t", [], {}, examples)
+    assert not list(tmp_path.iterdir())
