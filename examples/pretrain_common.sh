@@ -18,65 +18,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-die() { echo "error: $*" >&2; exit 2; }
-
-# given OPTION ARGUMENTS...: whether OPTION is among the arguments.
-given() {
-    local option="$1" argument; shift
-    for argument in "$@"; do
-        case "$argument" in "$option" | "$option="*) return 0 ;; esac
-    done
-    return 1
-}
-
-# take OPTION VARIABLE ARGUMENTS...: adds OPTION with the words of VARIABLE; an error if VARIABLE is unset.
-take() {
-    local option="$1" variable="$2"; shift 2
-    given "$option" "$@" && return
-    [ -n "${!variable+set}" ] || die "$variable is not set: give the value of $option (see the head of examples/pretrain_common.sh)"
-    [ -n "${!variable}" ] || return 0
-    local words; read -r -a words <<< "${!variable}"
-    OPTIONS+=("$option" "${words[@]}")
-}
-
-# take_if_set: the same, but an unset variable adds nothing.
-take_if_set() {
-    [ -z "${!2:-}" ] || take "$@"
-}
-
-gcd() { local a="$1" b="$2" rest; while [ "$b" -gt 0 ]; do rest=$((a % b)); a="$b"; b="$rest"; done; echo "$a"; }
-
-count_gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
-
-# forward SIGNAL: to the workers themselves; torchrun would give them 30 seconds after SIGTERM and die of SIGUSR1.
-forward() {
-    echo "[launch] $1: asking the workers to save and leave" >&2
-    pkill "-$1" -P "$TORCHRUN_PID" || true
-}
-
-# Signals reach this shell only (Slurm's proctrack/cgroup) or every process: both must work.
-launch() {
-    local status=0
-    (trap '' USR1; exec torchrun "$@") &
-    TORCHRUN_PID=$!
-    trap 'forward USR1' USR1
-    trap 'forward TERM' TERM INT
-    while kill -0 "$TORCHRUN_PID" 2>/dev/null; do
-        status=0
-        wait "$TORCHRUN_PID" || status=$?
-    done
-    return "$status"
-}
-
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ ! -x .venv/bin/torchrun ] || export PATH="$PWD/.venv/bin:$PATH"
-command -v torchrun >/dev/null || die "no torchrun: install first (bash examples/setup_env.sh)"
-
-NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_PORT="${MASTER_PORT:-29500}"
-GPUS_PER_NODE="${GPUS_PER_NODE:-${NPROC:-$(count_gpus)}}"
-[ "$GPUS_PER_NODE" -gt 0 ] || GPUS_PER_NODE=1
-RANKS=$((NNODES * GPUS_PER_NODE))
-TP="${TP:-1}" PP="${PP:-1}"
-[ $((RANKS % (TP * PP))) -eq 0 ] || die "NNODES=$NNODES x GPUS_PER_NODE=$GPUS_PER_NODE ranks cannot hold TP=$TP x PP=$PP"
+source examples/launch_common.sh
 if [ "$EXPERTS" = dense ]; then EP="${EP:-1}"; else EP="${EP:-$(gcd "${EXPERTS%e}" $((RANKS / PP)))}"; fi
 
 OPTIONS=(
@@ -98,16 +40,4 @@ take_if_set --data.eval_images EVAL_IMAGES "$@"
 take_if_set --data.eval_pairs EVAL_PAIRS "$@"
 given --checkpoint.save "$@" || take --save RUN "$@"
 
-if [ "$NNODES" -gt 1 ]; then
-    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES, but MASTER_ADDR (the host name of node 0) is not set"
-    [ "$NODE_RANK" -lt "$NNODES" ] || die "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES"
-    LAUNCHER=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
-else
-    LAUNCHER=(--standalone)
-fi
-# Threads of a process for what runs on the CPU; the machine's cores are shared by its processes.
-THREADS=$(($(nproc) / GPUS_PER_NODE))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
-# megatron-core overlaps tensor-parallel communication with computation only on one hardware queue.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-launch "${LAUNCHER[@]}" --nproc-per-node "$GPUS_PER_NODE" -m megatron_vlmoe pretrain "${OPTIONS[@]}" "$@"
+start_workers pretrain "${OPTIONS[@]}" "$@"

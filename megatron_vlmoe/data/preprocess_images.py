@@ -91,7 +91,7 @@ def checked_image(data: bytes, resize_short: int | None = None) -> bytes:
                 image.draft(None, (1, 1))
                 image.load()
                 return data
-            return _jpeg(_to_rgb(image))
+            return _jpeg(to_rgb(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
@@ -110,11 +110,12 @@ def _shrunk(image: Image.Image, short: int) -> bytes:
     width, height = (max(short, round(side * factor)) for side in image.size)
     # Decode JPEG at no less than twice the wanted size, then filter.
     image.draft(None, (2 * width, 2 * height))
-    resized = _to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    resized = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
     return _jpeg(resized)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; grey values of 16 bits and more are brought down to 8."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0

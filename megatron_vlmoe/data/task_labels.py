@@ -49,7 +49,15 @@ def load_labels(prefix: str | Path) -> Labels:
     Raises:
         DataError: the file is missing or damaged.
     """
-    path = labels_path(prefix)
+    return read_labels(labels_path(prefix))
+
+
+def read_labels(path: Path) -> Labels:
+    """Reads the class names of a task from a file, whatever its name.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -36,7 +36,8 @@ class ClassificationObjective:
         self.ranks = ranks
         self.data = data
         self.loss_names: tuple[str, ...] = (config.task.name,)
-        self.best_metric = f"{config.task.splits[0]}/{config.task.best_metric}"
+        best = f"{config.task.splits[0]}/{config.task.best_metric}"
+        self.best_metric = best if config.task.save_best else ""
         self.patience = config.task.early_stopping
 
     def train_step(
@@ -101,8 +102,12 @@ def classification_scores(
     rows = [split.dataset.row(number) for number in range(len(split.dataset))]
     if task == "vqa":
         predicted = logits.argmax(axis=1)
-        score = vqa_score(predicted, [row.labels for row in rows], [row.scores for row in rows])
-        named = {"vqa_score": score}
+        # A question whose answers are all outside the vocabulary cannot be answered right, but it counts.
+        hopeless = ((NO_LABEL,), (0.0,))
+        known = [
+            hopeless if row.answers and not row.labels else (row.labels, row.scores) for row in rows
+        ]
+        named = {"vqa_score": vqa_score(predicted, *zip(*known))}
     else:
         labels = np.array([row.labels[0] if row.labels else NO_LABEL for row in rows])
         if task == "imagenet":

@@ -152,6 +152,8 @@ class TaskData:
 
         train = open_split(task.train_split) if training else None
         splits = [open_split(name) for name in task.splits]
+        if training and task.save_best and labels is not None:
+            _require_labels(splits[0])
         config = _complete(config, tokenizer, labels, train, share)
         return cls(config, share, labels, tokenizer, train, splits)
 
@@ -249,6 +251,15 @@ def _complete(
     config = replace(config, model=model, task=task)
     config = replace(config, data=with_batch_sizes(config))
     return config if train is None else _with_schedule(config, len(train))
+
+
+def _require_labels(split: TaskDataset) -> None:
+    """The split that chooses the best checkpoint must say what is right."""
+    if not any(split.row(number).labels for number in range(len(split))):
+        raise ConfigError(
+            f"task.eval_splits: {split.prefix} has no labels and cannot choose the best checkpoint; "
+            "name another split first, or set task.save_best=false"
+        )
 
 
 def with_batch_sizes(config: FinetuneConfig) -> DataConfig:

@@ -1,4 +1,4 @@
-"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899): images and targets blended with a partner's.
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899): images blended with a partner's.
 
 One draw holds for a whole micro-batch of n images ("batch mode"); image i is blended with image n - 1 - i, so the
 partners of the batch are the batch in reverse. What is random is drawn apart from where it is applied: processes
@@ -13,8 +13,6 @@ from typing import Optional
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -93,85 +91,6 @@ def mix_of_box(box: MixBox, size: int) -> Mix:
     """CutMix with a box: lambda is the share of the S x S pixels outside it."""
     area = (box.bottom - box.top) * (box.right - box.left)
     return Mix(1.0 - area / (size * size), box)
-
-
-def partner_index(index: int, count: int) -> int:
-    """The number of the image that image ``index`` of a micro-batch of ``count`` is blended with."""
-    return count - 1 - index
-
-
-def mixup_cutmix(
-    pixels: Tensor,
-    targets: Tensor,
-    mix: Mix,
-    partner_pixels: Optional[Tensor] = None,
-    partner_targets: Optional[Tensor] = None,
-) -> tuple[Tensor, Tensor]:
-    """Blends images and targets with their partners'; the inputs stay as they are.
-
-    Args:
-        pixels: uint8 or floating ``[n, 3, S, S]``.
-        targets: floating ``[n, C]``.
-        mix: what ``draw_mix`` drew for the whole micro-batch.
-        partner_pixels: the partner ``[n, 3, S, S]`` of each image. Default: ``pixels`` is the whole micro-batch, and
-            they are its images in reverse.
-        partner_targets: the partners' targets ``[n, C]``; together with ``partner_pixels``.
-
-    Returns:
-        Pixels of the same type (Mixup of uint8 is rounded to the nearest value) and targets.
-
-    Raises:
-        ValueError: only one of pixels and targets of the partners is given, or their shapes differ.
-    """
-    if (partner_pixels is None) != (partner_targets is None):
-        raise ValueError("pixels and targets of the partners go together")
-    if mix == NO_MIX:
-        return pixels, targets
-    other = pixels.flip(0) if partner_pixels is None else partner_pixels
-    other_targets = targets.flip(0) if partner_targets is None else partner_targets
-    if other.shape != pixels.shape or other_targets.shape != targets.shape:
-        raise ValueError(
-            f"partners {tuple(other.shape)}, {tuple(other_targets.shape)} do not fit "
-            f"{tuple(pixels.shape)}, {tuple(targets.shape)}"
-        )
-    mixed_targets = mix.lam * targets + (1.0 - mix.lam) * other_targets
-    if mix.box is None:
-        return _blend(pixels, other, mix.lam), mixed_targets
-    box = mix.box
-    mixed = pixels.clone()
-    inside = (..., slice(box.top, box.bottom), slice(box.left, box.right))
-    mixed[inside] = other[inside]
-    return mixed, mixed_targets
-
-
-def _blend(own: Tensor, other: Tensor, lam: float) -> Tensor:
-    """The weighted mean in the type of ``own``."""
-    if own.is_floating_point():
-        return lam * own + (1.0 - lam) * other
-    return (lam * own.float() + (1.0 - lam) * other.float()).round().to(own.dtype)
-
-
-def smooth_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """Distributions in which smoothing / C of the mass goes to every class, the right one included.
-
-    Args:
-        labels: classes ``[n]``.
-        num_classes: C.
-        smoothing: 0 (one-hot) to 1 (uniform).
-
-    Returns:
-        float32 ``[n, C]``; each row sums to 1.
-
-    Raises:
-        ValueError: a label is not one of C classes.
-    """
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"labels {int(labels.min())} to {int(labels.max())} of {num_classes} classes"
-        )
-    off = smoothing / num_classes
-    targets = torch.full((len(labels), num_classes), off, device=labels.device)
-    return targets.scatter_(1, labels.long()[:, None], 1.0 - smoothing + off)
 
 
 def mix_pixels(

@@ -107,18 +107,22 @@ def saved_run(location: str) -> RunConfig:
     return config
 
 
+def prepare_megatron() -> None:
+    """Makes megatron-core importable, without a GPU too; what imports it may only be imported afterwards."""
+    from megatron_vlmoe.runtime.cpu import install_cpu_runtime
+    from megatron_vlmoe.train.pretrain import quiet_imports
+
+    quiet_imports()
+    install_cpu_runtime()
+
+
 def checkpoint_of(location: str) -> Path:
     """The checkpoint that `--load` names.
 
     Raises:
         ConfigError: if there is none.
     """
-    from megatron_vlmoe.runtime.cpu import install_cpu_runtime
-    from megatron_vlmoe.train.pretrain import quiet_imports
-
-    quiet_imports()
-    # megatron-core may only be imported after the CPU runtime is in place.
-    install_cpu_runtime()
+    prepare_megatron()
     from megatron_vlmoe.train.checkpoint import find_checkpoint
 
     if (Path(location) / "config.json").exists():

@@ -1,4 +1,4 @@
-"""Predictions and scores as files, and the form in which the VQA server takes answers."""
+"""From logits to predictions, and predictions as files, one of them in the form that the VQA server takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.runtime.files import write_text_atomic
+
+Array = npt.NDArray[Any]
+
+
+def best_classes(logits: Array, k: int) -> Array:
+    """The k most likely classes of every row ``[N, C]``, best first, of equals the lower number: ``[N, min(k, C)]``."""
+    return np.argsort(-logits, axis=1, kind="stable")[:, :k]
+
+
+def class_probabilities(task: str, logits: Array) -> Array:
+    """Of each answer alone for VQA, of one class among all for the others: ``[N, C]`` in double precision."""
+    wide = logits.astype(np.float64)
+    if task == "vqa":
+        return 1.0 / (1.0 + np.exp(-np.clip(wide, -60.0, 60.0)))
+    shifted = np.exp(wide - wide.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -29,8 +46,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line; otherwise as ``write_json``."""
-    lines = (json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_text_atomic(path, "".join(lines))
+    write_text_atomic(path, "".join(json_line(row) + "\n" for row in rows))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """One JSON object without a line break; values as in ``write_json``."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
 
 
 def vqa_submission(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,13 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.task_dataset import Labels
 from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.predictions import vqa_submission, write_json, write_jsonl
+from megatron_vlmoe.finetune.predictions import (
+    best_classes,
+    class_probabilities,
+    vqa_submission,
+    write_json,
+    write_jsonl,
+)
 from megatron_vlmoe.finetune.report import Example, write_report
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.train.setup import TrainingParts
@@ -95,8 +101,8 @@ def prediction_rows(
     assert labels is not None
     names = labels.names or labels.labels
     logits = found["logits"]
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :MOST_LIKELY]
-    scores = _probabilities(task, logits)
+    order = best_classes(logits, MOST_LIKELY)
+    scores = class_probabilities(task, logits)
     rows = []
     for number, best in enumerate(order):
         row = split.dataset.row(number)
@@ -122,15 +128,6 @@ def prediction_rows(
             entry["gained"] = float(gained)
         rows.append(entry)
     return rows
-
-
-def _probabilities(task: str, logits: Any) -> Any:
-    """Of each answer alone for VQA, of one class among all for the others ``[N, C]``."""
-    wide = logits.astype(np.float64)
-    if task == "vqa":
-        return 1.0 / (1.0 + np.exp(-np.clip(wide, -60.0, 60.0)))
-    shifted = np.exp(wide - wide.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def _retrieved(found: Found, split: SplitData) -> list[dict[str, Any]]:

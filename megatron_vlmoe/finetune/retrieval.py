@@ -75,7 +75,8 @@ class RetrievalObjective:
         self.loss_names: tuple[str, ...] = ("contrastive",)
         if self.matches:
             self.loss_names += ("matching",)
-        self.best_metric = f"{config.task.splits[0]}/{config.task.best_metric}"
+        best = f"{config.task.splits[0]}/{config.task.best_metric}"
+        self.best_metric = best if config.task.save_best else ""
         self.patience = config.task.early_stopping
         self.threads = min(16, max(1, (os.cpu_count() or 1) // ranks.local_world_size))
 

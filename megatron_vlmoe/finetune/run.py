@@ -14,12 +14,14 @@ from megatron_vlmoe.config.dry_run import dry_run_text
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.validate import num_micro_batches, validate
+from megatron_vlmoe.config.validate_task import validate_task
 from megatron_vlmoe.finetune.options import (
     LABELS_FILE,
     TOKENIZER_FILE,
     checkpoint_of,
     parse_evaluate,
     parse_finetune,
+    saved_run,
 )
 from megatron_vlmoe.runtime.distributed import Ranks, environment_world_size, is_rank_zero
 
@@ -65,11 +67,12 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     from megatron_vlmoe.finetune.data import TaskData
     from megatron_vlmoe.finetune.results import evaluate_all
     from megatron_vlmoe.model.task_heads import build_task_heads
+    from megatron_vlmoe.train.checkpoint import find_checkpoint
     from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.trainer import Trainer
-    from megatron_vlmoe.train.warm_start import warm_start
 
+    validate_task(config, ranks.world_size)
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks))
     config = data.config
@@ -79,24 +82,38 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     parts = build_training(config, precision, build_task_heads)
     if parts.frozen:
         log.info("frozen: %s", ", ".join(parts.frozen))
-    load = config.checkpoint.load
-    if load:
-        path = checkpoint_of(load)
-        report = warm_start(path, config, parts)
-        log.info("starting from %s", path)
-        for line in report.lines():
-            log.info(line)
-    else:
-        log.info("starting from initial weights: no --load")
+    if not (config.checkpoint.save and find_checkpoint(config.checkpoint.save)):
+        _start_weights(config, parts)
     objective = build_objective(config, ranks, data)
     _copy_assets(config)
     trainer = Trainer(config, parts, ranks, data, micro_batches, precision, objective)
     state = trainer.run()
-    if state.step < config.train.steps and not objective.patience:
+    out_of_patience = objective.patience and state.worse_evaluations >= objective.patience
+    if state.step < config.train.steps and not out_of_patience:
         # Interrupted: the next run goes on from here.
         return {}
     _load_best(config, parts)
     return evaluate_all(config, parts, ranks, data, objective)
+
+
+def _start_weights(config: FinetuneConfig, parts: Any) -> None:
+    """Takes the weights of `--load` and says what became of every tensor."""
+    from megatron_vlmoe.train.warm_start import warm_start
+
+    if not config.checkpoint.load:
+        log.info("starting from initial weights: no --load")
+        return
+    path = checkpoint_of(config.checkpoint.load)
+    source = saved_run(str(path))
+    # A head for other classes is no start for this one.
+    same_head = (
+        isinstance(source, FinetuneConfig)
+        and source.task.name == config.task.name
+        and source.task.labels_sha256 == config.task.labels_sha256
+    )
+    log.info("starting from %s", path)
+    for line in warm_start(path, config, parts, with_heads=same_head).lines():
+        log.info(line)
 
 
 def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
@@ -113,6 +130,7 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
     from megatron_vlmoe.train.setup import build_forward_only
 
+    validate_task(config, ranks.world_size, training=False)
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
@@ -219,6 +237,7 @@ def _dry_run(command: ParsedCommand, config: FinetuneConfig) -> int:
     from megatron_vlmoe.finetune.data import TaskData
 
     world_size = command.dry_run_world_size or environment_world_size()
+    validate_task(config, world_size)
     data = TaskData.open(config, BatchShare())
     validate(data.config, world_size)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.stream import StreamLayout
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, FinetuneConfig, SampleShape
 from megatron_vlmoe.data.collate import BatchShare
@@ -173,13 +172,9 @@ class SweepMicroBatches(Dataset[Any]):
 
 
 def sweep_layout(config: FinetuneConfig, shape: SampleShape) -> StreamLayout:
-    """The stream of one evaluation micro-batch.
-
-    Raises:
-        ConfigError: if tensor parallelism does not divide it.
-    """
+    """The stream of one evaluation micro-batch."""
     count, model = config.task.eval_batch, config.model
-    layout = StreamLayout(
+    return StreamLayout(
         texts=shape.texts * count,
         pairs=shape.pairs * count,
         images=shape.images * count,
@@ -187,10 +182,3 @@ def sweep_layout(config: FinetuneConfig, shape: SampleShape) -> StreamLayout:
         pair_text_length=model.pair_text_length,
         image_length=model.image_length,
     )
-    tensor = config.parallel.tensor_model_parallel_size
-    if count % tensor:
-        raise ConfigError(
-            f"task.eval_micro_batch_size={count} is not divisible by "
-            f"parallel.tensor_model_parallel_size={tensor}"
-        )
-    return layout

@@ -62,13 +62,14 @@ class WarmStart:
         ]
 
 
-def warm_start(path: Path, config: RunConfig, parts: TrainingParts) -> WarmStart:
+def warm_start(path: Path, config: RunConfig, parts: TrainingParts, with_heads: bool) -> WarmStart:
     """Loads the weights of a checkpoint, of pretraining or of a task, into the model of this run.
 
     Args:
         path: checkpoint folder; any parallel layout.
         config: of this run.
         parts: its model; the optimizer's copies follow.
+        with_heads: whether the heads are taken too, where they fit.
 
     Raises:
         CheckpointError: if the architecture differs, a tensor other than a head is missing, a shape does not fit, or
@@ -87,7 +88,8 @@ def warm_start(path: Path, config: RunConfig, parts: TrainingParts) -> WarmStart
             if not isinstance(entry, ShardedTensor):
                 continue
             known.add(entry.key)
-            if not _fits(path, entry, saved):
+            is_head = entry.key.startswith(HEADS)
+            if (is_head and not with_heads) or not _fits(path, entry, saved):
                 new.append(entry.key)
                 continue
             whole = _whole_table(entry, saved[entry.key])
@@ -106,7 +108,7 @@ def warm_start(path: Path, config: RunConfig, parts: TrainingParts) -> WarmStart
         taken=tuple(sorted(taken)),
         resized=tuple(sorted(_union(resized))),
         new=tuple(sorted(all_new)),
-        left=tuple(sorted(saved.keys() - all_known)),
+        left=tuple(sorted(saved.keys() - (all_known - all_new))),
     )
 
 

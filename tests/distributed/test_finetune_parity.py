@@ -15,6 +15,9 @@ pytestmark = pytest.mark.dist
 TASKS = ("vqa", "nlvr2", "retrieval", "imagenet", "mnli")
 ALONE = Layout(1)
 LAYOUTS = {"tp2": layout(2, tp=2), "ep2": layout(2, ep=2), "pp2": layout(2, pp=2)}
+# Gradients of the two pictures of a sentence nearly cancel in the lower blocks, and a bias that starts at zero is
+# nothing but its gradients: relative to their largest entry, rounding is larger there than in pretraining.
+ROUNDING = 2e-5
 # One pool of pairs on every layout, and nothing that is drawn per micro-batch.
 WHOLE_POOL = "--model.drop_path 0 --contrastive.matching_weight 0".split()
 
@@ -39,8 +42,8 @@ def compare(actual: Any, expected: Any, what: str) -> None:
     assert_identical(actual["start"], expected["start"], f"{what}: initial weights")
     for number, (mine, theirs) in enumerate(zip(actual["steps"], expected["steps"], strict=True)):
         assert_close(mine, theirs, f"{what}: step {number + 1}")
-    assert_close(actual["gradients"], expected["gradients"], f"{what}: gradients")
-    assert_close(actual["weights"], expected["weights"], f"{what}: weights")
+    for name in ("gradients", "weights"):
+        assert_close(actual[name], expected[name], f"{what}: {name}", ROUNDING)
     assert_close(actual["found"], expected["found"], f"{what}: evaluation")
 
 

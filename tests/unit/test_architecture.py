@@ -37,6 +37,10 @@ ALLOWED = {
     "finetune": {
         *("config", "runtime", "tokenizers", "data", "moe", "model", "objectives", "train"),
     },
+    "inference": {
+        *("config", "runtime", "tokenizers", "data", "moe", "model", "objectives", "train"),
+        "finetune",
+    },
     "analysis": {
         *("config", "runtime", "tokenizers", "data", "moe", "model", "objectives", "train"),
     },

@@ -1,0 +1,81 @@
+# What pretrain_common.sh and finetune_common.sh share: processes, layout, torchrun. Sourced from the repository root.
+#
+#   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     the same on every node but for NODE_RANK
+#   GPUS_PER_NODE               processes per node (NPROC is the same); unset: the GPUs found, or 1
+#   TP=1 PP=1                   tensor- and pipeline-parallel size
+
+die() { echo "error: $*" >&2; exit 2; }
+
+# given OPTION ARGUMENTS...: whether OPTION is among the arguments.
+given() {
+    local option="$1" argument; shift
+    for argument in "$@"; do
+        case "$argument" in "$option" | "$option="*) return 0 ;; esac
+    done
+    return 1
+}
+
+# take OPTION VARIABLE ARGUMENTS...: adds OPTION with the words of VARIABLE; an error if VARIABLE is unset.
+take() {
+    local option="$1" variable="$2"; shift 2
+    given "$option" "$@" && return
+    [ -n "${!variable+set}" ] || die "$variable is not set: give the value of $option (see the head of ${COMMON:-examples/pretrain_common.sh})"
+    [ -n "${!variable}" ] || return 0
+    local words; read -r -a words <<< "${!variable}"
+    OPTIONS+=("$option" "${words[@]}")
+}
+
+# take_if_set: the same, but an unset variable adds nothing.
+take_if_set() {
+    [ -z "${!2:-}" ] || take "$@"
+}
+
+gcd() { local a="$1" b="$2" rest; while [ "$b" -gt 0 ]; do rest=$((a % b)); a="$b"; b="$rest"; done; echo "$a"; }
+
+count_gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
+
+# forward SIGNAL: to the workers themselves; torchrun would give them 30 seconds after SIGTERM and die of SIGUSR1.
+forward() {
+    echo "[launch] $1: asking the workers to save and leave" >&2
+    pkill "-$1" -P "$TORCHRUN_PID" || true
+}
+
+# Signals reach this shell only (Slurm's proctrack/cgroup) or every process: both must work.
+launch() {
+    local status=0
+    (trap '' USR1; exec torchrun "$@") &
+    TORCHRUN_PID=$!
+    trap 'forward USR1' USR1
+    trap 'forward TERM' TERM INT
+    while kill -0 "$TORCHRUN_PID" 2>/dev/null; do
+        status=0
+        wait "$TORCHRUN_PID" || status=$?
+    done
+    return "$status"
+}
+
+[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ ! -x .venv/bin/torchrun ] || export PATH="$PWD/.venv/bin:$PATH"
+command -v torchrun >/dev/null || die "no torchrun: install first (bash examples/setup_env.sh)"
+
+NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_PORT="${MASTER_PORT:-29500}"
+GPUS_PER_NODE="${GPUS_PER_NODE:-${NPROC:-$(count_gpus)}}"
+[ "$GPUS_PER_NODE" -gt 0 ] || GPUS_PER_NODE=1
+RANKS=$((NNODES * GPUS_PER_NODE))
+TP="${TP:-1}" PP="${PP:-1}"
+[ $((RANKS % (TP * PP))) -eq 0 ] || die "NNODES=$NNODES x GPUS_PER_NODE=$GPUS_PER_NODE ranks cannot hold TP=$TP x PP=$PP"
+
+# start_workers PROGRAM ARGUMENTS...: torchrun on this node.
+start_workers() {
+    local launcher=(--standalone)
+    if [ "$NNODES" -gt 1 ]; then
+        [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES, but MASTER_ADDR (the host name of node 0) is not set"
+        [ "$NODE_RANK" -lt "$NNODES" ] || die "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES"
+        launcher=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    fi
+    # Threads of a process for what runs on the CPU; the machine's cores are shared by its processes.
+    local threads=$(($(nproc) / GPUS_PER_NODE))
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+    # megatron-core overlaps tensor-parallel communication with computation only on one hardware queue.
+    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    launch "${launcher[@]}" --nproc-per-node "$GPUS_PER_NODE" -m megatron_vlmoe "$@"
+}

@@ -1,0 +1,147 @@
+"""What callers give a model, images and texts, made into what evaluation reads of prepared data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from megatron_vlmoe.data.augment import CropBox, ImageDraw, decode_image, views
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.preprocess import checked_text
+from megatron_vlmoe.data.preprocess_images import checked_image, quiet_pillow, to_rgb
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+Array = npt.NDArray[Any]
+
+# Longer texts would only be cut; tools/prepare_task.py refuses them too.
+MAX_CHARACTERS = 1 << 16
+
+
+class Item(NamedTuple):
+    """One image or text with its name in errors."""
+
+    where: str
+    value: Any
+
+
+def aligned(**arguments: Any) -> tuple[bool, list[list[Item]]]:
+    """Arguments of a method as lists of one length: what is no list goes with every item of the others.
+
+    Args:
+        **arguments: by their names, each an item or a list or tuple of items.
+
+    Returns:
+        Whether none is a list, and the items of every argument.
+
+    Raises:
+        DataError: lists of different lengths.
+    """
+    lengths = {k: len(v) for k, v in arguments.items() if isinstance(v, (list, tuple))}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise DataError(f"lists of different lengths: {counts}")
+    count = next(iter(lengths.values()), 1)
+    columns = []
+    for name, value in arguments.items():
+        values = value if name in lengths else [value] * count
+        numbered = name in lengths and count > 1
+        columns.append(
+            [Item(f"{name} {n}" if numbered else name, item) for n, item in enumerate(values)]
+        )
+    return not lengths, columns
+
+
+def pixels(images: Sequence[Item], size: int) -> Array:
+    """Whole images, resized to a square as in evaluation: uint8 ``[n, 3, size, size]``.
+
+    Raises:
+        DataError: naming the first image that is missing, damaged, or none at all.
+    """
+    out = np.empty((len(images), 3, size, size), dtype=np.uint8)
+    for number, item in enumerate(images):
+        image = read_image(item)
+        whole = ImageDraw(CropBox.whole(image.width, image.height))
+        out[number] = views(image, whole, [size])[0]
+    return out
+
+
+def read_image(item: Item) -> Image.Image:
+    """An image in RGB.
+
+    A file is treated as tools/prepare_task.py and evaluation do: its orientation in EXIF is not applied, and formats
+    that are not stored as they are go through a JPEG.
+
+    Args:
+        item: Pillow image, path, encoded bytes, or uint8 array ``[H, W, 3]``.
+
+    Raises:
+        DataError: missing, damaged, or of another type.
+    """
+    where, value = item
+    if isinstance(value, Image.Image):
+        return _of_pillow(value, where)
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3 or not value.size:
+            raise DataError(
+                f"{where}: an array of {value.dtype} {list(value.shape)} is not uint8 [H, W, 3]"
+            )
+        return Image.fromarray(np.ascontiguousarray(value))
+    if isinstance(value, (str, Path)):
+        where, value = str(value), _file_bytes(value)
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise DataError(
+            f"{where}: expected a Pillow image, path, bytes or array, got {type(value).__name__}"
+        )
+    with quiet_pillow():
+        try:
+            data = checked_image(bytes(value))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        return decode_image(data, where)
+
+
+def _of_pillow(image: Image.Image, where: str) -> Image.Image:
+    if not image.width or not image.height:
+        raise DataError(f"{where}: an image of {image.width}x{image.height} pixels")
+    try:
+        return to_rgb(image)
+    except (OSError, ValueError, SyntaxError, TypeError, IndexError) as error:
+        # Pillow reads a file's pixels only now.
+        raise DataError(f"{where}: damaged image ({error})") from error
+
+
+def _file_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def tokens(texts: Sequence[Item], tokenizer: TextTokenizer) -> list[Array]:
+    """Token ids of texts, tokenized as tools/prepare_task.py does: without space around them.
+
+    Raises:
+        DataError: naming the first text that is empty, too long, or no text.
+    """
+    checked = []
+    for where, value in texts:
+        try:
+            text = checked_text(value, "text", MAX_CHARACTERS)
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: invalid Unicode") from error
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        checked.append(text)
+    found = [np.asarray(ids, dtype=np.int64) for ids in tokenizer.encode_batch(checked)]
+    for item, ids in zip(texts, found, strict=True):
+        if not len(ids):
+            raise DataError(f"{item.where}: no token in it")
+    return found

@@ -1,0 +1,269 @@
+"""`VLMoE`: a fine-tuned model that answers, classifies and encodes.
+
+Letters: n items, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
+from megatron_vlmoe.finetune.predictions import class_probabilities
+from megatron_vlmoe.inference.answers import Answer, decisions, ranked
+from megatron_vlmoe.inference.inputs import Item, aligned, pixels, tokens
+from megatron_vlmoe.inference.loading import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+
+class VLMoE:
+    """A fine-tuned model; made by `from_checkpoint`.
+
+    Every method takes single items and returns one result, or takes lists (or tuples) of one length and returns a
+    list. A single item beside lists goes with each of theirs. An image is a Pillow image, a path, the bytes of a
+    file, or a uint8 array ``[H, W, 3]``; it is resized as a whole, as in evaluation.
+
+    Methods raise DataError, naming the item, for images and texts that cannot be used, and ConfigError if the
+    checkpoint is of another task.
+
+    Args:
+        loaded: the model.
+        batch_size: most items in a forward pass.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        self._loaded = loaded
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        device: Optional[str] = None,
+        precision: str = "auto",
+        tokenizer: str | Path | None = None,
+        labels: str | Path | None = None,
+        batch_size: int = 32,
+        capacity_factor: float = 0.0,
+    ) -> VLMoE:
+        """Loads what `finetune` wrote, at whatever layout, into this process.
+
+        Neither torchrun nor an initialized torch.distributed is needed. Several models may be loaded.
+
+        Args:
+            path: run folder (its best checkpoint where there is one, else its last), `best`, `checkpoints`, or one
+                iteration in them.
+            device: None takes the first visible GPU, else the CPU; "cpu" or "cuda" insists on it.
+            precision: auto (bf16 on GPUs that have it, else fp16; fp32 on CPU), fp32, bf16 or fp16.
+            tokenizer: text tokenizer; None takes `text.model` of the run folder.
+            labels: class names; None takes `labels.json` of the run folder.
+            batch_size: most items in a forward pass.
+            capacity_factor: expert capacity; 0 or less drops no token, so that a result does not depend on what
+                else is in the batch. The paper evaluates with 1.0.
+
+        Raises:
+            ConfigError: no such checkpoint, one of pretraining, or an argument or file that does not go with it.
+            CheckpointError: a damaged checkpoint.
+        """
+        loaded = load_model(
+            path,
+            device=device,
+            precision=precision,
+            tokenizer=tokenizer,
+            labels=labels,
+            capacity_factor=capacity_factor,
+        )
+        return cls(loaded, batch_size)
+
+    @property
+    def task(self) -> str:
+        """Name of the task that the checkpoint was fine-tuned on."""
+        return self._loaded.config.task.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint."""
+        return self._loaded.checkpoint
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes ``[C]``; none for retrieval."""
+        known = self._loaded.labels
+        return known.labels if known is not None else ()
+
+    @property
+    def has_matching(self) -> bool:
+        """Whether the model was trained to tell matching pairs from others (retrieval)."""
+        config = self._loaded.config
+        return self.task == "retrieval" and config.contrastive.matching_weight != 0.0
+
+    def answer(self, image: Any, question: Any, top_k: int = 1) -> Any:
+        """vqa: `Answer`, or a list of them, with the `top_k` most likely answers."""
+        self._needs("answer", "vqa")
+        single, (images, questions) = aligned(image=image, question=question)
+        logits = self._run("logits", images, [questions])
+        found = [
+            Answer(best[0].label, best[0].score, tuple(best))
+            for best in self._ranked(logits, top_k)
+        ]
+        return found[0] if single else found
+
+    def reason(self, left: Any, right: Any, sentence: Any) -> Any:
+        """nlvr2: `Decision`, or a list of them, whether the sentence is true of the two images."""
+        self._needs("reason", "nlvr2")
+        single, (lefts, rights, sentences) = aligned(left=left, right=right, sentence=sentence)
+        images = [image for both in zip(lefts, rights) for image in both]
+        texts = [text for text in sentences for _ in range(2)]
+        return self._decided(self._run("logits", images, [texts]), single)
+
+    def classify(self, image: Any, top_k: int = 5) -> Any:
+        """imagenet: the `top_k` most likely classes as `Scored`, best first; a list of such lists for a list."""
+        self._needs("classify", "imagenet")
+        single, (images,) = aligned(image=image)
+        found = self._ranked(self._run("logits", images=images), top_k)
+        return found[0] if single else found
+
+    def entail(self, premise: Any, hypothesis: Any) -> Any:
+        """mnli: `Decision`, or a list of them, how the hypothesis relates to the premise."""
+        self._needs("entail", "mnli")
+        single, columns = aligned(premise=premise, hypothesis=hypothesis)
+        return self._decided(self._run("logits", texts=columns), single)
+
+    def encode_image(self, image: Any) -> Array:
+        """retrieval: unit vector ``[D]`` of an image, ``[n, D]`` of a list, float32."""
+        self._needs("encode_image", "retrieval")
+        single, (images,) = aligned(image=image)
+        features = self._run("image_features", images=images, shape=SampleShape(images=1))
+        return features[0] if single else features
+
+    def encode_text(self, text: Any) -> Array:
+        """retrieval: unit vector ``[D]`` of a text, ``[n, D]`` of a list, float32."""
+        self._needs("encode_text", "retrieval")
+        single, columns = aligned(text=text)
+        features = self._run("text_features", texts=columns, shape=SampleShape(texts=1))
+        return features[0] if single else features
+
+    def score(self, image: Any, text: Any) -> Any:
+        """retrieval: cosine similarity of image and text, -1 to 1, or a list of them."""
+        self._needs("score", "retrieval")
+        single, _ = aligned(image=image, text=text)
+        products = (self.encode_image(image) * self.encode_text(text)).sum(axis=-1)
+        return float(products) if single else products.tolist()
+
+    def match(self, image: Any, text: Any) -> Any:
+        """retrieval: probability that image and text belong together, of the matching head, or a list of them.
+
+        Raises:
+            ConfigError: the model was trained without the matching head.
+        """
+        self._needs("match", "retrieval")
+        if not self.has_matching:
+            raise ConfigError(
+                f"match: {self.checkpoint} was trained without the matching head "
+                "(contrastive.matching_weight 0)"
+            )
+        single, (images, texts) = aligned(image=image, text=text)
+        logits = self._run("match_logits", images, [texts], shape=SampleShape(pairs=1))
+        found = class_probabilities(self.task, logits)[:, 1].tolist()
+        return found[0] if single else found
+
+    def _needs(self, method: str, task: str) -> None:
+        if self.task != task:
+            raise ConfigError(
+                f"{method} needs a checkpoint of {task}; {self.checkpoint} is of {self.task}"
+            )
+
+    def _ranked(self, logits: Array, top_k: int) -> Any:
+        if top_k < 1:
+            raise ConfigError(f"top_k={top_k} must be at least 1")
+        assert self._loaded.labels is not None
+        return ranked(self.task, logits, self._loaded.labels, top_k)
+
+    def _decided(self, logits: Array, single: bool) -> Any:
+        assert self._loaded.labels is not None
+        found = decisions(self.task, logits, self._loaded.labels)
+        return found[0] if single else found
+
+    def _run(
+        self,
+        output: str,
+        images: Optional[Sequence[Item]] = None,
+        texts: Optional[Sequence[Sequence[Item]]] = None,
+        shape: Optional[SampleShape] = None,
+    ) -> Array:
+        """An output of the heads for every sample, in forward passes of at most `batch_size` samples.
+
+        Args:
+            output: its name.
+            images: of all samples, one after another.
+            texts: the first text of all samples, and the second ones of a task that has two.
+            shape: what a sample puts into the stream; None: what the task says.
+
+        Returns:
+            ``[n, ...]``, float32.
+        """
+        shape = shape or SAMPLE_SHAPES[self.task]
+        text_prefix, image_prefix = ("pair", "pair") if shape.pairs else ("text", "image")
+        per_sample = max(shape.pairs, 1)
+        config = self._loaded.config
+        ids, lengths = (None, None) if texts is None else self._laid_out(texts, shape)
+        inputs = images if images is not None else lengths
+        assert inputs is not None
+        found = []
+        for first in range(0, len(inputs), self.batch_size * per_sample):
+            part = slice(first, first + self.batch_size * per_sample)
+            batch: dict[str, Array] = {}
+            if ids is not None and lengths is not None:
+                batch[f"{text_prefix}_ids"] = ids[part]
+                batch[f"{text_prefix}_lengths"] = lengths[part]
+            if images is not None:
+                batch[f"{image_prefix}_pixels"] = pixels(images[part], config.model.image_size)
+            found.append(self._forward(batch, len(inputs[part]) // per_sample, shape, output))
+        if found:
+            return np.concatenate(found)
+        widths = {"logits": config.task.num_classes, "match_logits": 2}
+        return np.zeros((0, widths.get(output, config.model.hidden_size)), dtype=np.float32)
+
+    def _laid_out(self, texts: Sequence[Sequence[Item]], shape: SampleShape) -> tuple[Array, Array]:
+        """Token slots ``[n, L]`` and lengths ``[n]`` of n texts, each of one or two parts."""
+        from megatron_vlmoe.finetune.samples import TextFormat
+
+        tokenizer, model = self._loaded.tokenizer, self._loaded.config.model
+        assert tokenizer is not None
+        length = model.pair_text_length if shape.pairs else model.text_length
+        parts = [tokens(column, tokenizer) for column in texts]
+        if not parts[0]:
+            return np.zeros((0, length), dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return TextFormat.of(tokenizer, length).rows(list(zip(*parts, strict=True)))
+
+    def _forward(
+        self, batch: Mapping[str, Array], count: int, shape: SampleShape, output: str
+    ) -> Array:
+        """An output of the heads ``[count, ...]`` for one batch of so many samples."""
+        import torch
+
+        from megatron_vlmoe.finetune.sweeps import sweep_layout
+
+        config = self._loaded.config
+        config = replace(config, task=replace(config.task, eval_micro_batch_size=count))
+        layout = sweep_layout(config, shape)
+
+        def finish(_: Any, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+            values = heads[output].float()
+            return torch.zeros(1, device=values.device), {output: values.cpu().numpy()}
+
+        tensors = {name: torch.as_tensor(value) for name, value in batch.items()}
+        (result,) = self._loaded.runner.evaluate(iter([tensors]), 1, finish, layout=layout)
+        return result[output]

@@ -1,0 +1,153 @@
+"""Records: JSON objects, or options of the same names, with what a task reads, and what a model says about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.inference.answers import Decision, Scored
+from megatron_vlmoe.inference.model import VLMoE
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "vqa": ("image", "question"),
+    "nlvr2": ("left", "right", "sentence"),
+    "retrieval": ("image", "text"),
+    "imagenet": ("image",),
+    "mnli": ("premise", "hypothesis"),
+}
+"""What a record of a task has."""
+IMAGE_FIELDS = frozenset({"image", "left", "right"})
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is asked.
+
+    Args:
+        where: file and line, for errors; empty for the command line.
+        content: by the names of `FIELDS`; other keys of a file are handed on.
+    """
+
+    where: str
+    content: Mapping[str, Any]
+
+    def check(self, task: str) -> None:
+        """Checks that it has what a task reads, and that its images are there.
+
+        Raises:
+            ConfigError: for the command line.
+            DataError: for a file.
+        """
+        wanted = FIELDS[task]
+        for name in wanted:
+            value = self.content.get(name)
+            if value is None:
+                raise self._error(name, f"missing: {task} reads {', '.join(wanted)}")
+            if not isinstance(value, str) or not value.strip():
+                raise self._error(name, "empty" if isinstance(value, str) else "not a string")
+            if name in IMAGE_FIELDS and not Path(value).is_file():
+                raise self._error(name, f"{value}: no such file")
+        if not self.where and (extra := sorted(set(self.content) - set(wanted))):
+            raise self._error(extra[0], f"no input of {task}, which reads {', '.join(wanted)}")
+
+    def _error(self, name: str, reason: str) -> Exception:
+        if self.where:
+            return DataError(f"{self.where}: {name}: {reason}")
+        return ConfigError(f"--{name}: {reason}")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file with one JSON object per line; empty lines are passed over.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        DataError: a line is no JSON object, or there is none.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"--input {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{where}: not a JSON object")
+        records.append(Record(where, content))
+    if not records:
+        raise DataError(f"{path}: no record in it")
+    return records
+
+
+def predict(model: VLMoE, records: Sequence[Record], top_k: int) -> list[dict[str, Any]]:
+    """What the model says about each record, in keys as those of an evaluation's predictions.
+
+    Raises:
+        DataError: naming the record that has a bad image or text.
+    """
+    try:
+        return _predict(model, records, top_k)
+    except DataError as error:
+        # Which record it was is found out by asking about each alone.
+        for record in records if records[0].where else ():
+            try:
+                _predict(model, [record], top_k)
+            except DataError as own:
+                raise DataError(f"{record.where}: {own}") from error
+        raise
+
+
+def _predict(model: VLMoE, records: Sequence[Record], top_k: int) -> list[dict[str, Any]]:
+    # The methods have arguments of the same names.
+    given: dict[str, Any] = {
+        name: [record.content[name] for record in records] for name in FIELDS[model.task]
+    }
+    if model.task == "retrieval":
+        rows: list[dict[str, Any]] = [{"score": score} for score in model.score(**given)]
+        if model.has_matching:
+            rows = [row | {"match": p} for row, p in zip(rows, model.match(**given), strict=True)]
+        return rows
+    if model.task == "vqa":
+        return [_classified(answer.most_likely) for answer in model.answer(**given, top_k=top_k)]
+    if model.task == "imagenet":
+        return [_classified(best) for best in model.classify(**given, top_k=top_k)]
+    ask = model.reason if model.task == "nlvr2" else model.entail
+    return [_classified(_sorted(decision)) for decision in ask(**given)]
+
+
+def _sorted(decision: Decision) -> list[Scored]:
+    scores = sorted(decision.scores.items(), key=lambda item: -item[1])
+    return [Scored(label, label, score) for label, score in scores]
+
+
+def _classified(best: Sequence[Scored]) -> dict[str, Any]:
+    named = any(item.name != item.label for item in best)
+    row: dict[str, Any] = {"prediction": best[0].label}
+    if named:
+        row["prediction_name"] = best[0].name
+    row["score"] = best[0].score
+    row["most_likely"] = [
+        {"label": item.label, **({"name": item.name} if named else {}), "score": item.score}
+        for item in best
+    ]
+    return row
+
+
+def text_lines(row: Mapping[str, Any]) -> list[str]:
+    """A row for people: a number and what it belongs to on each line, best first."""
+    if "most_likely" not in row:
+        return [f"{value:.4f}  {name}" for name, value in row.items()]
+    return [
+        f"{item['score']:.4f}  {'  '.join(str(item[key]) for key in ('label', 'name') if key in item)}"
+        for item in row["most_likely"]
+    ]
