@@ -192,15 +192,18 @@ def _sample(name: str, **options: Any) -> Callable[[RunConfig], FinetuneConfig]:
         config = _recipe(
             base,
             task,
-            lr=5e-4,
+            lr=1e-3,
             image_size=model.image_size,
+            drop_path=0.0,
             text_length=max(model.text_length, model.pair_text_length),
             # A crop or a flip would make "at the top left" false.
             crop_scale_min=1.0,
         )
         data = replace(config.data, flip_probability=0.0, pair_flip_probability=0.0)
         optim = replace(config.optim, clip_grad=3.0, adam_beta2=0.999)
-        return replace(config, data=data, optim=optim)
+        # Most patches of such a picture are plain background and go to the same expert: a capacity would drop them.
+        moe = replace(config.moe, capacity_factor=0.0, eval_capacity_factor=0.0)
+        return replace(config, data=data, optim=optim, moe=moe)
 
     return recipe
 

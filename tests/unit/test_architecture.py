@@ -13,7 +13,8 @@ import pytest
 
 from megatron_vlmoe.config.command_line import ALIASES, _flatten, merge_file
 from megatron_vlmoe.config.presets import preset, preset_names
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.recipes import recipe_names
+from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,13 +230,19 @@ def test_there_is_a_script_for_every_row_of_the_paper():
         assert row in preset_names()
 
 
+def test_there_is_a_script_for_every_task_of_the_paper():
+    for recipe in ("vqa", "nlvr2", "coco", "flickr30k", "imagenet", "mnli"):
+        text = (ROOT / "examples" / f"finetune_{recipe}.sh").read_text()
+        assert f"RECIPE={recipe}\n" in text and recipe in recipe_names()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_example_configs_run(path):
     validate(merge_file(preset("small-32e"), path))
 
 
 # With the placeholder that texts about the grammar use.
-KNOWN_OPTIONS = {f"--{name}" for name in _flatten(dataclasses.asdict(RunConfig()))} | {
+KNOWN_OPTIONS = {f"--{name}" for name in _flatten(dataclasses.asdict(FinetuneConfig()))} | {
     "--section.option"
 }
 PROGRAM_OPTIONS = {*ALIASES, "--preset", "--config", "--dry-run", "--dry-run-world-size", "--help"}
