@@ -31,8 +31,9 @@ say() { printf '\n== %s\n' "$*"; }
 say "1/3 the five tasks"
 prepare() {
     local task="$1" raw="$2"; shift 2
-    [ -e "$TASKS/${task}_train.json" ] && { echo "have $TASKS/$task"; return; }
+    [ -e "$TASKS/$task.prepared" ] && { echo "have $TASKS/$task"; return; }
     python tools/prepare_task.py --task "$task" --raw "$CORPUS/tasks/$raw" --output-prefix "$TASKS/$task" "$@"
+    touch "$TASKS/$task.prepared"
 }
 TOKENIZER=(--tokenizer-model "$INDEXED/text.model")
 prepare vqa vqa "${TOKENIZER[@]}"

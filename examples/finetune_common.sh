@@ -27,10 +27,12 @@ READS_TEXT=(--data.text_tokenizer "$TEXT_TOKENIZER")
 TOKENIZER=(--tokenizer-model "$TEXT_TOKENIZER")
 [ "$TASK" != imagenet ] || READS_TEXT=() TOKENIZER=()
 
-if [ "$NODE_RANK" = 0 ] && ! compgen -G "${DATA}_train.json" >/dev/null && ! given --task.data "$@"; then
-    [ -n "${RAW:-}" ] || die "${DATA}_train.json is not there, and RAW is not set (see the head of $COMMON)"
+# Written after the last split, by hand too if the task was prepared elsewhere.
+if [ "$NODE_RANK" = 0 ] && [ ! -e "$DATA.prepared" ] && ! given --task.data "$@"; then
+    [ -n "${RAW:-}" ] || die "$DATA.prepared is not there, and RAW is not set (see the head of $COMMON)"
     python tools/prepare_task.py --task "$TASK" --raw "$RAW" --output-prefix "$DATA" "${TOKENIZER[@]}" \
         --workers "${WORKERS:-$(nproc)}" --on-error skip
+    touch "$DATA.prepared"
 fi
 given --preset "$@" || OPTIONS+=(--preset "$RECIPE")
 given --task.data "$@" || OPTIONS+=(--task.data "$DATA")

@@ -19,7 +19,7 @@ from megatron_vlmoe.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
+from megatron_vlmoe.config.task_schema import ContrastiveConfig, FinetuneConfig, TaskConfig
 
 # Tokens of a question, sentence or caption (VLMo).
 TEXT_LENGTH = 40
@@ -38,7 +38,7 @@ def _recipe(
     weight_decay: float = 0.01,
     crop_scale_min: float = 0.5,
 ) -> FinetuneConfig:
-    """A recipe on an architecture; every section but `moe` and `parallel` starts anew."""
+    """A recipe on an architecture: `model` and `moe` with changes; every other section starts anew."""
     model = replace(
         base.model,
         image_size=image_size,
@@ -106,19 +106,26 @@ def _retrieval(epochs: float, batch: int) -> TaskConfig:
     )
 
 
+def _with_cache(config: FinetuneConfig) -> FinetuneConfig:
+    """Negatives from the whole batch on any number of GPUs."""
+    return replace(config, contrastive=ContrastiveConfig(cache=True))
+
+
 def _coco(base: RunConfig) -> FinetuneConfig:
     """COCO retrieval: 384 pixels, 20 epochs of 2,048, lr 2e-5 (paper A.2)."""
-    return _recipe(base, _retrieval(20.0, 2048), lr=2e-5, drop_path=0.2)
+    return _with_cache(_recipe(base, _retrieval(20.0, 2048), lr=2e-5, drop_path=0.2))
 
 
 def _flickr30k(base: RunConfig) -> FinetuneConfig:
     """Flickr30K retrieval from the COCO-fine-tuned model: 384 pixels, 40 epochs of 2,048, lr 1e-5 (paper A.2)."""
-    return _recipe(base, _retrieval(40.0, 2048), lr=1e-5, drop_path=0.15)
+    return _with_cache(_recipe(base, _retrieval(40.0, 2048), lr=1e-5, drop_path=0.15))
 
 
 def _flickr30k_ablation(base: RunConfig) -> FinetuneConfig:
     """Flickr30K of Table 3: 224 pixels, 10 epochs of 1,024, lr 5e-5 (paper A.2)."""
-    return _recipe(base, _retrieval(10.0, 1024), lr=5e-5, image_size=224, drop_path=0.15)
+    return _with_cache(
+        _recipe(base, _retrieval(10.0, 1024), lr=5e-5, image_size=224, drop_path=0.15)
+    )
 
 
 def _imagenet(base: RunConfig) -> FinetuneConfig:

@@ -99,7 +99,12 @@ def _check_training(config: FinetuneConfig) -> None:
 
 
 def _check_retrieval(config: FinetuneConfig) -> None:
-    options = config.contrastive
+    options, model = config.contrastive, config.model
+    _require(
+        config.task.name != "retrieval" or model.text_length == model.pair_text_length,
+        f"model.text_length={model.text_length} and model.pair_text_length={model.pair_text_length}: "
+        "retrieval reads the same captions alone and in pairs",
+    )
     _require(
         options.contrastive_weight > 0.0,
         f"contrastive.contrastive_weight={options.contrastive_weight} must be positive: "

@@ -8,15 +8,18 @@ import numpy as np
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics
+from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics, to_numpy
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.metrics import accuracy, topk_accuracy, vqa_score
+from megatron_vlmoe.finetune.metrics import label_ranks, topk_accuracy, vqa_score
+from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
 from megatron_vlmoe.finetune.samples import NO_LABEL
 from megatron_vlmoe.finetune.sweeps import SampleSweep
 from megatron_vlmoe.objectives.classification import class_loss, soft_target_loss
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.train.objective import Losses
 from megatron_vlmoe.train.step import Batch, StepRunner
+
+Array = np.ndarray[Any, Any]
 
 
 class ClassificationObjective:
@@ -57,14 +60,25 @@ class ClassificationObjective:
         return metrics
 
     def evaluate_split(
-        self, runner: StepRunner, split: SplitData
+        self, runner: StepRunner, split: SplitData, final: bool = False
     ) -> tuple[dict[str, float], Optional[Found]]:
-        """Metrics by `SPLIT/NAME` on every rank, and on rank 0 the logits ``[N, C]`` of all samples."""
-        sweep = SampleSweep(split.samples)
-        found = run_sweep(runner, self.data, sweep, ("logits",), self.ranks, self.config)
+        """Metrics by `SPLIT/NAME` on every rank, and on rank 0 what `digest` tells of all samples.
+
+        Args:
+            runner: the model.
+            split: the samples.
+            final: of no account; retrieval ranks anew in a final evaluation only.
+        """
+        sweep, task = SampleSweep(split.samples), self.config.task.name
+
+        def reduce(batch: Batch, heads: Mapping[str, Tensor]) -> Found:
+            labels = batch["labels"].cpu().numpy() if "labels" in batch else None
+            return digest(task, to_numpy(heads["logits"]), labels)
+
+        found = run_sweep(runner, self.data, sweep, reduce, self.ranks, self.config)
         metrics = None
         if found is not None:
-            scores = classification_scores(self.config.task.name, found["logits"], split)
+            scores = classification_scores(task, found, split)
             metrics = {f"{split.name}/{name}": value for name, value in scores.items()}
         return share_metrics(metrics), found
 
@@ -89,31 +103,45 @@ class ClassificationObjective:
         return loss, {"total": shown, task.name: shown}
 
 
-def classification_scores(
-    task: str, logits: np.ndarray[Any, Any], split: SplitData
-) -> dict[str, float]:
+def digest(task: str, logits: Array, labels: Optional[Array]) -> Found:
+    """What is kept of the logits ``[n, C]`` of a micro-batch: all of them would not fit for 3,129 answers.
+
+    Args:
+        task: name of the task.
+        logits: of the classes.
+        labels: right classes ``[n]``, -1 where unknown; None for VQA.
+
+    Returns:
+        `classes` and `probabilities` of the most likely ones ``[n, k]``, best first, and `ranks` of the labels ``[n]``.
+    """
+    classes = best_classes(logits, MOST_LIKELY)
+    chosen = np.take_along_axis(class_probabilities(task, logits), classes, axis=1)
+    found = {"classes": classes, "probabilities": chosen}
+    if labels is not None:
+        found["ranks"] = label_ranks(logits, labels)
+    return found
+
+
+def classification_scores(task: str, found: Found, split: SplitData) -> dict[str, float]:
     """Scores in percent, and how many samples they are over; none where no sample is labelled.
 
     Args:
         task: name of the task.
-        logits: ``[N, C]``.
+        found: what `digest` kept of every sample.
         split: the samples.
     """
-    rows = [split.dataset.row(number) for number in range(len(split.dataset))]
     if task == "vqa":
-        predicted = logits.argmax(axis=1)
         # A question whose answers are all outside the vocabulary cannot be answered right, but it counts.
         hopeless = ((NO_LABEL,), (0.0,))
+        rows = (split.dataset.row(number) for number in range(len(split.dataset)))
         known = [
             hopeless if row.answers and not row.labels else (row.labels, row.scores) for row in rows
         ]
-        named = {"vqa_score": vqa_score(predicted, *zip(*known))}
+        named = {"vqa_score": vqa_score(found["classes"][:, 0], *zip(*known))}
+    elif task == "imagenet":
+        named = {f"top{k}": topk_accuracy(found["ranks"], k) for k in (1, 5)}
     else:
-        labels = np.array([row.labels[0] if row.labels else NO_LABEL for row in rows])
-        if task == "imagenet":
-            named = {f"top{k}": topk_accuracy(logits, labels, k) for k in (1, 5)}
-        else:
-            named = {"accuracy": accuracy(logits, labels)}
+        named = {"accuracy": topk_accuracy(found["ranks"], 1)}
     first = next(iter(named.values()))
     if not first.count:
         return {"unlabelled": float(first.unlabelled)}

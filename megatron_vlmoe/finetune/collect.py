@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from megatron_vlmoe.finetune.sweeps import Sweep, sweep_layout
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.train.step import Batch, StepRunner
 
-# Micro-batches of one call of the schedule: bounds what waits on the device.
+# Micro-batches of one call of the schedule, between which a rank that runs ahead waits for the others.
 MOST_MICRO_BATCHES = 64
 Found = dict[str, np.ndarray[Any, Any]]
+Reduce = Callable[[Batch, Mapping[str, Tensor]], Found]
 
 
 class CoverageError(RuntimeError):
@@ -29,11 +30,11 @@ def run_sweep(
     runner: StepRunner,
     data: TaskData,
     sweep: Sweep,
-    outputs: Sequence[str],
+    reduce: Reduce,
     ranks: Ranks,
     config: FinetuneConfig,
 ) -> Optional[Found]:
-    """Outputs of the heads for every item of a sweep.
+    """What the model says of every item of a sweep.
 
     Every rank must call it.
 
@@ -41,12 +42,13 @@ def run_sweep(
         runner: the model.
         data: makes the micro-batches.
         sweep: the items.
-        outputs: names of the heads' outputs that are wanted, ``[n, ...]`` each.
+        reduce: from a micro-batch and the heads' outputs to what is wanted of every item, ``[n, ...]`` each; little
+            enough for rank 0 to hold for all items.
         ranks: where this process stands.
         config: the run.
 
     Returns:
-        On rank 0 the outputs ``[items, ...]`` in the order of the items; None elsewhere.
+        On rank 0 what `reduce` gave ``[items, ...]`` in the order of the items; None elsewhere.
 
     Raises:
         CoverageError: on rank 0, if an item is missing or came twice.
@@ -56,9 +58,9 @@ def run_sweep(
     batches = iter(data.sweep_loader(sweep, plan))
 
     def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        valid = batch["valid"]
-        kept = {name: heads[name][valid].float().cpu().numpy() for name in outputs}
-        kept["samples"] = batch["samples"][valid].cpu().numpy()
+        valid = batch["valid"].cpu().numpy()
+        kept = {name: value[valid] for name, value in reduce(batch, heads).items()}
+        kept["samples"] = batch["samples"].cpu().numpy()[valid]
         return torch.zeros(1, device=device()), kept
 
     results: list[dict[str, Any]] = []
@@ -73,6 +75,16 @@ def run_sweep(
     mine = results if ranks.is_last_stage and ranks.tensor == 0 else []
     gathered = gather_to_first(mine)
     return None if gathered is None else in_order(gathered, len(sweep))
+
+
+def output(name: str) -> Reduce:
+    """Keeps one output of the heads as it is."""
+    return lambda batch, heads: {name: to_numpy(heads[name])}
+
+
+def to_numpy(value: Tensor) -> np.ndarray[Any, Any]:
+    """In single precision on the host."""
+    return value.float().cpu().numpy()
 
 
 def gather_to_first(mine: list[Any]) -> Optional[list[Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_vlmoe.config.block_plan import has_experts
 from megatron_vlmoe.config.schema import ConfigError, DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.validate import num_micro_batches
@@ -60,7 +61,6 @@ class TrainingMicroBatches(Dataset[Any]):
             return error
         batch |= {
             "micro_batch": np.array(number.in_run),
-            "step": np.array(number.step),
             "sample_numbers": np.asarray(numbers, dtype=np.int64),
         }
         return {name: torch.as_tensor(value) for name, value in batch.items()}
@@ -152,9 +152,12 @@ class TaskData:
 
         train = open_split(task.train_split) if training else None
         splits = [open_split(name) for name in task.splits]
-        if training and task.save_best and labels is not None:
-            _require_labels(splits[0])
-        config = _complete(config, tokenizer, labels, train, share)
+        if training and labels is not None:
+            assert train is not None
+            _require_labels(train, "cannot train")
+            if task.save_best:
+                _require_labels(splits[0], "cannot choose the best checkpoint")
+        config = _complete(config, tokenizer, labels, train)
         return cls(config, share, labels, tokenizer, train, splits)
 
     def _samples(self, dataset: TaskDataset, stream: int) -> TaskSamples:
@@ -209,7 +212,13 @@ class TaskData:
         task = self.config.task
         pool = task.micro_batch_size * self.share.data_size
         if self.config.contrastive.cache:
-            return f"retrieval: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
+            line = f"retrieval: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
+            if self.config.moe.capacity_factor > 0.0 and has_experts(self.config.moe):
+                line += (
+                    "; with moe.capacity_factor > 0 the two passes may drop different tokens, and the gradients are "
+                    "an approximation"
+                )
+            return line
         line = (
             f"retrieval: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
         )
@@ -226,7 +235,6 @@ def _complete(
     tokenizer: TextTokenizer | None,
     labels: Labels | None,
     train: TaskDataset | None,
-    share: BatchShare,
 ) -> FinetuneConfig:
     """Fills in vocabulary, classes, batch sizes and lengths."""
     model, task = config.model, config.task
@@ -253,13 +261,10 @@ def _complete(
     return config if train is None else _with_schedule(config, len(train))
 
 
-def _require_labels(split: TaskDataset) -> None:
-    """The split that chooses the best checkpoint must say what is right."""
+def _require_labels(split: TaskDataset, reason: str) -> None:
+    """The splits to train on and to choose the best checkpoint by must say what is right."""
     if not any(split.row(number).labels for number in range(len(split))):
-        raise ConfigError(
-            f"task.eval_splits: {split.prefix} has no labels and cannot choose the best checkpoint; "
-            "name another split first, or set task.save_best=false"
-        )
+        raise ConfigError(f"{split.prefix}: has no labels and {reason}; name another split")
 
 
 def with_batch_sizes(config: FinetuneConfig) -> DataConfig:
@@ -280,11 +285,14 @@ def _with_schedule(config: FinetuneConfig, num_samples: int) -> FinetuneConfig:
     warmup = optim.lr_warmup_steps
     if warmup < 0:
         warmup = int(task.warmup_fraction * steps)
-    interval = train.eval_interval
+    interval, save_interval = train.eval_interval, config.checkpoint.save_interval
     if task.eval_epochs > 0.0:
         interval = max(1, round(task.eval_epochs * per_epoch))
+        # A run that is killed goes on from its last evaluation.
+        save_interval = save_interval or interval
     return replace(
         config,
+        checkpoint=replace(config.checkpoint, save_interval=save_interval),
         train=replace(train, steps=steps, eval_interval=interval),
         optim=replace(optim, lr_warmup_steps=warmup),
     )

@@ -46,31 +46,15 @@ class Score:
         return cls(percent, count, unlabelled)
 
 
-def accuracy(predictions: Array, labels: Array) -> Score:
-    """Share of right answers.
-
-    Args:
-        predictions: classes ``[N]``, or logits ``[N, C]`` (a tie for the first place is wrong).
-        labels: classes ``[N]``; negative: unknown.
-
-    Raises:
-        ValueError: shapes do not fit, or a label is not one of C classes.
-    """
-    if predictions.ndim == 2:
-        return topk_accuracy(predictions, labels, 1)
-    if predictions.shape != labels.shape or labels.ndim != 1:
-        raise ValueError(f"predictions {predictions.shape} do not fit labels {labels.shape}")
-    known = labels >= 0
-    return Score.of(predictions[known] == labels[known], int((~known).sum()))
-
-
-def topk_accuracy(logits: Array, labels: Array, k: int) -> Score:
-    """Share of samples whose label is among the k highest logits.
+def label_ranks(logits: Array, labels: Array) -> Array:
+    """How many wrong classes are ahead of the right one: 0 is the first place, -1 that the label is unknown.
 
     Args:
         logits: ``[N, C]``.
         labels: classes ``[N]``; negative: unknown.
-        k: at least 1.
+
+    Returns:
+        int64 ``[N]``; a class with an equal logit, or with one that is not a number, is ahead.
 
     Raises:
         ValueError: shapes do not fit, or a label is not one of C classes.
@@ -78,13 +62,23 @@ def topk_accuracy(logits: Array, labels: Array, k: int) -> Score:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {logits.shape} do not fit labels {labels.shape}")
     known = labels >= 0
-    kept, right = logits[known], labels[known].astype(np.int64)
+    right = np.where(known, labels, 0).astype(np.int64)
     if right.size and right.max() >= logits.shape[1]:
         raise ValueError(f"label {right.max()} of {logits.shape[1]} classes")
-    own = np.take_along_axis(kept, right[:, None], axis=1)
+    own = np.take_along_axis(logits, right[:, None], axis=1)
     # "Not below" instead of "at least", so that a NaN counts as ahead. The label itself is always among them.
-    ahead = (~(kept < own)).sum(axis=1) - 1
-    return Score.of(ahead < k, int((~known).sum()))
+    return np.where(known, (~(logits < own)).sum(axis=1) - 1, -1)
+
+
+def topk_accuracy(ranks: Array, k: int) -> Score:
+    """Share of samples whose label is among the k highest logits.
+
+    Args:
+        ranks: of the labels ``[N]``, as `label_ranks` gives them.
+        k: at least 1.
+    """
+    known = ranks >= 0
+    return Score.of(ranks[known] < k, int((~known).sum()))
 
 
 def vqa_score(

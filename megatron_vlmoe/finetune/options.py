@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
+import yaml
+
 from megatron_vlmoe.config.command_line import (
     ParsedCommand,
     from_dict,
@@ -34,22 +36,25 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
         SystemExit: after --help.
     """
     words = normalize_arguments(arguments, FinetuneConfig)
-    task = option_value(words, "--task.name")
+    file = _file_values(option_value(words, "--config"))
+    task = option_value(words, "--task.name") or file.get("task.name", "")
     recipe = option_value(words, "--preset")
     if not recipe and not task and not {"--help", "-h"} & set(words):
         raise ConfigError(f"--task is missing: one of {', '.join(TASKS)}")
     if task and task not in TASKS:
         raise ConfigError(f"--task {task}: unknown; choose one of {', '.join(TASKS)}")
-    base = architecture(words)
+    base = _architecture(
+        option_value(words, "--checkpoint.load") or file.get("checkpoint.load", ""),
+        option_value(words, "--task.architecture") or file.get("task.architecture", ""),
+    )
     start = apply_recipe(recipe or DEFAULT_RECIPES.get(task, task or "vqa"), base)
     if task and start.task.name != task:
         raise ConfigError(f"--preset {recipe} is a recipe of {start.task.name}, not of {task}")
-    start = replace(start, checkpoint=replace(start.checkpoint, load=""))
     return parse_options("finetune", words, start, recipe_names())
 
 
-def parse_evaluate(command: str, arguments: Sequence[str]) -> ParsedCommand:
-    """Resolves the command line of `evaluate` and `predict`: the checkpoint's own run with options on top.
+def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
+    """Resolves the command line of `evaluate`: the checkpoint's own run with options on top.
 
     Raises:
         ConfigError: on unknown options or values, without `--load`, or if the checkpoint is not of a task.
@@ -72,13 +77,28 @@ def parse_evaluate(command: str, arguments: Sequence[str]) -> ParsedCommand:
         start = replace(
             start, checkpoint=CheckpointConfig(load=load), task=replace(start.task, seeds=())
         )
-    return parse_options(command, words, start, recipe_names())
+        if option_value(words, "--preset"):
+            raise ConfigError("--preset: evaluate takes its options from the checkpoint")
+    return parse_options("evaluate", words, start, ())
 
 
-def architecture(words: Sequence[str]) -> RunConfig:
+def _file_values(path: str) -> dict[str, str]:
+    """What a `--config` file says of the task and of where the architecture comes from; errors are found later."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    found = {}
+    for name in ("task.name", "task.architecture", "checkpoint.load"):
+        section, _, option = name.partition(".")
+        values = content.get(section) if isinstance(content, dict) else None
+        if isinstance(values, dict) and isinstance(values.get(option), str):
+            found[name] = values[option]
+    return found
+
+
+def _architecture(load: str, name: str) -> RunConfig:
     """The run whose architecture is fine-tuned."""
-    load = option_value(words, "--checkpoint.load")
-    name = option_value(words, "--task.architecture")
     if load and name:
         raise ConfigError(
             f"--task.architecture {name}: the architecture comes from --load {load}; give one of the two"
@@ -117,19 +137,20 @@ def prepare_megatron() -> None:
 
 
 def checkpoint_of(location: str) -> Path:
-    """The checkpoint that `--load` names.
+    """The checkpoint that `--load` names: of a run folder the best where there is one, else the last.
 
     Raises:
         ConfigError: if there is none.
     """
     prepare_megatron()
-    from megatron_vlmoe.train.checkpoint import find_checkpoint
+    from megatron_vlmoe.train.checkpoint import TRACKER, find_checkpoint
 
     if (Path(location) / "config.json").exists():
         raise ConfigError(
             f"--load {location}: is a Hugging Face folder; convert it to a checkpoint first"
         )
-    path = find_checkpoint(location)
+    best = Path(location) / "best"
+    path = find_checkpoint(best if (best / TRACKER).exists() else location)
     if path is None:
         raise ConfigError(f"--load {location}: no checkpoint there")
     return path

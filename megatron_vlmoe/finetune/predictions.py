@@ -12,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.files import write_parts_atomic, write_text_atomic
 
 Array = npt.NDArray[Any]
+
+# Classes of a prediction that are kept and written out, and images of a caption in retrieval.
+MOST_LIKELY = 5
 
 
 def best_classes(logits: Array, k: int) -> Array:
@@ -46,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line; otherwise as ``write_json``."""
-    write_text_atomic(path, "".join(json_line(row) + "\n" for row in rows))
+    write_parts_atomic(path, (json_line(row) + "\n" for row in rows))
 
 
 def json_line(row: Mapping[str, Any]) -> str:

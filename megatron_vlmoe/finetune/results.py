@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.task_dataset import Labels
+from megatron_vlmoe.data.task_dataset import Labels, TaskRow
 from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.predictions import (
-    best_classes,
-    class_probabilities,
+    MOST_LIKELY,
     vqa_submission,
     write_json,
     write_jsonl,
@@ -27,12 +26,27 @@ from megatron_vlmoe.train.step import StepRunner
 
 log = logging.getLogger("megatron_vlmoe")
 
-# Classes of a prediction that are written out, and captions or images of a retrieval query.
-MOST_LIKELY = 5
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Which weights were evaluated.
+
+    Args:
+        checkpoint: their folder; empty for weights that were not saved.
+        precision: that the model computed in.
+    """
+
+    checkpoint: str
+    precision: str
 
 
 def evaluate_all(
-    config: FinetuneConfig, parts: TrainingParts, ranks: Ranks, data: TaskData, objective: Any
+    config: FinetuneConfig,
+    parts: TrainingParts,
+    ranks: Ranks,
+    data: TaskData,
+    objective: Any,
+    what: Evaluated,
 ) -> dict[str, float]:
     """Evaluates every split and writes the results into `--save`.
 
@@ -41,42 +55,52 @@ def evaluate_all(
     """
     runner = StepRunner(config, parts, ranks)
     metrics: dict[str, float] = {}
-    folder = Path(config.checkpoint.save) if config.checkpoint.save else None
-    pages: list[Example] = []
+    tables: list[Predictions] = []
     for split in data.splits:
-        own, found = objective.evaluate_split(runner, split)
+        own, found = objective.evaluate_split(runner, split, final=True)
         metrics |= own
         log.info(objective.evaluation_line(own))
-        if found is None or folder is None:
-            continue
-        rows = prediction_rows(config.task.name, found, split, data.labels)
-        suffix = "" if len(data.splits) == 1 else f"_{split.name}"
-        write_jsonl(folder / f"predictions{suffix}.jsonl", rows)
-        if config.task.name == "vqa":
-            named = ({"question_id": row["id"], "answer": row["prediction"]} for row in rows)
-            write_json(folder / f"vqa_submission{suffix}.json", vqa_submission(named))
-        if len(pages) < config.task.report_examples:
-            pages += _examples(rows, split, config.task.report_examples - len(pages))
-    if folder is not None and ranks.rank == 0:
-        settings = evaluation_settings(config, ranks)
-        write_json(
-            folder / "metrics.json",
-            {"task": config.task.name, "metrics": metrics, "settings": settings},
-        )
-        if pages:
-            facts = [(name, str(value)) for name, value in settings.items()]
-            shown = {k: v for k, v in metrics.items() if not k.endswith("unlabelled")}
-            write_report(folder / "report.html", f"{config.task.name}", facts, shown, pages)
+        if found is not None:
+            tables.append(Predictions(config.task.name, found, split, data.labels))
+    if config.checkpoint.save and ranks.rank == 0:
+        settings = evaluation_settings(config, ranks, what)
+        _write(Path(config.checkpoint.save), config, metrics, settings, tables)
     return metrics
 
 
-def evaluation_settings(config: FinetuneConfig, ranks: Ranks) -> dict[str, Any]:
+def _write(
+    folder: Path,
+    config: FinetuneConfig,
+    metrics: Mapping[str, float],
+    settings: Mapping[str, Any],
+    tables: Sequence[Predictions],
+) -> None:
+    task = config.task
+    rows = (table.row(n) for table in tables for n in range(len(table)))
+    write_jsonl(folder / "predictions.jsonl", rows)
+    for table in tables if task.name == "vqa" else ():
+        answers = (table.row(n) for n in range(len(table)))
+        named = ({"question_id": row["id"], "answer": row["prediction"]} for row in answers)
+        suffix = "" if len(tables) == 1 else f"_{table.split.name}"
+        write_json(folder / f"vqa_submission{suffix}.json", vqa_submission(named))
+    write_json(
+        folder / "metrics.json", {"task": task.name, "metrics": metrics, "settings": settings}
+    )
+    share = -(-task.report_examples // len(tables))
+    pages = [example for table in tables for example in _examples(table, share)]
+    if pages:
+        facts = [(name, str(value)) for name, value in settings.items()]
+        shown = {k: v for k, v in metrics.items() if not k.endswith("unlabelled")}
+        write_report(folder / "report.html", task.name, facts, shown, pages)
+
+
+def evaluation_settings(config: FinetuneConfig, ranks: Ranks, what: Evaluated) -> dict[str, Any]:
     """What results depend on: with dropped tokens, batch size and layout too."""
     factor = config.moe.eval_capacity_factor
     dropless = factor <= 0.0 or config.moe.dispatcher == "dropless"
     return {
         "data": config.task.data,
-        "checkpoint": config.checkpoint.load or config.checkpoint.save,
+        "checkpoint": what.checkpoint,
         "image_size": config.model.image_size,
         "capacity": "dropless" if dropless else f"factor {factor}",
         "micro_batch_size": config.task.eval_batch,
@@ -87,80 +111,82 @@ def evaluation_settings(config: FinetuneConfig, ranks: Ranks) -> dict[str, Any]:
             for name, value in asdict(config.parallel).items()
             if name.endswith("model_parallel_size")
         },
-        "precision": config.train.precision,
+        "precision": what.precision,
         "seed": config.train.seed,
     }
 
 
-def prediction_rows(
-    task: str, found: Found, split: SplitData, labels: Optional[Labels]
-) -> list[dict[str, Any]]:
-    """One row per sample (retrieval: per caption and per image) with what was predicted and what is true."""
-    if task == "retrieval":
-        return _retrieved(found, split)
-    assert labels is not None
-    names = labels.names or labels.labels
-    logits = found["logits"]
-    order = best_classes(logits, MOST_LIKELY)
-    scores = class_probabilities(task, logits)
-    rows = []
-    for number, best in enumerate(order):
-        row = split.dataset.row(number)
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted for the samples of a split, and what is true.
+
+    Args:
+        task: name of the task.
+        found: of all samples, on rank 0.
+        split: the samples.
+        labels: the classes; None for retrieval.
+    """
+
+    task: str
+    found: Found
+    split: SplitData
+    labels: Optional[Labels]
+
+    def __len__(self) -> int:
+        return len(self.split.dataset)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A line of predictions.jsonl; `gained` is what the prediction scores, where the truth is known."""
+        row = self.split.dataset.row(number)
+        entry: dict[str, Any] = {"split": self.split.name, "id": row.id, "texts": list(row.raw)}
+        if self.task == "retrieval":
+            return entry | self._retrieved(row)
+        return entry | self._classified(number, row)
+
+    def _retrieved(self, row: TaskRow) -> dict[str, Any]:
+        """The best images of a caption, as documents of the split's image file."""
+        scores = self.found["images"] @ self.found["texts"][row.texts[0]]
+        best = np.argsort(-scores, kind="stable")[:MOST_LIKELY]
+        return {
+            "images": best.tolist(),
+            "scores": [float(scores[image]) for image in best],
+            "truth": row.images[0],
+            "gained": float(best[0] == row.images[0]),
+        }
+
+    def _classified(self, number: int, row: TaskRow) -> dict[str, Any]:
+        assert self.labels is not None
+        labels = self.labels.labels
+        classes = self.found["classes"][number].tolist()
+        scores = self.found["probabilities"][number].tolist()
         entry: dict[str, Any] = {
-            "id": row.id,
-            "texts": list(row.raw),
-            "prediction": labels.labels[best[0]],
+            "prediction": labels[classes[0]],
             "most_likely": [
-                {"label": labels.labels[index], "score": float(scores[number, index])}
-                for index in best
+                {"label": labels[index], "score": score} for index, score in zip(classes, scores)
             ],
             "truth": [
-                {"label": labels.labels[label], "score": float(score)}
+                {"label": labels[label], "score": float(score)}
                 for label, score in zip(row.labels, row.scores)
             ],
         }
         if row.answers:
             entry["answers"] = list(row.answers)
-        if labels.names is not None:
-            entry["prediction_name"] = names[best[0]]
-        if row.labels:
-            gained = dict(zip(row.labels, row.scores)).get(int(best[0]), 0.0)
-            entry["gained"] = float(gained)
-        rows.append(entry)
-    return rows
+        if self.labels.names is not None:
+            entry["prediction_name"] = self.labels.names[classes[0]]
+        if row.labels or row.answers:
+            entry["gained"] = float(dict(zip(row.labels, row.scores)).get(classes[0], 0.0))
+        return entry
 
 
-def _retrieved(found: Found, split: SplitData) -> list[dict[str, Any]]:
-    """The best images of every caption."""
-    images, texts = found["images"], found["texts"]
-    owner = split.dataset.image_of_text()
-    rows = []
-    for number in range(len(split.dataset)):
-        row = split.dataset.row(number)
-        caption = row.texts[0]
-        scores = images @ texts[caption]
-        best = np.argsort(-scores, kind="stable")[:MOST_LIKELY]
-        rows.append(
-            {
-                "id": row.id,
-                "texts": list(row.raw),
-                "images": best.tolist(),
-                "scores": [float(scores[image]) for image in best],
-                "truth": int(owner[caption]),
-                "gained": float(best[0] == owner[caption]),
-            }
-        )
-    return rows
-
-
-def _examples(rows: Sequence[Mapping[str, Any]], split: SplitData, count: int) -> list[Example]:
+def _examples(table: Predictions, count: int) -> list[Example]:
     """Samples spread over the split, as many wrong as right ones where there are."""
-    wrong = [n for n, row in enumerate(rows) if row.get("gained", 0.0) <= 0.0]
-    right = [n for n, row in enumerate(rows) if row.get("gained", 0.0) > 0.0]
+    gained = [table.row(number).get("gained", 0.0) for number in range(len(table))] if count else []
+    wrong = [number for number, score in enumerate(gained) if score <= 0.0]
+    right = [number for number, score in enumerate(gained) if score > 0.0]
     half = max(count // 2, count - len(right))
     chosen = _spread(wrong, half)
     chosen += _spread(right, count - len(chosen))
-    return [_example(rows[number], number, split) for number in sorted(chosen)]
+    return [_example(table.row(number), number, table.split) for number in sorted(chosen)]
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:

@@ -24,10 +24,10 @@ from torch import Tensor
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.order import Place
 from megatron_vlmoe.finetune.classification import metrics_line
-from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics
+from megatron_vlmoe.finetune.collect import Found, output, run_sweep, share_metrics
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
-from megatron_vlmoe.finetune.sweeps import ImageSweep, PairSweep, TextSweep
+from megatron_vlmoe.finetune.sweeps import ImageSweep, PairSweep, Sweep, TextSweep
 from megatron_vlmoe.objectives.contrastive import (
     CachedGradients,
     contrastive_loss,
@@ -78,7 +78,7 @@ class RetrievalObjective:
         best = f"{config.task.splits[0]}/{config.task.best_metric}"
         self.best_metric = best if config.task.save_best else ""
         self.patience = config.task.early_stopping
-        self.threads = min(16, max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+        self.threads = min(16, max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
 
     def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """`loss/contrastive` and `loss/matching`."""
@@ -97,10 +97,11 @@ class RetrievalObjective:
         negatives: list[Optional[Negatives]] = [None] * len(step)
         if self.matches or self.config.contrastive.cache:
             pools = self._features(runner, step)
-            if self.config.contrastive.cache and pools is not None:
-                cache = _cached(pools)
+            whole = _Pool.join(pools) if pools and self.config.contrastive.cache else None
+            if whole is not None:
+                cache = CachedGradients.compute(whole.images, whole.texts, whole.logit_scale)
             if self.matches:
-                negatives = list(self._mine(step, pools))
+                negatives = list(self._mine(step, pools, whole))
         places = {int(batch["micro_batch"]): number for number, batch in enumerate(step)}
 
         def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -129,21 +130,27 @@ class RetrievalObjective:
             return None
         return [_Pool.gather(result, self.ranks) for result in results]
 
-    def _mine(self, step: list[Batch], pools: Optional[list[_Pool]]) -> Iterator[Negatives]:
+    def _mine(
+        self, step: list[Batch], pools: Optional[list[_Pool]], whole: Optional[_Pool]
+    ) -> Iterator[Negatives]:
         """Draws on the last stage and tells the others."""
         rows = self.config.task.micro_batch_size
         found = torch.zeros(len(step), 3, rows, dtype=torch.int64, device=device())
         if pools is not None:
-            wide = _Pool.join(pools) if self.config.contrastive.cache else None
             for number, (batch, pool) in enumerate(zip(step, pools)):
-                found[number] = self._draw(int(batch["micro_batch"]), pool, wide or pool)
+                found[number] = self._draw(int(batch["micro_batch"]), pool, whole or pool)
         if self.ranks.pipeline_size > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(found, src=source, group=group)
+        if self.ranks.tensor_size > 1:
+            # Ranks whose products differ in a last bit would go on with different pairs.
+            group = parallel_state.get_tensor_model_parallel_group()
+            dist.broadcast(found, src=dist.get_process_group_ranks(group)[0], group=group)
         for images, texts, valid in found.cpu():
             yield Negatives(images, texts, valid.bool())
 
+    @torch.no_grad()
     def _draw(self, micro_batch: int, own: _Pool, pool: _Pool) -> Tensor:
         """Numbers of wrong images and captions of the rows of a micro-batch, and validity: ``[3, m]``."""
         rows = own.local
@@ -232,26 +239,30 @@ class RetrievalObjective:
         return metrics
 
     def evaluate_split(
-        self, runner: StepRunner, split: SplitData
+        self, runner: StepRunner, split: SplitData, final: bool = False
     ) -> tuple[dict[str, float], Optional[Found]]:
-        """Recalls by `SPLIT/NAME` on every rank, and on rank 0 the features of all images and captions."""
-        arguments = (self.ranks, self.config)
-        images = run_sweep(
-            runner, self.data, ImageSweep(split.samples), ("image_features",), *arguments
-        )
-        texts = run_sweep(
-            runner, self.data, TextSweep(split.samples), ("text_features",), *arguments
-        )
+        """Recalls by `SPLIT/NAME` on every rank, and on rank 0 the features of all images and captions.
+
+        Args:
+            runner: the model.
+            split: the samples.
+            final: also ranks the best candidates anew, where that is asked for.
+        """
+
+        def encode(sweep: Sweep, name: str) -> Optional[Found]:
+            return run_sweep(runner, self.data, sweep, output(name), self.ranks, self.config)
+
+        images = encode(ImageSweep(split.samples), "image_features")
+        texts = encode(TextSweep(split.samples), "text_features")
         owner = split.dataset.image_of_text()
         found: Optional[Found] = None
         metrics: Optional[dict[str, float]] = None
         if images is not None and texts is not None:
             found = {"images": images["image_features"], "texts": texts["text_features"]}
             recalls = recall_at_k_of_features(found["images"], found["texts"], owner)
-            metrics = _named(split.name, recalls) | {
-                f"{split.name}/samples": float(len(owner)),
-            }
-        if self.config.contrastive.rerank:
+            metrics = _named(split.name, recalls)
+            metrics[f"{split.name}/samples"] = float(len(owner))
+        if final and self.config.contrastive.rerank:
             reranked = self._rerank(runner, split, found, owner)
             if metrics is not None:
                 metrics |= _named(f"{split.name}/reranked", reranked)
@@ -260,47 +271,58 @@ class RetrievalObjective:
     def _rerank(
         self, runner: StepRunner, split: SplitData, found: Optional[Found], owner: Any
     ) -> dict[str, float]:
-        """Recalls after the matching head has scored the best candidates of every query anew.
-
-        A candidate's score is its dot product plus the logit of a match minus that of none; what is no candidate keeps
-        its place behind all candidates.
-        """
+        """Recalls after the matching head has scored the best candidates of every query anew."""
+        k = self.config.contrastive.rerank
         box: list[Any] = [None]
         if found is not None:
-            scores = found["images"] @ found["texts"].T
-            box = [candidates(scores, self.config.contrastive.rerank)]
+            scores = found["images"].astype(np.float64) @ found["texts"].astype(np.float64).T
+            of_images, of_texts = best_of_rows(scores, k), best_of_rows(scores.T, k).T
+            box = [np.argwhere(of_images | of_texts)]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         pairs = box[0]
         sweep = PairSweep(split.samples, pairs)
-        matches = run_sweep(runner, self.data, sweep, ("match_logits",), self.ranks, self.config)
+        reduce = output("match_logits")
+        matches = run_sweep(runner, self.data, sweep, reduce, self.ranks, self.config)
         if found is None or matches is None:
             return {}
-        scores = found["images"] @ found["texts"].T
-        logits = matches["match_logits"]
-        # Below every candidate: dot products of unit vectors are at least -1, differences of logits bounded by these.
-        offset = np.abs(logits).max() * 2.0 + 2.0
-        reranked = scores - 2.0 * offset
-        reranked[pairs[:, 0], pairs[:, 1]] = (
-            scores[pairs[:, 0], pairs[:, 1]] + logits[:, 1] - logits[:, 0]
-        )
-        return recall_at_k(reranked, owner)
+        logits = matches["match_logits"].astype(np.float64)
+        matched = np.zeros_like(scores)
+        matched[pairs[:, 0], pairs[:, 1]] = logits[:, 1] - logits[:, 0]
+        # A pair may be a candidate of its image and none of its caption: each direction has scores of its own.
+        ways = {
+            "TR": reranked(scores, matched, of_images),
+            "IR": reranked(scores, matched, of_texts),
+        }
+        recalls = {way: recall_at_k(values, owner) for way, values in ways.items()}
+        return {name: recalls[name[:2]][name] for name in recalls["TR"]}
+
+
+def best_of_rows(scores: Any, k: int) -> Any:
+    """Which k entries of every row are the largest: bool ``[R, C]``; of equals the first."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    chosen = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(chosen, best, True, axis=1)
+    return chosen
+
+
+def reranked(scores: Any, matched: Any, candidates: Any) -> Any:
+    """Scores in which candidates stand before all others, by dot product plus the logit of a match.
+
+    Args:
+        scores: dot products of unit vectors ``[I, C]``.
+        matched: logit of a match minus that of none ``[I, C]``.
+        candidates: which pairs were scored anew ``[I, C]``.
+    """
+    # Dot products of unit vectors are within 1 of each other's centre: nothing else reaches a candidate.
+    shift = np.abs(matched).max(initial=0.0) + 3.0
+    return np.where(candidates, scores + matched, scores - 2.0 * shift)
 
 
 def _named(prefix: str, recalls: Mapping[str, float]) -> dict[str, float]:
     """Recalls by `PREFIX/NAME`, with their mean."""
     named = {f"{prefix}/{name}": value for name, value in recalls.items()}
     return named | {f"{prefix}/mean_recall": float(np.mean(list(recalls.values())))}
-
-
-def candidates(scores: Any, k: int) -> Any:
-    """The k best captions of every image and the k best images of every caption: different pairs ``[n, 2]``."""
-    chosen = np.zeros(scores.shape, dtype=bool)
-    texts = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    images = np.argsort(-scores, axis=0, kind="stable")[:k]
-    np.put_along_axis(chosen, texts, True, axis=1)
-    np.put_along_axis(chosen, images, True, axis=0)
-    return np.argwhere(chosen)
 
 
 @dataclass(frozen=True)
@@ -347,11 +369,6 @@ class _Pool:
             local=pools[0].local,
             logit_scale=pools[0].logit_scale,
         )
-
-
-def _cached(pools: list[_Pool]) -> CachedGradients:
-    pool = _Pool.join(pools)
-    return CachedGradients.compute(pool.images, pool.texts, pool.logit_scale)
 
 
 def _gather(value: Tensor, ranks: Ranks) -> Tensor:

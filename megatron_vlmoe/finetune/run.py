@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from megatron_vlmoe.config.command_line import ParsedCommand, to_yaml
 from megatron_vlmoe.config.dry_run import dry_run_text
-from megatron_vlmoe.config.schema import Precision
+from megatron_vlmoe.config.schema import ConfigError, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.validate import num_micro_batches, validate
+from megatron_vlmoe.config.validate import data_parallel_size, num_micro_batches, validate
 from megatron_vlmoe.config.validate_task import validate_task
 from megatron_vlmoe.finetune.options import (
     LABELS_FILE,
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def evaluate_main(arguments: Sequence[str]) -> int:
     """`evaluate`: runs a fine-tuned checkpoint on the splits of its task."""
-    config = _task_config(parse_evaluate("evaluate", arguments))
+    command = parse_evaluate(arguments)
+    config = _task_config(command)
+    if command.dry_run:
+        raise ConfigError("--dry-run is for training; evaluate has nothing to plan")
     ranks, precision = _start(config)
     evaluate(config, ranks, precision)
     _finish()
@@ -65,7 +69,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     """
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.finetune.data import TaskData
-    from megatron_vlmoe.finetune.results import evaluate_all
+    from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
     from megatron_vlmoe.model.task_heads import build_task_heads
     from megatron_vlmoe.train.checkpoint import find_checkpoint
     from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
@@ -92,12 +96,13 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     if state.step < config.train.steps and not out_of_patience:
         # Interrupted: the next run goes on from here.
         return {}
-    _load_best(config, parts)
-    return evaluate_all(config, parts, ranks, data, objective)
+    what = Evaluated(_load_best(config, parts, trainer), precision)
+    return evaluate_all(config, parts, ranks, data, objective, what)
 
 
 def _start_weights(config: FinetuneConfig, parts: Any) -> None:
     """Takes the weights of `--load` and says what became of every tensor."""
+    from megatron_vlmoe.finetune.predictions import write_json
     from megatron_vlmoe.train.warm_start import warm_start
 
     if not config.checkpoint.load:
@@ -112,8 +117,12 @@ def _start_weights(config: FinetuneConfig, parts: Any) -> None:
         and source.task.labels_sha256 == config.task.labels_sha256
     )
     log.info("starting from %s", path)
-    for line in warm_start(path, config, parts, with_heads=same_head).lines():
+    report = warm_start(path, config, parts, with_heads=same_head)
+    for line in report.lines():
         log.info(line)
+    if config.checkpoint.save and is_rank_zero():
+        every = {"checkpoint": str(path), **asdict(report)}
+        write_json(Path(config.checkpoint.save) / "start.json", every)
 
 
 def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
@@ -124,7 +133,7 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     """
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.finetune.data import TaskData
-    from megatron_vlmoe.finetune.results import evaluate_all
+    from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
     from megatron_vlmoe.model.task_heads import build_task_heads
     from megatron_vlmoe.train.checkpoint import load_checkpoint
     from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
@@ -142,7 +151,8 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     path = checkpoint_of(config.checkpoint.load)
     load_checkpoint(path, config, parts, with_optimizer=False)
     log.info("loaded %s", path)
-    return evaluate_all(config, parts, ranks, data, build_objective(config, ranks, data))
+    objective = build_objective(config, ranks, data)
+    return evaluate_all(config, parts, ranks, data, objective, Evaluated(str(path), precision))
 
 
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
@@ -174,8 +184,8 @@ def build_objective(config: FinetuneConfig, ranks: Ranks, data: Any) -> Any:
     return ClassificationObjective(config, ranks, data)
 
 
-def _load_best(config: FinetuneConfig, parts: Any) -> None:
-    """The weights of the best evaluation, where there is one."""
+def _load_best(config: FinetuneConfig, parts: Any, trainer: Any) -> str:
+    """Loads the weights of the best evaluation, where there is one; returns the folder of what is in the model."""
     from megatron_vlmoe.train.checkpoint import find_checkpoint, load_checkpoint
 
     save = config.checkpoint.save
@@ -183,6 +193,8 @@ def _load_best(config: FinetuneConfig, parts: Any) -> None:
     if best is not None:
         load_checkpoint(best, config, parts, with_optimizer=False)
         log.info("loaded the best weights, %s", best)
+        return str(best)
+    return str(find_checkpoint(trainer.writer.root)) if trainer.writer is not None else ""
 
 
 def _copy_assets(config: FinetuneConfig) -> None:
@@ -219,11 +231,14 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
         log.info("seed %d", seed)
         seed_everything(seed)
         results[seed] = finetune(own, ranks, precision)
+        gc.collect()
         if not results[seed]:
             return
     names = results[config.task.seeds[0]]
     summary = {}
     for name in names:
+        if name.endswith(("/samples", "/unlabelled")):
+            continue
         mean, deviation = mean_and_std([results[seed][name] for seed in config.task.seeds])
         summary[name] = {"mean": mean, "std": deviation}
         log.info("%s: %.2f +- %.2f over %d seeds", name, mean, deviation, len(results))
@@ -238,7 +253,8 @@ def _dry_run(command: ParsedCommand, config: FinetuneConfig) -> int:
 
     world_size = command.dry_run_world_size or environment_world_size()
     validate_task(config, world_size)
-    data = TaskData.open(config, BatchShare())
+    data_size = data_parallel_size(config.parallel, world_size)
+    data = TaskData.open(config, BatchShare(data_size=data_size))
     validate(data.config, world_size)
     if int(os.environ.get("RANK", 0)) == 0:
         print(to_yaml(data.config))

@@ -149,8 +149,12 @@ class TaskSamples:
         rng = self.draws.rng(Purpose.MIX, places[0])
         mix = draw_mix(rng, self.size, self.options.mixup, self.options.cutmix)
         if "image_pixels" in batch:
-            partners = self.images("image", places[::-1], documents[::-1])
-            batch["image_pixels"] = mix_pixels(batch["image_pixels"], partners["image_pixels"], mix)
+            own = batch["image_pixels"]
+            partners = own[::-1]
+            if self.share.tensor_size > 1:
+                # They belong to other ranks.
+                partners = self.images("image", places[::-1], documents[::-1])["image_pixels"]
+            batch["image_pixels"] = mix_pixels(own, partners, mix)
         batch["partner_labels"] = batch["labels"][::-1].copy()
         batch["own_share"] = np.full(len(rows), mix.lam, dtype=np.float32)
         return batch

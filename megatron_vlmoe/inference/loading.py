@@ -19,7 +19,6 @@ from megatron_vlmoe.finetune.options import (
     LABELS_FILE,
     TOKENIZER_FILE,
     checkpoint_of,
-    prepare_megatron,
     run_file,
     saved_run,
 )
@@ -60,11 +59,7 @@ def read_run(location: str | Path) -> tuple[Path, FinetuneConfig]:
         ConfigError: there is none, or it is not of a task.
         CheckpointError: it is damaged.
     """
-    prepare_megatron()
-    from megatron_vlmoe.train.checkpoint import TRACKER
-
-    best = Path(location) / "best"
-    checkpoint = checkpoint_of(str(best if (best / TRACKER).exists() else location))
+    checkpoint = checkpoint_of(str(location))
     config = saved_run(str(checkpoint))
     if not isinstance(config, FinetuneConfig):
         raise ConfigError(f"{checkpoint}: is a pretraining checkpoint, not one of a task")

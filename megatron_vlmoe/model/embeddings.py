@@ -83,7 +83,7 @@ class ImageEmbedding(MegatronModule):
     def forward(self, pixels: Tensor, mask: Optional[Tensor]) -> Tensor:
         """uint8 pixels ``[n, 3, S, S]`` and mask ``[n, N]`` (True is hidden) to ``[n * (N + 1), 1, D]``.
 
-        Without a mask nothing is hidden. Pixels that augmentation has mixed are float, in 0..255.
+        Without a mask nothing is hidden.
         """
         values = ((pixels.float() / 255.0 - self.mean) / self.std).to(self.weight.dtype)
         patches = F.linear(patchify(values, self.patch_size), self.weight, self.bias)

@@ -172,9 +172,8 @@ class RetrievalHeads(TaskHeads):
         self.text_projection = Linear(config, width, width, bias=False)
         self.image_projection = Linear(config, width, width, bias=False)
         # Part of the loss, which every tensor-parallel rank computes whole: its gradient is not summed over them.
-        self.logit_scale = nn.Parameter(
-            torch.full((1,), math.log(1.0 / temperature), dtype=config.params_dtype)
-        )
+        # fp32: in bf16 it would move in steps of 1/64.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1.0 / temperature)))
         self.pooler = Pooler(config)
         self.matching = Linear(config, width, 2)
 

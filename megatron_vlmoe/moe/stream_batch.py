@@ -24,6 +24,8 @@ class StreamBatch:
         key: names the micro-batch for random draws; None draws nothing.
         text_documents: document number of every token of every text ``[n, L]``, to restart attention.
         text_lengths: tokens of every text ``[n]``, special tokens included; None where texts are packed full.
+        drawn_layout: layout for which random numbers are drawn, of which this one has a part of the segments; None
+            means `layout`. A forward pass over a part of a micro-batch then sees the numbers of the whole.
     """
 
     layout: StreamLayout
@@ -33,6 +35,7 @@ class StreamBatch:
     key: Optional[DrawKey] = None
     text_documents: Optional[Tensor] = None
     text_lengths: Optional[Tensor] = None
+    drawn_layout: Optional[StreamLayout] = None
     # Every block asks for the same masks: made once for a micro-batch.
     _masks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _slots: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -83,16 +86,14 @@ class StreamBatch:
         if self.key is None:
             return None
         generator = self.key.generator(layer_number, purpose, device)
+        drawn = self.drawn_layout or self.layout
         parts = []
         for segment in segments:
-            shape = (
-                self.layout.count(segment) * self.tensor_size,
-                self.layout.length(segment),
-                width,
-            )
+            shape = (drawn.count(segment) * self.tensor_size, drawn.length(segment), width)
             whole = torch.empty(shape, device=device).normal_(generator=generator)
-            parts.append(self.share(whole).reshape(-1, width))
-        return torch.cat(parts)
+            if self.layout.count(segment):
+                parts.append(self.share(whole).reshape(-1, width))
+        return torch.cat(parts) if parts else torch.empty(0, width, device=device)
 
     def keep_scale(
         self, layer_number: int, purpose: str, drop_rate: float, device: torch.device
@@ -106,7 +107,7 @@ class StreamBatch:
         generator = self.key.generator(layer_number, purpose, device)
         scale: dict[str, Tensor] = {}
         for name in ("texts", "pairs", "images"):
-            count = getattr(self.layout, name) * self.tensor_size
+            count = getattr(self.drawn_layout or self.layout, name) * self.tensor_size
             uniform = torch.empty(count, device=device).uniform_(generator=generator)
             scale[name] = self.share((uniform >= drop_rate) / (1.0 - drop_rate))
         order = (
@@ -118,5 +119,6 @@ class StreamBatch:
         parts = [
             scale[samples].unsqueeze(1).expand(-1, self.layout.length(segment)).reshape(-1)
             for samples, segment in order
+            if self.layout.count(segment)
         ]
         return torch.cat(parts).view(-1, 1, 1)

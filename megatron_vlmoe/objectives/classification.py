@@ -21,7 +21,8 @@ def soft_target_loss(logits: Tensor, answers: Tensor, scores: Tensor) -> Tensor:
         scores: their targets in 0..1 ``[n, A]``.
     """
     target = torch.zeros_like(logits)
-    target.scatter_(1, answers.clamp(min=0), scores.to(logits.dtype) * (answers >= 0))
+    # Added, since unused places all point to class 0.
+    target.scatter_add_(1, answers.clamp(min=0), scores.to(logits.dtype) * (answers >= 0))
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     return loss / logits.shape[0]
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Writes a UTF-8 file under a temporary name beside its place, synced, then renames it; makes its folder.
+def write_text_atomic(path: Path, *parts: str) -> None:
+    """Writes a UTF-8 file; see `write_parts_atomic`."""
+    write_parts_atomic(path, parts)
+
+
+def write_parts_atomic(path: Path, parts: Iterable[str]) -> None:
+    """Writes a UTF-8 file, part by part, under a temporary name beside its place, synced, then renames it.
+
+    Makes its folder where that is missing.
 
     A file that stood there before stays as it was until the new one is complete.
 
@@ -19,7 +27,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -241,14 +241,17 @@ def _mark_learning_rates(chunks: list[VLMoEModel], config: RunConfig) -> set[flo
 def _group_overrides(chunks: list[VLMoEModel], config: RunConfig) -> dict[ParamKey, Any]:
     """Parameter groups: matrices, what has no weight decay, routers, and learning rates of their own.
 
-    Routers are fp32 in a 16-bit model, and megatron-core 0.16.1's distributed optimizer saves the wrong
-    state where one group mixes the two. Groups are recognised by megatron-core's own keys, of which
-    `is_decoupled_lr` has no other effect.
+    Routers and the temperature of retrieval are fp32 in a 16-bit model, and megatron-core 0.16.1's distributed
+    optimizer saves the wrong state where one group mixes the two. Groups are recognised by megatron-core's own keys, of
+    which `is_decoupled_lr` has no other effect.
     """
     no_decay = ParamWithNamePredicate(
         name="no_weight_decay", fn=lambda param, name: not has_weight_decay(name, param.shape)
     )
-    router = ParamWithNamePredicate(name="router", fn=lambda param, name: ".router." in name)
+    router = ParamWithNamePredicate(
+        name="router",
+        fn=lambda param, name: ".router." in name or name.endswith("logit_scale"),
+    )
     overrides: dict[ParamKey, Any] = {
         ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0},
         ParamKey(with_name_predicate=router): {"is_decoupled_lr": True},

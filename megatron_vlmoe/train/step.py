@@ -64,7 +64,10 @@ class StepRunner:
         layout: StreamLayout,
         finish: Finish,
     ) -> list[dict[str, Any]]:
-        """Forward alone, as training would compute it: same draws and capacity, no gradient."""
+        """Forward alone over a part of what training reads, with the draws of training and no gradient.
+
+        Expert capacity is that of the part: where tokens are dropped, they may be others than in training.
+        """
         with torch.no_grad():
             return self._run(
                 batches, num_micro_batches, layout, finish, None, backward=False, training=True
@@ -135,6 +138,7 @@ class StepRunner:
             tensor_rank=self.ranks.tensor,
             tensor_size=self.ranks.tensor_size,
             pair_lengths=batch.get("pair_lengths"),
+            drawn_layout=self.layout.shard(self.ranks.tensor_size),
             key=key,
             text_documents=batch.get("text_segments"),
             text_lengths=batch.get("text_lengths"),

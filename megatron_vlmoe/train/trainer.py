@@ -109,6 +109,9 @@ class Trainer:
         first = self.state.step * self.num_micro_batches
         clock = DataClock(self.data.loader("train", first, None))
         self.throughput.reset()
+        reason = self._patience_is_over()
+        if reason:
+            return f"stopped after step {self.state.step}: {reason}"
         while self.state.step < config.train.steps:
             step = self.state.step + 1
             profiler.before(step)

@@ -82,6 +82,13 @@ def test_layer_decay_and_head_rate_are_the_same_on_every_stage(run: Any) -> None
         np.testing.assert_allclose(moved, expected_move, rtol=2e-2, atol=2e-6, err_msg=key)
 
 
+def test_the_pass_without_gradient_sees_the_draws_of_training(run: Any) -> None:
+    # One micro-batch is the whole pool: the same loss, cached or not, with stochastic depth and matching on.
+    options = ("--task.micro_batch_size", "8", "--model.drop_path", "0.5")
+    cached = run("retrieval", ALONE, *options, "--contrastive.cache", "true")
+    compare(cached, run("retrieval", ALONE, *options), "cached gradients with stochastic depth")
+
+
 def test_contrastive_loss_of_two_ranks_is_that_of_the_whole_batch(run: Any) -> None:
     whole = ("--task.micro_batch_size", "8", *WHOLE_POOL)
     alone = run("retrieval", ALONE, *whole)
