@@ -295,6 +295,26 @@ def check_architecture(
                 )
 
 
+def changed_options(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """Options that differ from a checkpoint's, as `section.option: THERE -> HERE`."""
+
+    def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in content.items():
+            if isinstance(value, dict):
+                found |= flat(value, f"{prefix}{name}.")
+            else:
+                found[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    theirs, ours = flat(saved), flat(dataclasses.asdict(config))
+    return [
+        f"{name}: {theirs[name]} -> {value}"
+        for name, value in ours.items()
+        if name in theirs and theirs[name] != value
+    ]
+
+
 def _state_dict(
     state: TrainState,
     config: RunConfig,

@@ -18,9 +18,11 @@ from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.train.checkpoint import (
     CheckpointWriter,
     TrainState,
+    changed_options,
     checkpoint_root,
     find_checkpoint,
     load_checkpoint,
+    load_common,
 )
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
 from megatron_vlmoe.train.objective import Losses, Objective
@@ -268,6 +270,10 @@ class Trainer:
         if path is None:
             return
         with_optimizer = own is not None or checkpoint.load_optimizer
+        if own is not None:
+            changed = changed_options(load_common(own).get("config", {}), self.config)
+            if changed:
+                log.warning("going on in %s with other options: %s", own, "; ".join(changed))
         self.state = load_checkpoint(path, self.config, self.parts, with_optimizer)
         log.info("loaded %s: starting after step %d", path, self.state.step)
 

@@ -124,6 +124,7 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one(unbroken: Run, corpus:
     assert "2/6" in first.stdout and "3/6" not in first.stdout
     second.succeeded()
     assert "1/6" not in second.stdout and "3/6" in second.stdout and "6/6" in second.stdout
+    assert "train.exit_interval: 2 -> 0" in second.stdout and "other options" not in first.stdout
     assert_same_metrics(metrics(folder), unbroken.metrics)
     # The third has nothing left to do, and says so by ending well.
     third.succeeded()
