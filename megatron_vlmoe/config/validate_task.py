@@ -72,6 +72,9 @@ def _check_training(config: FinetuneConfig) -> None:
         f"optim.head_lr_multiplier={optim.head_lr_multiplier} must be positive",
     )
     _require(
+        task.early_stopping >= 0, f"task.early_stopping={task.early_stopping} must not be negative"
+    )
+    _require(
         not task.early_stopping or task.save_best,
         f"task.early_stopping={task.early_stopping} needs task.save_best=true",
     )

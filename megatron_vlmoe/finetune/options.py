@@ -20,7 +20,6 @@ from megatron_vlmoe.config.recipes import DEFAULT_RECIPES, apply_recipe, recipe_
 from megatron_vlmoe.config.schema import CheckpointConfig, ConfigError, RunConfig
 from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
 
-DEFAULT_ARCHITECTURE = "base-32e"
 # Files of a run folder that travel with its checkpoints.
 TOKENIZER_FILE, LABELS_FILE = "text.model", "labels.json"
 
@@ -39,10 +38,15 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
     file = _file_values(option_value(words, "--config"))
     task = option_value(words, "--task.name") or file.get("task.name", "")
     recipe = option_value(words, "--preset")
-    if not recipe and not task and not {"--help", "-h"} & set(words):
+    asks = bool({"--help", "-h"} & set(words))
+    if not recipe and not task and not asks:
         raise ConfigError(f"--task is missing: one of {', '.join(TASKS)}")
     if task and task not in TASKS:
         raise ConfigError(f"--task {task}: unknown; choose one of {', '.join(TASKS)}")
+    if asks:
+        return parse_options(
+            "finetune", words, apply_recipe(recipe or "vqa", RunConfig()), recipe_names()
+        )
     base = _architecture(
         option_value(words, "--checkpoint.load") or file.get("checkpoint.load", ""),
         option_value(words, "--task.architecture") or file.get("task.architecture", ""),
@@ -105,7 +109,11 @@ def _architecture(load: str, name: str) -> RunConfig:
         )
     if load:
         return saved_run(load)
-    return preset(name or DEFAULT_ARCHITECTURE)
+    if not name:
+        raise ConfigError(
+            "--load is missing: the checkpoint to start from (or --task.architecture PRESET for initial weights)"
+        )
+    return preset(name)
 
 
 def saved_run(location: str) -> RunConfig:

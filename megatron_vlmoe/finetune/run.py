@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     config = _task_config(command)
     if command.dry_run:
         return _dry_run(command, config)
+    validate_task(config, environment_world_size())
     ranks, precision = _start(config)
     if not config.task.seeds:
         finetune(config, ranks, precision)
@@ -78,6 +79,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
 
     validate_task(config, ranks.world_size)
     make_run_folder(config)
+    _check_owner(config)
     data = TaskData.open(config, BatchShare.of(ranks))
     config = data.config
     validate(config, ranks.world_size)
@@ -86,7 +88,8 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     parts = build_training(config, precision, build_task_heads)
     if parts.frozen:
         log.info("frozen: %s", ", ".join(parts.frozen))
-    if not (config.checkpoint.save and find_checkpoint(config.checkpoint.save)):
+    own = find_checkpoint(config.checkpoint.save) if config.checkpoint.save else None
+    if own is None:
         _start_weights(config, parts)
     objective = build_objective(config, ranks, data)
     _copy_assets(config)
@@ -98,6 +101,20 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
         return {}
     what = Evaluated(_load_best(config, parts, trainer), precision)
     return evaluate_all(config, parts, ranks, data, objective, what)
+
+
+def _check_owner(config: FinetuneConfig) -> None:
+    """A folder with a run of something else is no place to go on from."""
+    from megatron_vlmoe.train.checkpoint import find_checkpoint
+
+    save = config.checkpoint.save
+    own = find_checkpoint(save) if save else None
+    if own is None:
+        return
+    run = saved_run(str(own))
+    name = run.task.name if isinstance(run, FinetuneConfig) else "pretraining"
+    if name != config.task.name:
+        raise ConfigError(f"--save {save}: holds a run of {name}, not of {config.task.name}")
 
 
 def _start_weights(config: FinetuneConfig, parts: Any) -> None:
@@ -216,6 +233,7 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
     """One run per seed in SAVE/seed_N; mean and standard deviation in SAVE/metrics.json."""
     from megatron_vlmoe.finetune.metrics import mean_and_std
     from megatron_vlmoe.finetune.predictions import write_json
+    from megatron_vlmoe.finetune.results import Evaluated, evaluation_settings
     from megatron_vlmoe.runtime.distributed import seed_everything
 
     save = config.checkpoint.save
@@ -244,7 +262,9 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
         log.info("%s: %.2f +- %.2f over %d seeds", name, mean, deviation, len(results))
     if save and is_rank_zero():
         by_seed = {str(seed): metrics for seed, metrics in results.items()}
-        write_json(Path(save) / "metrics.json", {"seeds": by_seed, "summary": summary})
+        settings = evaluation_settings(config, ranks, Evaluated(save, precision))
+        content = {"task": config.task.name, "seeds": by_seed, "summary": summary}
+        write_json(Path(save) / "metrics.json", content | {"settings": settings})
 
 
 def _dry_run(command: ParsedCommand, config: FinetuneConfig) -> int:

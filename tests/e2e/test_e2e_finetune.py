@@ -489,6 +489,18 @@ REFUSED: dict[str, tuple[Callable[[Bench], list[str]], list[str]]] = {
         with_more("--model.hidden_size", "64"),
         ["pretrained", "model.hidden_size", "32", "64"],
     ),
+    "no architecture": (
+        lambda b: without(with_more()(b), "--load"),
+        ["--load", "--task.architecture"],
+    ),
+    "negative patience": (with_more("--task.early_stopping", "-1"), ["task.early_stopping=-1"]),
+    "a seed twice": (with_more("--seeds", "1", "1"), ["task.seeds"]),
+    "a run of another task": (
+        lambda b: with_more(
+            "--preset", "sample-mnli", "--task", "mnli", "--save", str(b.folder / "vqa")
+        )(b),
+        ["--save", "vqa", "mnli"],
+    ),
     "two architectures": (
         with_more("--task.architecture", "tiny-8e"),
         ["--task.architecture", "--load"],

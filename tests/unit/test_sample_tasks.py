@@ -19,8 +19,11 @@ import pytest
 from PIL import Image
 from test_sample_corpus import PLACES, RELATIONS, check_caption, fits, one_of
 
+from megatron_vlmoe.data.sample_corpus.nlvr2 import make_nlvr2
 from megatron_vlmoe.data.sample_corpus.questions import FORMS, PLACE_NAMES
+from megatron_vlmoe.data.sample_corpus.render import render_picture
 from megatron_vlmoe.data.sample_corpus.scene import (
+    BACKGROUNDS,
     COLORS,
     KINDS,
     Scene,
@@ -28,7 +31,7 @@ from megatron_vlmoe.data.sample_corpus.scene import (
     draw_object_scene,
     sample_scene,
 )
-from megatron_vlmoe.data.sample_corpus.task_files import FreshScenes, TaskFiles
+from megatron_vlmoe.data.sample_corpus.task_files import FreshScenes, TaskFiles, guess_by
 from megatron_vlmoe.data.sample_corpus.tasks import make_tasks
 from megatron_vlmoe.data.sample_corpus.vqa import question_type, soft_score
 from megatron_vlmoe.data.sample_corpus.writer import SampleCorpus, make_sample_corpus
@@ -37,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_IMAGES = 400
 SEED = 11
 COLOR, KIND, PLACE, RELATION = map(one_of, (COLORS, KINDS, PLACES, RELATIONS))
+BACKGROUND = one_of(BACKGROUNDS)
 PICTURE = "(?: in the (?:picture|image|drawing))"
 THING = rf"(?:an? )?(?:{COLOR} )?(?:{KIND}|shape)(?:e?s)?"
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -236,6 +240,17 @@ def shown(m: re.Match[str], *pictures: Scene) -> int:
     return sum(bool(having(scene, m[1], m[2])) for scene in pictures)
 
 
+def with_background(m: re.Match[str], *pictures: Scene) -> int:
+    return sum(scene.background == m[1] for scene in pictures)
+
+
+def brightness(scene: Scene) -> int:
+    """Of the background as drawn."""
+    pixel = render_picture(replace(scene, shapes=())).getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    return sum(pixel)
+
+
 TWO = "(?:the )?(?:two )?pictures"
 Holds = Callable[[Scene, Scene, re.Match[str]], bool]
 STATEMENTS: dict[str, Holds] = {
@@ -269,8 +284,25 @@ STATEMENTS: dict[str, Holds] = {
     r"There are as many shapes in the left picture as in the right one": lambda a, b, m: (
         len(a.shapes) == len(b.shapes)
     ),
-    r"(?:Both|The two) pictures have (?:the same background|(different) backgrounds)": (
+    r"The two pictures have (?:the same background|(different) backgrounds)": (
         lambda a, b, m: (a.background == b.background) == (m[1] is None)
+    ),
+    r"The (left|right) picture has the (darker|lighter) background": lambda a, b, m: (
+        brightness(a) < brightness(b)
+        if (m[1] == "left") == (m[2] == "darker")
+        else brightness(b) < brightness(a)
+    ),
+    rf"Both pictures have an? {BACKGROUND} background": lambda a, b, m: (
+        with_background(m, a, b) == 2
+    ),
+    rf"Exactly one picture has an? {BACKGROUND} background": lambda a, b, m: (
+        with_background(m, a, b) == 1
+    ),
+    rf"Neither picture has an? {BACKGROUND} background": lambda a, b, m: (
+        with_background(m, a, b) == 0
+    ),
+    rf"At least one picture has an? {BACKGROUND} background": lambda a, b, m: (
+        with_background(m, a, b) >= 1
     ),
     rf"There (?:is|are) exactly (\w+) {THING} in the two pictures together": (
         lambda a, b, m: len(having(a, m[2], m[3]) + having(b, m[2], m[3])) == NUMBERS[m[1]]
@@ -284,9 +316,9 @@ STATEMENTS: dict[str, Holds] = {
 def test_nlvr2_statements_hold_as_labelled(tasks: TaskFiles) -> None:
     pictures = scenes(tasks, "nlvr2")
     used: Counter[str] = Counter()
-    for split, sets in (("train", 50), ("dev", 5), ("test1", 5)):
+    for split, sets in (("train", 100), ("dev", 10), ("test1", 10)):
         records = load(tasks, "nlvr2", "data", f"{split}.json")
-        assert len(records) == 16 * sets == len({r["identifier"] for r in records})
+        assert len(records) == 8 * sets == len({r["identifier"] for r in records})
         labels = defaultdict(list)
         for record in records:
             kind, number, pair, place = record["identifier"].split("-")
@@ -308,20 +340,62 @@ def test_nlvr2_statements_hold_as_labelled(tasks: TaskFiles) -> None:
             # So the sentence alone is worth nothing.
             assert Counter(label for _, label in stated) == {"True": 2, "False": 2}
     assert used.keys() == STATEMENTS.keys()
+    easy = sum(number for pattern, number in used.items() if "background" in pattern)
+    assert 0.6 < easy / used.total() < 0.85
 
 
-def test_nlvr2_one_picture_is_not_enough(tasks: TaskFiles) -> None:
-    """What the left picture says about a thing, with the form, leaves at least a quarter wrong."""
+def nlvr2_cues(tasks: TaskFiles, split: str) -> list[tuple[str, tuple[str, str], str, Scene]]:
+    """Sentence, backgrounds, label and left picture of every record."""
     pictures = scenes(tasks, "nlvr2")
+    found = []
+    for record in load(tasks, "nlvr2", "data", f"{split}.json"):
+        stem = record["identifier"].rpartition("-")[0]
+        left, right = (pictures[f"{stem}-img{side}.png"] for side in (0, 1))
+        backgrounds = left.background, right.background
+        found.append((record["sentence"], backgrounds, record["label"], left))
+    return found
+
+
+def test_nlvr2_one_picture_is_not_enough() -> None:
+    """What the left picture says about a thing, with the form, leaves at least a quarter wrong."""
+    # Several samples for every form and view: else the most frequent label is right by chance.
+    tasks = make_nlvr2(FreshScenes(SEED), SEED, 1000)
     seen: dict[tuple[str, object], Counter[str]] = defaultdict(Counter)
-    for record in load(tasks, "nlvr2", "data", "train.json"):
-        left = pictures[record["identifier"].rpartition("-")[0] + "-img0.png"]
-        names = re.findall(rf"(?:\b{COLOR} )?(?:\b{KIND}|shape)", record["sentence"])
-        view = [bool(having(left, c or None, k or None)) for c, k in names] + [len(left.shapes)]
-        form = re.sub(THING, "X", record["sentence"])
-        seen[form, tuple(view)][record["label"]] += 1
-    right = sum(max(counts.values()) for counts in seen.values())
-    assert 0.5 < right / sum(c.total() for c in seen.values()) < 0.75
+    for sentence, _, label, left in nlvr2_cues(tasks, "train"):
+        names = re.findall(rf"(?:\b{COLOR} )?(?:\b{KIND}|shape)", sentence)
+        view: list[object] = [bool(having(left, c or None, k or None)) for c, k in names]
+        if "background" in sentence:
+            # Of a named background, whether the left picture has it.
+            view += [left.background in sentence or left.background]
+        elif re.search("more|fewer|as many|same number", sentence):
+            view += [len(left.shapes)]
+        form = re.sub(BACKGROUND, "X", re.sub(THING, "X", sentence))
+        seen[form, tuple(view)][label] += 1
+    for easy in (False, True):
+        counts = [c for (form, _), c in seen.items() if ("background" in form) == easy]
+        right = sum(max(c.values()) for c in counts)
+        assert 0.5 < right / sum(c.total() for c in counts) < 0.75
+
+
+def test_nlvr2_guesses_are_what_the_files_say(tasks: TaskFiles) -> None:
+    train = nlvr2_cues(tasks, "train")
+    for split in ("dev", "test1"):
+        truth = tasks.truth["nlvr2"][split]
+        for name, cue in (
+            ("backgrounds", lambda r: r[1]),
+            ("sentence_and_left_background", lambda r: (r[0], r[1][0])),
+            ("sentence_and_right_background", lambda r: (r[0], r[1][1])),
+        ):
+            held_out = nlvr2_cues(tasks, split)
+            right = 0
+            for record in held_out:
+                # As often True as False, or never seen: "False", the first in the alphabet.
+                same = [r[2] for r in train if cue(r) == cue(record)]
+                said = "True" if same.count("True") > len(same) / 2 else "False"
+                right += said == record[2]
+            percent = 100 * right / len(held_out)
+            assert truth[f"guess_by_{name}_percent"] == pytest.approx(percent, abs=0.006)
+            assert percent < 75
 
 
 def test_flickr30k_captions_fit_one_picture_only(tasks: TaskFiles) -> None:
@@ -384,18 +458,26 @@ def test_truth_is_what_the_files_say(tasks: TaskFiles) -> None:
     assert truth["vqa"]["val"]["guess_percent"] == pytest.approx(100 * score / 200, abs=0.006)
     assert truth["vqa"]["val"]["labels"] == Counter(a["multiple_choice_answer"] for a in val)
     assert truth["vqa"]["test-dev"]["samples"] == 50
-    assert truth["nlvr2"]["dev"] == {
+    nlvr2, mnli = truth["nlvr2"]["dev"], truth["mnli"]["dev_mismatched"]
+    assert {name: value for name, value in nlvr2.items() if "guess_by" not in name} == {
         "samples": 80,
         "labels": {"False": 40, "True": 40},
         "guess_percent": 50.0,
     }
     assert truth["flickr30k"]["test"] == {"samples": 100, "images": 20, "guess_percent": 5.0}
     assert truth["imagenet"]["val"]["guess_percent"] == 2.78
-    assert truth["mnli"]["dev_mismatched"] == {
+    assert {name: value for name, value in mnli.items() if "guess_by" not in name} == {
         "samples": 90,
         "labels": {"contradiction": 30, "entailment": 30, "neutral": 30},
         "guess_percent": 33.33,
     }
+
+
+def test_guess_by_a_cue() -> None:
+    train = [("a", "x"), ("a", "y"), ("a", "y"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", "x")]
+    assert guess_by(train, [("a", "y"), ("a", "x")]) == 50.0
+    # Two equally frequent ones: the first in the alphabet. An unknown cue: "y", four of seven.
+    assert guess_by(train, [("b", "x"), ("e", "y"), ("e", "x")]) == 66.67
 
 
 def test_soft_score_and_question_type() -> None:

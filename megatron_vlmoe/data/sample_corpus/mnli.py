@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_vlmoe.data.sample_corpus.entailment import (
     LABELS,
@@ -34,25 +36,32 @@ from megatron_vlmoe.data.sample_corpus.scene import (
     generator_for,
     relation_between,
 )
-from megatron_vlmoe.data.sample_corpus.task_files import TaskFiles, class_truth
+from megatron_vlmoe.data.sample_corpus.task_files import TaskFiles, class_truth, guess_by
 
 COLUMNS = (
     *("index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"),
     *("sentence1_parse", "sentence2_parse", "sentence1", "sentence2"),
 )
 ANNOTATORS = {"train": 1, "dev": 5}
-MAX_GROUPS = 3
-MAX_PREMISE_WORDS = 24
+MAX_GROUPS = 2
+SECOND_GROUP_SHARE = 0.3
+"""Of the scenes with two groups, those that are used: most premises tell of one kind of shape."""
+MAX_PREMISE_WORDS = 18
+NEGATED_SHARE = 0.1
 MIN_PREMISES = 300
 """With fewer, some hypotheses would find no premise of every label."""
 MAX_LOOKED_AT = 500
 """Premises; a hypothesis that has not found all labels by then is given up."""
 FORMS: tuple[ClaimForm, ...] = (
-    *("color", "color", "color", "color", "size", "size", "relation", "relation", "relation"),
-    *("place", "place", "background", "background", "existence", "existence"),
-    "number of shapes",
+    *("background", "color", "size", "background", "color", "existence", "background", "color"),
+    *("size", "background", "color", "relation", "background", "color", "existence"),
+    *("background", "color", "size", "place", "number of shapes"),
 )
-"""In turn; as often as listed."""
+"""In turn; as often as listed: mostly claims that name the colour of a shape or of the background.
+
+A model of a few million parameters learns first whether a premise tells of such a thing at all. With
+relations, places and denials in every other claim it does not even come that far in a few minutes.
+"""
 
 
 @dataclass
@@ -74,24 +83,43 @@ class _Sample:
 
 
 def make_mnli(seed: int, num_images: int) -> TaskFiles:
-    """``num_images`` hypotheses to train and a twentieth of that for either dev set, at least 30.
+    """Twice ``num_images`` hypotheses to train; for either dev set a twentieth of ``num_images``.
 
-    A hypothesis alone says nothing about the label, negated or not, and a premise has each label at
-    most once.
+    At least 30 each. A hypothesis alone says nothing about the label, negated or not, and a premise
+    has each label at most once.
     """
     evaluation = max(30, num_images // 20)
     texts = {}
-    truth = {}
+    drawn = {}
     for split, number, genres in (
-        ("train", max(30, num_images), MATCHED_GENRES),
+        ("train", max(30, 2 * num_images), MATCHED_GENRES),
         ("dev_matched", evaluation, MATCHED_GENRES),
         ("dev_mismatched", evaluation, MISMATCHED_GENRES),
     ):
-        samples = _draw_samples(seed, split, number, genres)
-        texts[Path("mnli", f"{split}.tsv")] = _table(samples, seed, split)
-        if split != "train":
-            truth[split] = class_truth(sample.label for sample in samples)
+        drawn[split] = _draw_samples(seed, split, number, genres)
+        texts[Path("mnli", f"{split}.tsv")] = _table(drawn[split], seed, split)
+    train = drawn.pop("train")
+    truth = {split: _truth(train, samples) for split, samples in drawn.items()}
     return TaskFiles(pictures=(), texts=texts, truth=truth)
+
+
+def _truth(train: Sequence[_Sample], held_out: Sequence[_Sample]) -> dict[str, Any]:
+    """Another guess: by how many words of the hypothesis the premise does not have."""
+    train_cues, cues = (
+        [(_missing_words(sample), sample.label) for sample in samples]
+        for samples in (train, held_out)
+    )
+    return {
+        **class_truth(sample.label for sample in held_out),
+        "guess_by_missing_words_percent": guess_by(train_cues, cues),
+    }
+
+
+def _missing_words(sample: _Sample) -> int:
+    premise, hypothesis = (
+        set(re.findall(r"\w+", text.lower())) for text in (sample.told.text, sample.hypothesis)
+    )
+    return len(hypothesis - premise)
 
 
 def _draw_samples(seed: int, split: str, number: int, genres: Sequence[str]) -> list[_Sample]:
@@ -136,6 +164,8 @@ def _draw_premises(rng: random.Random, number: int, genres: Sequence[str]) -> li
         kinds = {group.kind for group in scene.groups}
         if len(kinds) < len(scene.groups) or len(kinds) > MAX_GROUPS:
             continue
+        if len(kinds) > 1 and rng.random() >= SECOND_GROUP_SHARE:
+            continue
         premise = _draw_premise(scene, rng)
         genre = rng.choice(genres)
         text = write_premise(premise, genre, rng)
@@ -153,23 +183,23 @@ def _draw_premise(scene: Scene, rng: random.Random) -> Premise:
         mentions=tuple(
             Mention(
                 group=group,
-                color=rng.random() < 0.65,
-                size=rng.random() < 0.5,
-                texture=group.texture != "solid" and rng.random() < 0.5,
-                place=group.count == 1 and rng.random() < 0.45,
+                color=rng.random() < 0.6,
+                size=rng.random() < 0.35,
+                texture=group.texture != "solid" and rng.random() < 0.2,
+                place=group.count == 1 and rng.random() < 0.25,
                 count=group.count == 1 or rng.random() < 0.6,
             )
             for group in groups
         ),
-        relation=relation if rng.random() < 0.65 else None,
-        background=scene.background if rng.random() < 0.5 else None,
-        closed=rng.random() < 0.4,
+        relation=relation if rng.random() < 0.6 else None,
+        background=scene.background if rng.random() < 0.6 else None,
+        closed=rng.random() < 0.25,
     )
 
 
 def _draw_claim(form: ClaimForm, rng: random.Random) -> Claim:
     kind, other = rng.sample(KINDS, 2)
-    negated = rng.random() < 0.5
+    negated = rng.random() < NEGATED_SHARE
     match form:
         case "color":
             return Claim(form=form, kind=kind, word=rng.choice(COLORS), negated=negated)

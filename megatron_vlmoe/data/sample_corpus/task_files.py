@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,31 @@ def class_truth(labels: Iterable[str]) -> dict[str, Any]:
         "labels": dict(sorted(counts.items())),
         "guess_percent": percent(max(counts.values()) / total),
     }
+
+
+def guess_by(
+    train: Iterable[tuple[Hashable, str]], held_out: Iterable[tuple[Hashable, str]]
+) -> float:
+    """Percent right for a reader who is told one cue of a sample and nothing else.
+
+    Args:
+        train: cue and label of the training samples. The reader says the label that is most frequent
+            with a cue there, of equally frequent ones the first in the alphabet; to an unknown cue
+            the one that is most frequent overall.
+        held_out: cue and label of the samples that are judged.
+    """
+    overall: Counter[str] = Counter()
+    by_cue: dict[Hashable, Counter[str]] = {}
+    for cue, label in train:
+        overall[label] += 1
+        by_cue.setdefault(cue, Counter())[label] += 1
+    right = [label == most_frequent(by_cue.get(cue, overall)) for cue, label in held_out]
+    return percent(sum(right) / len(right))
+
+
+def most_frequent(counts: Mapping[str, int]) -> str:
+    """Of equally frequent ones the first in the alphabet."""
+    return min(counts, key=lambda label: (-counts[label], label))
 
 
 def percent(fraction: float) -> float:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-from megatron_vlmoe.data.sample_corpus.language import be, counted
-from megatron_vlmoe.data.sample_corpus.scene import Scene, ShapeName
+from megatron_vlmoe.data.sample_corpus.language import be, counted, with_article
+from megatron_vlmoe.data.sample_corpus.scene import BACKGROUNDS, Scene, ShapeName
 from megatron_vlmoe.data.sample_corpus.things import Thing
 
 MAX_NAMED_TOTAL = 4
 """Numbers that a statement about both pictures together names, from 1 on."""
+BACKGROUNDS_BY_BRIGHTNESS = ("black", "gray", "beige", "white")
+"""The darkest first."""
 
 Truth = Callable[[Scene, Scene], bool]
 """Of a left and a right picture."""
@@ -26,11 +28,18 @@ class Statement:
     wordings: tuple[str, ...]
     holds: Truth
     needs_both: Truth
-    """Whether one picture alone leaves it open. Pairs of which this is false give the label away."""
+    """Whether one picture alone leaves it open. Pairs of which this is false give the label away.
+
+    Asked for in statements about shapes only: those about backgrounds are meant to be easy.
+    """
 
 
 def statements(names: Sequence[ShapeName]) -> Iterator[Statement]:
-    """Everything that can be stated about pictures whose shapes all have one of these names."""
+    """Everything that can be stated about pictures whose shapes all have one of these names.
+
+    Statements about backgrounds have one wording each: a model of a few million parameters that
+    sees a few thousand of them must not spend its time on synonyms.
+    """
     kinds = dict.fromkeys(kind for _, kind in names)
     colors = dict.fromkeys(color for color, _ in names)
     things = [Thing(None, kind) for kind in kinds] + [Thing(color, None) for color in colors]
@@ -42,7 +51,10 @@ def statements(names: Sequence[ShapeName]) -> Iterator[Statement]:
                 yield _one_each(thing, other)
         for total in range(1, MAX_NAMED_TOTAL + 1):
             yield _total(thing, total)
-    yield from _comparisons()
+    yield from _comparisons_of_numbers()
+    yield from _comparisons_of_backgrounds()
+    for background in BACKGROUNDS:
+        yield from _named_background(background)
 
 
 def _existence(thing: Thing) -> Iterator[Statement]:
@@ -113,8 +125,7 @@ def _total(thing: Thing, total: int) -> Statement:
     )
 
 
-def _comparisons() -> Iterator[Statement]:
-    """Of the number of shapes and of the background."""
+def _comparisons_of_numbers() -> Iterator[Statement]:
     for one, other in (("left", "right"), ("right", "left")):
         yield Statement(
             "more",
@@ -135,13 +146,37 @@ def _comparisons() -> Iterator[Statement]:
         lambda left, right: len(left.shapes) == len(right.shapes),
         _always,
     )
+
+
+def _comparisons_of_backgrounds() -> Iterator[Statement]:
+    for side in ("left", "right"):
+        for adjective in ("darker", "lighter"):
+            yield Statement(
+                f"{side} {adjective}",
+                (f"The {side} picture has the {adjective} background.",),
+                partial(_is_darker, (side == "left") == (adjective == "darker")),
+                _always,
+            )
     for adjective, equal in (("the same background", True), ("different backgrounds", False)):
         yield Statement(
-            "background",
+            adjective,
             (f"The two pictures have {adjective}.",),
             partial(_has_backgrounds, equal),
             _always,
         )
+
+
+def _named_background(background: str) -> Iterator[Statement]:
+    """How many of the pictures have it."""
+    a = f"{with_article(background)} background"
+    for number, wording, numbers in (
+        ("both", f"Both pictures have {a}.", {2}),
+        ("exactly one", f"Exactly one picture has {a}.", {1}),
+        ("neither", f"Neither picture has {a}.", {0}),
+        ("at least one", f"At least one picture has {a}.", {1, 2}),
+    ):
+        holds = partial(_is_background_of, background, numbers)
+        yield Statement(f"{number}, background", (wording,), holds, _always)
 
 
 def _always(left: Scene, right: Scene) -> bool:
@@ -168,12 +203,33 @@ def _has_backgrounds(equal: bool, left: Scene, right: Scene) -> bool:
     return (left.background == right.background) == equal
 
 
+def _is_darker(left_is: bool, left: Scene, right: Scene) -> bool:
+    """Whether the left (the right) background is the darker one; false of equal ones."""
+    a, b = (BACKGROUNDS_BY_BRIGHTNESS.index(scene.background) for scene in (left, right))
+    return a < b if left_is else b < a
+
+
+def _is_background_of(background: str, numbers: Set[int], left: Scene, right: Scene) -> bool:
+    """Whether the number of pictures that have it is one of ``numbers``."""
+    return sum(scene.background == background for scene in (left, right)) in numbers
+
+
 def _is_total(thing: Thing, total: int, left: Scene, right: Scene) -> bool:
     return len(thing.found_in(left)) + len(thing.found_in(right)) == total
 
 
 WEIGHTS: Mapping[str, int] = MappingProxyType(
     {
+        "left darker": 30,
+        "right darker": 18,
+        "left lighter": 1,
+        "right lighter": 1,
+        "the same background": 8,
+        "different backgrounds": 2,
+        "both, background": 8,
+        "exactly one, background": 2,
+        "neither, background": 8,
+        "at least one, background": 4,
         "both": 4,
         "exactly one": 3,
         "neither": 3,
@@ -181,8 +237,14 @@ WEIGHTS: Mapping[str, int] = MappingProxyType(
         "one each": 4,
         "more": 2,
         "same number": 1,
-        "background": 1,
         "total": 1,
     }
 )
-"""How often a form should be used."""
+"""How often a form should be used.
+
+Three of four statements are about backgrounds, and half of all ask which one is darker: that is a
+difference of two things seen, which a small model learns first and builds upon. With forms that
+all need a conjunction or an "exactly", no cue leads anywhere, and it learns none. That the left
+picture is asked about more often is such a cue: who sees the pictures and not the sentence is
+right a little more often than not.
+"""

@@ -25,7 +25,7 @@ from megatron_vlmoe.data.sample_corpus.tasks import make_tasks
 
 MARKER = "corpus.json"
 """Written last; holds what the corpus was made with."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PARAGRAPHS_PER_IMAGE = 2
 POOL_THRESHOLD = 10_000
 """Fewer pictures than this are drawn faster than a process pool starts."""
