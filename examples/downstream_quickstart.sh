@@ -3,7 +3,7 @@
 # the same model from scratch, from a pretrained dense model, from a pretrained one with 8 experts. Every run of a task has
 # the same steps. Runs what is missing first: the quick start, and the quick start with the dense preset.
 #
-#   bash examples/downstream_quickstart.sh      under twenty minutes on two cores after the two quick starts
+#   bash examples/downstream_quickstart.sh      about twenty minutes on two cores after the two quick starts
 #
 # Leaves RUNS/TASK/{scratch,dense,moe}/ (metrics.json, predictions, report.html) and RUNS/table.json. May be run again:
 # what is done is not repeated.
@@ -63,11 +63,11 @@ finetune() {
 export -f finetune
 export RUNS TASKS INDEXED MOE DENSE
 for START in scratch dense moe; do
-    echo "vqa $START $((SCALE * 300)) --model.pair_text_length 16"
-    echo "nlvr2 $START $((SCALE * 150)) --model.pair_text_length 26"
-    echo "retrieval $START $((SCALE * 60)) --model.text_length 32 --model.pair_text_length 32"
-    echo "imagenet $START $((SCALE * 300))"
-    echo "mnli $START $((SCALE * 300)) --model.text_length 50"
+    echo "vqa $START $((SCALE * 250)) --model.pair_text_length 16"
+    echo "nlvr2 $START $((SCALE * 240)) --model.pair_text_length 20 --optim.lr 5e-4"
+    echo "retrieval $START $((SCALE * 40)) --model.text_length 32 --model.pair_text_length 32"
+    echo "imagenet $START $((SCALE * 200))"
+    echo "mnli $START $((SCALE * 600)) --model.text_length 50"
 done | xargs -P "$JOBS" -L 1 bash -c 'finetune "$@"' finetune
 
 say "3/3 results"
