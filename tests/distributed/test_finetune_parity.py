@@ -55,6 +55,11 @@ def test_a_step_equals_one_process(task: str, name: str, run: Any) -> None:
     compare(run(task, LAYOUTS[name]), run(task, alone), f"{task} at {name}")
 
 
+@pytest.mark.parametrize("task", ["retrieval", "mnli"])
+def test_interleaved_stages_equal_one_process(task: str, run: Any) -> None:
+    compare(run(task, layout(2, pp=2, vpp=2)), run(task), f"{task} interleaved")
+
+
 @pytest.mark.parametrize("task", ["vqa", "mnli"])
 def test_trained_experts_equal_one_process(task: str, run: Any) -> None:
     options = ("--moe.train_experts", "true")
