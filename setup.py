@@ -18,8 +18,10 @@ setup(
         "transformer-engine": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "deepspeed": ["deepspeed>=0.19"],
         "wandb": ["wandb>=0.18"],
-        "teachers": ["transformers>=4.56"],
+        # Exports are written without it; it loads them, and CLIP or ViT teachers of the image tokenizer.
+        "hf": ["transformers>=4.56"],
         "dev": [
+            "transformers>=4.56",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.manifest import sync_directory
+from megatron_vlmoe.runtime.files import write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,13 @@ class Labels:
         """Hash of task and labels (not of ``names``): equal where label numbers mean the same."""
         content = json.dumps([self.task, list(self.labels)])
         return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+    def to_json(self) -> str:
+        """The content of the file."""
+        content: dict[str, Any] = {"task": self.task, "labels": list(self.labels)}
+        if self.names is not None:
+            content["names"] = list(self.names)
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
 def labels_path(prefix: str | Path) -> Path:
@@ -85,18 +91,7 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 def write_labels(prefix: str | Path, labels: Labels) -> None:
     """Writes ``PREFIX_labels.json`` atomically. Raises DataError if it cannot."""
     path = labels_path(prefix)
-    content: dict[str, Any] = {"task": labels.task, "labels": list(labels.labels)}
-    if labels.names is not None:
-        content["names"] = list(labels.names)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text_atomic(path, labels.to_json())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: {error.strerror}") from error
-    sync_directory(path.parent)

@@ -11,6 +11,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics, to_numpy
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.metrics import label_ranks, topk_accuracy, vqa_score
+from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
 from megatron_vlmoe.finetune.samples import NO_LABEL
 from megatron_vlmoe.finetune.sweeps import SampleSweep
@@ -22,7 +23,7 @@ from megatron_vlmoe.train.step import Batch, StepRunner
 Array = np.ndarray[Any, Any]
 
 
-class ClassificationObjective:
+class ClassificationObjective(TaskObjective):
     """Trains and judges a task whose heads give `logits`.
 
     Args:
@@ -31,44 +32,14 @@ class ClassificationObjective:
         data: its splits.
     """
 
-    resumes_others = False
-    evaluates_at_start = False
-
     def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.data = data
-        self.loss_names: tuple[str, ...] = (config.task.name,)
-        best = f"{config.task.splits[0]}/{config.task.best_metric}"
-        self.best_metric = best if config.task.save_best else ""
-        self.patience = config.task.early_stopping
+        super().__init__(config, ranks, data, (config.task.name,))
 
-    def train_step(
-        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
-    ) -> Losses:
-        """Forward and backward of one step."""
+    def _step(self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int) -> Losses:
         return runner.train(batches, num_micro_batches, self._loss)
 
-    def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
-        """`loss/TASK`."""
-        name = self.config.task.name
-        return {f"loss/{name}": means[name]}
-
-    def evaluate(self, runner: StepRunner) -> dict[str, float]:
-        """Metrics of the split that chooses the best checkpoint."""
-        metrics, _ = self.evaluate_split(runner, self.data.splits[0])
-        return metrics
-
-    def evaluate_split(
-        self, runner: StepRunner, split: SplitData, final: bool = False
-    ) -> tuple[dict[str, float], Optional[Found]]:
-        """Metrics by `SPLIT/NAME` on every rank, and on rank 0 what `digest` tells of all samples.
-
-        Args:
-            runner: the model.
-            split: the samples.
-            final: of no account; retrieval ranks anew in a final evaluation only.
-        """
+    def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
+        """Metrics, and what `digest` tells of all samples."""
         sweep, task = SampleSweep(split.samples), self.config.task.name
 
         def reduce(batch: Batch, heads: Mapping[str, Tensor]) -> Found:
@@ -81,10 +52,6 @@ class ClassificationObjective:
             scores = classification_scores(task, found, split)
             metrics = {f"{split.name}/{name}": value for name, value in scores.items()}
         return share_metrics(metrics), found
-
-    def evaluation_line(self, metrics: Mapping[str, float]) -> str:
-        """Metrics in one line."""
-        return metrics_line(metrics)
 
     def _loss(self, batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         logits, task = heads["logits"], self.config.task
@@ -147,13 +114,3 @@ def classification_scores(task: str, found: Found, split: SplitData) -> dict[str
         return {"unlabelled": float(first.unlabelled)}
     scores = {name: score.percent for name, score in named.items()}
     return scores | {"samples": float(first.count), "unlabelled": float(first.unlabelled)}
-
-
-def metrics_line(metrics: Mapping[str, float]) -> str:
-    """Percentages of an evaluation in one line."""
-    parts = [
-        f"{name} {value:.2f}"
-        for name, value in metrics.items()
-        if not name.endswith(("/samples", "/unlabelled"))
-    ]
-    return "evaluation | " + " | ".join(parts)

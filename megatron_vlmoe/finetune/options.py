@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import yaml
 
@@ -19,9 +19,9 @@ from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.recipes import DEFAULT_RECIPES, apply_recipe, recipe_names
 from megatron_vlmoe.config.schema import CheckpointConfig, ConfigError, RunConfig
 from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
-
-# Files of a run folder that travel with its checkpoints.
-TOKENIZER_FILE, LABELS_FILE = "text.model", "labels.json"
+from megatron_vlmoe.convert.importing import is_hugging_face, open_hugging_face
+from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.train.run_files import TOKENIZER_FILE, run_file
 
 
 def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
@@ -120,12 +120,14 @@ def saved_run(location: str) -> RunConfig:
     """The configuration in a checkpoint, with the tokenizer that lies beside it where its own path is gone.
 
     Args:
-        location: run folder, checkpoint folder or iteration folder.
+        location: run folder, checkpoint folder, iteration folder, or Hugging Face folder.
 
     Raises:
         ConfigError: if there is no checkpoint, or it holds no configuration of this project.
     """
     path = checkpoint_of(location)
+    if is_hugging_face(path):
+        return _hugging_face_run(path)
     content = _saved_content(path)
     root: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
     config = from_dict(content, root, f"--load {path}")
@@ -147,16 +149,16 @@ def prepare_megatron() -> None:
 def checkpoint_of(location: str) -> Path:
     """The checkpoint that `--load` names: of a run folder the best where there is one, else the last.
 
+    A Hugging Face folder is its own checkpoint.
+
     Raises:
         ConfigError: if there is none.
     """
     prepare_megatron()
-    from megatron_vlmoe.train.checkpoint import TRACKER, find_checkpoint
+    from megatron_vlmoe.train.checkpoint_files import TRACKER, find_checkpoint
 
-    if (Path(location) / "config.json").exists():
-        raise ConfigError(
-            f"--load {location}: is a Hugging Face folder; convert it to a checkpoint first"
-        )
+    if is_hugging_face(location):
+        return Path(location)
     best = Path(location) / "best"
     path = find_checkpoint(best if (best / TRACKER).exists() else location)
     if path is None:
@@ -164,16 +166,16 @@ def checkpoint_of(location: str) -> Path:
     return path
 
 
-def run_file(checkpoint: Path, name: str) -> Optional[Path]:
-    """A file of the run folder that a checkpoint lies in (RUN/checkpoints/iter_N or RUN/best/iter_N)."""
-    for folder in (checkpoint, *checkpoint.parents[:2]):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+def _hugging_face_run(folder: Path) -> RunConfig:
+    try:
+        return open_hugging_face(folder, verify=False).config
+    except ConvertError as error:
+        raise ConfigError(f"--load {error}") from None
 
 
 def _saved_content(path: Path) -> dict[str, Any]:
-    from megatron_vlmoe.train.checkpoint import CheckpointError, load_common
+    from megatron_vlmoe.train.checkpoint import load_common
+    from megatron_vlmoe.train.checkpoint_files import CheckpointError
 
     try:
         content = load_common(path).get("config")

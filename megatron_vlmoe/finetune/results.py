@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
 from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import (
     MOST_LIKELY,
     vqa_submission,
@@ -45,7 +46,7 @@ def evaluate_all(
     parts: TrainingParts,
     ranks: Ranks,
     data: TaskData,
-    objective: Any,
+    objective: TaskObjective,
     what: Evaluated,
 ) -> dict[str, float]:
     """Evaluates every split and writes the results into `--save`.
@@ -57,7 +58,7 @@ def evaluate_all(
     metrics: dict[str, float] = {}
     tables: list[Predictions] = []
     for split in data.splits:
-        own, found = objective.evaluate_split(runner, split, final=True)
+        own, found = objective.evaluate_split(runner, split)
         metrics |= own
         log.info(objective.evaluation_line(own))
         if found is not None:
@@ -76,18 +77,21 @@ def _write(
     tables: Sequence[Predictions],
 ) -> None:
     task = config.task
-    rows = (table.row(n) for table in tables for n in range(len(table)))
+    kept = [Kept() for _ in tables]
+    rows = (row for table, own in zip(tables, kept) for row in own.rows(table))
     write_jsonl(folder / "predictions.jsonl", rows)
-    for table in tables if task.name == "vqa" else ():
-        answers = (table.row(n) for n in range(len(table)))
-        named = ({"question_id": row["id"], "answer": row["prediction"]} for row in answers)
+    for table, own in zip(tables, kept) if task.name == "vqa" else ():
         suffix = "" if len(tables) == 1 else f"_{table.split.name}"
-        write_json(folder / f"vqa_submission{suffix}.json", vqa_submission(named))
+        write_json(folder / f"vqa_submission{suffix}.json", vqa_submission(own.answers))
     write_json(
         folder / "metrics.json", {"task": task.name, "metrics": metrics, "settings": settings}
     )
     share = -(-task.report_examples // len(tables))
-    pages = [example for table in tables for example in _examples(table, share)]
+    pages = [
+        example
+        for table, own in zip(tables, kept)
+        for example in _examples(table, own.gained, share)
+    ]
     if pages:
         facts = [(name, str(value)) for name, value in settings.items()]
         shown = {k: v for k, v in metrics.items() if not k.endswith("unlabelled")}
@@ -178,9 +182,30 @@ class Predictions:
         return entry
 
 
-def _examples(table: Predictions, count: int) -> list[Example]:
+@dataclass
+class Kept:
+    """What the submission and the report need of a split's predictions, noted while they are written.
+
+    Args:
+        answers: `question_id` and `answer` of every sample of vqa.
+        gained: what every prediction scores; 0 where the truth is unknown.
+    """
+
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    gained: list[float] = field(default_factory=list)
+
+    def rows(self, table: Predictions) -> Iterator[dict[str, Any]]:
+        """The lines of a split, each made once."""
+        for number in range(len(table)):
+            row = table.row(number)
+            self.gained.append(row.get("gained", 0.0))
+            if table.task == "vqa":
+                self.answers.append({"question_id": row["id"], "answer": row["prediction"]})
+            yield row
+
+
+def _examples(table: Predictions, gained: Sequence[float], count: int) -> list[Example]:
     """Samples spread over the split, as many wrong as right ones where there are."""
-    gained = [table.row(number).get("gained", 0.0) for number in range(len(table))] if count else []
     wrong = [number for number, score in enumerate(gained) if score <= 0.0]
     right = [number for number, score in enumerate(gained) if score > 0.0]
     half = max(count // 2, count - len(right))

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.order import Place
-from megatron_vlmoe.finetune.classification import metrics_line
 from megatron_vlmoe.finetune.collect import Found, output, run_sweep, share_metrics
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
+from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.sweeps import ImageSweep, PairSweep, Sweep, TextSweep
 from megatron_vlmoe.objectives.contrastive import (
     CachedGradients,
@@ -55,7 +55,7 @@ class Negatives:
     valid: Tensor
 
 
-class RetrievalObjective:
+class RetrievalObjective(TaskObjective):
     """Trains and judges dual encoding and matching.
 
     Args:
@@ -64,33 +64,22 @@ class RetrievalObjective:
         data: its splits.
     """
 
-    resumes_others = False
-    evaluates_at_start = False
-
     def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.data = data
         self.matches = config.contrastive.matching_weight != 0.0
-        self.loss_names: tuple[str, ...] = ("contrastive",)
-        if self.matches:
-            self.loss_names += ("matching",)
-        best = f"{config.task.splits[0]}/{config.task.best_metric}"
-        self.best_metric = best if config.task.save_best else ""
-        self.patience = config.task.early_stopping
+        losses = ("contrastive", "matching") if self.matches else ("contrastive",)
+        super().__init__(config, ranks, data, losses)
         self.threads = min(16, max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
 
-    def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
-        """`loss/contrastive` and `loss/matching`."""
-        return {f"loss/{name}": means[name] for name in self.loss_names}
+    def evaluate_split(self, runner: StepRunner, split: SplitData) -> Measured:
+        """Recalls, also those after ranking the best candidates anew, where that is asked for."""
+        metrics, found = super().evaluate_split(runner, split)
+        if self.config.contrastive.rerank:
+            recalls = self._rerank(runner, split, found)
+            named = None if recalls is None else _named(f"{split.name}/reranked", recalls)
+            metrics = metrics | share_metrics(named)
+        return metrics, found
 
-    def evaluation_line(self, metrics: Mapping[str, float]) -> str:
-        """Recalls in one line."""
-        return metrics_line(metrics)
-
-    def train_step(
-        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
-    ) -> Losses:
+    def _step(self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int) -> Losses:
         """Features without gradient where negatives or the cache need them, then forward and backward."""
         step = list(itertools.islice(batches, num_micro_batches))
         cache: Optional[CachedGradients] = None
@@ -233,45 +222,28 @@ class RetrievalObjective:
             losses["matching"] = matching.detach()
         return total.reshape(()), {"total": shown.reshape(()), **losses}
 
-    def evaluate(self, runner: StepRunner) -> dict[str, float]:
-        """Recalls of the split that chooses the best checkpoint."""
-        metrics, _ = self.evaluate_split(runner, self.data.splits[0])
-        return metrics
-
-    def evaluate_split(
-        self, runner: StepRunner, split: SplitData, final: bool = False
-    ) -> tuple[dict[str, float], Optional[Found]]:
-        """Recalls by `SPLIT/NAME` on every rank, and on rank 0 the features of all images and captions.
-
-        Args:
-            runner: the model.
-            split: the samples.
-            final: also ranks the best candidates anew, where that is asked for.
-        """
+    def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
+        """Recalls, and the features of all images and captions."""
 
         def encode(sweep: Sweep, name: str) -> Optional[Found]:
             return run_sweep(runner, self.data, sweep, output(name), self.ranks, self.config)
 
         images = encode(ImageSweep(split.samples), "image_features")
         texts = encode(TextSweep(split.samples), "text_features")
-        owner = split.dataset.image_of_text()
         found: Optional[Found] = None
         metrics: Optional[dict[str, float]] = None
         if images is not None and texts is not None:
             found = {"images": images["image_features"], "texts": texts["text_features"]}
+            owner = split.dataset.image_of_text()
             recalls = recall_at_k_of_features(found["images"], found["texts"], owner)
             metrics = _named(split.name, recalls)
             metrics[f"{split.name}/samples"] = float(len(owner))
-        if final and self.config.contrastive.rerank:
-            reranked = self._rerank(runner, split, found, owner)
-            if metrics is not None:
-                metrics |= _named(f"{split.name}/reranked", reranked)
         return share_metrics(metrics), found
 
     def _rerank(
-        self, runner: StepRunner, split: SplitData, found: Optional[Found], owner: Any
-    ) -> dict[str, float]:
-        """Recalls after the matching head has scored the best candidates of every query anew."""
+        self, runner: StepRunner, split: SplitData, found: Optional[Found]
+    ) -> Optional[dict[str, float]]:
+        """Recalls after the matching head has scored the best candidates of every query anew, on rank 0."""
         k = self.config.contrastive.rerank
         box: list[Any] = [None]
         if found is not None:
@@ -285,7 +257,8 @@ class RetrievalObjective:
         reduce = output("match_logits")
         matches = run_sweep(runner, self.data, sweep, reduce, self.ranks, self.config)
         if found is None or matches is None:
-            return {}
+            return None
+        owner = split.dataset.image_of_text()
         logits = matches["match_logits"].astype(np.float64)
         matched = np.zeros_like(scores)
         matched[pairs[:, 0], pairs[:, 1]] = logits[:, 1] - logits[:, 0]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from megatron_vlmoe.config.command_line import ParsedCommand, to_yaml
 from megatron_vlmoe.config.dry_run import dry_run_text
@@ -17,14 +16,19 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.validate import data_parallel_size, num_micro_batches, validate
 from megatron_vlmoe.config.validate_task import validate_task
 from megatron_vlmoe.finetune.options import (
-    LABELS_FILE,
-    TOKENIZER_FILE,
     checkpoint_of,
     parse_evaluate,
     parse_finetune,
     saved_run,
 )
 from megatron_vlmoe.runtime.distributed import Ranks, environment_world_size, is_rank_zero
+from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
+
+if TYPE_CHECKING:
+    from megatron_vlmoe.finetune.data import TaskData
+    from megatron_vlmoe.finetune.objective import TaskObjective
+    from megatron_vlmoe.train.setup import TrainingParts
+    from megatron_vlmoe.train.trainer import Trainer
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -51,6 +55,7 @@ def evaluate_main(arguments: Sequence[str]) -> int:
     config = _task_config(command)
     if command.dry_run:
         raise ConfigError("--dry-run is for training; evaluate has nothing to plan")
+    validate_task(config, environment_world_size(), training=False)
     ranks, precision = _start(config)
     evaluate(config, ranks, precision)
     _finish()
@@ -65,6 +70,11 @@ def _task_config(command: ParsedCommand) -> FinetuneConfig:
 def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
     """One fine-tuning run.
 
+    Args:
+        config: the run, checked by `validate_task`.
+        ranks: where this process stands.
+        precision: that the model computes in.
+
     Returns:
         Metrics of all splits by `SPLIT/NAME`, from the best weights.
     """
@@ -72,14 +82,12 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     from megatron_vlmoe.finetune.data import TaskData
     from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
     from megatron_vlmoe.model.task_heads import build_task_heads
-    from megatron_vlmoe.train.checkpoint import find_checkpoint
     from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.trainer import Trainer
 
-    validate_task(config, ranks.world_size)
     make_run_folder(config)
-    _check_owner(config)
+    begun = _has_begun(config)
     data = TaskData.open(config, BatchShare.of(ranks))
     config = data.config
     validate(config, ranks.world_size)
@@ -88,8 +96,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     parts = build_training(config, precision, build_task_heads)
     if parts.frozen:
         log.info("frozen: %s", ", ".join(parts.frozen))
-    own = find_checkpoint(config.checkpoint.save) if config.checkpoint.save else None
-    if own is None:
+    if not begun:
         _start_weights(config, parts)
     objective = build_objective(config, ranks, data)
     _copy_assets(config)
@@ -99,27 +106,33 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     if state.step < config.train.steps and not out_of_patience:
         # Interrupted: the next run goes on from here.
         return {}
-    what = Evaluated(_load_best(config, parts, trainer), precision)
+    what = Evaluated(_load_best(config, parts, trainer, objective), precision)
     return evaluate_all(config, parts, ranks, data, objective, what)
 
 
-def _check_owner(config: FinetuneConfig) -> None:
-    """A folder with a run of something else is no place to go on from."""
-    from megatron_vlmoe.train.checkpoint import find_checkpoint
+def _has_begun(config: FinetuneConfig) -> bool:
+    """Whether there is a checkpoint in `--save` that the run goes on from.
+
+    Raises:
+        ConfigError: if it is one of something else.
+    """
+    from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 
     save = config.checkpoint.save
     own = find_checkpoint(save) if save else None
     if own is None:
-        return
+        return False
     run = saved_run(str(own))
     name = run.task.name if isinstance(run, FinetuneConfig) else "pretraining"
     if name != config.task.name:
         raise ConfigError(f"--save {save}: holds a run of {name}, not of {config.task.name}")
+    return True
 
 
 def _start_weights(config: FinetuneConfig, parts: Any) -> None:
     """Takes the weights of `--load` and says what became of every tensor."""
     from megatron_vlmoe.finetune.predictions import write_json
+    from megatron_vlmoe.finetune.weights import weight_source
     from megatron_vlmoe.train.warm_start import warm_start
 
     if not config.checkpoint.load:
@@ -134,7 +147,7 @@ def _start_weights(config: FinetuneConfig, parts: Any) -> None:
         and source.task.labels_sha256 == config.task.labels_sha256
     )
     log.info("starting from %s", path)
-    report = warm_start(path, config, parts, with_heads=same_head)
+    report = warm_start(weight_source(path), config, parts, with_heads=same_head)
     for line in report.lines():
         log.info(line)
     if config.checkpoint.save and is_rank_zero():
@@ -145,18 +158,22 @@ def _start_weights(config: FinetuneConfig, parts: Any) -> None:
 def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
     """Evaluates a fine-tuned checkpoint on every split.
 
+    Args:
+        config: the run, checked by `validate_task`.
+        ranks: where this process stands.
+        precision: that the model computes in.
+
     Returns:
         Metrics by `SPLIT/NAME`.
     """
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.finetune.data import TaskData
     from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
+    from megatron_vlmoe.finetune.weights import load_weights
     from megatron_vlmoe.model.task_heads import build_task_heads
-    from megatron_vlmoe.train.checkpoint import load_checkpoint
     from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
     from megatron_vlmoe.train.setup import build_forward_only
 
-    validate_task(config, ranks.world_size, training=False)
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
@@ -166,7 +183,7 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     log_layout(config, ranks, precision, 0, data.summary())
     parts = build_forward_only(config, precision, build_task_heads)
     path = checkpoint_of(config.checkpoint.load)
-    load_checkpoint(path, config, parts, with_optimizer=False)
+    load_weights(path, config, parts)
     log.info("loaded %s", path)
     objective = build_objective(config, ranks, data)
     return evaluate_all(config, parts, ranks, data, objective, Evaluated(str(path), precision))
@@ -190,7 +207,7 @@ def _finish() -> None:
     destroy()
 
 
-def build_objective(config: FinetuneConfig, ranks: Ranks, data: Any) -> Any:
+def build_objective(config: FinetuneConfig, ranks: Ranks, data: TaskData) -> TaskObjective:
     """The objective of a run's task."""
     if config.task.name == "retrieval":
         from megatron_vlmoe.finetune.retrieval import RetrievalObjective
@@ -201,32 +218,32 @@ def build_objective(config: FinetuneConfig, ranks: Ranks, data: Any) -> Any:
     return ClassificationObjective(config, ranks, data)
 
 
-def _load_best(config: FinetuneConfig, parts: Any, trainer: Any) -> str:
+def _load_best(
+    config: FinetuneConfig, parts: TrainingParts, trainer: Trainer, objective: TaskObjective
+) -> str:
     """Loads the weights of the best evaluation, where there is one; returns the folder of what is in the model."""
-    from megatron_vlmoe.train.checkpoint import find_checkpoint, load_checkpoint
+    from megatron_vlmoe.train.checkpoint import load_checkpoint
+    from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 
-    save = config.checkpoint.save
+    save, state = config.checkpoint.save, trainer.state
     best = find_checkpoint(Path(save) / "best") if save and config.task.save_best else None
-    if best is not None:
+    if best is None:
+        return str(find_checkpoint(trainer.writer.root)) if trainer.writer is not None else ""
+    if state.best_step == state.step:
+        log.info("the last weights are the best, %s", best)
+    else:
         load_checkpoint(best, config, parts, with_optimizer=False)
+        objective.forget()
         log.info("loaded the best weights, %s", best)
-        return str(best)
-    return str(find_checkpoint(trainer.writer.root)) if trainer.writer is not None else ""
+    return str(best)
 
 
 def _copy_assets(config: FinetuneConfig) -> None:
     """Puts what a checkpoint needs to be used alone beside it: text tokenizer and class names."""
     if not config.checkpoint.save or not is_rank_zero():
         return
-    folder = Path(config.checkpoint.save)
-    files = {f"{config.task.data}_labels.json": LABELS_FILE}
-    files[config.data.text_tokenizer] = TOKENIZER_FILE
-    for source, name in files.items():
-        target = folder / name
-        if source and Path(source).is_file() and Path(source).resolve() != target.resolve():
-            temporary = target.with_name(f"{name}.tmp")
-            shutil.copyfile(source, temporary)
-            os.replace(temporary, target)
+    keep_file(f"{config.task.data}_labels.json", config.checkpoint.save, LABELS_FILE)
+    keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)
 
 
 def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> None:

@@ -175,6 +175,16 @@ class TaskSamples:
         own = self.share.slice(len(documents))
         return {f"{prefix}_pixels": self.pixels(places[own], documents[own])}
 
+    def repeated_images(self, prefix: str, documents: Sequence[int]) -> dict[str, Array]:
+        """As `images`, for evaluation alone: a document that comes several times is decoded once."""
+        if not self.share.first_stage:
+            return {}
+        own = np.asarray(documents)[self.share.slice(len(documents))]
+        distinct, which = np.unique(own, return_inverse=True)
+        once = distinct.tolist()
+        pixels = self.pixels([Place(0, 0, document) for document in once], once)
+        return {f"{prefix}_pixels": pixels[which]}
+
     def pixels(self, places: Sequence[Place], documents: Sequence[int], threads: int = 1) -> Array:
         """Views of images, uint8 ``[n, 3, S, S]``, decoded by so many threads."""
         assert self.views is not None

@@ -95,7 +95,10 @@ class TextSweep:
 
 @dataclass(frozen=True)
 class PairSweep:
-    """Candidate pairs ``[n, 2]`` of (image document, caption sequence), for the matching head."""
+    """Candidate pairs ``[n, 2]`` of (image document, caption sequence), for the matching head.
+
+    In order of the images: an image is decoded once for all its pairs in a micro-batch.
+    """
 
     samples: TaskSamples
     pairs: Array
@@ -107,9 +110,8 @@ class PairSweep:
     def batch(self, numbers: Sequence[int]) -> dict[str, Array]:
         """``pair_ids``, ``pair_lengths``, ``pair_pixels`` and ``samples``, the places in `pairs`."""
         chosen = self.pairs[list(numbers)].tolist()
-        places = [Place(0, 0, image) for image, _ in chosen]
         made = self.samples.texts([(text,) for _, text in chosen], "pair")
-        pixels = self.samples.images("pair", places, [image for image, _ in chosen])
+        pixels = self.samples.repeated_images("pair", [image for image, _ in chosen])
         return {"samples": np.array(numbers, dtype=np.int64)} | made | pixels
 
 

@@ -15,14 +15,9 @@ from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels, read_labels
-from megatron_vlmoe.finetune.options import (
-    LABELS_FILE,
-    TOKENIZER_FILE,
-    checkpoint_of,
-    run_file,
-    saved_run,
-)
+from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
 from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
 
 if TYPE_CHECKING:
     from megatron_vlmoe.runtime.distributed import Ranks
@@ -89,9 +84,9 @@ def load_model(
     config = _in_one_process(config, capacity_factor)
     text_tokenizer = _open_tokenizer(checkpoint, config, tokenizer)
     classes = _open_labels(checkpoint, config, labels)
+    from megatron_vlmoe.finetune.weights import load_weights
     from megatron_vlmoe.model.task_heads import build_task_heads
     from megatron_vlmoe.runtime.precision import resolve_precision
-    from megatron_vlmoe.train.checkpoint import load_checkpoint
     from megatron_vlmoe.train.setup import build_forward_only
     from megatron_vlmoe.train.step import StepRunner
 
@@ -102,7 +97,7 @@ def load_model(
     with _unchanged_generators():
         ranks = _only_rank()
         parts = build_forward_only(config, resolve_precision(config.train), build_task_heads)
-        load_checkpoint(checkpoint, config, parts, with_optimizer=False)
+        load_weights(checkpoint, config, parts)
     runner = StepRunner(config, parts, ranks)
     return LoadedModel(checkpoint, config, runner, text_tokenizer, classes)
 

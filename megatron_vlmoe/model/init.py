@@ -1,14 +1,11 @@
-"""Initial weights as a pure function of (seed, parameter name, expert number).
+"""Initial weights of the model chunks of a rank.
 
 The full tensor is drawn on the CPU and each rank takes its shard, so every layout starts from the same
-weights and no two experts are equal. Values follow BEiT (paper section 4.1): truncated normal cut at one
-standard deviation, zero biases, and block l's attention and FFN output matrices divided by sqrt(2 l).
+weights and no two experts are equal. The values are those of `initial_values`.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Sequence
 
 import torch
@@ -17,11 +14,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import ModelConfig
-from megatron_vlmoe.runtime.draws import keyed_generator
-
-EXPERT_KEY = re.compile(r"\.experts\.(\w+)\.(weight1|weight2|bias1|bias2)$")
-OUTPUT_KEY = re.compile(r"(linear_proj|linear_fc2)\.weight$|\.weight2$")
-LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.")
+from megatron_vlmoe.model.initial_values import EXPERT_KEY, full_initial_value, initial_experts
 
 
 @torch.no_grad()
@@ -77,27 +70,7 @@ def initial_value(shard: ShardedTensor, model: ModelConfig, seed: int) -> Tensor
     local = tuple(shard.local_shape)
     if EXPERT_KEY.search(shard.key):
         experts = range(offset[0], offset[0] + local[0])
-        return torch.stack([_full(shard.key, shape[1:], model, seed, e) for e in experts])
-    full = _full(shard.key, shape, model, seed)
+        return initial_experts(shard.key, shape[1:], model, seed, experts)
+    full = full_initial_value(shard.key, shape, model, seed)
     index = tuple(slice(start, start + size) for start, size in zip(offset, local))
     return full[index]
-
-
-def _full(
-    key: str, shape: Sequence[int], model: ModelConfig, seed: int, expert: int = -1
-) -> Tensor:
-    """The whole parameter, or the whole parameter of one expert."""
-    if key.endswith(("gamma_1", "gamma_2")):
-        return torch.full(tuple(shape), model.layer_scale_init)
-    if re.search(r"(bias|bias1|bias2)$", key):
-        return torch.zeros(tuple(shape))
-    if re.search(r"norm\.weight$", key):
-        return torch.ones(tuple(shape))
-    generator = keyed_generator(torch.device("cpu"), seed, key, expert)
-    value = torch.empty(tuple(shape))
-    std = model.init_std
-    nn.init.trunc_normal_(value, std=std, a=-std, b=std, generator=generator)
-    layer = LAYER_KEY.search(key)
-    if layer and OUTPUT_KEY.search(key):
-        value /= math.sqrt(2.0 * (int(layer.group(1)) + 1))
-    return value

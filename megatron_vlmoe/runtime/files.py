@@ -38,6 +38,17 @@ def write_parts_atomic(path: Path, parts: Iterable[str]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def sync_tree(folder: Path) -> None:
+    """Makes all files below a folder, and the folder's entries, durable."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename inside the folder durable."""
     handle = os.open(folder, os.O_RDONLY)

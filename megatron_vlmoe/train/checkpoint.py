@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,16 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import agree, barrier, device, is_rank_zero
+from megatron_vlmoe.train.checkpoint_files import (
+    CONTENT_METADATA,
+    TRACKER,
+    CheckpointError,
+    TrainState,
+    iteration_name,
+    one_line,
+)
 from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
 
-TRACKER = "latest_checkpointed_iteration.txt"
 # Weights of these two sections must fit the model that loads them.
 ARCHITECTURE = (
     (
@@ -36,61 +43,6 @@ ARCHITECTURE = (
     ("moe", ("num_vision_experts", "num_text_experts", "num_vl_experts", "layers", "modalities")),
     ("moe", ("vl", "shared_router")),
 )
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message is one line that names it."""
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands; data order, masks and noise follow from it.
-
-    Args:
-        step: finished optimizer steps.
-        skipped_steps: steps without an update (fp16 overflow).
-        best_value: best result of the metric that chooses the best checkpoint; None before the first.
-        best_step: step of that result.
-        worse_evaluations: evaluations since then.
-    """
-
-    step: int = 0
-    skipped_steps: int = 0
-    best_value: Optional[float] = None
-    best_step: int = 0
-    worse_evaluations: int = 0
-
-
-def iteration_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"iter_{step:07d}"
-
-
-def checkpoint_root(run: str | Path) -> Path:
-    """Folder of the checkpoints of a run folder (or the folder itself if it already is one)."""
-    path = Path(run)
-    return path if (path / TRACKER).exists() else path / "checkpoints"
-
-
-def find_checkpoint(location: str | Path) -> Optional[Path]:
-    """The checkpoint that a run folder, checkpoint folder or iteration folder names; None if there is none.
-
-    Raises:
-        CheckpointError: if the tracker names a checkpoint that is not there.
-    """
-    path = Path(location)
-    if (path / "metadata.json").exists():
-        return path
-    tracker = checkpoint_root(path) / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{tracker}: expected a step number, found {text!r}")
-    target = tracker.parent / iteration_name(int(text))
-    if not (target / "metadata.json").exists():
-        raise CheckpointError(f"{target}: named by {tracker.name}, but missing or incomplete")
-    return target
 
 
 class CheckpointWriter:
@@ -174,7 +126,7 @@ class CheckpointWriter:
                 content,
                 str(temporary),
                 async_sharded_save=self.queue is not None,
-                content_metadata=_plain_metadata(),
+                content_metadata=dict(CONTENT_METADATA),
             )
         except (Exception, CheckpointException) as error:
             problem = one_line(error)
@@ -265,7 +217,7 @@ def gather_parameters(config: RunConfig, parts: TrainingParts) -> None:
 
 
 def check_architecture(
-    path: Path, saved: dict[str, Any], config: RunConfig, free: Sequence[str] = ()
+    path: Path, saved: Mapping[str, Any], config: RunConfig, free: Sequence[str] = ()
 ) -> None:
     """Refuses a checkpoint of another model.
 
@@ -341,10 +293,6 @@ def _state_dict(
     return content
 
 
-def _plain_metadata() -> dict[str, Any]:
-    return {key: value for key, value in checkpoint_metadata().items() if key != "dp_cp_group"}
-
-
 def _local_bytes(content: Any) -> float:
     """Bytes that this rank would write at most."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -364,14 +312,6 @@ def _local_bytes(content: Any) -> float:
         elif torch.is_tensor(item):
             total += item.numel() * item.element_size()
     return total
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong; torch wraps the errors of all ranks in one that prints their tracebacks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _raise_together(problem: str, path: Path) -> None:

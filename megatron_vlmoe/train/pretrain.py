@@ -12,7 +12,13 @@ from megatron_vlmoe.config.command_line import ParsedCommand, parse_run, to_yaml
 from megatron_vlmoe.config.dry_run import dry_run_text, nodes_crossed
 from megatron_vlmoe.config.schema import ConfigError, RunConfig
 from megatron_vlmoe.config.validate import num_micro_batches, validate
-from megatron_vlmoe.runtime.distributed import Ranks, device, environment_world_size
+from megatron_vlmoe.runtime.distributed import (
+    Ranks,
+    device,
+    environment_world_size,
+    is_rank_zero,
+)
+from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -63,6 +69,8 @@ def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[
     data = (open_data or PretrainData.open)(config, BatchShare.of(ranks))
     config = data.config
     validate(config, ranks.world_size)
+    if config.checkpoint.save and is_rank_zero():
+        keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)
     micro_batches = num_micro_batches(config, ranks.data_size)
     log_layout(config, ranks, precision, micro_batches, data.summary())
     parts = build_training(config, precision)

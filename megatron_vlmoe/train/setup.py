@@ -28,6 +28,7 @@ from megatron_vlmoe.model.reach import freeze_unreachable
 from megatron_vlmoe.model.transformer_config import build_transformer_config
 from megatron_vlmoe.model.vlmoe import BuildHeads, VLMoEModel
 from megatron_vlmoe.runtime.distributed import device
+from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
 
 
 @dataclass
@@ -54,9 +55,7 @@ class TrainingParts:
 def checkpoint_metadata() -> dict[str, Any]:
     """megatron-core's metadata for sharded state dicts: any layout may load what another wrote."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "non_homogeneous_layers": True,
+        **CONTENT_METADATA,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 

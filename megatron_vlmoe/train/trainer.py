@@ -17,13 +17,11 @@ from megatron_vlmoe.config.schema import ConfigError, Precision, RunConfig
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.train.checkpoint import (
     CheckpointWriter,
-    TrainState,
     changed_options,
-    checkpoint_root,
-    find_checkpoint,
     load_checkpoint,
     load_common,
 )
+from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, find_checkpoint
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
 from megatron_vlmoe.train.objective import Losses, Objective
 from megatron_vlmoe.train.profiling import StepProfiler

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -16,12 +18,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
-from megatron_vlmoe.train.checkpoint import (
-    CheckpointError,
-    check_architecture,
-    load_common,
-    one_line,
-)
+from megatron_vlmoe.train.checkpoint import check_architecture, load_common
+from megatron_vlmoe.train.checkpoint_files import CheckpointError, one_line
 from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
@@ -62,11 +60,78 @@ class WarmStart:
         ]
 
 
-def warm_start(path: Path, config: RunConfig, parts: TrainingParts, with_heads: bool) -> WarmStart:
-    """Loads the weights of a checkpoint, of pretraining or of a task, into the model of this run.
+class WeightSource(Protocol):
+    """Weights on disk under the names of our checkpoints."""
+
+    path: Path
+    """Names them in messages."""
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The configuration that they belong to, as nested dictionaries."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Key and whole shape of every tensor."""
+        ...
+
+    def load(self, wanted: Mapping[str, ShardedTensor]) -> None:
+        """Fills the shards in place.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        ...
+
+
+class CheckpointWeights:
+    """The weights of a checkpoint of any parallel layout.
 
     Args:
-        path: checkpoint folder; any parallel layout.
+        path: iteration folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def sections(self) -> Mapping[str, Any]:
+        """See `WeightSource`."""
+        sections: Mapping[str, Any] = load_common(self.path).get("config", {})
+        return sections
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See `WeightSource`."""
+        try:
+            metadata = dist_checkpointing.load_tensors_metadata(str(self.path))
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{self.path}: {one_line(error)}") from None
+        return {key: tuple(entry.global_shape) for key, entry in metadata.items()}
+
+    @torch.no_grad()
+    def load(self, wanted: Mapping[str, ShardedTensor]) -> None:
+        """See `WeightSource`."""
+        places = {name: entry.data for name, entry in wanted.items()}
+        try:
+            loaded = dist_checkpointing.load(
+                dict(wanted), str(self.path), strict=StrictHandling.RAISE_UNEXPECTED
+            )
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{self.path}: {one_line(error)}") from None
+        for name, place in places.items():
+            value: Tensor = loaded[name]
+            place.copy_(value.view_as(place))
+
+
+def warm_start(
+    source: WeightSource, config: RunConfig, parts: TrainingParts, with_heads: bool
+) -> WarmStart:
+    """Loads weights, of pretraining or of a task, into the model of this run.
+
+    Args:
+        source: the weights.
         config: of this run.
         parts: its model; the optimizer's copies follow.
         with_heads: whether the heads are taken too, where they fit.
@@ -75,8 +140,8 @@ def warm_start(path: Path, config: RunConfig, parts: TrainingParts, with_heads: 
         CheckpointError: if the architecture differs, a tensor other than a head is missing, a shape does not fit, or
             the checkpoint is damaged.
     """
-    check_architecture(path, load_common(path).get("config", {}), config, FREE)
-    saved = _saved_shapes(path)
+    path, saved = source.path, source.shapes
+    check_architecture(path, source.sections, config, FREE)
     wanted: dict[str, ShardedTensor] = {}
     known: set[str] = set()
     resized: dict[str, tuple[ShardedTensor, ShardedTensor]] = {}
@@ -97,7 +162,7 @@ def warm_start(path: Path, config: RunConfig, parts: TrainingParts, with_heads: 
                 resized[entry.key] = (entry, whole)
                 entry = whole
             wanted[f"{index}/{name}"] = entry
-    _load(path, wanted)
+    source.load(wanted)
     for entry, whole in resized.values():
         _resize(entry, whole)
     if parts.optimizer is not None:
@@ -112,15 +177,7 @@ def warm_start(path: Path, config: RunConfig, parts: TrainingParts, with_heads: 
     )
 
 
-def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        metadata = dist_checkpointing.load_tensors_metadata(str(path))
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path}: {one_line(error)}") from None
-    return {key: tuple(entry.global_shape) for key, entry in metadata.items()}
-
-
-def _fits(path: Path, entry: ShardedTensor, saved: dict[str, tuple[int, ...]]) -> bool:
+def _fits(path: Path, entry: ShardedTensor, saved: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the checkpoint has this tensor; False for heads that it lacks or has for another number of classes."""
     shape = tuple(entry.global_shape)
     theirs = saved.get(entry.key)
@@ -152,21 +209,6 @@ def _resize(entry: ShardedTensor, whole: ShardedTensor) -> None:
         target.copy_(resize_image_positions(table, target.shape[0] - 1))
     else:
         target.copy_(resize_text_positions(table, target))
-
-
-@torch.no_grad()
-def _load(path: Path, wanted: dict[str, ShardedTensor]) -> None:
-    """Fills the tensors in place."""
-    places = {name: entry.data for name, entry in wanted.items()}
-    try:
-        loaded = dist_checkpointing.load(
-            dict(wanted), str(path), strict=StrictHandling.RAISE_UNEXPECTED
-        )
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path}: {one_line(error)}") from None
-    for name, place in places.items():
-        value: Tensor = loaded[name]
-        place.copy_(value.view_as(place))
 
 
 def _union(keys: Any) -> set[str]:

@@ -227,7 +227,7 @@ def trainer_run(
 
     from megatron_vlmoe.config.schema import ConfigError
     from megatron_vlmoe.config.validate import num_micro_batches
-    from megatron_vlmoe.train.checkpoint import CheckpointError
+    from megatron_vlmoe.train.checkpoint_files import CheckpointError
     from megatron_vlmoe.train.masked import MaskedObjective
     from megatron_vlmoe.train.trainer import Trainer
 
@@ -269,7 +269,8 @@ def _report_from(recorder: Recorder, steps: int) -> dict[str, Any]:
 def save_and_go_on(where: Layout, arguments: tuple[str, ...], folder: str) -> dict[str, Any]:
     """Two steps, a checkpoint, then an evaluation and two more steps."""
 
-    from megatron_vlmoe.train.checkpoint import CheckpointWriter, TrainState
+    from megatron_vlmoe.train.checkpoint import CheckpointWriter
+    from megatron_vlmoe.train.checkpoint_files import TrainState
 
     recorder = Recorder(start(where, *arguments))
     for _ in range(2):
@@ -281,7 +282,8 @@ def save_and_go_on(where: Layout, arguments: tuple[str, ...], folder: str) -> di
 
 def load_and_go_on(where: Layout, arguments: tuple[str, ...], folder: str) -> dict[str, Any]:
     """Loads that checkpoint, then an evaluation and two more steps."""
-    from megatron_vlmoe.train.checkpoint import find_checkpoint, load_checkpoint
+    from megatron_vlmoe.train.checkpoint import load_checkpoint
+    from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 
     recorder = Recorder(start(where, *arguments))
     path = find_checkpoint(folder)

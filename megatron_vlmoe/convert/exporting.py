@@ -1,0 +1,207 @@
+"""From a checkpoint to a Hugging Face folder, tensor by tensor, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+from megatron_vlmoe.convert.hf_config import CONFIG_FILE, export_config
+from megatron_vlmoe.convert.hf_files import (
+    architecture,
+    auto_map,
+    hf_source_files,
+    processor_files,
+)
+from megatron_vlmoe.convert.model_card import CardOptions, model_card
+from megatron_vlmoe.convert.name_table import FP32_KEYS, Entry, name_table
+from megatron_vlmoe.convert.safetensors_files import Group, write_folder
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, with_progress
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.task_labels import Labels, read_labels
+from megatron_vlmoe.runtime.files import sync_tree
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
+
+SPM_FILE = "sentencepiece.model"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export looks like.
+
+    Args:
+        dtype: of the weights; None keeps that of the checkpoint. Routers are fp32 always.
+        max_shard_bytes: size of a safetensors file, unless a single tensor is larger.
+        text_tokenizer: SentencePiece model; empty takes that of the run.
+        overwrite: replaces a folder that is there.
+        card: what only the author knows for the model card.
+    """
+
+    dtype: Optional[torch.dtype] = None
+    max_shard_bytes: int = 5_000_000_000
+    text_tokenizer: str = ""
+    overwrite: bool = False
+    card: CardOptions = CardOptions()
+
+
+def export_checkpoint(location: str | Path, output: Path, options: ExportOptions) -> Path:
+    """Writes a folder that transformers loads with ``trust_remote_code=True`` and that imports back.
+
+    Args:
+        location: run, checkpoint or iteration folder; of pretraining or of a task, of any layout.
+        output: the folder to make.
+        options: see there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConvertError: a tensor is missing, unknown or of another shape, the tokenizer or the labels do not go with the
+            checkpoint, or the folder exists; nothing is left behind.
+    """
+    if output.exists() and not options.overwrite:
+        raise ConvertError(f"{output}: exists (--overwrite replaces it)")
+    reader = CheckpointReader(location)
+    table = name_table(reader.config)
+    check_tensors(str(reader.path), reader.tensors, table)
+    tokenizer = _tokenizer(reader, options.text_tokenizer)
+    labels = _labels(reader)
+    groups = [_group(entry, reader, options.dtype) for entry in table]
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        written = write_folder(temporary, groups, options.max_shard_bytes)
+        for _ in with_progress(written, len(groups), "export"):
+            pass
+        _write_texts(temporary, reader, tokenizer, labels, options)
+        sync_tree(temporary)
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise ConvertError(f"{output}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def check_tensors(where: str, tensors: dict[str, LazyTensor], table: tuple[Entry, ...]) -> None:
+    """Compares a checkpoint's tensors with the table of its configuration.
+
+    Raises:
+        ConvertError: naming the first that is missing, of another shape, or that the table does not know.
+    """
+    for entry in table:
+        found = tensors.get(entry.ours)
+        if found is None:
+            raise ConvertError(f"{where}: has no {entry.ours}")
+        if found.shape != entry.shape:
+            raise ConvertError(
+                f"{where}: {entry.ours} has shape {list(found.shape)}, but its configuration says {list(entry.shape)}"
+            )
+    if unknown := sorted(tensors.keys() - {entry.ours for entry in table}):
+        raise ConvertError(f"{where}: {unknown[0]} has no place in an export")
+
+
+def _group(entry: Entry, reader: CheckpointReader, dtype: Optional[torch.dtype]) -> Group:
+    tensor = reader.tensors[entry.ours]
+    wanted = torch.float32 if FP32_KEYS.search(entry.ours) else dtype or tensor.dtype
+    shapes = entry.their_shapes(reader.config.model)
+    read = partial(_split, entry, tensor, reader.config.model)
+    return Group(tuple(shapes), tuple(shapes.values()), wanted, read)
+
+
+def _split(entry: Entry, tensor: LazyTensor, model: ModelConfig) -> tuple[Tensor, ...]:
+    return entry.transform.split(tensor.read(), model)
+
+
+def _tokenizer(reader: CheckpointReader, given: str) -> Optional[TextTokenizer]:
+    config = reader.config
+    if not config.model.vocab_size:
+        return None
+    path = given or run_file(reader.path, TOKENIZER_FILE) or config.data.text_tokenizer
+    if not path or not Path(path).is_file():
+        raise ConvertError(
+            f"{reader.path}: no {TOKENIZER_FILE} beside it and no {path or 'text tokenizer'}; "
+            "name it with --text-tokenizer"
+        )
+    try:
+        tokenizer = TextTokenizer(path)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
+    if tokenizer.size != config.model.vocab_size:
+        raise ConvertError(
+            f"text tokenizer {path} has {tokenizer.size} pieces, but the model of {reader.path} has "
+            f"{config.model.vocab_size}"
+        )
+    return tokenizer
+
+
+def _labels(reader: CheckpointReader) -> Optional[Labels]:
+    config = reader.config
+    if not isinstance(config, FinetuneConfig) or not config.task.num_classes:
+        return None
+    path = run_file(reader.path, LABELS_FILE)
+    if path is None:
+        raise ConvertError(f"{reader.path}: no {LABELS_FILE} beside it")
+    try:
+        labels = read_labels(path)
+    except DataError as error:
+        raise ConvertError(str(error)) from None
+    same = config.task.labels_sha256 in ("", labels.sha256)
+    if not same or len(labels.labels) != config.task.num_classes:
+        raise ConvertError(f"{path}: its labels are not those that {reader.path} was trained on")
+    return labels
+
+
+def _write_texts(
+    folder: Path,
+    reader: CheckpointReader,
+    tokenizer: Optional[TextTokenizer],
+    labels: Optional[Labels],
+    options: ExportOptions,
+) -> None:
+    """Everything but the weights."""
+    config = reader.config
+    task = config.task.name if isinstance(config, FinetuneConfig) else ""
+    content = export_config(config, architecture(task), auto_map(task), tokenizer, labels)
+    _write_json(folder / CONFIG_FILE, content)
+    for name, values in _processing(config, tokenizer).items():
+        _write_json(folder / name, values)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer.model_path, folder / SPM_FILE)
+    if labels is not None:
+        source = run_file(reader.path, LABELS_FILE)
+        assert source is not None
+        shutil.copyfile(source, folder / LABELS_FILE)
+    for source in hf_source_files():
+        shutil.copyfile(source, folder / source.name)
+    (folder / "README.md").write_text(model_card(reader, content, options.card), encoding="utf-8")
+
+
+def _processing(config: RunConfig, tokenizer: Optional[TextTokenizer]) -> dict[str, dict[str, Any]]:
+    data = config.data
+    return processor_files(
+        image_size=config.model.image_size,
+        image_mean=data.pixel_mean,
+        image_std=data.pixel_std,
+        text_length=config.model.text_length,
+        pair_text_length=config.model.pair_text_length,
+        with_text=tokenizer is not None,
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Self-contained files that travel with an export: configuration, model, tokenizer and processors."""

@@ -1,0 +1,323 @@
+"""Layers of VL-MoE: embeddings, attention, blocks, and what heads are made of.
+
+Letters in shapes: n samples, L tokens of a sample, Lt of them text, D width, N patches, S image side, H heads,
+C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_vlmoe import VLMoEConfig
+from .moe_vlmoe import VLMoEFeedForward, output_init_scale
+
+
+class VLMoETextEmbeddings(nn.Module):
+    """Word embeddings plus positions; special tokens are part of the ids."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, config.max_text_length, width))
+        self.token_type_embedding = (
+            nn.Parameter(torch.zeros(1, 1, width)) if config.use_token_type_embeddings else None
+        )
+
+    def forward(self, input_ids: Optional[Tensor], inputs_embeds: Optional[Tensor]) -> Tensor:
+        """Ids ``[n, Lt]``, or their embeddings ``[n, Lt, D]``, to ``[n, Lt, D]``.
+
+        Raises:
+            ValueError: more tokens than positions.
+        """
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length, most = words.shape[1], self.position_embeddings.shape[1]
+        if length > most:
+            raise ValueError(f"a text of {length} tokens; the model has positions for {most}")
+        tokens = words + self.position_embeddings[:, :length]
+        if self.token_type_embedding is not None:
+            tokens = tokens + self.token_type_embedding
+        return tokens
+
+
+class VLMoEPatchEmbeddings(nn.Module):
+    """Linear projection of patches: pixels ``[n, channels, S, S]`` to ``[n, N, D]``, row by row."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__()
+        side = config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, side, stride=side)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """See the class."""
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class VLMoEImageEmbeddings(nn.Module):
+    """[I_CLS] and patches plus positions; masked patches are replaced before positions are added (BEiT)."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.patch_embeddings = VLMoEPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, width))
+        self.token_type_embedding = (
+            nn.Parameter(torch.zeros(1, 1, width)) if config.use_token_type_embeddings else None
+        )
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Optional[Tensor] = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Tensor:
+        """Tokens ``[n, 1 + N, D]`` of images.
+
+        Args:
+            pixel_values: normalised pixels ``[n, channels, S, S]``.
+            bool_masked_pos: patches that are hidden ``[n, N]``.
+            interpolate_pos_encoding: takes images of other sizes, which the patch size must divide.
+
+        Raises:
+            ValueError: pixels or mask of the wrong shape.
+        """
+        self._check(pixel_values, interpolate_pos_encoding)
+        dtype = self.patch_embeddings.projection.weight.dtype
+        patches = self.patch_embeddings(pixel_values.to(dtype))
+        if bool_masked_pos is not None:
+            if bool_masked_pos.shape != patches.shape[:2]:
+                raise ValueError(
+                    f"bool_masked_pos is {list(bool_masked_pos.shape)}, not {list(patches.shape[:2])}: "
+                    "one value for every patch"
+                )
+            patches = torch.where(bool_masked_pos.bool().unsqueeze(2), self.mask_token, patches)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = tokens + self._positions(*pixel_values.shape[2:])
+        if self.token_type_embedding is not None:
+            tokens = tokens + self.token_type_embedding
+        return tokens
+
+    def _check(self, pixel_values: Tensor, any_size: bool) -> None:
+        config = self.config
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
+            raise ValueError(
+                f"pixel_values is {list(pixel_values.shape)}, not [images, {config.num_channels}, height, width]"
+            )
+        height, width = pixel_values.shape[2:]
+        if any_size:
+            if height % config.patch_size or width % config.patch_size:
+                raise ValueError(
+                    f"an image of {height} x {width} pixels does not divide into patches of {config.patch_size}"
+                )
+        elif (height, width) != (config.image_size, config.image_size):
+            raise ValueError(
+                f"an image of {height} x {width} pixels; the model takes {config.image_size} x {config.image_size}, "
+                "and other sizes with interpolate_pos_encoding=True"
+            )
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Positions ``[1, 1 + N, D]`` of an image of any size; [I_CLS] keeps its own."""
+        table, config = self.position_embeddings, self.config
+        old = config.image_size // config.patch_size
+        rows, columns = height // config.patch_size, width // config.patch_size
+        if (rows, columns) == (old, old):
+            return table
+        grid = table[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+        patches = grid.permute(0, 2, 3, 1).flatten(1, 2)
+        return torch.cat([table[:, :1], patches.to(table.dtype)], dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Optional[Tensor],
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention step by step, which gives the weights ``[n, H, L, L]`` too."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class VLMoEAttention(nn.Module):
+    """Self-attention over all tokens of a sample, whatever their modality; the key has no bias (BEiT)."""
+
+    def __init__(self, config: VLMoEConfig, layer_number: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.head_dim = width // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.output.init_scale = output_init_scale(layer_number)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Optional[Tensor]
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """``[n, L, D]`` to ``[n, L, D]``, and the weights where the implementation has them.
+
+        Args:
+            hidden_states: ``[n, L, D]``.
+            attention_mask: keys that may be seen, bool ``[n, 1, 1, L]``; None: all.
+        """
+        samples, length, width = hidden_states.shape
+        query, key, value = (
+            project(hidden_states).view(samples, length, -1, self.head_dim).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        context, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling
+        )
+        return self.output(context.reshape(samples, length, width)), weights
+
+
+class VLMoEDropPath(nn.Module):
+    """Stochastic depth: in training a sample's branch is left out with some probability, else scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """``[n, L, D]`` to ``[n, L, D]``."""
+        if self.rate == 0.0 or not self.training:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * (kept / (1.0 - self.rate)).to(branch.dtype)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"rate={self.rate:.3f}"
+
+
+class VLMoELayer(GradientCheckpointingLayer):
+    """A block: ``x += lambda_1 * attention(LN(x))``, then ``x += lambda_2 * feed_forward(x)``.
+
+    Args:
+        config: sizes.
+        layer_number: number of the block, from 1.
+    """
+
+    def __init__(self, config: VLMoEConfig, layer_number: int) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = VLMoEAttention(config, layer_number)
+        self.feed_forward = VLMoEFeedForward(config, layer_number)
+        # Linear from 0 in the first block to the full rate in the last.
+        share = (layer_number - 1) / max(config.num_hidden_layers - 1, 1)
+        self.drop_path = VLMoEDropPath(config.drop_path_rate * share)
+        self.lambda_1: Optional[nn.Parameter] = None
+        self.lambda_2: Optional[nn.Parameter] = None
+        if config.layer_scale_init_value > 0.0:
+            self.lambda_1 = nn.Parameter(torch.ones(config.hidden_size))
+            self.lambda_2 = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Optional[Tensor],
+        token_mask: Optional[Tensor],
+        text_length: int,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """``[n, L, D]`` to ``[n, L, D]``, and the attention weights where the implementation has them.
+
+        Args:
+            hidden_states: text tokens, then image tokens ``[n, L, D]``.
+            attention_mask: keys that may be seen, bool ``[n, 1, 1, L]``; None: all.
+            token_mask: tokens that are no padding, bool ``[n, L]``; None: all.
+            text_length: Lt.
+        """
+        branch, weights = self.attention(self.layernorm_before(hidden_states), attention_mask)
+        hidden_states = self._add(hidden_states, branch, self.lambda_1)
+        branch = self.feed_forward(hidden_states, text_length, token_mask)
+        return self._add(hidden_states, branch, self.lambda_2), weights
+
+    def _add(self, hidden_states: Tensor, branch: Tensor, scale: Optional[nn.Parameter]) -> Tensor:
+        if scale is not None:
+            branch = branch * scale
+        return hidden_states + self.drop_path(branch)
+
+
+class VLMoEEncoder(nn.Module):
+    """The blocks, first to last."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__()
+        numbers = range(1, config.num_hidden_layers + 1)
+        self.layer = nn.ModuleList([VLMoELayer(config, number) for number in numbers])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Optional[Tensor],
+        token_mask: Optional[Tensor],
+        text_length: int,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Optional[tuple[Tensor, ...]], Optional[tuple[Tensor, ...]]]:
+        """Hidden states ``[n, L, D]`` after the last block; those before the first and after every block, and
+        the attention weights of every block, where asked for. See `VLMoELayer.forward` for the other arguments."""
+        states: list[Tensor] = [hidden_states]
+        weights: list[Tensor] = []
+        for layer in self.layer:
+            hidden_states, attention = layer(hidden_states, attention_mask, token_mask, text_length)
+            if output_hidden_states:
+                states.append(hidden_states)
+            if output_attentions:
+                weights.append(attention)
+        return (
+            hidden_states,
+            tuple(states) if output_hidden_states else None,
+            tuple(weights) if output_attentions else None,
+        )
+
+
+class VLMoEPooler(nn.Module):
+    """``tanh(W x + b)`` of the first token of a sample: ``[n, L, D]`` to ``[n, D]`` (BERT)."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """See the class."""
+        return torch.tanh(self.dense(hidden_states[:, 0]))
+
+
+class VLMoEClassifier(nn.Module):
+    """Linear to 2 D, LayerNorm, GELU, linear to the classes (VLMo): ``[n, inputs]`` to ``[n, C]``."""
+
+    def __init__(self, config: VLMoEConfig, inputs: int) -> None:
+        super().__init__()
+        inner = 2 * config.hidden_size
+        self.dense = nn.Linear(inputs, inner)
+        self.norm = nn.LayerNorm(inner, eps=config.layer_norm_eps)
+        self.output = nn.Linear(inner, config.num_labels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """See the class."""
+        return self.output(F.gelu(self.norm(self.dense(features))))

@@ -1,0 +1,577 @@
+"""VL-MoE (arXiv 2303.07226): a transformer of modality experts that reads texts, images, and pairs of both.
+
+Letters in shapes: n samples, L tokens of a sample, Lt of them text, D width, N patches, S image side, V pieces of the
+text tokenizer, C codes of the image tokenizer or classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_vlmoe import VLMoEConfig
+from .layers_vlmoe import (
+    VLMoEClassifier,
+    VLMoEEncoder,
+    VLMoEImageEmbeddings,
+    VLMoEPooler,
+    VLMoETextEmbeddings,
+)
+from .losses_vlmoe import (
+    answer_loss,
+    classification_loss,
+    contrastive_loss,
+    hard_negative_pairs,
+    masked_loss,
+)
+from .moe_vlmoe import VLMoEExperts, VLMoERouter
+from .outputs_vlmoe import (
+    VLMoEForImageAndTextRetrievalOutput,
+    VLMoEForPreTrainingOutput,
+    VLMoEModelOutput,
+)
+from .pretrained_vlmoe import PRETRAINING_HEADS, TASK_HEADS, VLMoEPreTrainedModel
+
+
+class VLMoEModel(VLMoEPreTrainedModel):
+    """The model without a head."""
+
+    _keys_to_ignore_on_load_unexpected = [*PRETRAINING_HEADS, *TASK_HEADS]
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        config.check()
+        self.text_embeddings = VLMoETextEmbeddings(config) if config.vocab_size else None
+        self.image_embeddings = VLMoEImageEmbeddings(config)
+        self.encoder = VLMoEEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Word embeddings, or the patch projection of a model of images alone."""
+        if self.text_embeddings is None:
+            return self.image_embeddings.patch_embeddings
+        return self.text_embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the word embeddings."""
+        if self.text_embeddings is None:
+            raise ValueError("a model with vocab_size=0 has no word embeddings")
+        self.text_embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        pixel_values: Optional[Tensor] = None,
+        bool_masked_pos: Optional[Tensor] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> VLMoEModelOutput:
+        """Hidden states of texts, of images, or of pairs: text i with image i.
+
+        Args:
+            input_ids: ``[n, Lt]``.
+            attention_mask: 1 for tokens, 0 for padding ``[n, Lt]``; None: there is no padding.
+            pixel_values: normalised pixels ``[n, 3, S, S]``.
+            bool_masked_pos: patches that are hidden ``[n, N]``.
+            inputs_embeds: word embeddings ``[n, Lt, D]`` in place of `input_ids`.
+            interpolate_pos_encoding: takes images of other sizes than the model's.
+            output_hidden_states: returns those of all blocks.
+            output_attentions: returns attention weights (`attn_implementation="eager"` only).
+            **kwargs: `return_dict`.
+
+        Raises:
+            ValueError: inputs that do not go with each other or with the model.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs attn_implementation="eager"')
+        text = self._embed_text(input_ids, inputs_embeds, attention_mask)
+        image = self._embed_image(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        parts = [part for part in (text, image) if part is not None]
+        if not parts:
+            raise ValueError("give input_ids, inputs_embeds or pixel_values")
+        if len({len(part) for part in parts}) > 1:
+            raise ValueError(f"{len(parts[0])} texts and {len(parts[1])} images are no pairs")
+        text_length = 0 if text is None else text.shape[1]
+        hidden = torch.cat(parts, dim=1)
+        token_mask = None
+        if text is not None and attention_mask is not None:
+            # No part of an image is padding.
+            beyond = hidden.shape[1] - text_length
+            token_mask = F.pad(attention_mask.bool(), (0, beyond), value=True)
+        hidden, states, attentions = self.encoder(
+            hidden,
+            None if token_mask is None else token_mask[:, None, None, :],
+            token_mask,
+            text_length,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        hidden = self.layernorm(hidden)
+        return VLMoEModelOutput(
+            last_hidden_state=hidden,
+            text_hidden_state=None if text is None else hidden[:, :text_length],
+            image_hidden_state=None if image is None else hidden[:, text_length:],
+            hidden_states=states,
+            attentions=attentions,
+        )
+
+    def _embed_text(
+        self,
+        input_ids: Optional[Tensor],
+        inputs_embeds: Optional[Tensor],
+        attention_mask: Optional[Tensor],
+    ) -> Optional[Tensor]:
+        """Tokens of texts ``[n, Lt, D]``."""
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("give input_ids or inputs_embeds, not both")
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            return None
+        if self.text_embeddings is None:
+            raise ValueError("a model with vocab_size=0 reads no text")
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise ValueError(f"{name} is {list(given.shape)}, not one row for every text")
+        if attention_mask is not None and attention_mask.shape != given.shape[:2]:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}, not {list(given.shape[:2])}: "
+                "one value for every token of the text"
+            )
+        return self.text_embeddings(input_ids, inputs_embeds)
+
+    def _embed_image(
+        self, pixel_values: Optional[Tensor], bool_masked_pos: Optional[Tensor], any_size: bool
+    ) -> Optional[Tensor]:
+        """Tokens of images ``[n, 1 + N, D]``."""
+        if pixel_values is None:
+            if bool_masked_pos is not None:
+                raise ValueError("bool_masked_pos needs pixel_values")
+            return None
+        return self.image_embeddings(pixel_values, bool_masked_pos, any_size)
+
+
+class VLMoEForPreTraining(VLMoEPreTrainedModel):
+    """Masked data modelling: predicts the pieces of masked tokens and the codes of masked patches."""
+
+    _keys_to_ignore_on_load_unexpected: list[str] = []
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        self.vlmoe = VLMoEModel(config)
+        self.mlm_head = _head(config, config.vocab_size)
+        self.mim_head = _head(config, config.visual_vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        pixel_values: Optional[Tensor] = None,
+        bool_masked_pos: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        image_labels: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> VLMoEForPreTrainingOutput:
+        """Predictions for all tokens and patches; see [`VLMoEModel.forward`] for the other arguments.
+
+        Args:
+            input_ids: ``[n, Lt]`` with masked tokens replaced by `[MASK]`.
+            attention_mask: ``[n, Lt]``.
+            pixel_values: ``[n, 3, S, S]``.
+            bool_masked_pos: patches that are hidden ``[n, N]``.
+            labels: pieces of masked tokens, -100 elsewhere ``[n, Lt]``.
+            image_labels: codes of masked patches, -100 elsewhere ``[n, N]``.
+            **kwargs: of the model.
+        """
+        outputs = self.vlmoe(
+            input_ids, attention_mask, pixel_values, bool_masked_pos, **_nested(kwargs)
+        )
+        mlm_logits = mim_logits = None
+        if outputs.text_hidden_state is not None and self.mlm_head is not None:
+            mlm_logits = self.mlm_head(outputs.text_hidden_state)
+        if outputs.image_hidden_state is not None and self.mim_head is not None:
+            mim_logits = self.mim_head(outputs.image_hidden_state[:, 1:])
+        mlm_loss, mim_loss = masked_loss(mlm_logits, labels), masked_loss(mim_logits, image_labels)
+        return VLMoEForPreTrainingOutput(
+            loss=_total(mlm_loss, mim_loss),
+            mlm_loss=mlm_loss,
+            mim_loss=mim_loss,
+            mlm_logits=mlm_logits,
+            mim_logits=mim_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class VLMoEForMaskedLM(VLMoEPreTrainedModel):
+    """Predicts the pieces of masked tokens of texts, or of texts with an image."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        self.vlmoe = VLMoEModel(config)
+        self.mlm_head = _needed_head(config, "vocab_size")
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        pixel_values: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Logits ``[n, Lt, V]``; `labels` are pieces, -100 where none is predicted ``[n, Lt]``."""
+        outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
+        logits = self.mlm_head(_needed(outputs.text_hidden_state, "input_ids"))
+        loss = masked_loss(logits, labels)
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
+    """Predicts the codes of masked patches of images, or of images with a text."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        self.vlmoe = VLMoEModel(config)
+        self.mim_head = _needed_head(config, "visual_vocab_size")
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Optional[Tensor] = None,
+        bool_masked_pos: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> MaskedImageModelingOutput:
+        """Logits ``[n, N, C]`` (as `reconstruction`); `labels` are codes, -100 where none is predicted ``[n, N]``."""
+        outputs = self.vlmoe(
+            input_ids, attention_mask, pixel_values, bool_masked_pos, **_nested(kwargs)
+        )
+        logits = self.mim_head(_needed(outputs.image_hidden_state, "pixel_values")[:, 1:])
+        loss = masked_loss(logits, labels)
+        return MaskedImageModelingOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
+    """Chooses the answer to a question about an image (VQAv2)."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        self.vlmoe = VLMoEModel(config)
+        self.pooler = VLMoEPooler(config)
+        self.classifier = VLMoEClassifier(config, config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        pixel_values: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits ``[n, C]``; `labels` are the scores of all answers, 0 to 1 ``[n, C]``."""
+        outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
+        _needed(outputs.image_hidden_state, "pixel_values")
+        pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
+        logits = self.classifier(pooled)
+        loss = answer_loss(logits, labels)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
+    """Says whether a sentence is true of two images (NLVR2)."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        self.vlmoe = VLMoEModel(config)
+        self.pooler = VLMoEPooler(config)
+        self.classifier = VLMoEClassifier(config, 2 * config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        pixel_values: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits ``[n, C]``.
+
+        The model reads 2 n pairs, those of a sample one after the other; hidden states are theirs.
+
+        Args:
+            input_ids: the sentences ``[n, Lt]``.
+            attention_mask: ``[n, Lt]``.
+            pixel_values: left and right images ``[n, 2, 3, S, S]``.
+            labels: classes ``[n]``.
+            inputs_embeds: word embeddings ``[n, Lt, D]`` in place of `input_ids`.
+            **kwargs: of the model.
+
+        Raises:
+            ValueError: there are not two images for every sentence.
+        """
+        images = _needed(pixel_values, "pixel_values")
+        if images.dim() != 5 or images.shape[1] != 2:
+            raise ValueError(
+                f"pixel_values is {list(images.shape)}, not [samples, 2, channels, height, width]"
+            )
+        texts = (input_ids, attention_mask, inputs_embeds)
+        ids, mask, embeds = (
+            None if value is None else value.repeat_interleave(2, dim=0) for value in texts
+        )
+        kwargs = {**_nested(kwargs), "inputs_embeds": embeds}
+        outputs = self.vlmoe(ids, mask, images.flatten(0, 1), **kwargs)
+        pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
+        logits = self.classifier(pooled.view(len(images), -1))
+        loss = classification_loss(logits, labels, self.config)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class VLMoEForImageClassification(VLMoEPreTrainedModel):
+    """Classifies images by the mean of their patches (ImageNet)."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        self.vlmoe = VLMoEModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """Logits ``[n, C]``; `labels` are classes ``[n]``."""
+        images = _needed(pixel_values, "pixel_values")
+        outputs = self.vlmoe(pixel_values=images, **_nested(kwargs))
+        logits = self.classifier(outputs.image_hidden_state[:, 1:].mean(dim=1))
+        loss = classification_loss(logits, labels, self.config)
+        return ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
+    """Classifies texts, and pairs of texts (MNLI)."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        self.vlmoe = VLMoEModel(config)
+        self.pooler = VLMoEPooler(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits ``[n, C]``; `labels` are classes ``[n]``, or as `problem_type` says."""
+        outputs = self.vlmoe(input_ids, attention_mask, **_nested(kwargs))
+        pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
+        logits = self.classifier(pooled)
+        loss = classification_loss(logits, labels, self.config)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
+    """Finds images for texts and texts for images: unit vectors of either, and a judge of pairs (COCO, Flickr30K)."""
+
+    def __init__(self, config: VLMoEConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.vlmoe = VLMoEModel(config)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.image_projection = nn.Linear(width, width, bias=False)
+        # fp32: in bf16 it would move in steps of 1/64.
+        self.logit_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+        self.pooler = VLMoEPooler(config)
+        self.matching = nn.Linear(width, 2)
+        self.post_init()
+
+    def get_text_features(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Unit vectors of texts in fp32: ids ``[n, Lt]`` to ``[n, D]``."""
+        outputs = self.vlmoe(input_ids, attention_mask, **_nested(kwargs))
+        hidden = _needed(outputs.text_hidden_state, "input_ids")
+        return F.normalize(self.text_projection(hidden[:, 0]).float(), dim=-1)
+
+    def get_image_features(self, pixel_values: Optional[Tensor] = None, **kwargs: Any) -> Tensor:
+        """Unit vectors of images in fp32: pixels ``[n, 3, S, S]`` to ``[n, D]``."""
+        outputs = self.vlmoe(pixel_values=_needed(pixel_values, "pixel_values"), **_nested(kwargs))
+        return F.normalize(self.image_projection(outputs.image_hidden_state[:, 0]).float(), dim=-1)
+
+    def match_logits(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        pixel_values: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """No match, match ``[n, 2]`` for text i with image i; the pair is read as a whole."""
+        images = _needed(pixel_values, "pixel_values")
+        outputs = self.vlmoe(input_ids, attention_mask, images, **_nested(kwargs))
+        return self.matching(self.pooler(_needed(outputs.text_hidden_state, "input_ids")))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        pixel_values: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        return_loss: Optional[bool] = None,
+        output_match_logits: bool = False,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> VLMoEForImageAndTextRetrievalOutput:
+        """Features and similarities of all texts with all images.
+
+        Args:
+            input_ids: ``[m, Lt]``.
+            attention_mask: ``[m, Lt]``.
+            pixel_values: ``[n, 3, S, S]``.
+            labels: whether text i and image i belong together, 1 or 0 ``[n]``: gives the matching loss of these pairs.
+            return_loss: text i and image i belong together, all others do not: gives the contrastive loss, and
+                without `labels` the matching loss of these pairs and of hard negatives drawn from the batch.
+            output_match_logits: judges text i with image i; `labels` do so too.
+            interpolate_pos_encoding: takes images of other sizes than the model's.
+            **kwargs: not used.
+
+        Raises:
+            ValueError: nothing was given, or pairs are asked for and texts and images are not as many.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("give input_ids or pixel_values")
+        image_options = {"interpolate_pos_encoding": interpolate_pos_encoding}
+        texts = images = per_text = match_logits = contrastive = matching = None
+        if input_ids is not None:
+            texts = self.get_text_features(input_ids, attention_mask)
+        if pixel_values is not None:
+            images = self.get_image_features(pixel_values, **image_options)
+        if texts is not None and images is not None:
+            per_text = self._similarity(texts, images)
+        pairs = (input_ids, attention_mask, pixel_values)
+        if output_match_logits or labels is not None:
+            match_logits = self.match_logits(*pairs, **image_options)
+            if labels is not None:
+                matching = F.cross_entropy(match_logits.float(), labels)
+        if return_loss:
+            contrastive = contrastive_loss(per_text)
+            if labels is None:
+                matching = self._matching_loss(per_text, *pairs, **image_options)
+        return VLMoEForImageAndTextRetrievalOutput(
+            loss=_total(contrastive, matching),
+            contrastive_loss=contrastive,
+            matching_loss=matching,
+            logits_per_image=None if per_text is None else per_text.t(),
+            logits_per_text=per_text,
+            text_features=texts,
+            image_features=images,
+            match_logits=match_logits,
+        )
+
+    def _similarity(self, texts: Tensor, images: Tensor) -> Tensor:
+        """Cosine over temperature ``[m, n]``, in fp32."""
+        with torch.autocast(texts.device.type, enabled=False):
+            return self.logit_scale.float().exp() * (texts @ images.t())
+
+    def _matching_loss(
+        self,
+        similarity: Tensor,
+        input_ids: Tensor,
+        attention_mask: Optional[Tensor],
+        pixel_values: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Loss of every pair, of its text with a wrong image, and of its image with a wrong text (VLMo)."""
+        texts, images, target = hard_negative_pairs(similarity)
+        mask = None if attention_mask is None else attention_mask[texts]
+        logits = self.match_logits(input_ids[texts], mask, pixel_values[images], **kwargs)
+        return F.cross_entropy(logits.float(), target)
+
+
+def _nested(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a head for the model inside, which always returns its outputs by name."""
+    return {**kwargs, "return_dict": True}
+
+
+def _needed(value: Optional[Tensor], name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"this model needs {name}")
+    return value
+
+
+def _head(config: VLMoEConfig, classes: int) -> Optional[nn.Linear]:
+    return nn.Linear(config.hidden_size, classes) if classes else None
+
+
+def _needed_head(config: VLMoEConfig, field: str) -> nn.Linear:
+    head = _head(config, getattr(config, field))
+    if head is None:
+        raise ValueError(f"a model with {field}=0 has no such head")
+    return head
+
+
+def _total(*losses: Optional[Tensor]) -> Optional[Tensor]:
+    """Sum of the losses that there are; None if there is none."""
+    found = [loss for loss in losses if loss is not None]
+    return torch.stack(found).sum() if found else None
+
+
+# The experts stand here because transformers 4 copies no modules but those that this one names itself.
+__all__ = [
+    "VLMoEExperts",
+    "VLMoEForImageAndTextRetrieval",
+    "VLMoEForImageClassification",
+    "VLMoEForImagesAndTextClassification",
+    "VLMoEForMaskedImageModeling",
+    "VLMoEForMaskedLM",
+    "VLMoEForPreTraining",
+    "VLMoEForSequenceClassification",
+    "VLMoEForVisualQuestionAnswering",
+    "VLMoEModel",
+    "VLMoEPreTrainedModel",
+    "VLMoERouter",
+]

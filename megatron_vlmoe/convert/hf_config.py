@@ -1,0 +1,193 @@
+"""A run's configuration as the `config.json` of an export, and back.
+
+What the architecture and inference need stands there under the names of the Hugging Face files. What only
+training needs (noise, auxiliary losses, objectives, the task's options) travels in one entry, `training`, so that
+an import goes on as the run was. Paths of datasets and of the machine do not travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron_vlmoe.config.block_plan import moe_layer_numbers
+from megatron_vlmoe.config.command_line import from_dict
+from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
+from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+CONFIG_FILE = "config.json"
+MODEL_TYPE = "vlmoe"
+# Option here, name there.
+MODEL_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "num_vl_layers": "num_vl_layers",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "text_length": "text_length",
+    "pair_text_length": "pair_text_length",
+    "vocab_size": "vocab_size",
+    "visual_vocab_size": "visual_vocab_size",
+    "layernorm_epsilon": "layer_norm_eps",
+    "layer_scale_init": "layer_scale_init_value",
+    "drop_path": "drop_path_rate",
+    "init_std": "initializer_range",
+    "token_type_embeddings": "use_token_type_embeddings",
+}
+MOE_FIELDS = {
+    "num_vision_experts": "num_vision_experts",
+    "num_text_experts": "num_text_experts",
+    "num_vl_experts": "num_vl_experts",
+    "layers": "moe_layers",
+    "modalities": "moe_modalities",
+    "vl": "moe_vl",
+    "shared_router": "shared_router",
+    "topk": "num_experts_per_tok",
+    "normalize_gate": "normalize_gate",
+    "batch_priority": "batch_priority",
+    "route_padding": "route_padding",
+    "capacity_multiple_of": "capacity_multiple_of",
+}
+SPECIAL_TOKENS = ("bos", "pad", "eos", "mask")
+
+
+def export_config(
+    config: RunConfig,
+    architecture: str,
+    auto_map: Mapping[str, str],
+    tokenizer: Optional[TextTokenizer],
+    labels: Optional[Labels],
+) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Args:
+        config: the run.
+        architecture: class of the model there.
+        auto_map: Auto classes and the classes that they give.
+        tokenizer: gives the ids of special tokens; None for a model without text.
+        labels: the classes of a task.
+    """
+    model = {theirs: getattr(config.model, ours) for ours, theirs in MODEL_FIELDS.items()}
+    moe = {theirs: getattr(config.moe, ours) for ours, theirs in MOE_FIELDS.items()}
+    # The numbers themselves: the default rule need not be known to read a config.json.
+    moe["moe_layers"] = list(moe_layer_numbers(config.model, config.moe))
+    content: dict[str, Any] = {
+        "model_type": MODEL_TYPE,
+        "architectures": [architecture],
+        "auto_map": dict(auto_map),
+        **model,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        **moe,
+        # Inference drops nothing; 1.0 with the same batches is the paper's evaluation.
+        "capacity_factor": 0.0,
+        "tie_word_embeddings": False,
+        "training": _training_options(config),
+    }
+    if tokenizer is not None:
+        content |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS}
+    if isinstance(config, FinetuneConfig):
+        content["task"] = config.task.name
+        if labels is not None:
+            shown = labels.names or labels.labels
+            names = {str(index): name for index, name in enumerate(_distinct(shown, labels.labels))}
+            content["id2label"] = names
+            content["label2id"] = {name: int(index) for index, name in names.items()}
+        if config.task.name == "vqa":
+            content["problem_type"] = "multi_label_classification"
+        elif config.task.name != "retrieval":
+            content["problem_type"] = "single_label_classification"
+    return content
+
+
+def _distinct(shown: tuple[str, ...], ids: tuple[str, ...]) -> list[str]:
+    """Words for classes, with the class's id where two classes share a word (ImageNet has two cranes)."""
+    return [name if shown.count(name) == 1 else f"{name} ({key})" for name, key in zip(shown, ids)]
+
+
+def _training_options(config: RunConfig) -> dict[str, Any]:
+    """Options that an import needs besides the architecture, as sections of the configuration."""
+    content = dataclasses.asdict(config)
+    moe = {name: value for name, value in content["moe"].items() if name not in MOE_FIELDS}
+    # An empty list is the default rule, and compares as such with presets.
+    moe["layers"] = content["moe"]["layers"]
+    sections = {
+        "moe": moe,
+        "objectives": content["objectives"],
+        "data": {name: content["data"][name] for name in ("pixel_mean", "pixel_std")},
+    }
+    if isinstance(config, FinetuneConfig):
+        task = content["task"]
+        names = ("name", "num_classes", "labels_sha256", "label_smoothing", "mixup", "cutmix")
+        sections["task"] = {name: task[name] for name in (*names, "rand_augment", "random_erase")}
+        sections["contrastive"] = content["contrastive"]
+    plain: dict[str, Any] = json.loads(json.dumps(sections))
+    return plain
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `config.json`.
+
+    Raises:
+        ConvertError: it is missing, damaged, or of another architecture.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ConvertError(f"{file}: not found") from None
+    except (OSError, ValueError) as error:
+        raise ConvertError(f"{file}: not readable ({error})") from None
+    found = content.get("model_type") if isinstance(content, dict) else None
+    if found != MODEL_TYPE:
+        raise ConvertError(f"{file}: model_type is {found!r}, not {MODEL_TYPE!r}")
+    assert isinstance(content, dict)
+    return content
+
+
+def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
+    """The configuration of the run that an import makes: a `FinetuneConfig` where the folder is of a task.
+
+    Raises:
+        ConvertError: naming the field that is missing, unknown or wrong.
+    """
+    file = folder / CONFIG_FILE
+    task = content.get("task") or ""
+    if task and task not in TASKS:
+        raise ConvertError(f"{file}: task is {task!r}; one of {', '.join(TASKS)}")
+    root: RunConfig = FinetuneConfig() if task else RunConfig()
+    sections: dict[str, Any] = {}
+    training = content.get("training") or {}
+    if not isinstance(training, Mapping):
+        raise ConvertError(f"{file}: training is no object")
+    for section, values in training.items():
+        if not isinstance(values, Mapping):
+            raise ConvertError(f"{file}: training.{section} is no object")
+        sections[section] = dict(values)
+    listed = (sections.get("moe") or {}).get("layers")
+    for section, fields in (("model", MODEL_FIELDS), ("moe", MOE_FIELDS)):
+        sections.setdefault(section, {})
+        for ours, theirs in fields.items():
+            if theirs not in content:
+                raise ConvertError(f"{file}: has no {theirs}")
+            sections[section][ours] = content[theirs]
+    if task:
+        sections.setdefault("task", {})["name"] = task
+    try:
+        config = from_dict(sections, root, str(file))
+        numbers = list(config.moe.layers)
+        if listed is not None:
+            rule = dataclasses.replace(config.moe, layers=tuple(listed))
+            if list(moe_layer_numbers(config.model, rule)) == numbers:
+                config = dataclasses.replace(config, moe=rule)
+    except (ConfigError, TypeError) as error:
+        raise ConvertError(str(error)) from None
+    return config

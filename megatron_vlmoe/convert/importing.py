@@ -1,0 +1,188 @@
+"""From a Hugging Face folder to a checkpoint that training goes on from, at any layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.hf_config import CONFIG_FILE, import_config, read_config
+from megatron_vlmoe.convert.name_table import Entry, name_table
+from megatron_vlmoe.convert.parameters import extra_state_keys
+from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, with_progress
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.task_labels import Labels, read_labels
+from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE
+
+SPM_FILE = "sentencepiece.model"
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A Hugging Face folder as the checkpoint that it stands for.
+
+    Args:
+        folder: the folder.
+        config: of the run that an import makes.
+        tensors: by checkpoint key, read lazily.
+        tokenizer: its text tokenizer's file; None for a model without text.
+        labels: the classes of a task.
+    """
+
+    folder: Path
+    config: RunConfig
+    tensors: Mapping[str, LazyTensor]
+    tokenizer: Optional[Path]
+    labels: Optional[Labels]
+
+
+def is_hugging_face(location: str | Path) -> bool:
+    """Whether a folder is a Hugging Face folder (and no checkpoint)."""
+    return (Path(location) / CONFIG_FILE).is_file()
+
+
+def open_hugging_face(location: str | Path, verify: bool = True) -> HuggingFaceModel:
+    """Opens a folder that an export or `save_pretrained` wrote, and checks every name and shape.
+
+    Args:
+        location: the folder.
+        verify: compares the files with the export's checksums where there are any.
+
+    Raises:
+        ConvertError: another architecture, a damaged or tampered file, or a tensor that is missing, unknown or of
+            another shape (a missing expert, for one).
+    """
+    folder = Path(location)
+    content = read_config(folder)
+    config = import_config(folder, content)
+    labels = _labels(folder, content, config)
+    if isinstance(config, FinetuneConfig) and labels is not None:
+        task = replace(config.task, num_classes=len(labels.labels), labels_sha256=labels.sha256)
+        config = replace(config, task=task)
+    tokenizer = _tokenizer(folder, config)
+    files = SafetensorsFolder(folder)
+    table = name_table(config)
+    _check_names(folder, files.tensors, table, config.model)
+    if verify:
+        files.verify_checksums()
+    tensors = {entry.ours: _joined(entry, files.tensors, config.model) for entry in table}
+    if tokenizer is not None:
+        config = replace(config, data=replace(config.data, text_tokenizer=str(tokenizer)))
+    return HuggingFaceModel(folder, config, tensors, tokenizer, labels)
+
+
+def import_checkpoint(
+    location: str | Path,
+    output: Path,
+    parallel: Optional[Mapping[str, Any]] = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a checkpoint with the weights of a Hugging Face folder, tokenizer and class names beside it.
+
+    Args:
+        location: the Hugging Face folder.
+        output: folder of the checkpoint.
+        parallel: options of `parallel` to note in it. A checkpoint loads at any layout: they only say what a run that
+            takes its configuration from it starts with.
+        overwrite: replaces a checkpoint that is there.
+
+    Returns:
+        The iteration folder.
+
+    Raises:
+        ConvertError: see `open_hugging_face`; nothing is left behind.
+    """
+    model = open_hugging_face(location)
+    config = replace(model.config, parallel=replace(model.config.parallel, **(parallel or {})))
+    if model.tokenizer is not None:
+        # Found beside the checkpoint, wherever it is moved.
+        config = replace(config, data=replace(config.data, text_tokenizer=""))
+    progress = iter(with_progress(range(len(model.tensors)), len(model.tensors), "import"))
+    tensors = {
+        key: replace(tensor, read=partial(_counted, tensor, progress))
+        for key, tensor in model.tensors.items()
+    }
+    path = write_checkpoint(output, tensors, extra_state_keys(config), config, overwrite=overwrite)
+    next(progress, None)
+    if model.tokenizer is not None:
+        shutil.copyfile(model.tokenizer, output / TOKENIZER_FILE)
+    if model.labels is not None:
+        write_text_atomic(output / LABELS_FILE, model.labels.to_json())
+    return path
+
+
+def _counted(tensor: LazyTensor, progress: Any) -> Tensor:
+    value = tensor.read()
+    next(progress, None)
+    return value
+
+
+def _check_names(
+    folder: Path, files: Mapping[str, LazyTensor], table: tuple[Entry, ...], model: ModelConfig
+) -> None:
+    wanted = {name: shape for e in table for name, shape in e.their_shapes(model).items()}
+    for name, shape in wanted.items():
+        if name not in files:
+            raise ConvertError(f"{folder}: has no {name}")
+        if files[name].shape != shape:
+            raise ConvertError(
+                f"{folder}: {name} has shape {list(files[name].shape)}, but {CONFIG_FILE} says {list(shape)}"
+            )
+    if unknown := sorted(files.keys() - wanted.keys()):
+        raise ConvertError(f"{folder}: {unknown[0]} has no place in a checkpoint")
+
+
+def _joined(entry: Entry, files: Mapping[str, LazyTensor], model: ModelConfig) -> LazyTensor:
+    parts = [files[name] for name in entry.theirs]
+
+    def read() -> Tensor:
+        return entry.transform.join([part.read() for part in parts], model)
+
+    return LazyTensor(entry.shape, parts[0].dtype, read)
+
+
+def _tokenizer(folder: Path, config: RunConfig) -> Optional[Path]:
+    if not config.model.vocab_size:
+        return None
+    path = folder / SPM_FILE
+    try:
+        size = TextTokenizer(path).size
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
+    if size != config.model.vocab_size:
+        raise ConvertError(
+            f"{path}: has {size} pieces, but {CONFIG_FILE} says vocab_size {config.model.vocab_size}"
+        )
+    return path
+
+
+def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Optional[Labels]:
+    """Of `labels.json`, or where a library wrote the folder, of `id2label`."""
+    if not isinstance(config, FinetuneConfig) or config.task.name == "retrieval":
+        return None
+    given = content.get("id2label")
+    if not isinstance(given, Mapping) or set(given) != {str(i) for i in range(len(given))}:
+        raise ConvertError(f"{folder / CONFIG_FILE}: id2label does not number the classes from 0")
+    names = tuple(str(given[str(index)]) for index in range(len(given)))
+    path = folder / LABELS_FILE
+    if path.is_file():
+        try:
+            labels = read_labels(path)
+        except DataError as error:
+            raise ConvertError(str(error)) from None
+        if len(labels.labels) == len(names):
+            return labels
+    if len(set(names)) != len(names):
+        raise ConvertError(f"{folder / CONFIG_FILE}: id2label names a class twice")
+    return Labels(config.task.name, names)

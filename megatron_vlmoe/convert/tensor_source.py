@@ -1,0 +1,183 @@
+"""A checkpoint of any layout or a Hugging Face folder as one mapping from our keys to whole tensors.
+
+Nothing is refused that can be described: a missing, unexpected or misshapen tensor becomes a `Problem`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Optional
+
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.convert.checkpoint_reader import OPTIMIZER, CheckpointReader
+from megatron_vlmoe.convert.hf_config import CONFIG_FILE, import_config, read_config
+from megatron_vlmoe.convert.name_table import Entry, name_table
+from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
+from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with what a checkpoint holds.
+
+    Args:
+        kind: `missing`, `unexpected`, `shape`, `not finite` or `checksum`.
+        name: of the tensor in the files, or the file.
+        detail: what is wrong, in a few words.
+    """
+
+    kind: str
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Tensors by our key, wherever they come from.
+
+    Args:
+        path: iteration folder, or Hugging Face folder.
+        config: of the run.
+        tensors: the model's; of a Hugging Face folder they are joined by the name table, and those that have no key
+            of ours come under their own name.
+        optimizer_tensors: the optimizer's, as `optimizer.state.KIND.KEY`.
+        problems: what does not go with the configuration.
+        reader: of a checkpoint; None for a Hugging Face folder.
+        stored: of a Hugging Face folder, the tensors in the files that make a key's.
+    """
+
+    path: Path
+    config: RunConfig
+    tensors: Mapping[str, LazyTensor]
+    optimizer_tensors: Mapping[str, LazyTensor]
+    problems: tuple[Problem, ...]
+    reader: Optional[CheckpointReader] = None
+    stored: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+
+    def stored_as(self, key: str) -> Mapping[str, LazyTensor]:
+        """The tensors of the files that make the tensor of a key."""
+        return self.stored.get(key) or {key: {**self.tensors, **self.optimizer_tensors}[key]}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        pattern = "*.safetensors" if self.reader is None else "*.distcp"
+        return sorted(self.path.glob(pattern))
+
+
+def open_source(location: str | Path) -> TensorSource:
+    """Opens a run, checkpoint or iteration folder, or a Hugging Face folder.
+
+    Raises:
+        ConvertError: neither is there, or what tells its tensors and its configuration is damaged.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        raise ConvertError(f"{folder}: no such folder")
+    return _hugging_face(folder) if (folder / CONFIG_FILE).is_file() else _checkpoint(folder)
+
+
+def _checkpoint(folder: Path) -> TensorSource:
+    reader = CheckpointReader(folder)
+    wanted = checkpoint_shapes(reader.config)
+    problems = [*differences(reader.tensors, wanted), *_optimizer_problems(reader, wanted)]
+    return TensorSource(
+        reader.path,
+        reader.config,
+        in_order(reader.tensors, wanted),
+        reader.optimizer_tensors,
+        tuple(problems),
+        reader,
+    )
+
+
+def differences(
+    tensors: Mapping[str, LazyTensor], wanted: Mapping[str, Shape]
+) -> Iterator[Problem]:
+    """What is missing, of another shape, or not wanted."""
+    for name, shape in wanted.items():
+        if name not in tensors:
+            yield Problem("missing", name, f"not there; expected {list(shape)}")
+        elif tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            yield Problem("shape", name, f"{found}, but the configuration says {list(shape)}")
+    for name in tensors:
+        if name not in wanted:
+            yield Problem("unexpected", name, "no tensor of this configuration")
+
+
+def in_order(
+    tensors: Mapping[str, LazyTensor], wanted: Mapping[str, Shape]
+) -> dict[str, LazyTensor]:
+    """The tensors in the order of the model, then what it does not know."""
+    known = {key: tensors[key] for key in wanted if key in tensors}
+    return known | {key: tensor for key, tensor in tensors.items() if key not in known}
+
+
+def optimizer_key(name: str) -> tuple[str, str]:
+    """Kind and parameter of an optimizer's tensor: `exp_avg` and the key; two empty strings if it is none."""
+    if not name.startswith(OPTIMIZER):
+        return "", ""
+    kind, _, key = name.removeprefix(f"{OPTIMIZER}state.").partition(".")
+    return (kind, key) if name.startswith(f"{OPTIMIZER}state.") else ("other", name)
+
+
+def _optimizer_problems(reader: CheckpointReader, wanted: Mapping[str, Shape]) -> Iterator[Problem]:
+    """Frozen parameters have no state, so a parameter may lack all of it, but not one of its moments."""
+    kinds_of: dict[str, set[str]] = {}
+    for name, tensor in reader.optimizer_tensors.items():
+        kind, key = optimizer_key(name)
+        if key not in wanted:
+            yield Problem("unexpected", name, "no optimizer state of this configuration")
+            continue
+        kinds_of.setdefault(key, set()).add(kind)
+        if tensor.shape != wanted[key]:
+            detail = f"{list(tensor.shape)}, but the configuration says {list(wanted[key])}"
+            yield Problem("shape", name, detail)
+    # Copies in fp32 are kept of what is stored in less.
+    moments = {kind for kinds in kinds_of.values() for kind in kinds if "param" not in kind}
+    for key, found in kinds_of.items():
+        for kind in sorted(moments - found):
+            yield Problem("missing", f"{OPTIMIZER}state.{kind}.{key}", "not there")
+
+
+def _hugging_face(folder: Path) -> TensorSource:
+    content = read_config(folder)
+    config = import_config(folder, content)
+    names = content.get("id2label")
+    if isinstance(config, FinetuneConfig) and config.task.name != "retrieval" and names:
+        task = dataclasses.replace(config.task, num_classes=len(names))
+        config = dataclasses.replace(config, task=task)
+    files = SafetensorsFolder(folder)
+    table = name_table(config)
+    wanted = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}
+    problems = list(differences(files.tensors, wanted))
+    try:
+        files.verify_checksums()
+    except ConvertError as error:
+        name, _, detail = str(error).partition(": ")
+        problems.append(Problem("checksum", Path(name).name, detail))
+    bad = {problem.name for problem in problems}
+    whole = [entry for entry in table if not bad.intersection(entry.theirs)]
+    stored = {e.ours: {name: files.tensors[name] for name in e.theirs} for e in whole}
+    tensors = {e.ours: _joined(e, stored[e.ours], config.model) for e in whole}
+    used = {name for parts in stored.values() for name in parts}
+    tensors |= {name: tensor for name, tensor in files.tensors.items() if name not in used}
+    return TensorSource(folder, config, tensors, {}, tuple(problems), None, stored)
+
+
+def _joined(entry: Entry, parts: Mapping[str, LazyTensor], model: ModelConfig) -> LazyTensor:
+    read = partial(_join, entry, tuple(parts.values()), model)
+    return LazyTensor(entry.shape, next(iter(parts.values())).dtype, read)
+
+
+def _join(entry: Entry, parts: tuple[LazyTensor, ...], model: ModelConfig) -> Tensor:
+    return entry.transform.join([part.read() for part in parts], model)

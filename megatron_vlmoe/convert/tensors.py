@@ -1,0 +1,57 @@
+"""Tensors that are read when they are written: a converter holds one at a time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+class ConvertError(ValueError):
+    """Something that cannot be converted; the message is one line that names the file or tensor."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of known shape whose values come when they are asked for.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return torch.Size(self.shape).numel()
+
+
+def with_progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """The items, with a bar on the error stream: redrawn on a terminal, otherwise a line at the end."""
+    start, terminal, done = time.monotonic(), sys.stderr.isatty(), 0
+    for item in items:
+        yield item
+        done += 1
+        if terminal:
+            filled = 30 * done // max(total, 1)
+            print(f"\r{what} [{'#' * filled:<30}] {done}/{total}", end="", file=sys.stderr)
+    seconds = time.monotonic() - start
+    ending = "\n" if terminal else ""
+    print(f"{ending}{what}: {done} tensors in {seconds:.1f} s", file=sys.stderr)

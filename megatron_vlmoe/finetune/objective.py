@@ -1,0 +1,88 @@
+"""What the objectives of all downstream tasks share: by which metric they are judged, and evaluation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Iterator, Mapping, Optional
+
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.finetune.collect import Found
+from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.train.objective import Losses
+from megatron_vlmoe.train.step import Batch, StepRunner
+
+Measured = tuple[dict[str, float], Optional[Found]]
+"""Metrics by `SPLIT/NAME` on every rank, and on rank 0 what the predictions of all samples are made from."""
+
+
+class TaskObjective(ABC):
+    """Trains a task and judges it by the first evaluation split.
+
+    Args:
+        config: the run.
+        ranks: where this process stands.
+        data: its splits.
+        loss_names: names of the single losses.
+    """
+
+    resumes_others = False
+    evaluates_at_start = False
+
+    def __init__(
+        self, config: FinetuneConfig, ranks: Ranks, data: TaskData, loss_names: tuple[str, ...]
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.data = data
+        self.loss_names = loss_names
+        best = f"{config.task.splits[0]}/{config.task.best_metric}"
+        self.best_metric = best if config.task.save_best else ""
+        self.patience = config.task.early_stopping
+        self._measured: Optional[Measured] = None
+
+    def train_step(
+        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
+    ) -> Losses:
+        """Forward and backward of one step."""
+        self.forget()
+        return self._step(runner, batches, num_micro_batches)
+
+    def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """`loss/NAME` of every single loss."""
+        return {f"loss/{name}": means[name] for name in self.loss_names}
+
+    def evaluate(self, runner: StepRunner) -> dict[str, float]:
+        """Metrics of the split that chooses the best checkpoint."""
+        self._measured = self._measure(runner, self.data.splits[0])
+        return self._measured[0]
+
+    def evaluate_split(self, runner: StepRunner, split: SplitData) -> Measured:
+        """The full evaluation of a split, at the end of a run or without one.
+
+        What `evaluate` found is taken over if the weights are still the same.
+        """
+        if self._measured is not None and split is self.data.splits[0]:
+            return self._measured
+        return self._measure(runner, split)
+
+    def forget(self) -> None:
+        """To be called when the weights become others."""
+        self._measured = None
+
+    def evaluation_line(self, metrics: Mapping[str, float]) -> str:
+        """Percentages of an evaluation in one line."""
+        parts = [
+            f"{name} {value:.2f}"
+            for name, value in metrics.items()
+            if not name.endswith(("/samples", "/unlabelled"))
+        ]
+        return "evaluation | " + " | ".join(parts)
+
+    @abstractmethod
+    def _step(self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int) -> Losses:
+        """Forward and backward of one step."""
+
+    @abstractmethod
+    def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
+        """The model's outputs for all samples of a split, and their metrics."""

@@ -1,0 +1,40 @@
+"""Where weights come from: a checkpoint of any layout, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.convert.importing import is_hugging_face
+from megatron_vlmoe.convert.weights import HuggingFaceWeights
+from megatron_vlmoe.train.checkpoint import load_checkpoint
+from megatron_vlmoe.train.checkpoint_files import CheckpointError
+from megatron_vlmoe.train.warm_start import CheckpointWeights, WeightSource, warm_start
+
+
+def weight_source(path: Path) -> WeightSource:
+    """The weights of an iteration folder or of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: a Hugging Face folder that is damaged, tampered with, or of another architecture.
+    """
+    if is_hugging_face(path):
+        # Checksums cost a whole reading: once per node.
+        return HuggingFaceWeights(path, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+    return CheckpointWeights(path)
+
+
+def load_weights(path: Path, config: RunConfig, parts: Any) -> None:
+    """Loads the whole model of a run, heads included.
+
+    Raises:
+        CheckpointError: it is of another model, incomplete or damaged.
+    """
+    if not is_hugging_face(path):
+        load_checkpoint(path, config, parts, with_optimizer=False)
+        return
+    report = warm_start(weight_source(path), config, parts, with_heads=True)
+    if missing := (*report.new, *report.resized):
+        raise CheckpointError(f"{path}: {missing[0]} does not fit the model of this run")
