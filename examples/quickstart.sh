@@ -7,10 +7,10 @@
 #   PRESET=tiny-dense RUN=runs/dense bash examples/quickstart.sh        the same model without experts
 #   STEPS=200 RUN=runs/short bash examples/quickstart.sh
 #
-# Leaves RUN/metrics.jsonl, RUN/losses.png and RUN/checkpoints/.
+# Leaves RUN/metrics.jsonl, RUN/losses.png, RUN/checkpoints/, RUN/hf (for transformers) and RUN/filled.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source examples/setup_env.sh
+source examples/setup_env.sh hf
 
 PRESET="${PRESET:-tiny-8e}"
 RUN="${RUN:-runs/quickstart}"
@@ -26,15 +26,15 @@ say() { printf '\n== %s\n' "$*"; }
 # Runs a command unless the file that it leaves last is there.
 once() { local made="$1"; shift; if [ -e "$made" ]; then echo "have $made"; else "$@"; fi; }
 
-say "1/6 sample corpus: pictures of shapes, captions, paragraphs"
+say "1/7 sample corpus: pictures of shapes, captions, paragraphs"
 python tools/make_sample_corpus.py --output "$CORPUS" --num-images "$NUM_IMAGES" --seed 1
 
-say "2/6 text tokenizer (SentencePiece)"
+say "2/7 text tokenizer (SentencePiece)"
 once "$INDEXED/text.model" python tools/train_text_tokenizer.py \
     --input "$CORPUS/text/train.jsonl" "$CORPUS/coco/annotations/captions_train2014.json" \
     --vocab-size 320 --output-prefix "$INDEXED/text"
 
-say "3/6 indexed datasets"
+say "3/7 indexed datasets"
 for SPLIT in train val; do
     once "$INDEXED/text_$SPLIT.json" python tools/preprocess_text.py \
         --input "$CORPUS/text/$SPLIT.jsonl" --output-prefix "$INDEXED/text_$SPLIT" \
@@ -47,12 +47,12 @@ for SPLIT in train val; do
         --tokenizer-model "$INDEXED/text.model" --workers 2
 done
 
-say "4/6 image tokenizer (VQ-KD)"
+say "4/7 image tokenizer (VQ-KD)"
 once "$INDEXED/image_tokenizer/config.json" python tools/train_image_tokenizer.py \
     --images "$INDEXED/images_train" "$INDEXED/pairs_train" --output "$INDEXED/image_tokenizer" \
     --preset tiny --image-size 64 --patch-size 8 --num-codes 256 --steps 400 --seed 1
 
-say "5/6 pretraining $PRESET on $PROCESSES processes"
+say "5/7 pretraining $PRESET on $PROCESSES processes"
 # Half of the experts on each process where their number allows it.
 EXPERT_PARALLEL=1
 [ "${PRESET#*-}" != dense ] && [ $((PROCESSES % 2)) -eq 0 ] && EXPERT_PARALLEL=2
@@ -65,5 +65,10 @@ torchrun --standalone --nproc-per-node "$PROCESSES" -m megatron_vlmoe pretrain \
     --parallel.expert_model_parallel_size "$EXPERT_PARALLEL" \
     --train.steps "$STEPS" --train.seed 1 --save "$RUN"
 
-say "6/6 losses"
+say "6/7 losses"
 python tools/plot_losses.py --run "$RUN" --output "$RUN/losses.png"
+
+say "7/7 export to Hugging Face, and what the exported model makes of a masked word and masked patches"
+python tools/convert_checkpoint.py export --load "$RUN" --output "$RUN/hf" --overwrite
+python tools/fill_masked.py --model "$RUN/hf" --image-tokenizer "$INDEXED/image_tokenizer" \
+    --pairs "$INDEXED/pairs_val" --number 8 --output "$RUN/filled.png"

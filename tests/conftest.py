@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Iterator
 
 import pytest
+from data_files import write_tokenizer
 from helpers import Workers
 from prepared_tasks import Prepared, prepare_all
+from raw_tasks import Desk
 
 # Before torch is imported anywhere: several processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,3 +28,16 @@ def workers() -> Iterator[Workers]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """The downstream tasks of a very small sample corpus."""
     return prepare_all(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer of a few words."""
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model")
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny_tokenizer: str, capfd: pytest.CaptureFixture[str]) -> Desk:
+    """An empty folder for the raw data of a task."""
+    (tmp_path / "raw").mkdir()
+    return Desk(tmp_path / "raw", tmp_path / "out" / "p", tiny_tokenizer, capfd)

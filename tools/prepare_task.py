@@ -7,7 +7,6 @@ python tools/prepare_task.py --task vqa --raw raw/vqa --output-prefix data/vqa \
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.data.manifest import TASKS
 from megatron_vlmoe.data.prepare_task import TaskOptions, prepare_task
-from megatron_vlmoe.data.preprocess import Run, positive_int, run_tool
+from megatron_vlmoe.data.preprocess import positive_int, run_tool
 from megatron_vlmoe.data.readers.tasks.records import TaskInput
 from megatron_vlmoe.data.task_samples import TASK_SHAPES
+from megatron_vlmoe.data.tool_options import add_options, run_of
 
 # Options that only some tasks have: fields of `TaskInput`.
 TASK_OPTIONS = {
@@ -44,23 +44,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--raw", required=True, metavar="DIR", help="folder of the raw data")
-    parser.add_argument("--output-prefix", required=True, metavar="P")
-    parser.add_argument("--tokenizer-model", metavar="M", help="needed but for imagenet")
-    parser.add_argument("--workers", type=positive_int, default=1, help="processes (%(default)s)")
     parser.add_argument(
         "--splits", nargs="+", default=[], metavar="S", help="splits to prepare (all)"
     )
-    parser.add_argument(
-        "--resize-short",
-        type=positive_int,
-        metavar="N",
-        help="shrink images whose shorter side is over N pixels to it (JPEG quality 95)",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=["stop", "skip"],
-        default="stop",
-        help="skip: leave bad samples out and list them in P_S.rejects.jsonl",
+    add_options(
+        parser,
+        *("--output-prefix", "--tokenizer-model", "--workers", "--resize-short", "--on-error"),
+        rejects="samples",
+        prefix="P_S",
+        tokenizer="needed but for imagenet",
     )
     add_task_options(parser)
     options = parser.parse_args(argv)
@@ -123,11 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "class_names" in given:
         given["class_names"] = tuple(given["class_names"])
     source = TaskInput(options.task, options.raw, **given)
-    record = {
-        "command": shlex.join(["tools/prepare_task.py", *arguments]),
-        "inputs": [options.raw],
-    }
-    run = Run(options.output_prefix, options.workers, options.on_error, record)
+    run = run_of(options, "prepare_task.py", arguments, [options.raw])
     store = TaskOptions(options.tokenizer_model, options.resize_short, tuple(options.splits))
     return run_tool(lambda: prepare_task(source, run, store))
 

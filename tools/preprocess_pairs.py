@@ -7,14 +7,13 @@ python tools/preprocess_pairs.py --format karpathy --annotations dataset_coco.js
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.preprocess import Run, positive_int, run_tool
+from megatron_vlmoe.data.preprocess import positive_int, run_tool
 from megatron_vlmoe.data.preprocess_pairs import (
     DEFAULT_MAX_CAPTION_TOKENS,
     PairOptions,
@@ -22,6 +21,7 @@ from megatron_vlmoe.data.preprocess_pairs import (
 )
 from megatron_vlmoe.data.readers.pair_formats import PAIR_READERS
 from megatron_vlmoe.data.readers.pairs import PairInput
+from megatron_vlmoe.data.tool_options import add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,9 +38,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="annotation files; for webdataset tars or folders of tars",
     )
     parser.add_argument("--images", metavar="DIR", help="folder of the images")
-    parser.add_argument("--output-prefix", required=True, metavar="P")
-    parser.add_argument("--tokenizer-model", required=True, metavar="M")
-    parser.add_argument("--workers", type=positive_int, default=1, help="processes (%(default)s)")
     parser.add_argument(
         "--split",
         nargs="+",
@@ -50,23 +47,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image-key", help="jsonl, parquet: key of the image")
     parser.add_argument("--caption-key", help="jsonl, parquet, webdataset: key of the caption(s)")
     parser.add_argument(
-        "--resize-short",
-        type=positive_int,
-        metavar="N",
-        help="shrink images whose shorter side is over N pixels to it (JPEG quality 95)",
-    )
-    parser.add_argument(
         "--max-caption-tokens",
         type=positive_int,
         default=DEFAULT_MAX_CAPTION_TOKENS,
         metavar="N",
         help="reject longer captions (%(default)s)",
     )
-    parser.add_argument(
-        "--on-error",
-        choices=["stop", "skip"],
-        default="stop",
-        help="skip: leave bad captions and images out and list them in P.rejects.jsonl",
+    add_options(
+        parser,
+        *("--output-prefix", "--tokenizer-model", "--workers", "--resize-short", "--on-error"),
+        rejects="captions and images",
     )
     options = parser.parse_args(argv)
     if not options.annotations and options.format != "webdataset":
@@ -86,10 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.image_key,
         options.caption_key,
     )
-    command = shlex.join(["tools/preprocess_pairs.py", *arguments])
     inputs = [*options.annotations, *([options.images] if options.images else [])]
-    record = {"command": command, "inputs": inputs}
-    run = Run(options.output_prefix, options.workers, options.on_error, record)
+    run = run_of(options, "preprocess_pairs.py", arguments, inputs)
     store = PairOptions(options.resize_short, options.max_caption_tokens)
     return run_tool(lambda: preprocess_pairs(source, options.tokenizer_model, run, store))
 

@@ -7,16 +7,16 @@ python tools/preprocess_text.py --input wiki.jsonl books.txt --output-prefix dat
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.preprocess import Run, positive_int, run_tool
+from megatron_vlmoe.data.preprocess import run_tool
 from megatron_vlmoe.data.preprocess_text import preprocess_text
 from megatron_vlmoe.data.readers.text import TextInput
+from megatron_vlmoe.data.tool_options import add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -25,9 +25,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Tokenize text files; writes P_text_document.bin, P_text_document.idx, P.json."
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--output-prefix", required=True, metavar="P")
-    parser.add_argument("--tokenizer-model", required=True, metavar="M")
-    parser.add_argument("--workers", type=positive_int, default=1, help="processes (%(default)s)")
     parser.add_argument(
         "--format",
         choices=["auto", "jsonl", "text", "parquet"],
@@ -43,11 +40,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default="line",
         help="plain text: a document per line, or documents between blank lines",
     )
-    parser.add_argument(
-        "--on-error",
-        choices=["stop", "skip"],
-        default="stop",
-        help="skip: leave bad records out and list them in P.rejects.jsonl",
+    add_options(
+        parser,
+        *("--output-prefix", "--tokenizer-model", "--workers", "--on-error"),
+        rejects="records",
     )
     return parser.parse_args(argv)
 
@@ -57,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(arguments)
     source = TextInput(tuple(options.input), options.format, options.text_key, options.documents)
-    command = shlex.join(["tools/preprocess_text.py", *arguments])
-    record = {"command": command, "inputs": options.input}
-    run = Run(options.output_prefix, options.workers, options.on_error, record)
+    run = run_of(options, "preprocess_text.py", arguments, options.input)
     return run_tool(lambda: preprocess_text(source, options.tokenizer_model, run))
 
 

@@ -110,7 +110,8 @@ def compare_checkpoints(
         ConvertError: one of them is not there or cannot be read.
     """
     first, second = open_source(left), open_source(right)
-    ours, theirs = _tensors(first, with_optimizer), _tensors(second, with_optimizer)
+    exported = first.reader is None or second.reader is None
+    ours, theirs = (_tensors(source, with_optimizer, exported) for source in (first, second))
     common = [name for name in ours if name in theirs]
     shapes = {
         name: (ours[name].shape, theirs[name].shape)
@@ -132,8 +133,9 @@ def compare_checkpoints(
     )
 
 
-def _tensors(source: TensorSource, with_optimizer: bool) -> dict[str, LazyTensor]:
-    return {**source.tensors, **(source.optimizer_tensors if with_optimizer else {})}
+def _tensors(source: TensorSource, with_optimizer: bool, exported: bool) -> dict[str, LazyTensor]:
+    tensors = source.without_padding() if exported else source.tensors
+    return {**tensors, **(source.optimizer_tensors if with_optimizer else {})}
 
 
 def _pair(name: str, left: LazyTensor, right: LazyTensor) -> Pair:

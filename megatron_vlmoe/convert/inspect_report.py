@@ -97,7 +97,7 @@ def _origin_lines(inspection: Inspection) -> list[str]:
 def _written_lines(inspection: Inspection) -> list[str]:
     written = inspection.written
     types = ", ".join(f"{count} {name}" for name, count in inspection.types.items())
-    by = f" of {written.writers} process(es)" if written.writers else ""
+    by = f" by {written.writers} process(es)" if written.writers else ""
     lines = [
         f"{written.files} file(s){by}, {size_text(written.file_bytes)} with all that belongs to it",
         f"weights: {types} tensors, {size_text(inspection.weight_bytes)}",

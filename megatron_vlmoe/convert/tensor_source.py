@@ -22,6 +22,7 @@ from megatron_vlmoe.convert.name_table import Entry, name_table
 from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
 from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.transforms import VocabularyRows
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,19 @@ class TensorSource:
     def stored_as(self, key: str) -> Mapping[str, LazyTensor]:
         """The tensors of the files that make the tensor of a key."""
         return self.stored.get(key) or {key: {**self.tensors, **self.optimizer_tensors}[key]}
+
+    def without_padding(self) -> dict[str, LazyTensor]:
+        """The tensors with zeros in the rows that only fill a vocabulary up, which do not travel with an export.
+
+        They take no part in the model, but were drawn at random in checkpoints of the first version.
+        """
+        tensors = dict(self.tensors)
+        for entry in name_table(self.config):
+            tensor = tensors.get(entry.ours)
+            if tensor is not None and isinstance(entry.transform, VocabularyRows):
+                read = partial(_zero_padding, entry, tensor, self.config.model)
+                tensors[entry.ours] = dataclasses.replace(tensor, read=read)
+        return tensors
 
     @property
     def files(self) -> list[Path]:
@@ -181,3 +195,11 @@ def _joined(entry: Entry, parts: Mapping[str, LazyTensor], model: ModelConfig) -
 
 def _join(entry: Entry, parts: tuple[LazyTensor, ...], model: ModelConfig) -> Tensor:
     return entry.transform.join([part.read() for part in parts], model)
+
+
+def _zero_padding(entry: Entry, tensor: LazyTensor, model: ModelConfig) -> Tensor:
+    value = tensor.read()
+    if tensor.shape == entry.shape:
+        rows = entry.their_shapes(model)[entry.theirs[0]][0]
+        value[rows:] = 0.0
+    return value

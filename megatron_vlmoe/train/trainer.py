@@ -252,10 +252,12 @@ class Trainer:
         """Continues the run in `--save`, or starts from `--load`."""
         checkpoint = self.config.checkpoint
         own = find_checkpoint(checkpoint.save) if checkpoint.save else None
-        other = find_checkpoint(checkpoint.load) if checkpoint.load else None
-        if checkpoint.load and other is None:
+        # Other objectives have taken their weights from it by now.
+        continues = bool(checkpoint.load) and self.objective.resumes_others
+        other = find_checkpoint(checkpoint.load) if continues else None
+        if continues and other is None:
             raise ConfigError(f"--load {checkpoint.load}: no checkpoint there")
-        if checkpoint.require and own is None and other is None:
+        if checkpoint.require and own is None and not checkpoint.load:
             raise ConfigError("checkpoint.require=true, but there is no checkpoint to resume from")
         if checkpoint.save:
             self.writer = CheckpointWriter(
@@ -264,7 +266,7 @@ class Trainer:
             if self.objective.best_metric:
                 self.best = CheckpointWriter(Path(checkpoint.save) / "best", 1, False)
         # A run that was interrupted goes on from its own checkpoint, wherever it once started from.
-        path = own or (other if self.objective.resumes_others else None)
+        path = own or other
         if path is None:
             return
         with_optimizer = own is not None or checkpoint.load_optimizer

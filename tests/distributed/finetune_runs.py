@@ -15,7 +15,8 @@ SMALL = """
 --moe.num_vision_experts 8 --moe.num_text_experts 4 --moe.capacity_factor 8 --moe.eval_capacity_factor 0
 --task.micro_batch_size 4 --task.global_batch_size 8 --task.eval_micro_batch_size 6 --task.eval_epochs 0
 --optim.optimizer sgd --optim.lr 0.1 --optim.lr_warmup_steps 0 --optim.lr_decay_style constant --optim.clip_grad 1.0
---parallel.use_distributed_optimizer false --data.num_workers 0 --train.steps 3 --log.interval 1
+--contrastive.matching_weight 1 --parallel.use_distributed_optimizer false --data.num_workers 0
+--train.steps 3 --log.interval 1
 """.split()
 
 

@@ -94,6 +94,36 @@ def test_the_pass_without_gradient_sees_the_draws_of_training(run: Any) -> None:
     compare(cached, run("retrieval", ALONE, *options), "cached gradients with stochastic depth")
 
 
+@pytest.mark.parametrize("name", ["alone", "pp2"])
+def test_the_pass_without_gradient_is_not_counted(
+    name: str, workers: Workers, prepared: Prepared
+) -> None:
+    where = LAYOUTS.get(name, ALONE)
+    prefix, tokenizer = prepared.prefix("retrieval"), prepared.tokenizer
+    counted = workers.run(where, micro_batches_counted, where, prefix, tokenizer)[0]
+    # Blocks 2 and 4, of which the last one routes no pairs; both pools of either see two micro-batches in two steps.
+    assert len(counted) == 4 and set(counted.values()) == {4.0}
+
+
+def micro_batches_counted(where: Layout, prefix: str, tokenizer: str) -> dict[str, float]:
+    """Micro-batches that every pool of a block has counted in two training steps with hard negatives."""
+    from finetune_runs import start, task_config
+
+    config = task_config("retrieval", prefix, tokenizer, where)
+    config, _, data, parts, objective, runner = start(config, where)
+    from megatron_vlmoe.moe.stats import HEADER
+    from megatron_vlmoe.train.moe_report import collect
+
+    assert objective.matches
+    batches = iter(data.loader("train", 0, None))
+    for _ in range(2):
+        runner.start_step()
+        objective.train_step(runner, batches, 2)
+    counters = collect(parts.chunks, config)
+    place = HEADER.index("micro_batches")
+    return {f"{block} {pool}": float(vector[place]) for (block, pool), vector in counters.items()}
+
+
 def test_contrastive_loss_of_two_ranks_is_that_of_the_whole_batch(run: Any) -> None:
     whole = ("--task.micro_batch_size", "8", *WHOLE_POOL)
     alone = run("retrieval", ALONE, *whole)

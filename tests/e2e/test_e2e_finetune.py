@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import pytest
-from commands import Outcome, run
+from commands import Outcome, run, tool
 from conftest import Run, assert_same_metrics
 from helpers import Workers, layout
 from inference_runs import command_lines
@@ -37,7 +37,8 @@ PRETRAINING = """
 --train.steps 2 --train.seed 5 --optim.lr_warmup_steps 1 --data.num_workers 0
 """.split()
 TUNING = """
---task.eval_epochs 0 --task.micro_batch_size 4 --task.global_batch_size 8 --task.report_examples 6
+--task.eval_epochs 0 --task.micro_batch_size 4 --task.global_batch_size 8 --task.eval_micro_batch_size 4
+--task.report_examples 6 --model.text_length 24 --model.pair_text_length 24 --contrastive.matching_weight 1
 --train.seed 3 --data.num_workers 0 --log.interval 1
 """.split()
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node".split()
@@ -360,6 +361,37 @@ def scores(row: dict[str, Any]) -> list[float]:
     return [float(score) for score in row["scores"]]
 
 
+def exported(bench: Bench, source: str, name: str) -> str:
+    """A Hugging Face folder of a run, by the real command line."""
+    folder = str(bench.folder / name)
+    words = ["export", "--load", source, "--output", folder]
+    tool("convert_checkpoint", *words, "--text-tokenizer", bench.prepared.tokenizer).succeeded()
+    return folder
+
+
+def test_a_hugging_face_folder_is_as_good_a_start_as_its_checkpoint(bench: Bench) -> None:
+    folder = exported(bench, bench.pretrained, "hf")
+    more = "--task.save_best false".split()
+    expected = bench.finetune("vqa", "from_checkpoint", 1, *more)
+    words = bench.words("vqa", "from_hf", 1, *more, "--load", folder)
+    outcome = bench.run(words).succeeded()
+    assert listed(outcome, "new") == listed(expected.outcome, "new")
+    assert read_json(bench.folder / "from_hf" / "start.json")["checkpoint"] == folder
+    actual = weights(bench.folder / "from_hf", 1)
+    for key, value in weights(expected.folder, 1).items():
+        assert (actual[key] == value).all(), key
+    words = bench.words("vqa", "from_hf_tp2", 1, *more, "--load", folder, *TENSOR_PARALLEL)
+    bench.run(words, processes=2).succeeded()
+
+
+def test_an_exported_task_evaluates_as_the_run_does(bench: Bench, vqa: Run, alone: Path) -> None:
+    folder = exported(bench, str(vqa.folder), "hf_vqa")
+    more = ["--task.data", bench.prepared.prefix("vqa"), "--task.eval_splits", "val", "test-dev"]
+    words = evaluation(bench, vqa, "evaluated_hf", 4, "--load", folder, *more)
+    bench.run(words).succeeded()
+    assert_same_evaluation(bench.folder / "evaluated_hf", alone)
+
+
 @pytest.fixture(scope="module")
 def alone(bench: Bench, vqa: Run) -> Path:
     """The evaluation on one process; 50 and 25 questions fill no last batch of 7."""
@@ -387,11 +419,11 @@ def test_two_processes_evaluate_as_one(
 
 
 def test_retrieval_on_two_processes(bench: Bench) -> None:
-    """10 images and 50 captions in batches of 3 and 4; recalls follow from the predictions."""
+    """10 images and 50 captions in batches of 3 and 4, the best 4 ranked anew; recalls follow from the predictions."""
     tuned = bench.finetune("retrieval", "retrieval", 2)
-    splits = "--task.eval_splits val".split()
-    bench.run(evaluation(bench, tuned, "retrieval-alone", 3, *splits)).succeeded()
-    bench.run(evaluation(bench, tuned, "retrieval-dp2", 4, *splits), 2).succeeded()
+    more = "--task.eval_splits val --contrastive.rerank 4".split()
+    bench.run(evaluation(bench, tuned, "retrieval-alone", 3, *more)).succeeded()
+    bench.run(evaluation(bench, tuned, "retrieval-dp2", 4, *more), 2).succeeded()
     folder = bench.folder / "retrieval-dp2"
     assert_same_evaluation(folder, bench.folder / "retrieval-alone")
     rows = read_rows(folder / "predictions.jsonl")
@@ -400,6 +432,9 @@ def test_retrieval_on_two_processes(bench: Bench) -> None:
     for k in (1, 5):
         hits = sum(row["truth"] in row["images"][:k] for row in rows)
         assert found[f"val/IR@{k}"] == pytest.approx(100 * hits / len(rows))
+    # Ranking anew moves nothing into the best four.
+    assert found["val/reranked/IR@10"] >= found["val/reranked/IR@1"]
+    assert found["val/reranked/IR@1"] <= 100 * sum(r["truth"] in r["images"][:4] for r in rows) / 50
 
 
 def test_submission_for_the_challenge(bench: Bench, alone: Path) -> None:

@@ -1,7 +1,6 @@
 """Preprocessing tools through their command lines: results, bad input, merging, inspecting."""
 
 import errno
-import importlib.util
 import io
 import json
 import os
@@ -12,14 +11,14 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
+from data_files import ROOT, encoded, files_of, picture, rejects_of, sentence, tool
 from PIL import Image
 
 from megatron_vlmoe.data import indexed, preprocess
@@ -28,68 +27,11 @@ from megatron_vlmoe.data.manifest import check_dataset, load_manifest
 from megatron_vlmoe.data.preprocess_images import checked_image, quiet_pillow
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = ["a", "red", "blue", "green", "small", "large", "circle", "square", "star", "left", "two"]
-WORDS += ["of", "the", "under", "over"]
 
-
-def tool(name: str) -> Callable[[Sequence[str]], int]:
-    """``main`` of a tool."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    main: Callable[[Sequence[str]], int] = module.main
-    return main
-
-
-def sentence(number: int) -> str:
-    return " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(3 + number % 9))
-
-
-def write_tokenizer(path: Path) -> str:
-    """Trains a tiny tokenizer into a file; returns its name."""
-    stream = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentence(i) for i in range(300)),
-        model_writer=stream,
-        vocab_size=70,
-        hard_vocab_limit=False,
-        bos_id=0,
-        pad_id=1,
-        eos_id=2,
-        unk_id=3,
-        control_symbols=["[MASK]"],
-        minloglevel=2,
-    )
-    path.write_bytes(stream.getvalue())
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def model(tiny_tokenizer: str) -> str:
     """A tiny tokenizer file."""
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model")
-
-
-def picture(seed: int, width: int = 48, height: int = 32) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def files_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def rejects_of(prefix: Path) -> list[tuple[str, str]]:
-    lines = Path(f"{prefix}.rejects.jsonl").read_text().splitlines()
-    return [(row["record"], row["reason"]) for row in map(json.loads, lines)]
+    return tiny_tokenizer
 
 
 @pytest.fixture

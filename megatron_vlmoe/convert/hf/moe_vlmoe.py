@@ -352,4 +352,8 @@ def can_group(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows ``[R, D]`` of group e, up to ``ends[e]``, times ``weight[e]`` of ``[E, D, F]``: ``[R, F]``."""
     function = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    return function(rows, weight, offs=ends)
+    product = function(rows, weight, offs=ends)
+    if product.requires_grad:
+        # The kernel's backward refuses gradients that are expanded from fewer numbers.
+        product.register_hook(Tensor.contiguous)
+    return product

@@ -1,0 +1,201 @@
+"""Fills a masked word and masked patches of a captioned picture with an exported model, and draws the result.
+
+Letters: S image side, P patch side, L patches, C visual codes.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.manifest import part_prefix
+from megatron_vlmoe.data.masking import blockwise_mask
+from megatron_vlmoe.tokenizers.vqkd.model import VQKD, load_vqkd
+
+Array = npt.NDArray[Any]
+BEST = 3
+
+
+class FillingError(ValueError):
+    """Inputs that do not go together; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a model makes of a captioned picture of which it sees a part.
+
+    Args:
+        text: the caption with the hidden word as `[MASK]`.
+        truth: the hidden word.
+        guesses: the most likely words with their probabilities, best first.
+        pixels: the picture ``[S, S, 3]``, 0 to 1.
+        hidden: hidden patches ``[L]``.
+        drawn: the picture with the hidden patches as the model fills them ``[S, S, 3]``.
+        rendered: the picture as the image tokenizer's true codes render it ``[S, S, 3]``: the best that can be drawn.
+        accuracy: share of the hidden patches whose code is the most likely one.
+    """
+
+    text: str
+    truth: str
+    guesses: tuple[tuple[str, float], ...]
+    pixels: Array
+    hidden: Array
+    drawn: Array
+    rendered: Array
+    accuracy: float
+
+
+def read_pair(prefix: str, number: int) -> tuple[Image.Image, list[int]]:
+    """Picture and piece ids of the first caption of a document of an indexed dataset of pairs.
+
+    Raises:
+        FillingError: there is no such document.
+    """
+    images = IndexedReader(part_prefix(prefix, "image"))
+    texts = IndexedReader(part_prefix(prefix, "text"))
+    if not 0 <= number < images.num_documents:
+        raise FillingError(f"{prefix}: no document {number}, only {images.num_documents}")
+    (data,) = images.document(number)
+    ids = [int(i) for i in texts.document(number)[0]]
+    return Image.open(io.BytesIO(data.tobytes())).convert("RGB"), ids
+
+
+@torch.no_grad()
+def fill(
+    model: Any, processor: Any, tokenizer: VQKD, image: Image.Image, ids: list[int], seed: int
+) -> Filled:
+    """Hides the longest word that is one piece and 40 % of the patches, and asks the model for both at once.
+
+    Args:
+        model: `AutoModelForPreTraining` of an export.
+        processor: its `AutoProcessor`.
+        tokenizer: image tokenizer with a decoder that renders pixels.
+        image: the picture.
+        ids: pieces of the caption, without special ones.
+        seed: of the hidden patches.
+
+    Raises:
+        FillingError: the tokenizer is not that of the model, or does not render pixels.
+    """
+    grid = model.config.image_size // model.config.patch_size
+    side, size = tokenizer.config.grid, tokenizer.config.num_codes
+    if (side, size) != (grid, model.config.visual_vocab_size):
+        raise FillingError(
+            f"the image tokenizer has {side}x{side} patches and {size} codes, the model {grid}x{grid} "
+            f"and {model.config.visual_vocab_size}"
+        )
+    text = processor.tokenizer
+    hidden_piece = _piece_to_hide(text, ids)
+    masked = [text.mask_token_id if n == hidden_piece else i for n, i in enumerate(ids)]
+    sequence = text.build_inputs_with_special_tokens(masked)
+    pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    rng = np.random.default_rng(seed)
+    mask = blockwise_mask(grid, grid, int(0.4 * grid * grid), rng, min_block=4).reshape(1, -1)
+    outputs = model(
+        input_ids=torch.tensor([sequence]), pixel_values=pixels, bool_masked_pos=torch.tensor(mask)
+    )
+    chances = outputs.mlm_logits[0, hidden_piece + 1].softmax(dim=0)
+    best = chances.topk(BEST)
+    words = [text.decode([index]).strip() for index in best.indices.tolist()]
+    square = image.resize((tokenizer.config.image_size,) * 2, Image.Resampling.BICUBIC)
+    raw = torch.tensor(np.asarray(square)).permute(2, 0, 1)[None].float() / 255.0
+    codes = tokenizer.encode(raw)
+    guessed = outputs.mim_logits[0].argmax(dim=1)[None]
+    where = torch.tensor(mask)
+    drawn = _patches(raw, tokenizer.config.patch_size)
+    filling = _render(tokenizer, torch.where(where, guessed, codes))
+    drawn = torch.where(where[..., None], filling, drawn)
+    return Filled(
+        text=text.decode(masked),
+        truth=text.decode([ids[hidden_piece]]).strip(),
+        guesses=tuple(zip(words, best.values.tolist())),
+        pixels=_picture(_patches(raw, tokenizer.config.patch_size), tokenizer),
+        hidden=mask[0],
+        drawn=_picture(drawn, tokenizer),
+        rendered=_picture(_render(tokenizer, codes), tokenizer),
+        accuracy=float((guessed == codes)[where].float().mean()),
+    )
+
+
+def _piece_to_hide(tokenizer: Any, ids: list[int]) -> int:
+    """Place of the longest piece that is a whole word."""
+    pieces = [*tokenizer.convert_ids_to_tokens(ids), "▁"]
+    whole = [
+        number
+        for number in range(len(ids))
+        if pieces[number].startswith("▁") and pieces[number + 1].startswith("▁")
+    ]
+    return max(whole or range(len(ids)), key=lambda number: len(pieces[number]))
+
+
+def _render(tokenizer: VQKD, codes: Tensor) -> Tensor:
+    """Codes ``[1, L]`` to patches ``[1, L, 3 P P]``, 0 to 1."""
+    features = tokenizer.decode(tokenizer.quantizer.codebook[codes])
+    length = 3 * tokenizer.config.patch_size**2
+    if features.shape[2] != length + 1:
+        raise FillingError("the image tokenizer predicts features of a teacher, not pixels")
+    # The decoder's output has a direction, no length; the constant beside the pixels gives it (PixelTeacher).
+    values = features[..., :-1] * (0.5 * length**0.5) / features[..., -1:].clamp(min=1e-3)
+    return (0.5 * (values + 1.0)).clamp(0.0, 1.0)
+
+
+def _patches(pixels: Tensor, side: int) -> Tensor:
+    return F.unfold(pixels, side, stride=side).transpose(1, 2)
+
+
+def _picture(patches: Tensor, tokenizer: VQKD) -> Array:
+    side, size = tokenizer.config.patch_size, tokenizer.config.image_size
+    whole = F.fold(patches.transpose(1, 2), size, side, stride=side)[0]
+    picture: Array = whole.permute(1, 2, 0).numpy()
+    return picture
+
+
+def draw_filled(filled: Filled, output: Path) -> None:
+    """Four pictures side by side: the whole, what the model sees, what it fills in, what the true codes render."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = filled.pixels.shape[0]
+    grid = int(len(filled.hidden) ** 0.5)
+    shown = np.kron(filled.hidden.reshape(grid, grid), np.ones((size // grid, size // grid)))
+    seen = np.where(shown[..., None] > 0, 0.5, filled.pixels)
+    panels = (
+        ("picture", filled.pixels),
+        ("what the model sees", seen),
+        (f"filled in: {filled.accuracy:.0%} of the codes right", filled.drawn),
+        ("true codes, rendered", filled.rendered),
+    )
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.9), constrained_layout=True)
+    for axis, (title, picture) in zip(axes, panels):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in filled.guesses)
+    figure.suptitle(f"{filled.text}\n{guesses}   (truth: {filled.truth})", fontsize=11)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def open_tokenizer(folder: str) -> VQKD:
+    """An image tokenizer with its decoder.
+
+    Raises:
+        FillingError: the folder holds none.
+    """
+    try:
+        return load_vqkd(Path(folder)).eval()
+    except ValueError as error:
+        raise FillingError(str(error)) from None

@@ -1,0 +1,1 @@
+"""Import of public checkpoints: VLMo, BEiT-3, BEiT v2, and VLMo-style models with DeepSpeed-MoE layers."""

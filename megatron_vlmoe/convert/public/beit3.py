@@ -1,0 +1,247 @@
+"""BEiT-3 (microsoft/unilm, beit3), as far as this architecture can hold it.
+
+The published BEiT-3 has an attention per modality (A vision, B text), no VL-FFN, and two more LayerNorms in every block
+(sub-LN: on the attention's output before its projection, on the FFN's hidden values before the second layer). Here
+attention is shared and there is no sub-LN. What is linear in sub-LN (the mean, weight and bias) is taken up by the
+layer behind it; the division of every token by its own deviation is lost.
+
+Letters: D width, F inner width of an FFN, K inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.convert.public.options import (
+    ImportOptions,
+    Vocabulary,
+    common_sizes,
+    count_blocks,
+    image_size_of_positions,
+    run_config,
+)
+from megatron_vlmoe.convert.public.recipes import Planner
+from megatron_vlmoe.convert.public.torch_files import PublicState
+from megatron_vlmoe.convert.public.vit import (
+    LINEAR,
+    take_image_head,
+    take_image_positions,
+    take_pair,
+    take_patches,
+    take_row,
+    take_text_positions,
+    take_vocabulary,
+)
+from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.convert.transforms import FusedQkv
+
+LAYERS = "beit3.encoder.layers."
+POSITIONS = "beit3.encoder.embed_positions"
+# fairseq's positions start at 2.
+FIRST_POSITION = 2
+LETTERS = {"vision": ("A",), "text": ("B",), "mean": ("A", "B")}
+EPSILON = 1e-5
+SUB_LN = (
+    "sub-LN: its mean, weight and bias are taken up, the division by each token's deviation is lost"
+)
+
+
+def infer(source: PublicState, options: ImportOptions, vocabulary: Vocabulary) -> RunConfig:
+    """The configuration that the shapes tell.
+
+    Raises:
+        ConvertError: a tensor that it is read from is missing.
+    """
+    depth = count_blocks(source, LAYERS)
+    patches = source.shape("beit3.vision_embed.proj.weight")
+    rows = source.shape(f"{POSITIONS}.A.weight")[0] - FIRST_POSITION
+    size, head = image_size_of_positions(rows, patches[-1]), source.tensors.get("mim_head.weight")
+    model = common_sizes(options, vocabulary, patches, size, head)
+    model = replace(
+        model,
+        num_layers=depth,
+        ffn_hidden_size=source.shape(f"{LAYERS}0.ffn.A.fc1.weight")[0],
+        num_vl_layers=min(options.num_vl_layers, depth),
+        layer_scale_init=0.0,
+        layernorm_epsilon=EPSILON,
+    )
+    return run_config(options, model, MoEConfig())
+
+
+def describe(config: RunConfig) -> str:
+    """The source in a few words."""
+    model = config.model
+    return (
+        f"BEiT-3, {model.num_layers} blocks of width {model.hidden_size}, {model.num_attention_heads} heads; its "
+        "attention per modality and its sub-LN do not fit this architecture"
+    )
+
+
+def plan(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> None:
+    """Fills the plan.
+
+    Raises:
+        ConvertError: the text side is asked for and the source (a model of image classification) has none.
+    """
+    has_text = planner.has(f"{LAYERS}0.self_attn.q_proj.B.weight")
+    if not has_text and (options.attention != "vision" or options.vl_ffn == "text"):
+        raise ConvertError(
+            f"{planner.source.path}: has no text side: --attention vision, --vl-ffn vision or fresh"
+        )
+    _take_embeddings(planner, vocabulary)
+    for number in range(planner.model.num_layers):
+        _take_attention(planner, number, options)
+        _take_ffn(planner, number, "vision", "A")
+        if has_text:
+            _take_ffn(planner, number, "text", "B")
+        has_vl = planner.wants(f"decoder.layers.{number}.mlp.vl_norm.weight")
+        if has_vl and options.vl_ffn != "fresh":
+            (letter,) = LETTERS[options.vl_ffn]
+            _take_ffn(planner, number, "vl", letter, f"VL-FFN from the {options.vl_ffn} FFN; ")
+    norm = "beit3.encoder.layer_norm"
+    if planner.has(*(f"{norm}.{letter}.weight" for letter in LETTERS[options.attention])):
+        _take_norm(planner, "decoder.final_layernorm", norm, options)
+    if planner.has("mim_head.weight"):
+        take_image_head(planner, "mim_head")
+    if vocabulary.rows is not None and planner.has("mlm_head.weight"):
+        for end in LINEAR:
+            take_vocabulary(planner, f"heads.text.linear.{end}", f"mlm_head.{end}", vocabulary.rows)
+        if options.attention != "text":
+            planner.remarks.append(
+                f"the text head reads the final LayerNorm of --attention {options.attention}, not the one that it was "
+                "trained with"
+            )
+    _leave(planner, options, vocabulary)
+
+
+def folded_layer(
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A linear layer that takes up the linear part of the LayerNorm before it.
+
+    ``W LN(x) + b = (W' x) / s(x) + b'`` with s the deviation of x, which the result leaves out:
+    ``W' = W diag(g) (1 - mean)``, ``b' = b + W h`` for a LayerNorm of weight g and bias h.
+
+    Args:
+        weight: ``[D, K]``.
+        bias: ``[D]``.
+        norm_weight: ``[K]``.
+        norm_bias: ``[K]``.
+    """
+    scaled = weight * norm_weight
+    return scaled - scaled.mean(dim=1, keepdim=True), bias + weight @ norm_bias
+
+
+def _take_embeddings(planner: Planner, vocabulary: Vocabulary) -> None:
+    take_patches(planner, "beit3.vision_embed.proj")
+    take_row(planner, "embedding.image.cls_token", "beit3.vision_embed.cls_token")
+    if planner.has("beit3.vision_embed.mask_token"):
+        take_row(planner, "embedding.image.mask_token", "beit3.vision_embed.mask_token")
+    take_image_positions(planner, f"{POSITIONS}.A.weight", FIRST_POSITION)
+    text = f"{POSITIONS}.B.weight"
+    if planner.wants("embedding.text.position") and planner.has(text):
+        take_text_positions(planner, text, FIRST_POSITION)
+    if vocabulary.rows is not None and planner.has("beit3.text_embed.weight"):
+        ours = "embedding.text.word.weight"
+        take_vocabulary(planner, ours, "beit3.text_embed.weight", vocabulary.rows)
+
+
+def _averaged(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(dim=0)
+
+
+def _of(options: ImportOptions) -> str:
+    """What is done to attention besides choosing a modality."""
+    return "mean of the two modalities" if options.attention == "mean" else ""
+
+
+def _take_norm(planner: Planner, ours: str, theirs: str, options: ImportOptions) -> None:
+    for end in LINEAR:
+        names = [f"{theirs}.{letter}.{end}" for letter in LETTERS[options.attention]]
+        planner.take(f"{ours}.{end}", *names, make=_averaged, how=_of(options))
+
+
+def _take_attention(planner: Planner, number: int, options: ImportOptions) -> None:
+    ours, theirs = f"decoder.layers.{number}", f"{LAYERS}{number}"
+    letters = LETTERS[options.attention]
+    _take_norm(planner, f"{ours}.input_layernorm", f"{theirs}.self_attn_layer_norm", options)
+    for end, parts in (("weight", ("q", "k", "v")), ("bias", ("q", "v"))):
+
+        def fused(tensors: Sequence[Tensor], parts: tuple[str, ...] = parts) -> Tensor:
+            groups = [tensors[i :: len(parts)] for i in range(len(parts))]
+            return FusedQkv(parts).join([_averaged(group) for group in groups], planner.model)
+
+        names = [f"{theirs}.self_attn.{p}_proj.{letter}.{end}" for letter in letters for p in parts]
+        key = f"{ours}.self_attention.linear_qkv.{end}"
+        planner.take(key, *names, make=fused, how=_of(options))
+    layers = [
+        (f"{theirs}.self_attn.out_proj.{letter}", f"{theirs}.self_attn.inner_attn_ln.{letter}")
+        for letter in letters
+    ]
+    how = "; ".join(part for part in (_of(options), SUB_LN) if part)
+    _take_folded(planner, f"{ours}.self_attention.linear_proj", layers, how)
+
+
+def _take_ffn(planner: Planner, number: int, branch: str, letter: str, how: str = "") -> None:
+    ours, theirs = f"decoder.layers.{number}.mlp.{branch}", f"{LAYERS}{number}"
+    ffn = f"{theirs}.ffn.{letter}"
+    copied = how.removesuffix("; ")
+    take_pair(planner, f"{ours}_norm", f"{theirs}.final_layer_norm.{letter}", copied)
+    take_pair(planner, f"{ours}_ffn.linear_fc1", f"{ffn}.fc1", copied)
+    layers = [(f"{ffn}.fc2", f"{ffn}.ffn_layernorm")]
+    _take_folded(planner, f"{ours}_ffn.linear_fc2", layers, how + SUB_LN)
+
+
+def _take_folded(planner: Planner, ours: str, layers: Sequence[tuple[str, str]], how: str) -> None:
+    """A linear layer with the LayerNorm before it, the mean of several such."""
+    names = [
+        f"{module}.{end}" for layer, norm in layers for module in (layer, norm) for end in LINEAR
+    ]
+
+    def folded(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [folded_layer(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+
+    def weight(tensors: Sequence[Tensor]) -> Tensor:
+        return _averaged([w for w, _ in folded(tensors)])
+
+    def bias(tensors: Sequence[Tensor]) -> Tensor:
+        return _averaged([b for _, b in folded(tensors)])
+
+    planner.take(f"{ours}.weight", *names, make=weight, how=how)
+    planner.take(f"{ours}.bias", *names, make=bias, how=how)
+
+
+def _leave(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> None:
+    planner.leave(
+        "adds the same number to all logits of a query, which softmax does not see: nothing is lost",
+        *(
+            rf"beit3\.encoder\.layers\.\d+\.self_attn\.k_proj\.{letter}\.bias"
+            for letter in LETTERS[options.attention]
+        ),
+    )
+    planner.leave(
+        f"attention is shared here and --attention {options.attention} takes the other modality's: this modality loses "
+        "the attention that it was trained with",
+        r"beit3\.encoder\.layers\.\d+\.(self_attn|self_attn_layer_norm)\..*",
+        r"beit3\.encoder\.layer_norm\..*",
+    )
+    if not planner.wants("embedding.text.position"):
+        planner.leave(
+            "the new model has no text (--text-tokenizer)",
+            r"beit3\.text_embed\..*|mlm_head\..*",
+            r"beit3\.encoder\.embed_positions\.B\..*",
+        )
+    if vocabulary.rows is None:
+        planner.leave(
+            "nothing says which row belongs to which of our text pieces (--source-spm does, or --same-vocabulary)",
+            r"beit3\.text_embed\..*|mlm_head\..*",
+        )
+    planner.leave(
+        "head of a downstream task: fine-tuning starts its own",
+        r"(vision_head|language_head|pooler|head|fc_norm)\..*|logit_scale|.*\.logit_scale",
+    )

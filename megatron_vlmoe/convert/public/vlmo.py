@@ -1,0 +1,306 @@
+"""VLMo (microsoft/unilm, vlmo): the architecture of this project but for positions, text embedding and heads.
+
+Shared attention with q and v biases, LayerScale, a LayerNorm and an FFN per modality, VL-FFN in the last blocks; text
+before image. Base and large have a relative position bias and add no text positions; base_plus has absolute positions
+and no LayerScale. A branch of which a block has a DeepSpeed MoE layer becomes a pool of experts.
+
+Letters: E experts, D width, L blocks, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_vlmoe.config.block_plan import block_plans
+from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.convert.public.deepspeed_reader import EXPERTS, GATE
+from megatron_vlmoe.convert.public.options import (
+    ImportOptions,
+    Vocabulary,
+    common_sizes,
+    count_blocks,
+    image_size_of_positions,
+    run_config,
+)
+from megatron_vlmoe.convert.public.recipes import Planner
+from megatron_vlmoe.convert.public.text_tables import TextTables, additive_tables
+from megatron_vlmoe.convert.public.torch_files import PublicState
+from megatron_vlmoe.convert.public.vit import (
+    IMAGE_POSITION,
+    NO_ABSOLUTE,
+    TEXT_POSITION,
+    take_attention,
+    take_branch,
+    take_image_positions,
+    take_pair,
+    take_patches,
+    take_row,
+    text_position_change,
+)
+from megatron_vlmoe.convert.public.vocabulary import RowMap
+from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.model.positions import resize_text_positions
+
+BLOCKS = "transformer.blocks."
+# Ours to theirs.
+BRANCHES = (("text", "text"), ("vision", "imag"), ("vl", "vl"))
+RELATIVE = "relative_position_bias_table"
+ABSOLUTE = "transformer.pos_embed"
+TOKEN_TYPE = "token_type_embeddings.weight"
+WORD = "embedding.text.word.weight"
+TEXT = "text_embeddings"
+FOLDED = (
+    f"{TEXT}.word_embeddings.weight",
+    f"{TEXT}.token_type_embeddings.weight",
+    f"{TEXT}.LayerNorm.weight",
+    f"{TEXT}.LayerNorm.bias",
+)
+TEXT_TABLE = f"{TEXT}.position_embeddings.weight"
+
+
+def infer(source: PublicState, options: ImportOptions, vocabulary: Vocabulary) -> RunConfig:
+    """The configuration that the shapes tell.
+
+    Raises:
+        ConvertError: a tensor that it is read from is missing, or experts lie where ours cannot.
+    """
+    depth = count_blocks(source, BLOCKS)
+    patches = source.shape("transformer.patch_embed.proj.weight")
+    size = 0
+    if ABSOLUTE in source.tensors:
+        size = image_size_of_positions(source.shape(ABSOLUTE)[-2], patches[-1])
+    model = common_sizes(options, vocabulary, patches, size)
+    pools = _pools(source, depth)
+    heads = model.num_attention_heads
+    if options.num_attention_heads is None and RELATIVE in source.tensors:
+        heads = source.shape(RELATIVE)[1] // depth
+    model = replace(
+        model,
+        num_layers=depth,
+        num_attention_heads=heads,
+        ffn_hidden_size=source.shape(_first_fc1(source))[0],
+        num_vl_layers=_vl_layers(source, depth, options),
+        layer_scale_init=0.1 if f"{BLOCKS}0.gamma_1" in source.tensors else 0.0,
+        token_type_embeddings=TOKEN_TYPE in source.tensors,
+    )
+    moe = _moe(pools, options.topk)
+    config = run_config(options, model, moe)
+    _check_pools(source, config, pools)
+    return config
+
+
+def describe(config: RunConfig) -> str:
+    """The source in a few words."""
+    model, moe = config.model, config.moe
+    experts = "" if not moe.layers else f", experts in blocks {list(moe.layers)}"
+    return (
+        f"VLMo, {model.num_layers} blocks of width {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"VL-FFN in the last {model.num_vl_layers}{experts}"
+    )
+
+
+def plan(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> None:
+    """Fills the plan."""
+    take_patches(planner, "transformer.patch_embed.proj")
+    take_row(planner, "embedding.image.cls_token", "transformer.cls_token")
+    if planner.has(ABSOLUTE):
+        take_image_positions(planner, ABSOLUTE)
+    else:
+        planner.zero(IMAGE_POSITION, NO_ABSOLUTE)
+    if planner.has(TOKEN_TYPE):
+        more = planner.source.shape(TOKEN_TYPE)[0] > 2
+        how = "the type of the second image of NLVR2 is dropped" if more else ""
+        take_row(planner, "embedding.image.token_type", TOKEN_TYPE, row=1, how=how)
+        if planner.wants("embedding.text.token_type"):
+            take_row(planner, "embedding.text.token_type", TOKEN_TYPE, row=0)
+    if vocabulary.rows is not None:
+        _take_text(planner, vocabulary.rows)
+    elif planner.wants(TEXT_POSITION) and not planner.has(ABSOLUTE):
+        planner.zero(TEXT_POSITION, NO_ABSOLUTE)
+    for number in range(planner.model.num_layers):
+        _take_block(planner, number, options)
+    take_pair(planner, "decoder.final_layernorm", "transformer.norm")
+    _leave(planner, vocabulary)
+
+
+def _first_fc1(source: PublicState) -> str:
+    names = [f"{BLOCKS}0.mlp_imag.fc1.weight", f"{BLOCKS}0.mlp_imag{EXPERTS}0.fc1.weight"]
+    return next((name for name in names if name in source.tensors), names[0])
+
+
+def _vl_layers(source: PublicState, depth: int, options: ImportOptions) -> int:
+    """VL blocks of the source, which must be its last ones; those asked for where it has none (text-only stage)."""
+    numbers = [n for n in range(depth) if f"{BLOCKS}{n}.norm2_vl.weight" in source.tensors]
+    if not numbers:
+        return min(options.num_vl_layers, depth)
+    if numbers != list(range(depth - len(numbers), depth)):
+        raise ConvertError(
+            f"{source.path}: VL-FFN in blocks {numbers} (from 0), not in the last ones"
+        )
+    return len(numbers)
+
+
+def _pools(source: PublicState, depth: int) -> dict[int, dict[str, int]]:
+    """Experts of every branch that is an MoE layer, by block number from 1."""
+    pools: dict[int, dict[str, int]] = {}
+    for number in range(depth):
+        for ours, theirs in BRANCHES:
+            gate = f"{BLOCKS}{number}.mlp_{theirs}{GATE}"
+            if gate in source.tensors:
+                pools.setdefault(number + 1, {})[ours] = source.shape(gate)[0]
+    return pools
+
+
+def _moe(pools: dict[int, dict[str, int]], topk: int) -> MoEConfig:
+    """The routing that fits the pools best; `_check_pools` says whether it does."""
+    if not pools:
+        return MoEConfig()
+    counts = {name: max(pool.get(name, 0) for pool in pools.values()) for name, _ in BRANCHES}
+    vision, text = counts["vision"], counts["text"]
+    return MoEConfig(
+        num_vision_experts=vision,
+        num_text_experts=text,
+        num_vl_experts=counts["vl"],
+        vl=counts["vl"] > 0,
+        layers=tuple(sorted(pools)),
+        modalities="vision" if vision and not text else "text" if text and not vision else "both",
+        topk=topk,
+        # DeepSpeed divides the gates of two experts by their sum, a single gate not.
+        normalize_gate=topk > 1,
+    )
+
+
+def _check_pools(source: PublicState, config: RunConfig, pools: dict[int, dict[str, int]]) -> None:
+    for block in block_plans(config.model, config.moe):
+        ours = {pool.name: pool.num_experts for pool in block.pools}
+        theirs = pools.get(block.layer_number, {})
+        if ours != theirs:
+            raise ConvertError(
+                f"{source.path}: block {block.layer_number} has experts {theirs}, here it would have {ours}: all "
+                "blocks with experts need the same pools"
+            )
+
+
+def _take_block(planner: Planner, number: int, options: ImportOptions) -> None:
+    theirs = f"{BLOCKS}{number}"
+    take_attention(planner, number, theirs)
+    block = block_plans(planner.model, planner.config.moe)[number]
+    names = dict(BRANCHES)
+    for branch in block.branches:
+        name = names[branch.name]
+        norm, mlp, how = f"{theirs}.norm2_{name}", f"{theirs}.mlp_{name}", ""
+        if branch.name == "vl" and not planner.has(f"{norm}.weight"):
+            if options.vl_ffn == "fresh":
+                continue
+            copied = names[options.vl_ffn]
+            norm, mlp = f"{theirs}.norm2_{copied}", f"{theirs}.mlp_{copied}"
+            how = f"VL-FFN from the {options.vl_ffn} FFN"
+        if branch.num_experts:
+            take_pair(planner, f"decoder.layers.{number}.mlp.{branch.name}_norm", norm)
+            _take_pool(planner, number, branch.name, mlp, branch.num_experts)
+        else:
+            take_branch(planner, number, branch.name, norm, mlp, how)
+
+
+def _take_pool(planner: Planner, number: int, branch: str, mlp: str, experts: int) -> None:
+    """Stacks DeepSpeed's experts ``E x [...]`` to ``[E, ...]``; its gate ``[E, D]`` is the router."""
+    ours = f"decoder.layers.{number}.mlp.moe"
+    planner.take(f"{ours}.router.{branch}.weight", f"{mlp}{GATE}")
+    for kind, end in (("weight", "weight"), ("bias", "bias")):
+        for layer in (1, 2):
+            names = [f"{mlp}{EXPERTS}{e}.fc{layer}.{end}" for e in range(experts)]
+            planner.take(f"{ours}.experts.{branch}.{kind}{layer}", *names, make=_stacked)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors))
+
+
+class _Text:
+    """The source's text embedding as two tables, for the rows that are used; made once, when first asked for."""
+
+    def __init__(self, planner: Planner, rows: RowMap) -> None:
+        self.planner = planner
+        self.rows = rows
+        self.absolute = planner.has(ABSOLUTE)
+
+    @cached_property
+    def tables(self) -> TextTables:
+        words, types, weight, bias = (self._read(name) for name in FOLDED)
+        used = torch.tensor(sorted({row for row in self.rows.rows if row >= 0}))
+        positions = self._read(TEXT_TABLE) if self.absolute else None
+        tables = additive_tables(words[used], types[0], positions, weight, bias)
+        whole = torch.zeros_like(words)
+        whole[used] = tables.words
+        return replace(tables, words=whole)
+
+    def _read(self, name: str) -> Tensor:
+        return self.planner.source.tensors[name].read().float()
+
+    def words(self, _: Sequence[Tensor]) -> Tensor:
+        return self.rows.place(self.tables.words, self.planner.initial(WORD))
+
+    def positions(self, _: Sequence[Tensor]) -> Tensor:
+        assert self.tables.positions is not None
+        return resize_text_positions(self.tables.positions, self.planner.initial(TEXT_POSITION))
+
+
+def _take_text(planner: Planner, rows: RowMap) -> None:
+    text = _Text(planner, rows)
+    source = planner.source
+    rows.check(source.shape(FOLDED[0])[0], f"{source.path}: {FOLDED[0]}")
+    width = source.shape(FOLDED[0])[1]
+    found = f"{rows.num_found} of {len(rows.rows)} rows"
+    names = (*FOLDED, TEXT_TABLE) if text.absolute else FOLDED
+    how = (
+        f"{found}; LayerNorm(word + type 0 + position) as a sum of two tables: an approximation"
+        if text.absolute
+        else f"{found}; LayerNorm(word + type 0) taken up row by row (exact: no positions are added before it)"
+    )
+    planner.take(WORD, *names, make=text.words, how=how, planned=(planner.shapes[WORD][0], width))
+    if not text.absolute:
+        planner.zero(TEXT_POSITION, NO_ABSOLUTE)
+        return
+    wanted, length = planner.shapes[TEXT_POSITION][0], source.shape(TEXT_TABLE)[0]
+    change = "" if length == wanted else f"; {text_position_change(length, wanted)}"
+    planner.take(
+        TEXT_POSITION, *names, make=text.positions, how=how + change, planned=(wanted, width)
+    )
+    planner.measure(
+        lambda: (
+            f"text embedding: the sum of the two tables misses {text.tables.residual:.2%} of the original (rms)"
+        )
+    )
+
+
+def _leave(planner: Planner, vocabulary: Vocabulary) -> None:
+    planner.leave(
+        "relative position bias has no counterpart: positions are absolute here, and until they are trained the model "
+        "does not know where a patch or a word is",
+        rf"{RELATIVE}|.*relative_position_index|.*\.relative_position_bias_table",
+    )
+    planner.leave("an index, not a weight", rf"{TEXT}\.(position|token_type)_ids")
+    if not planner.has(ABSOLUTE):
+        planner.leave(
+            "a model with relative positions never adds it", rf"{TEXT}\.position_embeddings\.weight"
+        )
+    if vocabulary.rows is None:
+        planner.leave(
+            "nothing says which row belongs to which of our text pieces (--text-tokenizer and --source-vocab do)",
+            rf"{TEXT}\..*",
+        )
+    planner.leave(
+        "predicts the source's word pieces through a layer of its own; ours is one linear layer and starts anew",
+        r"mlm_score\..*",
+    )
+    planner.leave(
+        "head of contrastive and matching pretraining: fine-tuning on retrieval starts its own",
+        r"itm_score\..*|itc_.*|logit_scale|logit_vl_scale",
+    )
+    planner.leave("pooler: fine-tuning starts its own", r"pooler\..*")
+    planner.leave("head of a downstream task", r"(vqa|nlvr2)_classifier\..*")

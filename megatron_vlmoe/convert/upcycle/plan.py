@@ -1,0 +1,153 @@
+"""Which pools an upcycling makes, what their experts are copies of, and by how much outputs are scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_vlmoe.config.block_plan import Branch, block_plans
+from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.convert.upcycle.options import SharedFrom
+
+# Parameters of an expert pool, and of the dense FFN that they are stacked from.
+DENSE_PARTS = {
+    "weight1": "linear_fc1.weight",
+    "bias1": "linear_fc1.bias",
+    "weight2": "linear_fc2.weight",
+    "bias2": "linear_fc2.bias",
+}
+OUTPUT_PARTS = ("weight2", "bias2")
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """A pool that is new or grows.
+
+    Args:
+        layer_number: block, from 1.
+        name: of the pool: `text`, `vision`, `vl` or `shared`.
+        num_experts: experts that it will have.
+        sources: branches of the source whose mean the experts start from (nearly always one).
+        source_experts: experts of the source's pool; 0 if it is one FFN.
+    """
+
+    layer_number: int
+    name: str
+    num_experts: int
+    sources: tuple[str, ...]
+    source_experts: int = 0
+
+    @property
+    def copies(self) -> int:
+        """New experts per source expert (or per FFN); new expert e is copy e % copies of e // copies."""
+        return self.num_experts // max(self.source_experts, 1)
+
+    @property
+    def block(self) -> str:
+        """Prefix of the block's feed-forward half."""
+        return f"decoder.layers.{self.layer_number - 1}.mlp."
+
+    @property
+    def router_key(self) -> str:
+        """Key of the router."""
+        return f"{self.block}moe.router.{self.name}.weight"
+
+    def expert_key(self, part: str) -> str:
+        """Key of one of the pool's parameters."""
+        return f"{self.block}moe.experts.{self.name}.{part}"
+
+    def source_keys(self, part: str) -> tuple[str, ...]:
+        """Keys in the source of what one of the pool's parameters is copied from."""
+        if self.source_experts:
+            return (self.expert_key(part),)
+        return tuple(f"{self.block}{name}_ffn.{DENSE_PARTS[part]}" for name in self.sources)
+
+    def norm_keys(self, part: str) -> tuple[str, ...]:
+        """Keys in the source of `weight` or `bias` of the pool's LayerNorm."""
+        return tuple(f"{self.block}{name}_norm.{part}" for name in self.sources)
+
+    def scale(self, moe: MoEConfig) -> float:
+        """Factor of the experts' output layer that makes up for the gates of tied experts.
+
+        Unless they are normalised, a token's k gates sum to k / E of what one FFN counts, or to 1 / copies of what
+        they summed to.
+        """
+        if moe.normalize_gate:
+            return 1.0
+        if not self.source_experts:
+            return self.num_experts / moe.topk
+        return self.copies if moe.topk == 1 else 1.0
+
+
+def grown_pools(source: RunConfig, target: RunConfig, shared_from: SharedFrom) -> list[PoolPlan]:
+    """The pools of the target that the source does not have as they are.
+
+    Raises:
+        ConvertError: the target lacks experts of the source, has a number that is no multiple of the source's, or
+            would choose among copies so that the function changes.
+    """
+    found = []
+    pairs = zip(block_plans(source.model, source.moe), block_plans(target.model, target.moe))
+    for before, after in pairs:
+        old = {branch.name: branch for branch in before.branches}
+        for branch in after.branches:
+            plan = _grown(after.layer_number, old, branch, shared_from)
+            if plan.source_experts:
+                _check_choice(plan, source.moe, target.moe)
+            if branch.num_experts != plan.source_experts:
+                found.append(plan)
+    if not found:
+        raise ConvertError("nothing to do: the checkpoint has these experts already")
+    return found
+
+
+def _grown(
+    number: int, old: dict[str, Branch], branch: Branch, shared_from: SharedFrom
+) -> PoolPlan:
+    count = branch.num_experts
+    if branch.name in old:
+        before = old[branch.name].num_experts
+        if before and count % before:
+            raise ConvertError(
+                f"block {number} has {before} {branch.name} experts, which cannot become {count}: "
+                "the number must be a multiple"
+            )
+        if before and not count:
+            raise ConvertError(
+                f"block {number} has {before} {branch.name} experts, which cannot become one FFN"
+            )
+        return PoolPlan(number, branch.name, count, (branch.name,), before)
+    if branch.name != "shared":
+        raise ConvertError(f"block {number} has a shared pool, which cannot be split by modality")
+    pools = [name for name in ("text", "vision") if old[name].num_experts]
+    if pools:
+        raise ConvertError(
+            f"block {number} has {pools[0]} experts, which cannot become a shared pool"
+        )
+    sources = ("vision", "text") if shared_from == "mean" else (shared_from,)
+    return PoolPlan(number, "shared", count, sources)
+
+
+def _check_choice(plan: PoolPlan, before: MoEConfig, after: MoEConfig) -> None:
+    """Copies of one expert tie: a token must get one copy of its one expert, or all copies of its k experts."""
+    where = f"block {plan.layer_number}: {plan.source_experts} {plan.name} experts to {plan.num_experts}"
+    if before.normalize_gate != after.normalize_gate:
+        raise ConvertError(
+            f"{where}: moe.normalize_gate is {before.normalize_gate} in the checkpoint, {after.normalize_gate} here"
+        )
+    wanted = sorted({before.topk * plan.copies, *((1,) if before.topk == 1 else ())})
+    if after.topk not in wanted:
+        numbers = " or ".join(map(str, wanted))
+        raise ConvertError(
+            f"{where}: moe.topk is {before.topk} in the checkpoint and {after.topk} here; "
+            f"only {numbers} keeps what the model computes"
+        )
+
+
+def copied_norms(plans: list[PoolPlan]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """LayerNorm keys of new shared pools, and the keys in the source that they are the mean of."""
+    for plan in plans:
+        if (plan.name,) != plan.sources:
+            for part in ("weight", "bias"):
+                yield f"{plan.block}{plan.name}_norm.{part}", plan.norm_keys(part)

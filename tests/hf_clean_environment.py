@@ -1,0 +1,148 @@
+"""What a user does with exports, in an interpreter that has neither megatron-core nor this package.
+
+    HF_MODULES_CACHE=DIR python -I tests/hf_clean_environment.py FOLDERS OUTPUT
+
+FOLDERS holds exports of random models, one for every task, and `inputs.pt`. Results are written to OUTPUT. With the
+interpreter of the tests both packages are hidden; with another one they may be missing.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HIDDEN = ("megatron", "megatron_vlmoe")
+
+
+class Hide(importlib.abc.MetaPathFinder):
+    """Says that there are no such packages."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+
+
+sys.meta_path.insert(0, Hide())
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+
+REMOTE = {"trust_remote_code": True}
+
+
+def load(auto: str, folder: Path, **options: Any) -> Any:
+    return getattr(transformers, auto).from_pretrained(folder, **REMOTE, **options)
+
+
+def logits(model: Any, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs)[0]
+
+
+def heads(root: Path) -> dict[str, Any]:
+    """The first output of every model class, by way of its Auto class."""
+    data = torch.load(root / "inputs.pt")
+    text = {name: data[name] for name in ("input_ids", "attention_mask")}
+    image = {"pixel_values": data["pixel_values"]}
+    two = {"pixel_values": torch.stack([data["pixel_values"]] * 2, dim=1)}
+    pairs = text | image
+    return {
+        "VLMoEModel": logits(load("AutoModel", root / "pretraining"), **pairs),
+        "VLMoEForPreTraining": logits(
+            load("AutoModelForPreTraining", root / "pretraining"), **pairs
+        ),
+        "VLMoEForMaskedLM": logits(load("AutoModelForMaskedLM", root / "pretraining"), **pairs),
+        "VLMoEForMaskedImageModeling": logits(
+            load("AutoModelForMaskedImageModeling", root / "pretraining"), **pairs
+        ),
+        "VLMoEForVisualQuestionAnswering": logits(
+            load("AutoModelForVisualQuestionAnswering", root / "vqa"), **pairs
+        ),
+        "VLMoEForImagesAndTextClassification": logits(
+            load("AutoModelForSequenceClassification", root / "nlvr2"), **text, **two
+        ),
+        "VLMoEForImageClassification": logits(
+            load("AutoModelForImageClassification", root / "imagenet"), **image
+        ),
+        "VLMoEForSequenceClassification": logits(
+            load("AutoModelForSequenceClassification", root / "mnli"), **text
+        ),
+        "VLMoEForImageAndTextRetrieval": logits(
+            load("AutoModelForZeroShotImageClassification", root / "retrieval"), **pairs
+        ),
+    }
+
+
+def pipelines(root: Path) -> dict[str, Any]:
+    """What pipelines answer."""
+
+    def make(task: str, folder: str) -> Any:
+        return transformers.pipeline(task, model=str(root / folder), **REMOTE)
+
+    picture = Image.new("RGB", (50, 40), (200, 10, 30))
+    fill = make("fill-mask", "pretraining")
+    return {
+        "fill-mask": [fill("a red [MASK]", top_k=2), fill(["a [MASK]", "two [MASK] left"])],
+        "image-classification": make("image-classification", "imagenet")([picture] * 2),
+        "images-alone": make("image-classification", "images")(picture),
+        "text-classification": make("text-classification", "mnli")(
+            {"text": "a red circle", "text_pair": "two"}, top_k=None
+        ),
+        "zero-shot-image-classification": make("zero-shot-image-classification", "retrieval")(
+            picture, candidate_labels=["red", "blue", "square"], hypothesis_template="a {}"
+        ),
+        "feature-extraction": make("feature-extraction", "pretraining")("a red circle"),
+    }
+
+
+def saved_again(root: Path) -> list[str]:
+    """Saves what was loaded into another folder, and loads every class from there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "again"
+        model = load("AutoModelForMaskedLM", root / "pretraining")
+        processor = load("AutoProcessor", root / "pretraining")
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        other = load("AutoModelForMaskedLM", folder).state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
+        for auto in load("AutoConfig", folder).auto_map:
+            if auto.startswith("AutoModel"):
+                # The head for masked patches was not in the model.
+                load(auto, folder)
+        again = load("AutoProcessor", folder)
+        assert (again.text_length, again.pair_text_length) == (12, 16)
+        picture = Image.new("RGB", (50, 40), (200, 10, 30))
+        first, second = (p(picture, "a [MASK]", return_tensors="pt") for p in (processor, again))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert load("AutoTokenizer", folder)("a [MASK]") == load("AutoTokenizer", root / "vqa")(
+            "a [MASK]"
+        )
+        assert load("AutoImageProcessor", folder).size == {"height": 32, "width": 32}
+        return sorted(path.name for path in folder.glob("*.py"))
+
+
+def main(root: Path, output: Path) -> None:
+    """Runs everything."""
+    for name in HIDDEN:
+        try:
+            __import__(name)
+        except ImportError:
+            continue
+        raise AssertionError(f"{name} can be imported")
+    results = {
+        "heads": heads(root),
+        "pipelines": pipelines(root),
+        "files": saved_again(root),
+        "images_alone": type(load("AutoProcessor", root / "images")).__name__,
+        "modules": sorted({name.partition(".")[0] for name in sys.modules}),
+    }
+    torch.save(results, output)
+    print(f"transformers {transformers.__version__}: ok")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

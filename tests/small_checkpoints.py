@@ -1,0 +1,141 @@
+"""Checkpoints and Hugging Face folders of small random models, written without megatron-core."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
+from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.hf_config import CONFIG_FILE, export_config
+from megatron_vlmoe.convert.name_table import name_table
+from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
+from megatron_vlmoe.convert.safetensors_files import Group, write_folder
+from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.train.checkpoint_files import TrainState
+
+MODEL = ModelConfig(
+    num_layers=3,
+    hidden_size=8,
+    num_attention_heads=2,
+    ffn_hidden_size=16,
+    num_vl_layers=1,
+    image_size=8,
+    patch_size=4,
+    text_length=6,
+    pair_text_length=7,
+    vocab_size=130,
+    visual_vocab_size=20,
+)
+SPARSE = MoEConfig(num_vision_experts=4, num_text_experts=2, layers=(2, 3))
+CLASSES = {"vqa": 5, "nlvr2": 2, "retrieval": 0, "imagenet": 3, "mnli": 3}
+
+
+def _model(**changes: Any) -> RunConfig:
+    return RunConfig(model=replace(MODEL, **changes), moe=SPARSE)
+
+
+def _moe(**changes: Any) -> RunConfig:
+    return RunConfig(model=MODEL, moe=replace(SPARSE, **changes))
+
+
+def _task(name: Any) -> RunConfig:
+    task = TaskConfig(name=name, num_classes=CLASSES[name])
+    return FinetuneConfig(model=MODEL, moe=SPARSE, task=task)
+
+
+CONFIGS: Mapping[str, RunConfig] = {
+    "dense": RunConfig(model=MODEL),
+    "8e": _moe(num_vision_experts=8, num_text_experts=8),
+    "uneven-pools": _moe(),
+    "vision-only": _moe(modalities="vision"),
+    "text-only": _moe(modalities="text"),
+    "shared-router": _moe(shared_router=True),
+    "vl": _moe(vl=True, num_vl_experts=2),
+    "shared-and-vl": _moe(shared_router=True, vl=True, num_vl_experts=2, topk=2),
+    "default-blocks": _moe(layers=()),
+    "all-blocks-vl": _model(num_vl_layers=3),
+    "no-vl-block": _model(num_vl_layers=0),
+    "token-types": _model(token_type_embeddings=True),
+    "no-layer-scale": _model(layer_scale_init=0.0),
+    "no-text-vocabulary": _model(vocab_size=0, token_type_embeddings=True),
+    "no-visual-vocabulary": _model(visual_vocab_size=0),
+    **{name: _task(name) for name in CLASSES},
+}
+
+
+def random_tensors(
+    config: RunConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Values for every parameter; what is zero by construction (padding rows, the key's bias) is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for entry in name_table(config):
+        value = torch.randn(entry.shape, generator=generator)
+        value = entry.transform.join(entry.transform.split(value, config.model), config.model)
+        found[entry.ours] = value.to(dtype)
+    return found
+
+
+def lazy(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """The tensors as a reader would give them."""
+
+    def one(value: Tensor) -> LazyTensor:
+        return LazyTensor(tuple(value.shape), value.dtype, lambda: value)
+
+    return {key: one(value) for key, value in tensors.items()}
+
+
+def save(
+    root: Path,
+    config: RunConfig,
+    tensors: Mapping[str, Tensor],
+    state: Optional[TrainState] = None,
+    moments: Optional[Mapping[str, Tensor]] = None,
+) -> Path:
+    """Writes a checkpoint; `moments` are optimizer tensors by their whole key."""
+    optimizer = {"optimizer": {"param_groups": [{"step": 3}]}} if moments else None
+    content = lazy({**tensors, **(moments or {})})
+    return write_checkpoint(root, content, extra_state_keys(config), config, state, optimizer)
+
+
+def adam_moments(config: RunConfig) -> dict[str, Tensor]:
+    """The state of AdamW in fp32."""
+    kinds = ("param", "exp_avg", "exp_avg_sq")
+    shapes = checkpoint_shapes(config)
+    return {
+        f"optimizer.state.{kind}.{key}": torch.full(shape, 0.5)
+        for kind in kinds
+        for key, shape in shapes.items()
+    }
+
+
+def save_hugging_face(folder: Path, config: RunConfig, tensors: Mapping[str, Tensor]) -> Path:
+    """Writes the weights and the configuration of an export; those of the tensors that are there."""
+    folder.mkdir(parents=True)
+    groups = []
+    for entry in name_table(config):
+        if entry.ours not in tensors:
+            continue
+        value, shapes = tensors[entry.ours], entry.their_shapes(config.model)
+        parts = entry.transform.split(value, config.model)
+        names = tuple(shapes)
+        groups.append(Group(names, tuple(shapes.values()), value.dtype, lambda p=parts: p))
+    for _ in write_folder(folder, groups, 20_000):
+        pass
+    content = export_config(config, "VLMoE", {}, None, None)
+    (folder / CONFIG_FILE).write_text(json.dumps(content))
+    return folder
+
+
+def noted_layout(config: RunConfig, tensor: int, expert: int) -> RunConfig:
+    """The configuration with a layout that it notes."""
+    sizes = ParallelConfig(tensor_model_parallel_size=tensor, expert_model_parallel_size=expert)
+    return replace(config, parallel=sizes)

@@ -1,0 +1,139 @@
+"""Exports in an interpreter without megatron-core and this package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_folder import TINY, VOCAB, write_folder
+
+from megatron_vlmoe.convert.hf_files import architecture, auto_map, hf_source_files
+
+pytest.importorskip("transformers")
+
+from megatron_vlmoe.convert.hf import modeling_vlmoe
+
+SCRIPT = Path(__file__).resolve().parents[1] / "hf_clean_environment.py"
+TASKS = ("vqa", "nlvr2", "retrieval", "imagenet", "mnli")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exports")
+    write_folder(path / "pretraining")
+    for task in TASKS:
+        write_folder(path / task, task)
+    write_folder(path / "images", "imagenet", vocab_size=0, num_text_experts=0)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": torch.randint(5, VOCAB, (2, 6), generator=generator),
+        "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]),
+        "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
+    }
+    torch.save(inputs, path / "inputs.pt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script found."""
+    folder = tmp_path_factory.mktemp("clean")
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", str(SCRIPT), str(root), str(folder / "results.pt")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "results.pt")
+
+
+def test_every_class_gives_what_it_gives_here(root, results):
+    inputs = torch.load(root / "inputs.pt")
+    names = [name for name in modeling_vlmoe.__all__ if name.startswith(("VLMoEModel", "VLMoEFor"))]
+    assert sorted(results["heads"]) == sorted(names)
+    folders = {architecture(task): task for task in TASKS}
+    for name in names:
+        values = dict(inputs)
+        if name == architecture("nlvr2"):
+            values["pixel_values"] = torch.stack([inputs["pixel_values"]] * 2, dim=1)
+        elif name == architecture("imagenet"):
+            values = {"pixel_values": inputs["pixel_values"]}
+        elif name == architecture("mnli"):
+            del values["pixel_values"]
+        folder = root / folders.get(name, "pretraining")
+        model = getattr(modeling_vlmoe, name).from_pretrained(folder)
+        with torch.no_grad():
+            assert torch.equal(model(**values)[0], results["heads"][name]), name
+
+
+def test_pipelines_answer(results):
+    answers = results["pipelines"]
+    one, several = answers["fill-mask"]
+    assert len(one) == 2 and one[0]["score"] >= one[1]["score"]
+    assert one[0]["sequence"].startswith("a red ")
+    assert [len(found) for found in several] == [5, 5]
+    for name, labels in (
+        ("text-classification", {f"LABEL_{n}" for n in range(3)}),
+        ("zero-shot-image-classification", {"red", "blue", "square"}),
+        ("images-alone", {f"LABEL_{n}" for n in range(3)}),
+    ):
+        assert {found["label"] for found in answers[name]} == labels
+        assert sum(found["score"] for found in answers[name]) == pytest.approx(1.0, abs=1e-4)
+    assert len(answers["image-classification"]) == 2
+    features = torch.tensor(answers["feature-extraction"])
+    assert features.shape[0] == 1 and features.shape[2] == TINY["hidden_size"]
+
+
+def test_saving_again_takes_all_files_along(results):
+    assert results["files"] == [path.name for path in hf_source_files()]
+
+
+def test_neither_torchvision_nor_megatron_was_needed(results):
+    assert not {"torchvision", "megatron", "megatron_vlmoe"} & set(results["modules"])
+    assert results["images_alone"] == "VLMoEImageProcessor"
+
+
+def test_the_map_names_classes_that_exist():
+    for task in ("", *TASKS):
+        assert hasattr(modeling_vlmoe, architecture(task))
+        for reference in auto_map(task).values():
+            module, name = reference.split(".")
+            assert module in {path.stem for path in hf_source_files()}
+            assert f"class {name}(" in "".join(path.read_text() for path in hf_source_files())
+    with pytest.raises(ValueError, match="poetry"):
+        architecture("poetry")
+
+
+def test_the_files_name_each_other_directly():
+    # Transformers 4 copies only what the module of a class names itself.
+    for name in (
+        "modeling_vlmoe",
+        "processing_vlmoe",
+        "tokenization_vlmoe",
+        "image_processing_vlmoe",
+    ):
+        needed, direct = {name}, set()
+        while needed - direct:
+            for module in needed - direct:
+                direct.add(module)
+                needed |= relative_imports(module)
+        assert direct - {name} == relative_imports(name)
+
+
+def relative_imports(module: str) -> set[str]:
+    (path,) = (path for path in hf_source_files() if path.stem == module)
+    lines = path.read_text().splitlines()
+    return {line.split()[1][1:] for line in lines if line.startswith("from .")}

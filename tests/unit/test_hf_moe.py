@@ -1,0 +1,289 @@
+"""Experts of the Hugging Face model, against plain loops and against the trainer's rules."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_folder import TINY
+
+from megatron_vlmoe.config import sizes
+from megatron_vlmoe.config.block_plan import block_plan, moe_layer_numbers
+from megatron_vlmoe.config.schema import ModelConfig, MoEConfig
+from megatron_vlmoe.moe import routing_ops
+
+pytest.importorskip("transformers")
+
+from megatron_vlmoe.convert.hf import moe_vlmoe as moe
+from megatron_vlmoe.convert.hf.configuration_vlmoe import VLMoEConfig
+from megatron_vlmoe.convert.hf.modeling_vlmoe import VLMoEModel
+
+
+def config(**options: Any) -> VLMoEConfig:
+    return VLMoEConfig(**{**TINY, **options})
+
+
+def plans() -> list[tuple[ModelConfig, MoEConfig]]:
+    found = []
+    for vl_layers, modalities, vision, text, vl_experts, vl, shared, layers in itertools.product(
+        (0, 1, 4),
+        ("both", "text", "vision", "none"),
+        (0, 4),
+        (0, 3),
+        (0, 2),
+        (False, True),
+        (False, True),
+        ((), (1, 4), (2, 3)),
+    ):
+        model = ModelConfig(num_layers=4, num_vl_layers=vl_layers)
+        found.append(
+            (
+                model,
+                MoEConfig(
+                    num_vision_experts=vision,
+                    num_text_experts=text,
+                    num_vl_experts=vl_experts,
+                    modalities=modalities,
+                    vl=vl,
+                    shared_router=shared,
+                    layers=layers,
+                ),
+            )
+        )
+    return found
+
+
+def hf_config(model: ModelConfig, options: MoEConfig) -> VLMoEConfig:
+    return config(
+        num_hidden_layers=model.num_layers,
+        num_vl_layers=model.num_vl_layers,
+        moe_layers=moe_layer_numbers(model, options),
+        moe_modalities=options.modalities,
+        num_vision_experts=options.num_vision_experts,
+        num_text_experts=options.num_text_experts,
+        num_vl_experts=options.num_vl_experts,
+        moe_vl=options.vl,
+        shared_router=options.shared_router,
+    )
+
+
+def test_blocks_have_the_branches_of_the_trainer():
+    for model, options in plans():
+        converted = hf_config(model, options)
+        for number in range(1, model.num_layers + 1):
+            planned = block_plan(model, options, number).branches
+            expected = {(branch.name, branch.num_experts) for branch in planned}
+            assert set(converted.branches(number)) == expected, (options, number)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("vl", [False, True])
+def test_tokens_go_through_the_branches_of_the_trainer(shared, vl):
+    model = ModelConfig(num_layers=4, num_vl_layers=2)
+    options = MoEConfig(
+        num_vision_experts=2,
+        num_text_experts=2,
+        num_vl_experts=2,
+        layers=(2, 3),
+        vl=vl,
+        shared_router=shared,
+    )
+    network = VLMoEModel(hf_config(model, options)).eval()
+    called: set[tuple[int, str]] = set()
+    for number, layer in enumerate(network.encoder.layer, start=1):
+        for name, branch in layer.feed_forward.named_children():
+            branch.register_forward_hook(lambda *_, key=(number, name): called.add(key))
+    ids, pixels = torch.full((1, 3), 5), torch.zeros(1, 3, 32, 32)
+    for segments, inputs in (
+        (("texts",), {"input_ids": ids}),
+        (("images",), {"pixel_values": pixels}),
+        (("pair_texts", "pair_images"), {"input_ids": ids, "pixel_values": pixels}),
+    ):
+        called.clear()
+        network(**inputs)
+        expected = {
+            (number, branch.name)
+            for number in range(1, 5)
+            for branch in block_plan(model, options, number).branches
+            if set(branch.segments) & set(segments)
+        }
+        assert called == expected
+
+
+def reference(
+    branch: moe.VLMoESparseBranch, tokens: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Every token by itself; where places are limited, by the trainer's routing."""
+    options = branch.config
+    k, num_experts = options.num_experts_per_tok, branch.num_experts
+    gates = torch.softmax(tokens @ branch.router.weight.T, dim=1)
+    gate, expert = routing_ops.top_k_experts(gates, k)
+    capacity = sizes.expert_capacity(
+        len(tokens), num_experts, k, options.capacity_factor, options.capacity_multiple_of
+    )
+    kept = routing_ops.route_slots(
+        gate, expert, num_experts, capacity, mask, options.batch_priority
+    ).token_kept
+    weights = gate / gate.sum(dim=1, keepdim=True) if options.normalize_gate else gate
+    pool = branch.experts
+    outputs = torch.zeros_like(tokens)
+    for token, choice in itertools.product(range(len(tokens)), range(k)):
+        if kept[token, choice]:
+            e = int(expert[token, choice])
+            inner = F.gelu(pool.fc1_weight[e] @ tokens[token] + pool.fc1_bias[e])
+            row = pool.fc2_weight[e] @ inner + pool.fc2_bias[e]
+            outputs[token] = outputs[token] + weights[token, choice] * row
+    return outputs
+
+
+def sparse_branch(seed: int = 0, **options: Any) -> moe.VLMoESparseBranch:
+    torch.manual_seed(seed)
+    branch = moe.VLMoESparseBranch(config(**options), num_experts=5, layer_number=2)
+    for parameter in branch.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return branch
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize_gate": True},
+        {"capacity_factor": 0.7},
+        {"capacity_factor": 0.7, "batch_priority": False, "normalize_gate": True},
+        {"capacity_factor": 1.0, "capacity_multiple_of": 3},
+        {"capacity_factor": 0.5, "route_padding": True},
+    ],
+)
+def test_sparse_branch_is_a_loop_over_tokens(options, k, masked):
+    branch = sparse_branch(num_experts_per_tok=k, **options)
+    hidden = torch.randn(2, 9, 16)
+    # Four text tokens, then five image tokens; the second text has two tokens.
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 2:4] = False
+    output = branch(hidden, 4, mask if masked else None)
+    texts_then_images = [(n, t) for n in range(2) for t in range(4)]
+    texts_then_images += [(n, t) for n in range(2) for t in range(4, 9)]
+    rows = tuple(torch.tensor(index) for index in zip(*texts_then_images))
+    slots = mask[rows] if masked and not branch.config.route_padding else None
+    expected = reference(branch, branch.layernorm(hidden)[rows], slots)
+    torch.testing.assert_close(output[rows], expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(output.square().sum(), list(branch.parameters()))
+    wanted = torch.autograd.grad(expected.square().sum(), list(branch.parameters()))
+    for gradient, want in zip(gradients, wanted):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-4)
+
+
+def test_choices_with_place_are_those_of_the_trainer():
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(200):
+        tokens, experts = (int(torch.randint(1, 40, (1,), generator=generator)) for _ in range(2))
+        k = 1 + trial % min(experts, 3)
+        gates = torch.rand(tokens, experts, generator=generator)
+        if trial % 2:
+            # Many equal gates.
+            gates = (gates * 4).round() / 4
+        mask = torch.rand(tokens, generator=generator) < 0.7 if trial % 3 else None
+        capacity = int(torch.randint(0, tokens + 1, (1,), generator=generator))
+        priority = trial % 5 != 0
+        gate, expert = moe.top_k_experts(gates, k)
+        want_gate, want_expert = routing_ops.top_k_experts(gates, k)
+        assert torch.equal(gate, want_gate) and torch.equal(expert, want_expert)
+        if trial % 7 == 0:
+            gate[0] = torch.nan
+        kept = moe.choices_with_place(gate, expert, experts, capacity, mask, priority)
+        slots = routing_ops.route_slots(gate, expert, experts, capacity, mask, priority)
+        assert torch.equal(kept, slots.token_kept), trial
+
+
+def test_capacity_is_that_of_the_trainer():
+    for tokens, experts, factor, multiple in itertools.product(
+        (0, 1, 7, 128, 1000), (2, 3, 32), (0.3, 1.0, 1.05, 2.5), (1, 8)
+    ):
+        for k in (1, 2):
+            expected = sizes.expert_capacity(tokens, experts, k, factor, multiple)
+            assert moe.expert_capacity(tokens, experts, k, factor, multiple) == expected
+
+
+def test_grouped_matmul_is_one_expert_after_the_other():
+    experts = sparse_branch().experts.to(torch.bfloat16)
+    counts = torch.tensor([3, 0, 5, 0, 2])
+    rows = torch.randn(10, 16, dtype=torch.bfloat16)
+    found = []
+    for run in (experts.grouped, experts.one_by_one):
+        try:
+            outputs = run(rows, counts)
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            pytest.skip(f"torch has no grouped kernel for this device: {error}")
+        # The gradient of a sum is expanded from one number.
+        found.append([outputs, *torch.autograd.grad(outputs.sum(), list(experts.parameters()))])
+    for grouped, plain in zip(*found):
+        assert torch.linalg.vector_norm(grouped - plain) <= 0.01 * torch.linalg.vector_norm(plain)
+
+
+def test_only_experts_with_tokens_are_visited(monkeypatch):
+    experts = sparse_branch().experts
+    calls = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: calls.append(len(args[0])) or linear(*args))
+    experts.one_by_one(torch.randn(7, 16), torch.tensor([0, 3, 0, 4, 0]))
+    assert calls == [3, 3, 4, 4]
+
+
+def test_a_pool_without_a_routed_token_gives_zeros():
+    branch = sparse_branch()
+    hidden = torch.randn(1, 4, 16)
+    output = branch(hidden, 4, torch.zeros(1, 4, dtype=torch.bool))
+    assert torch.equal(output, torch.zeros_like(output))
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"num_attention_heads": 3}, "num_attention_heads=3"),
+        ({"patch_size": 7}, "patch_size=7"),
+        ({"num_vl_layers": 4}, "num_vl_layers=4"),
+        ({"moe_layers": [4]}, "moe_layers has block 4"),
+        ({"moe_layers": [2, 2]}, "moe_layers"),
+        ({"moe_modalities": "audio"}, "moe_modalities='audio'"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok=4"),
+        ({"capacity_factor": float("inf")}, "capacity_factor=inf"),
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"hidden_size": 1.5}, "hidden_size=1.5"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
+        ({"mask_token_id": 500}, "mask_token_id=500"),
+        ({"task": "poetry"}, "task='poetry'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ],
+)
+def test_configuration_names_the_wrong_field(options, field):
+    with pytest.raises(ValueError, match=field.replace(".", r"\.")):
+        config(**options)
+
+
+def test_configuration_is_checked_again_before_a_model_is_built():
+    changed = config()
+    changed.moe_layers = [9]
+    with pytest.raises(ValueError, match="moe_layers has block 9"):
+        VLMoEModel(changed)
+
+
+def test_configuration_survives_its_file(tmp_path):
+    written = config(
+        training={"moe": {"noise_std": -1.0}}, id2label={0: "no", 1: "yes"}, task="vqa"
+    )
+    written.save_pretrained(tmp_path)
+    read = VLMoEConfig.from_pretrained(tmp_path)
+    assert read.to_dict() == written.to_dict()
+    assert (read.num_labels, read.training) == (2, {"moe": {"noise_std": -1.0}})
+    assert read.tie_word_embeddings is False
+
+
+def test_a_model_of_images_alone_has_no_special_tokens():
+    assert config(vocab_size=0).mask_token_id is None

@@ -1,0 +1,260 @@
+"""The name table and its transforms, and checkpoints that are written and read without megatron-core."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_checkpoints import CONFIGS, MODEL, adam_moments, lazy, random_tensors, save
+
+from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.name_table import FP32_KEYS, RULES, name_table
+from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.transforms import (
+    FusedQkv,
+    LeadingAxis,
+    PatchConvolution,
+    Same,
+    VocabularyRows,
+)
+from megatron_vlmoe.train.checkpoint_files import TRACKER, TrainState
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_has_one_rule_and_every_name_is_used_once(name: str) -> None:
+    config = CONFIGS[name]
+    # Itself refuses a parameter without a rule or with two.
+    table = name_table(config)
+    assert [entry.ours for entry in table] == list(checkpoint_shapes(config))
+    theirs = [name for entry in table for name in entry.theirs]
+    assert len(set(theirs)) == len(theirs)
+    assert not any("*" in name for name in theirs)
+    # A module holds parameters or other modules under a name, never a parameter that is a prefix.
+    assert not any(other.startswith(f"{name}.") for name in theirs for other in theirs)
+
+
+def test_every_rule_is_used() -> None:
+    keys = {key for config in CONFIGS.values() for key in checkpoint_shapes(config)}
+    for rule in RULES:
+        assert fnmatch.filter(keys, rule.ours), rule.ours
+
+
+def test_unknown_parameter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "megatron_vlmoe.convert.name_table.checkpoint_shapes"
+    monkeypatch.setattr(module, lambda config: {"decoder.layers.0.mlp.strange": (1,)})
+    with pytest.raises(LookupError, match="0 rules for decoder.layers.0.mlp.strange"):
+        name_table(CONFIGS["dense"])
+
+
+def test_names_of_one_sparse_block() -> None:
+    names = {entry.ours: entry.theirs for entry in name_table(CONFIGS["vl"])}
+    block, there = "decoder.layers.2.", "vlmoe.encoder.layer.2."
+    assert names[f"{block}mlp.moe.experts.vl.weight1"] == (
+        f"{there}feed_forward.vl.experts.fc1_weight",
+    )
+    assert names[f"{block}mlp.moe.router.text.weight"] == (
+        f"{there}feed_forward.text.router.weight",
+    )
+    assert names[f"{block}mlp.vision_norm.bias"] == (f"{there}feed_forward.vision.layernorm.bias",)
+    assert names["decoder.layers.0.mlp.vision_ffn.linear_fc2.weight"] == (
+        "vlmoe.encoder.layer.0.feed_forward.vision.fc2.weight",
+    )
+    assert names[f"{block}self_attention.linear_qkv.bias"] == (
+        f"{there}attention.query.bias",
+        f"{there}attention.value.bias",
+    )
+
+
+def test_fp32_keys_are_the_routers_and_the_temperature() -> None:
+    keys = {key for config in CONFIGS.values() for key in checkpoint_shapes(config)}
+    chosen = {key for key in keys if FP32_KEYS.search(key)}
+    assert chosen == {key for key in keys if ".router." in key or key == "heads.logit_scale"}
+    assert len(chosen) > 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_are_those_of_split_and_round_trip_is_exact(name: str) -> None:
+    config = CONFIGS[name]
+    for index, entry in enumerate(name_table(config)):
+        value = torch.randn(entry.shape, generator=torch.Generator().manual_seed(index))
+        if isinstance(entry.transform, VocabularyRows):
+            value[getattr(config.model, entry.transform.field) :] = 0.0
+        if isinstance(entry.transform, FusedQkv) and value.dim() == 1:
+            # The key's bias, the second of three in every head.
+            value.view(config.model.num_attention_heads, 3, -1)[:, 1] = 0.0
+        parts = entry.transform.split(value, config.model)
+        shapes = entry.their_shapes(config.model)
+        assert tuple(shapes) == entry.theirs
+        assert [tuple(part.shape) for part in parts] == list(shapes.values()), entry.ours
+        assert torch.equal(entry.transform.join(parts, config.model), value), entry.ours
+
+
+def test_qkv_rows_by_hand() -> None:
+    # Two heads of two rows; the value of a row is head * 100 + part * 10 + row.
+    model = replace(MODEL, num_attention_heads=2, hidden_size=4)
+    rows = [h * 100 + p * 10 + r for h in (0, 1) for p in (0, 1, 2) for r in (0, 1)]
+    ours = torch.tensor(rows, dtype=torch.float32).unsqueeze(1).expand(12, 4)
+    query, key, value = FusedQkv().split(ours, model)
+    assert query[:, 0].tolist() == [0, 1, 100, 101]
+    assert key[:, 3].tolist() == [10, 11, 110, 111]
+    assert value[:, 1].tolist() == [20, 21, 120, 121]
+    bias = FusedQkv(("q", "v")).join(
+        [torch.tensor([1.0, 2, 3, 4]), torch.tensor([5.0, 6, 7, 8])], model
+    )
+    assert bias.tolist() == [1, 2, 0, 0, 5, 6, 3, 4, 0, 0, 7, 8]
+
+
+def test_patch_kernel_by_hand() -> None:
+    model = replace(MODEL, patch_size=2)
+    ours = torch.arange(12.0).unsqueeze(0)
+    (kernel,) = PatchConvolution().split(ours, model)
+    # Channel, row, column.
+    assert kernel[0, 0].tolist() == [[0, 1], [2, 3]]
+    assert kernel[0, 2].tolist() == [[8, 9], [10, 11]]
+
+
+def test_padding_rows_by_hand() -> None:
+    model = replace(MODEL, vocab_size=3)
+    ours = torch.zeros(128, 2)
+    ours[:3] = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
+    rows = VocabularyRows("vocab_size")
+    (theirs,) = rows.split(ours, model)
+    assert theirs.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert torch.equal(rows.join([theirs], model), ours)
+    (bias,) = rows.split(torch.arange(128.0), model)
+    assert bias.tolist() == [0, 1, 2]
+    assert rows.join([bias], model)[:4].tolist() == [0, 1, 2, 0]
+    whole = replace(MODEL, vocab_size=128)
+    assert rows.shapes((128, 2), whole) == ((128, 2),)
+
+
+def test_other_transforms_by_hand() -> None:
+    table = torch.arange(6.0).reshape(3, 2)
+    assert LeadingAxis().split(table, MODEL)[0].tolist() == [[[0, 1], [2, 3], [4, 5]]]
+    assert Same().join(Same().split(table, MODEL), MODEL) is table
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("vl", torch.bfloat16), ("retrieval", torch.float32), ("no-text-vocabulary", torch.float32)],
+)
+def test_written_checkpoint_reads_back(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    tensors = random_tensors(config, dtype=dtype)
+    moments = adam_moments(config) if name == "vl" else {}
+    path = save(tmp_path / "run", config, tensors, TrainState(step=3), moments)
+    assert path.name == "iter_0000003"
+    assert (tmp_path / "run" / TRACKER).read_text() == "3\n"
+    reader = CheckpointReader(tmp_path / "run")
+    assert reader.path == path and reader.config == config
+    assert reader.train_state == TrainState(step=3)
+    assert reader.tensors.keys() == tensors.keys()
+    assert reader.optimizer_tensors.keys() == moments.keys()
+    for key, value in {**tensors, **moments}.items():
+        found = {**reader.tensors, **reader.optimizer_tensors}[key]
+        assert found.shape == value.shape and found.dtype == value.dtype
+        assert torch.equal(found.read(), value), key
+
+
+def failing(config_name: str, error: Exception) -> dict[str, LazyTensor]:
+    """Tensors of which the last cannot be read."""
+    tensors = lazy(random_tensors(CONFIGS[config_name]))
+
+    def fail() -> torch.Tensor:
+        raise error
+
+    key = list(tensors)[-1]
+    return tensors | {key: replace(tensors[key], read=fail)}
+
+
+@pytest.mark.parametrize("error", [ConvertError("part 7: damaged"), OSError(28, "No space left")])
+def test_failed_write_leaves_nothing(error: Exception, tmp_path: Path) -> None:
+    config = CONFIGS["dense"]
+    message = "part 7: damaged" if isinstance(error, ConvertError) else "No space left"
+    with pytest.raises(ConvertError, match=message) as caught:
+        write_checkpoint(tmp_path, failing("dense", error), extra_state_keys(config), config)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
+    config = CONFIGS["dense"]
+    tensors = random_tensors(config)
+    path = save(tmp_path, config, tensors)
+    bad, keys = failing("dense", ConvertError("no")), extra_state_keys(config)
+    with pytest.raises(ConvertError, match="has a checkpoint already"):
+        write_checkpoint(tmp_path, lazy(tensors), keys, config)
+    with pytest.raises(ConvertError, match="no"):
+        write_checkpoint(tmp_path, bad, keys, config, overwrite=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, TRACKER]
+    key = "decoder.layers.0.gamma_1"
+    assert torch.equal(CheckpointReader(tmp_path).tensors[key].read(), tensors[key])
+    other = random_tensors(config, seed=1)
+    write_checkpoint(tmp_path, lazy(other), keys, config, overwrite=True)
+    assert torch.equal(CheckpointReader(tmp_path).tensors[key].read(), other[key])
+
+
+def test_value_of_another_shape_is_refused(tmp_path: Path) -> None:
+    config = CONFIGS["dense"]
+    tensors = lazy(random_tensors(config))
+    key = "decoder.layers.0.gamma_1"
+    tensors[key] = replace(tensors[key], read=lambda: torch.zeros(3))
+    with pytest.raises(ConvertError, match=r"gamma_1: has shape \[3\], not \[8\]"):
+        write_checkpoint(tmp_path, tensors, [], config)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound checkpoint."""
+    root = tmp_path_factory.mktemp("whole")
+    save(root, CONFIGS["dense"], random_tensors(CONFIGS["dense"]))
+    return root
+
+
+def read_all(root: Path) -> None:
+    for tensor in CheckpointReader(root).tensors.values():
+        tensor.read()
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "no-data", "common", "no-common", "metadata", "marker"]
+)
+def test_damage_is_one_clear_line(damage: str, whole: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(whole, root)
+    folder = root / "iter_0000000"
+    (data,) = folder.glob("*.distcp")
+    expected = "iter_0000000"
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    elif damage == "no-data":
+        data.unlink()
+    elif damage == "common":
+        (folder / "common.pt").write_bytes(b"nothing")
+        expected = "common.pt: not readable"
+    elif damage == "no-common":
+        (folder / "common.pt").unlink()
+        expected = "common.pt: not readable"
+    elif damage == "metadata":
+        (folder / ".metadata").write_bytes(b"")
+        expected = "no readable .metadata"
+    else:
+        (folder / "metadata.json").unlink()
+        expected = "missing or incomplete"
+    with pytest.raises(ConvertError, match=expected) as caught:
+        read_all(root)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match="no checkpoint there"):
+        CheckpointReader(tmp_path)
+    (tmp_path / TRACKER).write_text("last\n")
+    with pytest.raises(ConvertError, match="expected a step number, found 'last'"):
+        CheckpointReader(tmp_path)

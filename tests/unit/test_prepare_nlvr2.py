@@ -1,0 +1,85 @@
+"""NLVR2 from hand-made raw files: rows, both layouts of the images, bad records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from data_files import files_of, rejects_of
+from raw_tasks import (
+    Desk,
+    ids,
+    nlvr2_sentence,
+    put,
+    rows,
+    stored_images,
+    write_nlvr2,
+    write_nlvr2_images,
+)
+
+from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow, load_labels
+
+
+def test_nlvr2(desk: Desk) -> None:
+    pictures = write_nlvr2(desk.raw)
+    assert desk.prepare("nlvr2") == 0
+    assert load_labels(str(desk.out)).labels == ("False", "True")
+    data = desk.opened("train", "nlvr2")
+    first = TaskRow("train-1-0-0", (0, 1), (0,), ("two stars",), (1,), (1.0,))
+    second = replace(first, id="train-1-0-1", texts=(1,), labels=(0,))
+    third = replace(first, id="train-22-3-1", images=(2, 3), texts=(2,))
+    assert rows(data) == [first, second, third]
+    assert stored_images(data)[:2] == pictures  # left, right
+    assert ids(desk.opened("dev", "nlvr2")) == ["dev-1-0-0"]
+    assert ids(desk.opened("test", "nlvr2")) == ["test1-1-0-0"]
+    # The layout of the repository, with the images unpacked beside it.
+    for name in ("train", "dev", "test1"):
+        (desk.raw / "images" / name).rename(desk.raw / name)
+    (desk.raw / "nlvr2").mkdir()
+    (desk.raw / "data").rename(desk.raw / "nlvr2" / "data")
+    before = Path(f"{desk.out}_train_samples.arrow").read_bytes()
+    assert desk.prepare("nlvr2", "--splits", "train", "--workers", "2") == 0
+    assert Path(f"{desk.out}_train_samples.arrow").read_bytes() == before
+
+
+def test_bad_nlvr2_records(desk: Desk) -> None:
+    write_nlvr2(desk.raw)
+    path, images = desk.raw / "data" / "dev.json", desk.raw / "images" / "dev"
+    (images / "dev-1-0-img1.png").rename(images / "dev-2-0-img0.png")
+    write_nlvr2_images(images, "dev-3-0")
+    lines = [
+        nlvr2_sentence("dev-3-0-0", "True"),
+        '{"sentence": \n',
+        nlvr2_sentence("dev-3-0-1", "maybe"),
+        nlvr2_sentence("dev-3-0-2", None),
+        nlvr2_sentence("dev-1-0-0", "True"),  # without its right image
+        nlvr2_sentence("dev-2-0-0", "True"),
+        nlvr2_sentence("dev", "True"),
+        nlvr2_sentence("dev-3-0-3", "False"),
+    ]
+    put(path, "".join(lines))
+    assert desk.prepare("nlvr2", "--splits", "dev") == 1
+    assert desk.error().startswith(f"{path}: line 2: invalid JSON")
+    put(path, "".join([*lines[:1], *lines[2:]]))
+    assert desk.prepare("nlvr2", "--splits", "dev", "--workers", "2") == 1
+    expected = f"{path}: line 2 (dev-3-0-1): label 'maybe' is neither True nor False"
+    assert desk.error() == expected
+    assert files_of(desk.out.parent) == []
+    assert desk.prepare("nlvr2", "--splits", "dev", "--on-error", "skip") == 0
+    assert rejects_of(f"{desk.out}_dev") == [
+        ("line 2 (dev-3-0-1)", "label 'maybe' is neither True nor False"),
+        ("line 3 (dev-3-0-2)", "label None is neither True nor False"),
+        ("line 4 (dev-1-0-0)", f"no such image file: {images / 'dev-1-0-img1.png'}"),
+        ("line 5 (dev-2-0-0)", f"no such image file: {images / 'dev-2-0-img1.png'}"),
+        ("line 6", "no identifier of the form split-set-pair-sentence"),
+    ]
+    data = TaskDataset.open(f"{desk.out}_dev", "nlvr2", None)
+    assert [(row.id, row.images) for row in rows(data)] == [
+        ("dev-3-0-0", (0, 1)),
+        ("dev-3-0-3", (0, 1)),
+    ]
+    assert data.num_images == 2  # the good left image of a bad pair is not stored
+    (desk.raw / "images" / "test1").rename(desk.raw / "images" / "test")
+    desk.messages()
+    assert desk.prepare("nlvr2") == 1
+    assert desk.error().startswith(f"{desk.raw / 'images' / 'test1'}: no such folder")

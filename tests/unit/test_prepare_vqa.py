@@ -1,0 +1,231 @@
+"""VQA from hand-made raw files: classes, soft targets, held-out images, bad records."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_files import ROOT, encoded, files_of, picture, rejects_of
+from raw_tasks import Desk, ids, put, rows, stored_images
+
+from megatron_vlmoe.data.manifest import load_manifest
+from megatron_vlmoe.data.readers.tasks.records import chosen
+from megatron_vlmoe.data.task_dataset import Labels, TaskRow, load_labels
+
+
+def question(number: int, image: int, text: object = "is it red") -> dict[str, Any]:
+    return {"image_id": image, "question": text, "question_id": number}
+
+
+def annotation(number: int, main_answer: str, answers: dict[str, int]) -> dict[str, Any]:
+    said = [{"answer": text} for text, count in answers.items() for _ in range(count)]
+    return {"question_id": number, "multiple_choice_answer": main_answer, "answers": said}
+
+
+def vqa_image(raw: Path, part: str, image: int) -> bytes:
+    data = encoded(picture(image))
+    put(raw / part / f"COCO_{part}_{image:012d}.jpg", data)
+    return data
+
+
+# Main answers, with the least count 2: "yes" 3 times (once spelled otherwise), "2" twice (once
+# as a word), "star" twice, "blue" once; by first appearance 2, yes, star.
+TRAIN_QUESTIONS = [
+    (question(11, 1, "how many stars"), annotation(11, "two", {"2": 2, "two": 7, "3": 1})),
+    (question(12, 1), annotation(12, "Yes.", {"yes": 3, "no": 6, "star": 1})),
+    (question(21, 2), annotation(21, "blue", {"blue": 10})),  # no class of these answers
+    (question(13, 1, " a star "), annotation(13, "yes", {"no": 5, "star": 1, "yes": 4})),
+]
+VAL_QUESTIONS = [
+    (question(31, 3), annotation(31, "2", {"2": 9, "yes": 1})),
+    (question(41, 4), annotation(41, "star", {"yes": 2, "star": 8})),
+    (question(42, 4), annotation(42, "star", {"Star": 10})),  # raw answers are not normalised
+    (question(51, 5), annotation(51, "yes", {"yes": 10})),
+]
+EXPECTED_TARGETS = {
+    "11": {0: 0.6},
+    "12": {1: 0.9, 2: 0.3},
+    "13": {1: 1.0, 2: 0.3},
+    "31": {0: 1.0, 1: 0.3},
+    "41": {1: 0.6, 2: 1.0},
+    "42": {},
+    "51": {1: 1.0},
+}
+
+
+@pytest.fixture
+def vqa(desk: Desk) -> dict[tuple[str, int], bytes]:
+    """Raw VQAv2: annotations in a subfolder, questions beside the images; the images by name."""
+    for part, found in (("train2014", TRAIN_QUESTIONS), ("val2014", VAL_QUESTIONS)):
+        write_questions(desk.raw, part, [q for q, _ in found])
+        notes = {"annotations": [a for _, a in found]}
+        put(desk.raw / "annotations" / f"v2_mscoco_{part}_annotations.json", notes)
+    write_questions(desk.raw, "test2015", [question(61, 6), question(71, 7), question(62, 6)])
+    write_questions(desk.raw, "test-dev2015", [question(71, 7)])
+    names = {1: "train2014", 2: "train2014", 3: "val2014", 4: "val2014", 5: "val2014"}
+    names |= {6: "test2015", 7: "test2015"}
+    return {(part, image): vqa_image(desk.raw, part, image) for image, part in names.items()}
+
+
+def write_questions(raw: Path, part: str, questions: list[dict[str, Any]]) -> None:
+    name = f"v2_OpenEnded_mscoco_{part}_questions.json"
+    put(raw / name, {"questions": questions})
+
+
+VQA_OPTIONS = ("--min-answer-count", "2", "--num-val-images", "1")
+
+
+def test_vqa_rows_targets_and_splits(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
+    assert desk.prepare("vqa", *VQA_OPTIONS) == 0
+    messages = desk.messages()
+    labels = load_labels(str(desk.out))
+    assert labels == Labels("vqa", ("2", "yes", "star"))
+    data = {s: desk.opened(s, "vqa") for s in ("train", "val", "test", "test-dev")}
+    assert ids(data["test"]) == ["61", "71", "62"] and ids(data["test-dev"]) == ["71"]
+    (held_out,) = chosen([3, 4, 5], 1, 0)
+    val = [str(q["question_id"]) for q, _ in VAL_QUESTIONS if q["image_id"] == held_out]
+    rest = ["11", "12", "13", "31", "41", "51"]  # 42 has no class: left out unless held out
+    assert ids(data["val"]) == val
+    assert ids(data["train"]) == [number for number in rest if number not in val]
+    answers = {str(a["question_id"]): a for _, a in (*TRAIN_QUESTIONS, *VAL_QUESTIONS)}
+    for row in (*rows(data["train"]), *rows(data["val"])):
+        targets = dict(zip(row.labels, np.float32(row.scores).tolist(), strict=True))
+        assert targets == {k: float(np.float32(v)) for k, v in EXPECTED_TARGETS[row.id].items()}
+        assert list(row.answers) == [a["answer"] for a in answers[row.id]["answers"]]
+    first, second, third = rows(data["test"])
+    assert first == TaskRow("61", (0,), (0,), ("is it red",))
+    assert (second.images, third.images, third.texts) == ((1,), (0,), (2,))
+    assert stored_images(data["test"]) == [vqa["test2015", 6], vqa["test2015", 7]]
+    assert stored_images(data["train"])[0] == vqa["train2014", 1]
+    assert data["train"].row(2).raw == ("a star",)
+    for one in data.values():
+        assert one.labels_sha256 == labels.sha256
+    manifest = data["train"].manifest
+    omitted = 1 + (held_out != 4)
+    assert manifest.omitted == {"no answer in the vocabulary": omitted}
+    assert f"vqa train: {omitted} samples left out: no answer in the vocabulary\n" in messages
+    assert manifest.samples == len(data["train"]) and manifest.rejects == 0
+    assert manifest.documents == data["train"].num_images
+    assert manifest.tokens == int(data["train"].text_lengths().sum())
+
+
+def test_vqa_holds_out_questions_without_a_class(
+    vqa: dict[tuple[str, int], bytes], desk: Desk
+) -> None:
+    seed = next(seed for seed in range(50) if chosen([3, 4, 5], 1, seed) == {4})
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--seed", str(seed), "--splits", "val", "train") == 0
+    val = desk.opened("val", "vqa")
+    assert [(row.id, row.labels) for row in rows(val)] == [("41", (1, 2)), ("42", ())]
+    assert ids(desk.opened("train", "vqa")) == ["11", "12", "13", "31", "51"]
+    assert not Path(f"{desk.out}_test.json").exists()
+
+
+def test_at_most_half_of_the_val_images_are_held_out(
+    vqa: dict[tuple[str, int], bytes], desk: Desk
+) -> None:
+    options = ("--min-answer-count", "2", "--splits", "val")  # 1,000 of 3 images
+    assert desk.prepare("vqa", *options) == 0
+    assert desk.opened("val", "vqa").num_images == 1
+
+
+def test_choice_depends_on_nothing_but_seed_and_items() -> None:
+    script = (
+        "from megatron_vlmoe.data.readers.tasks.records import chosen\n"
+        "print(sorted(chosen(set(map(str, range(99))), 9, 1)), sorted(chosen(range(99), 9, 1)))"
+    )
+    texts, numbers = chosen(map(str, range(98, -1, -1)), 9, 1), chosen(range(98, -1, -1), 9, 1)
+    assert texts == {str(n) for n in numbers} and len(numbers) == 9
+    assert numbers != chosen(range(99), 9, 2)
+    environment = {**os.environ, "PYTHONHASHSEED": "77"}
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.strip() == f"{sorted(texts)} {sorted(numbers)}"
+    counts = Counter(n for seed in range(200) for n in chosen(range(10), 5, seed))
+    assert min(counts.values()) > 60  # 100 on average, standard deviation 7
+
+
+def test_bad_vqa_records(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
+    bad = [
+        question(81, 1, "?\ud800"),
+        question(82, 1, " "),
+        question(83, 1, None),
+        question(84, 99),
+        question(85, 1),
+        {"question": "x", "question_id": 86},
+    ]
+    write_questions(desk.raw, "train2014", [*bad, *(q for q, _ in TRAIN_QUESTIONS)])
+    notes = [
+        annotation(q["question_id"], "yes", {"yes": 10}) for q in bad if q["question_id"] != 85
+    ]
+    notes.append({"question_id": 87, "multiple_choice_answer": "yes", "answers": [{}]})
+    notes += [a for _, a in TRAIN_QUESTIONS]
+    path = desk.raw / "annotations" / "v2_mscoco_train2014_annotations.json"
+    put(path, {"annotations": notes})
+    questions = desk.raw / "v2_OpenEnded_mscoco_train2014_questions.json"
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "train") == 1
+    where = f"{path}: annotation entry 5: "
+    assert desk.error() == f"{where}answers are not a list of objects with an answer"
+    assert files_of(desk.out.parent) == []
+    missing = desk.raw / "train2014" / f"COCO_train2014_{99:012d}.jpg"
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "train", "--on-error", "skip") == 0
+    assert rejects_of(f"{desk.out}_train") == [
+        ("annotation entry 5", "answers are not a list of objects with an answer"),
+        ("question 81", "invalid Unicode"),
+        ("question 82", "empty text"),
+        ("question 83", "text is not a string"),
+        ("question 84", f"no such image file: {missing}"),
+        ("question 85", f"no annotation in {path}"),
+        ("question entry 5", "no whole question_id and image_id"),
+        ("annotation of question 86", f"no such question in {questions}"),
+    ]
+    assert ids(desk.opened("train", "vqa"))[:3] == ["11", "12", "13"]
+    assert load_manifest(f"{desk.out}_train").rejects == 8
+    assert "8 rejected" in desk.messages()
+
+
+def test_bad_image_takes_all_its_samples(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
+    path = desk.raw / "test2015" / f"COCO_test2015_{6:012d}.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "test", "--on-error", "skip") == 0
+    assert ids(desk.opened("test", "vqa")) == ["71"]
+    found = rejects_of(f"{desk.out}_test")
+    assert [record for record, _ in found] == ["question 61", "question 62"]
+    assert all(reason.startswith("corrupt image") and str(path) in reason for _, reason in found)
+
+
+def test_missing_vqa_files_are_told_before_any_work(
+    vqa: dict[tuple[str, int], bytes], desk: Desk
+) -> None:
+    (desk.raw / "v2_OpenEnded_mscoco_test2015_questions.json").unlink()
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "train", "test") == 1
+    assert "v2_OpenEnded_mscoco_test2015_questions.json: no such file" in desk.error()
+    (desk.raw / "train2014").rename(desk.raw / "train")
+    assert desk.prepare("vqa", *VQA_OPTIONS) == 1
+    assert desk.error().startswith(f"{desk.raw / 'train2014'}: no such folder")
+    (desk.raw / "train").rename(desk.raw / "train2014")
+    assert desk.prepare("vqa") == 1
+    assert desk.error().endswith("no answer occurs 9 times: lower --min-answer-count")
+    assert desk.prepare("vqa", "--splits", "dev") == 1
+    assert "no split 'dev': one of train, val, test, test-dev" in desk.error()
+    assert not desk.out.parent.exists()
+
+
+def test_workers_do_not_change_the_bytes(
+    vqa: dict[tuple[str, int], bytes], monkeypatch: pytest.MonkeyPatch, desk: Desk
+) -> None:
+    # Several chunks, with images that come again later.
+    many = [question(1000 + i, 6 + i % 7 % 2) for i in range(100)]
+    write_questions(desk.raw, "test2015", many)
+    options = (*VQA_OPTIONS, "--splits", "test")
+    assert desk.prepare("vqa", *options) == 0
+    files = [path for path in desk.out.parent.iterdir() if path.name != "p_test.json"]
+    before = {path: path.read_bytes() for path in files}
+    assert len(before) == 6
+    assert desk.prepare("vqa", *options, "--workers", "2") == 0
+    assert {path: path.read_bytes() for path in files} == before

@@ -1,0 +1,87 @@
+"""Candidate pairs of retrieval: the same pixels as one by one, and every image of a micro-batch decoded once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from data_files import encoded, picture
+from raw_tasks import Desk, put
+
+from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
+from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.data.order import Place
+from megatron_vlmoe.data.samples import Draws, ImageViews
+from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
+from megatron_vlmoe.finetune.sweeps import PairSweep
+
+# Image and caption; in order of the images, as re-ranking makes them.
+PAIRS = np.array([[0, 0], [0, 2], [0, 3], [1, 0], [1, 1], [2, 0], [2, 2], [2, 5]])
+
+
+@pytest.fixture
+def samples(desk: Desk) -> TaskSamples:
+    """Three images with two captions each."""
+    sentences = [[{"raw": "a star"}, {"raw": f"{n} red circle"}] for n in ("one", "two", "no")]
+    images = [
+        {"filename": f"{n}.jpg", "split": "test", "sentences": own}
+        for n, own in enumerate(sentences)
+    ]
+    put(desk.raw / "dataset_flickr30k.json", {"images": images})
+    for number in range(3):
+        put(desk.raw / "flickr30k-images" / f"{number}.jpg", encoded(picture(number)))
+    assert desk.prepare("retrieval", "--splits", "test") == 0
+    task = TaskConfig(name="retrieval", rand_augment="vl")
+    config = FinetuneConfig(task=task)
+    config = replace(config, model=replace(config.model, image_size=16))
+    text = TextFormat(0, 2, 1, 8)
+    draws = Draws(1, 1, False)
+    return TaskSamples(desk.opened("test", "retrieval"), config, text, draws, BatchShare())
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images in the order in which they are decoded."""
+    numbers: list[int] = []
+    pixels = ImageViews.pixels
+
+    def noting(self: ImageViews, place: Place, image: int, sizes: list[int]) -> list[np.ndarray]:
+        numbers.append(image)
+        return pixels(self, place, image, sizes)
+
+    monkeypatch.setattr(ImageViews, "pixels", noting)
+    return numbers
+
+
+def test_an_image_is_decoded_once_in_a_micro_batch(
+    samples: TaskSamples, decoded: list[int]
+) -> None:
+    sweep = PairSweep(samples, PAIRS)
+    batch = sweep.batch([0, 1, 2, 3, 4])
+    assert decoded == [0, 1]
+    assert batch["pair_pixels"].shape == (5, 3, 16, 16) and len(batch["pair_ids"]) == 5
+    sweep.batch([5, 6, 7, 0])  # a copy of the first item fills it up
+    assert sorted(decoded[2:]) == [0, 2]
+
+
+def test_pairs_are_what_they_are_alone(samples: TaskSamples) -> None:
+    batch = PairSweep(samples, PAIRS).batch(range(len(PAIRS)))
+    places = [Place(0, 0, int(image)) for image, _ in PAIRS]
+    alone = samples.pixels(places, PAIRS[:, 0].tolist())
+    assert np.array_equal(batch["pair_pixels"], alone)
+    assert np.array_equal(
+        batch["pair_ids"], samples.texts([(int(text),) for _, text in PAIRS])["text_ids"]
+    )
+    assert len({pixels.tobytes() for pixels in alone}) == 3
+
+
+def test_a_rank_decodes_its_own_share(samples: TaskSamples, decoded: list[int]) -> None:
+    """Of two tensor-parallel ranks the second one has the last four pairs."""
+    whole = PairSweep(samples, PAIRS).batch(range(8))["pair_pixels"]
+    decoded.clear()
+    samples.share = BatchShare(tensor_rank=1, tensor_size=2)
+    batch = PairSweep(samples, PAIRS).batch(range(8))
+    assert np.array_equal(batch["pair_pixels"], whole[4:]) and decoded == [1, 2]
+    samples.share = replace(samples.share, first_stage=False)
+    assert "pair_pixels" not in PairSweep(samples, PAIRS).batch([0])
