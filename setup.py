@@ -18,7 +18,7 @@ setup(
         "transformer-engine": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "deepspeed": ["deepspeed>=0.19"],
         "wandb": ["wandb>=0.18"],
-        # Exports are written without it; it loads and (with accelerate) fine-tunes them, and loads CLIP or ViT teachers.
+        # Exports are written without it; it loads and fine-tunes them, and loads CLIP or ViT teachers.
         "hf": ["transformers>=4.56", "accelerate>=1.1"],
         "dev": [
             "transformers>=4.56",
