@@ -170,7 +170,9 @@ def draw_filled(filled: Filled, output: Path) -> None:
     size = filled.pixels.shape[0]
     grid = int(len(filled.hidden) ** 0.5)
     shown = np.kron(filled.hidden.reshape(grid, grid), np.ones((size // grid, size // grid)))
-    seen = np.where(shown[..., None] > 0, 0.5, filled.pixels)
+    # A fine chequer, so that hidden is not taken for grey.
+    chequer = 0.35 + 0.3 * (np.indices((size, size)).sum(axis=0) % 2)
+    seen = np.where(shown[..., None] > 0, chequer[..., None], filled.pixels)
     panels = (
         ("picture", filled.pixels),
         ("what the model sees", seen),
