@@ -84,17 +84,17 @@ class Arguments(TrainingArguments):
     report_to: Union[None, str, list[str]] = "none"
 
     def __post_init__(self) -> None:
+        if self.deepspeed and (self.bf16 or self.fp16):
+            raise InputError(
+                "--bf16 and --fp16 do not go with --deepspeed: torch_autocast in its file says the "
+                "precision, and leaves the routers in fp32"
+            )
         super().__post_init__()
         # The collator needs columns that are no inputs of the model.
         self.remove_unused_columns = False
         self.label_names = ["labels"]
         # Logits of all samples and thousands of answers need not be held at once.
         self.batch_eval_metrics = True
-        if self.deepspeed and (self.bf16 or self.fp16):
-            raise InputError(
-                "--bf16 and --fp16 do not go with --deepspeed: torch_autocast in its file says the "
-                "precision, and leaves the routers in fp32"
-            )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of the warm-up."""
@@ -102,7 +102,7 @@ class Arguments(TrainingArguments):
 
 
 class Samples(Dataset):
-    """Samples as rows, and the classes that their split has found.
+    """The samples of a split.
 
     Args:
         rows: objects with `image` (a path) and `target`; vqa: `question`, and a score for every label.
@@ -266,17 +266,21 @@ class Collator:
     task: str
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        images = [row["image"] for row in rows]
+        """Inputs and labels of a batch."""
+        inputs: dict[str, Any] = {"images": [row["image"] for row in rows]}
+        if self.task == "vqa":
+            inputs["text"] = [row["question"] for row in rows]
+        try:
+            batch = dict(self.processor(**inputs, return_tensors="pt"))
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if self.task == "imagenet":
-            inputs = dict(self.processor(images=images, return_tensors="pt"))
-            return {**inputs, "labels": torch.tensor([row["target"] for row in rows])}
-        questions = [row["question"] for row in rows]
-        inputs = dict(self.processor(images=images, text=questions, return_tensors="pt"))
+            return {**batch, "labels": torch.tensor([row["target"] for row in rows])}
         scores = torch.zeros(len(rows), self.num_labels)
         for number, row in enumerate(rows):
             for label, score in row["target"].items():
                 scores[number, label] = score
-        return {**inputs, "labels": scores}
+        return {**batch, "labels": scores}
 
 
 class MeanScore:
@@ -292,6 +296,7 @@ class MeanScore:
         self.count = 0
 
     def __call__(self, prediction: Any, compute_result: bool = False) -> dict[str, float]:
+        """Adds a batch of classes ``[n]`` and labels; with `compute_result` the mean since the last one."""
         chosen, labels = (torch.as_tensor(x) for x in prediction)
         if labels.dim() == 2:
             scores = labels.float().gather(1, chosen.unsqueeze(1)).squeeze(1)
