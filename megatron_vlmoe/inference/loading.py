@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.convert.importing import is_hugging_face, open_hugging_face
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
@@ -116,6 +117,8 @@ def _open_tokenizer(
     if config.task.name == "imagenet":
         return None
     path = given or run_file(checkpoint, TOKENIZER_FILE)
+    if path is None and is_hugging_face(checkpoint):
+        path = config.data.text_tokenizer
     if path is None:
         raise ConfigError(f"{checkpoint}: no {TOKENIZER_FILE} beside it; name the text tokenizer")
     try:
@@ -137,6 +140,9 @@ def _open_labels(
     if task.name == "retrieval":
         return None
     path = given or run_file(checkpoint, LABELS_FILE)
+    if path is None and is_hugging_face(checkpoint):
+        # A library wrote the folder: the classes are in its config.json.
+        return open_hugging_face(checkpoint, verify=False).labels
     if path is None:
         raise ConfigError(f"{checkpoint}: no {LABELS_FILE} beside it; name the file of its labels")
     try:

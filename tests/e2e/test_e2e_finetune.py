@@ -18,6 +18,7 @@ from commands import Outcome, run, tool
 from conftest import Run, assert_same_metrics
 from helpers import Workers, layout
 from inference_runs import command_lines
+from PIL import Image
 from prepared_tasks import Prepared
 
 pytestmark = [
@@ -390,6 +391,16 @@ def test_an_exported_task_evaluates_as_the_run_does(bench: Bench, vqa: Run, alon
     words = evaluation(bench, vqa, "evaluated_hf", 4, "--load", folder, *more)
     bench.run(words).succeeded()
     assert_same_evaluation(bench.folder / "evaluated_hf", alone)
+    picture = str(bench.folder / "picture.png")
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(picture)
+    # As a library would have saved it: the classes are in config.json alone.
+    (Path(folder) / "labels.json").unlink()
+    asked = ["--image", picture, "--question", "what color is it?"]
+    here, there = (
+        bench.run(["predict", "--task", "vqa", "--load", where, *asked]).succeeded().stdout
+        for where in (str(vqa.folder), folder)
+    )
+    assert here == there and here.strip()
 
 
 @pytest.fixture(scope="module")

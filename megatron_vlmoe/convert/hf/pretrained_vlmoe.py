@@ -34,6 +34,8 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    # `**kwargs` of forward are no loss arguments: Trainer divides by its accumulation steps as usual.
+    accepts_loss_kwargs = False
     _no_split_modules = ["VLMoELayer"]
     _supports_sdpa = True
     # Every task starts from a pretraining export, whose heads are not missed there.
