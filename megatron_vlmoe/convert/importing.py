@@ -47,11 +47,6 @@ class HuggingFaceModel:
     labels: Optional[Labels]
 
 
-def is_hugging_face(location: str | Path) -> bool:
-    """Whether a folder is a Hugging Face folder (and no checkpoint)."""
-    return (Path(location) / CONFIG_FILE).is_file()
-
-
 def open_hugging_face(location: str | Path, verify: bool = True) -> HuggingFaceModel:
     """Opens a folder that an export or `save_pretrained` wrote, and checks every name and shape.
 

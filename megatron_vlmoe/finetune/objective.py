@@ -54,8 +54,10 @@ class TaskObjective(ABC):
 
     def evaluate(self, runner: StepRunner) -> dict[str, float]:
         """Metrics of the split that chooses the best checkpoint."""
-        self._measured = self._measure(runner, self.data.splits[0])
-        return self._measured[0]
+        metrics, found = self._measure(runner, self.data.splits[0])
+        # The caller adds to what it gets.
+        self._measured = dict(metrics), found
+        return metrics
 
     def evaluate_split(self, runner: StepRunner, split: SplitData) -> Measured:
         """The full evaluation of a split, at the end of a run or without one.

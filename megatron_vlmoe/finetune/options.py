@@ -19,9 +19,7 @@ from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.recipes import DEFAULT_RECIPES, apply_recipe, recipe_names
 from megatron_vlmoe.config.schema import CheckpointConfig, ConfigError, RunConfig
 from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
-from megatron_vlmoe.convert.importing import is_hugging_face, open_hugging_face
-from megatron_vlmoe.convert.tensors import ConvertError
-from megatron_vlmoe.train.run_files import TOKENIZER_FILE, run_file
+from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
 
 
 def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
@@ -167,6 +165,10 @@ def checkpoint_of(location: str) -> Path:
 
 
 def _hugging_face_run(folder: Path) -> RunConfig:
+    # Needs torch, which --help must not wait for.
+    from megatron_vlmoe.convert.importing import open_hugging_face
+    from megatron_vlmoe.convert.tensors import ConvertError
+
     try:
         return open_hugging_face(folder, verify=False).config
     except ConvertError as error:

@@ -13,12 +13,16 @@ import numpy as np
 
 from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.importing import is_hugging_face, open_hugging_face
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
+from megatron_vlmoe.train.run_files import (
+    LABELS_FILE,
+    TOKENIZER_FILE,
+    is_hugging_face,
+    run_file,
+)
 
 if TYPE_CHECKING:
     from megatron_vlmoe.runtime.distributed import Ranks
@@ -142,6 +146,8 @@ def _open_labels(
     path = given or run_file(checkpoint, LABELS_FILE)
     if path is None and is_hugging_face(checkpoint):
         # A library wrote the folder: the classes are in its config.json.
+        from megatron_vlmoe.convert.importing import open_hugging_face
+
         return open_hugging_face(checkpoint, verify=False).labels
     if path is None:
         raise ConfigError(f"{checkpoint}: no {LABELS_FILE} beside it; name the file of its labels")

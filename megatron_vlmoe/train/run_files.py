@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Optional
 
 TOKENIZER_FILE, LABELS_FILE = "text.model", "labels.json"
+HUGGING_FACE_FILE = "config.json"
 
 
 def run_file(checkpoint: Path, name: str) -> Optional[Path]:
@@ -25,3 +26,8 @@ def keep_file(source: str | Path, run: str | Path, name: str) -> None:
         temporary = target.with_name(f"{name}.tmp")
         shutil.copyfile(source, temporary)
         os.replace(temporary, target)
+
+
+def is_hugging_face(location: str | Path) -> bool:
+    """Whether a folder is a Hugging Face folder (and no checkpoint)."""
+    return (Path(location) / HUGGING_FACE_FILE).is_file()

@@ -7,10 +7,11 @@ file names is imported or called.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,22 @@ def read_torch(path: Path, allow_pickle: bool = False) -> tuple[Any, tuple[str, 
     mapped = zipfile.is_zipfile(path)
     if not mapped and not _starts_as_pickle(path):
         raise ConvertError(f"{path}: not a file that torch.save wrote, or cut off")
+    with _no_registered_classes():
+        return _read(path, mapped, allow_pickle)
+
+
+@contextlib.contextmanager
+def _no_registered_classes() -> Iterator[None]:
+    """What a file is read as must not depend on what other packages (megatron-core) have told torch to trust."""
+    registered = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(registered)
+
+
+def _read(path: Path, mapped: bool, allow_pickle: bool) -> tuple[Any, tuple[str, ...]]:
     load = partial(torch.load, path, map_location="cpu", mmap=mapped)
     try:
         return load(weights_only=True), ()
