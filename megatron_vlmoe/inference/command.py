@@ -76,7 +76,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description=f"Asks a fine-tuned checkpoint. Inputs by task: {inputs}.",
     )
-    parser.add_argument("--load", required=True, metavar="DIR", help="run, checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "--load", required=True, metavar="DIR", help="run, checkpoint or Hugging Face folder"
+    )
     parser.add_argument("--task", choices=TASKS, help="checks that the checkpoint is of this task")
     group = parser.add_argument_group("inputs")
     for name in INPUTS:
