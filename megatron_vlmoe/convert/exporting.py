@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.hf_config import CONFIG_FILE, export_config
+from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, export_config
 from megatron_vlmoe.convert.hf_files import (
     architecture,
     auto_map,
@@ -32,8 +32,6 @@ from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.files import sync_tree
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
-
-SPM_FILE = "sentencepiece.model"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
 from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.train.run_files import HUGGING_FACE_FILE
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE = HUGGING_FACE_FILE
+SPM_FILE = "sentencepiece.model"
 MODEL_TYPE = "vlmoe"
 # Option here, name there.
 MODEL_FIELDS = {

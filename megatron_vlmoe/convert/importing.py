@@ -5,27 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
-
-from torch import Tensor
 
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
-from megatron_vlmoe.convert.hf_config import CONFIG_FILE, import_config, read_config
+from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, import_config, read_config
 from megatron_vlmoe.convert.name_table import Entry, name_table
 from megatron_vlmoe.convert.parameters import extra_state_keys
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, with_progress
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, counted
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE
-
-SPM_FILE = "sentencepiece.model"
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ def open_hugging_face(location: str | Path, verify: bool = True) -> HuggingFaceM
     _check_names(folder, files.tensors, table, config.model)
     if verify:
         files.verify_checksums()
-    tensors = {entry.ours: _joined(entry, files.tensors, config.model) for entry in table}
+    tensors = {entry.ours: entry.joined(files.tensors, config.model) for entry in table}
     if tokenizer is not None:
         config = replace(config, data=replace(config.data, text_tokenizer=str(tokenizer)))
     return HuggingFaceModel(folder, config, tensors, tokenizer, labels)
@@ -103,24 +98,15 @@ def import_checkpoint(
     if model.tokenizer is not None:
         # Found beside the checkpoint, wherever it is moved.
         config = replace(config, data=replace(config.data, text_tokenizer=""))
-    progress = iter(with_progress(range(len(model.tensors)), len(model.tensors), "import"))
-    tensors = {
-        key: replace(tensor, read=partial(_counted, tensor, progress))
-        for key, tensor in model.tensors.items()
-    }
-    path = write_checkpoint(output, tensors, extra_state_keys(config), config, overwrite=overwrite)
-    next(progress, None)
+    with counted(model.tensors, "import") as tensors:
+        path = write_checkpoint(
+            output, tensors, extra_state_keys(config), config, overwrite=overwrite
+        )
     if model.tokenizer is not None:
         shutil.copyfile(model.tokenizer, output / TOKENIZER_FILE)
     if model.labels is not None:
         write_text_atomic(output / LABELS_FILE, model.labels.to_json())
     return path
-
-
-def _counted(tensor: LazyTensor, progress: Any) -> Tensor:
-    value = tensor.read()
-    next(progress, None)
-    return value
 
 
 def _check_names(
@@ -136,15 +122,6 @@ def _check_names(
             )
     if unknown := sorted(files.keys() - wanted.keys()):
         raise ConvertError(f"{folder}: {unknown[0]} has no place in a checkpoint")
-
-
-def _joined(entry: Entry, files: Mapping[str, LazyTensor], model: ModelConfig) -> LazyTensor:
-    parts = [files[name] for name in entry.theirs]
-
-    def read() -> Tensor:
-        return entry.transform.join([part.read() for part in parts], model)
-
-    return LazyTensor(entry.shape, parts[0].dtype, read)
 
 
 def _tokenizer(folder: Path, config: RunConfig) -> Optional[Path]:

@@ -6,10 +6,14 @@ The one table drives export, import and `finetune --load HF_DIR`; a star stands 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.convert.transforms import (
     FusedQkv,
     LeadingAxis,
@@ -128,6 +132,15 @@ class Entry:
     def their_shapes(self, model: ModelConfig) -> dict[str, Shape]:
         """Name and shape of every counterpart."""
         return dict(zip(self.theirs, self.transform.shapes(self.shape, model), strict=True))
+
+    def joined(self, theirs: Mapping[str, LazyTensor], model: ModelConfig) -> LazyTensor:
+        """The tensor of a checkpoint, made of the counterparts in an export when it is read."""
+        parts = [theirs[name] for name in self.theirs]
+
+        def read() -> Tensor:
+            return self.transform.join([part.read() for part in parts], model)
+
+        return LazyTensor(self.shape, parts[0].dtype, read)
 
 
 def name_table(config: RunConfig) -> tuple[Entry, ...]:

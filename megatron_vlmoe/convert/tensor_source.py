@@ -17,12 +17,13 @@ from torch import Tensor
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import OPTIMIZER, CheckpointReader
-from megatron_vlmoe.convert.hf_config import CONFIG_FILE, import_config, read_config
+from megatron_vlmoe.convert.hf_config import import_config, read_config
 from megatron_vlmoe.convert.name_table import Entry, name_table
 from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
 from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
 from megatron_vlmoe.convert.transforms import VocabularyRows
+from megatron_vlmoe.train.run_files import is_hugging_face
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def open_source(location: str | Path) -> TensorSource:
     folder = Path(location)
     if not folder.is_dir():
         raise ConvertError(f"{folder}: no such folder")
-    return _hugging_face(folder) if (folder / CONFIG_FILE).is_file() else _checkpoint(folder)
+    return _hugging_face(folder) if is_hugging_face(folder) else _checkpoint(folder)
 
 
 def _checkpoint(folder: Path) -> TensorSource:
@@ -182,19 +183,10 @@ def _hugging_face(folder: Path) -> TensorSource:
     bad = {problem.name for problem in problems}
     whole = [entry for entry in table if not bad.intersection(entry.theirs)]
     stored = {e.ours: {name: files.tensors[name] for name in e.theirs} for e in whole}
-    tensors = {e.ours: _joined(e, stored[e.ours], config.model) for e in whole}
+    tensors = {e.ours: e.joined(stored[e.ours], config.model) for e in whole}
     used = {name for parts in stored.values() for name in parts}
     tensors |= {name: tensor for name, tensor in files.tensors.items() if name not in used}
     return TensorSource(folder, config, tensors, {}, tuple(problems), None, stored)
-
-
-def _joined(entry: Entry, parts: Mapping[str, LazyTensor], model: ModelConfig) -> LazyTensor:
-    read = partial(_join, entry, tuple(parts.values()), model)
-    return LazyTensor(entry.shape, next(iter(parts.values())).dtype, read)
-
-
-def _join(entry: Entry, parts: tuple[LazyTensor, ...], model: ModelConfig) -> Tensor:
-    return entry.transform.join([part.read() for part in parts], model)
 
 
 def _zero_padding(entry: Entry, tensor: LazyTensor, model: ModelConfig) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -55,3 +57,18 @@ def with_progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item
     seconds = time.monotonic() - start
     ending = "\n" if terminal else ""
     print(f"{ending}{what}: {done} tensors in {seconds:.1f} s", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def counted(tensors: Mapping[str, LazyTensor], what: str) -> Iterator[dict[str, LazyTensor]]:
+    """The tensors with a bar that moves when one is read; for a writer that has a loop of its own."""
+    progress = iter(with_progress(tensors, len(tensors), what))
+
+    def read(tensor: LazyTensor) -> Tensor:
+        value = tensor.read()
+        next(progress, None)
+        return value
+
+    yield {key: replace(tensor, read=partial(read, tensor)) for key, tensor in tensors.items()}
+    # The line at the end.
+    next(progress, None)

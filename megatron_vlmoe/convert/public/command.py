@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-
-from torch import Tensor
 
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.schema import ConfigError, RunConfig
@@ -26,7 +21,7 @@ from megatron_vlmoe.convert.public.vocabulary import (
     same_rows,
     wordpiece_rows,
 )
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, with_progress
+from megatron_vlmoe.convert.tensors import ConvertError, counted
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.checkpoint_files import TRACKER
@@ -157,20 +152,9 @@ def _rows(options: ImportOptions, source: PublicState, tokenizer: TextTokenizer)
 
 def _write(planner: Planner, output: Path, options: ImportOptions, overwrite: bool) -> None:
     tensors = planner.tensors()
-    progress = iter(with_progress(range(len(tensors)), len(tensors), "import"))
-    counted = {
-        key: replace(tensor, read=partial(_counted, tensor, progress))
-        for key, tensor in tensors.items()
-    }
     config = planner.config
-    write_checkpoint(output, counted, extra_state_keys(config), config, overwrite=overwrite)
-    next(progress, None)
+    with counted(tensors, "import") as read:
+        write_checkpoint(output, read, extra_state_keys(config), config, overwrite=overwrite)
     write_text_atomic(output / CONFIG_FILE, to_yaml(config))
     if options.text_tokenizer is not None:
         keep_file(options.text_tokenizer, output, TOKENIZER_FILE)
-
-
-def _counted(tensor: LazyTensor, progress: Iterator[int]) -> Tensor:
-    value = tensor.read()
-    next(progress, None)
-    return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,26 +20,15 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.tokenizers.vqkd.files import UNREADABLE
 from megatron_vlmoe.train.checkpoint_files import one_line
 
 # In the order in which VLMo's own loader looks for them; a file without any of them is the state dict itself.
 CONTAINERS = ("state_dict", "module", "model")
 # What wrappers put before a parameter's name: DeepSpeed and DistributedDataParallel, and Lightning's strategies.
 WRAPPERS = ("module.", "_forward_module.")
-# What torch's unpickler raises for content that it refuses or cannot follow.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ImportError,
-    AssertionError,
-)
+# Besides what a damaged file gives: what following the names in somebody's file may.
+_UNREADABLE = (*UNREADABLE, ImportError, AssertionError)
 
 
 @dataclass(frozen=True)

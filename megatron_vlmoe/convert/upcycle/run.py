@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
-from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
 from megatron_vlmoe.convert.parameters import extra_state_keys
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, with_progress
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, counted
 from megatron_vlmoe.convert.upcycle.optimizer import sparse_optimizer
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions
 from megatron_vlmoe.convert.upcycle.plan import PoolPlan, grown_pools
@@ -86,15 +84,10 @@ def upcycle_checkpoint(
     if options.carry_optimizer:
         optimizer = sparse_optimizer(reader.common, str(reader.path))
     state = reader.train_state if options.carry_optimizer else None
-    progress = iter(with_progress(range(len(tensors)), len(tensors), "upcycle"))
-    counted = {
-        key: replace(tensor, read=partial(_counted, tensor, progress))
-        for key, tensor in tensors.items()
-    }
-    path = write_checkpoint(
-        output, counted, extra_state_keys(config), config, state, optimizer, overwrite
-    )
-    next(progress, None)
+    with counted(tensors, "upcycle") as read:
+        path = write_checkpoint(
+            output, read, extra_state_keys(config), config, state, optimizer, overwrite
+        )
     tokenizer = run_file(reader.path, TOKENIZER_FILE)
     if tokenizer is not None:
         keep_file(tokenizer, output, TOKENIZER_FILE)
@@ -119,12 +112,6 @@ def upcycled_tensors(
     if options.carry_optimizer:
         tensors |= moments(reader, config, pools, options)
     return pools, tensors
-
-
-def _counted(tensor: LazyTensor, progress: Any) -> Tensor:
-    value = tensor.read()
-    next(progress, None)
-    return value
 
 
 def _grown_pool(

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 # What torch's unpickler raises for bytes that are cut off or were never a checkpoint.
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError,
     struct.error,
     RuntimeError,
@@ -59,6 +59,6 @@ def read_torch_file(path: Path, device: torch.device | str, allowed: Sequence[ty
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location=device, weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: cannot be read as a checkpoint: {reason}") from error
