@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.schema import ConfigError, ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, export_config
@@ -27,10 +27,10 @@ from megatron_vlmoe.convert.model_card import CardOptions, model_card
 from megatron_vlmoe.convert.name_table import FP32_KEYS, Entry, name_table
 from megatron_vlmoe.convert.safetensors_files import Group, write_folder
 from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, with_progress
-from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.task_labels import Labels, read_labels
+from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.runtime.files import sync_tree
 from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
 
 
@@ -136,15 +136,9 @@ def _tokenizer(reader: CheckpointReader, given: str) -> Optional[TextTokenizer]:
             "name it with --text-tokenizer"
         )
     try:
-        tokenizer = TextTokenizer(path)
-    except ValueError as error:
+        return open_text_tokenizer(path, config, reader.path)
+    except ConfigError as error:
         raise ConvertError(str(error)) from None
-    if tokenizer.size != config.model.vocab_size:
-        raise ConvertError(
-            f"text tokenizer {path} has {tokenizer.size} pieces, but the model of {reader.path} has "
-            f"{config.model.vocab_size}"
-        )
-    return tokenizer
 
 
 def _labels(reader: CheckpointReader) -> Optional[Labels]:
@@ -155,13 +149,9 @@ def _labels(reader: CheckpointReader) -> Optional[Labels]:
     if path is None:
         raise ConvertError(f"{reader.path}: no {LABELS_FILE} beside it")
     try:
-        labels = read_labels(path)
-    except DataError as error:
+        return open_labels(path, config, reader.path)
+    except ConfigError as error:
         raise ConvertError(str(error)) from None
-    same = config.task.labels_sha256 in ("", labels.sha256)
-    if not same or len(labels.labels) != config.task.num_classes:
-        raise ConvertError(f"{path}: its labels are not those that {reader.path} was trained on")
-    return labels
 
 
 def _write_texts(

@@ -13,10 +13,10 @@ import numpy as np
 
 from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.task_labels import Labels, read_labels
+from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
 from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
 from megatron_vlmoe.train.run_files import (
     LABELS_FILE,
     TOKENIZER_FILE,
@@ -125,23 +125,13 @@ def _open_tokenizer(
         path = config.data.text_tokenizer
     if path is None:
         raise ConfigError(f"{checkpoint}: no {TOKENIZER_FILE} beside it; name the text tokenizer")
-    try:
-        tokenizer = TextTokenizer(path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if tokenizer.size != config.model.vocab_size:
-        raise ConfigError(
-            f"text tokenizer {path} has {tokenizer.size} pieces, but the model of {checkpoint} has "
-            f"{config.model.vocab_size}"
-        )
-    return tokenizer
+    return open_text_tokenizer(path, config, checkpoint)
 
 
 def _open_labels(
     checkpoint: Path, config: FinetuneConfig, given: str | Path | None
 ) -> Optional[Labels]:
-    task = config.task
-    if task.name == "retrieval":
+    if config.task.name == "retrieval":
         return None
     path = given or run_file(checkpoint, LABELS_FILE)
     if path is None and is_hugging_face(checkpoint):
@@ -151,14 +141,7 @@ def _open_labels(
         return open_hugging_face(checkpoint, verify=False).labels
     if path is None:
         raise ConfigError(f"{checkpoint}: no {LABELS_FILE} beside it; name the file of its labels")
-    try:
-        labels = read_labels(Path(path))
-    except DataError as error:
-        raise ConfigError(str(error)) from error
-    same = task.labels_sha256 in ("", labels.sha256)
-    if not same or len(labels.labels) != task.num_classes:
-        raise ConfigError(f"{path}: its labels are not those that {checkpoint} was trained on")
-    return labels
+    return open_labels(path, config, checkpoint)
 
 
 def _check_device(wanted: Optional[str]) -> None:
