@@ -26,7 +26,7 @@ from megatron_vlmoe.convert.hf_files import (
 from megatron_vlmoe.convert.model_card import CardOptions, model_card
 from megatron_vlmoe.convert.name_table import FP32_KEYS, Entry, name_table
 from megatron_vlmoe.convert.safetensors_files import Group, write_folder
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, with_progress
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, check_tensors, with_progress
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.runtime.files import sync_tree
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -72,7 +72,8 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
         raise ConvertError(f"{output}: exists (--overwrite replaces it)")
     reader = CheckpointReader(location)
     table = name_table(reader.config)
-    check_tensors(str(reader.path), reader.tensors, table)
+    shapes = {entry.ours: entry.shape for entry in table}
+    check_tensors(reader.path, reader.tensors, shapes, "its configuration", "an export")
     tokenizer = _tokenizer(reader, options.text_tokenizer)
     labels = _labels(reader)
     groups = [_group(entry, reader, options.dtype) for entry in table]
@@ -93,24 +94,6 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output
-
-
-def check_tensors(where: str, tensors: dict[str, LazyTensor], table: tuple[Entry, ...]) -> None:
-    """Compares a checkpoint's tensors with the table of its configuration.
-
-    Raises:
-        ConvertError: naming the first that is missing, of another shape, or that the table does not know.
-    """
-    for entry in table:
-        found = tensors.get(entry.ours)
-        if found is None:
-            raise ConvertError(f"{where}: has no {entry.ours}")
-        if found.shape != entry.shape:
-            raise ConvertError(
-                f"{where}: {entry.ours} has shape {list(found.shape)}, but its configuration says {list(entry.shape)}"
-            )
-    if unknown := sorted(tensors.keys() - {entry.ours for entry in table}):
-        raise ConvertError(f"{where}: {unknown[0]} has no place in an export")
 
 
 def _group(entry: Entry, reader: CheckpointReader, dtype: Optional[torch.dtype]) -> Group:

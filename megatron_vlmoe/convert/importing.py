@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, import_config, read_config
-from megatron_vlmoe.convert.name_table import Entry, name_table
+from megatron_vlmoe.convert.name_table import name_table
 from megatron_vlmoe.convert.parameters import extra_state_keys
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, counted
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, check_tensors, counted
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.files import write_text_atomic
@@ -63,7 +63,8 @@ def open_hugging_face(location: str | Path, verify: bool = True) -> HuggingFaceM
     tokenizer = _tokenizer(folder, config)
     files = SafetensorsFolder(folder)
     table = name_table(config)
-    _check_names(folder, files.tensors, table, config.model)
+    shapes = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}
+    check_tensors(folder, files.tensors, shapes, CONFIG_FILE, "a checkpoint")
     if verify:
         files.verify_checksums()
     tensors = {entry.ours: entry.joined(files.tensors, config.model) for entry in table}
@@ -107,21 +108,6 @@ def import_checkpoint(
     if model.labels is not None:
         write_text_atomic(output / LABELS_FILE, model.labels.to_json())
     return path
-
-
-def _check_names(
-    folder: Path, files: Mapping[str, LazyTensor], table: tuple[Entry, ...], model: ModelConfig
-) -> None:
-    wanted = {name: shape for e in table for name, shape in e.their_shapes(model).items()}
-    for name, shape in wanted.items():
-        if name not in files:
-            raise ConvertError(f"{folder}: has no {name}")
-        if files[name].shape != shape:
-            raise ConvertError(
-                f"{folder}: {name} has shape {list(files[name].shape)}, but {CONFIG_FILE} says {list(shape)}"
-            )
-    if unknown := sorted(files.keys() - wanted.keys()):
-        raise ConvertError(f"{folder}: {unknown[0]} has no place in a checkpoint")
 
 
 def _tokenizer(folder: Path, config: RunConfig) -> Optional[Path]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -43,6 +44,36 @@ class LazyTensor:
     def numel(self) -> int:
         """Number of values."""
         return torch.Size(self.shape).numel()
+
+
+def check_tensors(
+    where: Path,
+    tensors: Mapping[str, LazyTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    said_by: str,
+    other_side: str,
+) -> None:
+    """Compares what is there with what a configuration asks for.
+
+    Args:
+        where: the folder, for messages.
+        tensors: what is there.
+        shapes: name and shape of everything that must be there, and of nothing else.
+        said_by: what says so, for messages.
+        other_side: what they are to become, for messages.
+
+    Raises:
+        ConvertError: naming the first tensor that is missing, of another shape, or unknown.
+    """
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ConvertError(f"{where}: has no {name}")
+        if (found := tensors[name].shape) != shape:
+            raise ConvertError(
+                f"{where}: {name} has shape {list(found)}, but {said_by} says {list(shape)}"
+            )
+    if unknown := sorted(tensors.keys() - shapes.keys()):
+        raise ConvertError(f"{where}: {unknown[0]} has no place in {other_side}")
 
 
 def with_progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
