@@ -106,7 +106,10 @@ def _write_tensors(
     # What megatron-core itself stores for a layer without state.
     content |= {key: [None] for key in extra_states}
     planner = _LazyPlanner(tensors)
-    writer = FileSystemWriter(str(folder), thread_count=1, sync_files=False)
+    # Nothing is copied ahead: a tensor is given back before the next one is read.
+    writer = FileSystemWriter(
+        str(folder), thread_count=1, sync_files=False, per_thread_copy_ahead=0
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -121,20 +124,28 @@ def _write_tensors(
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans by shape and reads a tensor when its turn to be written has come."""
+    """Plans by shape and reads a tensor when its turn to be written has come.
+
+    torch keeps every tensor of a file until the file is complete, so the memory of a written one is taken from it.
+    """
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         super().__init__(flatten_state_dict=False)
         self.tensors = tensors
+        self._written: Optional[Tensor] = None
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The values of one item of the plan."""
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
+        if self._written is not None:
+            self._written.untyped_storage().resize_(0)
         wanted = self.tensors[write_item.index.fqn]
-        value: Tensor = wanted.read().to(wanted.dtype).contiguous()
+        value = wanted.read()
         if tuple(value.shape) != wanted.shape:
             raise ConvertError(
                 f"{write_item.index.fqn}: has shape {list(value.shape)}, not {list(wanted.shape)}"
             )
-        return value
+        # Memory of its own: what was read may be a part of another tensor, or of a mapped file.
+        self._written = torch.empty(wanted.shape, dtype=wanted.dtype).copy_(value)
+        return self._written
