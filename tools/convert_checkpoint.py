@@ -18,6 +18,7 @@ from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.convert.model_card import CardOptions
 from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.runtime.memory import give_back_freed_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUT = (
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Converts; returns the exit status."""
     arguments = build_parser().parse_args()
+    give_back_freed_tensors()
     try:
         if arguments.command == "export":
             made = export_checkpoint(arguments.load, arguments.output, _export_options(arguments))

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_vlmoe.convert.public.command import import_public
 from megatron_vlmoe.convert.public.options import FAMILY_NAMES, ImportOptions
 from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.runtime.memory import give_back_freed_tensors
 
 # Options that only some families have.
 FAMILY_OPTIONS = {
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} is no option of {arguments.family}")
     if arguments.family == "beit3":
         given.setdefault("vl_ffn", "vision")
+    give_back_freed_tensors()
     try:
         report = import_public(
             ImportOptions(**given),

@@ -17,6 +17,7 @@ from megatron_vlmoe.cli import run_guarded
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.report import report_lines
 from megatron_vlmoe.convert.upcycle.run import read_source, upcycle_checkpoint
+from megatron_vlmoe.runtime.memory import give_back_freed_tensors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Upcycles and prints what was done; returns the exit status."""
     arguments, words = build_parser().parse_known_args()
+    give_back_freed_tensors()
 
     def run() -> int:
         options = UpcycleOptions(

@@ -215,25 +215,22 @@ def test_a_model_of_images_alone_needs_no_tokenizer(tmp_path: Path) -> None:
 # A small model first, so that what the libraries take is not counted; then the peak of each conversion alone, over what
 # the process had before it (Linux: writing 5 there sets the peak back to what is resident now).
 MEASURE = """
-import sys
+import runpy, sys
 from pathlib import Path
-from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
-from megatron_vlmoe.convert.importing import import_checkpoint
+tool, run, hf, back, small, shard = sys.argv[1:]
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-def peak(convert):
+main = runpy.run_path(tool)["main"]
+def convert(command, source, target, *more):
+    sys.argv = [tool, command, "--load", source, "--output", target, *more]
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    convert()
+    assert main() == 0
     return resident("VmHWM") - before
-run, hf, back, small, shard = sys.argv[1:6]
-export_checkpoint(small, Path(small + "-hf"), ExportOptions())
-import_checkpoint(small + "-hf", Path(small + "-back"))
-print(
-    peak(lambda: export_checkpoint(run, Path(hf), ExportOptions(max_shard_bytes=int(shard)))),
-    peak(lambda: import_checkpoint(hf, Path(back))),
-)
+convert("export", small, small + "-hf")
+convert("import", small + "-hf", small + "-back")
+print(convert("export", run, hf, "--max-shard-gb", str(float(shard) / 1e9)), convert("import", hf, back))
 """
 
 
@@ -250,7 +247,7 @@ def test_memory_stays_below_two_shards(run: Path, tmp_path: Path) -> None:
         for key, shape in shapes.items()
     }
     write_checkpoint(tmp_path / "run", tensors, extra_state_keys(config), config)
-    words = [tmp_path / "run", tmp_path / "hf", tmp_path / "back", run, shard]
+    words = [TOOL, tmp_path / "run", tmp_path / "hf", tmp_path / "back", run, shard]
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, words)],
         capture_output=True,
