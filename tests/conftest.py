@@ -36,6 +36,22 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of ours for imports of public checkpoints."""
+    from public_states import write_text_model
+
+    return write_text_model(tmp_path_factory.mktemp("text_model"))
+
+
+@pytest.fixture(scope="session")
+def vocab_txt(text_model: Path) -> Path:
+    """A WordPiece vocabulary beside it."""
+    from public_states import write_wordpiece
+
+    return write_wordpiece(text_model.with_name("vocab.txt"))
+
+
 @pytest.fixture
 def desk(tmp_path: Path, tiny_tokenizer: str, capfd: pytest.CaptureFixture[str]) -> Desk:
     """An empty folder for the raw data of a task."""

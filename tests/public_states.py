@@ -1,4 +1,4 @@
-"""State dicts with the parameter names and shapes of public models, and VLMo's forward pass in plain formulas.
+"""State dicts with the parameter names and shapes of public models, and what the tests of their import share.
 
 Names and shapes: microsoft/unilm (vlmo, beit2, beit3) and microsoft/torchscale.
 """
@@ -6,15 +6,24 @@ Names and shapes: microsoft/unilm (vlmo, beit2, beit3) and microsoft/torchscale.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pytest
+import sentencepiece
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.convert.public.command import import_public, open_source, plan_import
+from megatron_vlmoe.convert.public.options import ImportOptions
+from megatron_vlmoe.convert.public.report import ImportReport
+from megatron_vlmoe.convert.public.torch_files import PublicState
+from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,7 +57,10 @@ class Sizes:
     codes: int = 200
 
 
+SMALL = Sizes()
 BASE = Sizes(768, 12, 12, 3072, 16, 14, 30522, 40, 2, 8192)
+WORDS = "a the red blue circle square is above below Paris café, and; of".split()
+LENGTHS = {"text_length": 10, "pair_text_length": 8}
 
 
 def linear(name: str, inputs: int, outputs: int) -> Shapes:
@@ -230,123 +242,100 @@ def write_deepspeed(folder: Path, state: Mapping[str, Tensor], **extra: Any) -> 
     return folder
 
 
-class VLMoReference:
-    """VLMo without its relative position bias: x += g1 attention(LN(x)); x += g2 FFN_m(LN_m(x)).
-
-    Args:
-        state: parameters.
-        sizes: of the model.
-    """
-
-    def __init__(self, state: Mapping[str, Tensor], sizes: Sizes) -> None:
-        self.state = state
-        self.sizes = sizes
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
-
-    def norm(self, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
-        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-    def embed_text(self, ids: Tensor) -> Tensor:
-        """``[n, L]`` to ``[n, L, D]``; relative positions: none are added."""
-        words = self.state["text_embeddings.word_embeddings.weight"][ids]
-        words = words + self.state["text_embeddings.token_type_embeddings.weight"][0]
-        words = self.norm("text_embeddings.LayerNorm", words, 1e-12)
-        return words + self.state["token_type_embeddings.weight"][0]
-
-    def embed_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels ``[n, 3, S, S]`` to ``[n, 1 + N, D]``."""
-        projection = "transformer.patch_embed.proj"
-        patches = F.conv2d(
-            pixels,
-            self.state[f"{projection}.weight"],
-            self.state[f"{projection}.bias"],
-            stride=self.sizes.patch,
-        )
-        patches = patches.flatten(2).transpose(1, 2)
-        cls_token = self.state["transformer.cls_token"].expand(len(pixels), 1, -1)
-        tokens = torch.cat([cls_token, patches], dim=1)
-        return tokens + self.state["token_type_embeddings.weight"][1]
-
-    def encode(self, x: Tensor, kind: str, num_text: int = 0) -> Tensor:
-        """Final hidden states of texts, images (`imag`) or pairs (`vl`, text first)."""
-        for i in range(self.sizes.depth):
-            block = f"transformer.blocks.{i}"
-            attention = self.attention(block, self.norm(f"{block}.norm1", x))
-            x = x + self.state[f"{block}.gamma_1"] * attention
-            if kind == "vl" and i < self.sizes.depth - self.sizes.vl:
-                parts = (("text", x[:, :num_text]), ("imag", x[:, num_text:]))
-            else:
-                parts = ((kind, x),)
-            ffn = [
-                self.ffn(f"{block}.mlp_{m}", self.norm(f"{block}.norm2_{m}", y)) for m, y in parts
-            ]
-            x = x + self.state[f"{block}.gamma_2"] * torch.cat(ffn, dim=1)
-        return self.norm("transformer.norm", x)
-
-    def attention(self, block: str, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        zeros = torch.zeros(width)
-        bias = torch.cat(
-            [self.state[f"{block}.attn.q_bias"], zeros, self.state[f"{block}.attn.v_bias"]]
-        )
-        qkv = x @ self.state[f"{block}.attn.qkv.weight"].T + bias
-        q, k, v = qkv.view(n, length, 3, self.sizes.heads, -1).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.mT) / math.sqrt(q.shape[-1])
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, length, width)
-        return self.linear(f"{block}.attn.proj", mixed)
-
-    def ffn(self, name: str, x: Tensor) -> Tensor:
-        gate = self.state.get(f"{name}.deepspeed_moe.gate.wg.weight")
-        if gate is None:
-            return self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x)))
-        # The best expert of each token, times its gate; nothing is dropped.
-        best, chosen = (x @ gate.T).softmax(-1).max(-1)
-        experts = f"{name}.deepspeed_moe.experts.deepspeed_experts"
-        outputs = torch.stack(
-            [
-                self.linear(f"{experts}.{e}.fc2", F.gelu(self.linear(f"{experts}.{e}.fc1", x)))
-                for e in range(len(gate))
-            ],
-            dim=2,
-        )
-        index = chosen[:, :, None, None].expand(-1, -1, 1, x.shape[-1])
-        return best.unsqueeze(-1) * outputs.gather(2, index).squeeze(2)
+# ---- imports of them
 
 
-def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Final hidden states of a checkpoint's model, by segment (runs in a process of its own).
+def write_text_model(folder: Path) -> Path:
+    """A SentencePiece model of ours with some sixty pieces."""
+    lines = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 9)) for i in range(200)]
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    inputs = [folder / "corpus.txt"]
+    training = TextTokenizerTraining(
+        inputs=inputs, vocab_size=60, output_prefix=folder / "m", character_coverage=1.0
+    )
+    train_text_tokenizer(training)
+    return folder / "m.model"
 
-    Args:
-        path: checkpoint.
-        batch: `text_ids`, `pair_ids`, `pair_pixels`, `image_pixels` as arrays.
-    """
-    from megatron_vlmoe.config.stream import StreamLayout
-    from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-    from megatron_vlmoe.model.heads import MaskedHeads
-    from megatron_vlmoe.moe.stream_batch import StreamBatch
-    from megatron_vlmoe.runtime.distributed import initialize
-    from megatron_vlmoe.train.setup import build_forward_only
-    from megatron_vlmoe.train.warm_start import CheckpointWeights, warm_start
 
-    reader = CheckpointReader(path)
-    config = reader.config
-    counts = {
-        "micro_texts": len(batch["text_ids"]),
-        "micro_pairs": len(batch["pair_ids"]),
-        "micro_images": len(batch["image_pixels"]),
-    }
-    moe = replace(config.moe, eval_capacity_factor=0.0)
-    config = replace(config, data=replace(config.data, **counts), moe=moe)
-    initialize(config.parallel, config.train.seed)
-    parts = build_forward_only(config, "fp32", MaskedHeads)
-    warm_start(CheckpointWeights(reader.path), config, parts, with_heads=True)
-    layout = StreamLayout.from_config(config.model, config.data)
-    lengths = torch.full((len(batch["pair_ids"]),), config.model.pair_text_length)
-    stream = StreamBatch(layout, pair_lengths=lengths)
-    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in batch.items()}
-    with torch.no_grad():
-        hidden = parts.chunks[0].encode(tensors, stream)
-    return {name: x.squeeze(2).numpy() for name, x in layout.segments(hidden).items()}
+def write_wordpiece(path: Path) -> Path:
+    """A WordPiece vocabulary that has half of the words."""
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "red", "circle", "is", "paris"]
+    lines += [",", "cafe", "a", "##a", "##e", "##s", "##le"]
+    lines += [f"[unused{i}]" for i in range(SMALL.vocab - len(lines))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def save(path: Path, state: dict[str, Tensor], container: str = "model", **more: Any) -> Path:
+    torch.save({container: state, **more}, path)
+    return path
+
+
+def options_for(path: Path, family: str, **options: Any) -> ImportOptions:
+    return ImportOptions(family=family, source=path, **{**LENGTHS, **options})  # type: ignore[arg-type]
+
+
+def write(path: Path, family: str, **options: Any) -> tuple[ImportReport, Path]:
+    """Imports into a folder beside the file."""
+    output = path.with_suffix(".out")
+    return import_public(options_for(path, family, **options), output, strict=True), output
+
+
+def run(
+    path: Path, family: str, strict: bool = True, **options: Any
+) -> tuple[ImportReport, dict[str, Tensor], RunConfig]:
+    """What an import would write: report, tensors and configuration."""
+    given = options_for(path, family, **options)
+    report = import_public(given, path.with_suffix(".out"), strict=strict, write=False)
+    plan, _ = plan_import(given, open_source(given))
+    tensors = {key: tensor.read() for key, tensor in plan.tensors().items()}
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == plan.shapes
+    return report, tensors, plan.config
+
+
+def expect(message: str, path: Path, family: str, **options: Any) -> None:
+    with pytest.raises(ConvertError, match=re.escape(message)) as caught:
+        write(path, family, **options)
+    assert "\n" not in str(caught.value)
+    assert not path.with_suffix(".out").exists()
+
+
+def planned(shapes: Shapes, family: str, **options: Any) -> ImportReport:
+    """A plan by names and shapes alone: reading a value would fail."""
+
+    def unread() -> Tensor:
+        raise AssertionError("read")
+
+    tensors = {name: LazyTensor(shape, torch.float32, unread) for name, shape in shapes.items()}
+    source = PublicState(Path("published"), tensors)
+    given = ImportOptions(family=family, source=source.path, **options)  # type: ignore[arg-type]
+    plan, what = plan_import(given, source)
+    return plan.report(what)
+
+
+def assert_complete(report: ImportReport, ours: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Every tensor of either side is spoken of once."""
+    told = [entry.ours for entry in (*report.taken, *report.adapted, *report.new)]
+    assert sorted(told) == sorted(ours)
+    used = {name for entry in (*report.taken, *report.adapted) for name in entry.sources}
+    assert sorted([*used, *(left.name for left in report.left)]) == sorted(state)
+
+
+def reason(report: ImportReport, name: str) -> str:
+    return next(left.why for left in report.left if left.name == name)
+
+
+def heads_first(*parts: Tensor, heads: int = SMALL.heads) -> Tensor:
+    """megatron-core's rows [H, (q, k, v), K], written as loops."""
+    size = len(parts[0]) // heads
+    return torch.cat([part[h * size : (h + 1) * size] for h in range(heads) for part in parts])
+
+
+def foreign_spm(path: Path, text_model: Path) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model with its own order of special pieces, like `beit3.spm`."""
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter((text_model.parent / "corpus.txt").read_text().split("\n")),
+            model_writer=file, vocab_size=36, character_coverage=1.0, minloglevel=2,
+        )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))

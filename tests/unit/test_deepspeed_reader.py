@@ -16,15 +16,14 @@ import pytest
 import torch
 from helpers import Workers, free_port
 from public_states import (
-    Sizes,
-    VLMoReference,
-    encode_with_checkpoint,
+    SMALL,
     filled,
     vlmo_shapes,
     with_experts,
     write_deepspeed,
 )
 from torch import Tensor
+from vlmo_reference import VLMoReference, encode_with_checkpoint
 
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.public.command import import_public, open_source, plan_import
@@ -32,7 +31,6 @@ from megatron_vlmoe.convert.public.deepspeed_reader import read_deepspeed
 from megatron_vlmoe.convert.public.options import ImportOptions
 from megatron_vlmoe.convert.tensors import ConvertError
 
-SMALL = Sizes()
 # Blocks from 0, and experts of their MoE layers: a pool of each modality.
 BLOCKS = {0: 2, 1: 2}
 EXPERT = "layer_{}_expert_{}_mp_rank_00_model_states.pt"
