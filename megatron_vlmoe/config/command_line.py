@@ -10,7 +10,7 @@ import dataclasses
 import json
 import typing
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -248,7 +248,15 @@ def _to_config(parsed: Namespace, root: type[RunConfig]) -> RunConfig:
     return build(root, parsed)
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a configuration as nested dictionaries: `section.option` to its value, sequences as lists."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in _flatten(sections).items()
+    }
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, dict):

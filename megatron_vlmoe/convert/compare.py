@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.command_line import flat_options
 from megatron_vlmoe.convert.parts import part_of, part_order
 from megatron_vlmoe.convert.statistics import Distance, distance
 from megatron_vlmoe.convert.tensor_source import TensorSource, open_source, optimizer_key
@@ -168,7 +168,7 @@ def _by_part(pairs: list[Pair]) -> tuple[PartDistance, ...]:
 
 
 def _option_differences(left: TensorSource, right: TensorSource) -> list[OptionDifference]:
-    a, b = _flat(left.config), _flat(right.config)
+    a, b = (flat_options(dataclasses.asdict(source.config)) for source in (left, right))
     if left.reader is None or right.reader is None:
         # How a run trains does not travel with an export.
         a, b = _architecture(a), _architecture(b)
@@ -186,16 +186,3 @@ def _architecture(options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if name.startswith(("model.", "moe.")) or name in ("task.name", "task.num_classes")
     }
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    def flatten(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in content.items():
-            if isinstance(value, Mapping):
-                found |= flatten(value, f"{prefix}{name}.")
-            else:
-                found[prefix + name] = list(value) if isinstance(value, tuple) else value
-        return found
-
-    return flatten(dataclasses.asdict(config), "")

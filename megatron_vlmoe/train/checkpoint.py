@@ -7,6 +7,7 @@ tracker file ``latest_checkpointed_iteration.txt`` is replaced. Format: megatron
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_vlmoe.config.block_plan import has_experts
+from megatron_vlmoe.config.command_line import flat_options
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import agree, barrier, device, is_rank_zero
 from megatron_vlmoe.train.checkpoint_files import (
@@ -31,6 +34,8 @@ from megatron_vlmoe.train.checkpoint_files import (
     one_line,
 )
 from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
+
+log = logging.getLogger("megatron_vlmoe")
 
 # Weights of these two sections must fit the model that loads them.
 ARCHITECTURE = (
@@ -247,24 +252,35 @@ def check_architecture(
                 )
 
 
-def changed_options(saved: dict[str, Any], config: RunConfig) -> list[str]:
+def changed_options(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Options that differ from a checkpoint's, as `section.option: THERE -> HERE`."""
-
-    def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in content.items():
-            if isinstance(value, dict):
-                found |= flat(value, f"{prefix}{name}.")
-            else:
-                found[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-        return found
-
-    theirs, ours = flat(saved), flat(dataclasses.asdict(config))
+    theirs, ours = flat_options(saved), flat_options(dataclasses.asdict(config))
     return [
         f"{name}: {theirs[name]} -> {value}"
         for name, value in ours.items()
         if name in theirs and theirs[name] != value
     ]
+
+
+def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig) -> None:
+    """One line if the experts of another run come under gates that they were not made for.
+
+    The gates' sum, which their number and normalisation decide, is a factor of the experts' output; upcycling even
+    scales weights to make up for it.
+
+    Args:
+        path: the checkpoint, for the message.
+        saved: its configuration.
+        config: of the run that has loaded it.
+    """
+    names = ("moe.topk: ", "moe.normalize_gate: ")
+    changed = [line for line in changed_options(saved, config) if line.startswith(names)]
+    if changed and has_experts(config.moe):
+        log.warning(
+            "the experts of %s were trained or scaled for other gates, so what they add changes: %s",
+            path,
+            ", ".join(changed),
+        )
 
 
 def _state_dict(

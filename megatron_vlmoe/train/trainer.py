@@ -20,6 +20,7 @@ from megatron_vlmoe.train.checkpoint import (
     changed_options,
     load_checkpoint,
     load_common,
+    warn_of_other_gates,
 )
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, find_checkpoint
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
@@ -275,6 +276,8 @@ class Trainer:
             if changed:
                 log.warning("going on in %s with other options: %s", own, "; ".join(changed))
         self.state = load_checkpoint(path, self.config, self.parts, with_optimizer)
+        if own is None and is_rank_zero():
+            warn_of_other_gates(path, load_common(path).get("config", {}), self.config)
         log.info("loaded %s: starting after step %d", path, self.state.step)
 
     def _open_outputs(self) -> None:

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
-from megatron_vlmoe.train.checkpoint import check_architecture, load_common
+from megatron_vlmoe.runtime.distributed import is_rank_zero
+from megatron_vlmoe.train.checkpoint import check_architecture, load_common, warn_of_other_gates
 from megatron_vlmoe.train.checkpoint_files import CheckpointError, one_line
 from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
 
@@ -163,6 +164,8 @@ def warm_start(
                 entry = whole
             wanted[f"{index}/{name}"] = entry
     source.load(wanted)
+    if is_rank_zero():
+        warn_of_other_gates(path, source.sections, config)
     for entry, whole in resized.values():
         _resize(entry, whole)
     if parts.optimizer is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import Layout, Workers, assert_close, layout
 from training_runs import trainer_run
-from upcycled_runs import evaluate_checkpoint
+from upcycled_runs import evaluate_checkpoint, start_from
 
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.run import read_source, upcycle_checkpoint
@@ -104,3 +104,29 @@ def test_carried_run_goes_on(workers: Workers, dense: Path, tmp_path: Path) -> N
         names = [key for key in one if key.startswith("loss/")]
         assert_close({k: two[k] for k in names}, {k: one[k] for k in names}, "ep2", 1e-4)
     assert [record["step"] for record in records[0]] == [STEPS + 1, STEPS + 2]
+
+
+def test_other_gates_are_warned_of(workers: Workers, dense: Path, tmp_path: Path) -> None:
+    """Once, on the first rank, by runs that start from another's experts; not by one that goes on with its own."""
+    folder = str(upcycle(dense, tmp_path / "start", *EXPERTS, "--moe.topk", "2"))
+    start = (*FEW, "--load", folder, "--checkpoint.load_optimizer", "false", "--train.steps", "1")
+    other = ("--moe.topk", "1", "--moe.normalize_gate", "true")
+    changes = "moe.topk: 2 -> 1, moe.normalize_gate: False -> True"
+
+    def warnings(name: str, *options: str) -> list[list[str]]:
+        results = workers.run(EP2, trainer_run, EP2, (*start, *options), str(tmp_path / name))
+        return [result["warnings"] for result in results]
+
+    assert warnings("same", "--moe.topk", "2") == [[], []]
+    (line,), none = warnings("other", *other)
+    assert line.startswith(f"the experts of {folder}/iter_0000000 were") and line.endswith(changes)
+    assert none == []
+    assert not any("experts" in line for lines in warnings("other", *other) for line in lines)
+    (line,) = workers.run(ONE, start_from, ONE, (*FEW, *other), folder)[0]
+    assert line.endswith(changes)
+    assert workers.run(ONE, start_from, ONE, (*FEW, "--moe.topk", "2"), folder)[0] == []
+
+
+def test_dense_runs_have_no_gates(workers: Workers, dense: Path) -> None:
+    options = (*DENSE, *FEW, "--moe.topk", "2")
+    assert workers.run(ONE, start_from, ONE, options, str(dense))[0] == []

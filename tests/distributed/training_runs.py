@@ -221,6 +221,7 @@ def trainer_run(
         folder: `--save`.
         fault: `disk` fills the disk, `kill` kills between writing and renaming.
     """
+    import logging
     import os
     import shutil
     from unittest import mock
@@ -242,13 +243,21 @@ def trainer_run(
         "kill": mock.patch.object(os, "replace", _killed_rename),
         "": mock.patch.object(os, "replace", os.replace),
     }
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_vlmoe")
+    logger.addHandler(handler)
     try:
         with patches[fault]:
             state = trainer.run()
     except (CheckpointError, ConfigError, Killed) as error:
         return {"error": type(error).__name__, "message": str(error)}
+    finally:
+        logger.removeHandler(handler)
     return {
         "step": state.step,
+        "warnings": warnings,
         "weights": shards(parts),
         "optimizer": optimizer_shards(parts),
         "dtypes": sorted({str(p.dtype) for chunk in parts.chunks for p in chunk.parameters()}),

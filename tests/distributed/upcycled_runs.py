@@ -26,3 +26,19 @@ def evaluate_checkpoint(where: Layout, arguments: tuple[str, ...], folder: str) 
         "evaluation": recorder.evaluate(),
         "hidden": np.stack([part.float().numpy() for part in hidden]),
     }
+
+
+def start_from(where: Layout, arguments: tuple[str, ...], folder: str) -> list[str]:
+    """Takes weights for another run, as fine-tuning does; what is warned of."""
+    import logging
+    from unittest import mock
+
+    from megatron_vlmoe.train.checkpoint_files import find_checkpoint
+    from megatron_vlmoe.train.warm_start import CheckpointWeights, warm_start
+
+    config, _, parts, _ = start(where, *arguments)
+    path = find_checkpoint(folder)
+    assert path is not None
+    with mock.patch.object(logging.getLogger("megatron_vlmoe"), "warning") as warning:
+        warm_start(CheckpointWeights(path), config, parts, with_heads=True)
+    return [call.args[0] % call.args[1:] for call in warning.call_args_list]
