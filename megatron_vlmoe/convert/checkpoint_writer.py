@@ -25,6 +25,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
     TRACKER,
     TrainState,
+    checkpoint_root,
     iteration_name,
     one_line,
 )
@@ -64,12 +65,11 @@ def write_checkpoint(
         The iteration folder.
 
     Raises:
-        ConvertError: the folder exists, or a tensor cannot be read or written; nothing is left behind.
+        ConvertError: see `check_output`; or a tensor cannot be read or written; nothing is left behind.
     """
     state = state or TrainState()
     target = root / iteration_name(state.step)
-    if (root / TRACKER).exists() and not overwrite:
-        raise ConvertError(f"{root}: has a checkpoint already (--overwrite replaces it)")
+    check_output(root, overwrite)
     temporary = target.with_name(target.name + ".tmp")
     common = {
         **(optimizer or {}),
@@ -94,6 +94,20 @@ def write_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def check_output(root: Path, overwrite: bool = False) -> None:
+    """Finds out before anything is read whether a checkpoint may be written to a folder.
+
+    Raises:
+        ConvertError: there is one already; or it is the folder of a run, whose own checkpoints (in a folder below)
+            would not be found any more beside one that is written here.
+    """
+    if (root / TRACKER).exists() and not overwrite:
+        raise ConvertError(f"{root}: has a checkpoint already (--overwrite replaces it)")
+    below = checkpoint_root(root)
+    if below != root and (below / TRACKER).exists():
+        raise ConvertError(f"{root}: is the folder of a run with checkpoints: name another")
 
 
 def _write_tensors(

@@ -131,6 +131,12 @@ def test_other_kinds_are_refused(tmp_path, remove, add, message):
     expect(message, folder)
 
 
+def test_gate_that_is_no_matrix(tmp_path):
+    gate = "transformer.blocks.0.mlp_text.deepspeed_moe.gate.wg.weight"
+    folder = write_deepspeed(tmp_path / "x", sparse_state() | {gate: torch.zeros(())})
+    expect(f"{gate} [] has not 2 axes", folder)
+
+
 def test_residual_moe_is_refused(tmp_path):
     state = sparse_state() | {"transformer.blocks.0.mlp_text.coefficient.weight": torch.zeros(2, 3)}
     expect("residual MoE", write_deepspeed(tmp_path / "x", state))

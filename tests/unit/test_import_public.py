@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import enum
 import os
 import sys
@@ -20,13 +21,17 @@ from public_states import (
     count,
     expect,
     filled,
+    foreign_spm,
     planned,
     run,
     save,
     vlmo_shapes,
 )
 
+from megatron_vlmoe.convert.public.options import ImportOptions
 from megatron_vlmoe.convert.public.torch_files import read_public_file
+from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.train.checkpoint_files import TRACKER
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.import_public import main
@@ -89,6 +94,29 @@ def test_objects_besides_tensors_are_skipped(tmp_path):
     assert any("argparse.Namespace" in remark for remark in report.remarks)
 
 
+class ReadOnlyDict(dict):
+    """As configurations of VLMo's training are."""
+
+
+class ReadOnlyList(list):
+    """Likewise."""
+
+
+def test_containers_of_other_classes_are_skipped(tmp_path):
+    state = filled(beit2_shapes(SMALL))
+    inner = ReadOnlyDict(losses=ReadOnlyDict(itm=1), sizes=ReadOnlyList([1, 2]))
+    inner.note = "an attribute"
+    counts = collections.defaultdict(list, {"a": [1]})
+    queue = collections.deque([1, 2], maxlen=3)
+    path = save(tmp_path / "a.pth", state, hyper_parameters=inner, counts=counts, queue=queue)
+    source = read_public_file(path)
+    assert source.tensors.keys() == state.keys()
+    assert torch.equal(source.tensors["cls_token"].read(), state["cls_token"])
+    skipped = " ".join(source.skipped)
+    for name in ("ReadOnlyDict", "ReadOnlyList", "collections.defaultdict", "collections.deque"):
+        assert name in skipped
+
+
 class Command:
     """Runs a command when it is unpickled."""
 
@@ -147,6 +175,72 @@ def test_wrong_tensors(tmp_path, change, message):
     expect(message, path, "beit2")
 
 
+RELATIVE = "rel_pos_bias.relative_position_bias_table"
+ABSOLUTE, TABLE = "transformer.pos_embed", "relative_position_bias_table"
+BEIT3 = "beit3.encoder.embed_positions"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        *[("beit2", "patch_embed.proj.weight", shape) for shape in [(), (64, 192)]],
+        *[("beit2", "blocks.0.mlp.fc1.weight", shape) for shape in [(), (96,)]],
+        *[
+            ("beit2", RELATIVE, (3,)),
+            ("beit2", "pos_embed", (64,)),
+            ("beit2", "lm_head.weight", ()),
+        ],
+        *[("beit2", "pos_embed", (1, 0, 64)), ("vlmo", ABSOLUTE, (64,)), ("vlmo", TABLE, (4,))],
+        *[("vlmo", "token_type_embeddings.weight", ()), ("beit3", f"{BEIT3}.A.weight", ())],
+        *[("beit3", f"{BEIT3}.A.weight", (2, 64)), ("beit3", "mim_head.weight", ())],
+        *[("beit3", f"{BEIT3}.B.weight", (64,)), ("beit3", "beit3.text_embed.weight", ())],
+        *[("beit3", "mlm_head.bias", ()), ("vlmo", "text_embeddings.word_embeddings.weight", ())],
+    ],
+)
+def test_wrong_shapes(tmp_path, text_model, vocab_txt, family, name, shape):
+    """One line that names the tensor, however many axes it has."""
+    shapes = {"beit2": beit2_shapes, "beit3": beit3_shapes, "vlmo": vlmo_shapes}[family](SMALL)
+    path = save(tmp_path / "x.pth", filled({**shapes, name: shape}))
+    foreign_spm(tmp_path / "other.spm", text_model)
+    text = {
+        "beit2": {},
+        "beit3": {"source_spm": tmp_path / "other.spm"},
+        "vlmo": {"source_vocab": vocab_txt},
+    }
+    expect(
+        f"{name} ", path, family, num_attention_heads=4, text_tokenizer=text_model, **text[family]
+    )
+
+
+def test_a_number_of_heads_that_nothing_tells(tmp_path):
+    """VLMo base_plus has heads of 34: a guess of 64 would mix up the rows of queries, keys and values."""
+    shapes = vlmo_shapes(replace(SMALL, width=68), absolute=True)
+    path = save(tmp_path / "plus.pt", filled(shapes))
+    expect("a width of 68 is no multiple of 64 (--num-attention-heads)", path, "vlmo")
+    _, _, config = run(path, "vlmo", num_attention_heads=2)
+    assert config.model.num_attention_heads == 2
+
+
+@pytest.mark.parametrize(
+    "name", "image_size text_length visual_vocab_size num_attention_heads topk".split()
+)
+def test_sizes_must_be_positive(tmp_path, name):
+    for value in (0, -1):
+        with pytest.raises(ConvertError, match=f"--{name.replace('_', '-')} {value}: must be posi"):
+            ImportOptions(family="vlmo", source=tmp_path, **{name: value})
+
+
+def test_options_without_effect_are_refused(tmp_path, text_model):
+    path = save(tmp_path / "vlmo.pt", filled(vlmo_shapes(SMALL)))
+    expect("--topk 2: ", path, "vlmo", image_size=32, topk=2)
+    path = save(tmp_path / "beit2.pth", filled(beit2_shapes(SMALL)))
+    expect("model.num_vl_layers=9 is not in 0..3", path, "beit2", num_vl_layers=9)
+    foreign_spm(tmp_path / "other.spm", text_model)
+    path = save(tmp_path / "beit3.pth", filled(beit3_shapes(SMALL, text=False)))
+    expect("has no tensor beit3.text_embed.weight", path, "beit3", text_tokenizer=text_model,
+           source_spm=tmp_path / "other.spm", vl_ffn="vision")  # fmt: skip
+
+
 def test_unknown_tensors_are_told_without_strict(tmp_path):
     state = filled(beit2_shapes(SMALL)) | {"blocks.0.attn.extra": torch.zeros(1)}
     report, _, _ = run(save(tmp_path / "beit2.pth", state), "beit2", strict=False)
@@ -171,6 +265,13 @@ def test_command_line(tmp_path, capsys):
     assert "BEiT v2's [CLS] pretraining" in capsys.readouterr().out
     assert main(arguments) == 1
     assert "has a checkpoint already" in capsys.readouterr().err
+    # A run has its checkpoints in a folder of its own; one beside that would hide them.
+    (tmp_path / "out").rename(tmp_path / "run")
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / TRACKER).rename(tmp_path / "out" / "checkpoints" / TRACKER)
+    assert main([*arguments, "--overwrite"]) == 1
+    assert "is the folder of a run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
     with pytest.raises(SystemExit):
         main([*arguments, "--attention", "text"])
     assert "--attention is no option of beit2" in capsys.readouterr().err

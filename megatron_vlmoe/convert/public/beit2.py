@@ -36,6 +36,7 @@ from megatron_vlmoe.convert.tensors import ConvertError
 
 BLOCKS = "blocks."
 ABSOLUTE = "pos_embed"
+IMAGE_HEAD = "lm_head.weight"
 RELATIVE = (
     "rel_pos_bias.relative_position_bias_table",
     "blocks.0.attn.relative_position_bias_table",
@@ -53,19 +54,18 @@ def infer(source: PublicState, options: ImportOptions, vocabulary: Vocabulary) -
         ConvertError: a tensor that it is read from is missing.
     """
     depth = count_blocks(source, BLOCKS)
-    patches = source.shape("patch_embed.proj.weight")
-    size, head = _image_size(source, patches[-1]), source.tensors.get("lm_head.weight")
-    model = common_sizes(options, vocabulary, patches, size, head)
+    patches = source.shape("patch_embed.proj.weight", 4)
+    relative = next((name for name in RELATIVE if name in source.tensors), "")
+    size = _image_size(source, relative, patches[-1])
+    heads = source.shape(relative, 2)[1] if relative else 0
+    model = common_sizes(options, vocabulary, source, patches, size, heads, IMAGE_HEAD)
     model = replace(
         model,
         num_layers=depth,
-        ffn_hidden_size=source.shape(f"{BLOCKS}0.mlp.fc1.weight")[0],
-        num_vl_layers=min(options.num_vl_layers, depth),
+        ffn_hidden_size=source.shape(f"{BLOCKS}0.mlp.fc1.weight", 2)[0],
+        num_vl_layers=options.num_vl_layers,
         layer_scale_init=0.1 if f"{BLOCKS}0.gamma_1" in source.tensors else 0.0,
     )
-    relative = next((name for name in RELATIVE if name in source.tensors), "")
-    if relative and options.num_attention_heads is None:
-        model = replace(model, num_attention_heads=source.shape(relative)[1])
     return run_config(options, model, MoEConfig())
 
 
@@ -104,21 +104,20 @@ def plan(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> No
     elif planner.has("fc_norm.weight"):
         how = "normalised the mean of the patches there, normalises every token here"
         take_pair(planner, "decoder.final_layernorm", "fc_norm", how)
-    if planner.has("lm_head.weight"):
+    if planner.has(IMAGE_HEAD):
         take_image_head(planner, "lm_head")
     _leave(planner)
 
 
-def _image_size(source: PublicState, patch: int) -> int:
+def _image_size(source: PublicState, relative: str, patch: int) -> int:
     """Image size that absolute or relative positions tell; 0 if none do."""
     if ABSOLUTE in source.tensors:
-        return image_size_of_positions(source.shape(ABSOLUTE)[-2], patch)
-    for name in RELATIVE:
-        if name in source.tensors:
-            # A side of g patches has 2 g - 1 distances.
-            distances = math.isqrt(source.shape(name)[0] - RELATIVE_EXTRA)
-            return (distances + 1) // 2 * patch
-    return 0
+        return image_size_of_positions(source.shape(ABSOLUTE, 3)[1], patch)
+    if not relative:
+        return 0
+    # A side of g patches has 2 g - 1 distances.
+    distances = math.isqrt(max(source.shape(relative, 2)[0] - RELATIVE_EXTRA, 0))
+    return (distances + 1) // 2 * patch
 
 
 def _take_block(planner: Planner, number: int, options: ImportOptions) -> None:

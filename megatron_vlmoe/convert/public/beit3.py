@@ -42,6 +42,7 @@ from megatron_vlmoe.convert.transforms import FusedQkv
 
 LAYERS = "beit3.encoder.layers."
 POSITIONS = "beit3.encoder.embed_positions"
+IMAGE_HEAD = "mim_head.weight"
 # fairseq's positions start at 2.
 FIRST_POSITION = 2
 LETTERS = {"vision": ("A",), "text": ("B",), "mean": ("A", "B")}
@@ -58,15 +59,15 @@ def infer(source: PublicState, options: ImportOptions, vocabulary: Vocabulary) -
         ConvertError: a tensor that it is read from is missing.
     """
     depth = count_blocks(source, LAYERS)
-    patches = source.shape("beit3.vision_embed.proj.weight")
-    rows = source.shape(f"{POSITIONS}.A.weight")[0] - FIRST_POSITION
-    size, head = image_size_of_positions(rows, patches[-1]), source.tensors.get("mim_head.weight")
-    model = common_sizes(options, vocabulary, patches, size, head)
+    patches = source.shape("beit3.vision_embed.proj.weight", 4)
+    rows = source.shape(f"{POSITIONS}.A.weight", 2)[0] - FIRST_POSITION
+    size = image_size_of_positions(rows, patches[-1])
+    model = common_sizes(options, vocabulary, source, patches, size, image_head=IMAGE_HEAD)
     model = replace(
         model,
         num_layers=depth,
-        ffn_hidden_size=source.shape(f"{LAYERS}0.ffn.A.fc1.weight")[0],
-        num_vl_layers=min(options.num_vl_layers, depth),
+        ffn_hidden_size=source.shape(f"{LAYERS}0.ffn.A.fc1.weight", 2)[0],
+        num_vl_layers=options.num_vl_layers,
         layer_scale_init=0.0,
         layernorm_epsilon=EPSILON,
     )
@@ -106,7 +107,7 @@ def plan(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> No
     norm = "beit3.encoder.layer_norm"
     if planner.has(*(f"{norm}.{letter}.weight" for letter in LETTERS[options.attention])):
         _take_norm(planner, "decoder.final_layernorm", norm, options)
-    if planner.has("mim_head.weight"):
+    if planner.has(IMAGE_HEAD):
         take_image_head(planner, "mim_head")
     if vocabulary.rows is not None and planner.has("mlm_head.weight"):
         for end in LINEAR:

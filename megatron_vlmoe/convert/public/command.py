@@ -7,7 +7,7 @@ from types import ModuleType
 
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.schema import ConfigError, RunConfig
-from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.checkpoint_writer import check_output, write_checkpoint
 from megatron_vlmoe.convert.parameters import extra_state_keys
 from megatron_vlmoe.convert.public import beit2, beit3, vlmo
 from megatron_vlmoe.convert.public.deepspeed_reader import read_deepspeed
@@ -24,7 +24,6 @@ from megatron_vlmoe.convert.public.vocabulary import (
 from megatron_vlmoe.convert.tensors import ConvertError, counted
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.train.checkpoint_files import TRACKER
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 
 REPORT_FILE = "import_report.json"
@@ -90,8 +89,8 @@ def import_public(
         ConvertError: see `open_source` and `plan_import`; or strict, and a tensor is unknown; or a file cannot be
             written. No half checkpoint is left.
     """
-    if write and (output / TRACKER).exists() and not overwrite:
-        raise ConvertError(f"{output}: has a checkpoint already (--overwrite replaces it)")
+    if write:
+        check_output(output, overwrite)
     source = open_source(options)
     planner, what = plan_import(options, source)
     if strict:
@@ -134,15 +133,15 @@ def _vocabulary(options: ImportOptions, source: PublicState) -> Vocabulary:
 
 
 def _rows(options: ImportOptions, source: PublicState, tokenizer: TextTokenizer) -> RowMap | None:
+    if not (options.source_vocab or options.source_spm or options.same_vocabulary):
+        return None
+    if options.family not in WORDS:
+        raise ConvertError(f"a vocabulary of the source: {options.family} has no text")
+    rows = source.shape(WORDS[options.family], 2)[0]
     if options.source_vocab is not None:
         return wordpiece_rows(tokenizer, options.source_vocab)
     if options.source_spm is not None:
         return fairseq_rows(tokenizer, options.source_spm)
-    if not options.same_vocabulary:
-        return None
-    if options.family not in WORDS:
-        raise ConvertError(f"--same-vocabulary: {options.family} has no text")
-    rows = source.shape(WORDS[options.family])[0]
     if rows != tokenizer.size:
         raise ConvertError(
             f"--same-vocabulary: {source.path} has {rows} rows, {options.text_tokenizer} {tokenizer.size} pieces"

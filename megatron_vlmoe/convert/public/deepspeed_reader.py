@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vlmoe.convert.public.torch_files import PublicState, read_torch, state_of
+from megatron_vlmoe.convert.public.torch_files import PublicState, as_lazy, read_torch, state_of
 from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
 
 DENSE_FILE = "mp_rank_00_model_states.pt"
@@ -49,11 +49,8 @@ def read_deepspeed(location: Path, allow_pickle: bool = False) -> PublicState:
     residual = [name for name in residual if name.rpartition(".coefficient.")[0] in gates]
     if residual:
         raise ConvertError(f"{dense}: residual MoE ({residual[0]}) has no counterpart here")
-    tensors = {
-        name: LazyTensor(tuple(value.shape), value.dtype, partial(_same, value))
-        for name, value in state.items()
-    }
-    experts = {gate: tensors[gate + GATE].shape[0] for gate in gates}
+    tensors = as_lazy(state)
+    experts = {gate: PublicState(folder, tensors).shape(gate + GATE, 2)[0] for gate in gates}
     _check_complete(folder, list(experts.values()))
     all_skipped = set(skipped)
     for layer, (gate, count) in enumerate(experts.items()):
@@ -158,7 +155,3 @@ def _numbers(name: str) -> tuple[int, ...]:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

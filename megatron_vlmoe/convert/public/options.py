@@ -18,13 +18,17 @@ from megatron_vlmoe.config.schema import (
 from megatron_vlmoe.config.validate import validate
 from megatron_vlmoe.convert.public.torch_files import PublicState
 from megatron_vlmoe.convert.public.vocabulary import RowMap
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import ConvertError
 
 FamilyName = Literal["vlmo", "beit3", "beit2"]
 FAMILY_NAMES: tuple[FamilyName, ...] = ("vlmo", "beit3", "beit2")
 HEAD_WIDTH = 64
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISUAL_VOCABULARY = 8192
+SIZE_OPTIONS = (
+    *("image_size", "text_length", "pair_text_length"),
+    *("visual_vocab_size", "num_attention_heads", "topk"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,12 @@ class ImportOptions:
     seed: int = 1234
     allow_pickle: bool = False
 
+    def __post_init__(self) -> None:
+        for name in SIZE_OPTIONS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConvertError(f"--{name.replace('_', '-')} {value}: must be positive")
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -103,24 +113,39 @@ def run_config(options: ImportOptions, model: ModelConfig, moe: MoEConfig) -> Ru
 def common_sizes(
     options: ImportOptions,
     vocabulary: Vocabulary,
+    source: PublicState,
     patch_weight: tuple[int, ...],
     source_size: int,
-    image_head: Optional[LazyTensor] = None,
+    heads: int = 0,
+    image_head: str = "",
 ) -> ModelConfig:
     """What every family decides alike; the rest is filled in by the family.
 
     Args:
         options: of the import.
         vocabulary: of the new model.
+        source: for messages.
         patch_weight: shape of the source's patch projection, ``[D, 3, P, P]``.
         source_size: image size of the source; 0 where it does not tell.
-        image_head: weight of the source's image head, ``[codes, D]``.
+        heads: attention heads of the source; 0 where it does not tell.
+        image_head: weight of the source's image head, ``[codes, D]``; it may be missing there.
+
+    Raises:
+        ConvertError: nothing tells the number of heads.
     """
-    codes = image_head.shape[0] if image_head else DEFAULT_VISUAL_VOCABULARY
+    codes = DEFAULT_VISUAL_VOCABULARY
+    if image_head in source.tensors:
+        codes = source.shape(image_head, 2)[0]
     width, patch = patch_weight[0], patch_weight[-1]
+    heads = options.num_attention_heads or heads
+    if not heads and width % HEAD_WIDTH:
+        raise ConvertError(
+            f"{source.path}: does not tell its number of attention heads, and a width of {width} is no multiple of "
+            f"{HEAD_WIDTH} (--num-attention-heads)"
+        )
     return ModelConfig(
         hidden_size=width,
-        num_attention_heads=options.num_attention_heads or max(1, width // HEAD_WIDTH),
+        num_attention_heads=heads or width // HEAD_WIDTH,
         patch_size=patch,
         image_size=options.image_size or source_size or DEFAULT_IMAGE_SIZE,
         text_length=options.text_length,
@@ -145,5 +170,5 @@ def count_blocks(source: PublicState, prefix: str) -> int:
 
 def image_size_of_positions(num_rows: int, patch_size: int) -> int:
     """Image size of a table of [I_CLS] and square patches; 0 if they are not square."""
-    side = math.isqrt(num_rows - 1)
+    side = math.isqrt(max(num_rows - 1, 0))
     return side * patch_size if side * side == num_rows - 1 else 0

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -45,15 +46,36 @@ class PublicState:
     tensors: Mapping[str, LazyTensor]
     skipped: tuple[str, ...] = ()
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, axes: Optional[int] = None) -> tuple[int, ...]:
         """Shape of a tensor.
 
+        Args:
+            name: of the tensor.
+            axes: how many it must have; None allows any number.
+
         Raises:
-            ConvertError: there is none of that name.
+            ConvertError: there is none of that name, or it has another number of axes.
         """
         if name not in self.tensors:
             raise ConvertError(f"{self.path}: has no tensor {name}")
-        return self.tensors[name].shape
+        found = self.tensors[name].shape
+        if axes is not None and len(found) != axes:
+            raise ConvertError(f"{self.path}: {name} {list(found)} has not {axes} axes")
+        return found
+
+
+class _EmptyMapping:
+    """Stands for a class of dictionaries; torch fills no object but a plain one, so that is what is made."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+class _EmptySequence:
+    """Stands for a class of lists, likewise."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return []
 
 
 class _Empty:
@@ -111,9 +133,7 @@ def _read(path: Path, mapped: bool, allow_pickle: bool) -> tuple[Any, tuple[str,
     names: tuple[str, ...] = ()
     try:
         names = tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
-        empty: list[Any] = [(type(name, (_Empty,), {}), name) for name in names]
-        with torch.serialization.safe_globals(empty):
-            return load(weights_only=True), names
+        return _load_emptied(load, names), names
     except _UNREADABLE as error:
         # A file of the format before torch 1.6 cannot be looked into; its first error says more.
         reason = error if names else reason
@@ -131,6 +151,24 @@ def _read(path: Path, mapped: bool, allow_pickle: bool) -> tuple[Any, tuple[str,
         raise ConvertError(
             f"{path}: cannot be read, also with pickle ({one_line(error)})"
         ) from None
+
+
+def _load_emptied(load: Callable[..., Any], names: Sequence[str]) -> Any:
+    """Reads a file with empty classes in place of those named.
+
+    Whether a class is one of dictionaries or lists shows when an object of it is to be filled and torch names it.
+    """
+    classes: dict[str, type] = {name: type(name, (_Empty,), {}) for name in names}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(kind, name) for name, kind in classes.items()]):
+                return load(weights_only=True)
+        except pickle.UnpicklingError as error:
+            message = str(error)
+            name = next((n for n, k in classes.items() if f"but got {k}" in message), "")
+            if not name or not issubclass(classes[name], _Empty):
+                raise
+            classes[name] = _EmptyMapping if "SETITEM" in message else _EmptySequence
 
 
 def state_of(content: Any, path: Path) -> dict[str, Tensor]:
@@ -152,11 +190,15 @@ def state_of(content: Any, path: Path) -> dict[str, Tensor]:
 def read_public_file(path: Path, allow_pickle: bool = False) -> PublicState:
     """A checkpoint in one file; arguments and errors as `read_torch` and `state_of`."""
     content, skipped = read_torch(path, allow_pickle)
-    tensors = {
+    return PublicState(path, as_lazy(state_of(content, path)), skipped)
+
+
+def as_lazy(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """Tensors that are mapped into memory already, as those that are read later."""
+    return {
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
-        for name, tensor in state_of(content, path).items()
+        for name, tensor in state.items()
     }
-    return PublicState(path, tensors, skipped)
 
 
 def bare_name(name: str) -> str:

@@ -57,13 +57,13 @@ def take_image_positions(plan: Planner, theirs: str, first: int = 0) -> None:
 def take_text_positions(plan: Planner, theirs: str, first: int = 0) -> None:
     """Positions ``[first + R, D]`` of text, cut off or continued with initial values."""
     wanted = plan.shapes[TEXT_POSITION][0]
-    rows = plan.source.shape(theirs)[0] - first
+    count, width = plan.source.shape(theirs, 2)
+    rows = count - first
 
     def make(tensors: Sequence[Tensor]) -> Tensor:
         return resize_text_positions(tensors[0][first:], plan.initial(TEXT_POSITION))
 
     how = "" if rows == wanted else text_position_change(rows, wanted)
-    width = plan.source.shape(theirs)[1]
     plan.take(TEXT_POSITION, theirs, make=make, how=how, planned=(wanted, width))
 
 
@@ -107,7 +107,7 @@ def take_branch(
 
 def take_vocabulary(plan: Planner, ours: str, theirs: str, rows: RowMap) -> None:
     """A table ``[R, ...]`` of the source as ours, piece by piece; pieces without a row have initial values."""
-    shape = plan.source.shape(theirs)
+    shape = plan.source.shape(theirs, len(plan.shapes[ours]))
     rows.check(shape[0], f"{plan.source.path}: {theirs}")
 
     def make(tensors: Sequence[Tensor]) -> Tensor:

@@ -70,20 +70,20 @@ def infer(source: PublicState, options: ImportOptions, vocabulary: Vocabulary) -
         ConvertError: a tensor that it is read from is missing, or experts lie where ours cannot.
     """
     depth = count_blocks(source, BLOCKS)
-    patches = source.shape("transformer.patch_embed.proj.weight")
-    size = 0
+    patches = source.shape("transformer.patch_embed.proj.weight", 4)
+    size = heads = 0
     if ABSOLUTE in source.tensors:
-        size = image_size_of_positions(source.shape(ABSOLUTE)[-2], patches[-1])
-    model = common_sizes(options, vocabulary, patches, size)
+        size = image_size_of_positions(source.shape(ABSOLUTE, 3)[1], patches[-1])
+    if RELATIVE in source.tensors:
+        heads = source.shape(RELATIVE, 2)[1] // depth
+    model = common_sizes(options, vocabulary, source, patches, size, heads)
     pools = _pools(source, depth)
-    heads = model.num_attention_heads
-    if options.num_attention_heads is None and RELATIVE in source.tensors:
-        heads = source.shape(RELATIVE)[1] // depth
+    if not pools and options.topk > 1:
+        raise ConvertError(f"--topk {options.topk}: {source.path} has no experts")
     model = replace(
         model,
         num_layers=depth,
-        num_attention_heads=heads,
-        ffn_hidden_size=source.shape(_first_fc1(source))[0],
+        ffn_hidden_size=source.shape(_first_fc1(source), 2)[0],
         num_vl_layers=_vl_layers(source, depth, options),
         layer_scale_init=0.1 if f"{BLOCKS}0.gamma_1" in source.tensors else 0.0,
         token_type_embeddings=TOKEN_TYPE in source.tensors,
@@ -113,7 +113,7 @@ def plan(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> No
     else:
         planner.zero(IMAGE_POSITION, NO_ABSOLUTE)
     if planner.has(TOKEN_TYPE):
-        more = planner.source.shape(TOKEN_TYPE)[0] > 2
+        more = planner.source.shape(TOKEN_TYPE, 2)[0] > 2
         how = "the type of the second image of NLVR2 is dropped" if more else ""
         take_row(planner, "embedding.image.token_type", TOKEN_TYPE, row=1, how=how)
         if planner.wants("embedding.text.token_type"):
@@ -137,7 +137,7 @@ def _vl_layers(source: PublicState, depth: int, options: ImportOptions) -> int:
     """VL blocks of the source, which must be its last ones; those asked for where it has none (text-only stage)."""
     numbers = [n for n in range(depth) if f"{BLOCKS}{n}.norm2_vl.weight" in source.tensors]
     if not numbers:
-        return min(options.num_vl_layers, depth)
+        return options.num_vl_layers
     if numbers != list(range(depth - len(numbers), depth)):
         raise ConvertError(
             f"{source.path}: VL-FFN in blocks {numbers} (from 0), not in the last ones"
@@ -152,7 +152,7 @@ def _pools(source: PublicState, depth: int) -> dict[int, dict[str, int]]:
         for ours, theirs in BRANCHES:
             gate = f"{BLOCKS}{number}.mlp_{theirs}{GATE}"
             if gate in source.tensors:
-                pools.setdefault(number + 1, {})[ours] = source.shape(gate)[0]
+                pools.setdefault(number + 1, {})[ours] = source.shape(gate, 2)[0]
     return pools
 
 
@@ -253,8 +253,8 @@ class _Text:
 def _take_text(planner: Planner, rows: RowMap) -> None:
     text = _Text(planner, rows)
     source = planner.source
-    rows.check(source.shape(FOLDED[0])[0], f"{source.path}: {FOLDED[0]}")
-    width = source.shape(FOLDED[0])[1]
+    count, width = source.shape(FOLDED[0], 2)
+    rows.check(count, f"{source.path}: {FOLDED[0]}")
     found = f"{rows.num_found} of {len(rows.rows)} rows"
     names = (*FOLDED, TEXT_TABLE) if text.absolute else FOLDED
     how = (
@@ -266,7 +266,7 @@ def _take_text(planner: Planner, rows: RowMap) -> None:
     if not text.absolute:
         planner.zero(TEXT_POSITION, NO_ABSOLUTE)
         return
-    wanted, length = planner.shapes[TEXT_POSITION][0], source.shape(TEXT_TABLE)[0]
+    wanted, length = planner.shapes[TEXT_POSITION][0], source.shape(TEXT_TABLE, 2)[0]
     change = "" if length == wanted else f"; {text_position_change(length, wanted)}"
     planner.take(
         TEXT_POSITION, *names, make=text.positions, how=how + change, planned=(wanted, width)
