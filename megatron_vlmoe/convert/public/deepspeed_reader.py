@@ -77,7 +77,7 @@ def find_folder(location: Path) -> Path:
         raise ConvertError(f"{location}: no such folder")
     latest = location / "latest"
     if latest.is_file():
-        return location / latest.read_text().strip()
+        return location / latest.read_text(errors="replace").strip()
     steps = sorted(path for path in location.glob("global_step*") if path.is_dir())
     if len(steps) > 1 and not (location / DENSE_FILE).exists():
         names = ", ".join(path.name for path in steps)
