@@ -89,7 +89,8 @@ def matching_loss(logits: Tensor, valid: Tensor) -> Tensor:
         logits: ``[3 m, 2]``; of each row the matching pair, that with a wrong image, that with a wrong caption.
         valid: rows whose negatives are real ``[m]``.
     """
-    labels = torch.tensor([1, 0, 0], device=logits.device).repeat(valid.shape[0])
+    # Made on the device: a list copied there would stop the host in the middle of the forward pass.
+    labels = (torch.arange(logits.shape[0], device=logits.device) % 3 == 0).long()
     losses = F.cross_entropy(logits, labels, reduction="none")
     weights = valid.to(losses.dtype).repeat_interleave(3)
     return (losses * weights).sum() / weights.sum().clamp(min=1.0)
@@ -109,8 +110,9 @@ def hard_negatives(
     Returns:
         Drawn items ``[m]``, and which rows had any item to draw ``[m]``; others get item 0.
     """
-    logits = similarity.double().cpu().masked_fill(same_image.cpu(), float("-inf"))
-    valid = ~same_image.cpu().all(dim=1)
+    same_image = same_image.cpu()
+    logits = similarity.double().cpu().masked_fill(same_image, float("-inf"))
+    valid = ~same_image.all(dim=1)
     weights = torch.softmax(torch.where(valid[:, None], logits, 0.0), dim=1)
     drawn = torch.multinomial(weights, 1, generator=generator).squeeze(1)
     return torch.where(valid, drawn, 0), valid

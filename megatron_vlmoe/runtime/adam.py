@@ -52,9 +52,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
             device = parameters[0].device
             # The kernel reads each tensor's own step count and expects it not yet advanced twice.
-            steps = [torch.tensor(float(group["step"]), dtype=torch.float32, device=device)] * len(
-                parameters
-            )
+            # Filled on the device: a number copied there would wait for all work before it.
+            step = torch.full((), float(group["step"]), dtype=torch.float32, device=device)
+            steps = [step] * len(parameters)
             torch._fused_adamw_(
                 parameters,
                 [p.grad for p in parameters],

@@ -15,6 +15,7 @@ from megatron_vlmoe.config.schema import ParallelConfig
 from megatron_vlmoe.config.validate import data_parallel_size
 from megatron_vlmoe.runtime.adam import install_adam
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
+from megatron_vlmoe.runtime.grad_norm import install_grad_norm
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
     """
     on_cpu = install_cpu_runtime()
     install_adam()
+    install_grad_norm()
     # megatron-core may only be imported after the CPU runtime is in place.
     from megatron.core import parallel_state, tensor_parallel
 
