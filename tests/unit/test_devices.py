@@ -1,0 +1,147 @@
+"""A whole training step on a stand-in for a GPU: nothing mixes devices, and nothing but the norm stops the host."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Layout, Workers, layout, small_config
+from prepared_tasks import Prepared
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+
+# The batch goes to the device, and the update waits for the gradient norm.
+BATCH = "copy: megatron_vlmoe/train/step.py <dictcomp>"
+NORM = "read: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
+SIMILARITY = "copy: megatron_vlmoe/objectives/contrastive.py hard_negatives"
+DRAWN = "copy: megatron_vlmoe/finetune/retrieval.py _draw"
+OVERFLOW = "read: megatron/core/optimizer/optimizer.py _unscale_main_grads_and_check_for_nan"
+
+
+def _check(parts: Any, results: list[dict[str, Any]], waits: dict[str, int]) -> dict[str, int]:
+    """Losses and gradients are on the device, in single precision; what stopped the host."""
+    import torch
+    from device_stand_in import DEVICE
+
+    gradients = [p.main_grad for p in parts.chunks[0].parameters() if p.requires_grad]
+    values = [value for result in results for value in result.values()]
+    assert values and gradients
+    for value in (*values, *gradients):
+        assert value.device == DEVICE and value.dtype == torch.float32
+    return dict(waits)
+
+
+def _pretrain(where: Layout, precision: Any, *arguments: str) -> dict[str, int]:
+    """One step of pretraining; what stopped the host."""
+    from device_stand_in import StandIn
+
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.data.random_batches import RandomData
+    from megatron_vlmoe.train.masked import MaskedObjective
+    from megatron_vlmoe.train.step import StepRunner
+
+    stand_in, config = StandIn(where), small_config(*arguments, where=where)
+    ranks = stand_in.ranks(config)
+    batches = list(RandomData(config, BatchShare.of(ranks)).loader("train", 0, 2))
+    parts = stand_in.training(config, precision)
+    runner, objective = StepRunner(config, parts, ranks), MaskedObjective(config, ranks)
+    with stand_in.mode, stand_in.watch:
+        stand_in.watch.waits.clear()
+        runner.start_step()
+        results = objective.train_step(runner, stand_in.batches(batches), 2)
+        parts.optimizer.step()
+        return _check(parts, results, stand_in.watch.waits)
+
+
+def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[str, int]:
+    """One step of a task; what stopped the host."""
+    import torch
+    from device_stand_in import StandIn
+    from finetune_runs import task_config
+
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.finetune.data import TaskData
+    from megatron_vlmoe.finetune.retrieval import CachedGradients, Negatives, _Pool
+    from megatron_vlmoe.finetune.run import build_objective
+    from megatron_vlmoe.model.task_heads import build_task_heads
+    from megatron_vlmoe.train.step import StepRunner
+
+    where = Layout(1)
+    stand_in, config = StandIn(where), task_config(task, prefix, tokenizer, where, *arguments)
+    ranks = stand_in.ranks(config)
+    data = TaskData.open(config, BatchShare.of(ranks))
+    loader = iter(data.loader("train", 0, None))
+    batches = [next(loader) for _ in range(2)]
+    config = data.config
+    parts = stand_in.training(config, "bf16", build_task_heads)
+    runner: Any = StepRunner(config, parts, ranks)
+    objective: Any = build_objective(config, ranks, data)
+    paired = batches
+    if task == "retrieval":
+        rows = torch.arange(config.task.micro_batch_size)
+        negatives = Negatives(rows, rows, rows >= 0)
+        paired = [objective._with_pairs(batch, negatives) for batch in batches]
+    with stand_in.mode, stand_in.watch:
+        stand_in.watch.waits.clear()
+        runner.start_step()
+        if task != "retrieval":
+            results = objective.train_step(runner, stand_in.batches(paired), 2)
+        else:
+            # The step itself, without the decoding of what was drawn.
+            pools = objective._features(runner, list(stand_in.batches(batches)))
+            whole = _Pool.join(pools)
+            cache = CachedGradients.compute(whole.images, whole.texts, whole.logit_scale)
+            for pool in pools:
+                objective._draw(0, pool, whole)
+
+            def finish(batch: Any, heads: Any) -> Any:
+                return objective._loss(batch, heads, cache, 0, 2)
+
+            results = runner.train(stand_in.batches(paired), 2, finish)
+        parts.optimizer.step()
+        return _check(parts, results, stand_in.watch.waits)
+
+
+@pytest.mark.parametrize(
+    ("where", "precision", "arguments", "reads"),
+    [
+        (Layout(1), "bf16", (), {NORM: 1}),
+        (
+            layout(2, tp=2),
+            "fp16",
+            ("--train.recompute", "full", "--moe.capacity_factor", "1"),
+            # Dense parameters and experts have an optimizer each.
+            {NORM: 1, OVERFLOW: 2},
+        ),
+    ],
+    ids=["bf16", "fp16-recompute-tp2"],
+)
+def test_a_step_of_pretraining_waits_for_the_norm_alone(
+    where: Layout, precision: str, arguments: tuple[str, ...], reads: dict[str, int]
+) -> None:
+    (waits,) = Workers(1).run(1, _pretrain, where, precision, *arguments)
+    assert waits.pop(BATCH) > 0
+    assert waits == reads
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "imagenet", "mnli", "retrieval"])
+def test_a_step_of_a_task_waits_for_the_norm_alone(task: str, prepared: Prepared) -> None:
+    """Hard negatives of retrieval are drawn on the host, twice for each of the two micro-batches."""
+    options = ("--optim.optimizer", "adam", "--optim.layer_decay", "0.9")
+    arguments = (task, prepared.prefix(task), prepared.tokenizer, *options)
+    (waits,) = Workers(1).run(1, _finetune, *arguments)
+    assert waits.pop(BATCH) > 0
+    # Similarities and which images are the same go to the host; what was drawn, and whether, comes back.
+    draws = {SIMILARITY: 4 * 2, DRAWN: 2 * 3} if task == "retrieval" else {}
+    assert waits == {NORM: 1, **draws}
+
+
+def test_the_norm_is_that_of_all_gradients_together() -> None:
+    torch = pytest.importorskip("torch")
+    from megatron_vlmoe.runtime.grad_norm import l2_norm
+
+    gradients = [torch.tensor([3.0, -4.0]), torch.tensor([[12.0], [84.0]])]
+    norm, _ = l2_norm(0, torch.zeros(1), [gradients], False)
+    assert norm.tolist() == [85.0]
