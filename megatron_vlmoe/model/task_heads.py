@@ -51,6 +51,18 @@ class Linear(nn.Module):
         return F.linear(values, self.weight, self.bias)
 
 
+class OutputLinear(Linear):
+    """A `Linear` whose outputs are fp32, whatever its inputs and weights are.
+
+    Rounded to bf16, neighbouring logits are often equal, and a tie counts against the model.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``[n, inputs]`` to fp32 ``[n, outputs]``."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(values.float(), self.weight.float(), bias)
+
+
 class Pooler(nn.Module):
     """``tanh(W [T_CLS] + b)`` (BERT, VLMo): ``[n, D]`` to ``[n, D]``."""
 
@@ -71,7 +83,7 @@ class TwoLayerClassifier(nn.Module):
         inner = 2 * config.hidden_size
         self.dense = Linear(config, width, inner)
         self.norm = LayerNorm(config, inner, config.layernorm_epsilon)
-        self.output = Linear(config, inner, num_classes)
+        self.output = OutputLinear(config, inner, num_classes)
 
     def forward(self, values: Tensor) -> Tensor:
         """Logits ``[n, C]``."""
@@ -137,7 +149,7 @@ class ImageClassifier(TaskHeads):
 
     def __init__(self, config: TransformerConfig, num_classes: int) -> None:
         super().__init__(config)
-        self.classifier = Linear(config, config.hidden_size, num_classes)
+        self.classifier = OutputLinear(config, config.hidden_size, num_classes)
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
@@ -153,7 +165,7 @@ class TextClassifier(TaskHeads):
     def __init__(self, config: TransformerConfig, num_classes: int) -> None:
         super().__init__(config)
         self.pooler = Pooler(config)
-        self.classifier = Linear(config, config.hidden_size, num_classes)
+        self.classifier = OutputLinear(config, config.hidden_size, num_classes)
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
@@ -175,7 +187,7 @@ class RetrievalHeads(TaskHeads):
         # fp32: in bf16 it would move in steps of 1/64.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1.0 / temperature)))
         self.pooler = Pooler(config)
-        self.matching = Linear(config, width, 2)
+        self.matching = OutputLinear(config, width, 2)
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
