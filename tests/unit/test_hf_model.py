@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hf_folder import TINY, VOCAB
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_map_only
 
 from megatron_vlmoe.model.positions import resize_image_positions
 from megatron_vlmoe.objectives import contrastive
@@ -539,3 +544,59 @@ def test_vocabulary_can_be_enlarged():
     assert torch.equal(model.mlm_head.weight[:VOCAB], before)
     logits = model(torch.tensor([[1, VOCAB + 4, 2]])).logits
     assert logits.shape == (1, 3, VOCAB + 5)
+
+
+def distribute(model: torch.nn.Module, device_of: Callable[[str], str]) -> torch.nn.Module:
+    """Puts every parameter somewhere; inputs follow it, as accelerate's hooks do for the modules of a device map."""
+    for name, module in model.named_modules():
+        device = device_of(name)
+        for key, parameter in module.named_parameters(recurse=False):
+            place = device_of(f"{name}.{key}".strip("."))
+            moved = torch.empty(parameter.shape, dtype=parameter.dtype, device=place)
+            setattr(module, key, torch.nn.Parameter(moved, requires_grad=False))
+        if name not in ("", "vlmoe"):
+            move = functools.partial(_moved, device=device)
+            module.register_forward_pre_hook(move, with_kwargs=True)
+    return model
+
+
+def _moved(module: Any, args: Any, kwargs: Any, device: str) -> Any:
+    return tree_map_only(torch.Tensor, lambda value: value.to(device), (args, kwargs))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_parts_of_a_model_may_be_on_several_devices(name):
+    # Shapes and devices without values: "meta" stands for a second GPU.
+    model = build(name, moe_layers=[])
+    batch, first, second = task_inputs(name), "cpu", "meta"
+    beginning = ("vlmoe.text_embeddings",)
+    if "Retrieval" in name:
+        # The other way round: there is no autocast for "meta", which similarities are computed without.
+        first, second = "meta", "cpu"
+        beginning = ("vlmoe.text_embeddings", "image_projection", "logit_scale")
+
+    def device_of(part: str) -> str:
+        return first if part.startswith(beginning) else second
+
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
+        fake = {
+            key: torch.empty(value.shape, dtype=value.dtype, device=first)
+            for key, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
+        output = distribute(model, device_of)(**{**batch, **fake})
+    assert output.loss.device.type == second
+
+
+def test_modules_whose_parameters_are_used_together_are_not_split():
+    accelerate = pytest.importorskip("accelerate")
+    model = build("VLMoEForPreTraining", **EVERYWHERE)
+    for size in range(1000, 60_000, 500):
+        places = accelerate.infer_auto_device_map(
+            model,
+            max_memory={"cpu": size, "disk": 10**9},
+            no_split_module_classes=list(model._no_split_modules),
+        )
+        assert not [part for part in places if "embeddings." in part or ".layer.0." in part]
+    # FSDP looks for every class that is named.
+    assert "VLMoETextEmbeddings" not in build(vocab_size=0)._no_split_modules

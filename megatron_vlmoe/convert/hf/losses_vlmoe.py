@@ -1,5 +1,7 @@
 """Losses of the heads of VL-MoE.
 
+Labels may be on another device than the logits: with a `device_map` the inputs are on the first, the heads on the last.
+
 Letters in shapes: n samples, C classes.
 """
 
@@ -27,6 +29,7 @@ def masked_loss(logits: Optional[Tensor], labels: Optional[Tensor]) -> Optional[
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels are {list(labels.shape)}, not {list(logits.shape[:2])}")
     # Rows without a label would only be turned into fp32 for nothing. A sum over none is 0 and has a gradient.
+    labels = labels.to(logits.device)
     kept = labels != -100
     losses = F.cross_entropy(logits[kept].float(), labels[kept], reduction="sum")
     return losses / kept.sum().clamp(min=1)
@@ -40,7 +43,8 @@ def answer_loss(logits: Tensor, labels: Optional[Tensor]) -> Optional[Tensor]:
         raise ValueError(
             f"labels are {list(labels.shape)}, not {list(logits.shape)}: a score for every answer"
         )
-    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+    labels = labels.to(logits.device, torch.float32)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
     return losses / len(logits)
 
 
@@ -56,7 +60,7 @@ def classification_loss(
     """
     if labels is None:
         return None
-    logits = logits.float()
+    logits, labels = logits.float(), labels.to(logits.device)
     kind = config.problem_type
     if kind is None:
         several = "multi_label" if labels.is_floating_point() else "single_label"

@@ -112,7 +112,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if len({len(part) for part in parts}) > 1:
             raise ValueError(f"{len(parts[0])} texts and {len(parts[1])} images are no pairs")
         text_length = 0 if text is None else text.shape[1]
-        hidden = torch.cat(parts, dim=1)
+        # A `device_map` may have the two tables on different devices.
+        hidden = torch.cat([part.to(parts[0].device) for part in parts], dim=1)
         token_mask = None
         if text is not None and attention_mask is not None:
             # No part of an image is padding.
@@ -496,7 +497,7 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         if output_match_logits or labels is not None:
             match_logits = self.match_logits(*pairs, **image_options)
             if labels is not None:
-                matching = F.cross_entropy(match_logits.float(), labels)
+                matching = F.cross_entropy(match_logits.float(), labels.to(match_logits.device))
         if return_loss:
             contrastive = contrastive_loss(per_text)
             if labels is None:
@@ -515,7 +516,8 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
     def _similarity(self, texts: Tensor, images: Tensor) -> Tensor:
         """Cosine over temperature ``[m, n]``, in fp32."""
         with torch.autocast(texts.device.type, enabled=False):
-            return self.logit_scale.float().exp() * (texts @ images.t())
+            scale = self.logit_scale.to(texts.device, torch.float32).exp()
+            return scale * (texts @ images.to(texts.device).t())
 
     def _matching_loss(
         self,
@@ -526,10 +528,10 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         **kwargs: Any,
     ) -> Tensor:
         """Loss of every pair, of its text with a wrong image, and of its image with a wrong text (VLMo)."""
-        texts, images, target = hard_negative_pairs(similarity)
+        texts, images, target = (x.to(input_ids.device) for x in hard_negative_pairs(similarity))
         mask = None if attention_mask is None else attention_mask[texts]
         logits = self.match_logits(input_ids[texts], mask, pixel_values[images], **kwargs)
-        return F.cross_entropy(logits.float(), target)
+        return F.cross_entropy(logits.float(), target.to(logits.device))
 
 
 def _nested(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ TASK_HEADS = (
     *(r"^image_projection\.", r"^logit_scale$"),
 )
 FP32_MODULES = frozenset({"router", "logit_scale"})
+# Their own parameters and those of the modules inside are used together, so that they stay on one device.
+NO_SPLIT_MODULES = frozenset({"VLMoETextEmbeddings", "VLMoEImageEmbeddings", "VLMoELayer"})
 
 
 class VLMoEPreTrainedModel(PreTrainedModel):
@@ -36,16 +38,17 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # `**kwargs` of forward are no loss arguments: Trainer divides by its accumulation steps as usual.
     accepts_loss_kwargs = False
-    _no_split_modules = ["VLMoELayer"]
     _supports_sdpa = True
     # Every task starts from a pretraining export, whose heads are not missed there.
     _keys_to_ignore_on_load_unexpected = list(PRETRAINING_HEADS)
 
     def post_init(self) -> None:
-        """Keeps routers and the temperature in fp32 whatever the precision of the rest."""
-        # Named only where the model has them, which transformers 4 checks.
+        """Keeps routers and the temperature in fp32 whatever the precision of the rest, and says what stays whole."""
+        # Named only where the model has them, which transformers 4 (precision) and FSDP (modules) check.
         found = {part for name, _ in self.named_parameters() for part in name.split(".")}
         self._keep_in_fp32_modules_strict = sorted(found & FP32_MODULES)
+        kinds = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(kinds & NO_SPLIT_MODULES)
         super().post_init()
 
     def get_output_embeddings(self) -> Optional[nn.Module]:
