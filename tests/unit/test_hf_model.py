@@ -283,6 +283,23 @@ def test_gradient_checkpointing_changes_no_gradient(name):
     assert routed and all(gradients[0][key].abs().sum() > 0 for key in routed if "router" in key)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_goes_with_frozen_embeddings(kind, reentrant):
+    batch = of(inputs(), *KINDS[kind])
+    plain = build().train()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("attention.query" in name)
+    frugal = copy.deepcopy(plain)
+    frugal.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    frugal.enable_input_require_grads()
+    for model in (plain, frugal):
+        model(**batch).last_hidden_state.square().sum().backward()
+    for (name, expected), found in zip(plain.named_parameters(), frugal.parameters()):
+        if expected.requires_grad:
+            assert found.grad is not None and torch.equal(found.grad, expected.grad), name
+
+
 def test_heads_read_the_vectors_that_the_trainers_read():
     batch = inputs()
     text, image = of(batch, *KINDS["texts"]), of(batch, *KINDS["images"])

@@ -281,6 +281,9 @@ class VLMoEEncoder(nn.Module):
     ) -> tuple[Tensor, Optional[tuple[Tensor, ...]], Optional[tuple[Tensor, ...]]]:
         """Hidden states ``[n, L, D]`` after the last block; those before the first and after every block, and
         the attention weights of every block, where asked for. See `VLMoELayer.forward` for the other arguments."""
+        if self.gradient_checkpointing and self.training and not hidden_states.requires_grad:
+            # Where embeddings are frozen: from such an input reentrant checkpoints give no gradient to anything.
+            hidden_states.requires_grad_()
         states: list[Tensor] = [hidden_states]
         weights: list[Tensor] = []
         for layer in self.layer:
