@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import random
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +216,27 @@ def test_the_orientation_in_exif_is_not_applied(tmp_path):
     found = image_processor()(data, do_rescale=False, do_normalize=False, return_tensors="np")
     expected = pixels([Item("image", data)], 32).astype(np.float32)
     assert np.array_equal(found["pixel_values"], expected)
+
+
+def test_a_url_gives_what_the_file_gives(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    picture("I;16").save(tmp_path / "deep.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            for name in ("turned.jpg", "deep.png"):
+                url = f"http://127.0.0.1:{server.server_port}/{name}"
+                found, expected = (
+                    image_processor()(x)["pixel_values"] for x in (url, tmp_path / name)
+                )
+                assert np.array_equal(found, expected), name
+            with pytest.raises(ValueError, match=f"{server.server_port}/none.png is not readable"):
+                image_processor()(f"http://127.0.0.1:{server.server_port}/none.png")
+        finally:
+            server.shutdown()
 
 
 def test_arrays_may_have_channels_first_or_last():

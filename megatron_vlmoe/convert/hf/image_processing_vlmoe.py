@@ -8,11 +8,11 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import load_image
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -139,13 +139,16 @@ def open_image(image: Any) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return load_image(image)
     if isinstance(image, (str, Path, bytes, bytearray)):
-        source = io.BytesIO(image) if isinstance(image, (bytes, bytearray)) else image
-        name = "bytes" if source is not image else image
+        name = "bytes" if isinstance(image, (bytes, bytearray)) else image
         try:
-            opened = Image.open(source)
+            if isinstance(image, str) and image.startswith(("http://", "https://")):
+                # The library's own `load_image` turns pictures by their EXIF and cuts 16-bit values off at 255.
+                with urlopen(Request(image, headers={"User-Agent": "vlmoe"}), timeout=60) as answer:
+                    image = answer.read()
+            opened = Image.open(
+                io.BytesIO(image) if isinstance(image, (bytes, bytearray)) else image
+            )
             opened.load()
         except FileNotFoundError:
             raise ValueError(f"image {name} was not found") from None
