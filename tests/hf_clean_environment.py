@@ -2,13 +2,14 @@
 
     HF_MODULES_CACHE=DIR python -I tests/hf_clean_environment.py FOLDERS OUTPUT
 
-FOLDERS holds exports of random models, one for every task, and `inputs.pt`. Results are written to OUTPUT. With the
-interpreter of the tests both packages are hidden; with another one they may be missing.
+FOLDERS holds exports of random models, one for every task, `inputs.pt` and `uses.json`. Results are
+written to OUTPUT. With the interpreter of the tests both packages are hidden; with another one they may be missing.
 """
 
 from __future__ import annotations
 
 import importlib.abc
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -99,6 +100,20 @@ def pipelines(root: Path) -> dict[str, Any]:
     }
 
 
+def uses(root: Path) -> dict[str, str]:
+    """Runs the code of every model card; the last name that it sets."""
+    picture = Image.new("RGB", (50, 40), (200, 10, 30))
+    long = "a red circle " * 30
+    texts = {"question": long, "sentence": long, "premise": long, "hypothesis": "two"}
+    images = {"image": picture, "left": picture, "right": picture}
+    found = {}
+    for folder, code in json.loads((root / "uses.json").read_text()).items():
+        names: dict[str, Any] = {**texts, **images, "images": [picture], "captions": ["a", long]}
+        exec(code, names)
+        found[folder] = list(names)[-1]
+    return found
+
+
 def saved_again(root: Path) -> list[str]:
     """Saves what was loaded into another folder, and loads every class from there."""
     with tempfile.TemporaryDirectory() as name:
@@ -136,6 +151,7 @@ def main(root: Path, output: Path) -> None:
     results = {
         "heads": heads(root),
         "pipelines": pipelines(root),
+        "uses": uses(root),
         "files": saved_again(root),
         "images_alone": type(load("AutoProcessor", root / "images")).__name__,
         "modules": sorted({name.partition(".")[0] for name in sys.modules}),

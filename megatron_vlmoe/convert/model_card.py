@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_vlmoe import __version__
+from megatron_vlmoe.config.block_plan import block_plan
 from megatron_vlmoe.config.estimate import parameter_counts
 from megatron_vlmoe.config.schema import ConfigError, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
@@ -21,8 +22,10 @@ from megatron_vlmoe.data.order import parse_blend
 from megatron_vlmoe.train.run_files import run_file
 
 PAPER = "https://arxiv.org/abs/2303.07226"
+# What an export is: its task, or for pretraining what it reads.
 PIPELINE_TAGS = {
     "": "feature-extraction",
+    "images": "image-feature-extraction",
     "vqa": "visual-question-answering",
     "nlvr2": "visual-question-answering",
     "retrieval": "zero-shot-image-classification",
@@ -36,6 +39,12 @@ from transformers import AutoModelForPreTraining, AutoProcessor
 model = AutoModelForPreTraining.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 outputs = model(**processor(text="a [MASK] circle", images=image, return_tensors="pt"))""",
+    "images": """\
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
+hidden = model(**processor(image, return_tensors="pt")).image_hidden_state""",
     "vqa": """\
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
@@ -44,11 +53,9 @@ processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 logits = model(**processor(text=question, images=image, return_tensors="pt")).logits
 answer = model.config.id2label[int(logits[0].argmax())]""",
     "nlvr2": """\
-from transformers import AutoModel, AutoProcessor
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoModelForSequenceClassification, AutoProcessor
 
-kind = get_class_from_dynamic_module("modeling_vlmoe.VLMoEForImagesAndTextClassification", "{name}")
-model = kind.from_pretrained("{name}").eval()
+model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 logits = model(**processor(text=sentence, images=[[left, right]], return_tensors="pt")).logits""",
     "retrieval": """\
@@ -70,7 +77,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**tokenizer(premise, hypothesis, return_tensors="pt")).logits""",
+logits = model(**tokenizer(premise, hypothesis, truncation=True, return_tensors="pt")).logits""",
 }
 
 
@@ -104,10 +111,11 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
     config = reader.config
     task = config.task.name if isinstance(config, FinetuneConfig) else ""
     metrics = run_metrics(reader)
-    front = yaml.safe_dump(_metadata(task, config, card, metrics), sort_keys=False)
+    kind = task or ("" if config.model.vocab_size else "images")
+    front = yaml.safe_dump(_metadata(kind, config, card, metrics), sort_keys=False)
     sections = (
-        _introduction(config, task, card),
-        _use(task, card),
+        _introduction(config, kind, card),
+        f"## Use\n\n```python\n{usage(kind, card.name)}\n```",
         _architecture(config, config_json),
         "\n".join(["## Training data", "", *training_data(config)]),
         _training(reader),
@@ -119,44 +127,50 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
 
 
 def _metadata(
-    task: str, config: RunConfig, card: CardOptions, metrics: Mapping[str, float]
+    kind: str, config: RunConfig, card: CardOptions, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     content: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": PIPELINE_TAGS[task],
+        "pipeline_tag": PIPELINE_TAGS[kind],
         "tags": ["vlmoe", "vision-language", "mixture-of-experts", "arxiv:2303.07226"],
         "language": card.language,
     }
     if card.license:
         content["license"] = card.license
-    if task and metrics and isinstance(config, FinetuneConfig):
-        data = {"name": Path(config.task.data).name, "type": task}
+    if metrics and isinstance(config, FinetuneConfig):
+        data = {"name": Path(config.task.data).name, "type": kind}
         results = [
             {"type": name, "name": name, "value": round(value, 4)}
             for name, value in metrics.items()
         ]
-        kind = {"name": task, "type": PIPELINE_TAGS[task]}
+        task = {"name": kind, "type": PIPELINE_TAGS[kind]}
         entry = {
             "name": card.name,
-            "results": [{"task": kind, "dataset": data, "metrics": results}],
+            "results": [{"task": task, "dataset": data, "metrics": results}],
         }
         content["model-index"] = [entry]
     return content
 
 
-def _introduction(config: RunConfig, task: str, card: CardOptions) -> str:
-    kind = f"fine-tuned on {task}" if task else "pretrained on masked texts, images and pairs"
+def _introduction(config: RunConfig, kind: str, card: CardOptions) -> str:
+    pretrained = {"": "masked texts, images and pairs", "images": "masked images"}
+    trained = f"pretrained on {pretrained[kind]}" if kind in pretrained else f"fine-tuned on {kind}"
     counts = parameter_counts(config)
     return (
-        f"# {card.name}\n\nA VL-MoE vision-language model ([paper]({PAPER})) {kind}: "
+        f"# {card.name}\n\nA VL-MoE vision-language model ([paper]({PAPER})) {trained}: "
         f"{counts.without_heads / 1e6:.1f} M parameters without heads, of which a pair of tokens uses "
         f"{counts.per_token / 1e6:.1f} M. Trained with megatron_vlmoe {__version__}."
     )
 
 
-def _use(task: str, card: CardOptions) -> str:
-    code = _USES[task].replace("{name}", card.name)
-    return f"## Use\n\n```python\n{code}\n```"
+def usage(kind: str, name: str) -> str:
+    """Python code that loads an export and computes something.
+
+    Args:
+        kind: its task, or "" for pretraining, or "images" for pretraining on images alone.
+        name: of the model, or its folder.
+    """
+    return _USES[kind].replace("{name}", name)
 
 
 def _architecture(config: RunConfig, config_json: Mapping[str, Any]) -> str:
@@ -169,14 +183,11 @@ def _architecture(config: RunConfig, config_json: Mapping[str, Any]) -> str:
         f"{model.text_length} tokens, captions of {model.pair_text_length}; vocabulary {model.vocab_size}",
     ]
     if numbers := config_json["moe_layers"]:
-        pools = "one shared pool of" if moe.shared_router else "vision / text pools of"
-        experts = (
-            str(moe.num_vision_experts)
-            if moe.shared_router
-            else f"{moe.num_vision_experts} / {moe.num_text_experts}"
-        )
+        found = [pool for number in numbers for pool in block_plan(model, moe, number).pools]
+        sizes = {pool.name: pool.num_experts for pool in found}
+        pools = ", ".join(f"{size} {name}" for name, size in sizes.items())
         lines += [
-            f"- experts in blocks {', '.join(map(str, numbers))}: {pools} {experts}, {moe.topk} per token",
+            f"- experts in blocks {', '.join(map(str, numbers))}: {pools}; {moe.topk} per token",
             "- inference drops no token (`capacity_factor` 0); trained with capacity factor "
             f"{moe.capacity_factor}, evaluated by the trainer with {moe.eval_capacity_factor}. "
             "`capacity_factor` 1.0 with the same batches gives the paper's evaluation",

@@ -108,10 +108,35 @@ def test_card_says_what_the_run_was(run: Path, tmp_path: Path) -> None:
     card = CardOptions(name="shapes", license="mit", limitations="Knows shapes alone.")
     text = (export(run, tmp_path / "hf", card=card) / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: transformers\n") and "license: mit\n" in text
-    assert "experts in blocks 2, 3: vision / text pools of 4 / 2, 1 per token" in text
+    assert "experts in blocks 2, 3: 2 text, 4 vision; 1 per token" in text
     # Results of later steps are not those of this checkpoint.
     assert "| eval/loss/mlm | 4 |" in text and "loss/total" not in text
     assert "Knows shapes alone." in text and 'from_pretrained("shapes"' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "pools"),
+    [
+        ("vl", "2 text, 4 vision, 2 vl; 1 per token"),
+        ("text-only", "2 text; 1 per token"),
+        ("vision-only", "4 vision; 1 per token"),
+        ("shared-and-vl", "4 shared, 2 vl; 2 per token"),
+    ],
+)
+def test_card_names_the_pools_that_there_are(name: str, pools: str, tmp_path: Path) -> None:
+    config = replace(CONFIGS[name], model=replace(MODEL, vocab_size=80))
+    save(tmp_path / "run" / "checkpoints", config, random_tensors(config))
+    sentencepiece_model(tmp_path / "run" / TOKENIZER_FILE)
+    text = (export(tmp_path / "run", tmp_path / "hf") / "README.md").read_text()
+    assert f"experts in blocks 2, 3: {pools}\n" in text
+
+
+def test_card_of_images_alone(tmp_path: Path) -> None:
+    config = CONFIGS["no-text-vocabulary"]
+    save(tmp_path / "run" / "checkpoints", config, random_tensors(config))
+    text = (export(tmp_path / "run", tmp_path / "hf") / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction\n" in text
+    assert "pretrained on masked images" in text and "AutoProcessor" not in text
 
 
 def _truncate(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from hf_folder import TINY, VOCAB, write_folder
 
 from megatron_vlmoe.convert.hf_files import architecture, auto_map, hf_source_files
+from megatron_vlmoe.convert.model_card import usage
 
 pytest.importorskip("transformers")
 
@@ -36,6 +38,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
     }
     torch.save(inputs, path / "inputs.pt")
+    kinds = {"": "pretraining", "images": "images", **{task: task for task in TASKS}}
+    code = {folder: usage(kind, str(path / folder)) for kind, folder in kinds.items()}
+    (path / "uses.json").write_text(json.dumps(code))
     return path
 
 
@@ -95,6 +100,18 @@ def test_pipelines_answer(results):
     assert len(answers["image-classification"]) == 2
     features = torch.tensor(answers["feature-extraction"])
     assert features.shape[0] == 1 and features.shape[2] == TINY["hidden_size"]
+
+
+def test_the_code_of_the_model_cards_runs(results):
+    assert results["uses"] == {
+        "pretraining": "outputs",
+        "images": "hidden",
+        "vqa": "answer",
+        "nlvr2": "logits",
+        "retrieval": "similarity",
+        "imagenet": "logits",
+        "mnli": "logits",
+    }
 
 
 def test_saving_again_takes_all_files_along(results):

@@ -11,8 +11,11 @@ import pytest
 import torch
 from small_checkpoints import CONFIGS, MODEL, adam_moments, lazy, random_tensors, save
 
+from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.hf_config import export_config
+from megatron_vlmoe.convert.hf_files import architecture, auto_map
 from megatron_vlmoe.convert.name_table import FP32_KEYS, RULES, name_table
 from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
 from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
@@ -37,6 +40,26 @@ def test_every_parameter_has_one_rule_and_every_name_is_used_once(name: str) -> 
     assert not any("*" in name for name in theirs)
     # A module holds parameters or other modules under a name, never a parameter that is a prefix.
     assert not any(other.startswith(f"{name}.") for name in theirs for other in theirs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_of_the_exported_model_is_in_the_table(name: str) -> None:
+    pytest.importorskip("transformers")
+    from megatron_vlmoe.convert.hf import modeling_vlmoe
+    from megatron_vlmoe.convert.hf.configuration_vlmoe import VLMoEConfig
+
+    config = CONFIGS[name]
+    task = config.task.name if isinstance(config, FinetuneConfig) else ""
+    labels = {"num_labels": config.task.num_classes} if task and task != "retrieval" else {}
+    content = export_config(config, architecture(task), auto_map(task), None, None)
+    with torch.device("meta"):
+        kind = getattr(modeling_vlmoe, architecture(task))
+        model = kind(VLMoEConfig(**{**content, **labels}))
+    expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert not list(model.buffers())
+    table = name_table(config)
+    shapes = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}
+    assert shapes == expected
 
 
 def test_every_rule_is_used() -> None:
