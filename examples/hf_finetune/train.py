@@ -45,7 +45,7 @@ class Options:
         labels: `labels.json` of an export or `P_labels.json` of tools/prepare_task.py: the classes in order.
         min_answer_count: vqa: answers that so many questions have become classes (if `labels` gives none).
         train_experts: trains experts and routers too, which the paper keeps as pretraining left them.
-        head_lr_multiplier: factor of the learning rate of pooler and classifier.
+        head_lr_multiplier: factor of the learning rate of the classifier.
         layer_decay: factor of the learning rate from one block to the one below it.
         max_train_samples: takes the first so many samples to train on; 0 takes all.
         max_eval_samples: likewise for evaluation.
@@ -348,6 +348,8 @@ def freeze(model: nn.Module, options: Options) -> None:
 
 def rate_scale(name: str, options: Options, config: Any) -> float:
     """Factor of the learning rate of a parameter."""
+    if name.startswith("pooler."):
+        return 1.0
     if not name.startswith("vlmoe."):
         return options.head_lr_multiplier
     if "embeddings." in name:

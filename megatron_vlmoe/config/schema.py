@@ -257,7 +257,7 @@ class OptimConfig:
         lr_decay_steps: step at which the decay ends; 0 means `train.steps`.
         layer_decay: factor of the learning rate from one block to the one below it (BEiT); the heads and the last
             LayerNorm have the full rate, the embeddings `layer_decay ** (L + 1)`; 1 is the same rate for all.
-        head_lr_multiplier: factor of the learning rate of the heads (VLMo: 20 for visual question answering).
+        head_lr_multiplier: factor of the learning rate of the heads but the pooler (VLMo: 20 for question answering).
         weight_decay: decoupled weight decay of matrices; vectors, positions and special embeddings have none.
         adam_beta1: first moment decay.
         adam_beta2: second moment decay.

@@ -205,13 +205,15 @@ def has_weight_decay(name: str, shape: torch.Size) -> bool:
 def learning_rate_factor(name: str, layer_number: int, config: RunConfig) -> float:
     """Factor of the learning rate of a parameter (layer-wise decay as in BEiT, head factor as in VLMo).
 
+    The pooler has the full rate without the head's factor (VLMo, BEiT-3).
+
     Args:
         name: parameter name within its chunk.
         layer_number: number of its block from 1; 0 outside blocks.
         config: the run.
     """
     optim = config.optim
-    if name.startswith("heads."):
+    if name.startswith("heads.") and not name.startswith("heads.pooler."):
         return optim.head_lr_multiplier
     if name.startswith("embedding."):
         return optim.layer_decay ** (config.model.num_layers + 1)

@@ -79,6 +79,7 @@ def test_layer_decay_and_head_rate_are_the_same_on_every_stage(run: Any) -> None
         "decoder.layers.0.gamma_1": 0.5**4,
         "decoder.layers.3.gamma_1": 0.5,
         "decoder.final_layernorm.bias": 1.0,
+        "heads.pooler.dense.bias": 1.0,
         "heads.classifier.output.bias": 3.0,
     }
     for key, factor in rates.items():

@@ -244,6 +244,7 @@ def test_rates_follow_depth(script: ModuleType) -> None:
     config = SimpleNamespace(num_hidden_layers=3)
     scales = {
         "classifier.output.weight": 20.0,
+        "pooler.dense.weight": 1.0,
         "vlmoe.layernorm.weight": 1.0,
         "vlmoe.encoder.layer.2.lambda_1": 0.5,
         "vlmoe.encoder.layer.0.lambda_1": 0.125,
