@@ -39,6 +39,9 @@ _CONTRACTIONS_BY_ENDING = (
     ("", "ma'am o'clock 'ow's'at 'twas y'all"),
 )
 
+NUM_ANNOTATORS = 10
+"""People who answered a question of VQAv2."""
+
 _SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 

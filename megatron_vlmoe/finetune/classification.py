@@ -13,7 +13,7 @@ from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.metrics import label_ranks, topk_accuracy, vqa_score
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
-from megatron_vlmoe.finetune.samples import NO_LABEL
+from megatron_vlmoe.finetune.samples import vqa_targets
 from megatron_vlmoe.finetune.sweeps import SampleSweep
 from megatron_vlmoe.objectives.classification import class_loss, soft_target_loss
 from megatron_vlmoe.runtime.distributed import Ranks
@@ -98,13 +98,7 @@ def classification_scores(task: str, found: Found, split: SplitData) -> dict[str
         split: the samples.
     """
     if task == "vqa":
-        # A question whose answers are all outside the vocabulary cannot be answered right, but it counts.
-        hopeless = ((NO_LABEL,), (0.0,))
-        rows = (split.dataset.row(number) for number in range(len(split.dataset)))
-        known = [
-            hopeless if row.answers and not row.labels else (row.labels, row.scores) for row in rows
-        ]
-        named = {"vqa_score": vqa_score(found["classes"][:, 0], *zip(*known))}
+        named = {"vqa_score": vqa_score(found["classes"][:, 0], *vqa_targets(split.dataset))}
     elif task == "imagenet":
         named = {f"top{k}": topk_accuracy(found["ranks"], k) for k in (1, 5)}
     else:

@@ -20,12 +20,11 @@ from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Place, Purpose
 from megatron_vlmoe.data.samples import Augmentation, Draws, ImageViews
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
+from megatron_vlmoe.data.vqa_answers import NUM_ANNOTATORS
 from megatron_vlmoe.finetune.mixing import draw_mix, mix_pixels
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Array = npt.NDArray[Any]
-# A question has ten annotators, hence at most ten different answers.
-MAX_ANSWERS = 10
 NO_LABEL = -1
 
 
@@ -216,14 +215,28 @@ class TaskSamples:
         return self.texts(texts, "pair") | self.images("pair", own, documents)
 
 
+def vqa_targets(
+    dataset: TaskDataset,
+) -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
+    """Labels and scores of every question as scores are made from them; empty where the answers are unknown.
+
+    A question whose answers are all outside the vocabulary cannot be answered right, but it counts.
+    """
+    rows = [dataset.row(number) for number in range(len(dataset))]
+    hopeless = [bool(row.answers) and not row.labels for row in rows]
+    labels = [(NO_LABEL,) if lost else row.labels for row, lost in zip(rows, hopeless)]
+    scores = [(0.0,) if lost else row.scores for row, lost in zip(rows, hopeless)]
+    return labels, scores
+
+
 def _labels(rows: Sequence[TaskRow]) -> dict[str, Array]:
     labels = [row.labels[0] if row.labels else NO_LABEL for row in rows]
     return {"labels": np.array(labels, dtype=np.int64)}
 
 
 def _answers(rows: Sequence[TaskRow]) -> dict[str, Array]:
-    answers = np.full((len(rows), MAX_ANSWERS), NO_LABEL, dtype=np.int64)
-    scores = np.zeros((len(rows), MAX_ANSWERS), dtype=np.float32)
+    answers = np.full((len(rows), NUM_ANNOTATORS), NO_LABEL, dtype=np.int64)
+    scores = np.zeros((len(rows), NUM_ANNOTATORS), dtype=np.float32)
     for number, row in enumerate(rows):
         answers[number, : len(row.labels)] = row.labels
         scores[number, : len(row.labels)] = row.scores

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.data.task_dataset import TaskDataset
 from megatron_vlmoe.finetune.metrics import majority_rate, random_recall, vqa_majority_score
+from megatron_vlmoe.finetune.samples import vqa_targets
 
 STARTS = ("scratch", "dense", "moe")
 
@@ -48,9 +49,9 @@ def guessing_rate(task: str, prefix: str) -> float:
     if task == "retrieval":
         recalls = random_recall(dataset.image_of_text(), dataset.num_images)
         return float(np.mean(list(recalls.values())))
-    rows = [dataset.row(number) for number in range(len(dataset))]
     if task == "vqa":
-        return vqa_majority_score([row.labels for row in rows], [row.scores for row in rows])
+        return vqa_majority_score(*vqa_targets(dataset))
+    rows = (dataset.row(number) for number in range(len(dataset)))
     return majority_rate(np.array([row.labels[0] for row in rows]))
 
 

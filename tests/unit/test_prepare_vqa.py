@@ -17,6 +17,7 @@ from raw_tasks import Desk, ids, put, rows, stored_images
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.data.readers.tasks.records import chosen
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow, load_labels
+from megatron_vlmoe.finetune.table import guessing_rate
 
 
 def question(number: int, image: int, text: object = "is it red") -> dict[str, Any]:
@@ -124,6 +125,8 @@ def test_vqa_holds_out_questions_without_a_class(
     assert [(row.id, row.labels) for row in rows(val)] == [("41", (1, 2)), ("42", ())]
     assert ids(desk.opened("train", "vqa")) == ["11", "12", "13", "31", "51"]
     assert not Path(f"{desk.out}_test.json").exists()
+    # "star" is right for 41; 42 counts as a question that it is wrong for.
+    assert guessing_rate("vqa", f"{desk.out}_val") == 50.0
 
 
 def test_at_most_half_of_the_val_images_are_held_out(
@@ -187,6 +190,32 @@ def test_bad_vqa_records(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
     assert ids(desk.opened("train", "vqa"))[:3] == ["11", "12", "13"]
     assert load_manifest(f"{desk.out}_train").rejects == 8
     assert "8 rejected" in desk.messages()
+
+
+def test_no_question_counts_twice(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
+    questions, notes = ([pair[place] for pair in TRAIN_QUESTIONS] for place in (0, 1))
+    write_questions(desk.raw, "train2014", [*questions, question(12, 2)])
+    path = desk.raw / "annotations" / "v2_mscoco_train2014_annotations.json"
+    # If it counted, "blue" would be a class.
+    put(path, {"annotations": [*notes, annotation(21, "blue", {"blue": 10})]})
+    options = (*VQA_OPTIONS, "--splits", "train")
+    assert desk.prepare("vqa", *options) == 1
+    assert desk.error() == f"{path}: annotation entry 4: question 21 has one already"
+    assert desk.prepare("vqa", *options, "--on-error", "skip") == 0
+    assert rejects_of(f"{desk.out}_train") == [
+        ("annotation entry 4", "question 21 has one already"),
+        ("question entry 4", "question 12 came before"),
+    ]
+    assert ids(desk.opened("train", "vqa"))[:3] == ["11", "12", "13"]
+    assert load_labels(str(desk.out)).labels == ("2", "yes", "star")
+
+
+def test_more_answers_than_annotators(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
+    path = desk.raw / "annotations" / "v2_mscoco_train2014_annotations.json"
+    notes = [note for _, note in TRAIN_QUESTIONS]
+    put(path, {"annotations": [annotation(11, "two", {"2": 2, "yes": 9}), *notes[1:]]})
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "train") == 1
+    assert desk.error() == f"{path}: annotation entry 0: 11 answers, more than 10"
 
 
 def test_bad_image_takes_all_its_samples(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:

@@ -31,7 +31,7 @@ from megatron_vlmoe.data.readers.tasks.records import (
     find_folder,
 )
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.data.vqa_answers import build_answer_vocabulary, soft_scores
+from megatron_vlmoe.data.vqa_answers import NUM_ANNOTATORS, build_answer_vocabulary, soft_scores
 
 _TEST = {"test": "test2015", "test-dev": "test-dev2015"}
 _SPLITS = ("train", "val", *_TEST)
@@ -193,12 +193,17 @@ def _sample(
 def _read_questions(path: str) -> Iterator[_Question | Reject]:
     """Yields the questions of a file. Raises DataError."""
     entries = json_list(path, json_object(path).get("questions"), '"questions"')
+    seen: set[int] = set()
     for number, entry in enumerate(entries):
+        record = f"question entry {number}"
         if not isinstance(entry, dict) or not all(
             type(entry.get(key)) is int for key in ("question_id", "image_id")
         ):
-            yield Reject(path, f"question entry {number}", "no whole question_id and image_id")
+            yield Reject(path, record, "no whole question_id and image_id")
+        elif entry["question_id"] in seen:
+            yield Reject(path, record, f"question {entry['question_id']} came before")
         else:
+            seen.add(entry["question_id"])
             yield _Question(entry["question_id"], entry["image_id"], entry.get("question"))
 
 
@@ -210,6 +215,8 @@ def _read_annotations(path: str) -> _Annotations:
     for number, entry in enumerate(entries):
         try:
             question, main, answers = _annotation(entry)
+            if question in result.answers:
+                raise DataError(f"question {question} has one already")
         except DataError as error:
             result.rejects.append(Reject(path, f"annotation entry {number}", str(error)))
             continue
@@ -230,4 +237,7 @@ def _annotation(entry: object) -> tuple[int, str, list[str]]:
     texts = [answer for answer in raw if isinstance(answer, str)]
     if not texts or len(texts) != len(raw):
         raise DataError("answers are not a list of objects with an answer")
+    if len(texts) > NUM_ANNOTATORS:
+        # Soft scores are those of so many; more would not fit into a batch.
+        raise DataError(f"{len(texts)} answers, more than {NUM_ANNOTATORS}")
     return entry["question_id"], main, texts
