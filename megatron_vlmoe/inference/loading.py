@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,8 @@ def load_model(
         ConfigError: no such checkpoint, or an argument or file that does not go with it.
         CheckpointError: a damaged checkpoint.
     """
+    if not math.isfinite(capacity_factor):
+        raise ConfigError(f"capacity_factor={capacity_factor}: not a finite number")
     checkpoint, config = read_run(location)
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision}: choose one of {', '.join(PRECISIONS)}")

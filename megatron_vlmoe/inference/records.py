@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
 from megatron_vlmoe.inference.model import VLMoE
 
@@ -79,6 +80,9 @@ def read_records(path: Path) -> list[Record]:
         where = f"{path}:{number}"
         try:
             content = json.loads(line)
+            json_line({"record": content}).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: invalid Unicode") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error})") from error
         if not isinstance(content, dict):

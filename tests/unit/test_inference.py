@@ -19,6 +19,7 @@ from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.inference import command
 from megatron_vlmoe.inference.answers import Scored, decisions, ranked
 from megatron_vlmoe.inference.inputs import Item, aligned, pixels, read_image, tokens
+from megatron_vlmoe.inference.model import VLMoE
 from megatron_vlmoe.inference.records import Record, read_records, text_lines
 
 
@@ -179,6 +180,7 @@ def test_records_of_a_file(tmp_path: Path) -> None:
         (b"\n[1]", "in.jsonl:2: not a JSON object"),
         (b'{"a": "\xff"}', "in.jsonl:1: not JSON"),
         (b"[" * 100_000, "in.jsonl:1: not JSON"),
+        (b'{"premise": "a", "from": ["\\ud800"]}', "in.jsonl:1: invalid Unicode"),
         (b"\n \n", "in.jsonl: no record in it"),
     ],
 )
@@ -227,6 +229,11 @@ def test_wrong_command_lines(words: list[str], message: str, monkeypatch: Any) -
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     with pytest.raises(ConfigError, match=message):
         command.main(words)
+
+
+def test_capacity_is_a_number() -> None:
+    with pytest.raises(ConfigError, match="capacity_factor=nan: not a finite number"):
+        VLMoE.from_checkpoint("x", capacity_factor=float("nan"))
 
 
 def test_help_needs_no_torch() -> None:
