@@ -25,13 +25,17 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> int:
+        from megatron_vlmoe.config.schema import ConfigError
         from megatron_vlmoe.finetune.predictions import write_json
         from megatron_vlmoe.finetune.table import downstream_table, table_lines
 
         table = downstream_table(options.runs, options.data)
         print("\n".join(table_lines(table)))
         if options.output:
-            write_json(options.output, table)
+            try:
+                write_json(options.output, table)
+            except OSError as error:
+                raise ConfigError(f"--output {options.output}: {error.strerror}") from None
         return 0
 
     return run_guarded(run)

@@ -20,6 +20,9 @@ def validate_task(config: FinetuneConfig, world_size: int, training: bool = True
     """
     data_size = data_parallel_size(config.parallel, world_size)
     _check_batches(config, data_size, training)
+    for name in ("seeds", "eval_splits"):
+        values = list(getattr(config.task, name))
+        _require(len(set(values)) == len(values), f"task.{name}={values} lists one twice")
     if training:
         _check_training(config)
     _check_retrieval(config)
@@ -95,9 +98,6 @@ def _check_training(config: FinetuneConfig) -> None:
         )
     _require(
         0.0 <= task.random_erase <= 1.0, f"task.random_erase={task.random_erase} is not in [0, 1]"
-    )
-    _require(
-        len(set(task.seeds)) == len(task.seeds), f"task.seeds={list(task.seeds)} lists one twice"
     )
 
 

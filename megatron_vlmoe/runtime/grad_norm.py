@@ -24,7 +24,7 @@ def l2_norm(
         *unused: further options of apex.
     """
     norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
-    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float32).reshape(1), None
 
 
 def install_grad_norm() -> None:
