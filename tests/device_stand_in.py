@@ -70,7 +70,9 @@ class Watch(TorchDispatchMode):
 
 def _caller() -> str:
     """The innermost function of this project, or of megatron-core."""
-    for frame in reversed(traceback.extract_stack()):
+    # Comprehensions have frames of their own before Python 3.12 only.
+    frames = (frame for frame in traceback.extract_stack() if not frame.name.startswith("<"))
+    for frame in reversed(list(frames)):
         for package in ("megatron_vlmoe", "megatron/core"):
             if f"/{package}/" in frame.filename and not frame.filename.endswith("runtime/cpu.py"):
                 return f"{package}{frame.filename.rpartition(package)[2]} {frame.name}"

@@ -13,7 +13,7 @@ from prepared_tasks import Prepared
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 # The batch goes to the device, and the update waits for the gradient norm.
-BATCH = "copy: megatron_vlmoe/train/step.py <dictcomp>"
+BATCH = "copy: megatron_vlmoe/train/step.py _prepare"
 NORM = "read: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
 SIMILARITY = "copy: megatron_vlmoe/objectives/contrastive.py hard_negatives"
 DRAWN = "copy: megatron_vlmoe/finetune/retrieval.py _draw"
