@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.checkpoint_writer import check_output, write_checkpoint
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, import_config, read_config
 from megatron_vlmoe.convert.name_table import name_table
 from megatron_vlmoe.convert.parameters import extra_state_keys
@@ -92,8 +92,9 @@ def import_checkpoint(
         The iteration folder.
 
     Raises:
-        ConvertError: see `open_hugging_face`; nothing is left behind.
+        ConvertError: see `open_hugging_face` and `check_output`; nothing is left behind.
     """
+    check_output(output, overwrite)
     model = open_hugging_face(location)
     config = replace(model.config, parallel=replace(model.config.parallel, **(parallel or {})))
     if model.tokenizer is not None:

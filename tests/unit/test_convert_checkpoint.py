@@ -229,6 +229,21 @@ def test_a_checkpoint_that_is_not_whole_is_not_exported(run: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "run"]
 
 
+def test_an_import_refuses_its_output_before_it_reads(run: Path, tmp_path: Path) -> None:
+    folder = export(run, tmp_path / "hf")
+    import_checkpoint(folder, tmp_path / "back")
+    kept = {path: path.read_bytes() for path in (tmp_path / "back").rglob("*") if path.is_file()}
+    # What reading would complain of.
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConvertError, match="back: has a checkpoint already"):
+        import_checkpoint(folder, tmp_path / "back")
+    with pytest.raises(ConvertError, match="is the folder of a run with checkpoints"):
+        import_checkpoint(folder, run, overwrite=True)
+    with pytest.raises(ConvertError, match="config.json"):
+        import_checkpoint(folder, tmp_path / "back", overwrite=True)
+    assert kept == {path: path.read_bytes() for path in kept}
+
+
 def test_a_model_of_images_alone_needs_no_tokenizer(tmp_path: Path) -> None:
     config = CONFIGS["no-text-vocabulary"]
     save(tmp_path / "run", config, random_tensors(config))
