@@ -148,9 +148,10 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if rows.dtype in GROUPED_MM_DTYPES and hasattr(F, "grouped_mm") and rows.shape[0] > 0:
         offsets = counts.to(rows.device).cumsum(0).to(torch.int32)
         return _ContiguousGrad.apply(F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets))
-    parts = [
-        part @ weight[index].T for index, part in enumerate(rows.split(counts.tolist(), dim=0))
-    ]
+    # Indexing `weight[e]` would make a gradient of the whole pool for every expert; the gradients of an
+    # unbound tensor are stacked once.
+    experts = weight.unbind(0)
+    parts = [part @ own.T for part, own in zip(rows.split(counts.tolist(), dim=0), experts)]
     return torch.cat(parts, dim=0)
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_vlmoe.config.block_plan import Branch
 from megatron_vlmoe.moe.dispatch import FixedCapacityDispatcher
-from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts, batched_linear
+from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts, batched_linear, grouped_matmul
 from megatron_vlmoe.moe.router import PoolRouting
 from megatron_vlmoe.moe.routing_ops import route_slots, top_k_experts
 
@@ -145,3 +147,35 @@ def test_batched_linear_gives_the_weight_gradient_in_the_weights_layout() -> Non
     rows, weight = torch.randn(2, 3, 4), torch.randn(2, 5, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(batched_linear(rows, weight, torch.zeros(2, 5)).sum(), weight)
     assert grad.is_contiguous()
+
+
+class WrittenBytes(TorchDispatchMode):
+    """Counts the bytes of every tensor that an operation makes; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.count += sum(leaf.nbytes for leaf in made)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_matmul_writes_no_gradient_of_the_pool_per_expert(dtype: torch.dtype) -> None:
+    rows = torch.randn(64, 16, dtype=dtype, requires_grad=True)
+    counts = torch.tensor([0, *[2] * 30, 4])
+    weight = torch.randn(32, 24, 16, dtype=dtype, requires_grad=True)
+    with WrittenBytes() as written:
+        grouped_matmul(rows, weight, counts).sum().backward()
+    # Outputs, their gradients, and one gradient of the pool that is made and stacked: far from one per expert.
+    assert weight.nbytes <= written.count < 5 * weight.nbytes
+    owner = torch.repeat_interleave(torch.arange(32), counts)
+    expected = torch.zeros_like(weight).index_add_(
+        0, owner, rows.detach()[:, None, :].expand(-1, 24, -1).contiguous()
+    )
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, expected, rtol=2e-2, atol=2e-2)
