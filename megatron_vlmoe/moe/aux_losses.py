@@ -83,7 +83,8 @@ def gshard_loss(logits: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     expert; no gradient), P_e the mean of its gate `softmax(logits)`. 1 at perfect balance.
 
     Args:
-        logits: [T, E], clean or noisy.
+        logits: [T, E] the logits that choose the experts: the noisy ones where there is noise, as in
+            V-MoE (google-research/vmoe) and Tutel.
 
     Raises:
         ValueError: if k is not in 1..E.
@@ -136,7 +137,8 @@ def compute_router_statistics(
 
     Args:
         logits: [T, E] clean router logits.
-        noisy_logits: [T, E]; needed for the term "load" only.
+        noisy_logits: [T, E] the logits that chose the experts; needed for the term "load", and what
+            "gshard" counts. None: experts were chosen by the clean ones.
         k: choices per token; used by "load" and "gshard".
         noise_std: sigma; used by "load" only.
         terms: names from `TERMS`.
@@ -155,7 +157,13 @@ def compute_router_statistics(
     check_mask(mask, num_tokens)
     check_top_k(k, num_experts)
     sections = _section_sizes(terms, num_experts)
+    if noisy_logits is not None and noisy_logits.shape != logits.shape:
+        raise ValueError(
+            f"noisy_logits {list(noisy_logits.shape)} and logits {list(logits.shape)} "
+            "must have one shape"
+        )
     clean = _prepare(logits, mask)
+    dispatching = clean if noisy_logits is None else _prepare(noisy_logits, mask)
 
     sums = {"tokens": _count_tokens(clean, mask)}
     if "gates" in sections:
@@ -163,15 +171,11 @@ def compute_router_statistics(
     if "load" in sections:
         if noisy_logits is None:
             raise ValueError("the load loss needs noisy logits")
-        if noisy_logits.shape != logits.shape:
-            raise ValueError(
-                f"noisy_logits {list(noisy_logits.shape)} and logits {list(logits.shape)} "
-                "must have one shape"
-            )
-        probability = _selection_probability(clean, _prepare(noisy_logits, mask), k, noise_std)
+        probability = _selection_probability(clean, dispatching, k, noise_std)
         sums["load"] = _sum_tokens(probability, mask)
     if "assignments" in sections:
-        sums["assignments"] = _count_assignments(clean, k, mask)
+        sums["assignments"] = _count_assignments(dispatching, k, mask)
+        sums["dispatching_gates"] = _sum_tokens(torch.softmax(dispatching, dim=1), mask)
     if "squared_lse" in sections:
         sums["squared_lse"] = _sum_tokens(torch.logsumexp(clean, dim=1).square(), mask).view(1)
     if "entropy" in sections:
@@ -223,7 +227,7 @@ def losses_from_statistics(
             loss = sums["squared_lse"].squeeze(0) / divisor
         elif term == "gshard":
             share = sums["assignments"].detach() / (divisor * k)
-            loss = num_experts * (share * (sums["gates"] / divisor)).sum()
+            loss = num_experts * (share * (sums["dispatching_gates"] / divisor)).sum()
         elif term == "local_entropy":
             loss = sums["entropy"].squeeze(0) / divisor
         else:
@@ -254,12 +258,13 @@ def _section_sizes(terms: Sequence[str], num_experts: int) -> dict[str, int]:
         raise ValueError(f"unknown auxiliary loss '{unknown[0]}'; known: {', '.join(TERMS)}")
     wanted = set(terms)
     sections = {"tokens": 1}
-    if wanted & {"importance", "gshard", "global_entropy"}:
+    if wanted & {"importance", "global_entropy"}:
         sections["gates"] = num_experts
     if "load" in wanted:
         sections["load"] = num_experts
     if "gshard" in wanted:
         sections["assignments"] = num_experts
+        sections["dispatching_gates"] = num_experts
     if "z" in wanted:
         sections["squared_lse"] = 1
     if "local_entropy" in wanted:

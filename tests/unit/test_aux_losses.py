@@ -274,6 +274,17 @@ def test_low_precision_input_computes_in_float32(dtype: torch.dtype) -> None:
     assert importance_loss(LOGITS).dtype == torch.float64
 
 
+def test_gshard_in_a_router_with_noise_is_that_of_the_logits_that_dispatch() -> None:
+    """V-MoE and Tutel take share and mean gate from the noisy logits; importance stays on the clean ones."""
+    terms = ("importance", "gshard")
+    stats = compute_router_statistics(LOGITS, NOISY, 1, SIGMA, terms)
+    losses = losses_from_statistics(stats, terms, 4, 1)
+    assert close(losses["gshard"], 1.2244605689, 1e-6)
+    assert close(losses["importance"], importance_loss(LOGITS).item())
+    stats = compute_router_statistics(LOGITS, None, 1, SIGMA, terms)
+    assert close(losses_from_statistics(stats, terms, 4, 1)["gshard"], 1.3846585653, 1e-6)
+
+
 def test_gshard_counts_ties_for_the_lower_expert() -> None:
     # All gates are 1/2; both tokens choose expert 0: 2 * (1 * 0.5 + 0 * 0.5) = 1 with the
     # gradient 2 * p_0 (1 - p_0) / 2 = 0.25 on the logits of expert 0.
@@ -299,6 +310,7 @@ def test_statistics_of_parts_add_up(cut: int, k: int) -> None:
     losses = losses_from_statistics(parts[0] + parts[1], TERMS, 4, k, math.log(4))
     assert list(losses) == list(TERMS)
     expected = every_loss(LOGITS, NOISE, k, VISION)
+    expected[4] = gshard_loss(NOISY, k, mask=VISION)
     for term, index in zip(TERMS, (0, 1, 3, 4, 5, 7), strict=True):
         assert close(losses[term], expected[index].item(), 1e-13)
 
