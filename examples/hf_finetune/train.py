@@ -24,7 +24,7 @@ AUTO_MODELS = {
     "vqa": "AutoModelForVisualQuestionAnswering",
     "imagenet": "AutoModelForImageClassification",
 }
-METRICS = {"vqa": "vqa_score", "imagenet": "top1"}
+METRICS = {"vqa": "vqa_soft_score", "imagenet": "top1"}
 # Of one, two, three and more annotators who gave the same answer.
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}

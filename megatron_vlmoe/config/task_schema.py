@@ -42,7 +42,7 @@ DEFAULT_EVAL_SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 BEST_METRICS: dict[str, str] = {
-    "vqa": "vqa_score",
+    "vqa": "vqa_official",
     "nlvr2": "accuracy",
     "retrieval": "mean_recall",
     "imagenet": "top1",

@@ -119,7 +119,7 @@ TextsOfSample = tuple[list[tuple[int, str]], list[tuple[int, str]]]
 def _texts(sample: TaskSample, shape: TaskShape) -> TextsOfSample | Reject:
     """The texts of a sample before they are tokenized; a `Reject` if it has a name of no use."""
     try:
-        for name in (sample.id, *sample.answers):
+        for name in (sample.id, *sample.answers, sample.answer_type):
             name.encode("utf-8")
     except UnicodeEncodeError:
         return Reject(sample.source, sample.record, "invalid Unicode in its id or answers")
@@ -233,7 +233,7 @@ class SampleSink:
             for place, text, raw in zip(item.places, texts, item.raw, strict=True):
                 self._samples.add(TaskRow(f"{sample.id}#{place}", images, (text,), (raw,)))
             return
-        targets = (sample.labels, sample.scores, sample.answers)
+        targets = (sample.labels, sample.scores, sample.answers, sample.answer_type)
         self._samples.add(TaskRow(sample.id, images, texts, tuple(item.raw), *targets))
 
     def _document(self, key: ImageKey) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +99,10 @@ class TaskDataset:
     def row(self, index: int) -> TaskRow:
         """Sample ``index``. Raises IndexError outside 0..len-1."""
         return self._samples.row(index)
+
+    def rows(self) -> Iterator[TaskRow]:
+        """All samples, in order."""
+        return (self.row(index) for index in range(len(self)))
 
     def image_bytes(self, document: int) -> np.ndarray:
         """An encoded image (JPEG, PNG or WebP), uint8 ``[bytes]``, a view of the file.

@@ -2,7 +2,7 @@
 
 An Arrow IPC file with one row per sample: ``id``; ``images``, documents of ``PREFIX_image``;
 ``texts``, sequences of ``PREFIX_text``, and ``raw``, what they were before tokenization; ``labels``
-with ``scores``; for VQA also ``answers``, what the annotators said.
+with ``scores``; for VQA also ``answers``, what the annotators said, and ``answer_type``.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class TaskRow:
         labels: class numbers; empty if unknown.
         scores: target of each label, 0 to 1; 1.0 except for VQA.
         answers: for VQA what the annotators said, as written.
+        answer_type: for VQA ``yes/no``, ``number`` or ``other``, as published; empty if unknown.
     """
 
     id: str
@@ -78,11 +79,12 @@ class TaskRow:
     labels: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()
+    answer_type: str = ""
 
 
 def _columns(task: str) -> list[str]:
     names = ["id", "images", "texts", "raw", "labels", "scores"]
-    return [*names, "answers"] if TASK_SHAPES[task].has_answers else names
+    return [*names, "answers", "answer_type"] if TASK_SHAPES[task].has_answers else names
 
 
 def _schema(task: str) -> Any:
@@ -96,6 +98,7 @@ def _schema(task: str) -> Any:
         "labels": pa.list_(pa.int32()),
         "scores": pa.list_(pa.float32()),
         "answers": pa.list_(pa.string()),
+        "answer_type": pa.string(),
     }
     return pa.schema([pa.field(name, types[name]) for name in _columns(task)])
 
@@ -202,7 +205,11 @@ class SamplesReader:
             path = samples_path(self.prefix)
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(path)))
-                if not reader.schema.equals(_schema(self.task)):
+                # Tables of before there was an answer type end one column earlier.
+                known = [name for name in _columns(self.task) if name != "answer_type"]
+                names = reader.schema.names
+                schema = pa.schema([f for f in _schema(self.task) if f.name in {*known, *names}])
+                if not reader.schema.equals(schema):
                     raise DataError(f"{path}: not the samples of task {self.task}")
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             except FileNotFoundError as error:
@@ -255,8 +262,12 @@ class SamplesReader:
         batches, starts = self._batches()
         place = bisect.bisect_right(starts, index) - 1
         batch, local = batches[place], index - starts[place]
-        name, *lists = (batch.column(i)[local].as_py() for i in range(batch.num_columns))
-        return TaskRow(name, *(tuple(values) for values in lists))
+        values: dict[str, Any] = {
+            name: batch.column(name)[local].as_py() for name in batch.schema.names
+        }
+        for column in values.keys() - {"id", "answer_type"}:
+            values[column] = tuple(values[column])
+        return TaskRow(**values)
 
     def column(self, name: str) -> np.ndarray:
         """The numbers of a list column, flat: ``[N]`` over all rows in order."""

@@ -14,6 +14,8 @@ from types import MappingProxyType
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD_OUTSIDE_NUMBER = re.compile(r"\.(?!\d)")
+# The evaluator hands a flag to re.sub in the place of the number of replacements, and the flag's value is 32.
+_MAX_PERIODS = 32
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = MappingProxyType(
     {"none": "0"}
@@ -65,7 +67,7 @@ def normalize_answer(text: str) -> str:
 
     1. Each of 21 punctuation marks vanishes if, anywhere in the text, it stands beside a space or a comma stands
        between digits; otherwise it becomes a space. Commas are among the marks, so none is left.
-    2. A period vanishes unless a digit follows.
+    2. A period vanishes unless a digit follows (the first 32 of them, as there).
     3. Lower case; none and zero to ten become digits; a, an and the go; contractions get their apostrophe back.
 
     Returns:
@@ -76,7 +78,7 @@ def normalize_answer(text: str) -> str:
     for mark in _PUNCTUATION:
         vanishes = numeric or f"{mark} " in text or f" {mark}" in text
         spaced = spaced.replace(mark, "" if vanishes else " ")
-    words = _PERIOD_OUTSIDE_NUMBER.sub("", spaced).lower().split()
+    words = _PERIOD_OUTSIDE_NUMBER.sub("", spaced, count=_MAX_PERIODS).lower().split()
     numbered = (_NUMBER_WORDS.get(word, word) for word in words)
     return " ".join(_CONTRACTIONS.get(word, word) for word in numbered if word not in _ARTICLES)
 
@@ -113,11 +115,41 @@ def soft_scores(answers: Sequence[str], vocabulary: Mapping[str, int]) -> dict[i
     }
 
 
+def compared_answers(answers: Sequence[str]) -> tuple[list[str], bool]:
+    """The annotators' answers as the official evaluator compares them, and whether it normalises the prediction too.
+
+    Line ends and tabs become spaces and the ends are stripped. Only if the answers then differ from each other are
+    they normalised, and the prediction with them (GT-Vision-Lab/VQA, vqaEval.py at a013f00).
+    """
+    stripped = [_stripped(answer) for answer in answers]
+    differ = len(set(stripped)) > 1
+    return ([normalize_answer(answer) for answer in stripped] if differ else stripped), differ
+
+
+def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """The official VQA accuracy of a prediction, 0 to 1 (GT-Vision-Lab/VQA, vqaEval.py at a013f00).
+
+    Args:
+        prediction: an answer, as it would be submitted.
+        answers: what the annotators said, as published.
+
+    Raises:
+        ValueError: nobody answered.
+    """
+    compared, normalised = compared_answers(answers)
+    own = _stripped(prediction)
+    return leave_one_out_score(normalize_answer(own) if normalised else own, compared)
+
+
+def _stripped(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
 def leave_one_out_score(answer: str, answers: Sequence[str]) -> float:
-    """The official VQA accuracy of an answer, 0 to 1.
+    """The VQA accuracy of an answer, 0 to 1, by the texts as they are; see `official_accuracy`.
 
     Mean over every annotator left out of min(1, equal answers among the others / 3). Texts are compared as they
-    are; the official score compares normalised ones.
+    are.
 
     Raises:
         ValueError: nobody answered.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics, to_numpy
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.metrics import label_ranks, topk_accuracy, vqa_score
+from megatron_vlmoe.finetune.metrics import Score, label_ranks, topk_accuracy, vqa_official
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
-from megatron_vlmoe.finetune.samples import vqa_targets
 from megatron_vlmoe.finetune.sweeps import SampleSweep
 from megatron_vlmoe.objectives.classification import class_loss, soft_target_loss
 from megatron_vlmoe.runtime.distributed import Ranks
@@ -21,6 +21,9 @@ from megatron_vlmoe.train.objective import Losses
 from megatron_vlmoe.train.step import Batch, StepRunner
 
 Array = np.ndarray[Any, Any]
+
+# Those that VQA v2 has, in the order in which they are reported.
+_ANSWER_TYPES = ("yes_no", "number", "other")
 
 
 class ClassificationObjective(TaskObjective):
@@ -49,7 +52,7 @@ class ClassificationObjective(TaskObjective):
         found = run_sweep(runner, self.data, sweep, reduce, self.ranks, self.config)
         metrics = None
         if found is not None:
-            scores = classification_scores(task, found, split)
+            scores = classification_scores(task, found, split, self.data.labels)
             metrics = {f"{split.name}/{name}": value for name, value in scores.items()}
         return share_metrics(metrics), found
 
@@ -89,16 +92,20 @@ def digest(task: str, logits: Array, labels: Optional[Array]) -> Found:
     return found
 
 
-def classification_scores(task: str, found: Found, split: SplitData) -> dict[str, float]:
+def classification_scores(
+    task: str, found: Found, split: SplitData, labels: Optional[Labels]
+) -> dict[str, float]:
     """Scores in percent, and how many samples they are over; none where no sample is labelled.
 
     Args:
         task: name of the task.
         found: what `digest` kept of every sample.
         split: the samples.
+        labels: the classes; those of VQA are its answers.
     """
     if task == "vqa":
-        named = {"vqa_score": vqa_score(found["classes"][:, 0], *vqa_targets(split.dataset))}
+        assert labels is not None
+        named = _vqa_scores([labels.labels[label] for label in found["classes"][:, 0]], split)
     elif task == "imagenet":
         named = {f"top{k}": topk_accuracy(found["ranks"], k) for k in (1, 5)}
     else:
@@ -108,3 +115,17 @@ def classification_scores(task: str, found: Found, split: SplitData) -> dict[str
         return {"unlabelled": float(first.unlabelled)}
     scores = {name: score.percent for name, score in named.items()}
     return scores | {"samples": float(first.count), "unlabelled": float(first.unlabelled)}
+
+
+def _vqa_scores(predicted: Sequence[str], split: SplitData) -> dict[str, Score]:
+    """The official accuracy over all questions, then over those of each type of answer."""
+    rows = list(split.dataset.rows())
+    gained = vqa_official(predicted, [row.answers for row in rows])
+    known = ~np.isnan(gained)
+    scores = {"vqa_official": Score.of(gained[known], int((~known).sum()))}
+    types = np.array([row.answer_type.replace("/", "_") for row in rows])
+    for kind in dict.fromkeys((*_ANSWER_TYPES, *types[known].tolist())):
+        chosen = known & (types == kind)
+        if kind and chosen.any():
+            scores[f"vqa_official/{kind}"] = Score.of(gained[chosen], 0)
+    return scores

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmoe.data.vqa_answers import compared_answers, normalize_answer, official_accuracy
+
 Array = npt.NDArray[Any]
 
 RECALL_KS = (1, 5, 10)
@@ -81,25 +83,21 @@ def topk_accuracy(ranks: Array, k: int) -> Score:
     return Score.of(ranks[known] < k, int((~known).sum()))
 
 
-def vqa_score(
-    predicted: Array, labels: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
-) -> Score:
-    """VQA accuracy: mean of the soft target at the predicted answer.
+def vqa_official(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> Array:
+    """The official VQA accuracy of every prediction, 0 to 1 (`vqa_answers.official_accuracy`).
 
     Args:
-        predicted: answers ``[N]`` (labels of the vocabulary).
-        labels: for each question the answers with a target, in any order; empty: unknown.
-        scores: their soft targets (0 to 1), as ``vqa_answers.soft_scores`` gives them.
+        predicted: answers of N questions.
+        answers: what the annotators of each said, as published; empty: unknown.
+
+    Returns:
+        float64 ``[N]``, not a number where the answers are unknown.
 
     Raises:
         ValueError: the lengths differ.
     """
-    gained = [
-        dict(zip(own, soft, strict=True)).get(int(answer), 0.0)
-        for answer, own, soft in zip(predicted, labels, scores, strict=True)
-        if len(own)
-    ]
-    return Score.of(gained, len(labels) - len(gained))
+    pairs = zip(predicted, answers, strict=True)
+    return np.array([official_accuracy(own, said) if said else math.nan for own, said in pairs])
 
 
 def recall_at_k(
@@ -234,19 +232,25 @@ def majority_rate(labels: Array) -> float:
     return 100.0 * int(np.bincount(known).max()) / len(known) if len(known) else math.nan
 
 
-def vqa_majority_score(labels: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> float:
-    """VQA accuracy, in percent, of the best answer that is the same for all questions.
+def vqa_majority(vocabulary: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """Official VQA accuracy, in percent, of the best answer that is the same for all questions.
 
     Args:
-        labels: as in ``vqa_score``.
-        scores: as in ``vqa_score``.
+        vocabulary: the answers to choose from.
+        answers: as in ``vqa_official``.
     """
-    totals: dict[int, float] = {}
-    for own, soft in zip(labels, scores, strict=True):
-        for label, score in zip(own, soft, strict=True):
-            totals[label] = totals.get(label, 0.0) + score
-    count = sum(len(own) > 0 for own in labels)
-    return 100.0 * max(totals.values()) / count if count else math.nan
+    by_form: dict[str, list[int]] = {}
+    for label, answer in enumerate(vocabulary):
+        for form in {answer, normalize_answer(answer)}:
+            by_form.setdefault(form, []).append(label)
+    totals = np.zeros(len(vocabulary))
+    for said in filter(None, answers):
+        # Only answers that are spelled like one of the annotators' can score.
+        forms = set(compared_answers(said)[0])
+        for label in {label for form in forms for label in by_form.get(form, ())}:
+            totals[label] += official_accuracy(vocabulary[label], said)
+    count = sum(len(said) > 0 for said in answers)
+    return 100.0 * float(totals.max(initial=0.0)) / count if count else math.nan
 
 
 def random_recall(

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
+from megatron_vlmoe.data.vqa_answers import official_accuracy
 from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.objective import TaskObjective
@@ -177,7 +178,9 @@ class Predictions:
             entry["answers"] = list(row.answers)
         if self.labels.names is not None:
             entry["prediction_name"] = self.labels.names[classes[0]]
-        if row.labels or row.answers:
+        if row.answers:
+            entry["gained"] = official_accuracy(entry["prediction"], row.answers)
+        elif row.labels:
             entry["gained"] = float(dict(zip(row.labels, row.scores)).get(classes[0], 0.0))
         return entry
 

@@ -215,20 +215,6 @@ class TaskSamples:
         return self.texts(texts, "pair") | self.images("pair", own, documents)
 
 
-def vqa_targets(
-    dataset: TaskDataset,
-) -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
-    """Labels and scores of every question as scores are made from them; empty where the answers are unknown.
-
-    A question whose answers are all outside the vocabulary cannot be answered right, but it counts.
-    """
-    rows = [dataset.row(number) for number in range(len(dataset))]
-    hopeless = [bool(row.answers) and not row.labels for row in rows]
-    labels = [(NO_LABEL,) if lost else row.labels for row, lost in zip(rows, hopeless)]
-    scores = [(0.0,) if lost else row.scores for row, lost in zip(rows, hopeless)]
-    return labels, scores
-
-
 def _labels(rows: Sequence[TaskRow]) -> dict[str, Array]:
     labels = [row.labels[0] if row.labels else NO_LABEL for row in rows]
     return {"labels": np.array(labels, dtype=np.int64)}

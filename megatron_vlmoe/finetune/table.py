@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_vlmoe.config.schema import ConfigError
-from megatron_vlmoe.data.task_dataset import TaskDataset
-from megatron_vlmoe.finetune.metrics import majority_rate, random_recall, vqa_majority_score
-from megatron_vlmoe.finetune.samples import vqa_targets
+from megatron_vlmoe.data.task_dataset import TaskDataset, load_labels
+from megatron_vlmoe.finetune.metrics import majority_rate, random_recall, vqa_majority
 
 STARTS = ("scratch", "dense", "moe")
 
@@ -28,7 +27,7 @@ class Row:
 
 
 ROWS = (
-    Row("vqa", "val", "vqa_score"),
+    Row("vqa", "val", "vqa_official"),
     Row("nlvr2", "test", "accuracy"),
     Row("retrieval", "test", "mean_recall"),
     Row("imagenet", "val", "top1"),
@@ -36,23 +35,23 @@ ROWS = (
 )
 
 
-def guessing_rate(task: str, prefix: str) -> float:
+def guessing_rate(task: str, prefix: str, split: str) -> float:
     """What guessing scores on a split, in percent.
 
     The best answer that is the same for all samples; for retrieval the expectation of a ranking at random.
 
     Args:
         task: name of the task.
-        prefix: ``P_{split}`` of the prepared split.
+        prefix: P, which all its prepared splits share.
+        split: one of them.
     """
-    dataset = TaskDataset.open(prefix, task, None)
+    dataset = TaskDataset.open(f"{prefix}_{split}", task, None)
     if task == "retrieval":
         recalls = random_recall(dataset.image_of_text(), dataset.num_images)
         return float(np.mean(list(recalls.values())))
     if task == "vqa":
-        return vqa_majority_score(*vqa_targets(dataset))
-    rows = (dataset.row(number) for number in range(len(dataset)))
-    return majority_rate(np.array([row.labels[0] for row in rows]))
+        return vqa_majority(load_labels(prefix).labels, [row.answers for row in dataset.rows()])
+    return majority_rate(np.array([row.labels[0] for row in dataset.rows()]))
 
 
 def downstream_table(runs: Path, data: Path) -> dict[str, dict[str, Any]]:
@@ -65,7 +64,7 @@ def downstream_table(runs: Path, data: Path) -> dict[str, dict[str, Any]]:
     for row in ROWS:
         entry: dict[str, Any] = {
             "metric": f"{row.split}/{row.name}",
-            "guess": round(guessing_rate(row.task, f"{data / row.task}_{row.split}"), 2),
+            "guess": round(guessing_rate(row.task, str(data / row.task), row.split), 2),
         }
         for start in STARTS:
             entry[start] = round(_result(runs / row.task / start, entry["metric"]), 2)

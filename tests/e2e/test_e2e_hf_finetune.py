@@ -151,7 +151,7 @@ def test_vqa_there_and_back(tmp_path: Path) -> None:
     # A model of the task keeps its head and classes: the same score again, without training.
     again = ["--model", output, "--data", raw, "--output-dir", tmp_path / "again", "--do-train=no"]
     finetune([], *again, cache=tmp_path / "cache")
-    for name in ("eval_loss", "eval_vqa_score"):
+    for name in ("eval_loss", "eval_vqa_soft_score"):
         assert results(tmp_path / "again")[name] == pytest.approx(results(output)[name], rel=1e-5)
 
 

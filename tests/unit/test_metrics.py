@@ -16,8 +16,8 @@ from megatron_vlmoe.finetune.metrics import (
     recall_at_k,
     recall_at_k_of_features,
     topk_accuracy,
-    vqa_majority_score,
-    vqa_score,
+    vqa_majority,
+    vqa_official,
 )
 
 KS = (1, 2, 3, 5, 8)
@@ -88,28 +88,32 @@ def test_labels_and_shapes_are_checked() -> None:
 def test_nothing_labelled_has_no_score() -> None:
     score = topk_accuracy(label_ranks(np.zeros((2, 3)), np.asarray([-1, -1])), 1)
     assert math.isnan(score.percent) and (score.count, score.unlabelled) == (0, 2)
-    assert math.isnan(vqa_score(np.asarray([1]), [[]], [[]]).percent)
     assert math.isnan(majority_rate(np.asarray([-1])))
-    assert math.isnan(vqa_majority_score([[]], [[]]))
+    assert math.isnan(vqa_majority(("a",), [[]]))
 
 
-def test_vqa_score_by_hand() -> None:
-    labels = [[3, 5], [7], [], np.asarray([2, 0])]
-    scores = [[1.0, 0.3], [0.6], [], np.asarray([0.9, 0.3])]
-    # Gained: 0.3, nothing (wrong), not counted (unknown), 0.9.
-    assert vqa_score(np.asarray([5, 8, 3, 2]), labels, scores) == Score(pytest.approx(40.0), 3, 1)
+def test_vqa_official_by_hand() -> None:
+    answers = [["2"] * 10, ["cat"] * 3 + ["A dog"] * 7, [], ["no"] * 2 + ["yes"] * 8]
+    found = vqa_official(["two", "a cat", "2", "no"], answers)
+    # All ten agree, so nothing is normalised; three of ten; unknown; two of ten.
+    assert found[[0, 1, 3]] == pytest.approx([0.0, 0.9, 0.6]) and math.isnan(found[2])
     with pytest.raises(ValueError):
-        vqa_score(np.asarray([5]), labels, scores)
+        vqa_official(["2"], answers)
 
 
 def test_guessing_by_hand() -> None:
     assert majority_rate(np.asarray([1, 1, 0, -1, 2])) == 50.0
-    # Answer 3: 1.0 + 0.3; answer 7: 0.6 + 0.6 + 0.6, over four labelled questions.
-    labels = [[3, 7], [7], [], [7], [3]]
-    scores = [[1.0, 0.6], [0.6], [], [0.6], [0.3]]
-    assert vqa_majority_score(labels, scores) == pytest.approx(45.0)
-    constant = [vqa_score(np.full(5, a), labels, scores).percent for a in range(9)]
-    assert max(constant) == pytest.approx(45.0)
+    # "2": 1.0 (seven wrote it as a word) + 0.0 + 0.0; "cat": 0.0 + 0.9 + 0.6, over three known questions.
+    answers = [
+        ["two"] * 7 + ["2"] * 2 + ["3"],
+        ["a cat"] * 3 + ["dog"] * 7,
+        [],
+        ["Cat"] * 2 + ["no"] * 8,
+    ]
+    vocabulary = ("2", "cat", "3")
+    assert vqa_majority(vocabulary, answers) == pytest.approx(50.0)
+    constant = [100 * np.nansum(vqa_official([a] * 4, answers)) / 3 for a in vocabulary]
+    assert max(constant) == pytest.approx(50.0)
 
 
 @pytest.mark.parametrize("seed", range(12))

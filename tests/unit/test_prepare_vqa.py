@@ -26,7 +26,8 @@ def question(number: int, image: int, text: object = "is it red") -> dict[str, A
 
 def annotation(number: int, main_answer: str, answers: dict[str, int]) -> dict[str, Any]:
     said = [{"answer": text} for text, count in answers.items() for _ in range(count)]
-    return {"question_id": number, "multiple_choice_answer": main_answer, "answers": said}
+    kind = {"answer_type": "yes/no"} if main_answer in ("Yes.", "yes") else {}
+    return {"question_id": number, "multiple_choice_answer": main_answer, "answers": said} | kind
 
 
 def vqa_image(raw: Path, part: str, image: int) -> bytes:
@@ -99,6 +100,8 @@ def test_vqa_rows_targets_and_splits(vqa: dict[tuple[str, int], bytes], desk: De
         targets = dict(zip(row.labels, np.float32(row.scores).tolist(), strict=True))
         assert targets == {k: float(np.float32(v)) for k, v in EXPECTED_TARGETS[row.id].items()}
         assert list(row.answers) == [a["answer"] for a in answers[row.id]["answers"]]
+        assert row.answer_type == answers[row.id].get("answer_type", "")
+    assert {row.answer_type for row in rows(data["train"])} == {"", "yes/no"}
     first, second, third = rows(data["test"])
     assert first == TaskRow("61", (0,), (0,), ("is it red",))
     assert (second.images, third.images, third.texts) == ((1,), (0,), (2,))
@@ -126,7 +129,7 @@ def test_vqa_holds_out_questions_without_a_class(
     assert ids(desk.opened("train", "vqa")) == ["11", "12", "13", "31", "51"]
     assert not Path(f"{desk.out}_test.json").exists()
     # "star" is right for 41; 42 counts as a question that it is wrong for.
-    assert guessing_rate("vqa", f"{desk.out}_val") == 50.0
+    assert guessing_rate("vqa", str(desk.out), "val") == 50.0
 
 
 def test_at_most_half_of_the_val_images_are_held_out(

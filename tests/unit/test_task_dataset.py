@@ -14,7 +14,7 @@ from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.manifest import FileRecord, file_sha256, load_manifest, write_manifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
 from megatron_vlmoe.data.task_labels import write_labels
-from megatron_vlmoe.data.task_samples import SamplesWriter
+from megatron_vlmoe.data.task_samples import SamplesReader, SamplesWriter
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
@@ -44,8 +44,6 @@ def test_opened_split_pickles_small_and_works_after(split: str) -> None:
 
 def test_rows_of_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_vlmoe.data.task_samples._BATCH_ROWS", 3)
-    from megatron_vlmoe.data.task_samples import SamplesReader
-
     written = [TaskRow(str(i), (i,), labels=(i, 7), scores=(0.5, 1.0)) for i in range(8)]
     writer = SamplesWriter(str(tmp_path / "p"), "imagenet")
     for row in written:
@@ -58,6 +56,22 @@ def test_rows_of_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     reader.check(8, 0)
     with pytest.raises(DataError, match="damaged: images 6 to 7 of 7"):
         reader.check(7, 0)
+
+
+def test_tables_of_before_there_was_an_answer_type(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    row = TaskRow("1", (0,), (0,), ("who",), (2,), (1.0,), ("he",) * 10, "other")
+    writer = SamplesWriter(str(tmp_path / "p"), "vqa")
+    writer.add(row)
+    writer.finish()
+    writer.publish()
+    assert SamplesReader(str(tmp_path / "p"), "vqa").row(0) == row
+    path = tmp_path / "p_samples.arrow"
+    table = pa.ipc.open_file(path.read_bytes()).read_all().drop_columns(["answer_type"])
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    assert SamplesReader(str(tmp_path / "p"), "vqa").row(0) == replace(row, answer_type="")
 
 
 def test_splits_that_are_not_what_they_should_be(split: str, desk: Desk) -> None:

@@ -10,6 +10,7 @@ from megatron_vlmoe.data.vqa_answers import (
     build_answer_vocabulary,
     leave_one_out_score,
     normalize_answer,
+    official_accuracy,
     soft_scores,
 )
 
@@ -122,3 +123,26 @@ def test_leave_one_out_by_hand() -> None:
     assert leave_one_out_score("a", ["a", "a", "b", "c", "d"]) == pytest.approx(8 / 15)
     with pytest.raises(ValueError, match="no annotator"):
         leave_one_out_score("a", [])
+
+
+@pytest.mark.parametrize(
+    ("answers", "prediction", "expected"),
+    [
+        # The ten differ: all are normalised, the prediction too.
+        (["two"] * 7 + ["2"] * 2 + ["3"], "2", 1.0),
+        (["two"] * 2 + ["2"] + ["3"] * 7, "two", 0.9),
+        (["the cat"] * 2 + ["dog"] * 8, "a Cat", 0.6),
+        # They agree: nothing is.
+        (["two"] * 10, "2", 0.0),
+        (["two"] * 10, "two", 1.0),
+        (["Yes"] * 10, "yes", 0.0),
+        # White space at the ends, line ends and tabs do not make them differ.
+        (["Two\n"] * 5 + [" Two"] * 5, "2", 0.0),
+        (["hot\tdog"] * 10, " hot dog ", 1.0),
+        # Fewer annotators than ten.
+        (["cat", "dog"], "dog", 1 / 6),  # 1/3 where the other one is left out
+        (["left"] * 4 + ["right"], "left", 1.0),
+    ],
+)
+def test_official_accuracy(answers: list[str], prediction: str, expected: float) -> None:
+    assert official_accuracy(prediction, answers) == pytest.approx(expected, abs=1e-12)

@@ -66,6 +66,7 @@ class TaskSample:
     labels: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()
+    answer_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 ``v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json`` hold ``questions``
 ({image_id, question, question_id}), ``v2_mscoco_{train2014,val2014}_annotations.json`` hold
-``annotations`` ({question_id, multiple_choice_answer, answers: [{answer}]}); each is read whole.
+``annotations`` ({question_id, multiple_choice_answer, answers: [{answer}], answer_type}); each is read whole.
 Images are ``train2014/COCO_train2014_%012d.jpg`` and so on; both test splits use ``test2015``.
 
 Training uses train2014 and val2014 but for some images (``rest_val``), which make the split ``val``.
@@ -51,6 +51,8 @@ class _Annotations:
     path: str
     answers: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """Raw answers by question id."""
+    answer_types: dict[int, str] = field(default_factory=dict)
+    """``answer_type`` by question id, where the file has one."""
     main_answers: list[str] = field(default_factory=list)
     """``multiple_choice_answer`` of every annotation, in order."""
     rejects: list[Reject] = field(default_factory=list)
@@ -168,7 +170,9 @@ class VqaSource:
             targets = sorted(soft_scores(answers, self._label_of).items())
             labels = tuple(label for label, _ in targets)
             scores = tuple(score for _, score in targets)
-            yield question.image, _sample(path, folder, part, question, labels, scores, answers)
+            kind = annotations.answer_types.get(question.id, "")
+            sample = _sample(path, folder, part, question, labels, scores, answers, kind)
+            yield question.image, sample
         for number in sorted(without_question):
             record = f"annotation of question {number}"
             yield None, Reject(annotations.path, record, f"no such question in {path}")
@@ -182,12 +186,13 @@ def _sample(
     labels: tuple[int, ...] = (),
     scores: tuple[float, ...] = (),
     answers: tuple[str, ...] = (),
+    kind: str = "",
 ) -> TaskSample:
     record = f"question {question.id}"
     file = os.path.join(folder, f"COCO_{part}_{question.image:012d}.jpg")
     image = ImageFile(path, record, file)
-    texts = (question.text,)
-    return TaskSample(path, record, str(question.id), (image,), texts, labels, scores, answers)
+    name, texts = str(question.id), (question.text,)
+    return TaskSample(path, record, name, (image,), texts, labels, scores, answers, kind)
 
 
 def _read_questions(path: str) -> Iterator[_Question | Reject]:
@@ -222,6 +227,8 @@ def _read_annotations(path: str) -> _Annotations:
             continue
         result.main_answers.append(known.setdefault(main, main))
         result.answers[question] = tuple(known.setdefault(a, a) for a in answers)
+        if isinstance(kind := entry.get("answer_type"), str):
+            result.answer_types[question] = known.setdefault(kind, kind)
     return result
 
 
