@@ -20,6 +20,7 @@ from megatron_vlmoe.data.preprocess import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    record_counts,
 )
 from megatron_vlmoe.data.readers.records import Reject, TextBlock
 from megatron_vlmoe.data.readers.text import TextInput, read_text
@@ -137,9 +138,10 @@ def preprocess_text(
             files=files,
             source=run.source,
             rejects=output.rejects.count,
+            counts=record_counts(writer.num_documents, output.rejects.count),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.size,
         )
         output.commit(manifest)
-    progress.finish(manifest.rejects)
+    progress.finish(manifest.rejects, manifest.documents)
     return manifest

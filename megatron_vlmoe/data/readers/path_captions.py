@@ -1,51 +1,164 @@
-"""SBU and Conceptual Captions 3M as VLMo lays them out: a JSON list of [path, caption].
+"""SBU and Conceptual Captions 3M: pairs of a path or a URL and a caption.
 
-``annot.json`` goes with ``images_train/*/*`` (SBU), ``{train,val}_annot.json`` with
-``images_{train,val}/*/*`` (CC3M). A path is looked up below the image folder as it stands, then by
-its last part alone. The annotation file is read whole.
+- VLMo's and ViLT's layout: a JSON list of [path, caption]. ``annot.json`` goes with
+  ``images_train/*/*`` (SBU), ``{train,val}_annot.json`` with ``images_{train,val}/*/*`` (CC3M);
+  names of images may have no suffix.
+- The publishers' lists: SBU's {image_urls, captions}, CC3M's lines of caption, tab and URL. Their
+  images must be downloaded first; see `DownloadedImages`.
+
+A JSON file is read whole, and of a list of URLs the names.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from functools import cached_property
+import posixpath
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from megatron_vlmoe.data.readers.pairs import PairInput, images_by_name, json_list, load_json
-from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, Reject
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.pairs import (
+    CaptionRow,
+    PairInput,
+    PairItems,
+    json_list,
+    load_json,
+)
+from megatron_vlmoe.data.readers.records import PairItem, Reject, walk_files
+from megatron_vlmoe.data.readers.text import numbered_lines
+
+DOWNLOAD_FIRST = (
+    "lists URLs: download the images first, for example with img2dataset, whose output is read "
+    "with --format webdataset, files or parquet"
+)
+_OTHER_DOWNLOADS = (
+    "; a list of --format sbu or cc3m also finds files that are named as the last part of "
+    "their URL, or NUMBER_CRC32 by the number of the entry and the CRC-32 of its URL"
+)
 
 
-class _ImageFinder:
-    """Finds image files below a folder; lists it only once a path is not there as it stands."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        return images_by_name(self._folder, str)
-
-    def find(self, path: str) -> list[str]:
-        """Files that ``path`` may mean."""
-        direct = os.path.join(self._folder, path)
-        if os.path.isfile(direct):
-            return [direct]
-        return self._by_name.get(os.path.basename(path), [])
-
-
-def read_path_captions(source: PairInput) -> Iterator[CaptionedImage | Reject]:
-    """Yields each [path, caption] as an image with one caption. Raises DataError."""
-    finder = _ImageFinder(source.image_folder())
+def read_path_captions(source: PairInput) -> Iterator[PairItem]:
+    """Yields each pair as an image with one caption. Raises DataError."""
+    items = PairItems(source)
     for file in source.annotations:
-        for number, entry in enumerate(json_list(file, load_json(file), "the file")):
-            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-                yield Reject(file, f"entry {number}", "not [path, caption]")
-                continue
-            path, caption = entry
-            record = f"entry {number} ({path})"
-            found = finder.find(path)
-            if len(found) != 1:
-                reason = f"several image files: {' and '.join(found)}" if found else ""
-                yield Reject(file, record, reason or f"no such image file: {path}")
-                continue
-            yield CaptionedImage(file, record, ImageFile(file, record, found[0]), (caption,))
+        yield from items.grouped(_rows(source, file))
+
+
+def is_url(value: object) -> bool:
+    """Whether a value is an address on the web."""
+    return isinstance(value, str) and re.match(r"https?://", value, re.IGNORECASE) is not None
+
+
+class DownloadedImages:
+    """Files of a folder that the common downloaders made of a list of URLs.
+
+    A file is named as the last part of its URL, where only one URL of the list and only one file
+    has that name, or NUMBER_CRC32 (with any suffix or none): the number of the entry from 0 and
+    the CRC-32 of the URL. A number alone is not trusted: downloaders count differently.
+
+    Args:
+        file: the list.
+        folder: where the images are.
+        urls: all URLs of the list.
+    """
+
+    def __init__(self, file: str, folder: str, urls: Iterable[object]) -> None:
+        self._folder = folder
+        self._files: dict[str, list[str]] = {}
+        for path in walk_files(folder):
+            self._files.setdefault(os.path.basename(path), []).append(path)
+        self._stems = {
+            os.path.splitext(name)[0]: name for name in self._files if re.match(r"\d+_\d+\b", name)
+        }
+        distinct = {url for url in urls if isinstance(url, str)}
+        self._urls_of_name = Counter(map(_name_in, distinct))
+        if self._files.keys().isdisjoint(self._urls_of_name) and not self._stems:
+            raise DataError(f"{file} {DOWNLOAD_FIRST}{_OTHER_DOWNLOADS}: {folder} has none")
+
+    def find(self, number: int, url: str) -> str | Reject:
+        """The file of entry ``number``, or a `Reject` with the reason alone."""
+        name = _name_in(url)
+        numbered = self._stems.get(f"{number}_{zlib.crc32(url.encode('utf-8', 'replace'))}")
+        found = self._files.get(numbered if numbered is not None else name, [])
+        reason = ""
+        if not found or not name:
+            reason = f"not downloaded: {url} (no file {name} below {self._folder})"
+        elif numbered is None and self._urls_of_name[name] > 1:
+            reason = f"{found[0]} may be of {self._urls_of_name[name]} URLs, of which {url} is one"
+        elif len(found) > 1:
+            reason = f"several image files: {' and '.join(found)}"
+        return Reject("", "", reason) if reason else found[0]
+
+
+def _name_in(url: str) -> str:
+    return unquote(posixpath.basename(urlsplit(url).path))
+
+
+def _rows(source: PairInput, file: str) -> Iterator[CaptionRow | Reject]:
+    """The pairs of a file, with the paths of their images."""
+    entries = list(_json_entries(file) if _is_json(file) else _lines(file))
+    urls = [
+        entry.image for entry in entries if isinstance(entry, CaptionRow) and is_url(entry.image)
+    ]
+    if urls and source.images is None:
+        raise DataError(f"{file} {DOWNLOAD_FIRST}{_OTHER_DOWNLOADS} (--images)")
+    downloaded = DownloadedImages(file, source.image_folder(), urls) if urls else None
+    for number, entry in enumerate(entries):
+        if isinstance(entry, Reject) or downloaded is None or not is_url(entry.image):
+            yield entry
+            continue
+        found = downloaded.find(number, str(entry.image))
+        if isinstance(found, Reject):
+            yield Reject(file, entry.record, found.reason, "image", captions=1)
+        else:
+            yield CaptionRow(file, entry.record, found, entry.captions)
+
+
+def _is_json(file: str) -> bool:
+    """Whether the first character is that of a JSON list or object."""
+    for item in numbered_lines(file):
+        if isinstance(item, Reject) or item[1]:
+            return not isinstance(item, Reject) and item[1][:1] in (b"[", b"{")
+    return False
+
+
+def _json_entries(file: str) -> Iterator[CaptionRow | Reject]:
+    content = load_json(file)
+    pairs: list[Any]
+    if isinstance(content, dict):
+        urls = json_list(file, content.get("image_urls"), '"image_urls"')
+        captions = json_list(file, content.get("captions"), '"captions"')
+        if len(urls) != len(captions):
+            raise DataError(f"{file}: {len(urls)} image_urls, but {len(captions)} captions")
+        pairs = [[url, caption] for url, caption in zip(urls, captions, strict=True)]
+    else:
+        pairs = json_list(file, content, "the file")
+    for number, pair in enumerate(pairs):
+        if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str):
+            yield CaptionRow(file, f"entry {number} ({pair[0]})", pair[0], (pair[1],))
+        else:
+            yield Reject(file, f"entry {number}", "not [path, caption]")
+
+
+def _lines(file: str) -> Iterator[CaptionRow | Reject]:
+    """CC3M's lines, and CC12M's, which have the URL first; a line of column names may stand before."""
+    for item in numbered_lines(file, strip=False):
+        if isinstance(item, Reject):
+            yield item
+            continue
+        number, line = item
+        # A caption that is no UTF-8 is rejected with the other bad captions.
+        columns = line.decode("utf-8", "surrogateescape").split("\t")
+        if not line.strip() or (number == 1 and {"caption", "url"} <= {*map(str.lower, columns)}):
+            continue
+        urls = [place for place, column in enumerate(columns) if is_url(column.strip())]
+        if len(columns) != 2 or not urls:
+            yield Reject(file, f"line {number}", "not a caption and a URL with a tab between")
+            continue
+        url = columns[urls[-1]].strip()
+        caption = columns[1 - urls[-1]]
+        yield CaptionRow(file, f"line {number} ({url})", url, (caption,))
