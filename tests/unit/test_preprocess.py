@@ -495,6 +495,9 @@ def test_merge_is_concatenation(
     assert whole.caption_lengths["max"] == one.caption_lengths["max"]
     for name in ("documents", "sequences", "tokens", "bytes", "rejects"):
         assert getattr(whole, name) == 2 * getattr(one, name) + getattr(two, name)
+    assert whole.counts and one.counts and two.counts
+    for name, count in whole.counts["captions"].items():
+        assert count == 2 * one.counts["captions"][name] + two.counts["captions"][name]
     capfd.readouterr()
     assert merge(["--input", first, merged, "--output-prefix", merged]) == 1
     write_texts(tmp_path / "a.jsonl", 3)
@@ -521,6 +524,7 @@ def test_inspect(
     assert main([*shown, "--checksums"]) == 0
     text = capfd.readouterr().out
     assert "41 documents, 80 captions" in text and "8 rejects" in text
+    assert "87 captions read: 80 kept, 6 lost, 1 rejected" in text
     assert f"[0] JPEG 48x32 RGB | {sentence(0)}" in text
     assert f"[40] JPEG 48x32 RGB | {sentence(39)}" in text
     sheet = np.asarray(Image.open(png).convert("L"), float)

@@ -108,14 +108,18 @@ class ImageFinder:
         return self._candidates[listed]
 
     def _owned(self, file: str, listed: Parts, by_its_end: bool = False) -> str:
-        """``file``, unless another folder of the list, of which neither is the end of the other, led there."""
-        owner, earlier = self._owners.setdefault(os.path.dirname(file), (listed, by_its_end))
+        """``file``, unless another folder of the list led to its folder.
+
+        Two folders of the list may, where one of them is the end of the other.
+        """
+        folder = os.path.dirname(file)
+        owner, earlier = self._owners.setdefault(folder, (listed, by_its_end))
         shorter = min(len(owner), len(listed))
         alike = owner[len(owner) - shorter :] == listed[len(listed) - shorter :]
         if not alike and (earlier or by_its_end):
             raise DataError(
-                f"{os.path.dirname(file)}: {'/'.join(owner)} and {'/'.join(listed)} of the list may both mean this folder: "
-                "give --images a folder that holds the two, or a list of one of them"
+                f"{folder}: {'/'.join(owner)} and {'/'.join(listed)} of the list may both mean this "
+                "folder: give --images a folder that holds the two, or a list of one of them"
             )
         return file
 

@@ -6,21 +6,23 @@
 - The publishers' lists: SBU's {image_urls, captions}, CC3M's lines of caption, tab and URL. Their
   images must be downloaded first; see `DownloadedImages`.
 
-A JSON file is read whole, and of a list of URLs the names.
+A JSON file is read whole; one of lines twice, if it lists URLs.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import posixpath
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.image_paths import NoImageError
 from megatron_vlmoe.data.readers.pairs import (
     CaptionRow,
     PairInput,
@@ -66,32 +68,35 @@ class DownloadedImages:
         urls: all URLs of the list.
     """
 
-    def __init__(self, file: str, folder: str, urls: Iterable[object]) -> None:
+    def __init__(self, file: str, folder: str, urls: Iterable[str]) -> None:
         self._folder = folder
         self._files: dict[str, list[str]] = {}
         for path in walk_files(folder):
             self._files.setdefault(os.path.basename(path), []).append(path)
-        self._stems = {
-            os.path.splitext(name)[0]: name for name in self._files if re.match(r"\d+_\d+\b", name)
+        self._numbered = {
+            os.path.splitext(name)[0]: name for name in self._files if re.match(r"\d+_\d", name)
         }
-        distinct = {url for url in urls if isinstance(url, str)}
-        self._urls_of_name = Counter(map(_name_in, distinct))
-        if self._files.keys().isdisjoint(self._urls_of_name) and not self._stems:
+        self._url_of: dict[str, str] = {}
+        self._shared: set[str] = set()
+        for url in urls:
+            name = _name_in(url)
+            if name in self._files and self._url_of.setdefault(name, url) != url:
+                self._shared.add(name)
+        if not self._url_of and not self._numbered:
             raise DataError(f"{file} {DOWNLOAD_FIRST}{_OTHER_DOWNLOADS}: {folder} has none")
 
-    def find(self, number: int, url: str) -> str | Reject:
-        """The file of entry ``number``, or a `Reject` with the reason alone."""
-        name = _name_in(url)
-        numbered = self._stems.get(f"{number}_{zlib.crc32(url.encode('utf-8', 'replace'))}")
-        found = self._files.get(numbered if numbered is not None else name, [])
-        reason = ""
-        if not found or not name:
-            reason = f"not downloaded: {url} (no file {name} below {self._folder})"
-        elif numbered is None and self._urls_of_name[name] > 1:
-            reason = f"{found[0]} may be of {self._urls_of_name[name]} URLs, of which {url} is one"
-        elif len(found) > 1:
-            reason = f"several image files: {' and '.join(found)}"
-        return Reject("", "", reason) if reason else found[0]
+    def find(self, number: int, url: str) -> str:
+        """The file of entry ``number``. Raises NoImageError."""
+        key = f"{number}_{zlib.crc32(url.encode('utf-8', 'replace'))}"
+        name = self._numbered.get(key, _name_in(url))
+        found = self._files.get(name, [])
+        if not found:
+            raise NoImageError(f"not downloaded: {url} (no file {name} below {self._folder})")
+        if key not in self._numbered and name in self._shared:
+            raise NoImageError(f"{found[0]} may be of several URLs, of which {url} is one")
+        if len(found) > 1:
+            raise NoImageError(f"several image files: {' and '.join(found)}")
+        return found[0]
 
 
 def _name_in(url: str) -> str:
@@ -100,20 +105,22 @@ def _name_in(url: str) -> str:
 
 def _rows(source: PairInput, file: str) -> Iterator[CaptionRow | Reject]:
     """The pairs of a file, with the paths of their images."""
-    entries = list(_json_entries(file) if _is_json(file) else _lines(file))
-    urls = [
-        entry.image for entry in entries if isinstance(entry, CaptionRow) and is_url(entry.image)
-    ]
-    if urls and source.images is None:
-        raise DataError(f"{file} {DOWNLOAD_FIRST}{_OTHER_DOWNLOADS} (--images)")
-    downloaded = DownloadedImages(file, source.image_folder(), urls) if urls else None
-    for number, entry in enumerate(entries):
+    read = partial(_pairs, file, load_json(file)) if _is_json(file) else partial(_lines, file)
+    urls = (str(e.image) for e in read() if isinstance(e, CaptionRow) and is_url(e.image))
+    first = next(urls, None)
+    downloaded = None
+    if first is not None:
+        if source.images is None:
+            raise DataError(f"{file} {DOWNLOAD_FIRST}{_OTHER_DOWNLOADS} (--images)")
+        downloaded = DownloadedImages(file, source.image_folder(), itertools.chain([first], urls))
+    for number, entry in enumerate(read()):
         if isinstance(entry, Reject) or downloaded is None or not is_url(entry.image):
             yield entry
             continue
-        found = downloaded.find(number, str(entry.image))
-        if isinstance(found, Reject):
-            yield Reject(file, entry.record, found.reason, "image", captions=1)
+        try:
+            found = downloaded.find(number, str(entry.image))
+        except NoImageError as error:
+            yield Reject(file, entry.record, str(error), "image", captions=1)
         else:
             yield CaptionRow(file, entry.record, found, entry.captions)
 
@@ -126,8 +133,8 @@ def _is_json(file: str) -> bool:
     return False
 
 
-def _json_entries(file: str) -> Iterator[CaptionRow | Reject]:
-    content = load_json(file)
+def _pairs(file: str, content: Any) -> Iterator[CaptionRow | Reject]:
+    """Those of a JSON file."""
     pairs: list[Any]
     if isinstance(content, dict):
         urls = json_list(file, content.get("image_urls"), '"image_urls"')
