@@ -58,7 +58,7 @@ class PairCounts:
     """
 
     records: Counter[str] = field(default_factory=Counter)
-    """``kept``, ``rejected``, ``left out`` (of a split that is not wanted)."""
+    """``kept``, ``rejected``, ``left_out`` (of a split that is not wanted)."""
     images: Counter[str] = field(default_factory=Counter)
     """``kept``, ``rejected``."""
     captions: Counter[str] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ class PairCounts:
 
     def leave_out(self, item: LeftOut) -> None:
         """Counts a record that nobody asked for."""
-        self.records["left out"] += 1
+        self.records["left_out"] += 1
         self.left_out[item.reason] += 1
 
     def keep(self, item: CaptionedImage, bad: Collection[int]) -> None:
@@ -102,7 +102,7 @@ class PairCounts:
     def as_dict(self) -> dict[str, dict[str, int]]:
         """For the manifest: each kind's total, ``read``, and what it is the sum of."""
         fates = {
-            "records": (self.records, ("kept", "rejected", "left out")),
+            "records": (self.records, ("kept", "rejected", "left_out")),
             "images": (self.images, ("kept", "rejected")),
             "captions": (self.captions, ("kept", "rejected", "lost")),
         }
@@ -172,11 +172,15 @@ class CheckPairs:
             reason = _named(item, error) if captions else str(error)
             lost = len(item.captions)
             records = len(item.captions_per_record) or 1
-            result.reject(Reject(item.source, item.record, reason, "image", records, lost))
+            result.reject(
+                Reject(
+                    item.source, item.record, reason, unit="image", records=records, captions=lost
+                )
+            )
             return
         for number, reason in sorted(bad.items()):
             record = item.caption_record(number)
-            result.reject(Reject(item.source, record, reason, "caption", records=0))
+            result.reject(Reject(item.source, record, reason, unit="caption", records=0))
         result.images.append(image)
         result.captions_per_image.append(len(captions))
         result.counts.keep(item, bad)
@@ -285,7 +289,7 @@ def _summary(counts: PairCounts, prefix: str) -> list[str]:
     lines = []
     for kind, fates in counts.as_dict().items():
         shown = [
-            f"{count} {fate}"
+            f"{count} {fate.replace('_', ' ')}"
             for fate, count in fates.items()
             if fate in ("kept", "rejected") or (fate != "read" and count)
         ]

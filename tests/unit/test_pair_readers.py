@@ -438,6 +438,46 @@ def test_what_is_not_recognised_is_named(tmp_path: Path, content: object, messag
         read("auto", written(tmp_path / "list", content), images=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("format", "name", "content", "message"),
+    [
+        ("jsonl", "list", b'[{"image": "a.jpg", "caption": "x"}]', "list: is a JSON list"),
+        ("csv", "list", b"PAR1", "list: is a table, which --format parquet or arrow reads"),
+        ("coco", "list.tar", b"", "list.tar: is a tar, which --format webdataset reads"),
+        ("parquet", ".", b"", ": is a folder; --format parquet reads files"),
+    ],
+)
+def test_files_of_another_kind_are_named(
+    tmp_path: Path, format: str, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    if name != ".":
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(format, str(path), images=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--format coco --annotations x --split train", "--split: --format coco names no splits"),
+        ("--format webdataset --images x --split train", "--split: --format webdataset names no"),
+        ("--format sbu", "--format sbu needs --annotations"),
+        ("--format csv --annotations x --separator ab", "--separator: one character"),
+        ("--format jsonl --annotations x --separator ,", "--separator: one character"),
+        ("", "neither --annotations nor --images is given"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    arguments: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        always = ["--output-prefix", "o", "--tokenizer-model", "m"]
+        tool("preprocess_pairs")([*arguments.split(), *always])
+    assert exit_status.value.code == 2
+    assert f"error: {message}" in capfd.readouterr().err
+
+
 def test_counts_add_up(
     tmp_path: Path, tiny_tokenizer: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

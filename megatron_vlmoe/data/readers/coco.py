@@ -50,7 +50,7 @@ def read_coco(source: PairInput) -> Iterator[PairItem]:
             if of is None or "caption" not in note or of not in found:
                 incomplete = of is None or "caption" not in note
                 reason = "no image_id or no caption" if incomplete else f"no image with id {of}"
-                yield Reject(path, f"annotation {number}", reason, "caption", records=0)
+                yield Reject(path, f"annotation {number}", reason, unit="caption", records=0)
                 continue
             found[of].notes.append(number)
             found[of].captions.append(note["caption"])
@@ -59,7 +59,7 @@ def read_coco(source: PairInput) -> Iterator[PairItem]:
             if (problem := _problem(images, image, entries)) is not None:
                 # The captions of an id that comes twice are counted once.
                 lost = len(entries.captions) if number in entries.images[:1] else 0
-                yield Reject(path, f"image {number}", problem, "image", captions=lost)
+                yield Reject(path, f"image {number}", problem, unit="image", captions=lost)
                 continue
             name = image["file_name"]
             listed = os.path.join(_split(folder, path, name), name)

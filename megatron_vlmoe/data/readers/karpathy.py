@@ -48,7 +48,7 @@ def read_karpathy(source: PairInput) -> Iterator[PairItem]:
             if earlier != number:
                 split = images[earlier].get("split")
                 reason = f"the same file as image {earlier} (split {split})"
-                yield Reject(path, record, reason, "image", captions=len(sentences))
+                yield Reject(path, record, reason, unit="image", captions=len(sentences))
                 continue
             own = [_belongs(sentence, image) for sentence in sentences]
             for place, (sentence, belongs) in enumerate(zip(sentences, own, strict=True)):
@@ -57,7 +57,7 @@ def read_karpathy(source: PairInput) -> Iterator[PairItem]:
                         f"of image {sentence['imgid']}, in the entry of {image['imgid']} (imgid)"
                     )
                     place_name = f"{record}, caption {place}"
-                    yield Reject(path, place_name, reason, "caption", records=0)
+                    yield Reject(path, place_name, reason, unit="caption", records=0)
             captions = tuple(
                 sentence.get("raw") if isinstance(sentence, dict) else None
                 for sentence, belongs in zip(sentences, own, strict=True)

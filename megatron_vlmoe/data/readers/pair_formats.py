@@ -22,7 +22,7 @@ from megatron_vlmoe.data.readers.pair_tables import (
 )
 from megatron_vlmoe.data.readers.pairs import PairInput, PairReader, load_json
 from megatron_vlmoe.data.readers.parquet import table_format
-from megatron_vlmoe.data.readers.path_captions import is_url, read_path_captions
+from megatron_vlmoe.data.readers.path_captions import first_character, is_url, read_path_captions
 from megatron_vlmoe.data.readers.records import Reject, is_image, is_tar, walk_files
 from megatron_vlmoe.data.readers.text import numbered_lines
 from megatron_vlmoe.data.readers.visual_genome import read_visual_genome
@@ -72,9 +72,24 @@ def with_format(source: PairInput) -> PairInput:
             f"--split: records of --format {source.format} name no split; "
             f"those of {', '.join(FORMATS_WITH_SPLITS)} may"
         )
+    for path in source.annotations:
+        _check_container(source.format, path)
     if not source.annotations and source.format not in FORMATS_WITHOUT_LISTS:
         raise DataError(f"--format {source.format} needs --annotations")
     return source
+
+
+def _check_container(format: str, path: str) -> None:
+    """Raises DataError if a file is of a kind that the format never is."""
+    if os.path.isdir(path):
+        if format not in FORMATS_WITHOUT_LISTS:
+            raise DataError(f"{path}: is a folder; --format {format} reads files: name those in it")
+    elif is_tar(path) and format != "webdataset":
+        raise DataError(f"{path}: is a tar, which --format webdataset reads, not {format}")
+    elif table_format(path) is not None and PAIR_READERS[format] is not read_table_pairs:
+        raise DataError(f"{path}: is a table, which --format parquet or arrow reads, not {format}")
+    elif format == "jsonl" and first_character(path) == b"[":
+        raise DataError(f"{path}: is a JSON list, which --format albef reads, not lines of JSON")
 
 
 def _format_of(source: PairInput, path: str) -> str:

@@ -102,7 +102,7 @@ def _row(
     if isinstance(image, bytes | str) and image:
         return CaptionRow(path, record, image, captions)
     reason = "the image is neither a path nor bytes"
-    return Reject(path, record, reason, "image", captions=len(captions))
+    return Reject(path, record, reason, unit="image", captions=len(captions))
 
 
 def find_keys(source: PairInput, row: Mapping[str, Any]) -> tuple[str | None, str | None]:

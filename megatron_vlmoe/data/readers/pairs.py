@@ -120,7 +120,9 @@ class PairItems:
                     found = finder.find(found)
                 except NoImageError as error:
                     reason, lost = str(error), len(captions)
-                    return Reject(first.source, record, reason, "image", len(rows), lost)
+                    return Reject(
+                        first.source, record, reason, unit="image", records=len(rows), captions=lost
+                    )
                 except DataError as error:
                     raise DataError(f"{first.source}: {record}: {error}") from error
             image = ImageFile(first.source, record, found)

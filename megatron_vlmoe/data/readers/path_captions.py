@@ -105,7 +105,11 @@ def _name_in(url: str) -> str:
 
 def _rows(source: PairInput, file: str) -> Iterator[CaptionRow | Reject]:
     """The pairs of a file, with the paths of their images."""
-    read = partial(_pairs, file, load_json(file)) if _is_json(file) else partial(_lines, file)
+    read = (
+        partial(_pairs, file, load_json(file))
+        if first_character(file) in (b"[", b"{")
+        else partial(_lines, file)
+    )
     urls = (str(e.image) for e in read() if isinstance(e, CaptionRow) and is_url(e.image))
     first = next(urls, None)
     downloaded = None
@@ -120,17 +124,17 @@ def _rows(source: PairInput, file: str) -> Iterator[CaptionRow | Reject]:
         try:
             found = downloaded.find(number, str(entry.image))
         except NoImageError as error:
-            yield Reject(file, entry.record, str(error), "image", captions=1)
+            yield Reject(file, entry.record, str(error), unit="image", captions=1)
         else:
             yield CaptionRow(file, entry.record, found, entry.captions)
 
 
-def _is_json(file: str) -> bool:
-    """Whether the first character is that of a JSON list or object."""
+def first_character(file: str) -> bytes:
+    """The first character of a file that is no white space; empty: it is not to be had."""
     for item in numbered_lines(file):
         if isinstance(item, Reject) or item[1]:
-            return not isinstance(item, Reject) and item[1][:1] in (b"[", b"{")
-    return False
+            return b"" if isinstance(item, Reject) else item[1][:1]
+    return b""
 
 
 def _pairs(file: str, content: Any) -> Iterator[CaptionRow | Reject]:

@@ -39,14 +39,16 @@ def read_visual_genome(source: PairInput) -> Iterator[PairItem]:
                 )
                 reason += f" (stem {image_id} below {source.images})"
             if reason:
-                yield Reject(path, record, reason, "image", captions=len(regions))
+                yield Reject(path, record, reason, unit="image", captions=len(regions))
                 continue
             phrases, names = list[object](), list[str]()
             for place, region in enumerate(regions):
                 name = f"{record}, region {region.get('region_id', place) if isinstance(region, dict) else place}"
                 other = region.get("image_id") if isinstance(region, dict) else None
                 if other is not None and str(other) != image_id:
-                    yield Reject(path, name, f"a region of image {other}", "caption", records=0)
+                    yield Reject(
+                        path, name, f"a region of image {other}", unit="caption", records=0
+                    )
                     continue
                 phrases.append(region.get("phrase") if isinstance(region, dict) else None)
                 names.append(name)
