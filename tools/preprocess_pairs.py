@@ -19,7 +19,11 @@ from megatron_vlmoe.data.preprocess_pairs import (
     PairOptions,
     preprocess_pairs,
 )
-from megatron_vlmoe.data.readers.pair_formats import PAIR_READERS
+from megatron_vlmoe.data.readers.pair_formats import (
+    FORMATS_WITH_SPLITS,
+    FORMATS_WITHOUT_LISTS,
+    PAIR_READERS,
+)
 from megatron_vlmoe.data.readers.pairs import PairInput
 from megatron_vlmoe.data.tool_options import add_options, run_of
 
@@ -29,23 +33,40 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Index captioned images; writes P_image.*, P_text.* and P.json."
     )
-    parser.add_argument("--format", choices=list(PAIR_READERS), required=True)
+    parser.add_argument(
+        "--format",
+        choices=["auto", *PAIR_READERS],
+        default="auto",
+        help="layout of the annotations; auto: by what they hold",
+    )
     parser.add_argument(
         "--annotations",
         nargs="+",
         default=[],
         metavar="F",
-        help="annotation files; for webdataset tars or folders of tars",
+        help="annotation files; for webdataset tars or folders of tars, for files folders",
     )
     parser.add_argument("--images", metavar="DIR", help="folder of the images")
+    keyed = "albef, jsonl, csv, parquet, arrow"
     parser.add_argument(
         "--split",
         nargs="+",
-        default=["train", "restval"],
-        help="karpathy: splits to take (train restval)",
+        metavar="S",
+        help=f"{', '.join(FORMATS_WITH_SPLITS)}: splits to take, where the records name theirs "
+        "(train restval)",
     )
-    parser.add_argument("--image-key", help="jsonl, parquet: key of the image")
-    parser.add_argument("--caption-key", help="jsonl, parquet, webdataset: key of the caption(s)")
+    parser.add_argument(
+        "--split-key", default="split", metavar="K", help=f"{keyed}: key of the split (%(default)s)"
+    )
+    parser.add_argument("--image-key", metavar="K", help=f"{keyed}: key or column of the image")
+    parser.add_argument(
+        "--caption-key", metavar="K", help=f"{keyed}, webdataset, files: key of the caption(s)"
+    )
+    parser.add_argument(
+        "--separator",
+        metavar="C",
+        help="csv: what separates the columns (tab, else the one that the first line has)",
+    )
     parser.add_argument(
         "--max-caption-tokens",
         type=positive_int,
@@ -59,8 +80,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         rejects="captions and images",
     )
     options = parser.parse_args(argv)
-    if not options.annotations and options.format != "webdataset":
+    if not options.annotations and options.format not in ("auto", *FORMATS_WITHOUT_LISTS):
         parser.error(f"--format {options.format} needs --annotations")
+    if not options.annotations and options.images is None:
+        parser.error("neither --annotations nor --images is given")
+    if options.split and options.format not in ("auto", *FORMATS_WITH_SPLITS):
+        parser.error(
+            f"--split: --format {options.format} names no splits "
+            f"(only {', '.join(FORMATS_WITH_SPLITS)} may)"
+        )
+    if options.separator is not None:
+        options.separator = options.separator.replace("\\t", "\t")
+        if options.format not in ("auto", "csv", "flickr30k") or len(options.separator) != 1:
+            parser.error("--separator: one character, with --format csv")
     return options
 
 
@@ -72,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.format,
         tuple(options.annotations),
         options.images,
-        tuple(options.split),
+        tuple(options.split) if options.split else None,
         options.image_key,
         options.caption_key,
+        options.split_key,
+        options.separator,
     )
     inputs = [*options.annotations, *([options.images] if options.images else [])]
     run = run_of(options, "preprocess_pairs.py", arguments, inputs)

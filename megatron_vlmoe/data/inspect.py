@@ -72,6 +72,9 @@ class DatasetView:
             counts["tokens"] = manifest.tokens
         counts |= {"bytes": manifest.bytes, "rejects": manifest.rejects}
         yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
+        for kind, fates in (manifest.counts or {}).items():
+            parts = [f"{count} {fate}" for fate, count in fates.items() if fate != "read"]
+            yield f"  {fates['read']} {kind} read: {', '.join(parts)}"
         if manifest.tokenizer_fingerprint:
             yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
             yield f"  {unknown_line(manifest)}"

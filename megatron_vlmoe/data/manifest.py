@@ -70,7 +70,10 @@ class DatasetManifest:
     source: Mapping[str, Any]
     """``command`` and ``inputs`` as they were given."""
     rejects: int = 0
-    """Records left out, listed in ``PREFIX.rejects.jsonl``."""
+    """Lines of ``PREFIX.rejects.jsonl``: what was left out as bad."""
+    counts: Mapping[str, Mapping[str, int]] | None = None
+    """For records, and of pairs also for images and captions, how many were ``read`` and what became
+    of them: the other numbers sum to it. None: not counted."""
     tokenizer_fingerprint: str | None = None
     """`TextTokenizer.fingerprint` of the tokenizer that made the ids; None for images."""
     vocab_size: int | None = None
@@ -84,7 +87,8 @@ class DatasetManifest:
     samples: int | None = None
     """For tasks the rows of ``PREFIX_samples.arrow``; else None."""
     omitted: Mapping[str, int] | None = None
-    """For tasks how many good samples the task itself leaves out, by reason; else None."""
+    """For tasks how many good samples the task itself leaves out, for pairs how many records are of
+    splits that are not wanted, by reason; else None."""
     labels_sha256: str | None = None
     """For tasks with classes `Labels.sha256` of the class names that the labels count; else None."""
     format_version: int = FORMAT_VERSION

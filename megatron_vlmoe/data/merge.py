@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def merge_datasets(
             files=files,
             source=source,
             rejects=sum(m.rejects for m in manifests),
+            counts=_summed([m.counts for m in manifests]),
             tokenizer_fingerprint=manifests[0].tokenizer_fingerprint,
             vocab_size=manifests[0].vocab_size,
             unknown_tokens=None if None in unknown else sum(filter(None, unknown)),
@@ -66,3 +68,17 @@ def merge_datasets(
         )
         output.commit(manifest)
     return manifest
+
+
+def _summed(
+    counts: Sequence[Mapping[str, Mapping[str, int]] | None],
+) -> dict[str, dict[str, int]] | None:
+    """The sums of `DatasetManifest.counts`; None if a dataset has none."""
+    known = [kinds for kinds in counts if kinds is not None]
+    if len(known) < len(counts):
+        return None
+    sums: dict[str, Counter[str]] = {}
+    for kinds in known:
+        for kind, fates in kinds.items():
+            sums.setdefault(kind, Counter()).update(fates)
+    return {kind: dict(fates) for kind, fates in sums.items()}

@@ -236,9 +236,10 @@ class Progress:
             self._next = time.monotonic() + _PROGRESS_SECONDS
             self._print("...")
 
-    def finish(self, rejects: int) -> None:
-        """Prints the last line."""
-        self._print(f", {rejects} rejected" if rejects else "")
+    def finish(self, rejects: int, kept: int | None = None) -> None:
+        """Prints the last line; ``kept`` where records are what is kept and rejected."""
+        shown = "" if kept is None else f", {kept} kept"
+        self._print(f"{shown}, {rejects} rejected" if rejects else "")
 
     def _print(self, end: str) -> None:
         seconds = max(time.monotonic() - self._start, 1e-9)
@@ -261,6 +262,11 @@ def report_unknown(name: str, manifest: DatasetManifest) -> None:
         )
 
 
+def record_counts(kept: int, rejected: int) -> dict[str, dict[str, int]]:
+    """`DatasetManifest.counts` where each record is kept or rejected."""
+    return {"records": {"read": kept + rejected, "kept": kept, "rejected": rejected}}
+
+
 class RejectLog:
     """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``."""
 
@@ -279,7 +285,8 @@ class RejectLog:
                 raise DataError(str(reject))
             self.first = self.first or reject
             self.count += 1
-            line = {"source": reject.source, "record": reject.record, "reason": reject.reason}
+            names = ("source", "record", "reason", "unit")
+            line = {name: getattr(reject, name) for name in names}
             try:
                 if self._file is None:
                     self._file = open(self._temporary, "w", encoding="ascii")

@@ -13,7 +13,14 @@ from PIL import Image, UnidentifiedImageError
 
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.manifest import DatasetManifest
-from megatron_vlmoe.data.preprocess import DatasetOutput, Progress, Run, chunked, ordered_map
+from megatron_vlmoe.data.preprocess import (
+    DatasetOutput,
+    Progress,
+    Run,
+    chunked,
+    ordered_map,
+    record_counts,
+)
 from megatron_vlmoe.data.readers.images import read_images
 from megatron_vlmoe.data.readers.records import ImageFile, Reject
 
@@ -164,7 +171,8 @@ def preprocess_images(
             files=files,
             source=run.source,
             rejects=output.rejects.count,
+            counts=record_counts(writer.num_documents, output.rejects.count),
         )
         output.commit(manifest)
-    progress.finish(manifest.rejects)
+    progress.finish(manifest.rejects, manifest.documents)
     return manifest

@@ -18,6 +18,7 @@ from megatron_vlmoe.data.preprocess import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    record_counts,
     report_unknown,
 )
 from megatron_vlmoe.data.readers.records import Reject, TextBlock
@@ -110,11 +111,12 @@ def preprocess_text(
             files=files,
             source=run.source,
             rejects=output.rejects.count,
+            counts=record_counts(writer.num_documents, output.rejects.count),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.size,
             unknown_tokens=output.unknown_tokens,
         )
         output.commit(manifest)
-    progress.finish(manifest.rejects)
+    progress.finish(manifest.rejects, manifest.documents)
     report_unknown("text", manifest)
     return manifest

@@ -204,7 +204,7 @@ def pairs(**options: Any) -> tuple[list[Pair], list[Reject]]:
     for item in read_pairs(PairInput(**options)):
         if isinstance(item, CaptionedImage):
             good.append((item.image.read().decode(), list(item.captions)))
-        else:
+        elif isinstance(item, Reject):
             bad.append(item)
     return good, bad
 
@@ -284,13 +284,18 @@ def test_visual_genome_regions(tmp_path: Path) -> None:
 def test_path_captions(tmp_path: Path, layout: str) -> None:
     put(tmp_path / "images_train" / "00" / "a.jpg")
     put(tmp_path / "images_train" / "01" / "b.jpg")
-    content = [["images_train/00/a.jpg", "x"], ["else/where/b.jpg", "y"], ["c.jpg", "z"], ["d"]]
+    content = [["images_train/00/a.jpg", "x"], ["where/01/b.jpg", "y"], ["b.jpg", "y"]]
+    content += [["c.jpg", "z"], ["d"]]
     path = put(tmp_path / "annot.json", content)
     good, bad = pairs(format=layout, annotations=(path,), images=str(tmp_path))
     assert good == [("a.jpg", ["x"]), ("b.jpg", ["y"])]
     assert [(r.record, r.reason) for r in bad] == [
-        ("entry 2 (c.jpg)", "no such image file: c.jpg"),
-        ("entry 3", "not [path, caption]"),
+        (
+            "entry 1 (where/01/b.jpg)",
+            f"no such image file: where/01/b.jpg (no folder below {tmp_path} is its folder)",
+        ),
+        ("entry 3 (c.jpg)", f"no such image file: c.jpg (nowhere below {tmp_path})"),
+        ("entry 4", "not [path, caption]"),
     ]
 
 
@@ -324,12 +329,13 @@ def test_jsonl_pairs(tmp_path: Path) -> None:
     rows = [b'{"image": "a.jpg", "caption": "x"}', b"", b'{"image_path": "a.jpg", "captions": [1]}']
     path.write_bytes(b"\n".join([*rows, b'{"image": ', b'{"caption": "\xff"}', b'{"text": "t"}']))
     good, bad = pairs(format="jsonl", annotations=(str(path),), images=str(tmp_path))
-    assert good == [("a.jpg", ["x"]), ("a.jpg", [1])]
+    assert good == [("a.jpg", ["x", 1])]  # rows of one image that follow each other
     assert [r.record for r in bad] == ["line 4", "line 5", "line 6"]
     assert [r.reason.split(":")[0] for r in bad] == [
         "invalid JSON",
         "invalid UTF-8 at byte 13",
-        "no key image or image_path or file_name",
+        "no key image or image_path or file_name or filename or filepath or image_name or jpg or "
+        "jpeg or png or webp",
     ]
 
 
@@ -346,10 +352,10 @@ def test_parquet_pairs(tmp_path: Path) -> None:
     assert [r.record for r in bad] == ["row 2"]
     binary = pyarrow.array([b"ok", b"\xff\xfe"], pyarrow.binary())
     invalid = pyarrow.Array.from_buffers(pyarrow.string(), 2, binary.buffers())
-    table = pyarrow.table({"jpg": [b"i1", b"i2"], "caption": invalid})
+    table = pyarrow.table({"photo": [b"i1", b"i2"], "caption": invalid})
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
     annotations = (str(tmp_path / "b.parquet"),)
-    good, _ = pairs(annotations=annotations, image_key="jpg", **options)
+    good, _ = pairs(annotations=annotations, image_key="photo", **options)
     assert good == [("i1", ["ok"]), ("i2", [b"\xff"])]
     with pytest.raises(DataError, match=r"b\.parquet: no column for the image"):
         pairs(annotations=annotations, **options)

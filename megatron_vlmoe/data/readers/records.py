@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_vlmoe.data.errors import DataError
 
@@ -24,10 +25,25 @@ class Reject:
     record: str
     """The record in it, as ``line 12`` or the name of a tar member."""
     reason: str
+    unit: Literal["record", "image", "caption"] = "record"
+    """What is left out: a record that cannot be read; or, of captioned images, an image with its
+    captions, or one caption alone."""
+    records: int = 1
+    """Records of the input that say it; 0 for a caption of an image that is counted elsewhere."""
+    captions: int = 0
+    """Captions that are left out with an image or record."""
 
     def __str__(self) -> str:
         place = f"{self.source}: {self.record}" if self.record else self.source
         return f"{place}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A good record that nobody asked for."""
+
+    reason: str
+    """As ``split test``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,20 @@ class CaptionedImage:
     record: str
     image: ImageFile
     captions: tuple[object, ...]
+    caption_records: tuple[str, ...] = ()
+    """The record of each caption, where that is not the image's own."""
+    captions_per_record: tuple[int, ...] = ()
+    """How the captions come in records of the input, in order; empty: all in one."""
+
+    def caption_record(self, number: int) -> str:
+        """The name of caption ``number`` (from 0) in errors."""
+        if self.caption_records:
+            return self.caption_records[number]
+        return f"{self.record}, caption {number}"
+
+
+PairItem = CaptionedImage | Reject | LeftOut
+"""What readers of captioned images yield."""
 
 
 def is_image(name: str) -> bool:

@@ -10,7 +10,7 @@ import os
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.karpathy import read_karpathy
 from megatron_vlmoe.data.readers.pairs import PairInput
-from megatron_vlmoe.data.readers.records import Reject, check_inputs
+from megatron_vlmoe.data.readers.records import LeftOut, Reject, check_inputs
 from megatron_vlmoe.data.readers.tasks.records import (
     SampleStream,
     TaskInput,
@@ -57,6 +57,8 @@ def _find_annotations(raw: str) -> str:
 
 def _samples(pairs: PairInput) -> SampleStream:
     for item in read_karpathy(pairs):
+        if isinstance(item, LeftOut):
+            continue
         if isinstance(item, Reject):
             yield item
             continue
