@@ -24,6 +24,8 @@ class Reject:
     record: str
     """The record in it, as ``line 12`` or the name of a tar member."""
     reason: str
+    sample: str = ""
+    """Id of the task's sample that is lost with it; empty if none is, or it has no id."""
 
     def __str__(self) -> str:
         place = f"{self.source}: {self.record}" if self.record else self.source

@@ -33,6 +33,8 @@ _SPLITS = ("train", "val")
 class ImageNetSource:
     """Class folders. Raises DataError if there is none, or options contradict the folders."""
 
+    fallback_answer = None
+
     def __init__(self, source: TaskInput) -> None:
         self._source = source
         train, self._val = (os.path.join(source.raw, split) for split in _SPLITS)

@@ -31,6 +31,8 @@ _DATA_FOLDERS = ("data", os.path.join("nlvr2", "data"))
 class Nlvr2Source:
     """NLVR2 in a folder."""
 
+    fallback_answer = None
+
     def __init__(self, source: TaskInput) -> None:
         self._raw = source.raw
         self.labels = Labels("nlvr2", _CLASSES)

@@ -28,6 +28,7 @@ class RetrievalSource:
     """A captioned corpus in a folder. Raises DataError unless it has one annotation file."""
 
     labels = None
+    fallback_answer = None
 
     def __init__(self, source: TaskInput) -> None:
         self._annotations = source.annotations or _find_annotations(source.raw)
