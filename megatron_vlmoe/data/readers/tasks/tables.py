@@ -17,7 +17,7 @@ from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.parquet import ColumnKind, read_columns
 from megatron_vlmoe.data.readers.records import ImageFile, Reject, walk_files
 
-_SUFFIXES = (".parquet", ".arrow")
+TABLE_SUFFIXES = (".parquet", ".arrow")
 _BATCH_ROWS = 32
 
 
@@ -35,7 +35,7 @@ class TableFiles:
             name = os.path.relpath(path, raw)
             # Hidden folders hold what programs keep for themselves, as the Hub's download cache does.
             hidden = any(part.startswith((".", "__")) for part in name.split(os.sep))
-            if name.endswith(_SUFFIXES) and not hidden:
+            if name.endswith(TABLE_SUFFIXES) and not hidden:
                 joined = name.lower().replace("test-dev", "testdev")
                 self._words[path] = set(re.split(r"[^a-z0-9_]+", joined))
 
