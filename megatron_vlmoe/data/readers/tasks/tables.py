@@ -42,6 +42,11 @@ class TableFiles:
     def __bool__(self) -> bool:
         return bool(self._words)
 
+    @property
+    def paths(self) -> list[str]:
+        """All of them, in order."""
+        return list(self._words)
+
     def of(self, names: Sequence[str]) -> list[str]:
         """The tables of the split that has one of these names, in the order of their paths."""
         return [path for path, words in self._words.items() if not words.isdisjoint(names)]
