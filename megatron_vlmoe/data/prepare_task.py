@@ -156,12 +156,15 @@ def _encoded(
         number = f", caption {place}" if shape.captions else f", text {place + 1}"
         record = sample.record + (number if shape.captions or shape.texts > 1 else "")
         name = f"{sample.id}#{place}" if shape.captions else sample.id
-        rejects.append(Reject(sample.source, record, reason, name))
+        rejects.append(Reject(sample.source, record, reason, sample=name))
     if not shape.captions:
         # One line for a sample: a count of rejects is a count of samples.
         return rejects[:1] or [checked]
     if not checked.ids:
-        return [*rejects, Reject(sample.source, sample.record, "no usable caption", sample.id)]
+        return [
+            *rejects,
+            Reject(sample.source, sample.record, "no usable caption", sample=sample.id),
+        ]
     return [*rejects, checked]
 
 
@@ -225,7 +228,7 @@ class SampleSink:
             bad = [self._images.get(_key(image)) for image in sample.images]
             reason = next((image for image in bad if isinstance(image, str)), None)
             if reason is not None:
-                self._reject(Reject(sample.source, sample.record, reason, sample.id))
+                self._reject(Reject(sample.source, sample.record, reason, sample=sample.id))
             else:
                 self._add_sample(item)
         if not self._shape.shared_images:

@@ -127,7 +127,7 @@ class Nlvr2Source:
                     raise DataError("not two images")
                 images = tuple(table_image(path, record, c, self._source.raw) for c in cells)
             except DataError as error:
-                yield Reject(path, record, str(error), name)
+                yield Reject(path, record, str(error), sample=name)
                 continue
             yield _Pair(record, name, row["sentence"], row.get("label"), images)
 
@@ -148,7 +148,7 @@ class Nlvr2Source:
                 try:
                     labels = _labels(pair.label, classes, "test" in split)
                 except DataError as error:
-                    yield Reject(path, pair.record, str(error), pair.id)
+                    yield Reject(path, pair.record, str(error), sample=pair.id)
                     continue
                 if not said and type(pair.label) is int and labels and not (told or given):
                     said = True
@@ -201,7 +201,7 @@ def _list_pairs(path: str, raw: str) -> _Pairs:
             and len(images) == 2
             and all(isinstance(image, str) and image for image in images)
         ):
-            yield Reject(path, record, '"images" is no list of two paths', name)
+            yield Reject(path, record, '"images" is no list of two paths', sample=name)
             continue
         files = tuple(listed_image(path, record, image, raw) for image in images)
         yield _Pair(record, name, given.get("sentence"), given.get("label"), files)

@@ -156,7 +156,7 @@ def _table_sample(
         else:
             image = listed_image(path, record, os.path.join(row.get("folder") or "", name), raw)
     except DataError as error:
-        return Reject(path, record, str(error), name)
+        return Reject(path, record, str(error), sample=name)
     given = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
     captions = tuple(one.get("raw") if isinstance(one, dict) else one for one in given)
     return TaskSample(path, record, name or record, (image,), captions)

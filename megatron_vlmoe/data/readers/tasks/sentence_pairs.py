@@ -136,6 +136,7 @@ class SentencePairSource:
         for file in files:
             for item in file.rows(file.columns):
                 if isinstance(item, Reject):
+                    ids.add(item.sample)
                     yield item
                     continue
                 record, row = item
@@ -147,7 +148,7 @@ class SentencePairSource:
                 try:
                     sample = self._sample(split, file, record, row)
                 except DataError as error:
-                    yield Reject(file.path, record, str(error), name)
+                    yield Reject(file.path, record, str(error), sample=name)
                     continue
                 if not told and isinstance(sample, TaskSample) and sample.labels:
                     told = str(row["label"]).strip() not in self._classes.names
@@ -288,11 +289,10 @@ def _tsv_rows(
         except UnicodeDecodeError as error:
             yield Reject(path, record, f"invalid UTF-8 at byte {error.start}")
             continue
+        row = {name: cells[p] for name, p in places.items() if p < len(cells)}
+        reason = ""
         if len(cells) <= place:
             reason = f"{len(cells)} columns, but {names[place]!r} is column {place + 1}"
-            yield Reject(path, record, reason)
         elif len(cells) > len(names):
             reason = f"{len(cells)} columns, but the header names {len(names)}"
-            yield Reject(path, record, reason)
-        else:
-            yield record, {name: cells[p] for name, p in places.items() if p < len(cells)}
+        yield Reject(path, record, reason, sample=_id_of(row)) if reason else (record, row)

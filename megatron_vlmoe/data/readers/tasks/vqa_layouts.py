@@ -178,7 +178,7 @@ class PublishedFiles:
             answers = annotations.answers.get(item.id)
             if answers is None:
                 reason = f"no annotation in {annotations.path}"
-                yield item.image_id, Reject(path, item.record, reason, str(item.id))
+                yield item.image_id, Reject(path, item.record, reason, sample=str(item.id))
                 continue
             kind = annotations.answer_types.get(item.id, "")
             given = (item.source, item.record, item.id, item.image_id, item.text, item.image)
@@ -197,7 +197,7 @@ class PublishedFiles:
             name, image = given.get("question_id"), given.get("image_id")
             if type(name) is not int or type(image) is not int:
                 lost = str(name) if type(name) is int and name not in seen else ""
-                yield Reject(path, record, "no whole question_id and image_id", lost)
+                yield Reject(path, record, "no whole question_id and image_id", sample=lost)
             elif name in seen:
                 yield Reject(path, record, f"question {name} came before")
             else:
@@ -326,7 +326,10 @@ class AnswerLists:
             name, image = _number(given.get("question_id")), given.get("image")
             if name is None or not isinstance(image, str) or not image:
                 lost = str(name) if name is not None and name not in seen else ""
-                yield None, Reject(path, record, "no whole question_id and path of an image", lost)
+                yield (
+                    None,
+                    Reject(path, record, "no whole question_id and path of an image", sample=lost),
+                )
                 continue
             if name in seen:
                 yield None, Reject(path, record, f"question {name} came before")
@@ -345,7 +348,7 @@ class AnswerLists:
             try:
                 answers = _listed_answers(given)
             except DataError as error:
-                yield image_id, Reject(path, record, str(error), str(name))
+                yield image_id, Reject(path, record, str(error), sample=str(name))
                 continue
             kind = given.get("answer_type")
             main = Counter(answers).most_common(1)[0][0]
@@ -447,7 +450,10 @@ class AnswerTables:
                 name = _number(row["id"])
                 if name is None or row["image_id"] is None:
                     lost = str(name) if name is not None and name not in seen else ""
-                    yield None, Reject(path, record, "no whole question_id and image_id", lost)
+                    yield (
+                        None,
+                        Reject(path, record, "no whole question_id and image_id", sample=lost),
+                    )
                     continue
                 if name in seen:
                     yield None, Reject(path, record, f"question {name} came before")
@@ -457,7 +463,7 @@ class AnswerTables:
                 try:
                     yield image_id, self._question(path, record, row, name, image_id, part)
                 except DataError as error:
-                    yield image_id, Reject(path, record, str(error), str(name))
+                    yield image_id, Reject(path, record, str(error), sample=str(name))
 
     def _question(
         self, path: str, record: str, row: Mapping[str, Any], name: int, image_id: str, part: str
