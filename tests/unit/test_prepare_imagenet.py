@@ -79,7 +79,7 @@ def test_flat_imagenet_val(imagenet: dict[str, bytes], desk: Desk) -> None:
         ("", f"{table}: empty file"),
         (
             "ImageId,PredictionString\nv1,n01 1\nv2,n02 1\nv1,n02 1\n",
-            f"{table}: line 4: image v1 comes twice, of two classes",
+            f"{table}: line 4: image v1 comes twice, of n01 and n02",
         ),
     ):
         put(table, content)

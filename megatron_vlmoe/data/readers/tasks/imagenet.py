@@ -240,9 +240,10 @@ def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
         for number, row in enumerate(csv.reader(lines[1:]), start=2):
             if len(row) < 2 or not row[1].split():
                 raise DataError(f"{path}: line {number}: not an image and a class id")
-            if classes.setdefault(row[0], wnid := row[1].split()[0]) != wnid:
+            wnid = row[1].split()[0]
+            if (first := classes.setdefault(row[0], wnid)) != wnid:
                 raise DataError(
-                    f"{path}: line {number}: image {row[0]} comes twice, of two classes"
+                    f"{path}: line {number}: image {row[0]} comes twice, of {first} and {wnid}"
                 )
         return classes
     if not lines[0].isdigit():
