@@ -83,7 +83,10 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         help="vqa: how often an answer must occur to be a class (9)",
     )
     group.add_argument(
-        "--annotations", metavar="F", help="retrieval: Karpathy's JSON file (the one in --raw)"
+        "--annotations",
+        metavar="F",
+        help="retrieval: Karpathy's JSON file, or a list of ALBEF or BLIP "
+        "with those of its other splits beside it (what there is in --raw)",
     )
     group.add_argument(
         "--val-fraction",

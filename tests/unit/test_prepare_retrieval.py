@@ -119,6 +119,12 @@ def test_lists_of_objects(desk: Desk) -> None:
     desk.messages()
     assert desk.prepare("retrieval", "--splits", "val") == 1
     assert desk.error().endswith("coco_karpathy_train.json: no list of split val beside it")
+    other = desk.raw / "annotation" / "flickr30k_test.json"
+    put(other, [{"image": "val2014/b.jpg", "caption": ["left"]}])
+    assert desk.prepare("retrieval") == 1
+    assert "choose one with --annotations" in desk.error()
+    assert desk.prepare("retrieval", "--annotations", str(other)) == 0
+    assert stored_images(desk.opened("test", "retrieval")) == [data["b"]]
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -58,17 +58,22 @@ class RetrievalSource:
 
     def __init__(self, source: TaskInput) -> None:
         self._raw = source.raw
+        check_inputs(() if source.annotations is None else (source.annotations,))
         self._lists: Mapping[str, str] = {}
         self._annotations = source.annotations or _find_annotations(source.raw)
-        if self._annotations is None:
-            self._lists = _find_lists(source.raw)
+        folder, name = os.path.split(self._annotations or "")
+        listed = _LIST.fullmatch(name)
+        if self._annotations is None or listed is not None:
+            self._annotations = None
+            # One list of a corpus stands for all of them.
+            where, corpus = (source.raw, None) if listed is None else (folder, listed[1])
+            self._lists = _find_lists(where, corpus)
             if not self._lists and not self._tables:
                 raise DataError(
                     f"{source.raw}: no {' or '.join(_ANNOTATIONS)} in it (or give --annotations), no "
                     "coco_karpathy_{train,val,test}.json and no parquet or .arrow table"
                 )
             return
-        check_inputs((self._annotations,))
         folders = [os.path.join(source.raw, name) for name in _IMAGE_FOLDERS]
         self._images = next((path for path in folders if os.path.isdir(path)), source.raw)
 
@@ -169,18 +174,25 @@ def _find_annotations(raw: str) -> str | None:
     return next(iter(found), None)
 
 
-def _find_lists(raw: str) -> dict[str, str]:
-    """The list of each split that has one. Raises DataError if there are those of several corpora."""
+def _find_lists(raw: str, corpus: str | None) -> dict[str, str]:
+    """The list of each split that has one.
+
+    Args:
+        raw: the folder that has them, itself or in one of the usual folders below it.
+        corpus: whose lists are wanted; None: of the only one that has any.
+
+    Raises:
+        DataError: several corpora have lists.
+    """
     found: dict[str, dict[str, str]] = {}
     for folder in (os.path.normpath(os.path.join(raw, name)) for name in _LIST_FOLDERS):
         names = os.listdir(folder) if os.path.isdir(folder) else []
         for match in filter(None, map(_LIST.fullmatch, sorted(names))):
-            found.setdefault(match[1], {}).setdefault(match[2], os.path.join(folder, match[0]))
+            if corpus in (None, match[1]):
+                found.setdefault(match[1], {}).setdefault(match[2], os.path.join(folder, match[0]))
     if len(found) > 1:
         paths = [next(iter(lists.values())) for lists in found.values()]
-        raise DataError(
-            f"{' and '.join(paths)}: lists of two corpora: keep them in folders of their own"
-        )
+        raise DataError(f"{' and '.join(paths)}: choose one with --annotations")
     lists = next(iter(found.values()), {})
     return {split: lists[split] for split in _PARTS if split in lists}
 

@@ -82,8 +82,10 @@ class SentencePairSource:
         return (*_MNLI_SPLITS, *sorted(found))
 
     def _table_files(self, split: str) -> list[str]:
-        # Not looked for where there are other files: the folder may hold tables of something else.
-        return [] if self._files else self._tables.of((split, split.replace("dev", "validation")))
+        # Not looked for where there are other files: they may be the same samples.
+        if any(name.startswith(("train", "dev", "test")) for name in self._files):
+            return []
+        return self._tables.of((split, split.replace("dev", "validation")))
 
     @cached_property
     def _classes(self) -> Classes:

@@ -33,8 +33,8 @@ class TableFiles:
         self._words: dict[str, set[str]] = {}
         for path in walk_files(raw):
             name = os.path.relpath(path, raw)
-            # Hidden folders hold what programs keep for themselves, as the Hub's download cache does.
-            hidden = any(part.startswith((".", "__")) for part in name.split(os.sep))
+            # What programs keep for themselves: the Hub's downloads, results of ``Dataset.map``.
+            hidden = any(part.startswith((".", "__", "cache-")) for part in name.split(os.sep))
             if name.endswith(TABLE_SUFFIXES) and not hidden:
                 joined = name.lower().replace("test-dev", "testdev")
                 self._words[path] = set(re.split(r"[^a-z0-9_]+", joined))
