@@ -91,8 +91,8 @@ def _write(
     for table, own in zip(tables, kept) if task.name == "vqa" else ():
         suffix = "" if len(tables) == 1 else f"_{table.split.name}"
         write_json(folder / f"vqa_submission{suffix}.json", vqa_submission(own.answers))
-    content = {"task": task.name, "metrics": metrics, "settings": settings}
-    content["left_out"] = {table.split.name: len(table.left_out) for table in tables}
+    left_out = {table.split.name: len(table.left_out) for table in tables}
+    content = {"task": task.name, "metrics": metrics, "settings": settings, "left_out": left_out}
     write_json(folder / "metrics.json", content)
     share = -(-task.report_examples // len(tables))
     pages = [
@@ -102,6 +102,9 @@ def _write(
     ]
     if pages:
         facts = [(name, str(value)) for name, value in settings.items()]
+        facts += [
+            (f"rejected samples of {name}", str(count)) for name, count in left_out.items() if count
+        ]
         shown = {k: v for k, v in metrics.items() if not k.endswith("unlabelled")}
         write_report(folder / "report.html", task.name, facts, shown, pages)
 
