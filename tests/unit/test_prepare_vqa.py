@@ -299,6 +299,13 @@ def test_missing_vqa_files_are_told_before_any_work(
     assert not desk.out.parent.exists()
 
 
+@pytest.mark.parametrize(("task", "name"), [("vqa", "VQAv2"), ("nlvr2", "NLVR2")])
+def test_a_folder_without_any_layout(desk: Desk, task: str, name: str) -> None:
+    put(desk.raw / "README.txt", "nothing")
+    assert desk.prepare(task) == 1
+    assert desk.error().startswith(f"{desk.raw}: no {name} in it: no ")
+
+
 def test_workers_do_not_change_the_bytes(
     vqa: dict[tuple[str, int], bytes], monkeypatch: pytest.MonkeyPatch, desk: Desk
 ) -> None:

@@ -109,6 +109,11 @@ class Nlvr2Source:
         if split in self._lists and not _published_file(raw, split):
             path = self._lists[split]
             return self._samples(split, [(path, _list_pairs(path, raw))])
+        if not any(_published_file(raw, name) for name in _PARTS) and not self._lists:
+            raise DataError(
+                f"{raw}: no NLVR2 in it: no data/{_PARTS[split]}.json, no nlvr_{split}.json and no "
+                "parquet or .arrow table"
+            )
         part = _PARTS[split]
         path = find_file(raw, _DATA_FOLDERS, f"{part}.json")
         folder = find_folder(raw, (os.path.join("images", part), part))

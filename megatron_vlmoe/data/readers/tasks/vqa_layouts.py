@@ -76,13 +76,16 @@ class VqaLayout(Protocol):
 
 
 def find_layout(raw: str) -> VqaLayout:
-    """The layout of a folder: the first that has any part of VQAv2, else the publishers'."""
+    """The layout of a folder: the first that has any part of VQAv2. Raises DataError if none has."""
     parts = (*ANNOTATED, *TEST_PARTS.values())
     for layout in (PublishedFiles, AnswerLists, AnswerTables):
         opened = layout(raw)
         if any(map(opened.has, parts)):
             return opened
-    return PublishedFiles(raw)
+    raise DataError(
+        f"{raw}: no VQAv2 in it: no v2_OpenEnded_mscoco_train2014_questions.json, no vqa_train.json and "
+        "no parquet or .arrow table of train"
+    )
 
 
 @dataclass
