@@ -138,6 +138,15 @@ def test_class_numbers_that_no_schema_names(desk: Desk) -> None:
     expected = "mnli train: class numbers stand for 0 entailment, 1 neutral, 2 contradiction"
     assert expected in desk.messages()
     assert [row.labels[0] for row in rows(desk.opened("dev", "mnli"))] == [0, 1, 2, 2]
+    put_table(desk.raw / "train-1.parquet", {**PAIRS, "label": [0, 1, 2, 2]})
+    assert desk.prepare("mnli", "--splits", "train") == 0
+    # Without a column of ids a sample is named by its place.
+    assert ids(desk.opened("train", "mnli"))[3:5] == [
+        "train-1.parquet row 3",
+        "train.parquet row 0",
+    ]
+    (desk.raw / "train-1.parquet").unlink()
+    desk.messages()
     question = {
         "question": PAIRS["premise"],
         "sentence": PAIRS["hypothesis"],

@@ -274,6 +274,9 @@ def _read_meta(path: str) -> dict[int, str]:
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         numbers, wnids = synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()
-        return {int(number): str(wnid) for number, wnid in zip(numbers, wnids, strict=True)}
+        found = {int(number): str(wnid) for number, wnid in zip(numbers, wnids, strict=True)}
     except Exception as error:  # what a damaged file raises, scipy does not say
         raise DataError(f"{path}: not the development kit's meta.mat: {error}") from error
+    if len(found) != len(numbers):
+        raise DataError(f"{path}: a class number comes twice")
+    return found

@@ -23,6 +23,7 @@ from megatron_vlmoe.data.readers.tasks.tables import (
     TABLE_SUFFIXES,
     TableFiles,
     choose_columns,
+    row_name,
     table_image,
     table_rows,
 )
@@ -121,7 +122,7 @@ class ImageNetTables:
                     yield item
                     continue
                 record, row = item
-                name = f"{os.path.relpath(path, self._source.raw)} {record}"
+                name = row_name(path, record, self._source.raw, len(files))
                 label = row.get("label")
                 hidden = split == "test" and label in (None, -1)
                 try:

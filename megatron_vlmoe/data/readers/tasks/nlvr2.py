@@ -33,6 +33,7 @@ from megatron_vlmoe.data.readers.tasks.tables import (
     TableFiles,
     choose_columns,
     listed_image,
+    row_name,
     table_image,
     table_rows,
 )
@@ -160,7 +161,8 @@ class Nlvr2Source:
                     print(
                         f"nlvr2 {split}: labels 0 and 1 stand for False and True", file=sys.stderr
                     )
-                name, texts = pair.id or pair.record, (pair.sentence,)
+                name = pair.id or row_name(path, pair.record, self._source.raw, len(files))
+                texts = (pair.sentence,)
                 scores = (1.0,) * len(labels)
                 yield TaskSample(path, pair.record, name, pair.images, texts, labels, scores)
 

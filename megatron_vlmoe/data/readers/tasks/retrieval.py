@@ -30,6 +30,7 @@ from megatron_vlmoe.data.readers.tasks.tables import (
     TableFiles,
     choose_columns,
     listed_image,
+    row_name,
     table_image,
     table_rows,
 )
@@ -143,11 +144,12 @@ class RetrievalSource:
                     continue
                 record, row = item
                 if str(row.get("split", split)) in (*_PARTS[split], split):
-                    yield _table_sample(path, record, row, self._raw, seen)
+                    own = row_name(path, record, self._raw, len(paths))
+                    yield _table_sample(path, record, own, row, self._raw, seen)
 
 
 def _table_sample(
-    path: str, record: str, row: Mapping[str, Any], raw: str, seen: set[str]
+    path: str, record: str, own: str, row: Mapping[str, Any], raw: str, seen: set[str]
 ) -> TaskSample | Reject:
     name = "" if row.get("name") is None else str(row["name"])
     if name and name in seen:
@@ -164,7 +166,7 @@ def _table_sample(
         return Reject(path, record, str(error), sample=name)
     given = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
     captions = tuple(one.get("raw") if isinstance(one, dict) else one for one in given)
-    return TaskSample(path, record, name or record, (image,), captions)
+    return TaskSample(path, record, name or own, (image,), captions)
 
 
 def _find_annotations(raw: str) -> str | None:

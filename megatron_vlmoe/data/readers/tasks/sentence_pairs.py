@@ -31,7 +31,12 @@ from megatron_vlmoe.data.readers.tasks.records import (
     TaskInput,
     TaskSample,
 )
-from megatron_vlmoe.data.readers.tasks.tables import TableFiles, choose_columns, table_rows
+from megatron_vlmoe.data.readers.tasks.tables import (
+    TableFiles,
+    choose_columns,
+    row_name,
+    table_rows,
+)
 from megatron_vlmoe.data.readers.text import json_rows, numbered_lines
 from megatron_vlmoe.data.task_labels import Labels
 
@@ -148,7 +153,8 @@ class SentencePairSource:
                     continue
                 ids.add(name)
                 try:
-                    sample = self._sample(split, file, record, row)
+                    own = name or row_name(file.path, record, self._source.raw, len(files))
+                    sample = self._sample(split, file, record, own, row)
                 except DataError as error:
                     yield Reject(file.path, record, str(error), sample=name)
                     continue
@@ -159,7 +165,7 @@ class SentencePairSource:
                 yield sample
 
     def _sample(
-        self, split: str, file: _File, record: str, row: Mapping[str, Any]
+        self, split: str, file: _File, record: str, name: str, row: Mapping[str, Any]
     ) -> TaskSample | Omitted:
         value = row.get("label")
         value = value.strip() if isinstance(value, str) else value
@@ -168,9 +174,8 @@ class SentencePairSource:
             return Omitted(f"{file.columns['label']} is {value}")
         hidden = is_test and (unlabelled or value in (None, _HIDDEN))
         labels = () if hidden else (self._classes.label(value),)
-        name, texts = _id_of(row), (row["sentence1"], row["sentence2"])
-        scores = (1.0,) * len(labels)
-        return TaskSample(file.path, record, name or record, (), texts, labels, scores)
+        texts, scores = (row["sentence1"], row["sentence2"]), (1.0,) * len(labels)
+        return TaskSample(file.path, record, name, (), texts, labels, scores)
 
     def _tell_numbers(self, split: str) -> None:
         numbered = ", ".join(f"{i} {name}" for i, name in enumerate(self._classes.numbered or ()))

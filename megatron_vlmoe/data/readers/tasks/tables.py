@@ -106,6 +106,11 @@ def table_rows(
             yield f"row {number}", dict(zip(columns, values, strict=True))
 
 
+def row_name(path: str, record: str, raw: str, files: int) -> str:
+    """Name of a sample without an id: its record, of several files with the file's path below ``raw``."""
+    return record if files == 1 else f"{os.path.relpath(path, raw)} {record}"
+
+
 def table_image(path: str, record: str, value: Any, folder: str) -> ImageFile:
     """The image of a cell: encoded bytes, Hugging Face's {bytes, path}, or a path below a folder.
 
