@@ -26,6 +26,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
+            "scipy>=1.11",
             "mypy>=1.11",
             "types-PyYAML",
             "pre-commit>=3.8",

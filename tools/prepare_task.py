@@ -32,7 +32,7 @@ TASK_OPTIONS = {
     "sentence1": ("mnli",),
     "sentence2": ("mnli",),
     "label": ("mnli",),
-    "class_names": ("mnli",),
+    "class_names": ("mnli", "nlvr2", "imagenet"),
 }
 
 
@@ -82,7 +82,12 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="vqa: how often an answer must occur to be a class (9)",
     )
-    group.add_argument("--annotations", metavar="F", help="retrieval: Karpathy's JSON file")
+    group.add_argument(
+        "--annotations",
+        metavar="F",
+        help="retrieval: Karpathy's JSON file, or a list of ALBEF or BLIP "
+        "with those of its other splits beside it (what there is in --raw)",
+    )
     group.add_argument(
         "--val-fraction",
         type=float,
@@ -92,18 +97,27 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--val-labels",
         metavar="F",
-        help="imagenet: classes of images that lie in val without folders: a class id per line, "
-        "in the order of the names, or LOC_val_solution.csv",
+        help="imagenet: classes of images that lie in val without folders: a class id per line in the "
+        "order of the names, LOC_val_solution.csv, or the development kit's ground truth with its meta.mat",
     )
     group.add_argument("--words", metavar="F", help="imagenet: class ids and their words")
-    group.add_argument("--sentence1", metavar="NAME", help="mnli: column of the premise")
-    group.add_argument("--sentence2", metavar="NAME", help="mnli: column of the hypothesis")
-    group.add_argument("--label", metavar="NAME", help="mnli: column of the class (gold_label)")
+    group.add_argument(
+        "--sentence1", metavar="NAME", help="mnli: column of the premise (sentence1 or premise)"
+    )
+    group.add_argument(
+        "--sentence2",
+        metavar="NAME",
+        help="mnli: column of the hypothesis (sentence2 or hypothesis)",
+    )
+    group.add_argument(
+        "--label", metavar="NAME", help="mnli: column of the class (gold_label or label)"
+    )
     group.add_argument(
         "--class-names",
         nargs="+",
         metavar="NAME",
-        help="mnli: classes in the order of their labels (entailment neutral contradiction)",
+        help="mnli, nlvr2, imagenet: what the class numbers of a table stand for where its schema does "
+        "not tell; for mnli also the classes of another task (entailment neutral contradiction)",
     )
 
 

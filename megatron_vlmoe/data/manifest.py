@@ -89,6 +89,12 @@ class DatasetManifest:
     omitted: Mapping[str, int] | None = None
     """For tasks how many good samples the task itself leaves out, for pairs how many records are of
     splits that are not wanted, by reason; else None."""
+    left_out: Mapping[str, str] | None = None
+    """For tasks the rejected samples that have an id: the reason by id, so that a file of predictions
+    can name them; else None (as in manifests of before there was this field)."""
+    fallback_answer: str | None = None
+    """For vqa the most frequent answer of training, which a submission gives to the questions in
+    ``left_out``; else None."""
     labels_sha256: str | None = None
     """For tasks with classes `Labels.sha256` of the class names that the labels count; else None."""
     format_version: int = FORMAT_VERSION

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -110,8 +110,9 @@ class CheckSamples:
 
 
 def _named(image: ImageFile, error: DataError) -> str:
-    """The reason with the image's own file, which is not the record that names it."""
-    return str(error) if image.path in str(error) else f"{error} ({image.path})"
+    """The reason with the image's own file, where it has one that is not the record that names it."""
+    own = image.data is None and image.path not in str(error)
+    return f"{error} ({image.path})" if own else str(error)
 
 
 TextsOfSample = tuple[list[tuple[int, str]], list[tuple[int, str]]]
@@ -156,12 +157,16 @@ def _encoded(
     for place, reason in sorted(bad):
         number = f", caption {place}" if shape.captions else f", text {place + 1}"
         record = sample.record + (number if shape.captions or shape.texts > 1 else "")
-        rejects.append(Reject(sample.source, record, reason))
+        name = f"{sample.id}#{place}" if shape.captions else sample.id
+        rejects.append(Reject(sample.source, record, reason, sample=name))
     if not shape.captions:
         # One line for a sample: a count of rejects is a count of samples.
         return rejects[:1] or [checked]
     if not checked.ids:
-        return [*rejects, Reject(sample.source, sample.record, "no usable caption")]
+        return [
+            *rejects,
+            Reject(sample.source, sample.record, "no usable caption", sample=sample.id),
+        ]
     return [*rejects, checked]
 
 
@@ -185,7 +190,14 @@ def sample_chunks(
                     new[_key(image)] = image
         if shared:
             seen.update(new)
-        yield SampleChunk(chunk, list(new.values()))
+        yield SampleChunk([_without_bytes(item) for item in chunk], list(new.values()))
+
+
+def _without_bytes(item: TaskSample | Reject) -> TaskSample | Reject:
+    """The sample with the names of its images alone: workers would get and return every byte of them."""
+    if isinstance(item, Reject) or all(image.data is None for image in item.images):
+        return item
+    return replace(item, images=tuple(replace(image, data=None) for image in item.images))
 
 
 class SampleSink:
@@ -206,23 +218,30 @@ class SampleSink:
         self._documents: dict[ImageKey, int] = {}
         # Checked images before their first use, and for good the bad ones with what is wrong.
         self._images: dict[ImageKey, bytes | str] = {}
+        self.left_out: dict[str, str] = {}
+        """Reason by id of the rejected samples that have one."""
 
     def add(self, chunk: CheckedChunk) -> None:
         """Takes the next chunk. Raises DataError as `RejectLog.add` does, or on a full disk."""
         self._images.update(chunk.images)
         for item in chunk.items:
             if isinstance(item, Reject):
-                self._output.rejects.add([item])
+                self._reject(item)
                 continue
             sample = item.sample
             bad = [self._images.get(_key(image)) for image in sample.images]
             reason = next((image for image in bad if isinstance(image, str)), None)
             if reason is not None:
-                self._output.rejects.add([Reject(sample.source, sample.record, reason)])
+                self._reject(Reject(sample.source, sample.record, reason, sample=sample.id))
             else:
                 self._add_sample(item)
         if not self._shape.shared_images:
             self._images.clear()
+
+    def _reject(self, reject: Reject) -> None:
+        self._output.rejects.add([reject])
+        if reject.sample:
+            self.left_out[reject.sample] = reject.reason
 
     def _add_sample(self, item: CheckedSample) -> None:
         sample = item.sample
@@ -299,7 +318,7 @@ def prepare_task(
     if labels is not None:
         print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
     work = CheckSamples(source.task, model, options.resize_short, load)
-    job = _Job(run, work, tokenizer, labels)
+    job = _Job(run, work, tokenizer, labels, raw.fallback_answer)
     return {split: job.prepare(split, stream) for split, stream in streams.items()}
 
 
@@ -311,6 +330,7 @@ class _Job:
     work: CheckSamples
     tokenizer: TokenizerLike | None
     labels: Labels | None
+    fallback_answer: str | None
 
     def prepare(self, split: str, stream: SampleStream) -> DatasetManifest:
         """Reads, checks and publishes one split."""
@@ -331,7 +351,7 @@ class _Job:
                 progress.add(result.records)
             inputs = ", ".join(map(str, run.source.get("inputs", ("the input",))))
             files = output.finish(f"split {split} of {inputs}")
-            manifest = self._manifest(output, files, split, omitted)
+            manifest = self._manifest(output, files, split, omitted, sink.left_out)
             if self.labels is not None:
                 write_labels(run.output_prefix, self.labels)
             output.commit(manifest)
@@ -348,6 +368,7 @@ class _Job:
         files: dict[str, FileRecord],
         split: str,
         omitted: Counter[str],
+        left_out: dict[str, str],
     ) -> DatasetManifest:
         parts = list(output.writers.values())
         text = output.writers.get("text")
@@ -367,6 +388,8 @@ class _Job:
             caption_lengths=length_percentiles(text.staged_lengths()) if text else None,
             samples=output.samples.num_rows,
             omitted=dict(omitted),
+            left_out=left_out,
+            fallback_answer=self.fallback_answer,
             labels_sha256=self.labels.sha256 if self.labels is not None else None,
         )
 

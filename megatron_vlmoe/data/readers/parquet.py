@@ -6,6 +6,7 @@ named ``.arrow``; Feather (version 2) is an IPC file. What a file is, its first 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -43,8 +44,26 @@ def table_format(path: str) -> TableFormat | None:
 def column_names(path: str) -> list[str]:
     """Top-level columns of a table. Raises DataError if it is not one."""
     with ExitStack() as stack:
-        names, _ = _open_table(path, None, 1, stack)
-    return names
+        schema, _ = _open_table(path, None, 1, stack)
+        return list(schema.names)
+
+
+def class_names(path: str, column: str) -> tuple[str, ...] | None:
+    """Names of the classes that the whole numbers of a column stand for, in their order.
+
+    Hugging Face's ``datasets`` writes them into the schema (a ``ClassLabel`` in the JSON text under
+    ``huggingface``). None: this table does not tell. Raises DataError if it is no table.
+    """
+    with ExitStack() as stack:
+        schema, _ = _open_table(path, None, 1, stack)
+        written = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        names = json.loads(written)["info"]["features"][column]["names"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)
 
 
 def read_columns(
@@ -63,10 +82,10 @@ def read_columns(
     import pyarrow
 
     with ExitStack() as stack:
-        names, batches = _open_table(path, columns, batch_rows, stack)
+        schema, batches = _open_table(path, columns, batch_rows, stack)
         for name in columns:
-            if name not in names:
-                raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
+            if name not in schema.names:
+                raise DataError(f"{path}: no column {name!r}; it has {', '.join(schema.names)}")
         row = 0
         try:
             for batch in batches:
@@ -82,8 +101,8 @@ def read_columns(
 
 def _open_table(
     path: str, columns: Mapping[str, ColumnKind] | None, batch_rows: int, stack: ExitStack
-) -> tuple[list[str], Iterator[Any]]:
-    """The column names of a table and its record batches, open as long as ``stack`` is.
+) -> tuple[Any, Iterator[Any]]:
+    """The schema of a table and its record batches, open as long as ``stack`` is.
 
     Raises:
         DataError: not a table.
@@ -95,16 +114,16 @@ def _open_table(
     try:
         if kind == "arrow stream":
             stream = pyarrow.ipc.open_stream(stack.enter_context(pyarrow.memory_map(path)))
-            return list(stream.schema.names), _slices(stream, batch_rows)
+            return stream.schema, _slices(stream, batch_rows)
         if kind == "arrow file":
             file = pyarrow.ipc.open_file(stack.enter_context(pyarrow.memory_map(path)))
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            return list(file.schema.names), _slices(batches, batch_rows)
+            return file.schema, _slices(batches, batch_rows)
         # With a read buffer a column streams; else a whole row group of it is held.
         table = stack.enter_context(pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BUFFER))
         wanted = None if columns is None else list(columns)
         rows = table.iter_batches(batch_rows, columns=wanted, use_threads=False)
-        return list(table.schema_arrow.names), rows
+        return table.schema_arrow, rows
     except (OSError, pyarrow.ArrowException) as error:
         what = "parquet or Arrow" if kind is None else kind.replace("arrow", "Arrow IPC")
         raise DataError(f"{path}: not a readable {what} file: {_one_line(error)}") from error

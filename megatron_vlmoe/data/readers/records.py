@@ -32,6 +32,8 @@ class Reject:
     """Records of the input that say it; 0 for a caption of an image that is counted elsewhere."""
     captions: int = 0
     """Captions that are left out with an image or record."""
+    sample: str = ""
+    """Id of the task's sample that is lost with it; empty if none is, or it has no id."""
 
     def __str__(self) -> str:
         place = f"{self.source}: {self.record}" if self.record else self.source
