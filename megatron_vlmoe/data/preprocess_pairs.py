@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles
 from megatron_vlmoe.data.preprocess import (
@@ -26,7 +27,7 @@ from megatron_vlmoe.data.preprocess import (
     load_tokenizer,
     ordered_map,
 )
-from megatron_vlmoe.data.preprocess_images import add_images, checked_image, quiet_pillow
+from megatron_vlmoe.data.preprocess_images import add_images, checked_image
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
 from megatron_vlmoe.data.readers.records import CaptionedImage, Reject
 
@@ -60,6 +61,7 @@ class CheckPairs:
     tokenizer_model: str
     resize_short: int | None = None
     max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
+    rules: ImageRules = DEFAULT_RULES
     load: Callable[[str], TokenizerLike] = load_tokenizer
 
     def build(self) -> Callable[[list[CaptionedImage | Reject]], CheckedPairs]:
@@ -81,7 +83,7 @@ class CheckPairs:
                     result.rejects.append(Reject(item.source, item.record, "no usable caption"))
                     continue
                 try:
-                    image = checked_image(item.image.read(), self.resize_short)
+                    image = checked_image(item.image.read(), self.resize_short, self.rules)
                 except DataError as error:
                     result.rejects.append(Reject(item.source, item.record, _named(item, error)))
                     continue
@@ -128,10 +130,12 @@ class PairOptions:
     Attributes:
         resize_short: shorter side in pixels after shrinking; None keeps the images.
         max_caption_tokens: longer captions are rejected.
+        rules: about orientation and transparency of images.
     """
 
     resize_short: int | None = None
     max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
+    rules: ImageRules = DEFAULT_RULES
 
 
 def preprocess_pairs(
@@ -153,7 +157,9 @@ def preprocess_pairs(
     """
     options = options or PairOptions()
     tokenizer = load(tokenizer_model)
-    work = CheckPairs(tokenizer_model, options.resize_short, options.max_caption_tokens, load)
+    work = CheckPairs(
+        tokenizer_model, options.resize_short, options.max_caption_tokens, options.rules, load
+    )
     progress = Progress("pairs")
     dtype = token_dtype(tokenizer.size)
     with DatasetOutput(run.output_prefix, "pairs", [np.uint8, dtype], run.on_error) as output:
@@ -168,7 +174,11 @@ def preprocess_pairs(
             )
             progress.add(result.records)
         manifest = pairs_manifest(
-            output, output.finish(run.source.get("inputs", "the input")), run, tokenizer
+            output,
+            output.finish(run.source.get("inputs", "the input")),
+            run,
+            tokenizer,
+            options.rules,
         )
         output.commit(manifest)
     progress.finish(manifest.rejects)
@@ -176,7 +186,11 @@ def preprocess_pairs(
 
 
 def pairs_manifest(
-    output: DatasetOutput, files: dict[str, FileRecord], run: Run, tokenizer: TokenizerLike
+    output: DatasetOutput,
+    files: dict[str, FileRecord],
+    run: Run,
+    tokenizer: TokenizerLike,
+    rules: ImageRules,
 ) -> DatasetManifest:
     """The manifest of finished but not yet published pairs."""
     text = output.writers["text"]
@@ -192,4 +206,6 @@ def pairs_manifest(
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.size,
         caption_lengths=length_percentiles(text.staged_lengths()),
+        exif=rules.exif,
+        alpha=rules.alpha,
     )
