@@ -228,8 +228,10 @@ def to_rgb(image: Image.Image, alpha: str = DEFAULT_RULES.alpha) -> Image.Image:
 
 
 def _rgba(image: Image.Image) -> Image.Image:
-    # Premultiplied grey has one way out only.
-    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if image.mode == "La":
+        # Premultiplied grey has one way out only.
+        image = image.convert("LA")
+    return image if image.mode == "RGBA" else image.convert("RGBA")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
