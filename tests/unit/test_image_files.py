@@ -534,3 +534,19 @@ def test_a_model_and_a_folder_of_images_read_the_same(tmp_path: Path) -> None:
         assert np.asarray(read_image(Item("image", value), rules)).tolist() == kept
         assert pixels([Item("image", value)], 3, rules).shape == (1, 3, 3, 3)
     assert np.asarray(open_images([str(tmp_path)], rules).image(0)).tolist() == kept
+
+
+def test_a_contact_sheet_names_a_damaged_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded(picture(0), "PNG"))
+    prefix, sheet = str(tmp_path / "p"), str(tmp_path / "sheet.png")
+    arguments = ["--input", str(tmp_path / "in"), "--output-prefix", prefix]
+    assert tool("preprocess_images")(arguments) == 0
+    stored_bytes = Path(f"{prefix}_image.bin")
+    content = stored_bytes.read_bytes()
+    stored_bytes.write_bytes(content[:200] + bytes(len(content) - 200))
+    assert tool("inspect_dataset")([prefix, "--png", sheet]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {prefix}_image.bin: image 0: damaged image")
