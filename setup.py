@@ -20,6 +20,8 @@ setup(
         "wandb": ["wandb>=0.18"],
         # Exports are written without it; it loads and fine-tunes them, and loads CLIP or ViT teachers.
         "hf": ["transformers>=4.56", "accelerate>=1.1"],
+        # Photographs as iPhones take them.
+        "heic": ["pillow-heif>=0.18"],
         "dev": [
             "transformers>=4.56",
             "accelerate>=1.1",

@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.manifest import TASKS
 from megatron_vlmoe.data.prepare_task import TaskOptions, prepare_task
 from megatron_vlmoe.data.preprocess import positive_int, run_tool
 from megatron_vlmoe.data.readers.tasks.records import TaskInput
 from megatron_vlmoe.data.task_samples import TASK_SHAPES
-from megatron_vlmoe.data.tool_options import add_options, run_of
+from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
 
 # Options that only some tasks have: fields of `TaskInput`.
 TASK_OPTIONS = {
@@ -54,6 +55,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prefix="P_S",
         tokenizer="needed but for imagenet",
     )
+    add_image_rules(parser)
     add_task_options(parser)
     options = parser.parse_args(argv)
     if TASK_SHAPES[options.task].texts and options.tokenizer_model is None:
@@ -130,7 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given["class_names"] = tuple(given["class_names"])
     source = TaskInput(options.task, options.raw, **given)
     run = run_of(options, "prepare_task.py", arguments, [options.raw])
-    store = TaskOptions(options.tokenizer_model, options.resize_short, tuple(options.splits))
+    store = TaskOptions(
+        options.tokenizer_model,
+        options.resize_short,
+        tuple(options.splits),
+        ImageRules(options.exif, options.alpha),
+    )
     return run_tool(lambda: prepare_task(source, run, store))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.preprocess import positive_int, run_tool
 from megatron_vlmoe.data.preprocess_pairs import (
     DEFAULT_MAX_CAPTION_TOKENS,
@@ -25,7 +26,7 @@ from megatron_vlmoe.data.readers.pair_formats import (
     PAIR_READERS,
 )
 from megatron_vlmoe.data.readers.pairs import PairInput
-from megatron_vlmoe.data.tool_options import add_options, run_of
+from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -79,6 +80,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         *("--output-prefix", "--tokenizer-model", "--workers", "--resize-short", "--on-error"),
         rejects="captions and images",
     )
+    add_image_rules(parser)
     options = parser.parse_args(argv)
     if not options.annotations and options.format not in ("auto", *FORMATS_WITHOUT_LISTS):
         parser.error(f"--format {options.format} needs --annotations")
@@ -112,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     inputs = [*options.annotations, *([options.images] if options.images else [])]
     run = run_of(options, "preprocess_pairs.py", arguments, inputs)
-    store = PairOptions(options.resize_short, options.max_caption_tokens)
+    rules = ImageRules(options.exif, options.alpha)
+    store = PairOptions(options.resize_short, options.max_caption_tokens, rules)
     return run_tool(lambda: preprocess_pairs(source, options.tokenizer_model, run, store))
 
 

@@ -97,6 +97,12 @@ class DatasetManifest:
     ``left_out``; else None."""
     labels_sha256: str | None = None
     """For tasks with classes `Labels.sha256` of the class names that the labels count; else None."""
+    exif: str | None = None
+    """What was done with the orientation that image files give: ``turn`` or ``keep``, or ``mixed``
+    after a merge; None for datasets without images, and for those made before it was asked, which kept it."""
+    alpha: str | None = None
+    """Ground of transparent pixels, ``white`` or ``black``; ``drop`` (and, as above, None) for the
+    colours under them; or ``mixed``."""
     format_version: int = FORMAT_VERSION
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ def merge_datasets(
 ) -> DatasetManifest:
     """Concatenates datasets, streaming their bytes; returns the manifest.
 
-    Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew.
+    Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew. Images that were
+    indexed with other options for orientation or transparency are merged as they are, with a note on stderr.
 
     Raises:
         DataError: an input is damaged, of another kind or tokenizer, a task's, or is the output;
@@ -65,6 +67,8 @@ def merge_datasets(
             vocab_size=manifests[0].vocab_size,
             unknown_tokens=None if None in unknown else sum(filter(None, unknown)),
             caption_lengths=lengths,
+            exif=_common(inputs, "exif", [m.exif for m in manifests]),
+            alpha=_common(inputs, "alpha", [m.alpha for m in manifests]),
         )
         output.commit(manifest)
     return manifest
@@ -82,3 +86,12 @@ def _summed(
         for kind, fates in kinds.items():
             sums.setdefault(kind, Counter()).update(fates)
     return {kind: dict(fates) for kind, fates in sums.items()}
+
+
+def _common(inputs: Sequence[str], option: str, values: Sequence[str | None]) -> str | None:
+    """What all datasets record about an option of indexing; ``mixed``, with a note, if they differ."""
+    if len(set(values)) == 1:
+        return values[0]
+    records = ", ".join(f"{p}: {v or 'none'}" for p, v in zip(inputs, values, strict=True))
+    print(f"note: images indexed with different --{option} ({records})", file=sys.stderr)
+    return "mixed"

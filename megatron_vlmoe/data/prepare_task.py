@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles
 from megatron_vlmoe.data.preprocess import (
@@ -28,7 +29,7 @@ from megatron_vlmoe.data.preprocess import (
     ordered_map,
     report_unknown,
 )
-from megatron_vlmoe.data.preprocess_images import add_images, checked_image, quiet_pillow
+from megatron_vlmoe.data.preprocess_images import add_images, checked_image
 from megatron_vlmoe.data.readers.records import ImageFile, Reject
 from megatron_vlmoe.data.readers.tasks.records import Omitted, SampleStream, TaskInput, TaskSample
 from megatron_vlmoe.data.readers.tasks.task_formats import open_task
@@ -80,6 +81,7 @@ class CheckSamples:
     task: str
     tokenizer_model: str | None
     resize_short: int | None = None
+    rules: ImageRules = DEFAULT_RULES
     load: Callable[[str], TokenizerLike] = load_tokenizer
 
     def build(self) -> Callable[[SampleChunk], CheckedChunk]:
@@ -92,7 +94,8 @@ class CheckSamples:
         with quiet_pillow():
             for image in chunk.images:
                 try:
-                    result.images[_key(image)] = checked_image(image.read(), self.resize_short)
+                    data = checked_image(image.read(), self.resize_short, self.rules)
+                    result.images[_key(image)] = data
                 except DataError as error:
                     result.images[_key(image)] = _named(image, error)
         shape = TASK_SHAPES[self.task]
@@ -284,11 +287,13 @@ class TaskOptions:
         tokenizer_model: SentencePiece model; None for a task without texts.
         resize_short: shorter side of images in pixels after shrinking; None keeps the images.
         splits: splits to prepare; empty: all that the task has.
+        rules: about orientation and transparency of images.
     """
 
     tokenizer_model: str | None = None
     resize_short: int | None = None
     splits: tuple[str, ...] = ()
+    rules: ImageRules = DEFAULT_RULES
 
 
 def prepare_task(
@@ -317,7 +322,7 @@ def prepare_task(
     labels = raw.labels
     if labels is not None:
         print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
-    work = CheckSamples(source.task, model, options.resize_short, load)
+    work = CheckSamples(source.task, model, options.resize_short, options.rules, load)
     job = _Job(run, work, tokenizer, labels, raw.fallback_answer)
     return {split: job.prepare(split, stream) for split, stream in streams.items()}
 
@@ -387,6 +392,8 @@ class _Job:
             unknown_tokens=output.unknown_tokens if text is not None else None,
             caption_lengths=length_percentiles(text.staged_lengths()) if text else None,
             samples=output.samples.num_rows,
+            exif=self.work.rules.exif if "image" in output.writers else None,
+            alpha=self.work.rules.alpha if "image" in output.writers else None,
             omitted=dict(omitted),
             left_out=left_out,
             fallback_answer=self.fallback_answer,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import (
     DatasetManifest,
@@ -34,7 +35,7 @@ from megatron_vlmoe.data.preprocess import (
     ordered_map,
     report_unknown,
 )
-from megatron_vlmoe.data.preprocess_images import add_images, checked_image, quiet_pillow
+from megatron_vlmoe.data.preprocess_images import add_images, checked_image
 from megatron_vlmoe.data.readers.pair_formats import with_format
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
 from megatron_vlmoe.data.readers.records import (
@@ -143,6 +144,7 @@ class CheckPairs:
     tokenizer_model: str
     resize_short: int | None = None
     max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
+    rules: ImageRules = DEFAULT_RULES
     load: Callable[[str], TokenizerLike] = load_tokenizer
 
     def build(self) -> Callable[[list[PairItem]], CheckedPairs]:
@@ -168,7 +170,7 @@ class CheckPairs:
         try:
             if not captions:
                 raise DataError(_no_caption(item, bad))
-            image = checked_image(item.image.read(), self.resize_short)
+            image = checked_image(item.image.read(), self.resize_short, self.rules)
         except DataError as error:
             reason = _named(item, error) if captions else str(error)
             lost = len(item.captions)
@@ -231,10 +233,12 @@ class PairOptions:
     Attributes:
         resize_short: shorter side in pixels after shrinking; None keeps the images.
         max_caption_tokens: longer captions are rejected.
+        rules: about orientation and transparency of images.
     """
 
     resize_short: int | None = None
     max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
+    rules: ImageRules = DEFAULT_RULES
 
 
 def preprocess_pairs(
@@ -257,7 +261,9 @@ def preprocess_pairs(
     """
     options = options or PairOptions()
     tokenizer = load(tokenizer_model)
-    work = CheckPairs(tokenizer_model, options.resize_short, options.max_caption_tokens, load)
+    work = CheckPairs(
+        tokenizer_model, options.resize_short, options.max_caption_tokens, options.rules, load
+    )
     check_inputs(source.annotations)
     chosen = with_format(source)
     if source.format == "auto":
@@ -279,7 +285,7 @@ def preprocess_pairs(
             counts.add(result.counts)
             progress.add(result.counts.records.total())
         files = output.finish(run.source.get("inputs", "the input"))
-        manifest = pairs_manifest(output, files, run, tokenizer, counts)
+        manifest = pairs_manifest(output, files, run, tokenizer, counts, options.rules)
         output.commit(manifest)
     progress.finish(0)  # what is rejected follows, kind by kind
     for line in _summary(counts, run.output_prefix):
@@ -317,6 +323,7 @@ def pairs_manifest(
     run: Run,
     tokenizer: TokenizerLike,
     counts: PairCounts,
+    rules: ImageRules,
 ) -> DatasetManifest:
     """The manifest of finished but not yet published pairs."""
     text = output.writers["text"]
@@ -335,4 +342,6 @@ def pairs_manifest(
         vocab_size=tokenizer.size,
         unknown_tokens=output.unknown_tokens,
         caption_lengths=length_percentiles(text.staged_lengths()),
+        exif=rules.exif,
+        alpha=rules.alpha,
     )

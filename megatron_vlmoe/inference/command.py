@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.task_schema import TASKS
+from megatron_vlmoe.data.tool_options import add_image_rules
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.inputs import UnknownTextWarning
 from megatron_vlmoe.inference.loading import PRECISIONS, read_run
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
         labels=options.labels,
         batch_size=options.batch_size,
         capacity_factor=options.capacity_factor,
+        exif=options.exif,
+        alpha=options.alpha,
     )
     with warnings.catch_warnings():
         # Said once, by record.
@@ -97,6 +100,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="many: a JSON object per line, with keys named as these options; other keys are handed on",
     )
+    add_image_rules(group)
     group = parser.add_argument_group("results")
     group.add_argument("--json", action="store_true", help="one input: print a JSON object")
     group.add_argument("--output", metavar="FILE", help="write JSON lines here instead of stdout")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.finetune.predictions import class_probabilities
 from megatron_vlmoe.inference.answers import Answer, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
@@ -46,11 +47,15 @@ class VLMoE:
     Args:
         loaded: the model.
         batch_size: most items in a forward pass.
+        rules: about orientation and transparency of images.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int = 32) -> None:
+    def __init__(
+        self, loaded: LoadedModel, batch_size: int = 32, rules: ImageRules = DEFAULT_RULES
+    ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        self._rules = rules
         self._loaded = loaded
         self.batch_size = batch_size
 
@@ -65,6 +70,8 @@ class VLMoE:
         labels: str | Path | None = None,
         batch_size: int = 32,
         capacity_factor: float = 0.0,
+        exif: str = DEFAULT_RULES.exif,
+        alpha: str = DEFAULT_RULES.alpha,
     ) -> VLMoE:
         """Loads what `finetune` wrote, at whatever layout, into this process.
 
@@ -80,11 +87,17 @@ class VLMoE:
             batch_size: most items in a forward pass.
             capacity_factor: expert capacity; 0 or less drops no token, so that a result does not depend on what
                 else is in the batch. The paper evaluates with 1.0.
+            exif: "turn" turns images upright by the orientation in their EXIF, "keep" leaves them.
+            alpha: ground of transparent pixels, "white" or "black"; "drop" takes the colours under them.
 
         Raises:
             ConfigError: no such checkpoint, one of pretraining, or an argument or file that does not go with it.
             CheckpointError: a damaged checkpoint.
         """
+        try:
+            rules = ImageRules(exif, alpha)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         loaded = load_model(
             path,
             device=device,
@@ -93,7 +106,7 @@ class VLMoE:
             labels=labels,
             capacity_factor=capacity_factor,
         )
-        return cls(loaded, batch_size)
+        return cls(loaded, batch_size, rules)
 
     @property
     def task(self) -> str:
@@ -252,7 +265,9 @@ class VLMoE:
                 batch[f"{text_prefix}_ids"] = ids[part]
                 batch[f"{text_prefix}_lengths"] = lengths[part]
             if images is not None:
-                batch[f"{image_prefix}_pixels"] = pixels(images[part], config.model.image_size)
+                batch[f"{image_prefix}_pixels"] = pixels(
+                    images[part], config.model.image_size, self._rules
+                )
             found.append(self._forward(batch, len(inputs[part]) // per_sample, shape, output))
         if found:
             return np.concatenate(found)

@@ -257,6 +257,18 @@ def test_capacity_is_a_number() -> None:
         VLMoE.from_checkpoint("x", capacity_factor=float("nan"))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"exif": "rotate"}, "exif='rotate' must be turn or keep"),
+        ({"alpha": "grey"}, "alpha='grey' must be white, black or drop"),
+    ],
+)
+def test_rules_for_images_are_known_ones(option: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        VLMoE.from_checkpoint("x", **option)  # type: ignore[arg-type]
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys\nfrom megatron_vlmoe.cli import main\n"

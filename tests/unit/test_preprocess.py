@@ -22,9 +22,10 @@ from data_files import ROOT, encoded, files_of, picture, rejects_of, sentence, t
 from PIL import Image
 
 from megatron_vlmoe.data import indexed, preprocess
+from megatron_vlmoe.data.image_files import quiet_pillow
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import check_dataset, load_manifest
-from megatron_vlmoe.data.preprocess_images import checked_image, quiet_pillow
+from megatron_vlmoe.data.preprocess_images import checked_image
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
