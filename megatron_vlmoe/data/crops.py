@@ -5,6 +5,8 @@ Letters: N images of a batch, S side in pixels.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,13 @@ from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, keyed_rng
 from megatron_vlmoe.data.readers.images import read_images
-from megatron_vlmoe.data.readers.records import ImageFile, Reject
+from megatron_vlmoe.data.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    kinds_of,
+    passed_over_line,
+)
 
 _EVALUATION_IMAGES = 256
 
@@ -60,9 +68,12 @@ class FolderImages:
         self._rules = rules
         files = list(read_images((folder,)))
         self._files = [file for file in files if isinstance(file, ImageFile)]
-        rejects = [file for file in files if not isinstance(file, ImageFile)]
+        rejects = [file for file in files if isinstance(file, Reject)]
         if rejects:
             raise DataError(str(rejects[0]))
+        others = kinds_of(Counter(file for file in files if isinstance(file, PassedOver)))
+        if others:
+            print(f"{folder}: {passed_over_line(others)}", file=sys.stderr)
         if not self._files:
             raise DataError(f"{folder}: holds no images")
 

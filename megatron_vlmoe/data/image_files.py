@@ -31,6 +31,8 @@ _READ_FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "PCX"),
     *("PSD", "QOI", "SGI", "TGA"),
 )
+HEADER_BYTES = 32
+"""So much of a file tells most formats apart."""
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
 # libjpeg keeps the coefficients of a progressive JPEG, 3 bytes a pixel and more, whatever the size
@@ -146,6 +148,23 @@ def open_image_file(data: bytes) -> Image.Image:
         if brand in (b"avif", b"avis"):
             raise DataError("a damaged AVIF, or one that this Pillow does not read") from error
         raise DataError("not an image of a known format" if data else "empty file") from error
+
+
+def begins_like_image(head: bytes) -> bool:
+    """Whether a file of which these are the first `HEADER_BYTES` may be an image of a format that is read here."""
+    Image.init()
+    accepts = (Image.OPEN[name][1] for name in _READ_FORMATS if name in Image.OPEN)
+    # A format of the ISO family says which one it is too late for this; TGA has no signature.
+    return head[4:8] == b"ftyp" or any(accept(head) for accept in accepts if accept is not None)
+
+
+def is_image_data(data: bytes) -> bool:
+    """Whether the header of a file is that of an image of a format that is read here."""
+    try:
+        with quiet_pillow(), decoding_errors(), open_image_file(data):
+            return True
+    except DataError:
+        return False
 
 
 def _correct_transparency(image: Image.Image) -> None:

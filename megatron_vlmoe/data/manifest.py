@@ -86,6 +86,8 @@ class DatasetManifest:
     caption or text; else None."""
     samples: int | None = None
     """For tasks the rows of ``PREFIX_samples.arrow``; else None."""
+    passed_over: Mapping[str, int] | None = None
+    """For images how many files among them were none that is read, by suffix; else None."""
     omitted: Mapping[str, int] | None = None
     """For tasks how many good samples the task itself leaves out, for pairs how many records are of
     splits that are not wanted, by reason; else None."""

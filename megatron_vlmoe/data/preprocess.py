@@ -15,11 +15,11 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -43,11 +43,17 @@ from megatron_vlmoe.data.manifest import (
     sync_directory,
     unknown_line,
 )
-from megatron_vlmoe.data.readers.records import Reject
+from megatron_vlmoe.data.readers.records import (
+    PassedOver,
+    Reject,
+    kinds_of,
+    passed_over_line,
+)
 from megatron_vlmoe.data.task_samples import SamplesWriter
 
 OnError = Literal["stop", "skip"]
 Chunk = TypeVar("Chunk")
+Item = TypeVar("Item")
 Chunk_contra = TypeVar("Chunk_contra", contravariant=True)
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -268,7 +274,13 @@ def record_counts(kept: int, rejected: int) -> dict[str, dict[str, int]]:
 
 
 class RejectLog:
-    """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``."""
+    """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``.
+
+    Attributes:
+        count: rejects.
+        first: the first of them.
+        passed_over: files among images that are none, by where and what they are; they stop nothing.
+    """
 
     def __init__(self, prefix: str, on_error: OnError) -> None:
         self._on_error = on_error
@@ -277,6 +289,15 @@ class RejectLog:
         self._file: IO[str] | None = None
         self.count = 0
         self.first: Reject | None = None
+        self.passed_over: Counter[PassedOver] = Counter()
+
+    def without_passed_over(self, items: Iterable[Item | PassedOver]) -> Iterator[Item]:
+        """The items, but for what is passed over: that is counted."""
+        for item in items:
+            if isinstance(item, PassedOver):
+                self.passed_over[item] += 1
+            else:
+                yield item
 
     def add(self, rejects: Sequence[Reject]) -> None:
         """Takes rejects in order. Raises DataError if the run is to stop at errors."""
@@ -286,16 +307,22 @@ class RejectLog:
             self.first = self.first or reject
             self.count += 1
             names = ("source", "record", "reason", "unit")
-            line = {name: getattr(reject, name) for name in names}
-            try:
-                if self._file is None:
-                    self._file = open(self._temporary, "w", encoding="ascii")
-                self._file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise DataError(f"{self._path}: {error.strerror}") from error
+            self._write({name: getattr(reject, name) for name in names})
+
+    def _write(self, line: Mapping[str, str]) -> None:
+        try:
+            if self._file is None:
+                self._file = open(self._temporary, "w", encoding="ascii")
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror}") from error
 
     def finish(self) -> None:
-        """Syncs the file. Raises DataError if the disk is full."""
+        """Adds what was passed over, and syncs the file. Raises DataError if the disk is full."""
+        for item, count in sorted(self.passed_over.items(), key=lambda one: astuple(one[0])):
+            reason = f"passed over: {item.kind} {count}"
+            line = {"source": item.source, "record": "", "reason": reason, "unit": "files"}
+            self._write(line)
         if self._file is None:
             return
         try:
@@ -370,6 +397,8 @@ class DatasetOutput:
         if not any(writer.num_documents for writer in self.writers.values()):
             first = f" ({self.rejects.count} rejected; the first: {self.rejects.first})"
             names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
+            if self.rejects.passed_over:
+                names = f"{names} ({passed_over_line(kinds_of(self.rejects.passed_over))})"
             raise DataError(f"no usable record in {names}{first if self.rejects.first else ''}")
         self.rejects.finish()
         records = {

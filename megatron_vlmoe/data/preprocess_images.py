@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +36,7 @@ from megatron_vlmoe.data.preprocess import (
     record_counts,
 )
 from megatron_vlmoe.data.readers.images import read_images
-from megatron_vlmoe.data.readers.records import ImageFile, Reject
+from megatron_vlmoe.data.readers.records import ImageFile, Reject, kinds_of, passed_over_line
 
 _KEPT_FORMATS = frozenset({"JPEG", "PNG", "WEBP"})
 _KEPT_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
@@ -209,7 +210,10 @@ def preprocess_images(
     """
     progress = Progress("images")
     with DatasetOutput(run.output_prefix, "images", [np.uint8], run.on_error) as output:
-        chunks = chunked(read_images(inputs), _CHUNK)
+        found: Iterator[ImageFile | Reject] = output.rejects.without_passed_over(
+            read_images(inputs)
+        )
+        chunks = chunked(found, _CHUNK)
         for result in ordered_map(CheckImages(resize_short, rules), chunks, run.workers):
             output.rejects.add(result.rejects)
             add_images(output, result.images)
@@ -226,9 +230,12 @@ def preprocess_images(
             source=run.source,
             rejects=output.rejects.count,
             counts=record_counts(writer.num_documents, output.rejects.count),
+            passed_over=kinds_of(output.rejects.passed_over),
             exif=rules.exif,
             alpha=rules.alpha,
         )
         output.commit(manifest)
     progress.finish(manifest.rejects, manifest.documents)
+    if manifest.passed_over:
+        print(f"images: {passed_over_line(manifest.passed_over)}", file=sys.stderr)
     return manifest

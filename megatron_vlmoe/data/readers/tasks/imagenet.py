@@ -17,9 +17,17 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.readers.images import read_images
-from megatron_vlmoe.data.readers.records import ImageFile, Reject, check_inputs, is_image
+from megatron_vlmoe.data.readers.images import as_image, read_images
+from megatron_vlmoe.data.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    check_inputs,
+    is_side_file,
+    is_tar,
+)
 from megatron_vlmoe.data.readers.tasks.records import (
+    Omitted,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -93,7 +101,7 @@ class ImageNetSource:
                 "--splits train does without"
             )
         if self._val_labels is not None:
-            return self._flat_samples(_flat_images(self._val), self._val_labels)
+            return self._flat_samples(self._val_labels)
         folders = _class_folders(self._val)
         if not folders:
             raise DataError(
@@ -111,17 +119,21 @@ class ImageNetSource:
                 continue
             empty = True
             for item in self._share(wnid, read_images((folder,)), split):
-                empty = False
+                empty = empty and isinstance(item, PassedOver)
                 if isinstance(item, Reject):
                     yield item
+                elif isinstance(item, PassedOver):
+                    yield Omitted(f"passed over: {item.kind}")
                 elif isinstance(item, ImageFile):
+                    if is_tar(folder) and is_tar(item.record.partition("/")[0]):
+                        raise DataError(f"{folder}: a tar of tars: unpack it into {self._train}")
                     yield self._sample(item, f"{wnid}/{item.record}", wnid)
             if empty:
                 yield Reject(folder, "", "no image in it")
 
     def _share(
-        self, wnid: str, images: Iterator[ImageFile | Reject], split: str
-    ) -> Iterator[ImageFile | Reject | None]:
+        self, wnid: str, images: Iterator[ImageFile | Reject | PassedOver], split: str
+    ) -> Iterator[ImageFile | Reject | PassedOver | None]:
         """The images of a class, with None for those of the other split."""
         fraction = self._source.val_fraction
         if not fraction:
@@ -132,16 +144,19 @@ class ImageNetSource:
         count = min(int(fraction * len(names) + 0.5), max(len(names) - 1, 0))
         keys = chosen([f"{wnid}/{name}" for name in names], count, self._source.seed)
         for item in found:
-            if isinstance(item, Reject):
+            if not isinstance(item, ImageFile):
                 yield item if split == "train" else None
             else:
                 held_out = f"{wnid}/{item.record}" in keys
                 yield item if held_out == (split == "val") else None
 
-    def _flat_samples(
-        self, images: list[str], classes: Mapping[str, str] | list[str]
-    ) -> SampleStream:
+    def _flat_samples(self, classes: Mapping[str, str] | list[str]) -> SampleStream:
         given = self._val_labels_file
+        found = [as_image(file, file.record) for file in _flat_files(self._val)]
+        images = [file.record for file in found if isinstance(file, ImageFile)]
+        yield from (item for item in found if isinstance(item, Reject))
+        others = (item.kind for item in found if isinstance(item, PassedOver))
+        yield from (Omitted(f"passed over: {kind}") for kind in others)
         if isinstance(classes, list) and len(classes) != len(images):
             raise DataError(
                 f"{given}: {len(classes)} classes for {len(images)} images in {self._val}"
@@ -168,7 +183,7 @@ def _class_folders(folder: str) -> dict[str, str]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_side_file(entry.name):
                     continue
                 if entry.is_dir():
                     folders[entry.name] = entry.path
@@ -180,11 +195,14 @@ def _class_folders(folder: str) -> dict[str, str]:
     return dict(sorted((tars | folders).items()))
 
 
-def _flat_images(folder: str) -> list[str]:
+def _flat_files(folder: str) -> list[ImageFile]:
+    """The files of a folder by name, but for side files. Raises DataError."""
     try:
-        return sorted(name for name in os.listdir(folder) if is_image(name))
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_file() and not is_side_file(e.name)]
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}") from error
+    return [ImageFile(folder, name, os.path.join(folder, name)) for name in sorted(names)]
 
 
 def _text_lines(path: str) -> list[str]:
