@@ -1,9 +1,11 @@
 """Lists of captioned images as people hold them: which picture a caption gets, splits, layouts, counts."""
 
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +459,19 @@ def test_files_of_another_kind_are_named(
         read(format, str(path), images=str(tmp_path))
 
 
+def test_pipes_are_read_once_or_refused(tmp_path: Path) -> None:
+    files(tmp_path, "a.jpg")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    row = '{"image": "a.jpg", "caption": "x"}\n'
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_text, row)
+        assert read("jsonl", str(pipe), images=str(tmp_path)) == ([("a.jpg", ["x"])], [])
+    for format in ("auto", "sbu"):
+        with pytest.raises(DataError, match="pipe: is no regular file"):
+            read(format, str(pipe), images=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -501,8 +516,8 @@ def test_counts_add_up(
     arguments += [str(tmp_path), "--output-prefix", str(out), "--tokenizer-model", tiny_tokenizer]
     assert tool("preprocess_pairs")([*arguments, "--on-error", "skip"]) == 0
     shown = capfd.readouterr().err.splitlines()
-    assert shown[0] == "pairs: read as --format jsonl"
-    assert shown[1].startswith("pairs: 10 records in ")
+    assert shown[0].startswith("pairs: 10 records in ")
+    assert shown[1] == "pairs: read as --format jsonl"
     assert shown[2:] == [
         "pairs: 10 records: 3 kept, 6 rejected, 1 left out (1 of split test; choose with --split)",
         "pairs: 5 images: 2 kept, 3 rejected",

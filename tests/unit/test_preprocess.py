@@ -121,12 +121,13 @@ def test_bad_text_is_skipped_and_listed(
     path.write_bytes(b"\n".join([b'{"text": "a star"}', *(line for line, _ in BAD_LINES)]))
     main = tool("preprocess_text")
     assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
-    assert "8 rejected" in capfd.readouterr().err
+    assert "records/s, 1 kept, 8 rejected" in capfd.readouterr().err
     found = rejects_of(out)
     assert [record for record, _ in found] == [f"line {i}" for i in range(2, 10)]
     for (_, reason), (_, expected) in zip(found, BAD_LINES, strict=True):
         assert expected in reason
     assert load_manifest(out).rejects == 8 and load_manifest(out).documents == 1
+    assert load_manifest(out).counts == {"records": {"read": 9, "kept": 1, "rejected": 8}}
     write_texts(path, 2)
     assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
     assert not Path(f"{out}.rejects.jsonl").exists()  # that of the earlier run
@@ -353,6 +354,7 @@ def test_images_tool(tmp_path: Path, out: Path, capfd: pytest.CaptureFixture[str
     assert [record for record, _ in rejects_of(out)] == [f"n1/c{i}.jpg" for i in range(5)]
     for (_, reason), (_, expected) in zip(rejects_of(out), BAD_IMAGES, strict=True):
         assert reason.startswith(expected)
+    assert load_manifest(out).counts == {"records": {"read": 8, "kept": 3, "rejected": 5}}
     assert load_manifest(out).rejects == 5 and load_manifest(out).files == manifest.files
     capfd.readouterr()
     other = out.with_name("other")

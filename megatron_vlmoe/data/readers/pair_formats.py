@@ -52,6 +52,10 @@ FORMATS_WITHOUT_LISTS = ("webdataset", "files")
 """Formats that need no annotation file."""
 
 
+_READ_ONCE = ("coco", "karpathy", "visual-genome", "albef", "jsonl", "csv")
+"""Formats of which a file may be a pipe."""
+
+
 def with_format(source: PairInput) -> PairInput:
     """The options with a format that is known.
 
@@ -81,7 +85,10 @@ def with_format(source: PairInput) -> PairInput:
 
 def _check_container(format: str, path: str) -> None:
     """Raises DataError if a file is of a kind that the format never is."""
-    if os.path.isdir(path):
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        if format not in _READ_ONCE:
+            raise DataError(f"{path}: is no regular file, which --format {format} needs")
+    elif os.path.isdir(path):
         if format not in FORMATS_WITHOUT_LISTS:
             raise DataError(f"{path}: is a folder; --format {format} reads files: name those in it")
     elif is_tar(path) and format != "webdataset":
@@ -96,6 +103,8 @@ def _format_of(source: PairInput, path: str) -> str:
     """The format of an input by what it holds. Raises DataError naming that if none is known."""
     if os.path.isdir(path):
         return _format_of_folder(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: is no regular file: give its --format")
     if is_tar(path):
         return "webdataset"
     table = table_format(path)
