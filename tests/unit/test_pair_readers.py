@@ -171,7 +171,8 @@ def test_a_missing_picture_is_a_reject_in_every_layout(tmp_path: Path, layout: s
 def test_splits_are_taken_or_refused(tmp_path: Path, layout: str) -> None:
     files(tmp_path, "a.jpg")
     path = list_of(layout, tmp_path, [("a.jpg", "x")]) if layout in LAYOUTS else str(tmp_path)
-    with pytest.raises(DataError, match="split"):
+    message = "--split means nothing|no column 'split'|no image of split test"
+    with pytest.raises(DataError, match=message):
         read(layout, path, images=str(tmp_path), splits=("test",))
 
 
@@ -395,6 +396,7 @@ def test_files_of_img2dataset(tmp_path: Path) -> None:
     written(root / "000000000.json", {"caption": "not this", "status": "success"})
     written(root / "000000001.json", {"caption": "two", "status": "success"})
     written(root / "000000003.txt", "three")
+    files(tmp_path, "00000/000000004.jpg", "00000/000000004.a.txt", "00000/000000004.b.txt")
     written(tmp_path / "00000_stats.json", {"count": 4})
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     good, bad = read("auto", str(tmp_path))
@@ -403,7 +405,12 @@ def test_files_of_img2dataset(tmp_path: Path) -> None:
         ("00000/000000001.jpg", ["two"]),
         ("00000/000000002.jpg", []),  # has no caption, which is found with the other bad ones
     ]
-    assert bad == [("00000/000000003", "0 images in the sample, not 1")]
+    assert bad == [
+        ("00000/000000003", "0 images in the sample, not 1"),
+        ("00000/000000004", "00000/000000004.b.txt: a second .txt in the sample"),
+    ]
+    good, _ = read("files", str(tmp_path), caption_key="caption")
+    assert good[0] == ("00000/000000000.jpg", ["not this"])
     assert list(read_pairs(PairInput("files", (), str(tmp_path))))
 
 
@@ -475,11 +482,30 @@ def test_pipes_are_read_once_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--format coco --annotations x --split train", "--split: --format coco names no splits"),
-        ("--format webdataset --images x --split train", "--split: --format webdataset names no"),
-        ("--format sbu", "--format sbu needs --annotations"),
-        ("--format csv --annotations x --separator ab", "--separator: one character"),
-        ("--format jsonl --annotations x --separator ,", "--separator: one character"),
+        ("--format coco --annotations x --split train", "--split means nothing with --format coco"),
+        ("--format webdataset --images x --split train", "--split means nothing with --format web"),
+        (
+            "--format karpathy --annotations x --split-key s",
+            "--split-key means nothing with --form",
+        ),
+        (
+            "--format sbu --annotations x --image-key i",
+            "--image-key means nothing with --format sbu",
+        ),
+        (
+            "--format coco --annotations x --caption-key c",
+            "--caption-key means nothing with --format",
+        ),
+        (
+            "--format jsonl --annotations x --separator ,",
+            "--separator means nothing with --format js",
+        ),
+        ("--format csv --annotations x --separator ab", "--separator 'ab': is not one character"),
+        ("--format sbu --images x", "--format sbu needs --annotations"),
+        (
+            "--format files --annotations x --images y",
+            "--format files needs either --annotations or",
+        ),
         ("", "neither --annotations nor --images is given"),
     ],
 )

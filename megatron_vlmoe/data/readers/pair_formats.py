@@ -20,7 +20,7 @@ from megatron_vlmoe.data.readers.pair_tables import (
     read_object_list,
     read_table_pairs,
 )
-from megatron_vlmoe.data.readers.pairs import PairInput, PairReader, load_json
+from megatron_vlmoe.data.readers.pairs import SPLIT_KEY, PairInput, PairReader, load_json
 from megatron_vlmoe.data.readers.parquet import table_format
 from megatron_vlmoe.data.readers.path_captions import first_character, is_url, read_path_captions
 from megatron_vlmoe.data.readers.records import Reject, is_image, is_tar, walk_files
@@ -45,7 +45,10 @@ PAIR_READERS: Mapping[str, PairReader] = {
 }
 """Readers by the value of ``--format``."""
 
-FORMATS_WITH_SPLITS = ("karpathy", "albef", "jsonl", "csv", "parquet", "arrow")
+FORMATS_WITH_KEYS = ("albef", "jsonl", "csv", "parquet", "arrow")
+"""Formats whose records have keys or columns."""
+
+FORMATS_WITH_SPLITS = ("karpathy", *FORMATS_WITH_KEYS)
 """Formats whose records may name their split."""
 
 FORMATS_WITHOUT_LISTS = ("webdataset", "files")
@@ -69,18 +72,36 @@ def with_format(source: PairInput) -> PairInput:
             names = ", ".join(f"{path} is {kind}" for path, kind in found.items())
             raise DataError(f"files of one format at a time: {names or 'none is given'}")
         source = dataclasses.replace(source, format=next(iter(found.values())))
-    if source.format not in PAIR_READERS:
-        raise DataError(f"unknown format {source.format!r}: one of auto, {', '.join(PAIR_READERS)}")
-    if source.splits is not None and source.format not in FORMATS_WITH_SPLITS:
-        raise DataError(
-            f"--split: records of --format {source.format} name no split; "
-            f"those of {', '.join(FORMATS_WITH_SPLITS)} may"
-        )
+    check_options(source)
     for path in source.annotations:
         _check_container(source.format, path)
-    if not source.annotations and source.format not in FORMATS_WITHOUT_LISTS:
-        raise DataError(f"--format {source.format} needs --annotations")
     return source
+
+
+def check_options(source: PairInput) -> None:
+    """Raises DataError for an unknown format, and for options that mean nothing in a known one."""
+    format = source.format
+    if format not in PAIR_READERS:
+        raise DataError(f"unknown format {format!r}: one of auto, {', '.join(PAIR_READERS)}")
+    for option, value, formats in (
+        ("--split", source.splits, FORMATS_WITH_SPLITS),
+        ("--split-key", source.split_key != SPLIT_KEY, FORMATS_WITH_KEYS),
+        ("--image-key", source.image_key, FORMATS_WITH_KEYS),
+        ("--caption-key", source.caption_key, (*FORMATS_WITH_KEYS, *FORMATS_WITHOUT_LISTS)),
+        ("--separator", source.separator, ("csv", "flickr30k")),
+    ):
+        if value and format not in formats:
+            raise DataError(
+                f"{option} means nothing with --format {format}, only with {', '.join(formats)}"
+            )
+    if source.separator is not None and len(source.separator) != 1:
+        raise DataError(f"--separator {source.separator!r}: is not one character")
+    if format not in FORMATS_WITHOUT_LISTS and not source.annotations:
+        raise DataError(f"--format {format} needs --annotations")
+    if format in FORMATS_WITHOUT_LISTS and bool(source.annotations) == (source.images is not None):
+        raise DataError(
+            f"--format {format} needs either --annotations or --images, the files or folders"
+        )
 
 
 def _check_container(format: str, path: str) -> None:
