@@ -22,5 +22,7 @@ for SPLIT in train val; do
         pairs "cc3m_$SPLIT" --format cc3m --annotations "$LIST" --images "$RAW/cc3m/images_$SPLIT"
     elif [ "$SPLIT" = train ]; then
         die "none of $RAW/cc3m/train_annot.json, $RAW/cc3m/Train_GCC-*.tsv and $RAW/cc3m/train/*.tar is there"
+    else
+        echo "cc3m: no validation part: none of $RAW/cc3m/val_annot.json, $RAW/cc3m/Validation_GCC-*.tsv and $RAW/cc3m/val/*.tar is there"
     fi
 done

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -414,6 +415,17 @@ def test_files_of_img2dataset(tmp_path: Path) -> None:
     assert list(read_pairs(PairInput("files", (), str(tmp_path))))
 
 
+def test_folders_are_known_by_their_files(tmp_path: Path) -> None:
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="name the .parquet files in it"):
+        read("auto", str(tmp_path))
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        for name in ("0.jpg", "0.txt"):
+            archive.addfile(tarfile.TarInfo(name))
+    items = list(read_pairs(PairInput("auto", (), str(tmp_path))))
+    assert [item.record for item in items if isinstance(item, CaptionedImage)] == ["0"]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_tables_of_hugging_face(tmp_path: Path, kind: str) -> None:
     columns = {
@@ -454,6 +466,7 @@ def test_what_is_not_recognised_is_named(tmp_path: Path, content: object, messag
         ("csv", "list", b"PAR1", "list: is a table, which --format parquet or arrow reads"),
         ("coco", "list.tar", b"", "list.tar: is a tar, which --format webdataset reads"),
         ("parquet", ".", b"", ": is a folder; --format parquet reads files"),
+        ("auto", ".", b"", ": has neither tars nor images with a .txt or .json of their name"),
     ],
 )
 def test_files_of_another_kind_are_named(

@@ -185,17 +185,19 @@ def _has_caption(source: PairInput, entry: dict[str, Any]) -> bool:
 
 
 def _format_of_folder(folder: str) -> str:
-    captions, images = set[str](), set[str]()
+    captions, images, tables = set[str](), set[str](), ""
     for file in walk_files(folder):
         stem, suffix = os.path.splitext(file)
         if is_tar(file):
             return "webdataset"
-        if suffix in (".parquet", ".arrow") and not images:
-            raise DataError(f"{folder}: name the {suffix} files in it that are to be read")
+        # Beside its samples img2dataset leaves tables of them.
+        tables = tables or (suffix if suffix in (".parquet", ".arrow") else "")
         images |= {stem} if is_image(file) else set()
         captions |= {stem} if suffix in (".txt", ".json") else set()
         if images & captions:
             return "files"
+    if tables:
+        raise DataError(f"{folder}: name the {tables} files in it that are to be read")
     raise DataError(f"{folder}: has neither tars nor images with a .txt or .json of their name")
 
 
