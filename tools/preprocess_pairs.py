@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.preprocess import positive_int, run_tool
 from megatron_vlmoe.data.preprocess_pairs import (
@@ -21,11 +22,12 @@ from megatron_vlmoe.data.preprocess_pairs import (
     preprocess_pairs,
 )
 from megatron_vlmoe.data.readers.pair_formats import (
+    FORMATS_WITH_KEYS,
     FORMATS_WITH_SPLITS,
-    FORMATS_WITHOUT_LISTS,
     PAIR_READERS,
+    check_options,
 )
-from megatron_vlmoe.data.readers.pairs import PairInput
+from megatron_vlmoe.data.readers.pairs import SPLIT_KEY, PairInput
 from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
 
 
@@ -48,7 +50,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="annotation files; for webdataset tars or folders of tars, for files folders",
     )
     parser.add_argument("--images", metavar="DIR", help="folder of the images")
-    keyed = "albef, jsonl, csv, parquet, arrow"
+    keyed = ", ".join(FORMATS_WITH_KEYS)
     parser.add_argument(
         "--split",
         nargs="+",
@@ -57,7 +59,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "(train restval)",
     )
     parser.add_argument(
-        "--split-key", default="split", metavar="K", help=f"{keyed}: key of the split (%(default)s)"
+        "--split-key",
+        default=SPLIT_KEY,
+        metavar="K",
+        help=f"{keyed}: key of the split (%(default)s)",
     )
     parser.add_argument("--image-key", metavar="K", help=f"{keyed}: key or column of the image")
     parser.add_argument(
@@ -82,27 +87,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_image_rules(parser)
     options = parser.parse_args(argv)
-    if not options.annotations and options.format not in ("auto", *FORMATS_WITHOUT_LISTS):
-        parser.error(f"--format {options.format} needs --annotations")
     if not options.annotations and options.images is None:
         parser.error("neither --annotations nor --images is given")
-    if options.split and options.format not in ("auto", *FORMATS_WITH_SPLITS):
-        parser.error(
-            f"--split: --format {options.format} names no splits "
-            f"(only {', '.join(FORMATS_WITH_SPLITS)} may)"
-        )
-    if options.separator is not None:
-        options.separator = options.separator.replace("\\t", "\t")
-        if options.format not in ("auto", "csv", "flickr30k") or len(options.separator) != 1:
-            parser.error("--separator: one character, with --format csv")
+    if options.format != "auto":
+        try:
+            check_options(input_of(options))
+        except DataError as error:
+            parser.error(str(error))
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Preprocesses; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    options = parse_arguments(arguments)
-    source = PairInput(
+def input_of(options: argparse.Namespace) -> PairInput:
+    """Which files to read, and how."""
+    return PairInput(
         options.format,
         tuple(options.annotations),
         options.images,
@@ -110,13 +107,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.image_key,
         options.caption_key,
         options.split_key,
-        options.separator,
+        None if options.separator is None else options.separator.replace("\\t", "\t"),
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Preprocesses; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = parse_arguments(arguments)
     inputs = [*options.annotations, *([options.images] if options.images else [])]
     run = run_of(options, "preprocess_pairs.py", arguments, inputs)
     rules = ImageRules(options.exif, options.alpha)
     store = PairOptions(options.resize_short, options.max_caption_tokens, rules)
-    return run_tool(lambda: preprocess_pairs(source, options.tokenizer_model, run, store))
+    return run_tool(
+        lambda: preprocess_pairs(input_of(options), options.tokenizer_model, run, store)
+    )
 
 
 if __name__ == "__main__":

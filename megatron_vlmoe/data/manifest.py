@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_vlmoe.data.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
 
 DATASET_PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("text_document",),
@@ -71,9 +72,6 @@ class DatasetManifest:
     """``command`` and ``inputs`` as they were given."""
     rejects: int = 0
     """Lines of ``PREFIX.rejects.jsonl``: what was left out as bad."""
-    counts: Mapping[str, Mapping[str, int]] | None = None
-    """For records, and of pairs also for images and captions, how many were ``read`` and what became
-    of them: the other numbers sum to it. None: not counted."""
     tokenizer_fingerprint: str | None = None
     """`TextTokenizer.fingerprint` of the tokenizer that made the ids; None for images."""
     vocab_size: int | None = None
@@ -86,6 +84,9 @@ class DatasetManifest:
     caption or text; else None."""
     samples: int | None = None
     """For tasks the rows of ``PREFIX_samples.arrow``; else None."""
+    counts: Mapping[str, Mapping[str, int]] | None = None
+    """For records, and of pairs also for images and captions, how many were ``read`` and what became
+    of them: the other numbers sum to it. None: not counted."""
     passed_over: Mapping[str, int] | None = None
     """For images how many files among them were none that is read, by suffix; else None."""
     omitted: Mapping[str, int] | None = None

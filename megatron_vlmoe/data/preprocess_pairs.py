@@ -266,8 +266,6 @@ def preprocess_pairs(
     )
     check_inputs(source.annotations)
     chosen = with_format(source)
-    if source.format == "auto":
-        print(f"pairs: read as --format {chosen.format}", file=sys.stderr)
     progress, counts = Progress("pairs"), PairCounts()
     dtype = token_dtype(tokenizer.size)
     with DatasetOutput(run.output_prefix, "pairs", [np.uint8, dtype], run.on_error) as output:
@@ -288,6 +286,8 @@ def preprocess_pairs(
         manifest = pairs_manifest(output, files, run, tokenizer, counts, options.rules)
         output.commit(manifest)
     progress.finish(0)  # what is rejected follows, kind by kind
+    if source.format == "auto":
+        print(f"pairs: read as --format {chosen.format}", file=sys.stderr)
     for line in _summary(counts, run.output_prefix):
         print(f"pairs: {line}", file=sys.stderr)
     report_unknown("pairs", manifest)
@@ -313,7 +313,8 @@ def _summary(counts: PairCounts, prefix: str) -> list[str]:
         units = ", ".join(
             f"{count} {unit}{'s' * (count > 1)}" for unit, count in sorted(counts.listed.items())
         )
-        lines.append(f"{counts.listed.total()} lines in {rejects_path(prefix)}: {units}")
+        total = counts.listed.total()
+        lines.append(f"{total} line{'s' * (total > 1)} in {rejects_path(prefix)}: {units}")
     return lines
 
 

@@ -1,9 +1,12 @@
 """Lists of captioned images as people hold them: which picture a caption gets, splits, layouts, counts."""
 
 import json
+import os
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +172,8 @@ def test_a_missing_picture_is_a_reject_in_every_layout(tmp_path: Path, layout: s
 def test_splits_are_taken_or_refused(tmp_path: Path, layout: str) -> None:
     files(tmp_path, "a.jpg")
     path = list_of(layout, tmp_path, [("a.jpg", "x")]) if layout in LAYOUTS else str(tmp_path)
-    with pytest.raises(DataError, match="split"):
+    message = "--split means nothing|no column 'split'|no image of split test"
+    with pytest.raises(DataError, match=message):
         read(layout, path, images=str(tmp_path), splits=("test",))
 
 
@@ -393,6 +397,7 @@ def test_files_of_img2dataset(tmp_path: Path) -> None:
     written(root / "000000000.json", {"caption": "not this", "status": "success"})
     written(root / "000000001.json", {"caption": "two", "status": "success"})
     written(root / "000000003.txt", "three")
+    files(tmp_path, "00000/000000004.jpg", "00000/000000004.a.txt", "00000/000000004.b.txt")
     written(tmp_path / "00000_stats.json", {"count": 4})
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     good, bad = read("auto", str(tmp_path))
@@ -401,8 +406,24 @@ def test_files_of_img2dataset(tmp_path: Path) -> None:
         ("00000/000000001.jpg", ["two"]),
         ("00000/000000002.jpg", []),  # has no caption, which is found with the other bad ones
     ]
-    assert bad == [("00000/000000003", "0 images in the sample, not 1")]
+    assert bad == [
+        ("00000/000000003", "0 images in the sample, not 1"),
+        ("00000/000000004", "00000/000000004.b.txt: a second .txt in the sample"),
+    ]
+    good, _ = read("files", str(tmp_path), caption_key="caption")
+    assert good[0] == ("00000/000000000.jpg", ["not this"])
     assert list(read_pairs(PairInput("files", (), str(tmp_path))))
+
+
+def test_folders_are_known_by_their_files(tmp_path: Path) -> None:
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="name the .parquet files in it"):
+        read("auto", str(tmp_path))
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        for name in ("0.jpg", "0.txt"):
+            archive.addfile(tarfile.TarInfo(name))
+    items = list(read_pairs(PairInput("auto", (), str(tmp_path))))
+    assert [item.record for item in items if isinstance(item, CaptionedImage)] == ["0"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -445,6 +466,7 @@ def test_what_is_not_recognised_is_named(tmp_path: Path, content: object, messag
         ("csv", "list", b"PAR1", "list: is a table, which --format parquet or arrow reads"),
         ("coco", "list.tar", b"", "list.tar: is a tar, which --format webdataset reads"),
         ("parquet", ".", b"", ": is a folder; --format parquet reads files"),
+        ("auto", ".", b"", ": has neither tars nor images with a .txt or .json of their name"),
     ],
 )
 def test_files_of_another_kind_are_named(
@@ -457,14 +479,46 @@ def test_files_of_another_kind_are_named(
         read(format, str(path), images=str(tmp_path))
 
 
+def test_pipes_are_read_once_or_refused(tmp_path: Path) -> None:
+    files(tmp_path, "a.jpg")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    row = '{"image": "a.jpg", "caption": "x"}\n'
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_text, row)
+        assert read("jsonl", str(pipe), images=str(tmp_path)) == ([("a.jpg", ["x"])], [])
+    for format in ("auto", "sbu"):
+        with pytest.raises(DataError, match="pipe: is no regular file"):
+            read(format, str(pipe), images=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--format coco --annotations x --split train", "--split: --format coco names no splits"),
-        ("--format webdataset --images x --split train", "--split: --format webdataset names no"),
-        ("--format sbu", "--format sbu needs --annotations"),
-        ("--format csv --annotations x --separator ab", "--separator: one character"),
-        ("--format jsonl --annotations x --separator ,", "--separator: one character"),
+        ("--format coco --annotations x --split train", "--split means nothing with --format coco"),
+        ("--format webdataset --images x --split train", "--split means nothing with --format web"),
+        (
+            "--format karpathy --annotations x --split-key s",
+            "--split-key means nothing with --form",
+        ),
+        (
+            "--format sbu --annotations x --image-key i",
+            "--image-key means nothing with --format sbu",
+        ),
+        (
+            "--format coco --annotations x --caption-key c",
+            "--caption-key means nothing with --format",
+        ),
+        (
+            "--format jsonl --annotations x --separator ,",
+            "--separator means nothing with --format js",
+        ),
+        ("--format csv --annotations x --separator ab", "--separator 'ab': is not one character"),
+        ("--format sbu --images x", "--format sbu needs --annotations"),
+        (
+            "--format files --annotations x --images y",
+            "--format files needs either --annotations or",
+        ),
         ("", "neither --annotations nor --images is given"),
     ],
 )
@@ -501,13 +555,14 @@ def test_counts_add_up(
     arguments += [str(tmp_path), "--output-prefix", str(out), "--tokenizer-model", tiny_tokenizer]
     assert tool("preprocess_pairs")([*arguments, "--on-error", "skip"]) == 0
     shown = capfd.readouterr().err.splitlines()
-    assert shown[0] == "pairs: read as --format jsonl"
-    assert shown[1].startswith("pairs: 10 records in ")
+    assert shown[0].startswith("pairs: 10 records in ")
+    assert shown[1] == "pairs: read as --format jsonl"
     assert shown[2:] == [
         "pairs: 10 records: 3 kept, 6 rejected, 1 left out (1 of split test; choose with --split)",
         "pairs: 5 images: 2 kept, 3 rejected",
         "pairs: 8 captions: 3 kept, 1 rejected, 4 lost with their image",
         f"pairs: 5 lines in {out}.rejects.jsonl: 1 caption, 3 images, 1 record",
+        "pairs: 0 of 7 tokens are unknown to the tokenizer (0.00%)",
     ]
     manifest = load_manifest(out)
     assert (manifest.documents, manifest.sequences, manifest.rejects) == (2, 3, 5)
@@ -543,5 +598,6 @@ def test_visual_genome_counts_phrases_as_captions(
         "pairs: 5 images: 4 kept, 1 rejected",
         "pairs: 15 captions: 4 kept, 8 rejected, 3 lost with their image",
         f"pairs: 9 lines in {out}.rejects.jsonl: 8 captions, 1 image",
+        "pairs: 0 of 16 tokens are unknown to the tokenizer (0.00%)",
     ]
     assert rejects_of(out)[1] == ("image 1, region 11", "empty caption")

@@ -122,12 +122,13 @@ def test_bad_text_is_skipped_and_listed(
     path.write_bytes(b"\n".join([b'{"text": "a star"}', *(line for line, _ in BAD_LINES)]))
     main = tool("preprocess_text")
     assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
-    assert "8 rejected" in capfd.readouterr().err
+    assert "records/s, 1 kept, 8 rejected" in capfd.readouterr().err
     found = rejects_of(out)
     assert [record for record, _ in found] == [f"line {i}" for i in range(2, 10)]
     for (_, reason), (_, expected) in zip(found, BAD_LINES, strict=True):
         assert expected in reason
     assert load_manifest(out).rejects == 8 and load_manifest(out).documents == 1
+    assert load_manifest(out).counts == {"records": {"read": 9, "kept": 1, "rejected": 8}}
     write_texts(path, 2)
     assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
     assert not Path(f"{out}.rejects.jsonl").exists()  # that of the earlier run
@@ -354,6 +355,7 @@ def test_images_tool(tmp_path: Path, out: Path, capfd: pytest.CaptureFixture[str
     assert [record for record, _ in rejects_of(out)] == [f"n1/c{i}.jpg" for i in range(5)]
     for (_, reason), (_, expected) in zip(rejects_of(out), BAD_IMAGES, strict=True):
         assert reason.startswith(expected)
+    assert load_manifest(out).counts == {"records": {"read": 8, "kept": 3, "rejected": 5}}
     assert load_manifest(out).rejects == 5 and load_manifest(out).files == manifest.files
     capfd.readouterr()
     other = out.with_name("other")
@@ -568,8 +570,7 @@ def test_unknown_captions_go_alone(tmp_path: Path, out: Path, model: str) -> Non
     assert (manifest.documents, manifest.sequences, manifest.unknown_tokens) == (1, 1, 1)
     assert rejects_of(out) == [
         ("line 1, caption 0", "caption without a word that the tokenizer knows"),
-        ("line 2, caption 0", "caption without a word that the tokenizer knows"),
-        ("line 2", "no usable caption"),
+        ("line 2", "no usable caption: caption without a word that the tokenizer knows"),
     ]
 
 

@@ -20,7 +20,7 @@ from megatron_vlmoe.data.readers import text as text_reader
 from megatron_vlmoe.data.readers.images import read_images
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
 from megatron_vlmoe.data.readers.parquet import column_names, read_columns
-from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, Reject
+from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, PassedOver, Reject
 from megatron_vlmoe.data.readers.text import TextInput, read_text
 
 
@@ -146,6 +146,7 @@ def images(*paths: Path) -> list[tuple[str, bytes] | Reject]:
     return [
         (item.record, item.read()) if isinstance(item, ImageFile) else item
         for item in read_images(tuple(map(str, paths)))
+        if not isinstance(item, PassedOver)
     ]
 
 

@@ -80,10 +80,14 @@ class ImageFinder:
         return found
 
     @cached_property
-    def _folders(self) -> dict[str, Parts]:
-        """All folders that hold a file, with their parts below the image folder."""
-        found = dict.fromkeys(os.path.dirname(file) for file in walk_files(self._folder))
-        return {folder: _parts(os.path.relpath(folder, self._folder)) for folder in found}
+    def _folders_by_name(self) -> dict[str, list[tuple[str, Parts]]]:
+        """The folders that hold a file, with their parts below the image folder."""
+        found: dict[str, list[tuple[str, Parts]]] = {}
+        for folder in dict.fromkeys(os.path.dirname(file) for file in walk_files(self._folder)):
+            relative = _parts(os.path.relpath(folder, self._folder))
+            name = (self._root + relative or ("",))[-1]
+            found.setdefault(name, []).append((folder, relative))
+        return found
 
     def _shared(self, relative: Parts, listed: Parts) -> int:
         """How many parts a folder and a listed one have in common, counted from their ends."""
@@ -99,9 +103,8 @@ class ImageFinder:
         if listed not in self._candidates:
             lengths = {
                 folder: shared
-                for folder, relative in self._folders.items()
-                if (shared := self._shared(relative, listed))
-                and shared >= min(len(relative), len(listed))
+                for folder, relative in self._folders_by_name.get(listed[-1], [])
+                if (shared := self._shared(relative, listed)) >= min(len(relative), len(listed))
             }
             longest = max(lengths.values(), default=0)
             self._candidates[listed] = [f for f, shared in lengths.items() if shared == longest]

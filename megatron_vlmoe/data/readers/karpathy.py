@@ -50,20 +50,18 @@ def read_karpathy(source: PairInput) -> Iterator[PairItem]:
                 reason = f"the same file as image {earlier} (split {split})"
                 yield Reject(path, record, reason, unit="image", captions=len(sentences))
                 continue
-            own = [_belongs(sentence, image) for sentence in sentences]
-            for place, (sentence, belongs) in enumerate(zip(sentences, own, strict=True)):
-                if not belongs:
+            captions, names = list[object](), list[str]()
+            for place, sentence in enumerate(sentences):
+                name_of_caption = f"{record}, caption {place}"
+                if _belongs(sentence, image):
+                    captions.append(sentence.get("raw") if isinstance(sentence, dict) else None)
+                    names.append(name_of_caption)
+                else:
                     reason = (
                         f"of image {sentence['imgid']}, in the entry of {image['imgid']} (imgid)"
                     )
-                    place_name = f"{record}, caption {place}"
-                    yield Reject(path, place_name, reason, unit="caption", records=0)
-            captions = tuple(
-                sentence.get("raw") if isinstance(sentence, dict) else None
-                for sentence, belongs in zip(sentences, own, strict=True)
-                if belongs
-            )
-            yield items.item([CaptionRow(path, record, name, captions)])
+                    yield Reject(path, name_of_caption, reason, unit="caption", records=0)
+            yield items.item([CaptionRow(path, record, name, tuple(captions))], tuple(names))
     splits.finish(source.annotations[0])
 
 

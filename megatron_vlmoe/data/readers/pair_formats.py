@@ -20,7 +20,7 @@ from megatron_vlmoe.data.readers.pair_tables import (
     read_object_list,
     read_table_pairs,
 )
-from megatron_vlmoe.data.readers.pairs import PairInput, PairReader, load_json
+from megatron_vlmoe.data.readers.pairs import SPLIT_KEY, PairInput, PairReader, load_json
 from megatron_vlmoe.data.readers.parquet import table_format
 from megatron_vlmoe.data.readers.path_captions import first_character, is_url, read_path_captions
 from megatron_vlmoe.data.readers.records import Reject, is_image, is_tar, walk_files
@@ -45,11 +45,18 @@ PAIR_READERS: Mapping[str, PairReader] = {
 }
 """Readers by the value of ``--format``."""
 
-FORMATS_WITH_SPLITS = ("karpathy", "albef", "jsonl", "csv", "parquet", "arrow")
+FORMATS_WITH_KEYS = ("albef", "jsonl", "csv", "parquet", "arrow")
+"""Formats whose records have keys or columns."""
+
+FORMATS_WITH_SPLITS = ("karpathy", *FORMATS_WITH_KEYS)
 """Formats whose records may name their split."""
 
 FORMATS_WITHOUT_LISTS = ("webdataset", "files")
 """Formats that need no annotation file."""
+
+
+_READ_ONCE = ("coco", "karpathy", "visual-genome", "albef", "jsonl", "csv")
+"""Formats of which a file may be a pipe."""
 
 
 def with_format(source: PairInput) -> PairInput:
@@ -65,23 +72,44 @@ def with_format(source: PairInput) -> PairInput:
             names = ", ".join(f"{path} is {kind}" for path, kind in found.items())
             raise DataError(f"files of one format at a time: {names or 'none is given'}")
         source = dataclasses.replace(source, format=next(iter(found.values())))
-    if source.format not in PAIR_READERS:
-        raise DataError(f"unknown format {source.format!r}: one of auto, {', '.join(PAIR_READERS)}")
-    if source.splits is not None and source.format not in FORMATS_WITH_SPLITS:
-        raise DataError(
-            f"--split: records of --format {source.format} name no split; "
-            f"those of {', '.join(FORMATS_WITH_SPLITS)} may"
-        )
+    check_options(source)
     for path in source.annotations:
         _check_container(source.format, path)
-    if not source.annotations and source.format not in FORMATS_WITHOUT_LISTS:
-        raise DataError(f"--format {source.format} needs --annotations")
     return source
+
+
+def check_options(source: PairInput) -> None:
+    """Raises DataError for an unknown format, and for options that mean nothing in a known one."""
+    format = source.format
+    if format not in PAIR_READERS:
+        raise DataError(f"unknown format {format!r}: one of auto, {', '.join(PAIR_READERS)}")
+    for option, value, formats in (
+        ("--split", source.splits, FORMATS_WITH_SPLITS),
+        ("--split-key", source.split_key != SPLIT_KEY, FORMATS_WITH_KEYS),
+        ("--image-key", source.image_key, FORMATS_WITH_KEYS),
+        ("--caption-key", source.caption_key, (*FORMATS_WITH_KEYS, *FORMATS_WITHOUT_LISTS)),
+        ("--separator", source.separator, ("csv", "flickr30k")),
+    ):
+        if value and format not in formats:
+            raise DataError(
+                f"{option} means nothing with --format {format}, only with {', '.join(formats)}"
+            )
+    if source.separator is not None and len(source.separator) != 1:
+        raise DataError(f"--separator {source.separator!r}: is not one character")
+    if format not in FORMATS_WITHOUT_LISTS and not source.annotations:
+        raise DataError(f"--format {format} needs --annotations")
+    if format in FORMATS_WITHOUT_LISTS and bool(source.annotations) == (source.images is not None):
+        raise DataError(
+            f"--format {format} needs either --annotations or --images, the files or folders"
+        )
 
 
 def _check_container(format: str, path: str) -> None:
     """Raises DataError if a file is of a kind that the format never is."""
-    if os.path.isdir(path):
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        if format not in _READ_ONCE:
+            raise DataError(f"{path}: is no regular file, which --format {format} needs")
+    elif os.path.isdir(path):
         if format not in FORMATS_WITHOUT_LISTS:
             raise DataError(f"{path}: is a folder; --format {format} reads files: name those in it")
     elif is_tar(path) and format != "webdataset":
@@ -96,6 +124,8 @@ def _format_of(source: PairInput, path: str) -> str:
     """The format of an input by what it holds. Raises DataError naming that if none is known."""
     if os.path.isdir(path):
         return _format_of_folder(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: is no regular file: give its --format")
     if is_tar(path):
         return "webdataset"
     table = table_format(path)
@@ -155,17 +185,19 @@ def _has_caption(source: PairInput, entry: dict[str, Any]) -> bool:
 
 
 def _format_of_folder(folder: str) -> str:
-    captions, images = set[str](), set[str]()
+    captions, images, tables = set[str](), set[str](), ""
     for file in walk_files(folder):
         stem, suffix = os.path.splitext(file)
         if is_tar(file):
             return "webdataset"
-        if suffix in (".parquet", ".arrow") and not images:
-            raise DataError(f"{folder}: name the {suffix} files in it that are to be read")
+        # Beside its samples img2dataset leaves tables of them.
+        tables = tables or (suffix if suffix in (".parquet", ".arrow") else "")
         images |= {stem} if is_image(file) else set()
         captions |= {stem} if suffix in (".txt", ".json") else set()
         if images & captions:
             return "files"
+    if tables:
+        raise DataError(f"{folder}: name the {tables} files in it that are to be read")
     raise DataError(f"{folder}: has neither tars nor images with a .txt or .json of their name")
 
 

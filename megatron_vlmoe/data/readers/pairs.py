@@ -25,6 +25,7 @@ from megatron_vlmoe.data.readers.records import (
 )
 
 DEFAULT_SPLITS = ("train", "restval")
+SPLIT_KEY = "split"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PairInput:
     splits: tuple[str, ...] | None = None
     image_key: str | None = None
     caption_key: str | None = None
-    split_key: str = "split"
+    split_key: str = SPLIT_KEY
     separator: str | None = None
 
     def image_folder(self) -> str:

@@ -108,10 +108,15 @@ class _Sample:
     images: list[ImageFile] = field(default_factory=list)
     text: tuple[object, ...] = ()
     described: tuple[object, ...] = ()
+    seen: set[str] = field(default_factory=set)
+    """Suffixes."""
 
     def add(self, tar: str, member: Member, caption_key: str | None) -> None:
         """Takes one member. Raises DataError if it is an unreadable caption."""
         suffix = os.path.splitext(member.name)[1].lower()
+        if suffix in (".txt", ".json") and suffix in self.seen:
+            raise DataError(f"{member.name}: a second {suffix} in the sample")
+        self.seen.add(suffix)
         if is_image(member.name):
             self.images.append(member.image(tar))
         elif suffix == ".txt":
@@ -124,13 +129,13 @@ class _Sample:
             key = find_key(value, caption_key, CAPTION_KEYS) if isinstance(value, dict) else None
             self.described = as_captions(value[key]) if key is not None else ()
 
-    def finish(self, tar: str) -> CaptionedImage | Reject:
-        """The complete sample."""
+    def finish(self, tar: str, caption_key: str | None) -> CaptionedImage | Reject:
+        """The complete sample; a caption under a key that was asked for comes before ``.txt``."""
+        captions = (self.described if caption_key else ()) or self.text or self.described
         if len(self.images) != 1:
-            captions = len(self.text or self.described)
             reason = f"{len(self.images)} images in the sample, not 1"
-            return Reject(tar, self.key, reason, captions=captions)
-        return CaptionedImage(tar, self.key, self.images[0], self.text or self.described)
+            return Reject(tar, self.key, reason, captions=len(captions))
+        return CaptionedImage(tar, self.key, self.images[0], captions)
 
 
 def _decode(member: Member, tar: str) -> str:
@@ -156,7 +161,7 @@ def _samples(
         if not os.path.splitext(base)[1] or base.startswith(".") or key == spoiled:
             continue
         if sample is not None and sample.key != key:
-            yield sample.finish(tar)
+            yield sample.finish(tar, caption_key)
             sample = None
         sample = sample or _Sample(key)
         try:
@@ -165,4 +170,4 @@ def _samples(
             yield Reject(tar, key, str(error))
             sample, spoiled = None, key
     if sample is not None:
-        yield sample.finish(tar)
+        yield sample.finish(tar, caption_key)
