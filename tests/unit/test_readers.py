@@ -18,6 +18,7 @@ from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers import text as text_reader
 from megatron_vlmoe.data.readers.images import read_images
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
+from megatron_vlmoe.data.readers.parquet import column_names, read_columns
 from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, Reject
 from megatron_vlmoe.data.readers.text import TextInput, read_text
 
@@ -92,6 +93,42 @@ def test_format_by_suffix_and_parquet_column(tmp_path: Path) -> None:
         texts(lines, format="parquet")
     with pytest.raises(DataError, match=r"c\.txt: not found"):
         texts(tmp_path / "c.txt")
+
+
+def write_table(path: Path, kind: str, table: pyarrow.Table) -> Path:
+    """Writes a table as one of the kinds that are read, in batches of two rows."""
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+        return path
+    opened = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    with pyarrow.OSFile(str(path), "wb") as sink, opened(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+def test_tables_are_known_by_their_first_bytes(tmp_path: Path, kind: str) -> None:
+    table = pyarrow.table({"n": [1, 2, 3, 4, 5], "text": ["één", None, "two", "3", "4"]})
+    path = write_table(tmp_path / "data-00000-of-00001", kind, table)
+    expected = ["één".encode(), b"", b"two", b"3", b"4"]
+    assert texts(path) == [(path.name, row, text) for row, text in enumerate(expected)]
+    assert column_names(str(path)) == ["n", "text"]
+    batches = list(read_columns(str(path), {"n": "any", "text": "any"}, 1))
+    assert [first for first, _ in batches] == [0, 1, 2, 3, 4]
+    assert batches[1][1] == {"n": [2], "text": [None]}
+    with pytest.raises(DataError, match=r"00001: no column 'body'; it has n, text"):
+        texts(path, text_key="body")
+    with pytest.raises(DataError, match=r"00001: column 'n' holds int64"):
+        texts(path, text_key="n")
+    # Without its end a parquet or IPC file is none; a stream is read up to there.
+    path.write_bytes(path.read_bytes()[:-60])
+    if kind == "stream":
+        *good, bad = texts(path)
+        assert good == [(path.name, row, text) for row, text in enumerate(expected[:4])]
+        assert isinstance(bad, Reject) and bad.record == "row 4" and "unreadable" in bad.reason
+    else:
+        with pytest.raises(DataError, match=rf"00001: not a readable .*{kind}"):
+            texts(path)
 
 
 def make_tar(path: Path, members: Mapping[str, bytes], mode: Any = "w") -> Path:

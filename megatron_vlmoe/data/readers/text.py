@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal, cast
 
 from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.readers.parquet import read_columns
+from megatron_vlmoe.data.readers.parquet import read_columns, table_format
 from megatron_vlmoe.data.readers.records import Reject, TextBlock, check_inputs
 
 TextFormat = Literal["auto", "jsonl", "text", "parquet"]
@@ -64,6 +64,8 @@ def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
 
 
 def _format_of(path: str) -> TextFormat:
+    if table_format(path) is not None:
+        return "parquet"
     name = path.lower()
     for suffix in (".gz", ".bz2", ".xz"):
         name = name.removesuffix(suffix)
