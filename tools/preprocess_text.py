@@ -27,18 +27,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
     parser.add_argument(
         "--format",
-        choices=["auto", "jsonl", "text", "parquet"],
+        choices=["auto", "jsonl", "text", "parquet", "arrow"],
         default="auto",
-        help="auto: by the suffix of each file",
+        help="auto: by the content of each file, then its suffix",
     )
     parser.add_argument(
-        "--text-key", default="text", help="JSON key or parquet column (%(default)s)"
+        "--text-key", default="text", help="JSON key or column of the text (%(default)s)"
     )
     parser.add_argument(
         "--documents",
-        choices=["line", "blank-line"],
         default="line",
-        help="plain text: a document per line, or documents between blank lines",
+        metavar="HOW",
+        help="a document: line (or row), blank-line (plain text: between blank lines), or lines:N "
+        "(N lines or rows joined, for files with a sentence per line)",
     )
     add_options(
         parser,

@@ -19,6 +19,7 @@ from megatron_vlmoe.data.manifest import (
     length_percentiles,
     load_manifest,
     part_prefix,
+    unknown_line,
 )
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -73,6 +74,7 @@ class DatasetView:
         yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
         if manifest.tokenizer_fingerprint:
             yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
+            yield f"  {unknown_line(manifest)}"
         for part, reader in self.readers.items():
             unit = "bytes per image" if part == "image" else "tokens per sequence"
             shown = length_percentiles(reader.sequence_lengths)

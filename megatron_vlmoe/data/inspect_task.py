@@ -16,7 +16,13 @@ from megatron_vlmoe.data.inspect import (
     shortened,
     spread,
 )
-from megatron_vlmoe.data.manifest import TASKS, check_dataset, length_percentiles, load_manifest
+from megatron_vlmoe.data.manifest import (
+    TASKS,
+    check_dataset,
+    length_percentiles,
+    load_manifest,
+    unknown_line,
+)
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -75,6 +81,7 @@ class TaskView:
             yield "  class names: not found beside it"
         if manifest.tokenizer_fingerprint:
             yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
+            yield f"  {unknown_line(manifest)}"
         if data.num_texts:
             shown = length_percentiles(data.text_lengths())
             yield "  tokens per text: " + ", ".join(f"{n} {v}" for n, v in shown.items())

@@ -75,6 +75,9 @@ class DatasetManifest:
     """`TextTokenizer.fingerprint` of the tokenizer that made the ids; None for images."""
     vocab_size: int | None = None
     """Number of pieces of that tokenizer; None for images."""
+    unknown_tokens: int | None = None
+    """How many of ``tokens`` are the unknown token; None for images, and where it was not counted
+    (datasets made before it was)."""
     caption_lengths: Mapping[str, int] | None = None
     """For pairs, and tasks with texts, ``p50``, ``p90``, ``p99`` and ``max`` of the tokens per
     caption or text; else None."""
@@ -163,6 +166,17 @@ def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> Path:
     return temporary
 
 
+def unknown_line(manifest: DatasetManifest) -> str:
+    """``12 of 3456 tokens are unknown to the tokenizer (0.35%)``."""
+    if manifest.unknown_tokens is None:
+        return "unknown tokens were not counted"
+    share = manifest.unknown_tokens / max(manifest.tokens, 1)
+    return (
+        f"{manifest.unknown_tokens} of {manifest.tokens} tokens are unknown to the tokenizer "
+        f"({share:.2%})"
+    )
+
+
 def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
     """Writes ``PREFIX.json`` atomically. Raises DataError if it cannot."""
     temporary = stage_manifest(prefix, manifest)
@@ -208,6 +222,9 @@ def _check_fields(manifest: DatasetManifest) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 0:
             raise ValueError(f"{name} is {number!r}")
+    unknown = manifest.unknown_tokens
+    if unknown is not None and not (isinstance(unknown, int) and 0 <= unknown <= manifest.tokens):
+        raise ValueError(f"unknown_tokens is {unknown!r} of {manifest.tokens}")
     expected = {
         f"_{part}{suffix}" for part in DATASET_PARTS[manifest.kind] for suffix in (".bin", ".idx")
     }

@@ -48,6 +48,7 @@ def merge_datasets(
                 output.writers[part].add_dataset(IndexedReader(part_prefix(prefix, part)))
         files = output.finish()
         main = output.writers[parts[-1]]
+        unknown = [m.unknown_tokens for m in manifests]
         lengths = length_percentiles(main.staged_lengths()) if kind == "pairs" else None
         manifest = DatasetManifest(
             kind=kind,
@@ -60,6 +61,7 @@ def merge_datasets(
             rejects=sum(m.rejects for m in manifests),
             tokenizer_fingerprint=manifests[0].tokenizer_fingerprint,
             vocab_size=manifests[0].vocab_size,
+            unknown_tokens=None if None in unknown else sum(filter(None, unknown)),
             caption_lengths=lengths,
         )
         output.commit(manifest)

@@ -26,6 +26,7 @@ from megatron_vlmoe.data.preprocess import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    report_unknown,
 )
 from megatron_vlmoe.data.preprocess_images import add_images, checked_image, quiet_pillow
 from megatron_vlmoe.data.readers.records import ImageFile, Reject
@@ -97,7 +98,8 @@ class CheckSamples:
         shape = TASK_SHAPES[self.task]
         found = [item if isinstance(item, Reject) else _texts(item, shape) for item in chunk.items]
         raw = [text for one in found if not isinstance(one, Reject) for _, text in one[0]]
-        encoded = iter(encode_all(tokenizer, raw) if tokenizer is not None and raw else [])
+        what = "caption" if shape.captions else "text"
+        encoded = iter(encode_all(tokenizer, raw, what) if tokenizer is not None and raw else [])
         for item, one in zip(chunk.items, found, strict=True):
             if isinstance(one, Reject) or isinstance(item, Reject):
                 result.items += [one] if isinstance(one, Reject) else []
@@ -138,14 +140,14 @@ def _encoded(
     shape: TaskShape,
     usable: list[tuple[int, str]],
     bad: list[tuple[int, str]],
-    encoded: Iterator[list[int] | None],
+    encoded: Iterator[list[int] | str],
 ) -> list[CheckedSample | Reject]:
     """The sample with the ids of its texts; bad captions go alone, any other bad text takes all."""
     checked = CheckedSample(sample)
     for place, text in usable:
         ids = next(encoded)
-        if not ids:
-            bad.append((place, "invalid Unicode" if ids is None else "no token in it"))
+        if isinstance(ids, str):
+            bad.append((place, ids))
             continue
         checked.places.append(place)
         checked.raw.append(text)
@@ -192,11 +194,13 @@ class SampleSink:
     Args:
         output: the files.
         task: name of the task.
+        tokenizer: the one that made the ids; None for a task without texts.
     """
 
-    def __init__(self, output: DatasetOutput, task: str) -> None:
+    def __init__(self, output: DatasetOutput, task: str, tokenizer: TokenizerLike | None) -> None:
         assert output.samples is not None
         self._output = output
+        self._tokenizer = tokenizer
         self._samples = output.samples
         self._shape = TASK_SHAPES[task]
         self._documents: dict[ImageKey, int] = {}
@@ -227,7 +231,10 @@ class SampleSink:
         if self._shape.texts:
             writer = self._output.writers["text"]
             first = writer.num_sequences
-            writer.add_document([np.asarray(ids) for ids in item.ids])
+            arrays = [np.asarray(ids) for ids in item.ids]
+            assert self._tokenizer is not None
+            self._output.count_unknown(np.concatenate(arrays), self._tokenizer)
+            writer.add_document(arrays)
             texts = tuple(range(first, writer.num_sequences))
         if self._shape.captions:
             for place, text, raw in zip(item.places, texts, item.raw, strict=True):
@@ -316,7 +323,7 @@ class _Job:
             dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
         prefix = f"{run.output_prefix}_{split}"
         with DatasetOutput(prefix, task, dtypes, run.on_error) as output:
-            sink = SampleSink(output, task)
+            sink = SampleSink(output, task, self.tokenizer)
             size = _IMAGE_CHUNK if shape.images else _TEXT_CHUNK
             chunks = sample_chunks(_without(stream, omitted), size, shape.shared_images)
             for result in ordered_map(self.work, chunks, run.workers):
@@ -329,6 +336,8 @@ class _Job:
                 write_labels(run.output_prefix, self.labels)
             output.commit(manifest)
         progress.finish(manifest.rejects)
+        if manifest.unknown_tokens is not None:
+            report_unknown(f"{task} {split}", manifest)
         for reason, count in sorted(omitted.items()):
             print(f"{task} {split}: {count} samples left out: {reason}", file=sys.stderr)
         return manifest
@@ -354,6 +363,7 @@ class _Job:
             rejects=output.rejects.count,
             tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None,
             vocab_size=self.tokenizer.size if self.tokenizer else None,
+            unknown_tokens=output.unknown_tokens if text is not None else None,
             caption_lengths=length_percentiles(text.staged_lengths()) if text else None,
             samples=output.samples.num_rows,
             omitted=dict(omitted),

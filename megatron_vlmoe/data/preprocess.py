@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Generic, Literal, Protocol, Self, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.data.errors import DataError
@@ -40,6 +41,7 @@ from megatron_vlmoe.data.manifest import (
     rejects_path,
     stage_manifest,
     sync_directory,
+    unknown_line,
 )
 from megatron_vlmoe.data.readers.records import Reject
 from megatron_vlmoe.data.task_samples import SamplesWriter
@@ -52,6 +54,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 _CHUNKS_IN_FLIGHT_PER_WORKER = 3
 _PROGRESS_SECONDS = 5.0
+_UNKNOWN_SHARE = 0.01
 
 
 class Work(Protocol, Generic[Chunk_contra, Result_co]):
@@ -76,8 +79,17 @@ class TokenizerLike(Protocol):
         """Hash of the model file."""
         ...
 
+    @property
+    def unk_id(self) -> int:
+        """The token that stands for unknown characters."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, without special tokens."""
+        ...
+
+    def is_unknown(self, ids: Sequence[int]) -> bool:
+        """Whether a text has unknown characters and no known word."""
         ...
 
 
@@ -105,15 +117,31 @@ def load_tokenizer(model_path: str) -> TokenizerLike:
     return TextTokenizer(model_path)
 
 
-def encode_all(tokenizer: TokenizerLike, texts: Sequence[str]) -> list[list[int] | None]:
-    """Ids of each text; None for one that is no valid Unicode (a lone surrogate from JSON)."""
+def encode_all(
+    tokenizer: TokenizerLike, texts: Sequence[str], what: str = "text"
+) -> list[list[int] | str]:
+    """Ids of each text, at least one, or the reason why it is of no use.
+
+    Args:
+        tokenizer: what makes the ids.
+        texts: raw texts.
+        what: their name in reasons, as ``caption``.
+    """
     try:
         # One call for many texts is several times faster than a call for each.
-        return list(tokenizer.encode_batch(texts))
-    except ValueError:
+        encoded = tokenizer.encode_batch(texts)
+    except ValueError:  # a lone surrogate, from JSON
         if len(texts) == 1:
-            return [None]
-        return [encode_all(tokenizer, [text])[0] for text in texts]
+            return ["invalid Unicode"]
+        return [encode_all(tokenizer, [text], what)[0] for text in texts]
+    return [
+        f"empty {what}"
+        if not ids
+        else f"{what} without a word that the tokenizer knows"
+        if tokenizer.is_unknown(ids)
+        else ids
+        for ids in encoded
+    ]
 
 
 def checked_text(value: object, what: str, max_characters: int) -> str:
@@ -222,6 +250,17 @@ class Progress:
         )
 
 
+def report_unknown(name: str, manifest: DatasetManifest) -> None:
+    """Says on stderr how much of the texts the tokenizer did not know; warns above 1%."""
+    print(f"{name}: {unknown_line(manifest)}", file=sys.stderr)
+    if (manifest.unknown_tokens or 0) > _UNKNOWN_SHARE * manifest.tokens:
+        print(
+            f"warning: {name}: more than {_UNKNOWN_SHARE:.0%} of the tokens are <unk>: the tokenizer "
+            "was trained without such characters; train one on these texts, or with --byte-fallback",
+            file=sys.stderr,
+        )
+
+
 class RejectLog:
     """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``."""
 
@@ -291,6 +330,7 @@ class DatasetOutput:
         self.kind = kind
         self.rejects = RejectLog(prefix, on_error)
         self.writers: dict[str, IndexedWriter] = {}
+        self.unknown_tokens = 0
         self.samples: SamplesWriter | None = None
         if not Path(prefix).name or prefix.endswith(os.sep):
             raise DataError(f"{prefix}: an output prefix needs a name after its folder")
@@ -306,6 +346,10 @@ class DatasetOutput:
         except BaseException:
             self._abort()
             raise
+
+    def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: TokenizerLike) -> None:
+        """Counts the unknown ones of token ids ``[N]`` that are stored."""
+        self.unknown_tokens += int(np.count_nonzero(tokens == tokenizer.unk_id))
 
     def finish(self, inputs: object = "the input") -> dict[str, FileRecord]:
         """Completes all files under temporary names; returns their records by suffix.

@@ -25,6 +25,7 @@ from megatron_vlmoe.data.preprocess import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    report_unknown,
 )
 from megatron_vlmoe.data.preprocess_images import add_images, checked_image, quiet_pillow
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
@@ -104,11 +105,10 @@ class CheckPairs:
             except DataError as error:
                 rejects.append(_caption_reject(item, number, str(error)))
         result = []
-        encoded = encode_all(tokenizer, [text for _, text in usable])
+        encoded = encode_all(tokenizer, [text for _, text in usable], "caption")
         for (number, _), ids in zip(usable, encoded, strict=True):
-            if not ids:
-                reason = "invalid Unicode" if ids is None else "empty caption"
-                rejects.append(_caption_reject(item, number, reason))
+            if isinstance(ids, str):
+                rejects.append(_caption_reject(item, number, ids))
             elif len(ids) > self.max_caption_tokens:
                 reason = f"caption of {len(ids)} tokens, more than {self.max_caption_tokens}"
                 rejects.append(_caption_reject(item, number, reason))
@@ -161,8 +161,10 @@ def preprocess_pairs(
         for result in ordered_map(work, chunks, run.workers):
             output.rejects.add(result.rejects)
             add_images(output, result.images)
+            tokens = np.array(result.tokens)
+            output.count_unknown(tokens, tokenizer)
             output.writers["text"].add_documents(
-                np.array(result.tokens),
+                tokens,
                 np.array(result.caption_lengths, np.int64),
                 np.array(result.captions_per_image, np.int64),
             )
@@ -172,6 +174,7 @@ def preprocess_pairs(
         )
         output.commit(manifest)
     progress.finish(manifest.rejects)
+    report_unknown("pairs", manifest)
     return manifest
 
 
@@ -191,5 +194,6 @@ def pairs_manifest(
         rejects=output.rejects.count,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.size,
+        unknown_tokens=output.unknown_tokens,
         caption_lengths=length_percentiles(text.staged_lengths()),
     )

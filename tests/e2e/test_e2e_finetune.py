@@ -499,9 +499,10 @@ def other_tokenizer(bench: Bench) -> str:
     """A tokenizer with as many tokens, trained on other texts."""
     from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
 
-    texts = (bench.prepared.folder / "raw" / "text" / "train.jsonl",)
+    file = bench.prepared.folder / "raw" / "text" / "train.jsonl"
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     prefix = bench.folder / "other"
-    train_text_tokenizer(TextTokenizerTraining(inputs=texts, vocab_size=200, output_prefix=prefix))
+    train_text_tokenizer(TextTokenizerTraining(vocab_size=200, output_prefix=prefix), texts)
     return f"{prefix}.model"
 
 

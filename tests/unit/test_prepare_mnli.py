@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from data_files import files_of, rejects_of
+from data_files import files_of, rejects_of, tool
 from raw_tasks import Desk, ids, put, rows
 
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -99,6 +99,19 @@ def test_bad_tables(desk: Desk) -> None:
     assert desk.prepare("mnli", "--splits", "train") == 1
     assert desk.error() == f"{path}: empty file"
     assert ids(desk.opened("train", "mnli")) == ["5"]  # failed runs replaced nothing
+
+
+def test_unknown_texts_are_counted_or_rejected(desk: Desk) -> None:
+    lines = [HEADER, "0|g|two 星|star|x|neutral", "1|g|two|星!|x|neutral"]
+    put(desk.raw / "train.tsv", tsv(*lines))
+    assert desk.prepare("mnli", "--splits", "train", "--on-error", "skip") == 0
+    reason = "text without a word that the tokenizer knows"
+    assert rejects_of(f"{desk.out}_train") == [("line 3, text 2", reason)]
+    manifest = desk.opened("train", "mnli").manifest
+    assert manifest.unknown_tokens == 1
+    assert f"mnli train: 1 of {manifest.tokens} tokens are unknown" in desk.messages()
+    assert tool("inspect_dataset")([f"{desk.out}_train"]) == 0
+    assert "1 of" in desk.capfd.readouterr().out
 
 
 def test_full_disk_leaves_nothing(monkeypatch: pytest.MonkeyPatch, desk: Desk) -> None:

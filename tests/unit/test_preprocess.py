@@ -517,6 +517,64 @@ def test_merge_is_concatenation(
     assert not list(out.parent.glob("p2*"))
 
 
+def test_unknown_tokens_are_counted_reported_and_add_up(
+    tmp_path: Path, out: Path, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # SentencePiece gives a known space and one <unk> for each word in a script that it never saw.
+    lines = ["red star", "red 星", "赤い 星!", "a red blue star", " ", "星"]
+    path, merged = tmp_path / "a.txt", f"{out}_merged"
+    path.write_text("\n".join(lines))
+    main = tool("preprocess_text")
+    assert main(text_arguments(out, model, path)) == 1
+    reason = "text without a word that the tokenizer knows"
+    assert capfd.readouterr().err == f"error: {path}: line 3: {reason}\n"
+    assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
+    assert rejects_of(out) == [("line 3", reason), ("line 6", reason)]
+    encode = sentencepiece.SentencePieceProcessor(model_file=model).encode
+    tokens = sum(len(encode(lines[i])) for i in (0, 1, 3))
+    manifest = load_manifest(out)
+    assert (manifest.documents, manifest.tokens, manifest.unknown_tokens) == (3, tokens, 1)
+    said = f"1 of {tokens} tokens are unknown to the tokenizer ({1 / tokens:.2%})"
+    report = capfd.readouterr().err.splitlines()
+    assert f"text: {said}" in report
+    assert any(line.startswith("warning: text: more than 1% of the tokens") for line in report)
+    (tmp_path / "b.txt").write_text("a star\n" * 200 + "a red 星\n")
+    assert main(text_arguments(Path(f"{out}_b"), model, tmp_path / "b.txt")) == 0
+    report = capfd.readouterr().err.splitlines()
+    assert any("text: 1 of " in line for line in report)
+    assert not any(line.startswith("warning") for line in report)
+    merge = tool("merge_datasets")
+    assert merge(["--input", str(out), f"{out}_b", "--output-prefix", merged]) == 0
+    assert load_manifest(merged).unknown_tokens == 2
+    assert tool("inspect_dataset")([str(out)]) == 0
+    assert f"  {said}" in capfd.readouterr().out.splitlines()
+    # A dataset made before they were counted stays readable, and makes no count of others wrong.
+    content = json.loads(Path(f"{out}.json").read_text())
+    del content["unknown_tokens"]
+    Path(f"{out}.json").write_text(json.dumps(content))
+    assert merge(["--input", str(out), f"{out}_b", "--output-prefix", merged]) == 0
+    assert load_manifest(merged).unknown_tokens is None
+    assert tool("inspect_dataset")([str(out)]) == 0
+    assert "unknown tokens were not counted" in capfd.readouterr().out
+
+
+def test_unknown_captions_go_alone(tmp_path: Path, out: Path, model: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(1)))
+    (tmp_path / "b.jpg").write_bytes(encoded(picture(2)))
+    rows = [{"image": "a.jpg", "captions": ["星", "a 星"]}, {"image": "b.jpg", "caption": "星。"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        tool("preprocess_pairs")([*pair_arguments(out, model, tmp_path), "--on-error", "skip"]) == 0
+    )
+    manifest = load_manifest(out)
+    assert (manifest.documents, manifest.sequences, manifest.unknown_tokens) == (1, 1, 1)
+    assert rejects_of(out) == [
+        ("line 1, caption 0", "caption without a word that the tokenizer knows"),
+        ("line 2, caption 0", "caption without a word that the tokenizer knows"),
+        ("line 2", "no usable caption"),
+    ]
+
+
 def test_inspect(
     tmp_path: Path, out: Path, model: str, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers import lines as lines_reader
 from megatron_vlmoe.data.readers import text as text_reader
 from megatron_vlmoe.data.readers.images import read_images
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
@@ -62,8 +63,9 @@ def test_compressed_text_and_its_damage(tmp_path: Path, suffix: str, compress: A
 def test_endless_line_is_rejected_without_being_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_reader, "MAX_DOCUMENT_BYTES", 1000)
-    monkeypatch.setattr(text_reader, "_BLOCK_BYTES", 64)
+    for module in (lines_reader, text_reader):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(lines_reader, "_SKIP_BYTES", 64)
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n" + b"x" * 5000 + b"\nthree\n" + b"y" * 999 + b"\n")
     first, second, third, fourth = texts(path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.file_kinds import DAMAGE, check_characters, open_binary
 from megatron_vlmoe.data.readers.records import (
     CaptionedImage,
     ImageFile,
@@ -58,16 +59,17 @@ CAPTION_KEYS = ("caption", "captions", "text")
 
 
 def load_json(path: str) -> Any:
-    """Parses a whole JSON file; memory is several times its size.
+    """Parses a whole JSON file, compressed or not; memory is several times its size.
 
     Raises:
-        DataError: unreadable, invalid UTF-8 or invalid JSON; names the line.
+        DataError: unreadable, binary, invalid UTF-8 or invalid JSON; names the line.
     """
     try:
-        with open(path, "rb") as file:
+        check_characters(path)
+        with open_binary(path) as file:
             return json.loads(file.read().decode("utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+    except DAMAGE as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:

@@ -32,15 +32,17 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class TextBlock:
-    """Some consecutive documents of one file, not yet decoded."""
+    """Some consecutive documents of one file, or parts of such, not yet decoded."""
 
     source: str
     unit: str
-    """What ``numbers`` count: ``line`` or ``row``."""
+    """What ``numbers`` count: ``line``, ``row`` or ``entry``."""
     json_key: str | None
     """Each payload is a JSON object with the text under this key; None: it is the text."""
     numbers: list[int]
     payloads: list[bytes]
+    join: int = 1
+    """So many consecutive payloads are one document; at the end of a block there may be fewer."""
 
 
 @dataclass(frozen=True, slots=True)
