@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +13,7 @@ from typing import Any, NoReturn
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.task_schema import TASKS
 from megatron_vlmoe.finetune.predictions import json_line
+from megatron_vlmoe.inference.inputs import UnknownTextWarning
 from megatron_vlmoe.inference.loading import PRECISIONS, read_run
 from megatron_vlmoe.inference.model import VLMoE
 from megatron_vlmoe.inference.records import (
@@ -20,6 +23,7 @@ from megatron_vlmoe.inference.records import (
     predict,
     read_records,
     text_lines,
+    unknown_texts,
 )
 from megatron_vlmoe.runtime.files import write_text_atomic
 
@@ -54,7 +58,12 @@ def main(arguments: Sequence[str]) -> int:
         batch_size=options.batch_size,
         capacity_factor=options.capacity_factor,
     )
-    _report(options, records, _rows(model, records, options.top_k))
+    with warnings.catch_warnings():
+        # Said once, by record.
+        warnings.simplefilter("ignore", UnknownTextWarning)
+        _report(options, records, _rows(model, records, options.top_k))
+    if line := unknown_texts(model, records):
+        print(f"warning: {line}", file=sys.stderr)
     from megatron_vlmoe.runtime.distributed import destroy
 
     destroy()

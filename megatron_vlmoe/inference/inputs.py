@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,15 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Array = npt.NDArray[Any]
 
+UNKNOWN_SHARE = 0.01
+"""Texts with a larger share of unknown tokens are warned of."""
+
 # Longer texts would only be cut; tools/prepare_task.py refuses them too.
 MAX_CHARACTERS = 1 << 16
+
+
+class UnknownTextWarning(UserWarning):
+    """A text in characters that the tokenizer was trained without."""
 
 
 class Item(NamedTuple):
@@ -127,6 +135,8 @@ def _file_bytes(path: str | Path) -> bytes:
 def tokens(texts: Sequence[Item], tokenizer: TextTokenizer) -> list[Array]:
     """Token ids of texts, tokenized as tools/prepare_task.py does: without space around them.
 
+    Texts of which the tokenizer does not know more than 1% give one `UnknownTextWarning`.
+
     Raises:
         DataError: naming the first text that is empty, too long, or no text.
     """
@@ -144,4 +154,17 @@ def tokens(texts: Sequence[Item], tokenizer: TextTokenizer) -> list[Array]:
     for item, ids in zip(texts, found, strict=True):
         if not len(ids):
             raise DataError(f"{item.where}: no token in it")
+    shares = [unknown_share(ids, tokenizer) for ids in found]
+    if poor := [place for place, share in enumerate(shares) if share > UNKNOWN_SHARE]:
+        warnings.warn(
+            f"{texts[poor[0]].where}: {shares[poor[0]]:.0%} of its tokens are unknown to the text "
+            f"tokenizer, so the model does not see what they say ({len(poor)} of {len(texts)} texts)",
+            UnknownTextWarning,
+            stacklevel=2,
+        )
     return found
+
+
+def unknown_share(ids: Array, tokenizer: TextTokenizer) -> float:
+    """Share of ids ``[n]``, n above 0, that are the unknown token."""
+    return float(np.mean(ids == tokenizer.unk_id))

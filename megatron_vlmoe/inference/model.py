@@ -5,6 +5,7 @@ Letters: n items, D width, C classes.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
@@ -16,7 +17,14 @@ from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
 from megatron_vlmoe.finetune.predictions import class_probabilities
 from megatron_vlmoe.inference.answers import Answer, decisions, ranked
-from megatron_vlmoe.inference.inputs import Item, aligned, pixels, tokens
+from megatron_vlmoe.inference.inputs import (
+    Item,
+    UnknownTextWarning,
+    aligned,
+    pixels,
+    tokens,
+    unknown_share,
+)
 from megatron_vlmoe.inference.loading import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -178,6 +186,21 @@ class VLMoE:
         logits = self._run("match_logits", images, [texts], shape=SampleShape(pairs=1))
         found = class_probabilities(self.task, logits)[:, 1].tolist()
         return found[0] if single else found
+
+    def unknown_share(self, text: Any) -> Any:
+        """Share of the tokens of a text, or of each of a list, that the tokenizer does not know, 0 to 1.
+
+        Raises:
+            ConfigError: the task has no texts.
+        """
+        tokenizer = self._loaded.tokenizer
+        if tokenizer is None:
+            raise ConfigError(f"unknown_share: {self.checkpoint} is of {self.task}, without texts")
+        single, (texts,) = aligned(text=text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnknownTextWarning)
+            shares = [unknown_share(ids, tokenizer) for ids in tokens(texts, tokenizer)]
+        return shares[0] if single else shares
 
     def _needs(self, method: str, task: str) -> None:
         if self.task != task:
