@@ -21,7 +21,7 @@ take() {
     given "$option" "$@" && return
     [ -n "${!variable+set}" ] || die "$variable is not set: give the value of $option (see the head of ${COMMON:-examples/pretrain_common.sh})"
     [ -n "${!variable}" ] || return 0
-    local words; read -r -a words <<< "${!variable}"
+    local words; read -r -d '' -a words <<< "${!variable}" || true # also over several lines
     OPTIONS+=("$option" "${words[@]}")
 }
 

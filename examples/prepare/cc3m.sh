@@ -14,5 +14,7 @@ for SPLIT in train val; do
         pairs "cc3m_$SPLIT" --format cc3m --annotations "$RAW/cc3m/${SPLIT}_annot.json" --images "$RAW/cc3m/images_$SPLIT"
     elif [ "$SPLIT" = train ]; then
         die "neither $RAW/cc3m/train_annot.json nor $RAW/cc3m/train/*.tar is there"
+    else
+        echo "cc3m: no validation part: neither $RAW/cc3m/val_annot.json nor $RAW/cc3m/val/*.tar is there"
     fi
 done
