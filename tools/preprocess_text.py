@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.preprocess import run_tool
 from megatron_vlmoe.data.preprocess_text import preprocess_text
-from megatron_vlmoe.data.readers.text import TextInput
+from megatron_vlmoe.data.readers.text import TextInput, lines_of_document
 from megatron_vlmoe.data.tool_options import add_options, run_of
 
 
@@ -46,7 +47,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         *("--output-prefix", "--tokenizer-model", "--workers", "--on-error"),
         rejects="records",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    try:
+        lines_of_document(options.documents)
+    except DataError as error:
+        parser.error(str(error))
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -277,7 +277,10 @@ def test_json_of_one_value_and_tables_with_a_header(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"text": "one"}, "two", {"body": "x"}, 3], indent=1))
     assert documents(path) == (
         ["one", "two"],
-        [("entry 2", "no key 'text'; it has body"), ("entry 3", "not a JSON object")],
+        [
+            ("entry 2", "no key 'text'; it has body"),
+            ("entry 3", "neither a string nor an object with 'text'"),
+        ],
     )
     path.write_text('{\n "text": "one\\ntwo"\n}')
     assert documents(path) == (["one\ntwo"], [])

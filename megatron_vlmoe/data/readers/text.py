@@ -45,17 +45,17 @@ class TextInput:
     text_key: str = "text"
     documents: str = "line"
 
-    @property
-    def join(self) -> int:
-        """Lines, rows or entries of a document. Raises DataError on another ``documents``."""
-        if self.documents in ("line", "blank-line"):
-            return 1
-        match = re.fullmatch(r"lines:([1-9]\d*)", self.documents)
-        if match is None:
-            raise DataError(
-                f"--documents {self.documents}: give line, blank-line, or lines:N with N from 1 on"
-            )
-        return int(match[1])
+
+def lines_of_document(documents: str) -> int:
+    """Lines, rows or entries of a document by `TextInput.documents`. Raises DataError on others."""
+    if documents in ("line", "blank-line"):
+        return 1
+    match = re.fullmatch(r"lines:([1-9]\d*)", documents)
+    if match is None:
+        raise DataError(
+            f"--documents {documents}: give line, blank-line, or lines:N with N from 1 on"
+        )
+    return int(match[1])
 
 
 def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
@@ -68,10 +68,10 @@ def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
         DataError: a file is missing, unreadable or of a kind that is not read, or a table lacks
             the column.
     """
+    key, join = source.text_key, lines_of_document(source.documents)
     check_inputs(source.files)
     for path in source.files:
         kind = file_kind(path, source.format)
-        key, join = source.text_key, source.join
         if kind == "table":
             yield from _blocks(path, "row", None, _rows(path, key), join)
         elif kind == "json":
@@ -270,7 +270,9 @@ def _json_entries(path: str, key: str) -> Iterator[Payload | Reject]:
         try:
             text = entry if isinstance(entry, str) else text_of_object(entry, key)
         except DataError as error:
-            yield Reject(path, f"entry {number}", str(error))
+            known = isinstance(entry, dict)
+            reason = str(error) if known else f"neither a string nor an object with {key!r}"
+            yield Reject(path, f"entry {number}", reason)
             continue
         # Half of a surrogate pair becomes what the worker rejects as no UTF-8.
         yield number, text.encode("utf-8", "surrogatepass")
