@@ -248,6 +248,7 @@ def write_deepspeed(folder: Path, state: Mapping[str, Tensor], **extra: Any) -> 
 def write_text_model(folder: Path) -> Path:
     """A SentencePiece model of ours with some sixty pieces."""
     lines = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 9)) for i in range(200)]
+    (folder / "corpus.txt").write_text("\n".join(lines))
     training = TextTokenizerTraining(
         vocab_size=60, output_prefix=folder / "m", character_coverage=1.0
     )
