@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 import random
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from data_files import files_of, rejects_of, tool
 
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.tokenizers.text_training import (
@@ -238,3 +240,24 @@ def test_tool_prints_one_line_of_error(tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path}/gone.txt: not found\n"
+
+
+def test_tool_stops_at_bad_records_or_lists_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, prefix = tmp_path / "c.jsonl", tmp_path / "p"
+    lines = [json.dumps({"body": line}) for line in corpus(50)]
+    path.write_text("\n".join([lines[0], '{"body": 3}', "{", *lines[1:]]))
+    arguments = ["--input", str(path), "--text-key", "body", "--vocab-size", "90"]
+    arguments += ["--output-prefix", str(prefix)]
+    assert tool("train_text_tokenizer")(arguments) == 1
+    assert capfd.readouterr().err == f"error: {path}: line 2: not a string\n"
+    assert files_of(tmp_path) == ["c.jsonl"]
+    assert tool("train_text_tokenizer")([*arguments, "--on-error", "skip"]) == 0
+    assert f"2 records left out; the first: {path}: line 2: not a string" in capfd.readouterr().err
+    assert [record for record, _ in rejects_of(prefix)] == ["line 2", "line 3"]
+    # The same texts as plain lines give the same model.
+    (tmp_path / "c.txt").write_text("\n".join(corpus(50)))
+    plain = ["--input", str(tmp_path / "c.txt"), *arguments[2:-1], str(tmp_path / "q")]
+    assert tool("train_text_tokenizer")(plain) == 0
+    assert (tmp_path / "p.model").read_bytes() == (tmp_path / "q.model").read_bytes()
