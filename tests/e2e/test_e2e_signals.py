@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 from commands import REPOSITORY, environment, run_many
 from conftest import Corpus, assert_same_metrics, metrics
 
-pytestmark = pytest.mark.dist
+# The fixtures count: they run all cases.
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 1".split()]
 # What the example scripts do once they have put their options together.
@@ -82,14 +84,6 @@ def start(corpus: Corpus, folder: Path, launcher: list[str]) -> Started:
     return started
 
 
-@pytest.fixture(scope="module")
-def whole(corpus: Corpus) -> list[dict[str, float]]:
-    """The metrics of the run that nothing stops."""
-    folder = corpus.folder / "runs" / "whole"
-    run_many([corpus.words(folder, STEPS, *HELPERS.split())], cwd=corpus.folder)[0].succeeded()
-    return metrics(folder)
-
-
 CASES = {
     "rank": (TORCHRUN, lambda run: run.rank.send_signal(signal.SIGUSR1), 0),
     "rank's group": (TORCHRUN, lambda run: os.killpg(run.rank.pid, signal.SIGUSR1), 0),
@@ -104,30 +98,58 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_signal_saves(case: str, corpus: Corpus, whole: list[dict[str, float]]) -> None:
-    launcher, send, status = CASES[case]
+@pytest.fixture(scope="module")
+def stopped(corpus: Corpus) -> dict[str, tuple[Started, int]]:
+    """The run of every case, and the launcher's exit status."""
+    return {case: stop(corpus, case) for case in CASES}
+
+
+def stop(corpus: Corpus, case: str) -> tuple[Started, int]:
+    launcher, send, _ = CASES[case]
     run = start(corpus, corpus.folder / "runs" / f"signal {case}", launcher)
     rank = run.rank
     everyone = [rank, *rank.children(recursive=True)]
     try:
         assert len(everyone) >= 4, "rank, loader worker, manager, resource tracker"
         send(run)
-        assert run.launcher.wait(timeout=60) == status
+        status = run.launcher.wait(timeout=60)
         run.wait_until(lambda: not any(p.is_running() for p in everyone), "the end of all")
     finally:
-        for process in (run.launcher, *everyone):
-            if process.is_running() if process is not run.launcher else process.poll() is None:
+        run.launcher.kill()
+        for process in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-    records = metrics(run.folder)
-    assert 2 <= run.saved_step == records[-1]["step"] < STEPS
+    return run, status
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    stopped: dict[str, tuple[Started, int]], corpus: Corpus
+) -> dict[str, list[dict[str, float]]]:
+    """The metrics of every run with one step more, and of the run that nothing stopped."""
+    one_more = (*HELPERS.split(), "--exit-interval", "1")
+    folders = {case: run.folder for case, (run, _) in stopped.items()}
+    lines = [corpus.words(folder, STEPS, *one_more) for folder in folders.values()]
+    folders["whole"] = corpus.folder / "runs" / "whole"
+    lines.append(corpus.words(folders["whole"], STEPS, *HELPERS.split()))
+    for outcome in run_many(lines, cwd=corpus.folder, timeout=280):
+        outcome.succeeded()
+    return {case: metrics(folder) for case, folder in folders.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_signal_saves(
+    case: str,
+    stopped: dict[str, tuple[Started, int]],
+    resumed: dict[str, list[dict[str, float]]],
+) -> None:
+    run, status = stopped[case]
+    assert status == CASES[case][2]
+    # It goes on where it was, bit for bit.
+    records = resumed[case]
+    assert 3 <= len(records) < STEPS and run.saved_step == records[-1]["step"] == len(records)
+    assert_same_metrics(records, resumed["whole"][: len(records)])
     assert not list(run.folder.rglob("*.tmp"))
-    # One step more, with the options of the run: it goes on where it was, bit for bit.
-    words = corpus.words(run.folder, STEPS, *HELPERS.split(), "--exit-interval", "1")
-    run_many([words], cwd=corpus.folder)[0].succeeded()
-    records = metrics(run.folder)
-    assert_same_metrics(records, whole[: len(records)])
-    assert records[-1]["step"] == run.saved_step == len(records)
 
 
 def test_helpers_end_with_a_rank_that_is_killed(corpus: Corpus) -> None:
