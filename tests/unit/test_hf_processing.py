@@ -8,7 +8,9 @@ import io
 import pickle
 import random
 import re
+import struct
 import threading
+import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hf_folder import TINY, VOCAB, sentencepiece_model, write_processors
-from PIL import Image
+from PIL import Image, ImageOps
 
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.finetune.samples import TextFormat
@@ -254,6 +256,10 @@ def test_images_are_turned_upright(orientation, upright, name, tmp_path):
     for found in every_way(Image.fromarray(stored), tmp_path / name, exif=exif):
         assert np.array_equal(found, upright(stored))
     assert np.array_equal(raw_pixels(tmp_path / name, exif="keep"), stored)
+    # Nothing is left that others would turn by.
+    for rule, expected in (("turn", upright(stored)), ("keep", stored)):
+        fetched = image_processor(exif=rule).fetch_images(tmp_path / name)
+        assert np.array_equal(np.asarray(ImageOps.exif_transpose(fetched)), expected)
 
 
 def on_ground(colours: np.ndarray, alpha: np.ndarray, ground: int = 255) -> np.ndarray:
@@ -333,6 +339,28 @@ def test_tiff_of_whole_numbers_counts_to_65535(tmp_path):
     image = Image.fromarray(np.array([[0, 200, 65535]], dtype=np.int32))
     for found in every_way(image, tmp_path / "image.tif"):
         assert np.array_equal(found, grey(np.array([[0, 1, 255]])))
+
+
+def test_transparent_grey_of_few_bits(tmp_path):
+    # Four pixels of two bits, of which the value 1, grey 85, is transparent.
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)), (b"tRNS", b"\0\1")]
+    chunks += [(b"IDAT", zlib.compress(bytes([0, 0b00011011]))), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        data += struct.pack(">I", len(content)) + name + content
+        data += struct.pack(">I", zlib.crc32(name + content))
+    for image in (data, Image.open(io.BytesIO(data))):
+        assert raw_pixels(image)[0, :, 0].tolist() == [0, 255, 170, 255]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_large_jpeg_is_decoded_at_half_its_size(monkeypatch):
+    data = encoded(picture("RGB", 48, 32), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    half = Image.open(io.BytesIO(data))
+    half.draft(None, (24, 16))
+    found = raw_pixels(data)
+    assert found.shape == (16, 24, 3) and np.array_equal(found, np.asarray(half))
 
 
 def test_cmyk_and_animations(tmp_path):

@@ -109,9 +109,9 @@ def _source(image: Any, timeout: Optional[float]) -> Any:
 def _rgb(image: Image.Image, exif: str, alpha: str, convert: bool) -> Image.Image:
     if not image.width or not image.height:
         raise ImageRefusedError(f"has {image.width} x {image.height} pixels")
-    # Before the pixels are decoded: Pillow turns a TIFF with that and forgets the tag.
-    before = orientation(image)
     image = _with_key(image)
+    # Pillow turns a TIFF while it decodes the pixels, and forgets the tag.
+    before = orientation(image)
     image.load()
     turn = orientation(image)
     if exif == "keep":
@@ -121,8 +121,10 @@ def _rgb(image: Image.Image, exif: str, alpha: str, convert: bool) -> Image.Imag
     rgb = _on_ground(image, alpha)
     if turn in TURNS:
         rgb = rgb.transpose(TURNS[turn])
+    elif rgb is image and orientation(image) > 1:
+        rgb = image.copy()
     if rgb is not image:
-        # Who gets the image would turn it once more.
+        # Who gets the image shall not turn it again, or after all.
         rgb.info = {}
     return rgb
 

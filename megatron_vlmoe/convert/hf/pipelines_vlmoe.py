@@ -70,6 +70,11 @@ class VLMoEVisualQuestionAnsweringPipeline(Pipeline):
         pairs = [{"image": i, "question": q} for q in questions for i in images]
         return super().__call__(pairs if any(many) else pairs[0], **kwargs)
 
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Saves the model and the processor, which other pipelines leave out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
     def _sanitize_parameters(
         self, top_k: Optional[int] = None, timeout: Optional[float] = None, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
