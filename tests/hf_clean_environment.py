@@ -8,6 +8,7 @@ written to OUTPUT. With the interpreter of the tests both packages are hidden; w
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import json
 import sys
@@ -78,11 +79,17 @@ def heads(root: Path) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache
+def pipeline(task: str, folder: Path) -> Any:
+    """A pipeline, made once."""
+    return transformers.pipeline(task, model=str(folder), **REMOTE)
+
+
 def pipelines(root: Path) -> dict[str, Any]:
     """What pipelines answer."""
 
     def make(task: str, folder: str) -> Any:
-        return transformers.pipeline(task, model=str(root / folder), **REMOTE)
+        return pipeline(task, root / folder)
 
     picture = Image.new("RGB", (50, 40), (200, 10, 30))
     fill = make("fill-mask", "pretraining")
@@ -114,8 +121,7 @@ def pictures(root: Path) -> dict[str, Any]:
         "visual-question-answering": ("vqa", {}),
     }
     made = {
-        task: (transformers.pipeline(task, model=str(root / folder), **REMOTE), options)
-        for task, (folder, options) in tasks.items()
+        task: (pipeline(task, root / folder), options) for task, (folder, options) in tasks.items()
     }
     processor = load("AutoProcessor", root / "vqa")
     classify = made["image-classification"][0]
@@ -126,12 +132,12 @@ def pictures(root: Path) -> dict[str, Any]:
             name: processor(images=image, return_tensors="pt")["pixel_values"]
             for name, image in given.items()
         }
-        for task, (pipeline, options) in made.items():
+        for task, (own, options) in made.items():
             for name in ("path", "pillow"):
                 image = given[name]
                 if task == "visual-question-answering":
                     image = {"image": image, "question": "a red circle"}
-                pixels[f"{task} of {name}"] = pipeline.preprocess(image, **options)["pixel_values"]
+                pixels[f"{task} of {name}"] = own.preprocess(image, **options)["pixel_values"]
         best = int(logits(classify.model, pixel_values=pixels["path"]).argmax())
         assert classify(str(path))[0]["label"] == classify.model.config.id2label[best]
         found[path.name] = pixels
@@ -189,6 +195,8 @@ def saved_again(root: Path) -> list[str]:
             assert (changed.image_processor.exif, changed.text_length) == ("keep", 9)
             assert changed.tokenizer.padding_side == "left"
             assert not {"size", "exif", "text_length"} & set(changed.tokenizer.init_kwargs)
+        pipeline("visual-question-answering", root / "vqa").save_pretrained(folder / "pipeline")
+        assert load("AutoProcessor", folder / "pipeline").text_length == 12
         for option in ({"do_pad": True}, {"text_length": "9"}):
             try:
                 load("AutoProcessor", folder, **option)
