@@ -729,6 +729,9 @@ def test_options_of_loading(folder, caplog):
     assert loaded.to_dict() == {**kept.to_dict(), "size": {"height": 48, "width": 48}}
     _, unused = VLMoEImageProcessor.from_pretrained(folder, foo=1, return_unused_kwargs=True)
     assert unused == {"foo": 1}
+    silent = VLMoEImageProcessor(size=None, exif=None, do_resize=None, do_pad=None)
+    assert silent.to_dict() == VLMoEImageProcessor().to_dict()
+    assert silent(picture("RGB"), do_rescale=None)["pixel_values"][0].shape == (3, 224, 224)
 
 
 def test_texts_are_filled_up_to_the_length_of_training(processor):

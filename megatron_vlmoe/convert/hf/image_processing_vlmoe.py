@@ -5,7 +5,7 @@ Letters in shapes: n samples, H and W sides of an image as given, S side of the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Sequence, TypedDict, Union
+from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,19 @@ if TYPE_CHECKING:
     # Transformers saves the files that a class's own file names: the pipelines travel with this one.
     from .pipelines_vlmoe import OwnImages  # noqa: F401
 
-HALF = (0.5, 0.5, 0.5)
+DEFAULTS: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": 224,
+    "resample": Image.Resampling.BICUBIC,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": 0.5,
+    "image_std": 0.5,
+    "exif": "turn",
+    "alpha": "white",
+}
 # Entries that transformers itself adds to the file.
 FILE_ENTRIES = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
 # What loading takes besides options of images: where files lie, and options of the tokenizer beside.
@@ -53,7 +65,7 @@ class VLMoEImageProcessor(BaseImageProcessor):
         image_std: of each channel, or of all.
         exif: "turn" turns images upright by the orientation in their EXIF, "keep" leaves them.
         alpha: ground of transparent pixels, "white" or "black"; "drop" takes the colours under them.
-        **kwargs: what transformers adds to the file of an image processor.
+        **kwargs: what transformers adds to the file of an image processor. None takes the default of an option.
 
     Raises:
         TypeError: an option that is not there.
@@ -65,38 +77,12 @@ class VLMoEImageProcessor(BaseImageProcessor):
         "VLMoEImagesKwargs", {name: Any for name in IMAGE_CALL_OPTIONS}, total=False
     )
 
-    def __init__(
-        self,
-        do_convert_rgb: bool = True,
-        do_resize: bool = True,
-        size: Union[int, Sequence[int], dict[str, int], None] = None,
-        resample: int = 3,
-        do_rescale: bool = True,
-        rescale_factor: float = 1 / 255,
-        do_normalize: bool = True,
-        image_mean: Union[float, Sequence[float]] = HALF,
-        image_std: Union[float, Sequence[float]] = HALF,
-        exif: str = "turn",
-        alpha: str = "white",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         entries = {k: v for k, v in kwargs.items() if k in FILE_ENTRIES or k.startswith("_")}
         super().__init__(**entries)
-        options = {
-            "do_convert_rgb": do_convert_rgb,
-            "do_resize": do_resize,
-            "size": 224 if size is None else size,
-            "resample": resample,
-            "do_rescale": do_rescale,
-            "rescale_factor": rescale_factor,
-            "do_normalize": do_normalize,
-            "image_mean": image_mean,
-            "image_std": image_std,
-            "exif": exif,
-            "alpha": alpha,
-            **{k: v for k, v in kwargs.items() if k not in entries},
-        }
-        for name, value in checked(options, IMAGE_OPTIONS, type(self).__name__).items():
+        given = {k: v for k, v in kwargs.items() if k not in entries and v is not None}
+        options = checked({**DEFAULTS, **given}, IMAGE_OPTIONS, type(self).__name__)
+        for name, value in options.items():
             setattr(self, name, value)
 
     @classmethod
