@@ -186,7 +186,7 @@ def image_processor(**options) -> VLMoEImageProcessor:
     )
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "CMYK", "I;16", "RGBA", "LA", "P", "I", "F"])
 @pytest.mark.parametrize("shape", [(70, 45), (9, 120), (32, 32), (1, 1)])
 def test_pixels_are_those_of_evaluation(mode, shape):
     image = picture(mode, *shape)
