@@ -114,6 +114,12 @@ def test_lists_of_objects(desk: Desk) -> None:
     (first, reason), (second, missing) = rejects_of(f"{desk.out}_dev")
     assert (first, reason, second) == ("entry 2", '"images" is no list of two paths', "entry 3")
     assert missing.startswith("no such image file: ")
+    # A picture that is missing in its folder is not that of another folder's.
+    put(desk.raw / "images" / "other" / "dev" / "x.png", left)
+    put(desk.raw / "nlvr_dev.json", [{**entries[0], "images": ["other/dev/dev-1-0-img0.png"] * 2}])
+    desk.messages()
+    assert desk.prepare("nlvr2") == 1
+    assert "entry 0: no such image file: " in desk.error()
 
 
 @pytest.mark.parametrize(

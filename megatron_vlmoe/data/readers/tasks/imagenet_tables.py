@@ -21,10 +21,10 @@ from megatron_vlmoe.data.readers.tasks.records import (
 )
 from megatron_vlmoe.data.readers.tasks.tables import (
     TABLE_SUFFIXES,
+    ListedImages,
     TableFiles,
     choose_columns,
     row_name,
-    table_image,
     table_rows,
 )
 from megatron_vlmoe.data.task_labels import Labels
@@ -57,6 +57,7 @@ class ImageNetTables:
     def __init__(self, source: TaskInput) -> None:
         self._source = source
         self._tables = TableFiles(source.raw)
+        self._images = ListedImages(source.raw)
         for name, value in (("fraction", source.val_fraction), ("labels", source.val_labels)):
             if value:
                 raise DataError(
@@ -126,7 +127,7 @@ class ImageNetTables:
                 label = row.get("label")
                 hidden = split == "test" and label in (None, -1)
                 try:
-                    image = table_image(path, record, row["image"], self._source.raw)
+                    image = self._images.cell(path, record, row["image"])
                     labels = () if hidden else (self._classes.label(label),)
                 except DataError as error:
                     yield Reject(path, record, str(error), sample=name)

@@ -30,11 +30,10 @@ from megatron_vlmoe.data.readers.tasks.records import (
 )
 from megatron_vlmoe.data.readers.tasks.tables import (
     TABLE_SUFFIXES,
+    ListedImages,
     TableFiles,
     choose_columns,
-    listed_image,
     row_name,
-    table_image,
     table_rows,
 )
 from megatron_vlmoe.data.readers.text import json_rows
@@ -79,6 +78,7 @@ class Nlvr2Source:
     def __init__(self, source: TaskInput) -> None:
         self._source = source
         self.labels = Labels("nlvr2", _CLASSES)
+        self._images = ListedImages(source.raw)
         names = source.class_names
         self._given = None if names is None else _true_and_false(names, "--class-names")
         self._lists = {split: path for split in _PARTS if (path := _list_file(source.raw, split))}
@@ -109,7 +109,7 @@ class Nlvr2Source:
         check_split("nlvr2", split, tuple(_PARTS))
         if split in self._lists and not _published_file(raw, split):
             path = self._lists[split]
-            return self._samples(split, [(path, _list_pairs(path, raw))])
+            return self._samples(split, [(path, _list_pairs(path, self._images))])
         if not any(_published_file(raw, name) for name in _PARTS) and not self._lists:
             raise DataError(
                 f"{raw}: no NLVR2 in it: no data/{_PARTS[split]}.json, no nlvr_{split}.json and no "
@@ -131,7 +131,7 @@ class Nlvr2Source:
             try:
                 if not isinstance(cells, list) or len(cells) != 2:
                     raise DataError("not two images")
-                images = tuple(table_image(path, record, c, self._source.raw) for c in cells)
+                images = tuple(self._images.cell(path, record, cell) for cell in cells)
             except DataError as error:
                 yield Reject(path, record, str(error), sample=name)
                 continue
@@ -197,7 +197,7 @@ def _published_pairs(path: str, folder: str) -> _Pairs:
         yield _Pair(record, identifier, row.get("sentence"), row.get("label"), images)
 
 
-def _list_pairs(path: str, raw: str) -> _Pairs:
+def _list_pairs(path: str, found: ListedImages) -> _Pairs:
     for number, entry in enumerate(json_list(path, load_json(path), "a list of objects")):
         record, given = f"entry {number}", entry if isinstance(entry, dict) else {}
         identifier, images = given.get("identifier"), given.get("images")
@@ -210,7 +210,11 @@ def _list_pairs(path: str, raw: str) -> _Pairs:
         ):
             yield Reject(path, record, '"images" is no list of two paths', sample=name)
             continue
-        files = tuple(listed_image(path, record, image, raw) for image in images)
+        try:
+            files = tuple(found.listed(path, record, image) for image in images)
+        except DataError as error:
+            yield Reject(path, record, str(error), sample=name)
+            continue
         yield _Pair(record, name, given.get("sentence"), given.get("label"), files)
 
 

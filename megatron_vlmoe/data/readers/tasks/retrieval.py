@@ -27,11 +27,10 @@ from megatron_vlmoe.data.readers.tasks.records import (
     check_split,
 )
 from megatron_vlmoe.data.readers.tasks.tables import (
+    ListedImages,
     TableFiles,
     choose_columns,
-    listed_image,
     row_name,
-    table_image,
     table_rows,
 )
 
@@ -59,6 +58,7 @@ class RetrievalSource:
 
     def __init__(self, source: TaskInput) -> None:
         self._raw = source.raw
+        self._listed = ListedImages(source.raw)
         check_inputs(() if source.annotations is None else (source.annotations,))
         self._lists: Mapping[str, str] = {}
         self._annotations = source.annotations or _find_annotations(source.raw)
@@ -100,7 +100,7 @@ class RetrievalSource:
             if split not in self._lists:
                 shown = next(iter(self._lists.values()))
                 raise DataError(f"{shown}: no list of split {split} beside it")
-            return _list_samples(self._lists[split], self._raw)
+            return _list_samples(self._lists[split], self._listed)
         tables = self._tables_of(split)
         if not tables:
             self._tables.found(split, _TABLE_WORDS[split])
@@ -145,11 +145,11 @@ class RetrievalSource:
                 record, row = item
                 if str(row.get("split", split)) in (*_PARTS[split], split):
                     own = row_name(path, record, self._raw, len(paths))
-                    yield _table_sample(path, record, own, row, self._raw, seen)
+                    yield _table_sample(path, record, own, row, self._listed, seen)
 
 
 def _table_sample(
-    path: str, record: str, own: str, row: Mapping[str, Any], raw: str, seen: set[str]
+    path: str, record: str, own: str, row: Mapping[str, Any], images: ListedImages, seen: set[str]
 ) -> TaskSample | Reject:
     name = "" if row.get("name") is None else str(row["name"])
     if name and name in seen:
@@ -159,9 +159,9 @@ def _table_sample(
     record = f"{record} ({name})" if name else record
     try:
         if "image" in row:
-            image = table_image(path, record, row["image"], raw)
+            image = images.cell(path, record, row["image"])
         else:
-            image = listed_image(path, record, os.path.join(row.get("folder") or "", name), raw)
+            image = images.listed(path, record, os.path.join(row.get("folder") or "", name))
     except DataError as error:
         return Reject(path, record, str(error), sample=name)
     given = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
@@ -215,7 +215,7 @@ def _karpathy_samples(pairs: PairInput) -> SampleStream:
         yield TaskSample(item.source, item.record, name, (item.image,), item.captions)
 
 
-def _list_samples(path: str, raw: str) -> SampleStream:
+def _list_samples(path: str, images: ListedImages) -> SampleStream:
     captions: dict[str, list[object]] = {}
     image_of: dict[str, str] = {}
     for number, entry in enumerate(json_list(path, load_json(path), "a list of objects")):
@@ -232,5 +232,9 @@ def _list_samples(path: str, raw: str) -> SampleStream:
         captions.setdefault(image, []).extend(words if isinstance(words, list) else [words])
     for image, words in captions.items():
         record = f"image {image}"
-        file = listed_image(path, record, image, raw)
+        try:
+            file = images.listed(path, record, image)
+        except DataError as error:
+            yield Reject(path, record, str(error), sample=image)
+            continue
         yield TaskSample(path, record, image, (file,), tuple(words))

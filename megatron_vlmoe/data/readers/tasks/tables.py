@@ -11,9 +11,11 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.image_paths import ImageFinder
 from megatron_vlmoe.data.readers.parquet import ColumnKind, read_columns
 from megatron_vlmoe.data.readers.records import ImageFile, Reject, walk_files
 
@@ -111,35 +113,42 @@ def row_name(path: str, record: str, raw: str, files: int) -> str:
     return record if files == 1 else f"{os.path.relpath(path, raw)} {record}"
 
 
-def table_image(path: str, record: str, value: Any, folder: str) -> ImageFile:
-    """The image of a cell: encoded bytes, Hugging Face's {bytes, path}, or a path below a folder.
+class ListedImages:
+    """The images that lists and tables name by their paths, below a folder of raw data.
 
-    Raises:
-        DataError: it is neither.
+    A path is taken as it stands below the folder; else `ImageFinder` looks it up below ``images``, or
+    in the folder itself where there is none.
+
+    Args:
+        raw: the folder.
     """
-    data = value.get("bytes") if isinstance(value, dict) else value
-    name = value.get("path") if isinstance(value, dict) else value
-    if isinstance(data, bytes):
-        # Equal pictures have equal names, so that samples share them, whatever their ids say.
-        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        return ImageFile(path, record, f"blake2b:{digest}", data=data)
-    if isinstance(name, str) and name:
-        return listed_image(path, record, name, folder)
-    raise DataError("the image is neither bytes nor a path")
 
+    def __init__(self, raw: str) -> None:
+        self._raw = raw
 
-def listed_image(source: str, record: str, name: str, raw: str) -> ImageFile:
-    """The image that a list or table names by its path.
+    @cached_property
+    def _finder(self) -> ImageFinder:
+        images = os.path.join(self._raw, "images")
+        return ImageFinder(images if os.path.isdir(images) else self._raw)
 
-    The path is looked up below the raw folder and its ``images``; lists are often written with the
-    folders of another machine, so leading folders are dropped one by one, but never the last one.
-    """
-    if os.path.isabs(name) and os.path.isfile(name):
-        return ImageFile(source, record, name)
-    parts = os.path.normpath(name).split(os.sep)
-    for start in range(max(len(parts) - 1, 1)):
-        for folder in (raw, os.path.join(raw, "images")):
-            path = os.path.join(folder, *parts[start:])
-            if os.path.isfile(path):
-                return ImageFile(source, record, path)
-    return ImageFile(source, record, os.path.join(raw, name))
+    def listed(self, source: str, record: str, name: str) -> ImageFile:
+        """The image of a path. Raises DataError if no file, or several, may be meant."""
+        direct = os.path.join(self._raw, name)
+        path = direct if os.path.isfile(direct) else self._finder.find(name)
+        return ImageFile(source, record, path)
+
+    def cell(self, source: str, record: str, value: Any) -> ImageFile:
+        """The image of a table's cell: encoded bytes, Hugging Face's {bytes, path}, or a path.
+
+        Raises:
+            DataError: it is none of these, or the path is that of no file.
+        """
+        data = value.get("bytes") if isinstance(value, dict) else value
+        name = value.get("path") if isinstance(value, dict) else value
+        if isinstance(data, bytes):
+            # Equal pictures have equal names, so that samples share them, whatever their ids say.
+            digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+            return ImageFile(source, record, f"blake2b:{digest}", data=data)
+        if isinstance(name, str) and name:
+            return self.listed(source, record, name)
+        raise DataError("the image is neither bytes nor a path")

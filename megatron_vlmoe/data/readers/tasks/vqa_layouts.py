@@ -19,10 +19,9 @@ from megatron_vlmoe.data.readers.parquet import column_names
 from megatron_vlmoe.data.readers.records import ImageFile, Reject
 from megatron_vlmoe.data.readers.tasks.records import Omitted, find_file, find_folder
 from megatron_vlmoe.data.readers.tasks.tables import (
+    ListedImages,
     TableFiles,
     choose_columns,
-    listed_image,
-    table_image,
     table_rows,
 )
 from megatron_vlmoe.data.vqa_answers import NUM_ANNOTATORS
@@ -278,6 +277,7 @@ class AnswerLists:
 
     def __init__(self, raw: str) -> None:
         self._raw = raw
+        self._images = ListedImages(raw)
 
     def _file(self, part: str) -> str:
         for name in self._NAMES[part]:
@@ -342,8 +342,12 @@ class AnswerLists:
             digits = re.search(r"(\d+)\.\w+$", image)
             image_id = str(int(digits[1])) if digits else image
             picture = ImageFile(path, record)
-            if images:
-                picture = listed_image(path, record, image, self._raw)
+            try:
+                if images:
+                    picture = self._images.listed(path, record, image)
+            except DataError as error:
+                yield image_id, Reject(path, record, str(error), sample=str(name))
+                continue
             fixed = (path, record, name, image_id, given.get("question"), picture)
             if part not in ANNOTATED:
                 yield image_id, Question(*fixed)
@@ -406,6 +410,7 @@ class AnswerTables:
     def __init__(self, raw: str) -> None:
         self._raw = raw
         self._tables = TableFiles(raw)
+        self._images = ListedImages(raw)
 
     def has(self, part: str) -> bool:
         """Whether there is a table of a part."""
@@ -473,7 +478,7 @@ class AnswerTables:
     ) -> Question:
         picture = ImageFile(path, record)
         if "image" in row:
-            picture = table_image(path, record, row["image"], self._raw)
+            picture = self._images.cell(path, record, row["image"])
         fixed = (path, record, name, image_id, row["text"], picture)
         if part not in ANNOTATED:
             return Question(*fixed)
