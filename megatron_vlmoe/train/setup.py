@@ -107,6 +107,9 @@ def build_training(
         wrapped,
         config_overrides=_group_overrides(chunks, config),
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # megatron-core calls it before it loads a state, but has none for SGD.
+        part.init_state_fn = part.init_state_fn or _init_momentum
     transformer_config.grad_scale_func = optimizer.scale_loss
     transformer_config.finalize_model_grads_func = finalize_model_grads
     return TrainingParts(
@@ -189,6 +192,13 @@ def _optimizer_config(config: RunConfig, precision: Precision) -> OptimizerConfi
 _TORCH_NAME = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+def _init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """The state of SGD before its first step, for a checkpoint to be loaded into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def has_weight_decay(name: str, shape: torch.Size) -> bool:
     """Matrices decay; vectors, position tables and special embeddings do not (BEiT's rule).
 
@@ -259,7 +269,12 @@ def _group_overrides(chunks: list[VLMoEModel], config: RunConfig) -> dict[ParamK
     }
     for factor in sorted(_mark_learning_rates(chunks, config)):
         key = ParamPredicate(name=f"learning_rate_{factor!r}", fn=_has_factor(factor))
-        rates = {"max_lr": config.optim.lr * factor, "min_lr": config.optim.min_lr * factor}
+        rates = {
+            # By this key, which has no other effect, groups are told apart: 0.16.1 does not look at rates.
+            "lr_mult": factor,
+            "max_lr": config.optim.lr * factor,
+            "min_lr": config.optim.min_lr * factor,
+        }
         overrides[ParamKey(predicate=key)] = rates
     return overrides
 

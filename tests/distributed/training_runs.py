@@ -84,6 +84,15 @@ def optimizer_shards(parts: Any) -> dict[str, Any]:
     return found
 
 
+def groups(parts: Any) -> list[dict[str, Any]]:
+    """Options of every parameter group that has parameters here, with the group's factor as `lr_mult`."""
+    return [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in parts.optimizer.param_groups
+        if group["params"]
+    ]
+
+
 class Recorder:
     """Takes steps and keeps what happened.
 
@@ -260,6 +269,7 @@ def trainer_run(
         "warnings": warnings,
         "weights": shards(parts),
         "optimizer": optimizer_shards(parts),
+        "groups": groups(parts),
         "dtypes": sorted({str(p.dtype) for chunk in parts.chunks for p in chunk.parameters()}),
     }
 
