@@ -115,37 +115,31 @@ def recipe_config(
 
 def stopped_and_resumed(
     where: Layout,
-    recipes: tuple[tuple[str, str], ...],
+    recipe: tuple[str, str],
     prefixes: Mapping[str, str],
     tokenizer: str,
     arguments: tuple[str, ...],
     folder: str,
     resume_only: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Per recipe: two steps, a checkpoint and a third, and in a new model the third from the checkpoint."""
+) -> dict[str, Any]:
+    """Two steps, a checkpoint and a third, and in a new model the third from the checkpoint."""
     from megatron_vlmoe.runtime.distributed import initialize
 
-    logging.getLogger("megatron_vlmoe").setLevel(logging.WARNING)
-    ranks = None
-    found: dict[str, dict[str, Any]] = {}
-    for recipe in recipes:
-        config = recipe_config(recipe, prefixes, tokenizer, where, *arguments)
-        ranks = ranks or initialize(config.parallel, config.train.seed)
-        path = Path(folder) / recipe[0]
-        own: dict[str, Any] = {}
-        if not resume_only:
-            run = Run(config, ranks)
-            run.steps(2)
-            run.save(path, 2)
-            own["stopped"] = run.report()
-            run.steps(1)
-            own["unbroken"] = run.report()
+    config = recipe_config(recipe, prefixes, tokenizer, where, *arguments)
+    ranks = initialize(config.parallel, config.train.seed)
+    found: dict[str, Any] = {"lr": config.optim.lr}
+    if not resume_only:
         run = Run(config, ranks)
-        run.load(path)
-        own["loaded"] = run.report()
+        run.steps(2)
+        run.save(Path(folder), 2)
+        found["stopped"] = run.report()
         run.steps(1)
-        own["resumed"] = run.report()
-        found[recipe[0]] = own
+        found["unbroken"] = run.report()
+    run = Run(config, ranks)
+    run.load(Path(folder))
+    found["loaded"] = run.report()
+    run.steps(1)
+    found["resumed"] = run.report()
     return found
 
 

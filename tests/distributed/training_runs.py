@@ -242,7 +242,10 @@ def trainer_run(
     from megatron_vlmoe.train.trainer import Trainer
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config, ranks, parts, data = start(where, *arguments, "--save", folder)
+    try:
+        config, ranks, parts, data = start(where, *arguments, "--save", folder)
+    except ConfigError as error:
+        return {"error": "ConfigError", "message": str(error)}
     precision = "bf16" if parts.transformer_config.bf16 else "fp32"
     count = num_micro_batches(config, ranks.data_size)
     objective = MaskedObjective(config, ranks, data, count)
