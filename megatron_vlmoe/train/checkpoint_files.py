@@ -129,16 +129,14 @@ def find_checkpoint(location: str | Path, step: Optional[str] = None) -> Optiona
         raise CheckpointError(f"{root}: has {_listed(found)}, but no {TRACKER}; {_choices(step)}")
     number, flaw = _tracked(root / TRACKER)
     target = dict(found).get(number)
+    where = root / TRACKER
     if not flaw and target is None:
         flaw = f"names step {number}, but {iteration_name(number)} is not there"
     elif not flaw and target is not None and _flaw(target):
-        flaw = f"names {target.name}, which is incomplete: {_flaw(target)}"
+        where, flaw = target, f"named by {TRACKER}, but incomplete: {_flaw(target)}"
     if flaw:
-        raise CheckpointError(
-            f"{root / TRACKER}: {flaw}; beside it is {_listed(found)}; {_choices(step)}"
-            if found
-            else f"{root / TRACKER}: {flaw}; there is no checkpoint beside it"
-        )
+        beside = f"there is {_listed(found)}; {_choices(step)}" if found else "no checkpoint there"
+        raise CheckpointError(f"{where}: {flaw}; {beside}")
     return target
 
 

@@ -120,7 +120,7 @@ def test_dangling_tracker_is_not_taken_for_none(tmp_path: Path) -> None:
     root = make(tmp_path / "checkpoints")
     root.mkdir()
     os.symlink(root / "gone", root / TRACKER)
-    assert "no regular file; there is no checkpoint" in refusal(find_checkpoint, tmp_path, "")
+    assert "no regular file; no checkpoint there" in refusal(find_checkpoint, tmp_path, "")
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt"])
