@@ -382,6 +382,12 @@ class VLMoETrainer(Trainer):
         # The model's loss is a mean of the batch: Trainer has to divide it by the accumulated batches.
         self.model_accepts_loss_kwargs = False
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
+        """The model's loss; in training of experts with the auxiliary losses of their routers."""
+        if self.options.train_experts and model.training:
+            inputs = {**inputs, "output_router_logits": True}
+        return super().compute_loss(model, inputs, **kwargs)
+
     def create_optimizer(self, *unused: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW; also with DeepSpeed, which takes it as it is."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vlmoe import VLMoEConfig
-from .moe_vlmoe import VLMoEFeedForward, output_init_scale
+from .moe_vlmoe import RouterOutput, VLMoEFeedForward, output_init_scale
 
 
 class VLMoETextEmbeddings(nn.Module):
@@ -100,7 +100,7 @@ class VLMoEImageEmbeddings(nn.Module):
                     "one value for every patch"
                 )
             patches = torch.where(bool_masked_pos.bool().unsqueeze(2), self.mask_token, patches)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         tokens = tokens + self._positions(*pixel_values.shape[2:])
         if self.token_type_embedding is not None:
             tokens = tokens + self.token_type_embedding
@@ -205,7 +205,7 @@ class VLMoEDropPath(nn.Module):
         """``[n, L, D]`` to ``[n, L, D]``."""
         if self.rate == 0.0 or not self.training:
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
         return branch * (kept / (1.0 - self.rate)).to(branch.dtype)
 
     def extra_repr(self) -> str:
@@ -241,19 +241,27 @@ class VLMoELayer(GradientCheckpointingLayer):
         attention_mask: Optional[Tensor],
         token_mask: Optional[Tensor],
         text_length: int,
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """``[n, L, D]`` to ``[n, L, D]``, and the attention weights where the implementation has them.
+        output_router_logits: bool = False,
+    ) -> tuple[Optional[Tensor], ...]:
+        """``[n, L, D]`` to ``[n, L, D]``, the attention weights where the implementation has them, and what routers did.
+
+        The latter one after the other, the three fields of a `RouterOutput` each: a checkpoint of the layer hands
+        gradients on to tensors that it returns, not to those inside of tuples.
 
         Args:
             hidden_states: text tokens, then image tokens ``[n, L, D]``.
             attention_mask: keys that may be seen, bool ``[n, 1, 1, L]``; None: all.
             token_mask: tokens that are no padding, bool ``[n, L]``; None: all.
             text_length: Lt.
+            output_router_logits: returns what every router of the block did.
         """
         branch, weights = self.attention(self.layernorm_before(hidden_states), attention_mask)
         hidden_states = self._add(hidden_states, branch, self.lambda_1)
-        branch = self.feed_forward(hidden_states, text_length, token_mask)
-        return self._add(hidden_states, branch, self.lambda_2), weights
+        branch, routers = self.feed_forward(
+            hidden_states, text_length, token_mask, output_router_logits
+        )
+        hidden_states = self._add(hidden_states, branch, self.lambda_2)
+        return (hidden_states, weights, *(value for router in routers for value in router))
 
     def _add(self, hidden_states: Tensor, branch: Tensor, scale: Optional[nn.Parameter]) -> Tensor:
         if scale is not None:
@@ -278,16 +286,27 @@ class VLMoEEncoder(nn.Module):
         text_length: int,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Optional[tuple[Tensor, ...]], Optional[tuple[Tensor, ...]]]:
-        """Hidden states ``[n, L, D]`` after the last block; those before the first and after every block, and
-        the attention weights of every block, where asked for. See `VLMoELayer.forward` for the other arguments."""
+        output_router_logits: bool = False,
+    ) -> tuple[
+        Tensor,
+        Optional[tuple[Tensor, ...]],
+        Optional[tuple[Tensor, ...]],
+        Optional[tuple[RouterOutput, ...]],
+    ]:
+        """Hidden states ``[n, L, D]`` after the last block; those before the first and after every block, the
+        attention weights of every block, and what every router did, where asked for. See `VLMoELayer.forward` for
+        the other arguments."""
         if self.gradient_checkpointing and self.training and not hidden_states.requires_grad:
             # Where embeddings are frozen: from such an input reentrant checkpoints give no gradient to anything.
             hidden_states.requires_grad_()
         states: list[Tensor] = [hidden_states]
         weights: list[Tensor] = []
+        routers: list[RouterOutput] = []
         for layer in self.layer:
-            hidden_states, attention = layer(hidden_states, attention_mask, token_mask, text_length)
+            hidden_states, attention, *routed = layer(
+                hidden_states, attention_mask, token_mask, text_length, output_router_logits
+            )
+            routers += [RouterOutput(*routed[at : at + 3]) for at in range(0, len(routed), 3)]
             if output_hidden_states:
                 states.append(hidden_states)
             if output_attentions:
@@ -296,6 +315,7 @@ class VLMoEEncoder(nn.Module):
             hidden_states,
             tuple(states) if output_hidden_states else None,
             tuple(weights) if output_attentions else None,
+            tuple(routers) if output_router_logits else None,
         )
 
 

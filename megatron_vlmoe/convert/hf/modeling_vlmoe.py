@@ -11,12 +11,6 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    ImageClassifierOutput,
-    MaskedImageModelingOutput,
-    MaskedLMOutput,
-    SequenceClassifierOutput,
-)
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmoe import VLMoEConfig
@@ -34,11 +28,15 @@ from .losses_vlmoe import (
     hard_negative_pairs,
     masked_loss,
 )
-from .moe_vlmoe import VLMoEExperts, VLMoERouter
+from .moe_vlmoe import VLMoEExperts, VLMoERouter, routing_outputs
 from .outputs_vlmoe import (
     VLMoEForImageAndTextRetrievalOutput,
     VLMoEForPreTrainingOutput,
+    VLMoEImageClassifierOutput,
+    VLMoEMaskedImageModelingOutput,
+    VLMoEMaskedLMOutput,
     VLMoEModelOutput,
+    VLMoESequenceClassifierOutput,
 )
 from .pretrained_vlmoe import PRETRAINING_HEADS, TASK_HEADS, VLMoEPreTrainedModel
 
@@ -80,7 +78,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: Optional[bool] = None,
         output_attentions: Optional[bool] = None,
-        **kwargs: Any,
+        output_router_logits: Optional[bool] = None,
     ) -> VLMoEModelOutput:
         """Hidden states of texts, of images, or of pairs: text i with image i.
 
@@ -93,15 +91,18 @@ class VLMoEModel(VLMoEPreTrainedModel):
             interpolate_pos_encoding: takes images of other sizes than the model's.
             output_hidden_states: returns those of all blocks.
             output_attentions: returns attention weights (`attn_implementation="eager"` only).
-            **kwargs: `return_dict`.
+            output_router_logits: returns what the routers did; see [`VLMoERoutingOutput`].
 
         Raises:
+            TypeError: an argument that is none of these nor `return_dict`.
             ValueError: inputs that do not go with each other or with the model.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs attn_implementation="eager"')
         text = self._embed_text(input_ids, inputs_embeds, attention_mask)
@@ -109,8 +110,10 @@ class VLMoEModel(VLMoEPreTrainedModel):
         parts = [part for part in (text, image) if part is not None]
         if not parts:
             raise ValueError("give input_ids, inputs_embeds or pixel_values")
-        if len({len(part) for part in parts}) > 1:
-            raise ValueError(f"{len(parts[0])} texts and {len(parts[1])} images are no pairs")
+        # Shapes, not `len`: it would make an exported or compiled graph one for this number of samples alone.
+        if parts[0].shape[0] != parts[-1].shape[0]:
+            texts, images = (part.shape[0] for part in parts)
+            raise ValueError(f"{texts} texts and {images} images are no pairs")
         text_length = 0 if text is None else text.shape[1]
         # A `device_map` may have the two tables on different devices.
         hidden = torch.cat([part.to(parts[0].device) for part in parts], dim=1)
@@ -119,13 +122,14 @@ class VLMoEModel(VLMoEPreTrainedModel):
             # No part of an image is padding.
             beyond = hidden.shape[1] - text_length
             token_mask = F.pad(attention_mask.bool(), (0, beyond), value=True)
-        hidden, states, attentions = self.encoder(
+        hidden, states, attentions, routers = self.encoder(
             hidden,
             None if token_mask is None else token_mask[:, None, None, :],
             token_mask,
             text_length,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
         )
         hidden = self.layernorm(hidden)
         return VLMoEModelOutput(
@@ -134,6 +138,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             image_hidden_state=None if image is None else hidden[:, text_length:],
             hidden_states=states,
             attentions=attentions,
+            **routing_outputs(routers, hidden.device),
         )
 
     def _embed_text(
@@ -215,13 +220,12 @@ class VLMoEForPreTraining(VLMoEPreTrainedModel):
             mim_logits = self.mim_head(outputs.image_hidden_state[:, 1:])
         mlm_loss, mim_loss = masked_loss(mlm_logits, labels), masked_loss(mim_logits, image_labels)
         return VLMoEForPreTrainingOutput(
-            loss=_total(mlm_loss, mim_loss),
+            loss=self._with_aux_loss(_total(mlm_loss, mim_loss), outputs),
             mlm_loss=mlm_loss,
             mim_loss=mim_loss,
             mlm_logits=mlm_logits,
             mim_logits=mim_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **_carried(outputs),
         )
 
 
@@ -242,12 +246,12 @@ class VLMoEForMaskedLM(VLMoEPreTrainedModel):
         pixel_values: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput:
+    ) -> VLMoEMaskedLMOutput:
         """Logits ``[n, Lt, V]``; `labels` are pieces, -100 where none is predicted ``[n, Lt]``."""
         outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
         logits = self.mlm_head(_needed(outputs.text_hidden_state, "input_ids"))
         loss = masked_loss(logits, labels)
-        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoEMaskedLMOutput(self._with_aux_loss(loss, outputs), logits, **_carried(outputs))
 
 
 class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
@@ -270,14 +274,16 @@ class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
         input_ids: Optional[Tensor] = None,
         attention_mask: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> MaskedImageModelingOutput:
+    ) -> VLMoEMaskedImageModelingOutput:
         """Logits ``[n, N, C]`` (as `reconstruction`); `labels` are codes, -100 where none is predicted ``[n, N]``."""
         outputs = self.vlmoe(
             input_ids, attention_mask, pixel_values, bool_masked_pos, **_nested(kwargs)
         )
         logits = self.mim_head(_needed(outputs.image_hidden_state, "pixel_values")[:, 1:])
         loss = masked_loss(logits, labels)
-        return MaskedImageModelingOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoEMaskedImageModelingOutput(
+            self._with_aux_loss(loss, outputs), logits, **_carried(outputs)
+        )
 
 
 class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
@@ -298,14 +304,16 @@ class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
         pixel_values: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> VLMoESequenceClassifierOutput:
         """Logits ``[n, C]``; `labels` are the scores of all answers, 0 to 1 ``[n, C]``."""
         outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
         _needed(outputs.image_hidden_state, "pixel_values")
         pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
         logits = self.classifier(pooled)
         loss = answer_loss(logits, labels)
-        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoESequenceClassifierOutput(
+            self._with_aux_loss(loss, outputs), logits, **_carried(outputs)
+        )
 
 
 class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
@@ -327,7 +335,7 @@ class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
         labels: Optional[Tensor] = None,
         inputs_embeds: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> VLMoESequenceClassifierOutput:
         """Logits ``[n, C]``.
 
         The model reads 2 n pairs, those of a sample one after the other; hidden states are theirs.
@@ -355,9 +363,11 @@ class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
         kwargs = {**_nested(kwargs), "inputs_embeds": embeds}
         outputs = self.vlmoe(ids, mask, images.flatten(0, 1), **kwargs)
         pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
-        logits = self.classifier(pooled.view(len(images), -1))
+        logits = self.classifier(pooled.view(images.shape[0], -1))
         loss = classification_loss(logits, labels, self.config)
-        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoESequenceClassifierOutput(
+            self._with_aux_loss(loss, outputs), logits, **_carried(outputs)
+        )
 
 
 class VLMoEForImageClassification(VLMoEPreTrainedModel):
@@ -377,13 +387,15 @@ class VLMoEForImageClassification(VLMoEPreTrainedModel):
         pixel_values: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> ImageClassifierOutput:
+    ) -> VLMoEImageClassifierOutput:
         """Logits ``[n, C]``; `labels` are classes ``[n]``."""
         images = _needed(pixel_values, "pixel_values")
         outputs = self.vlmoe(pixel_values=images, **_nested(kwargs))
         logits = self.classifier(outputs.image_hidden_state[:, 1:].mean(dim=1))
         loss = classification_loss(logits, labels, self.config)
-        return ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoEImageClassifierOutput(
+            self._with_aux_loss(loss, outputs), logits, **_carried(outputs)
+        )
 
 
 class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
@@ -403,13 +415,15 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
         attention_mask: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> VLMoESequenceClassifierOutput:
         """Logits ``[n, C]``; `labels` are classes ``[n]``, or as `problem_type` says."""
         outputs = self.vlmoe(input_ids, attention_mask, **_nested(kwargs))
         pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
         logits = self.classifier(pooled)
         loss = classification_loss(logits, labels, self.config)
-        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoESequenceClassifierOutput(
+            self._with_aux_loss(loss, outputs), logits, **_carried(outputs)
+        )
 
 
 class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
@@ -537,6 +551,12 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
 def _nested(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a head for the model inside, which always returns its outputs by name."""
     return {**kwargs, "return_dict": True}
+
+
+def _carried(outputs: VLMoEModelOutput) -> dict[str, Any]:
+    """What the output of a head takes over from the model inside."""
+    names = ("hidden_states", "attentions", "aux_loss", "router_logits", "dropped_tokens")
+    return {name: getattr(outputs, name) for name in names}
 
 
 def _needed(value: Optional[Tensor], name: str) -> Tensor:

@@ -9,8 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configuration_vlmoe import VLMoEConfig
-from .layers_vlmoe import VLMoEImageEmbeddings, VLMoELayer, VLMoETextEmbeddings
-from .moe_vlmoe import VLMoEExperts, VLMoERouter
+from .layers_vlmoe import (
+    VLMoEAttention,
+    VLMoEImageEmbeddings,
+    VLMoELayer,
+    VLMoETextEmbeddings,
+)
+from .moe_vlmoe import EXPERTS_IMPLEMENTATIONS, VLMoEExperts, VLMoERouter
+from .outputs_vlmoe import VLMoEModelOutput
 
 try:
     # It leaves alone what a checkpoint has filled (transformers 5).
@@ -39,6 +45,14 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     # `**kwargs` of forward are no loss arguments: Trainer divides by its accumulation steps as usual.
     accepts_loss_kwargs = False
     _supports_sdpa = True
+    _can_compile_fullgraph = True
+    # What transformers 5 may record by hooks, as its executorch export and other tools do; `forward` itself returns
+    # the same where it is asked for.
+    _can_record_outputs = {
+        "hidden_states": VLMoELayer,
+        "attentions": VLMoEAttention,
+        "router_logits": VLMoERouter,
+    }
     # Every task starts from a pretraining export, whose heads are not missed there.
     _keys_to_ignore_on_load_unexpected = list(PRETRAINING_HEADS)
 
@@ -50,6 +64,30 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         kinds = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(kinds & NO_SPLIT_MODULES)
         super().post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers 5 looks for its own decorator in the module of the model; the experts stand in another."""
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: Optional[str]) -> str:
+        """The implementation of experts that is meant (transformers 5): the grouped one by default.
+
+        Raises:
+            ValueError: one that these experts, which have biases and no gate of their own, do not have.
+        """
+        found = requested_experts or "grouped_mm"
+        if found not in EXPERTS_IMPLEMENTATIONS:
+            raise ValueError(
+                f"experts_implementation={found!r} is none of {', '.join(EXPERTS_IMPLEMENTATIONS)}"
+            )
+        return found
+
+    def _with_aux_loss(self, loss: Optional[Tensor], outputs: VLMoEModelOutput) -> Optional[Tensor]:
+        """The loss of a head and that of the routers, where there are both."""
+        if loss is None or outputs.aux_loss is None:
+            return loss
+        return loss + self.config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
 
     def get_output_embeddings(self) -> Optional[nn.Module]:
         """The head that predicts pieces of text; None in a model without."""
