@@ -30,17 +30,34 @@ class VLMoETextEmbeddings(nn.Module):
             nn.Parameter(torch.zeros(1, 1, width)) if config.use_token_type_embeddings else None
         )
 
-    def forward(self, input_ids: Optional[Tensor], inputs_embeds: Optional[Tensor]) -> Tensor:
+    def forward(
+        self,
+        input_ids: Optional[Tensor],
+        inputs_embeds: Optional[Tensor],
+        attention_mask: Optional[Tensor] = None,
+    ) -> Tensor:
         """Ids ``[n, Lt]``, or their embeddings ``[n, Lt, D]``, to ``[n, Lt, D]``.
 
+        With an attention mask ``[n, Lt]`` positions count from the first token that is no padding, so that padding on
+        the left changes nothing.
+
         Raises:
-            ValueError: more tokens than positions.
+            ValueError: more tokens than positions, or none.
         """
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length, most = words.shape[1], self.position_embeddings.shape[1]
         if length > most:
             raise ValueError(f"a text of {length} tokens; the model has positions for {most}")
-        tokens = words + self.position_embeddings[:, :length]
+        if length == 0:
+            raise ValueError(
+                "a text of 0 tokens; the tokenizer gives an empty text two, its beginning and its end"
+            )
+        positions = self.position_embeddings[:, :length]
+        if attention_mask is not None:
+            places = torch.arange(length, device=attention_mask.device)
+            places = (places - first_places(attention_mask).unsqueeze(1)).clamp(min=0)
+            positions = F.embedding(places.to(positions.device), positions[0])
+        tokens = words + positions
         if self.token_type_embedding is not None:
             tokens = tokens + self.token_type_embedding
         return tokens
@@ -243,7 +260,7 @@ class VLMoELayer(GradientCheckpointingLayer):
         text_length: int,
         output_router_logits: bool = False,
     ) -> tuple[Optional[Tensor], ...]:
-        """``[n, L, D]`` to ``[n, L, D]``, the attention weights where the implementation has them, and what routers did.
+        """``[n, L, D]`` to ``[n, L, D]``, attention weights where the implementation has them, and what routers did.
 
         The latter one after the other, the three fields of a `RouterOutput` each: a checkpoint of the layer hands
         gradients on to tensors that it returns, not to those inside of tuples.
@@ -319,28 +336,62 @@ class VLMoEEncoder(nn.Module):
         )
 
 
+def first_places(attention_mask: Tensor) -> Tensor:
+    """Where the first token of every text stands that is no padding, of ``[n, Lt]``: ``[n]``; 0 if all is padding."""
+    return attention_mask.bool().long().argmax(dim=1)
+
+
 class VLMoEPooler(nn.Module):
-    """``tanh(W x + b)`` of the first token of a sample: ``[n, L, D]`` to ``[n, D]`` (BERT)."""
+    """``tanh(W x + b)`` of the first token of a text: ``[n, D]`` to ``[n, D]`` (BERT)."""
 
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, first_token: Tensor) -> Tensor:
         """See the class."""
-        return torch.tanh(self.dense(hidden_states[:, 0]))
+        return torch.tanh(self.dense(first_token))
+
+
+class VLMoEOutputLinear(nn.Linear):
+    """A linear layer that computes in fp32, whatever its inputs and weights are and under autocast too.
+
+    Rounded to bf16, logits that are close to each other are often equal.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[..., inputs]`` to fp32 ``[..., C]``."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.float(), self.weight.float(), self.bias.float())
 
 
 class VLMoEClassifier(nn.Module):
-    """Linear to 2 D, LayerNorm, GELU, linear to the classes (VLMo): ``[n, inputs]`` to ``[n, C]``."""
+    """Linear to 2 D, LayerNorm, GELU, linear to the classes (VLMo): ``[n, inputs]`` to fp32 ``[n, C]``."""
 
     def __init__(self, config: VLMoEConfig, inputs: int) -> None:
         super().__init__()
         inner = 2 * config.hidden_size
         self.dense = nn.Linear(inputs, inner)
         self.norm = nn.LayerNorm(inner, eps=config.layer_norm_eps)
-        self.output = nn.Linear(inner, config.num_labels)
+        self.output = VLMoEOutputLinear(inner, config.num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
         """See the class."""
         return self.output(F.gelu(self.norm(self.dense(features))))
+
+
+def prediction_head(config: VLMoEConfig, classes: int) -> Optional[nn.Linear]:
+    """The head that predicts one of so many pieces or codes; None for none."""
+    return nn.Linear(config.hidden_size, classes) if classes else None
+
+
+def needed_head(config: VLMoEConfig, field: str) -> nn.Linear:
+    """The prediction head whose size a field of the configuration gives.
+
+    Raises:
+        ValueError: that is 0.
+    """
+    head = prediction_head(config, getattr(config, field))
+    if head is None:
+        raise ValueError(f"a model with {field}=0 has no such head")
+    return head

@@ -188,3 +188,9 @@ def _squared_variation(values: Tensor) -> Tensor:
     mean = values.mean()
     vanishes = mean <= torch.finfo(values.dtype).tiny ** 0.5
     return ((values - mean) / mean.masked_fill(vanishes, 1.0)).square().mean()
+
+
+def total_loss(*losses: Optional[Tensor]) -> Optional[Tensor]:
+    """Sum of the losses that there are; None if there is none."""
+    found = [loss for loss in losses if loss is not None]
+    return torch.stack(found).sum() if found else None

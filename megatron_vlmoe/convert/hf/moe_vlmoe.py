@@ -289,6 +289,10 @@ class VLMoESparseBranch(nn.Module):
     def route(self, logits: Tensor, mask: Optional[Tensor]) -> Routing:
         """Chooses experts by logits ``[T, E]`` for tokens, of which those with a False in mask ``[T]`` are left out."""
         config = self.config
+        if not 1 <= config.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={config.num_experts_per_tok} does not fit a pool of {self.num_experts} experts"
+            )
         gate, expert = top_k_experts(torch.softmax(logits, dim=1), config.num_experts_per_tok)
         if config.capacity_factor > 0.0:
             capacity = expert_capacity(
@@ -359,6 +363,14 @@ class VLMoEFeedForward(nn.Module):
                 branch = VLMoEDenseBranch(config, layer_number)
             self.add_module(name, branch)
 
+    def branches_of(self, kind: str) -> tuple[str, ...]:
+        """Names of the branches that samples of a kind go through, which is "texts", "images" or "pairs"."""
+        if kind == "pairs" and "vl" in self.names:
+            return ("vl",)
+        if "shared" in self.names:
+            return ("shared",)
+        return {"texts": ("text",), "images": ("vision",), "pairs": ("text", "vision")}[kind]
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -371,10 +383,10 @@ class VLMoEFeedForward(nn.Module):
         See `VLMoESparseBranch.forward` for the arguments.
         """
         length = hidden_states.shape[1]
-        if 0 < text_length < length and "vl" in self.names:
-            parts = [("vl", hidden_states, text_length, mask)]
-        elif "shared" in self.names:
-            parts = [("shared", hidden_states, text_length, mask)]
+        kind = "texts" if text_length == length else "pairs" if text_length else "images"
+        branch = self.branches_of(kind)[0]
+        if branch in ("vl", "shared"):
+            parts = [(branch, hidden_states, text_length, mask)]
         else:
             parts = []
             if text_length:
