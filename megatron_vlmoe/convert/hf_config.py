@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from megatron_vlmoe.config.block_plan import moe_layer_numbers
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.schema import AuxLossConfig, ConfigError, RunConfig
 from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
 from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.data.task_labels import Labels
@@ -62,6 +62,7 @@ MOE_FIELDS = {
     "vision_aux": "vision_router_losses",
     "noise_std": "router_noise_std",
 }
+_NO_LOSSES = {field.name: 0.0 for field in dataclasses.fields(AuxLossConfig)}
 SPECIAL_TOKENS = ("bos", "pad", "eos", "mask")
 
 
@@ -188,6 +189,9 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
             # Exports of earlier versions have the routers' losses and noise among the options of training.
             if theirs in content:
                 sections[section][ours] = content[theirs]
+                if ours.endswith("_aux") and isinstance(content[theirs], Mapping):
+                    # A loss that is not named has no weight there, where ours have defaults.
+                    sections[section][ours] = {**_NO_LOSSES, **content[theirs]}
             elif ours not in sections[section]:
                 raise ConvertError(f"{file}: has no {theirs}")
     if task:
