@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -176,12 +177,14 @@ def test_the_routers_options_of_a_run_travel_both_ways(tmp_path):
     assert (content["router_aux_loss_coef"], content["router_noise_std"]) == (0.02, 0.5)
     content = json.loads(json.dumps(content))
     assert import_config(tmp_path, content).moe == moe
-    # Earlier exports have them among the options of training.
+    # Earlier exports have them among the options of training, with all weights.
+    options = json.loads(json.dumps(dataclasses.asdict(moe)))
     for ours, theirs in (
         ("aux_loss_coefficient", "router_aux_loss_coef"),
         ("noise_std", "router_noise_std"),
         ("text_aux", "text_router_losses"),
         ("vision_aux", "vision_router_losses"),
     ):
-        content["training"]["moe"][ours] = content.pop(theirs)
+        del content[theirs]
+        content["training"]["moe"][ours] = options[ours]
     assert import_config(tmp_path, content).moe == moe

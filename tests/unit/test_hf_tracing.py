@@ -1,4 +1,4 @@
-"""Graphs of the Hugging Face model: `torch.export` and `torch.compile` of every class, with experts, for any batch size."""
+"""Graphs of the Hugging Face model: `torch.export` and `torch.compile` of every class, for any batch size."""
 
 from __future__ import annotations
 
