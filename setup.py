@@ -20,12 +20,15 @@ setup(
         "wandb": ["wandb>=0.18"],
         # Exports are written without it; it loads and fine-tunes them, and loads CLIP or ViT teachers.
         "hf": ["transformers>=4.56", "accelerate>=1.1"],
+        # Photographs as iPhones take them.
+        "heic": ["pillow-heif>=0.18"],
         "dev": [
             "transformers>=4.56",
             "accelerate>=1.1",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
+            "scipy>=1.11",
             "mypy>=1.11",
             "types-PyYAML",
             "pre-commit>=3.8",

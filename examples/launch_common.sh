@@ -21,7 +21,7 @@ take() {
     given "$option" "$@" && return
     [ -n "${!variable+set}" ] || die "$variable is not set: give the value of $option (see the head of ${COMMON:-examples/pretrain_common.sh})"
     [ -n "${!variable}" ] || return 0
-    local words; read -r -a words <<< "${!variable}"
+    local words; read -r -d '' -a words <<< "${!variable}" || true # also over several lines
     OPTIONS+=("$option" "${words[@]}")
 }
 
@@ -34,16 +34,17 @@ gcd() { local a="$1" b="$2" rest; while [ "$b" -gt 0 ]; do rest=$((a % b)); a="$
 
 count_gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
 
-# forward SIGNAL: to the workers themselves; torchrun would give them 30 seconds after SIGTERM and die of SIGUSR1.
+# forward SIGNAL: to the workers themselves; torchrun would kill them 30 seconds after SIGTERM and die of SIGUSR1.
 forward() {
     echo "[launch] $1: asking the workers to save and leave" >&2
     pkill "-$1" -P "$TORCHRUN_PID" || true
 }
 
-# Signals reach this shell only (Slurm's proctrack/cgroup) or every process: both must work.
+# Signals reach this shell only, its process group or every process (Slurm's proctrack/cgroup): all must work. So torchrun
+# ignores them, and ends with its workers; these take no notice of what it ignores.
 launch() {
     local status=0
-    (trap '' USR1; exec torchrun "$@") &
+    (trap '' USR1 TERM INT; exec torchrun --signals-to-handle SIGHUP,SIGQUIT "$@") &
     TORCHRUN_PID=$!
     trap 'forward USR1' USR1
     trap 'forward TERM' TERM INT

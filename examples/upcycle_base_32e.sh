@@ -13,8 +13,9 @@ cd "$(dirname "$0")/.."
 
 DENSE="${DENSE:-runs/base-dense}"
 START="${START:-runs/base-32e-start}"
-read -r -a MOE_OPTIONS <<< "${MOE:-}"
-read -r -a UPCYCLE_OPTIONS <<< "${UPCYCLE:-}"
+# read returns 1 at the end of a string, which may have several lines.
+read -r -d '' -a MOE_OPTIONS <<< "${MOE:-}" || true
+read -r -d '' -a UPCYCLE_OPTIONS <<< "${UPCYCLE:-}" || true
 
 case " $* " in
     *" --dry-run "*) ;;

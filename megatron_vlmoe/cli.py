@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Callable, Optional, Sequence
 
+from megatron_vlmoe.runtime.helper_processes import take_signals
+
 COMMANDS = {
     "pretrain": ("megatron_vlmoe.train.pretrain:main", "train a VL-MoE from indexed datasets"),
     "finetune": ("megatron_vlmoe.finetune.run:main", "train a checkpoint on a downstream task"),
@@ -30,6 +32,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if words[0] not in COMMANDS:
         print(f"error: unknown command {words[0]!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    take_signals()
     configure_logging()
     return run_guarded(lambda: _run(words[0], words[1:]))
 

@@ -8,6 +8,7 @@ written to OUTPUT. With the interpreter of the tests both packages are hidden; w
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import json
 import sys
@@ -78,14 +79,21 @@ def heads(root: Path) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache
+def pipeline(task: str, folder: Path) -> Any:
+    """A pipeline, made once."""
+    return transformers.pipeline(task, model=str(folder), **REMOTE)
+
+
 def pipelines(root: Path) -> dict[str, Any]:
     """What pipelines answer."""
 
     def make(task: str, folder: str) -> Any:
-        return transformers.pipeline(task, model=str(root / folder), **REMOTE)
+        return pipeline(task, root / folder)
 
     picture = Image.new("RGB", (50, 40), (200, 10, 30))
     fill = make("fill-mask", "pretraining")
+    ask = make("visual-question-answering", "vqa")
     return {
         "fill-mask": [fill("a red [MASK]", top_k=2), fill(["a [MASK]", "two [MASK] left"])],
         "image-classification": make("image-classification", "imagenet")([picture] * 2),
@@ -96,8 +104,44 @@ def pipelines(root: Path) -> dict[str, Any]:
         "zero-shot-image-classification": make("zero-shot-image-classification", "retrieval")(
             picture, candidate_labels=["red", "blue", "square"], hypothesis_template="a {}"
         ),
+        "visual-question-answering": [
+            ask(picture, "a red circle", top_k=2),
+            ask([picture] * 2, ["a", "two " * 40]),
+        ],
         "feature-extraction": make("feature-extraction", "pretraining")("a red circle"),
     }
+
+
+def pictures(root: Path) -> dict[str, Any]:
+    """For every file in `pictures`, its pixels by every way of handing it over, and the class that has most."""
+    tasks = {
+        "image-classification": ("imagenet", {}),
+        "image-feature-extraction": ("imagenet", {}),
+        "zero-shot-image-classification": ("retrieval", {"candidate_labels": ["red", "blue"]}),
+        "visual-question-answering": ("vqa", {}),
+    }
+    made = {
+        task: (pipeline(task, root / folder), options) for task, (folder, options) in tasks.items()
+    }
+    processor = load("AutoProcessor", root / "vqa")
+    classify = made["image-classification"][0]
+    found = {}
+    for path in sorted((root / "pictures").iterdir()):
+        given = {"path": str(path), "bytes": path.read_bytes(), "pillow": Image.open(path)}
+        pixels = {
+            name: processor(images=image, return_tensors="pt")["pixel_values"]
+            for name, image in given.items()
+        }
+        for task, (own, options) in made.items():
+            for name in ("path", "pillow"):
+                image = given[name]
+                if task == "visual-question-answering":
+                    image = {"image": image, "question": "a red circle"}
+                pixels[f"{task} of {name}"] = own.preprocess(image, **options)["pixel_values"]
+        best = int(logits(classify.model, pixel_values=pixels["path"]).argmax())
+        assert classify(str(path))[0]["label"] == classify.model.config.id2label[best]
+        found[path.name] = pixels
+    return found
 
 
 def uses(root: Path) -> dict[str, str]:
@@ -137,6 +181,29 @@ def saved_again(root: Path) -> list[str]:
             "a [MASK]"
         )
         assert load("AutoImageProcessor", folder).size == {"height": 32, "width": 32}
+        other = load(
+            "AutoProcessor",
+            folder,
+            size=48,
+            exif="keep",
+            text_length=9,
+            padding_side="left",
+        )
+        other.save_pretrained(folder)
+        for changed in (other, load("AutoProcessor", folder)):
+            assert changed.image_processor.size == {"height": 48, "width": 48}
+            assert (changed.image_processor.exif, changed.text_length) == ("keep", 9)
+            assert changed.tokenizer.padding_side == "left"
+            assert not {"size", "exif", "text_length"} & set(changed.tokenizer.init_kwargs)
+        pipeline("visual-question-answering", root / "vqa").save_pretrained(folder / "pipeline")
+        assert load("AutoProcessor", folder / "pipeline").text_length == 12
+        for option in ({"do_pad": True}, {"text_length": "9"}):
+            try:
+                load("AutoProcessor", folder, **option)
+            except (TypeError, ValueError) as error:
+                assert next(iter(option)) in str(error)
+            else:
+                raise AssertionError(f"{option} was taken")
         return sorted(path.name for path in folder.glob("*.py"))
 
 
@@ -151,6 +218,7 @@ def main(root: Path, output: Path) -> None:
     results = {
         "heads": heads(root),
         "pipelines": pipelines(root),
+        "pictures": pictures(root),
         "uses": uses(root),
         "files": saved_again(root),
         "images_alone": type(load("AutoProcessor", root / "images")).__name__,

@@ -1,9 +1,6 @@
 """Imported once by the server that test processes are forked from, so that they start in milliseconds."""
 
-import functools
-import multiprocessing
 import warnings
-from typing import Any
 
 import torch
 
@@ -13,16 +10,8 @@ warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 install_cpu_runtime()
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-
 import megatron_vlmoe.train.trainer  # noqa: E402, F401  (after the CPU runtime is in place)
+from megatron_vlmoe.runtime.helper_processes import install_results_queue  # noqa: E402
 
-
-@functools.cache
-def results_queue() -> Any:
-    """The queue of megatron-core's checkpoint writers, whose manager it would start by importing all anew."""
-    return multiprocessing.get_context("forkserver").Manager().Queue()
-
-
-assert callable(filesystem_async._get_write_results_queue)
-filesystem_async._get_write_results_queue = results_queue
+# The manager of checkpoint writers would start by importing all anew.
+install_results_queue("forkserver")

@@ -39,15 +39,15 @@ def prepare_all(folder: Path, num_images: int = 20) -> Prepared:
     from megatron_vlmoe.data.prepare_task import TaskOptions, prepare_task
     from megatron_vlmoe.data.preprocess import Run
     from megatron_vlmoe.data.readers.tasks.records import TaskInput
+    from megatron_vlmoe.data.readers.training_texts import read_training_texts
     from megatron_vlmoe.data.sample_corpus.writer import SampleCorpus, make_sample_corpus
     from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
 
     made, raw = Prepared(folder), folder / "raw"
     make_sample_corpus(SampleCorpus(output=raw, num_images=num_images, seed=3))
-    texts = (raw / "text" / "train.jsonl", raw / "coco/annotations/captions_train2014.json")
-    train_text_tokenizer(
-        TextTokenizerTraining(inputs=texts, vocab_size=200, output_prefix=folder / "text")
-    )
+    files = (raw / "text" / "train.jsonl", raw / "coco/annotations/captions_train2014.json")
+    training = TextTokenizerTraining(vocab_size=200, output_prefix=folder / "text")
+    train_text_tokenizer(training, map(str, read_training_texts(tuple(map(str, files)))))
     for task, source in RAW.items():
         options = TaskOptions(tokenizer_model=None if task == "imagenet" else made.tokenizer)
         run = Run(made.prefix(task), 1, "stop", {"command": "", "inputs": []})

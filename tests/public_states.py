@@ -249,11 +249,10 @@ def write_text_model(folder: Path) -> Path:
     """A SentencePiece model of ours with some sixty pieces."""
     lines = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 9)) for i in range(200)]
     (folder / "corpus.txt").write_text("\n".join(lines))
-    inputs = [folder / "corpus.txt"]
     training = TextTokenizerTraining(
-        inputs=inputs, vocab_size=60, output_prefix=folder / "m", character_coverage=1.0
+        vocab_size=60, output_prefix=folder / "m", character_coverage=1.0
     )
-    train_text_tokenizer(training)
+    train_text_tokenizer(training, lines)
     return folder / "m.model"
 
 

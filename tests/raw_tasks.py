@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 import sentencepiece
 from data_files import encoded, picture, tool
@@ -72,6 +74,31 @@ def put(path: Path, content: object) -> None:
         path.write_bytes(content)
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def put_table(
+    path: Path, columns: dict[str, list[Any]], classes: dict[str, list[str]] | None = None
+) -> None:
+    """Writes a table of Hugging Face: parquet, or for a name ending in .arrow an IPC stream.
+
+    Args:
+        path: the file.
+        columns: values by column.
+        classes: for columns of whole numbers the names that its schema tells.
+    """
+    table = pyarrow.table(columns)
+    features = {
+        name: {"names": names, "_type": "ClassLabel"} for name, names in (classes or {}).items()
+    }
+    if features:
+        written = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": written})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+        return
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as out:
+        out.write_table(table)
 
 
 def rows(data: TaskDataset) -> list[TaskRow]:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.manifest import TASKS
 from megatron_vlmoe.data.prepare_task import TaskOptions, prepare_task
 from megatron_vlmoe.data.preprocess import positive_int, run_tool
 from megatron_vlmoe.data.readers.tasks.records import TaskInput
 from megatron_vlmoe.data.task_samples import TASK_SHAPES
-from megatron_vlmoe.data.tool_options import add_options, run_of
+from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
 
 # Options that only some tasks have: fields of `TaskInput`.
 TASK_OPTIONS = {
@@ -32,7 +33,7 @@ TASK_OPTIONS = {
     "sentence1": ("mnli",),
     "sentence2": ("mnli",),
     "label": ("mnli",),
-    "class_names": ("mnli",),
+    "class_names": ("mnli", "nlvr2", "imagenet"),
 }
 
 
@@ -54,6 +55,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prefix="P_S",
         tokenizer="needed but for imagenet",
     )
+    add_image_rules(parser)
     add_task_options(parser)
     options = parser.parse_args(argv)
     if TASK_SHAPES[options.task].texts and options.tokenizer_model is None:
@@ -82,7 +84,12 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="vqa: how often an answer must occur to be a class (9)",
     )
-    group.add_argument("--annotations", metavar="F", help="retrieval: Karpathy's JSON file")
+    group.add_argument(
+        "--annotations",
+        metavar="F",
+        help="retrieval: Karpathy's JSON file, or a list of ALBEF or BLIP "
+        "with those of its other splits beside it (what there is in --raw)",
+    )
     group.add_argument(
         "--val-fraction",
         type=float,
@@ -92,18 +99,27 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--val-labels",
         metavar="F",
-        help="imagenet: classes of images that lie in val without folders: a class id per line, "
-        "in the order of the names, or LOC_val_solution.csv",
+        help="imagenet: classes of images that lie in val without folders: a class id per line in the "
+        "order of the names, LOC_val_solution.csv, or the development kit's ground truth with its meta.mat",
     )
     group.add_argument("--words", metavar="F", help="imagenet: class ids and their words")
-    group.add_argument("--sentence1", metavar="NAME", help="mnli: column of the premise")
-    group.add_argument("--sentence2", metavar="NAME", help="mnli: column of the hypothesis")
-    group.add_argument("--label", metavar="NAME", help="mnli: column of the class (gold_label)")
+    group.add_argument(
+        "--sentence1", metavar="NAME", help="mnli: column of the premise (sentence1 or premise)"
+    )
+    group.add_argument(
+        "--sentence2",
+        metavar="NAME",
+        help="mnli: column of the hypothesis (sentence2 or hypothesis)",
+    )
+    group.add_argument(
+        "--label", metavar="NAME", help="mnli: column of the class (gold_label or label)"
+    )
     group.add_argument(
         "--class-names",
         nargs="+",
         metavar="NAME",
-        help="mnli: classes in the order of their labels (entailment neutral contradiction)",
+        help="mnli, nlvr2, imagenet: what the class numbers of a table stand for where its schema does "
+        "not tell; for mnli also the classes of another task (entailment neutral contradiction)",
     )
 
 
@@ -116,7 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given["class_names"] = tuple(given["class_names"])
     source = TaskInput(options.task, options.raw, **given)
     run = run_of(options, "prepare_task.py", arguments, [options.raw])
-    store = TaskOptions(options.tokenizer_model, options.resize_short, tuple(options.splits))
+    store = TaskOptions(
+        options.tokenizer_model,
+        options.resize_short,
+        tuple(options.splits),
+        ImageRules(options.exif, options.alpha),
+    )
     return run_tool(lambda: prepare_task(source, run, store))
 
 

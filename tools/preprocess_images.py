@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.preprocess import run_tool
 from megatron_vlmoe.data.preprocess_images import preprocess_images
-from megatron_vlmoe.data.tool_options import add_options, run_of
+from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -32,6 +33,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_options(
         parser, "--output-prefix", "--workers", "--resize-short", "--on-error", rejects="images"
     )
+    add_image_rules(parser)
     return parser.parse_args(argv)
 
 
@@ -40,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(arguments)
     run = run_of(options, "preprocess_images.py", arguments, options.input)
-    return run_tool(lambda: preprocess_images(tuple(options.input), run, options.resize_short))
+    rules = ImageRules(options.exif, options.alpha)
+    inputs = tuple(options.input)
+    return run_tool(lambda: preprocess_images(inputs, run, options.resize_short, rules))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.preprocess import positive_int, run_tool
 from megatron_vlmoe.data.preprocess_pairs import (
     DEFAULT_MAX_CAPTION_TOKENS,
     PairOptions,
     preprocess_pairs,
 )
-from megatron_vlmoe.data.readers.pair_formats import PAIR_READERS
-from megatron_vlmoe.data.readers.pairs import PairInput
-from megatron_vlmoe.data.tool_options import add_options, run_of
+from megatron_vlmoe.data.readers.pair_formats import (
+    FORMATS_WITH_KEYS,
+    FORMATS_WITH_SPLITS,
+    PAIR_READERS,
+    check_options,
+)
+from megatron_vlmoe.data.readers.pairs import SPLIT_KEY, PairInput
+from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -29,23 +36,43 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Index captioned images; writes P_image.*, P_text.* and P.json."
     )
-    parser.add_argument("--format", choices=list(PAIR_READERS), required=True)
+    parser.add_argument(
+        "--format",
+        choices=["auto", *PAIR_READERS],
+        default="auto",
+        help="layout of the annotations; auto: by what they hold",
+    )
     parser.add_argument(
         "--annotations",
         nargs="+",
         default=[],
         metavar="F",
-        help="annotation files; for webdataset tars or folders of tars",
+        help="annotation files; for webdataset tars or folders of tars, for files folders",
     )
     parser.add_argument("--images", metavar="DIR", help="folder of the images")
+    keyed = ", ".join(FORMATS_WITH_KEYS)
     parser.add_argument(
         "--split",
         nargs="+",
-        default=["train", "restval"],
-        help="karpathy: splits to take (train restval)",
+        metavar="S",
+        help=f"{', '.join(FORMATS_WITH_SPLITS)}: splits to take, where the records name theirs "
+        "(train restval)",
     )
-    parser.add_argument("--image-key", help="jsonl, parquet: key of the image")
-    parser.add_argument("--caption-key", help="jsonl, parquet, webdataset: key of the caption(s)")
+    parser.add_argument(
+        "--split-key",
+        default=SPLIT_KEY,
+        metavar="K",
+        help=f"{keyed}: key of the split (%(default)s)",
+    )
+    parser.add_argument("--image-key", metavar="K", help=f"{keyed}: key or column of the image")
+    parser.add_argument(
+        "--caption-key", metavar="K", help=f"{keyed}, webdataset, files: key of the caption(s)"
+    )
+    parser.add_argument(
+        "--separator",
+        metavar="C",
+        help="csv: what separates the columns (tab, else the one that the first line has)",
+    )
     parser.add_argument(
         "--max-caption-tokens",
         type=positive_int,
@@ -58,28 +85,43 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         *("--output-prefix", "--tokenizer-model", "--workers", "--resize-short", "--on-error"),
         rejects="captions and images",
     )
+    add_image_rules(parser)
     options = parser.parse_args(argv)
-    if not options.annotations and options.format != "webdataset":
-        parser.error(f"--format {options.format} needs --annotations")
+    if not options.annotations and options.images is None:
+        parser.error("neither --annotations nor --images is given")
+    if options.format != "auto":
+        try:
+            check_options(input_of(options))
+        except DataError as error:
+            parser.error(str(error))
     return options
+
+
+def input_of(options: argparse.Namespace) -> PairInput:
+    """Which files to read, and how."""
+    return PairInput(
+        options.format,
+        tuple(options.annotations),
+        options.images,
+        tuple(options.split) if options.split else None,
+        options.image_key,
+        options.caption_key,
+        options.split_key,
+        None if options.separator is None else options.separator.replace("\\t", "\t"),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Preprocesses; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(arguments)
-    source = PairInput(
-        options.format,
-        tuple(options.annotations),
-        options.images,
-        tuple(options.split),
-        options.image_key,
-        options.caption_key,
-    )
     inputs = [*options.annotations, *([options.images] if options.images else [])]
     run = run_of(options, "preprocess_pairs.py", arguments, inputs)
-    store = PairOptions(options.resize_short, options.max_caption_tokens)
-    return run_tool(lambda: preprocess_pairs(source, options.tokenizer_model, run, store))
+    rules = ImageRules(options.exif, options.alpha)
+    store = PairOptions(options.resize_short, options.max_caption_tokens, rules)
+    return run_tool(
+        lambda: preprocess_pairs(input_of(options), options.tokenizer_model, run, store)
+    )
 
 
 if __name__ == "__main__":

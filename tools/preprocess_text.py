@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.preprocess import run_tool
 from megatron_vlmoe.data.preprocess_text import preprocess_text
-from megatron_vlmoe.data.readers.text import TextInput
+from megatron_vlmoe.data.readers.text import TextInput, lines_of_document
 from megatron_vlmoe.data.tool_options import add_options, run_of
 
 
@@ -27,25 +28,31 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
     parser.add_argument(
         "--format",
-        choices=["auto", "jsonl", "text", "parquet"],
+        choices=["auto", "jsonl", "text", "parquet", "arrow"],
         default="auto",
-        help="auto: by the suffix of each file",
+        help="auto: by the content of each file, then its suffix",
     )
     parser.add_argument(
-        "--text-key", default="text", help="JSON key or parquet column (%(default)s)"
+        "--text-key", default="text", help="JSON key or column of the text (%(default)s)"
     )
     parser.add_argument(
         "--documents",
-        choices=["line", "blank-line"],
         default="line",
-        help="plain text: a document per line, or documents between blank lines",
+        metavar="HOW",
+        help="a document: line (or row), blank-line (plain text: between blank lines), or lines:N "
+        "(N lines or rows joined, for files with a sentence per line)",
     )
     add_options(
         parser,
         *("--output-prefix", "--tokenizer-model", "--workers", "--on-error"),
         rejects="records",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    try:
+        lines_of_document(options.documents)
+    except DataError as error:
+        parser.error(str(error))
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

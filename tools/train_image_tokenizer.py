@@ -13,6 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.data.crops import CropOptions, TokenizerCrops, open_images
+from megatron_vlmoe.data.image_files import ImageRules
+from megatron_vlmoe.data.tool_options import add_image_rules
 from megatron_vlmoe.tokenizers.vqkd.launch import PRESETS, TrainingRequest, train_image_tokenizer
 
 
@@ -31,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PREFIX",
         help="indexed datasets (PREFIX_image.bin) or folders of images",
     )
+    add_image_rules(parser.add_argument_group("images in folders"))
     add("--output", type=Path, required=True, metavar="DIR")
     add("--preset", choices=sorted(PRESETS), default="base")
     add("--image-size", type=int, help="side of the input in pixels")
@@ -57,6 +60,7 @@ def main() -> int:
     """Trains; returns the exit status."""
     arguments = vars(parse_arguments())
     images, workers = arguments.pop("images"), arguments.pop("workers")
+    rules = ImageRules(arguments.pop("exif"), arguments.pop("alpha"))
     try:
         request = TrainingRequest(**arguments)
         crops = CropOptions(
@@ -66,7 +70,7 @@ def main() -> int:
             seed=request.seed,
             workers=workers,
         )
-        train_image_tokenizer(request, TokenizerCrops(open_images(images), crops))
+        train_image_tokenizer(request, TokenizerCrops(open_images(images, rules), crops))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

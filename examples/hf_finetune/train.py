@@ -34,7 +34,13 @@ AUTO_MODELS = {
 METRICS = {"vqa": "vqa_soft_score", "imagenet": "top1"}
 # Of one, two, three and more annotators who gave the same answer.
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+SIDE_FOLDERS = {
+    "__MACOSX",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "lost+found",
+}  # of archives and operating systems
 
 
 class InputError(Exception):
@@ -198,20 +204,32 @@ def vqa_samples(root: Path, part: str, labels: Sequence[str], drop_unanswerable:
 
 def class_folders(root: Path) -> list[str]:
     """Names of the folders with images to train on."""
-    names = sorted(path.name for path in find(root, "train").iterdir() if path.is_dir())
+    names = [path.name for path in data_folders(find(root, "train"))]
     if not names:
         raise InputError(f"{root / 'train'}: no class folder in it")
     return names
 
 
+def data_folders(root: Path) -> list[Path]:
+    """The folders in a folder, without hidden ones and those beside the data, in sorted order."""
+    folders = (path for path in root.iterdir() if path.is_dir())
+    return sorted(path for path in folders if path.name[0] != "." and path.name not in SIDE_FOLDERS)
+
+
 def class_samples(root: Path, split: str, labels: Sequence[str]) -> Samples:
     """Images of `SPLIT/CLASS/`."""
-    rows = []
-    for folder in sorted(path for path in find(root, split).iterdir() if path.is_dir()):
+    rows, others = [], Counter[str]()
+    for folder in data_folders(find(root, split)):
         if folder.name not in labels:
             raise InputError(f"{folder}: is no class of the model or of train")
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
-        rows += [{"image": str(file), "target": labels.index(folder.name)} for file in files]
+        for file in sorted(path for path in folder.iterdir() if path.name[0] != "."):
+            if file.suffix.lower() in IMAGE_ENDINGS:
+                rows.append({"image": str(file), "target": labels.index(folder.name)})
+            else:
+                others[file.suffix.lower() or "files without suffix"] += 1
+    if others:
+        found = ", ".join(f"{kind} {count}" for kind, count in sorted(others.items()))
+        print(f"{root / split}: passed over: {found}", file=sys.stderr)
     return Samples(rows)
 
 

@@ -23,6 +23,29 @@ die() { echo "error: $*" >&2; exit 1; }
 # need PATH WHAT: ends with what to download if PATH is not there.
 need() { [ -e "$1" ] || die "$1 is missing: $2"; }
 
+# find_files CORPUS PATTERN...: FILES becomes the files of the first pattern below RAW/CORPUS that has any (none: empty).
+# Says what it takes, and what else is there.
+find_files() {
+    local corpus="$1" pattern found=(); shift
+    FILES=()
+    for pattern in "$@"; do
+        # cache-*.arrow is what the datasets library keeps of filters and maps, beside the data.
+        mapfile -t found < <(compgen -G "$RAW/$corpus/$pattern" | grep -v '/cache-[^/]*[.]arrow$' | LC_ALL=C sort)
+        if [ "${#found[@]}" -eq 0 ]; then
+            continue
+        elif [ "${#FILES[@]}" -eq 0 ]; then
+            FILES=("${found[@]}")
+            echo "$corpus: reads ${#found[@]} of $RAW/$corpus/$pattern"
+        else
+            echo "$corpus: leaves out ${#found[@]} of $RAW/$corpus/$pattern"
+        fi
+    done
+}
+
+# The layouts of the two corpora of text, the first that is there; WikiExtractor writes AA/wiki_00 and so on.
+find_wikipedia() { find_files wikipedia '*.parquet' '*.arrow' '*.jsonl' '*.jsonl.*' '*/wiki_*'; }
+find_bookcorpus() { find_files bookcorpus '*.parquet' '*.arrow' '*.jsonl' '*.jsonl.*' '*.txt' '*.txt.*'; }
+
 need_tokenizer() { need "$TEXT_TOKENIZER" "train it first with examples/prepare/tokenizers.sh, or set TEXT_TOKENIZER"; }
 
 # once NAME COMMAND...: runs the command unless the dataset DATA/NAME is complete.

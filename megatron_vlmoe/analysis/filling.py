@@ -5,7 +5,6 @@ Letters: S image side, P patch side, L patches, C visual codes.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.masking import blockwise_mask
@@ -60,6 +60,7 @@ def read_pair(prefix: str, number: int) -> tuple[Image.Image, list[int]]:
 
     Raises:
         FillingError: there is no such document.
+        DataError: its picture is damaged.
     """
     images = IndexedReader(part_prefix(prefix, "image"))
     texts = IndexedReader(part_prefix(prefix, "text"))
@@ -67,7 +68,7 @@ def read_pair(prefix: str, number: int) -> tuple[Image.Image, list[int]]:
         raise FillingError(f"{prefix}: no document {number}, only {images.num_documents}")
     (data,) = images.document(number)
     ids = [int(i) for i in texts.document(number)[0]]
-    return Image.open(io.BytesIO(data.tobytes())).convert("RGB"), ids
+    return decode_image(data, f"{prefix}_image.bin: image {number}"), ids
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, export_confi
 from megatron_vlmoe.convert.hf_files import (
     architecture,
     auto_map,
+    custom_pipelines,
     hf_source_files,
     processor_files,
 )
@@ -148,6 +149,7 @@ def _write_texts(
     config = reader.config
     task = config.task.name if isinstance(config, FinetuneConfig) else ""
     content = export_config(config, architecture(task), auto_map(task), tokenizer, labels)
+    content["custom_pipelines"] = custom_pipelines()
     _write_json(folder / CONFIG_FILE, content)
     for name, values in _processing(config, tokenizer).items():
         _write_json(folder / name, values)

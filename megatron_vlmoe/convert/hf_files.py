@@ -29,6 +29,23 @@ AUTO_MODELS = {
     "AutoModelForZeroShotImageClassification": "VLMoEForImageAndTextRetrieval",
 }
 
+# Task of `transformers.pipeline` to the class that reads images as the processor does, and the Auto class it loads.
+PIPELINES = {
+    "image-classification": (
+        "VLMoEImageClassificationPipeline",
+        "AutoModelForImageClassification",
+    ),
+    "image-feature-extraction": ("VLMoEImageFeatureExtractionPipeline", "AutoModel"),
+    "visual-question-answering": (
+        "VLMoEVisualQuestionAnsweringPipeline",
+        "AutoModelForVisualQuestionAnswering",
+    ),
+    "zero-shot-image-classification": (
+        "VLMoEZeroShotImageClassificationPipeline",
+        "AutoModelForZeroShotImageClassification",
+    ),
+}
+
 
 def hf_source_files() -> list[Path]:
     """The Python files that an export needs, which are copied into one folder."""
@@ -58,6 +75,14 @@ def auto_map(task: str = "") -> dict[str, str]:
     return {
         "AutoConfig": "configuration_vlmoe.VLMoEConfig",
         **{auto: f"modeling_vlmoe.{model}" for auto, model in models.items()},
+    }
+
+
+def custom_pipelines() -> dict[str, dict[str, Any]]:
+    """The entry `custom_pipelines` of `config.json`, for every task: fine-tuning may give an export another one."""
+    return {
+        task: {"impl": f"pipelines_vlmoe.{pipeline}", "pt": [auto]}
+        for task, (pipeline, auto) in PIPELINES.items()
     }
 
 
@@ -96,6 +121,8 @@ def processor_files(
         "do_normalize": True,
         "image_mean": list(image_mean),
         "image_std": list(image_std),
+        "exif": "turn",
+        "alpha": "white",
     }
     if not with_text:
         return {"preprocessor_config.json": image_processor}

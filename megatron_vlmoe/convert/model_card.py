@@ -80,6 +80,12 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 logits = model(**tokenizer(premise, hypothesis, truncation=True, return_tensors="pt")).logits""",
 }
 
+_IMAGES = """
+
+Images are turned upright by their EXIF (`exif="keep"` leaves them), put on white where they are transparent
+(`alpha="black"` or `"drop"`), and resized as a whole. `pipeline(TASK, model=..., trust_remote_code=True)` reads files
+in the same way."""
+
 
 @dataclass(frozen=True)
 class CardOptions:
@@ -115,7 +121,7 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
     front = yaml.safe_dump(_metadata(kind, config, card, metrics), sort_keys=False)
     sections = (
         _introduction(config, kind, card),
-        f"## Use\n\n```python\n{usage(kind, card.name)}\n```",
+        f"## Use\n\n```python\n{usage(kind, card.name)}\n```" + ("" if kind == "mnli" else _IMAGES),
         _architecture(config, config_json),
         "\n".join(["## Training data", "", *training_data(config)]),
         _training(reader),

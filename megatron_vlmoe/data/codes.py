@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
+from megatron_vlmoe.data.augment import CropBox, apply_crop, draw_crop
 from megatron_vlmoe.data.crops import ImageSource, IndexedImages, to_tensor, worker_loader
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
@@ -259,7 +259,7 @@ class _Views(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | DataError:
         try:
-            image = decode_image(self.source.read(index), self.source.where(index))
+            image = self.source.image(index)
         except DataError as error:
             return error
         headers, crops = [], []

@@ -5,6 +5,8 @@ Letters: N images of a batch, S side in pixels.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +20,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, read_image_file
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, keyed_rng
 from megatron_vlmoe.data.readers.images import read_images
-from megatron_vlmoe.data.readers.records import ImageFile
+from megatron_vlmoe.data.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    kinds_of,
+    passed_over_line,
+)
 
 _EVALUATION_IMAGES = 256
 
 
 class ImageSource(Protocol):
-    """Encoded images by number; it pickles, so that workers can have it."""
+    """Images by number; it pickles, so that workers can have it."""
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> bytes:
-        """The encoded bytes. Raises DataError."""
-        ...
-
-    def where(self, index: int) -> str:
-        """File and record, for messages."""
+    def image(self, index: int) -> Image.Image:
+        """An image in RGB. Raises DataError, naming it, if it is damaged."""
         ...
 
 
@@ -51,38 +56,37 @@ class IndexedImages:
     def __len__(self) -> int:
         return self._reader.num_sequences
 
-    def read(self, index: int) -> bytes:
-        """The encoded bytes of image `index`."""
-        return bytes(self._reader.sequence(index))
-
-    def where(self, index: int) -> str:
-        """File and record."""
-        return f"{self.prefix}.bin: image {index}"
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in RGB."""
+        return decode_image(self._reader.sequence(index), f"{self.prefix}.bin: image {index}")
 
 
 class FolderImages:
     """The images of a folder, at any depth, in sorted order; a damaged tar in it is an error."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, rules: ImageRules = DEFAULT_RULES) -> None:
+        self._rules = rules
         files = list(read_images((folder,)))
         self._files = [file for file in files if isinstance(file, ImageFile)]
-        rejects = [file for file in files if not isinstance(file, ImageFile)]
+        rejects = [file for file in files if isinstance(file, Reject)]
         if rejects:
             raise DataError(str(rejects[0]))
+        others = kinds_of(Counter(file for file in files if isinstance(file, PassedOver)))
+        if others:
+            print(f"{folder}: {passed_over_line(others)}", file=sys.stderr)
         if not self._files:
             raise DataError(f"{folder}: holds no images")
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def read(self, index: int) -> bytes:
-        """The encoded bytes of image `index`."""
-        return self._files[index].read()
-
-    def where(self, index: int) -> str:
-        """File and record."""
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in RGB."""
         file = self._files[index]
-        return f"{file.source}: {file.record}" if file.record else file.source
+        try:
+            return read_image_file(file.read(), self._rules)
+        except DataError as error:
+            raise DataError(str(Reject(file.source, file.record, str(error)))) from error
 
 
 class ChainedImages:
@@ -95,30 +99,26 @@ class ChainedImages:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _locate(self, index: int) -> tuple[ImageSource, int]:
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in RGB."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[number - 1]) if number else 0
-        return self._sources[number], index - start
-
-    def read(self, index: int) -> bytes:
-        """The encoded bytes of image `index`."""
-        source, local = self._locate(index)
-        return source.read(local)
-
-    def where(self, index: int) -> str:
-        """File and record."""
-        source, local = self._locate(index)
-        return source.where(local)
+        return self._sources[number].image(index - start)
 
 
-def open_images(paths: Sequence[str]) -> ImageSource:
-    """Indexed prefixes (`PREFIX_image.idx` exists) and image folders, in the given order."""
+def open_images(paths: Sequence[str], rules: ImageRules = DEFAULT_RULES) -> ImageSource:
+    """Indexed prefixes (`PREFIX_image.idx` exists) and image folders, in the given order.
+
+    Args:
+        paths: prefixes and folders.
+        rules: about orientation and transparency of images in folders; indexed ones have had theirs.
+    """
     sources: list[ImageSource] = []
     for path in paths:
         if Path(f"{part_prefix(path, 'image')}.idx").is_file():
             sources.append(IndexedImages(path))
         elif Path(path).is_dir():
-            sources.append(FolderImages(path))
+            sources.append(FolderImages(path, rules))
         else:
             raise DataError(f"{path}: neither an image folder nor an indexed dataset's prefix")
     return sources[0] if len(sources) == 1 else ChainedImages(sources)
@@ -193,7 +193,7 @@ class _TrainingCrops(Dataset[Any]):
         _, index = self.order.locate(position)
         rng = keyed_rng(self.options.seed, Purpose.AUGMENTATION, index=position)
         try:
-            image = decode_image(self.source.read(index), self.source.where(index))
+            image = self.source.image(index)
         except DataError as error:
             return error
         box = draw_crop(*image.size, rng, scale=(self.options.min_scale, 1.0))
@@ -209,7 +209,7 @@ class _WholeImages(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Tensor | DataError:
         try:
-            image = decode_image(self.source.read(index), self.source.where(index))
+            image = self.source.image(index)
         except DataError as error:
             return error
         return to_tensor(apply_crop(image, CropBox.whole(*image.size), self.size))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from PIL import Image, ImageDraw
 
+from megatron_vlmoe.data.augment import decode_pixels, open_image
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import (
@@ -19,6 +18,7 @@ from megatron_vlmoe.data.manifest import (
     length_percentiles,
     load_manifest,
     part_prefix,
+    unknown_line,
 )
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -71,8 +71,13 @@ class DatasetView:
             counts["tokens"] = manifest.tokens
         counts |= {"bytes": manifest.bytes, "rejects": manifest.rejects}
         yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
+        for kind, fates in (manifest.counts or {}).items():
+            parts = [f"{count} {fate}" for fate, count in fates.items() if fate != "read"]
+            yield f"  {fates['read']} {kind} read: {', '.join(parts)}"
+        yield from image_rules(manifest)
         if manifest.tokenizer_fingerprint:
             yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
+            yield f"  {unknown_line(manifest)}"
         for part, reader in self.readers.items():
             unit = "bytes per image" if part == "image" else "tokens per sequence"
             shown = length_percentiles(reader.sequence_lengths)
@@ -94,7 +99,10 @@ class DatasetView:
         indices = spread(self.manifest.documents, count)
         has_text = "text" in self.readers
         cells = (
-            (self._image(index), f"[{index}] {self._captions(index)[0] if has_text else ''}")
+            (
+                decode_pixels(self._image(index), image_place(self.prefix, index)),
+                f"[{index}] {self._captions(index)[0] if has_text else ''}",
+            )
             for index in indices
         )
         return draw_sheet(cells, len(indices), CAPTION_LINES if has_text else 1)
@@ -109,7 +117,8 @@ class DatasetView:
         return shown
 
     def _image(self, index: int) -> Image.Image:
-        return open_image(self.prefix, index, self.readers["image"].document(index)[0])
+        data = self.readers["image"].document(index)[0]
+        return open_image(data, image_place(self.prefix, index))
 
     def _captions(self, index: int) -> list[str]:
         reader = self.readers["text" if "text" in self.readers else "text_document"]
@@ -126,19 +135,22 @@ def spread(total: int, count: int) -> list[int]:
     return [place * (total - 1) // max(count - 1, 1) for place in range(count)]
 
 
-def open_image(prefix: str, index: int, data: np.ndarray) -> Image.Image:
-    """Opens an encoded image, uint8 ``[bytes]``. Raises DataError naming it."""
-    try:
-        return Image.open(io.BytesIO(data.tobytes()))
-    except OSError as error:
-        raise DataError(f"{prefix}_image.bin: image {index}: {error}") from error
+def image_place(prefix: str, index: int) -> str:
+    """Name of an image in errors."""
+    return f"{prefix}_image.bin: image {index}"
+
+
+def image_rules(manifest: DatasetManifest) -> Iterator[str]:
+    """A line about what was done with the images when they were indexed, if that is recorded."""
+    if manifest.exif or manifest.alpha:
+        yield f"  images: exif {manifest.exif}, alpha {manifest.alpha}"
 
 
 def draw_sheet(cells: Iterable[tuple[Image.Image, str]], count: int, lines: int) -> Image.Image:
     """Draws images in rows, each with a text below it.
 
     Args:
-        cells: images and texts.
+        cells: RGB images and texts.
         count: number of cells.
         lines: lines of text for each; the rest is cut.
     """
@@ -147,7 +159,7 @@ def draw_sheet(cells: Iterable[tuple[Image.Image, str]], count: int, lines: int)
     sheet = Image.new("RGB", (columns * _CELL, -(-count // columns) * height), "white")
     for place, (image, text) in enumerate(cells):
         row, column = divmod(place, columns)
-        small = image.convert("RGB")
+        small = image.copy()
         small.thumbnail((_CELL - 4, _CELL - 4))
         left, top = column * _CELL, row * height
         sheet.paste(small, (left + 2, top + 2))

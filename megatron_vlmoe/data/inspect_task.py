@@ -6,17 +6,25 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from megatron_vlmoe.data.augment import decode_pixels, open_image
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.inspect import (
     CAPTION_LINES,
     DatasetView,
     View,
     draw_sheet,
-    open_image,
+    image_place,
+    image_rules,
     shortened,
     spread,
 )
-from megatron_vlmoe.data.manifest import TASKS, check_dataset, length_percentiles, load_manifest
+from megatron_vlmoe.data.manifest import (
+    TASKS,
+    check_dataset,
+    length_percentiles,
+    load_manifest,
+    unknown_line,
+)
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -67,6 +75,7 @@ class TaskView:
         counts = {"samples": len(data), "images": data.num_images, "texts": data.num_texts}
         counts |= {"tokens": manifest.tokens, "bytes": manifest.bytes, "rejects": manifest.rejects}
         yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
+        yield from image_rules(manifest)
         for reason, count in sorted((manifest.omitted or {}).items()):
             yield f"  {count} samples left out: {reason}"
         if self.labels is not None:
@@ -75,6 +84,7 @@ class TaskView:
             yield "  class names: not found beside it"
         if manifest.tokenizer_fingerprint:
             yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
+            yield f"  {unknown_line(manifest)}"
         if data.num_texts:
             shown = length_percentiles(data.text_lengths())
             yield "  tokens per text: " + ", ".join(f"{n} {v}" for n, v in shown.items())
@@ -100,7 +110,10 @@ class TaskView:
 
     def _cell(self, index: int) -> tuple[Image.Image, str]:
         row = self.dataset.row(index)
-        images = [self._image(document).convert("RGB") for document in row.images]
+        images = [
+            decode_pixels(self._image(document), image_place(self.dataset.prefix, document))
+            for document in row.images
+        ]
         width = sum(image.width + _GAP for image in images) - _GAP
         joined = Image.new("RGB", (width, max(image.height for image in images)), "white")
         left = 0
@@ -110,7 +123,8 @@ class TaskView:
         return joined, f"[{index}] " + " ".join(reversed(self._words(row)))
 
     def _image(self, document: int) -> Image.Image:
-        return open_image(self.dataset.prefix, document, self.dataset.image_bytes(document))
+        data = self.dataset.image_bytes(document)
+        return open_image(data, image_place(self.dataset.prefix, document))
 
     def _words(self, row: TaskRow) -> list[str]:
         """Texts and targets of a sample."""

@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_vlmoe.data.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
 
 DATASET_PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("text_document",),
@@ -70,20 +71,41 @@ class DatasetManifest:
     source: Mapping[str, Any]
     """``command`` and ``inputs`` as they were given."""
     rejects: int = 0
-    """Records left out, listed in ``PREFIX.rejects.jsonl``."""
+    """Lines of ``PREFIX.rejects.jsonl``: what was left out as bad."""
     tokenizer_fingerprint: str | None = None
     """`TextTokenizer.fingerprint` of the tokenizer that made the ids; None for images."""
     vocab_size: int | None = None
     """Number of pieces of that tokenizer; None for images."""
+    unknown_tokens: int | None = None
+    """How many of ``tokens`` are the unknown token; None for images, and where it was not counted
+    (datasets made before it was)."""
     caption_lengths: Mapping[str, int] | None = None
     """For pairs, and tasks with texts, ``p50``, ``p90``, ``p99`` and ``max`` of the tokens per
     caption or text; else None."""
     samples: int | None = None
     """For tasks the rows of ``PREFIX_samples.arrow``; else None."""
+    counts: Mapping[str, Mapping[str, int]] | None = None
+    """For records, and of pairs also for images and captions, how many were ``read`` and what became
+    of them: the other numbers sum to it. None: not counted."""
+    passed_over: Mapping[str, int] | None = None
+    """For images how many files among them were none that is read, by suffix; else None."""
     omitted: Mapping[str, int] | None = None
-    """For tasks how many good samples the task itself leaves out, by reason; else None."""
+    """For tasks how many good samples the task itself leaves out, for pairs how many records are of
+    splits that are not wanted, by reason; else None."""
+    left_out: Mapping[str, str] | None = None
+    """For tasks the rejected samples that have an id: the reason by id, so that a file of predictions
+    can name them; else None (as in manifests of before there was this field)."""
+    fallback_answer: str | None = None
+    """For vqa the most frequent answer of training, which a submission gives to the questions in
+    ``left_out``; else None."""
     labels_sha256: str | None = None
     """For tasks with classes `Labels.sha256` of the class names that the labels count; else None."""
+    exif: str | None = None
+    """What was done with the orientation that image files give: ``turn`` or ``keep``, or ``mixed``
+    after a merge; None for datasets without images, and for those made before it was asked, which kept it."""
+    alpha: str | None = None
+    """Ground of transparent pixels, ``white`` or ``black``; ``drop`` (and, as above, None) for the
+    colours under them; or ``mixed``."""
     format_version: int = FORMAT_VERSION
 
 
@@ -163,6 +185,17 @@ def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> Path:
     return temporary
 
 
+def unknown_line(manifest: DatasetManifest) -> str:
+    """``12 of 3456 tokens are unknown to the tokenizer (0.35%)``."""
+    if manifest.unknown_tokens is None:
+        return "unknown tokens were not counted"
+    share = manifest.unknown_tokens / max(manifest.tokens, 1)
+    return (
+        f"{manifest.unknown_tokens} of {manifest.tokens} tokens are unknown to the tokenizer "
+        f"({share:.2%})"
+    )
+
+
 def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
     """Writes ``PREFIX.json`` atomically. Raises DataError if it cannot."""
     temporary = stage_manifest(prefix, manifest)
@@ -208,6 +241,9 @@ def _check_fields(manifest: DatasetManifest) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 0:
             raise ValueError(f"{name} is {number!r}")
+    unknown = manifest.unknown_tokens
+    if unknown is not None and not (isinstance(unknown, int) and 0 <= unknown <= manifest.tokens):
+        raise ValueError(f"unknown_tokens is {unknown!r} of {manifest.tokens}")
     expected = {
         f"_{part}{suffix}" for part in DATASET_PARTS[manifest.kind] for suffix in (".bin", ".idx")
     }

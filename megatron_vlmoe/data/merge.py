@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ def merge_datasets(
 ) -> DatasetManifest:
     """Concatenates datasets, streaming their bytes; returns the manifest.
 
-    Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew.
+    Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew. Images that were
+    indexed with other options for orientation or transparency are merged as they are, with a note on stderr.
 
     Raises:
         DataError: an input is damaged, of another kind or tokenizer, a task's, or is the output;
@@ -48,6 +51,7 @@ def merge_datasets(
                 output.writers[part].add_dataset(IndexedReader(part_prefix(prefix, part)))
         files = output.finish()
         main = output.writers[parts[-1]]
+        unknown = [m.unknown_tokens for m in manifests]
         lengths = length_percentiles(main.staged_lengths()) if kind == "pairs" else None
         manifest = DatasetManifest(
             kind=kind,
@@ -58,9 +62,36 @@ def merge_datasets(
             files=files,
             source=source,
             rejects=sum(m.rejects for m in manifests),
+            counts=_summed([m.counts for m in manifests]),
             tokenizer_fingerprint=manifests[0].tokenizer_fingerprint,
             vocab_size=manifests[0].vocab_size,
+            unknown_tokens=None if None in unknown else sum(filter(None, unknown)),
             caption_lengths=lengths,
+            exif=_common(inputs, "exif", [m.exif for m in manifests]),
+            alpha=_common(inputs, "alpha", [m.alpha for m in manifests]),
         )
         output.commit(manifest)
     return manifest
+
+
+def _summed(
+    counts: Sequence[Mapping[str, Mapping[str, int]] | None],
+) -> dict[str, dict[str, int]] | None:
+    """The sums of `DatasetManifest.counts`; None if a dataset has none."""
+    known = [kinds for kinds in counts if kinds is not None]
+    if len(known) < len(counts):
+        return None
+    sums: dict[str, Counter[str]] = {}
+    for kinds in known:
+        for kind, fates in kinds.items():
+            sums.setdefault(kind, Counter()).update(fates)
+    return {kind: dict(fates) for kind, fates in sums.items()}
+
+
+def _common(inputs: Sequence[str], option: str, values: Sequence[str | None]) -> str | None:
+    """What all datasets record about an option of indexing; ``mixed``, with a note, if they differ."""
+    if len(set(values)) == 1:
+        return values[0]
+    records = ", ".join(f"{p}: {v or 'none'}" for p, v in zip(inputs, values, strict=True))
+    print(f"note: images indexed with different --{option} ({records})", file=sys.stderr)
+    return "mixed"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles
 from megatron_vlmoe.data.preprocess import (
@@ -26,8 +27,9 @@ from megatron_vlmoe.data.preprocess import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    report_unknown,
 )
-from megatron_vlmoe.data.preprocess_images import add_images, checked_image, quiet_pillow
+from megatron_vlmoe.data.preprocess_images import add_images, checked_image
 from megatron_vlmoe.data.readers.records import ImageFile, Reject
 from megatron_vlmoe.data.readers.tasks.records import Omitted, SampleStream, TaskInput, TaskSample
 from megatron_vlmoe.data.readers.tasks.task_formats import open_task
@@ -79,6 +81,7 @@ class CheckSamples:
     task: str
     tokenizer_model: str | None
     resize_short: int | None = None
+    rules: ImageRules = DEFAULT_RULES
     load: Callable[[str], TokenizerLike] = load_tokenizer
 
     def build(self) -> Callable[[SampleChunk], CheckedChunk]:
@@ -91,13 +94,15 @@ class CheckSamples:
         with quiet_pillow():
             for image in chunk.images:
                 try:
-                    result.images[_key(image)] = checked_image(image.read(), self.resize_short)
+                    data = checked_image(image.read(), self.resize_short, self.rules)
+                    result.images[_key(image)] = data
                 except DataError as error:
                     result.images[_key(image)] = _named(image, error)
         shape = TASK_SHAPES[self.task]
         found = [item if isinstance(item, Reject) else _texts(item, shape) for item in chunk.items]
         raw = [text for one in found if not isinstance(one, Reject) for _, text in one[0]]
-        encoded = iter(encode_all(tokenizer, raw) if tokenizer is not None and raw else [])
+        what = "caption" if shape.captions else "text"
+        encoded = iter(encode_all(tokenizer, raw, what) if tokenizer is not None and raw else [])
         for item, one in zip(chunk.items, found, strict=True):
             if isinstance(one, Reject) or isinstance(item, Reject):
                 result.items += [one] if isinstance(one, Reject) else []
@@ -108,8 +113,9 @@ class CheckSamples:
 
 
 def _named(image: ImageFile, error: DataError) -> str:
-    """The reason with the image's own file, which is not the record that names it."""
-    return str(error) if image.path in str(error) else f"{error} ({image.path})"
+    """The reason with the image's own file, where it has one that is not the record that names it."""
+    own = image.data is None and image.path not in str(error)
+    return f"{error} ({image.path})" if own else str(error)
 
 
 TextsOfSample = tuple[list[tuple[int, str]], list[tuple[int, str]]]
@@ -138,14 +144,14 @@ def _encoded(
     shape: TaskShape,
     usable: list[tuple[int, str]],
     bad: list[tuple[int, str]],
-    encoded: Iterator[list[int] | None],
+    encoded: Iterator[list[int] | str],
 ) -> list[CheckedSample | Reject]:
     """The sample with the ids of its texts; bad captions go alone, any other bad text takes all."""
     checked = CheckedSample(sample)
     for place, text in usable:
         ids = next(encoded)
-        if not ids:
-            bad.append((place, "invalid Unicode" if ids is None else "no token in it"))
+        if isinstance(ids, str):
+            bad.append((place, ids))
             continue
         checked.places.append(place)
         checked.raw.append(text)
@@ -154,12 +160,16 @@ def _encoded(
     for place, reason in sorted(bad):
         number = f", caption {place}" if shape.captions else f", text {place + 1}"
         record = sample.record + (number if shape.captions or shape.texts > 1 else "")
-        rejects.append(Reject(sample.source, record, reason))
+        name = f"{sample.id}#{place}" if shape.captions else sample.id
+        rejects.append(Reject(sample.source, record, reason, sample=name))
     if not shape.captions:
         # One line for a sample: a count of rejects is a count of samples.
         return rejects[:1] or [checked]
     if not checked.ids:
-        return [*rejects, Reject(sample.source, sample.record, "no usable caption")]
+        return [
+            *rejects,
+            Reject(sample.source, sample.record, "no usable caption", sample=sample.id),
+        ]
     return [*rejects, checked]
 
 
@@ -183,7 +193,14 @@ def sample_chunks(
                     new[_key(image)] = image
         if shared:
             seen.update(new)
-        yield SampleChunk(chunk, list(new.values()))
+        yield SampleChunk([_without_bytes(item) for item in chunk], list(new.values()))
+
+
+def _without_bytes(item: TaskSample | Reject) -> TaskSample | Reject:
+    """The sample with the names of its images alone: workers would get and return every byte of them."""
+    if isinstance(item, Reject) or all(image.data is None for image in item.images):
+        return item
+    return replace(item, images=tuple(replace(image, data=None) for image in item.images))
 
 
 class SampleSink:
@@ -192,33 +209,42 @@ class SampleSink:
     Args:
         output: the files.
         task: name of the task.
+        tokenizer: the one that made the ids; None for a task without texts.
     """
 
-    def __init__(self, output: DatasetOutput, task: str) -> None:
+    def __init__(self, output: DatasetOutput, task: str, tokenizer: TokenizerLike | None) -> None:
         assert output.samples is not None
         self._output = output
+        self._tokenizer = tokenizer
         self._samples = output.samples
         self._shape = TASK_SHAPES[task]
         self._documents: dict[ImageKey, int] = {}
         # Checked images before their first use, and for good the bad ones with what is wrong.
         self._images: dict[ImageKey, bytes | str] = {}
+        self.left_out: dict[str, str] = {}
+        """Reason by id of the rejected samples that have one."""
 
     def add(self, chunk: CheckedChunk) -> None:
         """Takes the next chunk. Raises DataError as `RejectLog.add` does, or on a full disk."""
         self._images.update(chunk.images)
         for item in chunk.items:
             if isinstance(item, Reject):
-                self._output.rejects.add([item])
+                self._reject(item)
                 continue
             sample = item.sample
             bad = [self._images.get(_key(image)) for image in sample.images]
             reason = next((image for image in bad if isinstance(image, str)), None)
             if reason is not None:
-                self._output.rejects.add([Reject(sample.source, sample.record, reason)])
+                self._reject(Reject(sample.source, sample.record, reason, sample=sample.id))
             else:
                 self._add_sample(item)
         if not self._shape.shared_images:
             self._images.clear()
+
+    def _reject(self, reject: Reject) -> None:
+        self._output.rejects.add([reject])
+        if reject.sample:
+            self.left_out[reject.sample] = reject.reason
 
     def _add_sample(self, item: CheckedSample) -> None:
         sample = item.sample
@@ -227,7 +253,10 @@ class SampleSink:
         if self._shape.texts:
             writer = self._output.writers["text"]
             first = writer.num_sequences
-            writer.add_document([np.asarray(ids) for ids in item.ids])
+            arrays = [np.asarray(ids) for ids in item.ids]
+            assert self._tokenizer is not None
+            self._output.count_unknown(np.concatenate(arrays), self._tokenizer)
+            writer.add_document(arrays)
             texts = tuple(range(first, writer.num_sequences))
         if self._shape.captions:
             for place, text, raw in zip(item.places, texts, item.raw, strict=True):
@@ -258,11 +287,13 @@ class TaskOptions:
         tokenizer_model: SentencePiece model; None for a task without texts.
         resize_short: shorter side of images in pixels after shrinking; None keeps the images.
         splits: splits to prepare; empty: all that the task has.
+        rules: about orientation and transparency of images.
     """
 
     tokenizer_model: str | None = None
     resize_short: int | None = None
     splits: tuple[str, ...] = ()
+    rules: ImageRules = DEFAULT_RULES
 
 
 def prepare_task(
@@ -291,8 +322,8 @@ def prepare_task(
     labels = raw.labels
     if labels is not None:
         print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
-    work = CheckSamples(source.task, model, options.resize_short, load)
-    job = _Job(run, work, tokenizer, labels)
+    work = CheckSamples(source.task, model, options.resize_short, options.rules, load)
+    job = _Job(run, work, tokenizer, labels, raw.fallback_answer)
     return {split: job.prepare(split, stream) for split, stream in streams.items()}
 
 
@@ -304,6 +335,7 @@ class _Job:
     work: CheckSamples
     tokenizer: TokenizerLike | None
     labels: Labels | None
+    fallback_answer: str | None
 
     def prepare(self, split: str, stream: SampleStream) -> DatasetManifest:
         """Reads, checks and publishes one split."""
@@ -316,7 +348,7 @@ class _Job:
             dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
         prefix = f"{run.output_prefix}_{split}"
         with DatasetOutput(prefix, task, dtypes, run.on_error) as output:
-            sink = SampleSink(output, task)
+            sink = SampleSink(output, task, self.tokenizer)
             size = _IMAGE_CHUNK if shape.images else _TEXT_CHUNK
             chunks = sample_chunks(_without(stream, omitted), size, shape.shared_images)
             for result in ordered_map(self.work, chunks, run.workers):
@@ -324,11 +356,13 @@ class _Job:
                 progress.add(result.records)
             inputs = ", ".join(map(str, run.source.get("inputs", ("the input",))))
             files = output.finish(f"split {split} of {inputs}")
-            manifest = self._manifest(output, files, split, omitted)
+            manifest = self._manifest(output, files, split, omitted, sink.left_out)
             if self.labels is not None:
                 write_labels(run.output_prefix, self.labels)
             output.commit(manifest)
         progress.finish(manifest.rejects)
+        if manifest.unknown_tokens is not None:
+            report_unknown(f"{task} {split}", manifest)
         for reason, count in sorted(omitted.items()):
             print(f"{task} {split}: {count} samples left out: {reason}", file=sys.stderr)
         return manifest
@@ -339,6 +373,7 @@ class _Job:
         files: dict[str, FileRecord],
         split: str,
         omitted: Counter[str],
+        left_out: dict[str, str],
     ) -> DatasetManifest:
         parts = list(output.writers.values())
         text = output.writers.get("text")
@@ -354,9 +389,14 @@ class _Job:
             rejects=output.rejects.count,
             tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None,
             vocab_size=self.tokenizer.size if self.tokenizer else None,
+            unknown_tokens=output.unknown_tokens if text is not None else None,
             caption_lengths=length_percentiles(text.staged_lengths()) if text else None,
             samples=output.samples.num_rows,
+            exif=self.work.rules.exif if "image" in output.writers else None,
+            alpha=self.work.rules.alpha if "image" in output.writers else None,
             omitted=dict(omitted),
+            left_out=left_out,
+            fallback_answer=self.fallback_answer,
             labels_sha256=self.labels.sha256 if self.labels is not None else None,
         )
 

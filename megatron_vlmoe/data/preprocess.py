@@ -15,16 +15,17 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Generic, Literal, Protocol, Self, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.data.errors import DataError
@@ -40,18 +41,26 @@ from megatron_vlmoe.data.manifest import (
     rejects_path,
     stage_manifest,
     sync_directory,
+    unknown_line,
 )
-from megatron_vlmoe.data.readers.records import Reject
+from megatron_vlmoe.data.readers.records import (
+    PassedOver,
+    Reject,
+    kinds_of,
+    passed_over_line,
+)
 from megatron_vlmoe.data.task_samples import SamplesWriter
 
 OnError = Literal["stop", "skip"]
 Chunk = TypeVar("Chunk")
+Item = TypeVar("Item")
 Chunk_contra = TypeVar("Chunk_contra", contravariant=True)
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 _CHUNKS_IN_FLIGHT_PER_WORKER = 3
 _PROGRESS_SECONDS = 5.0
+_UNKNOWN_SHARE = 0.01
 
 
 class Work(Protocol, Generic[Chunk_contra, Result_co]):
@@ -76,8 +85,17 @@ class TokenizerLike(Protocol):
         """Hash of the model file."""
         ...
 
+    @property
+    def unk_id(self) -> int:
+        """The token that stands for unknown characters."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, without special tokens."""
+        ...
+
+    def is_unknown(self, ids: Sequence[int]) -> bool:
+        """Whether a text has unknown characters and no known word."""
         ...
 
 
@@ -105,15 +123,31 @@ def load_tokenizer(model_path: str) -> TokenizerLike:
     return TextTokenizer(model_path)
 
 
-def encode_all(tokenizer: TokenizerLike, texts: Sequence[str]) -> list[list[int] | None]:
-    """Ids of each text; None for one that is no valid Unicode (a lone surrogate from JSON)."""
+def encode_all(
+    tokenizer: TokenizerLike, texts: Sequence[str], what: str = "text"
+) -> list[list[int] | str]:
+    """Ids of each text, at least one, or the reason why it is of no use.
+
+    Args:
+        tokenizer: what makes the ids.
+        texts: raw texts.
+        what: their name in reasons, as ``caption``.
+    """
     try:
         # One call for many texts is several times faster than a call for each.
-        return list(tokenizer.encode_batch(texts))
-    except ValueError:
+        encoded = tokenizer.encode_batch(texts)
+    except ValueError:  # a lone surrogate, from JSON
         if len(texts) == 1:
-            return [None]
-        return [encode_all(tokenizer, [text])[0] for text in texts]
+            return ["invalid Unicode"]
+        return [encode_all(tokenizer, [text], what)[0] for text in texts]
+    return [
+        f"empty {what}"
+        if not ids
+        else f"{what} without a word that the tokenizer knows"
+        if tokenizer.is_unknown(ids)
+        else ids
+        for ids in encoded
+    ]
 
 
 def checked_text(value: object, what: str, max_characters: int) -> str:
@@ -208,9 +242,10 @@ class Progress:
             self._next = time.monotonic() + _PROGRESS_SECONDS
             self._print("...")
 
-    def finish(self, rejects: int) -> None:
-        """Prints the last line."""
-        self._print(f", {rejects} rejected" if rejects else "")
+    def finish(self, rejects: int, kept: int | None = None) -> None:
+        """Prints the last line; ``kept`` where records are what is kept and rejected."""
+        shown = "" if kept is None else f", {kept} kept"
+        self._print(f"{shown}, {rejects} rejected" if rejects else "")
 
     def _print(self, end: str) -> None:
         seconds = max(time.monotonic() - self._start, 1e-9)
@@ -222,8 +257,30 @@ class Progress:
         )
 
 
+def report_unknown(name: str, manifest: DatasetManifest) -> None:
+    """Says on stderr how much of the texts the tokenizer did not know; warns above 1%."""
+    print(f"{name}: {unknown_line(manifest)}", file=sys.stderr)
+    if (manifest.unknown_tokens or 0) > _UNKNOWN_SHARE * manifest.tokens:
+        print(
+            f"warning: {name}: more than {_UNKNOWN_SHARE:.0%} of the tokens are <unk>: the tokenizer "
+            "was trained without such characters; train one on these texts, or with --byte-fallback",
+            file=sys.stderr,
+        )
+
+
+def record_counts(kept: int, rejected: int) -> dict[str, dict[str, int]]:
+    """`DatasetManifest.counts` where each record is kept or rejected."""
+    return {"records": {"read": kept + rejected, "kept": kept, "rejected": rejected}}
+
+
 class RejectLog:
-    """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``."""
+    """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``.
+
+    Attributes:
+        count: rejects.
+        first: the first of them.
+        passed_over: files among images that are none, by where and what they are; they stop nothing.
+    """
 
     def __init__(self, prefix: str, on_error: OnError) -> None:
         self._on_error = on_error
@@ -232,6 +289,15 @@ class RejectLog:
         self._file: IO[str] | None = None
         self.count = 0
         self.first: Reject | None = None
+        self.passed_over: Counter[PassedOver] = Counter()
+
+    def without_passed_over(self, items: Iterable[Item | PassedOver]) -> Iterator[Item]:
+        """The items, but for what is passed over: that is counted."""
+        for item in items:
+            if isinstance(item, PassedOver):
+                self.passed_over[item] += 1
+            else:
+                yield item
 
     def add(self, rejects: Sequence[Reject]) -> None:
         """Takes rejects in order. Raises DataError if the run is to stop at errors."""
@@ -240,16 +306,23 @@ class RejectLog:
                 raise DataError(str(reject))
             self.first = self.first or reject
             self.count += 1
-            line = {"source": reject.source, "record": reject.record, "reason": reject.reason}
-            try:
-                if self._file is None:
-                    self._file = open(self._temporary, "w", encoding="ascii")
-                self._file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise DataError(f"{self._path}: {error.strerror}") from error
+            names = ("source", "record", "reason", "unit")
+            self._write({name: getattr(reject, name) for name in names})
+
+    def _write(self, line: Mapping[str, str]) -> None:
+        try:
+            if self._file is None:
+                self._file = open(self._temporary, "w", encoding="ascii")
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror}") from error
 
     def finish(self) -> None:
-        """Syncs the file. Raises DataError if the disk is full."""
+        """Adds what was passed over, and syncs the file. Raises DataError if the disk is full."""
+        for item, count in sorted(self.passed_over.items(), key=lambda one: astuple(one[0])):
+            reason = f"passed over: {item.kind} {count}"
+            line = {"source": item.source, "record": "", "reason": reason, "unit": "files"}
+            self._write(line)
         if self._file is None:
             return
         try:
@@ -291,6 +364,7 @@ class DatasetOutput:
         self.kind = kind
         self.rejects = RejectLog(prefix, on_error)
         self.writers: dict[str, IndexedWriter] = {}
+        self.unknown_tokens = 0
         self.samples: SamplesWriter | None = None
         if not Path(prefix).name or prefix.endswith(os.sep):
             raise DataError(f"{prefix}: an output prefix needs a name after its folder")
@@ -307,6 +381,10 @@ class DatasetOutput:
             self._abort()
             raise
 
+    def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: TokenizerLike) -> None:
+        """Counts the unknown ones of token ids ``[N]`` that are stored."""
+        self.unknown_tokens += int(np.count_nonzero(tokens == tokenizer.unk_id))
+
     def finish(self, inputs: object = "the input") -> dict[str, FileRecord]:
         """Completes all files under temporary names; returns their records by suffix.
 
@@ -319,6 +397,8 @@ class DatasetOutput:
         if not any(writer.num_documents for writer in self.writers.values()):
             first = f" ({self.rejects.count} rejected; the first: {self.rejects.first})"
             names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
+            if self.rejects.passed_over:
+                names = f"{names} ({passed_over_line(kinds_of(self.rejects.passed_over))})"
             raise DataError(f"no usable record in {names}{first if self.rejects.first else ''}")
         self.rejects.finish()
         records = {

@@ -6,15 +6,23 @@ captions of the image, as token ids without special ones.
 
 from __future__ import annotations
 
+import sys
 from array import array
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
-from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles
+from megatron_vlmoe.data.manifest import (
+    DatasetManifest,
+    FileRecord,
+    length_percentiles,
+    rejects_path,
+)
 from megatron_vlmoe.data.preprocess import (
     DatasetOutput,
     Progress,
@@ -25,14 +33,85 @@ from megatron_vlmoe.data.preprocess import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    report_unknown,
 )
-from megatron_vlmoe.data.preprocess_images import add_images, checked_image, quiet_pillow
+from megatron_vlmoe.data.preprocess_images import add_images, checked_image
+from megatron_vlmoe.data.readers.pair_formats import with_format
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
-from megatron_vlmoe.data.readers.records import CaptionedImage, Reject
+from megatron_vlmoe.data.readers.records import (
+    CaptionedImage,
+    LeftOut,
+    PairItem,
+    Reject,
+    check_inputs,
+)
 
 DEFAULT_MAX_CAPTION_TOKENS = 512
 _MAX_CHARACTERS_PER_TOKEN = 64
 _CHUNK = 16
+
+
+@dataclass
+class PairCounts:
+    """What became of records, images and captions, each counted apart.
+
+    A record is what the input has one of per image or per caption: a row, an entry, a sample. It is
+    kept if anything of it is.
+    """
+
+    records: Counter[str] = field(default_factory=Counter)
+    """``kept``, ``rejected``, ``left_out`` (of a split that is not wanted)."""
+    images: Counter[str] = field(default_factory=Counter)
+    """``kept``, ``rejected``."""
+    captions: Counter[str] = field(default_factory=Counter)
+    """``kept``, ``rejected``, ``lost`` (with their image or record)."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Records left out, by reason."""
+    listed: Counter[str] = field(default_factory=Counter)
+    """Rejects by their unit."""
+
+    def reject(self, reject: Reject) -> None:
+        """Counts what is rejected."""
+        self.listed[reject.unit] += 1
+        self.records["rejected"] += reject.records
+        self.images["rejected"] += reject.unit == "image"
+        self.captions["rejected"] += reject.unit == "caption"
+        self.captions["lost"] += reject.captions
+
+    def leave_out(self, item: LeftOut) -> None:
+        """Counts a record that nobody asked for."""
+        self.records["left_out"] += 1
+        self.left_out[item.reason] += 1
+
+    def keep(self, item: CaptionedImage, bad: Collection[int]) -> None:
+        """Counts an image and all but the bad ones of its captions, which are rejects."""
+        self.images["kept"] += 1
+        self.captions["kept"] += len(item.captions) - len(bad)
+        place = 0
+        for size in item.captions_per_record or (len(item.captions),):
+            good = not size or any(p not in bad for p in range(place, place + size))
+            self.records["kept" if good else "rejected"] += 1
+            place += size
+
+    def add(self, other: PairCounts) -> None:
+        """Adds those of another part."""
+        for mine, others in zip(self._all(), other._all(), strict=True):
+            mine.update(others)
+
+    def _all(self) -> list[Counter[str]]:
+        return [self.records, self.images, self.captions, self.left_out, self.listed]
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """For the manifest: each kind's total, ``read``, and what it is the sum of."""
+        fates = {
+            "records": (self.records, ("kept", "rejected", "left_out")),
+            "images": (self.images, ("kept", "rejected")),
+            "captions": (self.captions, ("kept", "rejected", "lost")),
+        }
+        return {
+            kind: {"read": counts.total()} | {fate: counts[fate] for fate in names}
+            for kind, (counts, names) in fates.items()
+        }
 
 
 @dataclass
@@ -44,7 +123,12 @@ class CheckedPairs:
     caption_lengths: array[int] = field(default_factory=lambda: array("q"))
     captions_per_image: array[int] = field(default_factory=lambda: array("q"))
     rejects: list[Reject] = field(default_factory=list)
-    records: int = 0
+    counts: PairCounts = field(default_factory=PairCounts)
+
+    def reject(self, reject: Reject) -> None:
+        """Takes a reject."""
+        self.rejects.append(reject)
+        self.counts.reject(reject)
 
 
 def _named(item: CaptionedImage, error: DataError) -> str:
@@ -60,65 +144,86 @@ class CheckPairs:
     tokenizer_model: str
     resize_short: int | None = None
     max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
+    rules: ImageRules = DEFAULT_RULES
     load: Callable[[str], TokenizerLike] = load_tokenizer
 
-    def build(self) -> Callable[[list[CaptionedImage | Reject]], CheckedPairs]:
+    def build(self) -> Callable[[list[PairItem]], CheckedPairs]:
         """Loads the tokenizer."""
         tokenizer = self.load(self.tokenizer_model)
         return lambda chunk: self._check(tokenizer, chunk)
 
-    def _check(
-        self, tokenizer: TokenizerLike, chunk: list[CaptionedImage | Reject]
-    ) -> CheckedPairs:
-        result = CheckedPairs(records=len(chunk))
+    def _check(self, tokenizer: TokenizerLike, chunk: list[PairItem]) -> CheckedPairs:
+        result = CheckedPairs()
         with quiet_pillow():
             for item in chunk:
                 if isinstance(item, Reject):
-                    result.rejects.append(item)
-                    continue
-                captions = self._captions(tokenizer, item, result.rejects)
-                if not captions:
-                    result.rejects.append(Reject(item.source, item.record, "no usable caption"))
-                    continue
-                try:
-                    image = checked_image(item.image.read(), self.resize_short)
-                except DataError as error:
-                    result.rejects.append(Reject(item.source, item.record, _named(item, error)))
-                    continue
-                result.images.append(image)
-                result.captions_per_image.append(len(captions))
-                for ids in captions:
-                    result.tokens.fromlist(ids)
-                    result.caption_lengths.append(len(ids))
+                    result.reject(item)
+                elif isinstance(item, LeftOut):
+                    result.counts.leave_out(item)
+                else:
+                    self._add(tokenizer, item, result)
         return result
 
+    def _add(self, tokenizer: TokenizerLike, item: CaptionedImage, result: CheckedPairs) -> None:
+        """Adds an image with its usable captions, or one reject for all of it."""
+        captions, bad = self._captions(tokenizer, item)
+        try:
+            if not captions:
+                raise DataError(_no_caption(item, bad))
+            image = checked_image(item.image.read(), self.resize_short, self.rules)
+        except DataError as error:
+            reason = _named(item, error) if captions else str(error)
+            lost = len(item.captions)
+            records = len(item.captions_per_record) or 1
+            result.reject(
+                Reject(
+                    item.source, item.record, reason, unit="image", records=records, captions=lost
+                )
+            )
+            return
+        for number, reason in sorted(bad.items()):
+            record = item.caption_record(number)
+            result.reject(Reject(item.source, record, reason, unit="caption", records=0))
+        result.images.append(image)
+        result.captions_per_image.append(len(captions))
+        result.counts.keep(item, bad)
+        for ids in captions:
+            result.tokens.fromlist(ids)
+            result.caption_lengths.append(len(ids))
+
     def _captions(
-        self, tokenizer: TokenizerLike, item: CaptionedImage, rejects: list[Reject]
-    ) -> list[list[int]]:
-        """Ids of the usable captions; the others go to ``rejects``, counted from 0."""
+        self, tokenizer: TokenizerLike, item: CaptionedImage
+    ) -> tuple[list[list[int]], dict[int, str]]:
+        """Ids of the usable captions, and by their numbers what is wrong with the others."""
         longest = self.max_caption_tokens * _MAX_CHARACTERS_PER_TOKEN
         usable: list[tuple[int, str]] = []
+        bad: dict[int, str] = {}
         for number, caption in enumerate(item.captions):
             try:
                 usable.append((number, checked_text(caption, "caption", longest)))
             except DataError as error:
-                rejects.append(_caption_reject(item, number, str(error)))
+                bad[number] = str(error)
         result = []
-        encoded = encode_all(tokenizer, [text for _, text in usable])
+        encoded = encode_all(tokenizer, [text for _, text in usable], "caption")
         for (number, _), ids in zip(usable, encoded, strict=True):
-            if not ids:
-                reason = "invalid Unicode" if ids is None else "empty caption"
-                rejects.append(_caption_reject(item, number, reason))
+            if isinstance(ids, str):
+                bad[number] = ids
             elif len(ids) > self.max_caption_tokens:
-                reason = f"caption of {len(ids)} tokens, more than {self.max_caption_tokens}"
-                rejects.append(_caption_reject(item, number, reason))
+                bad[number] = f"caption of {len(ids)} tokens, more than {self.max_caption_tokens}"
             else:
                 result.append(ids)
-        return result
+        return result, bad
 
 
-def _caption_reject(item: CaptionedImage, number: int, reason: str) -> Reject:
-    return Reject(item.source, f"{item.record}, caption {number}", reason)
+def _no_caption(item: CaptionedImage, bad: Mapping[int, str]) -> str:
+    """Why an image has no usable caption: what is wrong with which."""
+    numbers: dict[str, list[str]] = {}
+    for number, reason in sorted(bad.items()):
+        numbers.setdefault(reason, []).append(item.caption_record(number))
+    if len(bad) <= 1:
+        return "no usable caption" + "".join(f": {reason}" for reason in numbers)
+    reasons = [f"{reason} ({', '.join(records)})" for reason, records in numbers.items()]
+    return f"no usable caption: {'; '.join(reasons)}"
 
 
 @dataclass(frozen=True)
@@ -128,10 +233,12 @@ class PairOptions:
     Attributes:
         resize_short: shorter side in pixels after shrinking; None keeps the images.
         max_caption_tokens: longer captions are rejected.
+        rules: about orientation and transparency of images.
     """
 
     resize_short: int | None = None
     max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
+    rules: ImageRules = DEFAULT_RULES
 
 
 def preprocess_pairs(
@@ -143,8 +250,9 @@ def preprocess_pairs(
 ) -> DatasetManifest:
     """Indexes a corpus of captioned images; returns the manifest.
 
-    A bad caption alone is left out; an image goes when it is bad or has no usable caption. The
-    result does not depend on ``run.workers``.
+    A bad caption alone is left out; an image goes when it is bad or has no usable caption. Records,
+    images and captions are counted apart (`PairCounts`). The result does not depend on
+    ``run.workers``.
 
     Raises:
         DataError: bad input (with ``on_error`` "stop"), no usable pair, or a full disk; nothing
@@ -153,30 +261,70 @@ def preprocess_pairs(
     """
     options = options or PairOptions()
     tokenizer = load(tokenizer_model)
-    work = CheckPairs(tokenizer_model, options.resize_short, options.max_caption_tokens, load)
-    progress = Progress("pairs")
+    work = CheckPairs(
+        tokenizer_model, options.resize_short, options.max_caption_tokens, options.rules, load
+    )
+    check_inputs(source.annotations)
+    chosen = with_format(source)
+    progress, counts = Progress("pairs"), PairCounts()
     dtype = token_dtype(tokenizer.size)
     with DatasetOutput(run.output_prefix, "pairs", [np.uint8, dtype], run.on_error) as output:
-        chunks = chunked(read_pairs(source), _CHUNK)
+        chunks = chunked(read_pairs(chosen), _CHUNK)
         for result in ordered_map(work, chunks, run.workers):
             output.rejects.add(result.rejects)
             add_images(output, result.images)
+            tokens = np.array(result.tokens)
+            output.count_unknown(tokens, tokenizer)
             output.writers["text"].add_documents(
-                np.array(result.tokens),
+                tokens,
                 np.array(result.caption_lengths, np.int64),
                 np.array(result.captions_per_image, np.int64),
             )
-            progress.add(result.records)
-        manifest = pairs_manifest(
-            output, output.finish(run.source.get("inputs", "the input")), run, tokenizer
-        )
+            counts.add(result.counts)
+            progress.add(result.counts.records.total())
+        files = output.finish(run.source.get("inputs", "the input"))
+        manifest = pairs_manifest(output, files, run, tokenizer, counts, options.rules)
         output.commit(manifest)
-    progress.finish(manifest.rejects)
+    progress.finish(0)  # what is rejected follows, kind by kind
+    if source.format == "auto":
+        print(f"pairs: read as --format {chosen.format}", file=sys.stderr)
+    for line in _summary(counts, run.output_prefix):
+        print(f"pairs: {line}", file=sys.stderr)
+    report_unknown("pairs", manifest)
     return manifest
 
 
+def _summary(counts: PairCounts, prefix: str) -> list[str]:
+    """What became of records, images and captions, a line for each kind."""
+    lines = []
+    for kind, fates in counts.as_dict().items():
+        shown = [
+            f"{count} {fate.replace('_', ' ')}"
+            for fate, count in fates.items()
+            if fate in ("kept", "rejected") or (fate != "read" and count)
+        ]
+        lines.append(f"{fates['read']} {kind}: {', '.join(shown)}")
+    left_out = [f"{count} of {reason}" for reason, count in sorted(counts.left_out.items())]
+    if left_out:
+        lines[0] += f" ({', '.join(left_out)}; choose with --split)"
+    if counts.captions["lost"]:
+        lines[-1] += " with their image"
+    if counts.listed:
+        units = ", ".join(
+            f"{count} {unit}{'s' * (count > 1)}" for unit, count in sorted(counts.listed.items())
+        )
+        total = counts.listed.total()
+        lines.append(f"{total} line{'s' * (total > 1)} in {rejects_path(prefix)}: {units}")
+    return lines
+
+
 def pairs_manifest(
-    output: DatasetOutput, files: dict[str, FileRecord], run: Run, tokenizer: TokenizerLike
+    output: DatasetOutput,
+    files: dict[str, FileRecord],
+    run: Run,
+    tokenizer: TokenizerLike,
+    counts: PairCounts,
+    rules: ImageRules,
 ) -> DatasetManifest:
     """The manifest of finished but not yet published pairs."""
     text = output.writers["text"]
@@ -189,7 +337,12 @@ def pairs_manifest(
         files=files,
         source=run.source,
         rejects=output.rejects.count,
+        counts=counts.as_dict(),
+        omitted=dict(counts.left_out),
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.size,
+        unknown_tokens=output.unknown_tokens,
         caption_lengths=length_percentiles(text.staged_lengths()),
+        exif=rules.exif,
+        alpha=rules.alpha,
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.preprocess import (
@@ -20,9 +18,11 @@ from megatron_vlmoe.data.preprocess import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    record_counts,
+    report_unknown,
 )
 from megatron_vlmoe.data.readers.records import Reject, TextBlock
-from megatron_vlmoe.data.readers.text import TextInput, read_text
+from megatron_vlmoe.data.readers.text import TextInput, block_texts, read_text
 
 
 @dataclass
@@ -35,7 +35,7 @@ class TokenizedText:
     """Tokens per document, ``[N]``."""
     rejects: list[Reject] = field(default_factory=list)
     records: int = 0
-    """Documents of the block, rejected ones included."""
+    """Documents of the block, and what was rejected."""
 
 
 @dataclass(frozen=True)
@@ -57,48 +57,21 @@ def _tokenize(
 ) -> TokenizedText:
     if isinstance(block, Reject):
         return TokenizedText(np.empty(0, dtype), np.empty(0, np.int64), [block], 1)
-    numbers: list[int] = []
-    texts: list[str] = []
-    rejects: list[tuple[int, str]] = []
-    for number, payload in zip(block.numbers, block.payloads, strict=True):
-        try:
-            texts.append(_parse(payload, block.json_key))
-            numbers.append(number)
-        except DataError as error:
-            rejects.append((number, str(error)))
+    documents, rejects = block_texts(block)
     tokens, lengths = array("I"), array("q")
-    for number, ids in zip(numbers, encode_all(tokenizer, texts), strict=True):
-        if ids:
+    encoded = encode_all(tokenizer, [text for _, text in documents])
+    for (number, _), ids in zip(documents, encoded, strict=True):
+        if isinstance(ids, str):
+            rejects.append((number, ids))
+        else:
             tokens.fromlist(ids)  # with "I" several times faster than extend, or than NumPy
             lengths.append(len(ids))
-        else:
-            rejects.append((number, "invalid Unicode" if ids is None else "empty text"))
     return TokenizedText(
         np.array(tokens, dtype),
         np.array(lengths, np.int64),
         [Reject(block.source, f"{block.unit} {n}", reason) for n, reason in sorted(rejects)],
-        len(block.payloads),
+        len(lengths) + len(rejects),
     )
-
-
-def _parse(payload: bytes, json_key: str | None) -> str:
-    """The text of one payload. Raises DataError with the reason why there is none."""
-    try:
-        text = payload.decode("utf-8")
-        if json_key is None:
-            return text
-        value = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"invalid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError("not a JSON object")
-    if json_key not in value:
-        raise DataError(f"no key {json_key!r}")
-    if not isinstance(value[json_key], str):
-        raise DataError(f"the value of {json_key!r} is not a string")
-    return str(value[json_key])
 
 
 def preprocess_text(
@@ -125,6 +98,7 @@ def preprocess_text(
         work = TokenizeText(tokenizer_model, load)
         for result in ordered_map(work, read_text(source), run.workers):
             output.rejects.add(result.rejects)
+            output.count_unknown(result.tokens, tokenizer)
             writer.add_documents(result.tokens, result.lengths, np.ones_like(result.lengths))
             progress.add(result.records)
         files = output.finish(run.source.get("inputs", "the input"))
@@ -137,9 +111,12 @@ def preprocess_text(
             files=files,
             source=run.source,
             rejects=output.rejects.count,
+            counts=record_counts(writer.num_documents, output.rejects.count),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.size,
+            unknown_tokens=output.unknown_tokens,
         )
         output.commit(manifest)
-    progress.finish(manifest.rejects)
+    progress.finish(manifest.rejects, manifest.documents)
+    report_unknown("text", manifest)
     return manifest

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.data.preprocess import Run, positive_int
 
 
@@ -43,6 +44,22 @@ def add_options(
     }
     for name in names:
         parser.add_argument(name, **known[name])
+
+
+def add_image_rules(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds the options that make `ImageRules`, for image files that are read."""
+    parser.add_argument(
+        "--exif",
+        choices=EXIF,
+        default=DEFAULT_RULES.exif,
+        help="turn images upright by the orientation in their EXIF, or keep them (%(default)s)",
+    )
+    parser.add_argument(
+        "--alpha",
+        choices=ALPHA,
+        default=DEFAULT_RULES.alpha,
+        help="ground of transparent pixels; drop: the colours under them (%(default)s)",
+    )
 
 
 def run_of(

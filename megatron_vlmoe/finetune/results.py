@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
 from megatron_vlmoe.data.vqa_answers import official_accuracy
 from megatron_vlmoe.finetune.collect import Found
@@ -27,6 +29,9 @@ from megatron_vlmoe.train.setup import TrainingParts
 from megatron_vlmoe.train.step import StepRunner
 
 log = logging.getLogger("megatron_vlmoe")
+
+# Samples left out that the log names; predictions.jsonl has them all.
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ def evaluate_all(
         own, found = objective.evaluate_split(runner, split)
         metrics |= own
         log.info(objective.evaluation_line(own))
+        for line in left_out_lines(config.task.name, split.name, split.dataset.manifest):
+            log.warning(line)
         if found is not None:
             tables.append(Predictions(config.task.name, found, split, data.labels))
     if config.checkpoint.save and ranks.rank == 0:
@@ -84,9 +91,9 @@ def _write(
     for table, own in zip(tables, kept) if task.name == "vqa" else ():
         suffix = "" if len(tables) == 1 else f"_{table.split.name}"
         write_json(folder / f"vqa_submission{suffix}.json", vqa_submission(own.answers))
-    write_json(
-        folder / "metrics.json", {"task": task.name, "metrics": metrics, "settings": settings}
-    )
+    left_out = {table.split.name: len(table.left_out) for table in tables}
+    content = {"task": task.name, "metrics": metrics, "settings": settings, "left_out": left_out}
+    write_json(folder / "metrics.json", content)
     share = -(-task.report_examples // len(tables))
     pages = [
         example
@@ -95,8 +102,42 @@ def _write(
     ]
     if pages:
         facts = [(name, str(value)) for name, value in settings.items()]
+        facts += [
+            (f"rejected samples of {name}", str(count)) for name, count in left_out.items() if count
+        ]
         shown = {k: v for k, v in metrics.items() if not k.endswith("unlabelled")}
         write_report(folder / "report.html", task.name, facts, shown, pages)
+
+
+def left_out_lines(task: str, split: str, manifest: DatasetManifest) -> Iterator[str]:
+    """Lines for the log about samples that were rejected when a split was prepared; none if there are none.
+
+    Args:
+        task: name of the task.
+        split: name of the split.
+        manifest: of the prepared split.
+    """
+    lost = manifest.left_out
+    if lost:
+        names = ", ".join(itertools.islice(lost, _NAMED)) + (", ..." if len(lost) > _NAMED else "")
+        answer = ""
+        if task == "vqa":
+            answer = f"; the submission answers them with {manifest.fallback_answer or ''!r}"
+        yield (
+            f"{split}: {len(lost)} samples were rejected when the split was prepared and do not count "
+            f"in the metrics{answer}: {names}"
+        )
+    unnamed = manifest.rejects - len(lost or ())
+    if unnamed > 0:
+        yield (
+            f"{split}: {unnamed} records that were rejected when the split was prepared are not in the "
+            "predictions, "
+            + (
+                "because an older version prepared it: prepare it again to have them named"
+                if lost is None
+                else "because they have no sample id or one that came before: see its .rejects.jsonl"
+            )
+        )
 
 
 def evaluation_settings(config: FinetuneConfig, ranks: Ranks, what: Evaluated) -> dict[str, Any]:
@@ -139,6 +180,20 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.split.dataset)
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """A line of predictions.jsonl for every sample that was rejected when the split was prepared.
+
+        `left_out` is the reason; `prediction` is what a submission says of it (vqa) or null.
+        """
+        manifest = self.split.dataset.manifest
+        answer = (manifest.fallback_answer or "") if self.task == "vqa" else None
+        entry: dict[str, Any] = {"split": self.split.name, "texts": [], "prediction": answer}
+        return [
+            entry | {"id": name, "left_out": reason}
+            for name, reason in (manifest.left_out or {}).items()
+        ]
 
     def row(self, number: int) -> dict[str, Any]:
         """A line of predictions.jsonl; `gained` is what the prediction scores, where the truth is known."""
@@ -190,7 +245,7 @@ class Kept:
     """What the submission and the report need of a split's predictions, noted while they are written.
 
     Args:
-        answers: `question_id` and `answer` of every sample of vqa.
+        answers: `question_id` and `answer` of every sample of vqa, also of those left out.
         gained: what every prediction scores; 0 where the truth is unknown.
     """
 
@@ -198,10 +253,11 @@ class Kept:
     gained: list[float] = field(default_factory=list)
 
     def rows(self, table: Predictions) -> Iterator[dict[str, Any]]:
-        """The lines of a split, each made once."""
-        for number in range(len(table)):
-            row = table.row(number)
-            self.gained.append(row.get("gained", 0.0))
+        """The lines of a split, each made once; those of the samples left out come last."""
+        present = (table.row(number) for number in range(len(table)))
+        for number, row in enumerate(itertools.chain(present, table.left_out)):
+            if number < len(table):
+                self.gained.append(row.get("gained", 0.0))
             if table.task == "vqa":
                 self.answers.append({"question_id": row["id"], "answer": row["prediction"]})
             yield row

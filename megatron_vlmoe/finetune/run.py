@@ -22,6 +22,7 @@ from megatron_vlmoe.finetune.options import (
     saved_run,
 )
 from megatron_vlmoe.runtime.distributed import Ranks, environment_world_size, is_rank_zero
+from megatron_vlmoe.runtime.helper_processes import lead_helpers
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
     from megatron_vlmoe.runtime.precision import resolve_precision
     from megatron_vlmoe.train.pretrain import quiet_imports, report_packages
 
+    lead_helpers(config.train.exit_signals)
     report_packages()
     quiet_imports()
     precision = resolve_precision(config.train)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.task_schema import TASKS
+from megatron_vlmoe.data.tool_options import add_image_rules
 from megatron_vlmoe.finetune.predictions import json_line
+from megatron_vlmoe.inference.inputs import UnknownTextWarning
 from megatron_vlmoe.inference.loading import PRECISIONS, read_run
 from megatron_vlmoe.inference.model import VLMoE
 from megatron_vlmoe.inference.records import (
@@ -20,6 +24,7 @@ from megatron_vlmoe.inference.records import (
     predict,
     read_records,
     text_lines,
+    unknown_texts,
 )
 from megatron_vlmoe.runtime.files import write_text_atomic
 
@@ -53,8 +58,15 @@ def main(arguments: Sequence[str]) -> int:
         labels=options.labels,
         batch_size=options.batch_size,
         capacity_factor=options.capacity_factor,
+        exif=options.exif,
+        alpha=options.alpha,
     )
-    _report(options, records, _rows(model, records, options.top_k))
+    with warnings.catch_warnings():
+        # Said once, by record.
+        warnings.simplefilter("ignore", UnknownTextWarning)
+        _report(options, records, _rows(model, records, options.top_k))
+    if line := unknown_texts(model, records):
+        print(f"warning: {line}", file=sys.stderr)
     from megatron_vlmoe.runtime.distributed import destroy
 
     destroy()
@@ -88,6 +100,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="many: a JSON object per line, with keys named as these options; other keys are handed on",
     )
+    add_image_rules(group)
     group = parser.add_argument_group("results")
     group.add_argument("--json", action="store_true", help="one input: print a JSON object")
     group.add_argument("--output", metavar="FILE", help="write JSON lines here instead of stdout")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,16 +11,29 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megatron_vlmoe.data.augment import CropBox, ImageDraw, decode_image, views
+from megatron_vlmoe.data.augment import CropBox, ImageDraw, views
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import (
+    DEFAULT_RULES,
+    ImageRules,
+    quiet_pillow,
+    read_image_file,
+    rgb_pixels,
+)
 from megatron_vlmoe.data.preprocess import checked_text
-from megatron_vlmoe.data.preprocess_images import checked_image, quiet_pillow, to_rgb
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Array = npt.NDArray[Any]
 
+UNKNOWN_SHARE = 0.01
+"""Texts with a larger share of unknown tokens are warned of."""
+
 # Longer texts would only be cut; tools/prepare_task.py refuses them too.
 MAX_CHARACTERS = 1 << 16
+
+
+class UnknownTextWarning(UserWarning):
+    """A text in characters that the tokenizer was trained without."""
 
 
 class Item(NamedTuple):
@@ -56,7 +70,7 @@ def aligned(**arguments: Any) -> tuple[bool, list[list[Item]]]:
     return not lengths, columns
 
 
-def pixels(images: Sequence[Item], size: int) -> Array:
+def pixels(images: Sequence[Item], size: int, rules: ImageRules = DEFAULT_RULES) -> Array:
     """Whole images, resized to a square as in evaluation: uint8 ``[n, 3, size, size]``.
 
     Raises:
@@ -64,27 +78,25 @@ def pixels(images: Sequence[Item], size: int) -> Array:
     """
     out = np.empty((len(images), 3, size, size), dtype=np.uint8)
     for number, item in enumerate(images):
-        image = read_image(item)
+        image = read_image(item, rules)
         whole = ImageDraw(CropBox.whole(image.width, image.height))
         out[number] = views(image, whole, [size])[0]
     return out
 
 
-def read_image(item: Item) -> Image.Image:
-    """An image in RGB.
-
-    A file is treated as tools/prepare_task.py and evaluation do: its orientation in EXIF is not applied, and formats
-    that are not stored as they are go through a JPEG.
+def read_image(item: Item, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
+    """An image in RGB, as tools/prepare_task.py would store it, but that nothing goes through a JPEG or is shrunk.
 
     Args:
         item: Pillow image, path, encoded bytes, or uint8 array ``[H, W, 3]``.
+        rules: about orientation and transparency; an array has neither.
 
     Raises:
         DataError: missing, damaged, or of another type.
     """
     where, value = item
     if isinstance(value, Image.Image):
-        return _of_pillow(value, where)
+        return _of_pillow(value, where, rules)
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3 or not value.size:
             raise DataError(
@@ -97,19 +109,20 @@ def read_image(item: Item) -> Image.Image:
         raise DataError(
             f"{where}: expected a Pillow image, path, bytes or array, got {type(value).__name__}"
         )
-    with quiet_pillow():
-        try:
-            data = checked_image(bytes(value))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        return decode_image(data, where)
+    try:
+        return read_image_file(bytes(value), rules)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
-def _of_pillow(image: Image.Image, where: str) -> Image.Image:
+def _of_pillow(image: Image.Image, where: str, rules: ImageRules) -> Image.Image:
     if not image.width or not image.height:
         raise DataError(f"{where}: an image of {image.width}x{image.height} pixels")
     try:
-        return to_rgb(image)
+        with quiet_pillow():
+            return rgb_pixels(image, rules)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     except (OSError, ValueError, SyntaxError, TypeError, IndexError) as error:
         # Pillow reads a file's pixels only now.
         raise DataError(f"{where}: damaged image ({error})") from error
@@ -126,6 +139,8 @@ def _file_bytes(path: str | Path) -> bytes:
 
 def tokens(texts: Sequence[Item], tokenizer: TextTokenizer) -> list[Array]:
     """Token ids of texts, tokenized as tools/prepare_task.py does: without space around them.
+
+    Texts of which the tokenizer does not know more than 1% give one `UnknownTextWarning`.
 
     Raises:
         DataError: naming the first text that is empty, too long, or no text.
@@ -144,4 +159,17 @@ def tokens(texts: Sequence[Item], tokenizer: TextTokenizer) -> list[Array]:
     for item, ids in zip(texts, found, strict=True):
         if not len(ids):
             raise DataError(f"{item.where}: no token in it")
+    shares = [unknown_share(ids, tokenizer) for ids in found]
+    if poor := [place for place, share in enumerate(shares) if share > UNKNOWN_SHARE]:
+        warnings.warn(
+            f"{texts[poor[0]].where}: {shares[poor[0]]:.0%} of its tokens are unknown to the text "
+            f"tokenizer, so the model does not see what they say ({len(poor)} of {len(texts)} texts)",
+            UnknownTextWarning,
+            stacklevel=2,
+        )
     return found
+
+
+def unknown_share(ids: Array, tokenizer: TextTokenizer) -> float:
+    """Share of ids ``[n]``, n above 0, that are the unknown token."""
+    return float(np.mean(ids == tokenizer.unk_id))

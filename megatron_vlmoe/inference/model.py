@@ -5,6 +5,7 @@ Letters: n items, D width, C classes.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
@@ -14,9 +15,17 @@ import numpy.typing as npt
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.finetune.predictions import class_probabilities
 from megatron_vlmoe.inference.answers import Answer, decisions, ranked
-from megatron_vlmoe.inference.inputs import Item, aligned, pixels, tokens
+from megatron_vlmoe.inference.inputs import (
+    Item,
+    UnknownTextWarning,
+    aligned,
+    pixels,
+    tokens,
+    unknown_share,
+)
 from megatron_vlmoe.inference.loading import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -38,11 +47,15 @@ class VLMoE:
     Args:
         loaded: the model.
         batch_size: most items in a forward pass.
+        rules: about orientation and transparency of images.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int = 32) -> None:
+    def __init__(
+        self, loaded: LoadedModel, batch_size: int = 32, rules: ImageRules = DEFAULT_RULES
+    ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        self._rules = rules
         self._loaded = loaded
         self.batch_size = batch_size
 
@@ -57,6 +70,8 @@ class VLMoE:
         labels: str | Path | None = None,
         batch_size: int = 32,
         capacity_factor: float = 0.0,
+        exif: str = DEFAULT_RULES.exif,
+        alpha: str = DEFAULT_RULES.alpha,
     ) -> VLMoE:
         """Loads what `finetune` wrote, at whatever layout, into this process.
 
@@ -72,11 +87,17 @@ class VLMoE:
             batch_size: most items in a forward pass.
             capacity_factor: expert capacity; 0 or less drops no token, so that a result does not depend on what
                 else is in the batch. The paper evaluates with 1.0.
+            exif: "turn" turns images upright by the orientation in their EXIF, "keep" leaves them.
+            alpha: ground of transparent pixels, "white" or "black"; "drop" takes the colours under them.
 
         Raises:
             ConfigError: no such checkpoint, one of pretraining, or an argument or file that does not go with it.
             CheckpointError: a damaged checkpoint.
         """
+        try:
+            rules = ImageRules(exif, alpha)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         loaded = load_model(
             path,
             device=device,
@@ -85,7 +106,7 @@ class VLMoE:
             labels=labels,
             capacity_factor=capacity_factor,
         )
-        return cls(loaded, batch_size)
+        return cls(loaded, batch_size, rules)
 
     @property
     def task(self) -> str:
@@ -179,6 +200,21 @@ class VLMoE:
         found = class_probabilities(self.task, logits)[:, 1].tolist()
         return found[0] if single else found
 
+    def unknown_share(self, text: Any) -> Any:
+        """Share of the tokens of a text, or of each of a list, that the tokenizer does not know, 0 to 1.
+
+        Raises:
+            ConfigError: the task has no texts.
+        """
+        tokenizer = self._loaded.tokenizer
+        if tokenizer is None:
+            raise ConfigError(f"unknown_share: {self.checkpoint} is of {self.task}, without texts")
+        single, (texts,) = aligned(text=text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnknownTextWarning)
+            shares = [unknown_share(ids, tokenizer) for ids in tokens(texts, tokenizer)]
+        return shares[0] if single else shares
+
     def _needs(self, method: str, task: str) -> None:
         if self.task != task:
             raise ConfigError(
@@ -229,7 +265,9 @@ class VLMoE:
                 batch[f"{text_prefix}_ids"] = ids[part]
                 batch[f"{text_prefix}_lengths"] = lengths[part]
             if images is not None:
-                batch[f"{image_prefix}_pixels"] = pixels(images[part], config.model.image_size)
+                batch[f"{image_prefix}_pixels"] = pixels(
+                    images[part], config.model.image_size, self._rules
+                )
             found.append(self._forward(batch, len(inputs[part]) // per_sample, shape, output))
         if found:
             return np.concatenate(found)

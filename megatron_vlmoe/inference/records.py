@@ -10,8 +10,10 @@ from typing import Any
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.file_kinds import DAMAGE, check_characters, open_binary
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
+from megatron_vlmoe.inference.inputs import UNKNOWN_SHARE
 from megatron_vlmoe.inference.model import VLMoE
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -63,16 +65,20 @@ class Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file with one JSON object per line; empty lines are passed over.
+    """The records of a file, compressed or not, with one JSON object per line; empty lines are passed over.
 
     Raises:
         ConfigError: the file cannot be read.
         DataError: a line is no JSON object, or there is none.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        with open_binary(str(path)) as file:
+            lines = file.read().splitlines()
     except OSError as error:
-        raise ConfigError(f"--input {path}: {error.strerror}") from None
+        raise ConfigError(f"--input {path}: {error.strerror or error}") from None
+    except DAMAGE as error:
+        raise DataError(f"{path}: {error}") from error
+    check_characters(str(path))
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -127,6 +133,21 @@ def _predict(model: VLMoE, records: Sequence[Record], top_k: int) -> list[dict[s
         return [_classified(best) for best in model.classify(**given, top_k=top_k)]
     ask = model.reason if model.task == "nlvr2" else model.entail
     return [_classified(_sorted(decision)) for decision in ask(**given)]
+
+
+def unknown_texts(model: VLMoE, records: Sequence[Record]) -> str:
+    """A line about the records with texts that the tokenizer does not know; empty if there are none."""
+    poor: list[str] = []
+    names = [name for name in FIELDS[model.task] if name not in IMAGE_FIELDS]
+    for record in records:
+        shares = {name: model.unknown_share(record.content[name]) for name in names}
+        name = max(shares, key=lambda name: shares[name], default="")
+        if name and shares[name] > UNKNOWN_SHARE:
+            where = f"{record.where}: {name}" if record.where else name
+            poor.append(f"{where}: {shares[name]:.0%} of its tokens are unknown to the tokenizer")
+    if not poor:
+        return ""
+    return poor[0] + (f" ({len(poor)} of {len(records)} records)" if len(records) > 1 else "")
 
 
 def _sorted(decision: Decision) -> list[Scored]:

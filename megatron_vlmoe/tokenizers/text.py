@@ -124,6 +124,19 @@ class TextTokenizer:
         return frozenset(self._id(piece) for piece in SPECIAL_PIECES)
 
     @cached_property
+    def _words(self) -> frozenset[int]:
+        """Pieces with a letter or digit in them, special ones apart."""
+        pieces = (i for i in range(self.size) if any(map(str.isalnum, self.piece(i))))
+        return frozenset(pieces) - self.special_ids
+
+    def is_unknown(self, ids: Sequence[int]) -> bool:
+        """Whether a text has unknown characters and no known letter or digit beside them.
+
+        SentencePiece gives the spaces and punctuation of such a text as known pieces.
+        """
+        return self.unk_id in ids and self._words.isdisjoint(ids)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the model file, in hex: datasets record it, training compares it."""
         return hashlib.sha256(self._model).hexdigest()

@@ -1,16 +1,14 @@
-"""Training of the SentencePiece text tokenizer: a bounded, seeded sample of the input files."""
+"""Training of the SentencePiece text tokenizer: a bounded, seeded sample of texts."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import sentencepiece
 
@@ -32,10 +30,8 @@ SMALL_LEXICON = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizerTraining:
-    """What to train on and how; the same values and files give the same model, byte for byte."""
+    """How to train; the same values and texts give the same model, byte for byte."""
 
-    inputs: Sequence[Path]
-    """JSONL (key ``text``), captions (.json: COCO or Karpathy) or plain text (anything else)."""
     vocab_size: int
     """Number of pieces, the five special ones included."""
     output_prefix: Path
@@ -53,8 +49,6 @@ class TextTokenizerTraining:
 
     def validate(self) -> None:
         """Raises ValueError on values that cannot work."""
-        if not self.inputs:
-            raise ValueError("no input files")
         if self.vocab_size <= len(SPECIAL_PIECES):
             raise ValueError(
                 f"vocab_size must be above {len(SPECIAL_PIECES)} (the special pieces), "
@@ -67,22 +61,23 @@ class TextTokenizerTraining:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def train_text_tokenizer(training: TextTokenizerTraining) -> int:
+def train_text_tokenizer(training: TextTokenizerTraining, texts: Iterable[str]) -> int:
     """Trains a unigram model and writes PREFIX.model and PREFIX.vocab.
+
+    Args:
+        training: how.
+        texts: what on; read once.
 
     Returns:
         The vocabulary size, below ``vocab_size`` where the corpus cannot fill it.
 
     Raises:
-        ValueError: bad option, unreadable or empty input, or a corpus that SentencePiece refuses.
+        ValueError: bad option, no text, or a corpus that SentencePiece refuses.
     """
     training.validate()
-    sentences = sample_sentences(
-        iterate_sentences(training.inputs), training.max_sentences, training.seed
-    )
+    sentences = sample_sentences(iterate_sentences(texts), training.max_sentences, training.seed)
     if not sentences:
-        names = ", ".join(str(p) for p in training.inputs)
-        raise ValueError(f"no text to train on in {names}")
+        raise ValueError("no text to train on")
     model = _fit(sentences + whole_word_hints(sentences), training)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     size = int(processor.get_piece_size())
@@ -166,22 +161,11 @@ def whole_word_hints(sentences: Sequence[str]) -> list[str]:
     return [word + word[-1] for word in sorted(words)]
 
 
-def iterate_sentences(paths: Sequence[Path]) -> Iterator[str]:
-    """Non-empty lines of all files, longer ones cut into at most 1,000 characters.
-
-    Raises:
-        ValueError: a file is missing, empty, no valid UTF-8 or not of its format; names file and
-            line.
-    """
-    for path in paths:
-        found = False
-        for text in _iterate_texts(path):
-            for line in text.splitlines():
-                for sentence in _cut(" ".join(line.split())):
-                    found = True
-                    yield sentence
-        if not found:
-            raise ValueError(f"{path} holds no text")
+def iterate_sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Non-empty lines of all texts, longer ones cut into at most 1,000 characters."""
+    for text in texts:
+        for line in text.splitlines():
+            yield from _cut(" ".join(line.split()))
 
 
 def _cut(line: str) -> Iterator[str]:
@@ -192,68 +176,6 @@ def _cut(line: str) -> Iterator[str]:
         line = line[end:].lstrip()
     if line:
         yield line
-
-
-def _iterate_texts(path: Path) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        for number, line in _iterate_lines(path):
-            if line.strip():
-                yield _text_of_record(line, f"{path}:{number}")
-    elif path.suffix == ".json":
-        yield from _iterate_captions(path)
-    else:
-        for _, line in _iterate_lines(path):
-            yield line
-
-
-def _iterate_lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path}:{number}: invalid UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
-
-
-def _text_of_record(line: str, where: str) -> str:
-    match _parse_json(line, where):
-        case {"text": str(text)}:
-            return _check_unicode(text, where)
-    raise ValueError(f'{where}: expected an object with a string under "text"')
-
-
-def _iterate_captions(path: Path) -> Iterator[str]:
-    content = _parse_json("".join(line for _, line in _iterate_lines(path)), str(path))
-    try:
-        if "annotations" in content:
-            captions = [a["caption"] for a in content["annotations"]]
-        else:
-            captions = [s["raw"] for image in content["images"] for s in image["sentences"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: neither COCO captions nor a Karpathy split") from error
-    for number, caption in enumerate(captions):
-        yield _check_unicode(caption, f"{path}: caption {number}")
-
-
-def _check_unicode(text: Any, where: str) -> str:
-    # JSON escapes can spell half of a surrogate pair, which is no text.
-    try:
-        str.encode(text)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: invalid Unicode ({error.reason})") from error
-    except TypeError as error:
-        raise ValueError(f"{where} is not a string") from error
-    return cast(str, text)
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -25,6 +25,7 @@ from megatron_vlmoe.config.block_plan import has_experts
 from megatron_vlmoe.config.command_line import flat_options
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import agree, barrier, device, is_rank_zero
+from megatron_vlmoe.runtime.helper_processes import install_results_queue
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
     TRACKER,
@@ -60,6 +61,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, root: Path, keep_last: int, async_save: bool) -> None:
+        install_results_queue()
         self.root = root
         self.keep_last = keep_last
         self.queue = AsyncCallsQueue() if async_save else None

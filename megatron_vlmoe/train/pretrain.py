@@ -18,6 +18,7 @@ from megatron_vlmoe.runtime.distributed import (
     environment_world_size,
     is_rank_zero,
 )
+from megatron_vlmoe.runtime.helper_processes import lead_helpers
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 
 log = logging.getLogger("megatron_vlmoe")
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str], open_data: Optional[OpenData] = None) -> int:
 def pretrain(command: ParsedCommand, open_data: Optional[OpenData] = None) -> int:
     """Trains; returns 0 at the end of the run and after a clean early exit."""
     config = command.config
+    lead_helpers(config.train.exit_signals)
     make_run_folder(config)
     report_packages()
     quiet_imports()

@@ -45,11 +45,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = np.random.default_rng(0)
     words = ["".join(draw.choice(list(letters), 4)) for _ in range(600)]
     lines = (" ".join(draw.choice(words, 12)) for _ in range(800))
-    (folder / "lines.txt").write_text("\n".join(lines))
     prefix = folder / "text"
-    size = train_text_tokenizer(
-        TextTokenizerTraining(inputs=[folder / "lines.txt"], output_prefix=prefix, vocab_size=300)
-    )
+    training = TextTokenizerTraining(output_prefix=prefix, vocab_size=300)
+    size = train_text_tokenizer(training, lines)
     assert size == 300
     return prefix.with_suffix(".model")
 

@@ -112,12 +112,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     words = [f"{a}{b}" for a in ("red", "blue", "small", "big") for b in ("cat", "dog", "sun", "")]
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(words, 12)) for _ in range(200)]
-    (root / "corpus.txt").write_text("\n".join(lines))
-    train_text_tokenizer(
-        TextTokenizerTraining(
-            inputs=[root / "corpus.txt"], vocab_size=60, output_prefix=root / "spm"
-        )
-    )
+    train_text_tokenizer(TextTokenizerTraining(vocab_size=60, output_prefix=root / "spm"), lines)
     tokenizer = TextTokenizer(root / "spm.model")
 
     def tokens(length: int) -> np.ndarray:

@@ -9,11 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_folder import TINY, VOCAB, write_folder
+from PIL import Image
 
-from megatron_vlmoe.convert.hf_files import architecture, auto_map, hf_source_files
+from megatron_vlmoe.convert.hf_files import (
+    architecture,
+    auto_map,
+    custom_pipelines,
+    hf_source_files,
+)
 from megatron_vlmoe.convert.model_card import usage
 
 pytest.importorskip("transformers")
@@ -22,6 +29,21 @@ from megatron_vlmoe.convert.hf import modeling_vlmoe
 
 SCRIPT = Path(__file__).resolve().parents[1] / "hf_clean_environment.py"
 TASKS = ("vqa", "nlvr2", "retrieval", "imagenet", "mnli")
+
+
+def write_pictures(folder: Path) -> None:
+    """Files that transformers' own pipelines and the processor read in different ways, of the model's image size."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise[..., :3]).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 20).save(folder / "deep.png")
+    Image.fromarray(noise).save(folder / "logo.png")
+    Image.fromarray(noise[..., :2].copy(), "LA").save(folder / "grey.png")
+    palette = Image.fromarray(noise[..., :3]).quantize(16)
+    palette.save(folder / "palette.png", transparency=3)
+    Image.fromarray(noise, "CMYK").save(folder / "print.jpg")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
     }
     torch.save(inputs, path / "inputs.pt")
+    write_pictures(path / "pictures")
     kinds = {"": "pretraining", "images": "images", **{task: task for task in TASKS}}
     code = {folder: usage(kind, str(path / folder)) for kind, folder in kinds.items()}
     (path / "uses.json").write_text(json.dumps(code))
@@ -98,8 +121,18 @@ def test_pipelines_answer(results):
         assert {found["label"] for found in answers[name]} == labels
         assert sum(found["score"] for found in answers[name]) == pytest.approx(1.0, abs=1e-4)
     assert len(answers["image-classification"]) == 2
+    one, several = answers["visual-question-answering"]
+    assert len(one) == 2 and one[0]["score"] >= one[1]["score"]
+    assert [len(found) for found in several] == [3] * 4
     features = torch.tensor(answers["feature-extraction"])
     assert features.shape[0] == 1 and features.shape[2] == TINY["hidden_size"]
+
+
+def test_pipelines_read_files_as_the_processor_does(results):
+    assert len(results["pictures"]) == 6
+    for name, pixels in results["pictures"].items():
+        for way, found in pixels.items():
+            assert torch.equal(found, pixels["path"]), (name, way)
 
 
 def test_the_code_of_the_model_cards_runs(results):
@@ -130,6 +163,11 @@ def test_the_map_names_classes_that_exist():
             module, name = reference.split(".")
             assert module in {path.stem for path in hf_source_files()}
             assert f"class {name}(" in "".join(path.read_text() for path in hf_source_files())
+    for pipeline in custom_pipelines().values():
+        module, name = pipeline["impl"].split(".")
+        (path,) = (path for path in hf_source_files() if path.stem == module)
+        assert f"class {name}(" in path.read_text()
+        assert set(pipeline["pt"]) <= set(auto_map())
     with pytest.raises(ValueError, match="poetry"):
         architecture("poetry")
 
@@ -152,5 +190,5 @@ def test_the_files_name_each_other_directly():
 
 def relative_imports(module: str) -> set[str]:
     (path,) = (path for path in hf_source_files() if path.stem == module)
-    lines = path.read_text().splitlines()
+    lines = [line.strip() for line in path.read_text().splitlines()]
     return {line.split()[1][1:] for line in lines if line.startswith("from .")}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import pickle
 import random
+import re
+import struct
 import threading
+import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hf_folder import TINY, VOCAB, sentencepiece_model, write_processors
-from PIL import Image
+from PIL import Image, ImageOps
 
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.finetune.samples import TextFormat
@@ -182,7 +186,7 @@ def image_processor(**options) -> VLMoEImageProcessor:
     )
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "CMYK", "I;16", "RGBA", "LA", "P", "I", "F"])
 @pytest.mark.parametrize("shape", [(70, 45), (9, 120), (32, 32), (1, 1)])
 def test_pixels_are_those_of_evaluation(mode, shape):
     image = picture(mode, *shape)
@@ -208,14 +212,166 @@ def test_files_are_read_as_in_evaluation(name, tmp_path):
         assert np.array_equal(found["pixel_values"], expected)
 
 
-def test_the_orientation_in_exif_is_not_applied(tmp_path):
+def raw_pixels(image, **options) -> np.ndarray:
+    """Pixels of one image as they are given, ``[H, W, 3]``."""
+    options = {"do_resize": False, "do_rescale": False, "do_normalize": False} | options
+    (found,) = image_processor()(image, **options)["pixel_values"]
+    return found.transpose(1, 2, 0)
+
+
+def every_way(image: Image.Image, path: Path, **options) -> list[np.ndarray]:
+    """Raw pixels of an image saved to a file and handed over in every way."""
+    image.save(path, **options)
+    data = path.read_bytes()
+    letters = base64.b64encode(data).decode()
+    ways = (path, str(path), data, Image.open(path), letters, f"data:image/png;base64,{letters}")
+    loaded = Image.open(path)
+    loaded.load()
+    fetched = image_processor().fetch_images([str(path)])
+    return [raw_pixels(way) for way in (*ways, loaded, fetched)]
+
+
+NOISE = np.random.default_rng(3).integers(0, 256, (7, 9, 4), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda a: np.rot90(a)),
+        (9, lambda a: a),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_images_are_turned_upright(orientation, upright, name, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    picture("RGB").save(tmp_path / "turned.jpg", exif=exif)
-    data = (tmp_path / "turned.jpg").read_bytes()
-    found = image_processor()(data, do_rescale=False, do_normalize=False, return_tensors="np")
-    expected = pixels([Item("image", data)], 32).astype(np.float32)
-    assert np.array_equal(found["pixel_values"], expected)
+    exif[0x0112] = orientation
+    stored = NOISE[..., :3]
+    for found in every_way(Image.fromarray(stored), tmp_path / name, exif=exif):
+        assert np.array_equal(found, upright(stored))
+    assert np.array_equal(raw_pixels(tmp_path / name, exif="keep"), stored)
+    # Nothing is left that others would turn by.
+    for rule, expected in (("turn", upright(stored)), ("keep", stored)):
+        fetched = image_processor(exif=rule).fetch_images(tmp_path / name)
+        assert np.array_equal(np.asarray(ImageOps.exif_transpose(fetched)), expected)
+
+
+def on_ground(colours: np.ndarray, alpha: np.ndarray, ground: int = 255) -> np.ndarray:
+    share = alpha[..., None].astype(np.float64) / 255
+    return np.rint(colours * share + ground * (1 - share))
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.stack([values] * 3, axis=-1)
+
+
+PALETTE = np.arange(48, dtype=np.uint8).reshape(16, 3) * 5
+COLOURS = Image.fromarray(NOISE[..., 0] % 16)
+COLOURS.putpalette(PALETTE.tobytes())
+KINDS = {
+    "logo": (Image.fromarray(NOISE), {}, on_ground(NOISE[..., :3], NOISE[..., 3])),
+    "grey with alpha": (
+        *(Image.fromarray(NOISE[..., :2].copy(), "LA"), {}),
+        on_ground(grey(NOISE[..., 0]), NOISE[..., 1]),
+    ),
+    "palette": (
+        *(COLOURS, {"transparency": 3}),
+        on_ground(PALETTE[NOISE[..., 0] % 16], np.where(NOISE[..., 0] % 16 == 3, 0, 255)),
+    ),
+    "one transparent colour": (
+        *(Image.fromarray(NOISE[..., :3]), {"transparency": tuple(map(int, NOISE[2, 3, :3]))}),
+        on_ground(
+            NOISE[..., :3], np.where((NOISE[..., :3] == NOISE[2, 3, :3]).all(axis=2), 0, 255)
+        ),
+    ),
+    "16 bits": (
+        *(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 250), {}),
+        grey(np.rint(NOISE[..., 0] * 250.0 * 255 / 65535)),
+    ),
+    "16 bits, dark": (
+        *(Image.fromarray(NOISE[..., 0].astype(np.uint16)), {}),
+        grey(np.where(NOISE[..., 0] > 128, 1, 0)),
+    ),
+    "16 bits with a transparent value": (
+        Image.fromarray(NOISE[..., 0].astype(np.uint16) * 250),
+        {"transparency": int(NOISE[0, 0, 0]) * 250},
+        on_ground(
+            grey(np.rint(NOISE[..., 0] * 250.0 * 255 / 65535)),
+            np.where(NOISE[..., 0] == NOISE[0, 0, 0], 0, 255),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_modes_become_rgb_on_white(kind, tmp_path):
+    image, options, expected = KINDS[kind]
+    for found in every_way(image, tmp_path / "image.png", **options):
+        assert np.array_equal(found, expected)
+
+
+def test_the_ground_of_transparent_pixels_can_be_chosen():
+    colours, alpha = NOISE[..., :3], NOISE[..., 3]
+    image = Image.fromarray(NOISE)
+    assert np.array_equal(raw_pixels(image, alpha="black"), on_ground(colours, alpha, 0))
+    assert np.array_equal(raw_pixels(image, alpha="drop"), colours)
+    # An array of four channels is an image with transparency, too.
+    assert np.array_equal(raw_pixels(NOISE), on_ground(colours, alpha))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0, 0.5, 1], [0, 128, 255]), ([0, 0.5, 200.4], [0, 0, 200])],
+)
+def test_floating_point_files_count_to_1_or_255(values, expected, tmp_path):
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    for found in every_way(image, tmp_path / "image.tif"):
+        assert np.array_equal(found, grey(np.array([expected])))
+
+
+def test_tiff_of_whole_numbers_counts_to_65535(tmp_path):
+    image = Image.fromarray(np.array([[0, 200, 65535]], dtype=np.int32))
+    for found in every_way(image, tmp_path / "image.tif"):
+        assert np.array_equal(found, grey(np.array([[0, 1, 255]])))
+
+
+def test_transparent_grey_of_few_bits(tmp_path):
+    # Four pixels of two bits, of which the value 1, grey 85, is transparent.
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)), (b"tRNS", b"\0\1")]
+    chunks += [(b"IDAT", zlib.compress(bytes([0, 0b00011011]))), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        data += struct.pack(">I", len(content)) + name + content
+        data += struct.pack(">I", zlib.crc32(name + content))
+    for image in (data, Image.open(io.BytesIO(data))):
+        assert raw_pixels(image)[0, :, 0].tolist() == [0, 255, 170, 255]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_large_jpeg_is_decoded_at_half_its_size(monkeypatch):
+    data = encoded(picture("RGB", 48, 32), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    half = Image.open(io.BytesIO(data))
+    half.draft(None, (24, 16))
+    found = raw_pixels(data)
+    assert found.shape == (16, 24, 3) and np.array_equal(found, np.asarray(half))
+
+
+def test_cmyk_and_animations(tmp_path):
+    path = tmp_path / "print.jpg"
+    for found in every_way(Image.fromarray(NOISE, "CMYK"), path):
+        assert np.array_equal(found, np.asarray(Image.open(path).convert("RGB")))
+    frames = [Image.new("RGB", (9, 7), colour) for colour in ("red", "blue")]
+    for found in every_way(
+        frames[0], tmp_path / "two.gif", save_all=True, append_images=frames[1:]
+    ):
+        assert np.array_equal(found, np.asarray(frames[0]))
 
 
 def test_a_url_gives_what_the_file_gives(tmp_path):
@@ -239,17 +395,92 @@ def test_a_url_gives_what_the_file_gives(tmp_path):
             server.shutdown()
 
 
-def test_arrays_may_have_channels_first_or_last():
+def of_tensor(image, **options) -> torch.Tensor:
+    return image_processor()(image, return_tensors="pt", **options)["pixel_values"]
+
+
+ARRAY = np.asarray(picture("RGB"))
+FIRST = ARRAY.transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ARRAY,
+        FIRST,
+        torch.tensor(ARRAY),
+        ARRAY.astype(np.int64),
+        ARRAY.astype(np.uint16) * 257,
+        ARRAY.astype(np.float32),
+        torch.tensor(FIRST).double(),
+        torch.tensor(FIRST).bfloat16(),
+        ARRAY / 255,
+        (ARRAY / 255).astype(np.float32),
+        torch.tensor(FIRST).float() / 255,
+    ],
+    ids=lambda values: f"{values.dtype}-{values.shape[-1]}",
+)
+def test_arrays_of_all_kinds_are_the_image_that_they_show(values):
     image = picture("RGB")
-    array = np.asarray(image)
-    expected = image_processor()(image, return_tensors="pt")["pixel_values"]
-    for values in (array, array.transpose(2, 0, 1), torch.tensor(array), array[None]):
-        found = image_processor()(values, return_tensors="pt")["pixel_values"]
-        assert torch.equal(found, expected)
-    grey = image_processor()(array[:, :, 0], return_tensors="pt")["pixel_values"]
-    assert torch.equal(
-        grey, image_processor()(picture("RGB").getchannel(0), return_tensors="pt")["pixel_values"]
+    expected = of_tensor(image)
+    for given in (values, [values], values[None], [values[None]]):
+        assert torch.equal(of_tensor(given), expected)
+    stack = torch.stack if isinstance(values, torch.Tensor) else np.stack
+    two = stack([values, values])
+    assert torch.equal(of_tensor(two), torch.cat([expected, expected]))
+    samples = torch.cat([expected] * 4).view(2, 2, 3, 32, 32)
+    for given in (stack([two, two]), [[values, values]] * 2, [(image, values), [values, image]]):
+        assert torch.equal(of_tensor(given), samples)
+
+
+def test_grey_arrays_of_every_shape():
+    grey = ARRAY[:, :, 0]
+    expected = of_tensor(picture("RGB").getchannel(0))
+    for values in (grey, grey[:, :, None], grey[None], torch.tensor(grey), grey / 255):
+        assert torch.equal(of_tensor(values), expected)
+    black_and_white = np.array([[True, False]])
+    assert np.array_equal(raw_pixels(black_and_white), [[[255] * 3, [0] * 3]])
+
+
+def test_the_layout_of_an_array_can_be_said():
+    # Three rows of four pixels, or three channels of 4 x 3.
+    array = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    assert np.array_equal(raw_pixels(array, input_data_format="channels_last"), array)
+    for options in ({"input_data_format": "channels_first"}, {}):
+        assert np.array_equal(raw_pixels(array, **options), array.transpose(1, 2, 0))
+    with pytest.raises(ValueError, match=r"\[45, 70, 3\] is not an image \[1, 3 or 4, H, W\]"):
+        image_processor()(ARRAY, input_data_format="channels_first")
+    image = picture("RGB")
+    last = of_tensor(image, data_format="channels_last")
+    assert torch.equal(last, of_tensor(image).permute(0, 2, 3, 1))
+
+
+def test_floating_point_images_are_rescaled_once():
+    fractions = FIRST.astype(np.float32) / 255
+    plain = {"do_resize": False, "do_normalize": False, "return_tensors": "np"}
+    for rescale in (True, False):
+        (found,) = image_processor()(fractions, do_rescale=rescale, **plain)["pixel_values"]
+        assert found.dtype == np.float32 and np.allclose(found, fractions, rtol=0, atol=1e-7)
+    # Values between two bytes stay where nothing is resized.
+    values = fractions * np.float32(254.7)
+    (found,) = image_processor()(values, do_rescale=False, **plain)["pixel_values"]
+    assert np.array_equal(found, values)
+    (found,) = image_processor()(values, **plain)["pixel_values"]
+    assert np.allclose(found, values / 255, rtol=0, atol=1e-7)
+    resized = image_processor()(
+        fractions, do_rescale=False, do_normalize=False, return_tensors="np"
     )
+    expected = pixels([Item("image", picture("RGB"))], 32) / 255
+    assert np.allclose(resized["pixel_values"], expected, rtol=0, atol=1e-7)
+
+
+def test_tensors_can_be_put_on_a_device():
+    image = picture("RGB")
+    for device in ("meta", torch.device("meta")):
+        assert of_tensor(image, device=device).device.type == "meta"
+    assert torch.equal(of_tensor(image, device="cpu"), of_tensor(image))
+    with pytest.raises(ValueError, match="device needs return_tensors='pt'"):
+        image_processor()(image, device="cpu")
 
 
 def test_samples_of_two_images_stay_together():
@@ -264,12 +495,23 @@ def test_samples_of_two_images_stay_together():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"no image", "bytes is not readable"),
+        (b"no image", "an image of bytes is not readable"),
         ("/nowhere/image.png", "/nowhere/image.png was not found"),
-        (np.zeros((4, 4, 3)), "float64.*uint8"),
+        (np.full((4, 4, 3), np.nan), "float64 with values of nan"),
+        (np.array([[-0.5, 0.5]]), "values of -0.5 to 0.5"),
+        (np.array([[0.0, 256.0]]), "values of 0 to 256"),
+        (np.array([[0, 256]]), "int64 with values of 0 to 256"),
+        (np.array([[1j]]), "complex128, not of numbers"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), r"\[0, 4, 3\]"),
+        (Image.fromarray(np.array([[0.0, np.inf]], dtype=np.float32)), "values of 0 to inf"),
+        (Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "of 0 to 70000, not of 0 to 655"),
         (np.zeros((5, 4, 5), dtype=np.uint8), r"\[5, 4, 5\]"),
         (3, "got int"),
-        (encoded(picture("RGB"), "PNG")[:-900], "not readable"),
+        (encoded(picture("RGB"), "PNG")[:-900], "an image of bytes is not readable"),
+        (Image.new("RGB", (0, 3)), "has 0 x 3 pixels"),
+        ([], "no images"),
+        ([[], []], "no images"),
+        ([[b"", b""], b""], "all in lists"),
     ],
 )
 def test_what_is_no_image_is_named(image, message):
@@ -311,6 +553,185 @@ def processor(folder: Path, tokenizer: VLMoETokenizer) -> VLMoEProcessor:
         text_length=TINY["text_length"],
         pair_text_length=TINY["pair_text_length"],
     )
+
+
+# An option, a value that it may have, and the same value in the form that is kept.
+IMAGE_VALUES = [
+    ("do_resize", False, False),
+    ("do_rescale", False, False),
+    ("do_normalize", np.False_, False),
+    ("size", 48, {"height": 48, "width": 48}),
+    ("size", [16, 48], {"height": 16, "width": 48}),
+    ("size", {"width": 48, "height": 16}, {"height": 16, "width": 48}),
+    ("resample", Image.Resampling.NEAREST, 0),
+    ("rescale_factor", -1, -1.0),
+    ("image_mean", 0.25, [0.25] * 3),
+    ("image_std", (1, 2, np.float32(4)), [1.0, 2.0, 4.0]),
+    ("exif", "keep", "keep"),
+    ("alpha", "black", "black"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "kept"), IMAGE_VALUES)
+def test_image_options_are_kept_on_every_way(option, value, kept, folder, processor, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "image.png"
+    picture("RGBA").save(path, exif=exif)
+    given = {option: value, "return_tensors": "np"}
+    usual, expected = (
+        processor.image_processor(path, **options)["pixel_values"]
+        for options in ({"return_tensors": "np"}, given)
+    )
+    assert usual.shape != expected.shape or not np.array_equal(usual, expected)
+    ways = [
+        processor(path, **given),
+        processor(path, images_kwargs=given),
+        processor(path, common_kwargs={"return_tensors": "np"}, images_kwargs={option: value}),
+        processor(path, "a text", common_kwargs=given),
+        processor(path, "a text", images_kwargs={option: value}, return_tensors="np"),
+    ]
+    changed = VLMoEImageProcessor.from_pretrained(folder, **{option: value})
+    assert getattr(changed, option) == kept
+    changed.save_pretrained(tmp_path / "saved")
+    again = VLMoEImageProcessor.from_pretrained(tmp_path / "saved")
+    ways += [found(path, return_tensors="np") for found in (changed, again)]
+    for found in ways:
+        assert np.array_equal(found["pixel_values"], expected)
+
+
+def test_text_options_are_kept_on_every_way(processor):
+    text, pair = "a red circle", "the left"
+    for given in (
+        {"max_length": 8},
+        {"padding": True},
+        {"padding": "do_not_pad", "add_special_tokens": False},
+        {"padding_side": "left"},
+        {"truncation": "only_first", "max_length": 7},
+        {"return_special_tokens_mask": True, "return_attention_mask": False},
+        {"pad_to_multiple_of": 4, "padding": "longest"},
+        {"return_length": True, "return_token_type_ids": True},
+    ):
+        usual = {"padding": "max_length", "truncation": True, "max_length": TINY["text_length"]}
+        expected = processor.tokenizer(text, pair, return_tensors="pt", **{**usual, **given})
+        for found in (
+            processor(text=text, text_pair=pair, return_tensors="pt", **given),
+            processor(text=text, text_kwargs={"text_pair": pair, **given}, return_tensors="pt"),
+            processor(text=text, text_kwargs={"text_pair": pair, **given, "return_tensors": "pt"}),
+            processor(text=text, text_pair=pair, common_kwargs={**given, "return_tensors": "pt"}),
+        ):
+            assert set(found) == set(expected)
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+    # What stands alone goes before what is common; None and what is empty say nothing.
+    found = processor(
+        text=text,
+        max_length=6,
+        padding=None,
+        videos=None,
+        audio_kwargs={},
+        common_kwargs={"max_length": 8, "return_tensors": "pt"},
+    )
+    assert found["input_ids"].shape == (1, 6)
+
+
+def test_tensors_asked_for_texts_are_made_of_images_too(processor):
+    found = processor(picture("RGB"), "a", text_kwargs={"return_tensors": "pt"})
+    assert isinstance(found["pixel_values"], torch.Tensor)
+    found = processor(picture("RGB"), "a", images_kwargs={"return_tensors": "pt"})
+    assert isinstance(found["pixel_values"], torch.Tensor) and isinstance(found["input_ids"], list)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"foo": 1}, "VLMoEProcessor has no option foo;"),
+        ({"do_center_crop": True, "bar": None, "zoo": 1}, "has no option do_center_crop, zoo;"),
+        ({"text_kwargs": {"size": 3}}, "text_kwargs has no option size;"),
+        ({"images_kwargs": {"max_length": 3}}, "images_kwargs has no option max_length;"),
+        ({"common_kwargs": {"foo": 3}}, "common_kwargs has no option foo;"),
+        ({"videos": [1]}, "has no option videos;"),
+        ({"audio_kwargs": {"sampling_rate": 1}}, "has no option audio_kwargs;"),
+        ({"text_target": "a"}, "has no option text_target;"),
+    ],
+)
+def test_options_that_are_not_there_are_named(options, name, processor):
+    with pytest.raises(TypeError, match=name):
+        processor(picture("RGB"), "a text", **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("do_rescale", "no"),
+        ("do_resize", 1),
+        ("size", {"shortest_edge": 32}),
+        ("size", {"height": 32}),
+        ("size", 0),
+        ("size", "32"),
+        ("size", [1, 2, 3]),
+        ("resample", 9),
+        ("resample", "bicubic"),
+        ("rescale_factor", 0),
+        ("rescale_factor", "1/255"),
+        ("image_mean", [0.5, 0.5]),
+        ("image_mean", "half"),
+        ("image_std", [0.5, 0, 0.5]),
+        ("image_std", float("nan")),
+        ("exif", "off"),
+        ("alpha", "grey"),
+        ("return_tensors", "tf"),
+        ("return_tensors", True),
+        ("data_format", "last"),
+        ("input_data_format", 3),
+        ("device", "gpu"),
+        ("padding", "longer"),
+        ("padding", 1),
+        ("truncation", "left"),
+        ("max_length", 0),
+        ("max_length", "8"),
+        ("max_length", True),
+        ("stride", -1),
+        ("padding_side", "top"),
+        ("text_kwargs", 3),
+        ("images_kwargs", [1]),
+    ],
+)
+def test_values_that_options_cannot_have_are_named(option, value, processor):
+    with pytest.raises(ValueError, match=f"^{option}={re.escape(repr(value))} must be"):
+        processor(picture("RGB"), "a text", **{option: value})
+
+
+def test_an_option_given_twice_is_an_error(processor):
+    with pytest.raises(ValueError, match="max_length: given twice, in text_kwargs and beside it"):
+        processor(text="a", max_length=4, text_kwargs={"max_length": 8})
+    with pytest.raises(ValueError, match="text_pair without text"):
+        processor(picture("RGB"), text_pair="a")
+
+
+def test_options_of_loading(folder, caplog):
+    for make in (
+        lambda **options: VLMoEImageProcessor(**options),
+        lambda **options: VLMoEImageProcessor.from_dict({}, **options),
+        lambda **options: VLMoEImageProcessor.from_dict(options),
+        lambda **options: VLMoEImageProcessor.from_pretrained(folder, **options),
+    ):
+        with pytest.raises(TypeError, match="VLMoEImageProcessor has no option crop_size, do_pad;"):
+            make(do_pad=True, crop_size=32)
+        with pytest.raises(ValueError, match="^size='big' must be"):
+            make(size="big")
+    # Transformers hands options of its own to all that it loads; what nobody knows is named.
+    kept = VLMoEImageProcessor.from_pretrained(
+        folder, padding_side="left", pad_token="x", token="y"
+    )
+    assert not caplog.messages
+    loaded = VLMoEImageProcessor.from_pretrained(folder, foo=1, size=48)
+    assert caplog.messages == ["VLMoEImageProcessor has no option foo: ignored"]
+    assert loaded.to_dict() == {**kept.to_dict(), "size": {"height": 48, "width": 48}}
+    _, unused = VLMoEImageProcessor.from_pretrained(folder, foo=1, return_unused_kwargs=True)
+    assert unused == {"foo": 1}
+    silent = VLMoEImageProcessor(size=None, exif=None, do_resize=None, do_pad=None)
+    assert silent.to_dict() == VLMoEImageProcessor().to_dict()
+    assert silent(picture("RGB"), do_rescale=None)["pixel_values"][0].shape == (3, 224, 224)
 
 
 def test_texts_are_filled_up_to_the_length_of_training(processor):

@@ -222,7 +222,7 @@ def test_manifest_round_trip_and_checks(manifest: tuple[str, DatasetManifest]) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: {**raw, "format_version": 2}, "newer"),
+        (lambda raw: {**raw, "format_version": 3}, "newer"),
         (lambda raw: {**raw, "kind": "sounds"}, "damaged"),
         (lambda raw: {**raw, "documents": "3"}, "damaged"),
         (lambda raw: {**raw, "files": {}}, "damaged"),

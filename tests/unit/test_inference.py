@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -18,7 +19,14 @@ from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.inference import command
 from megatron_vlmoe.inference.answers import Scored, decisions, ranked
-from megatron_vlmoe.inference.inputs import Item, aligned, pixels, read_image, tokens
+from megatron_vlmoe.inference.inputs import (
+    Item,
+    UnknownTextWarning,
+    aligned,
+    pixels,
+    read_image,
+    tokens,
+)
 from megatron_vlmoe.inference.model import VLMoE
 from megatron_vlmoe.inference.records import Record, read_records, text_lines
 
@@ -35,7 +43,9 @@ def encoded(array: np.ndarray, form: str = "PNG") -> bytes:
 
 
 class Words:
-    """A tokenizer of single letters; "_" is nothing to it."""
+    """A tokenizer of single letters; "_" is nothing to it, "?" is what it does not know."""
+
+    unk_id = ord("?")
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -119,6 +129,17 @@ def test_texts_are_stripped() -> None:
     found = tokens([Item("text 0", " ab\n"), Item("text 1", "c")], words)
     assert [ids.tolist() for ids in found] == [[97, 98], [99]]
     assert words.seen == ["ab", "c"]
+
+
+def test_unknown_texts_are_warned_of() -> None:
+    words: Any = Words()
+    known, half = Item("text 0", "a" * 99 + "?"), Item("text 1", "?b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a share of 1% is not above it
+        assert len(tokens([known], words)[0]) == 100
+    message = r"text 1: 50% of its tokens are unknown to the text tokenizer, .*\(1 of 2 texts\)"
+    with pytest.warns(UnknownTextWarning, match=message):
+        tokens([known, half], words)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +255,18 @@ def test_wrong_command_lines(words: list[str], message: str, monkeypatch: Any) -
 def test_capacity_is_a_number() -> None:
     with pytest.raises(ConfigError, match="capacity_factor=nan: not a finite number"):
         VLMoE.from_checkpoint("x", capacity_factor=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"exif": "rotate"}, "exif='rotate' must be turn or keep"),
+        ({"alpha": "grey"}, "alpha='grey' must be white, black or drop"),
+    ],
+)
+def test_rules_for_images_are_known_ones(option: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        VLMoE.from_checkpoint("x", **option)  # type: ignore[arg-type]
 
 
 def test_help_needs_no_torch() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from data_files import files_of, rejects_of
+import pytest
+from data_files import encoded, files_of, picture, rejects_of
 from raw_tasks import (
     Desk,
     ids,
     nlvr2_sentence,
     put,
+    put_table,
     rows,
     stored_images,
     write_nlvr2,
@@ -83,3 +86,76 @@ def test_bad_nlvr2_records(desk: Desk) -> None:
     desk.messages()
     assert desk.prepare("nlvr2") == 1
     assert desk.error().startswith(f"{desk.raw / 'images' / 'test1'}: no such folder")
+
+
+def test_an_identifier_that_comes_twice(desk: Desk) -> None:
+    write_nlvr2(desk.raw)
+    path = desk.raw / "data" / "dev.json"
+    put(path, nlvr2_sentence("dev-1-0-0", "True") * 2)
+    assert desk.prepare("nlvr2", "--splits", "dev") == 1
+    assert desk.error() == f"{path}: line 2 (dev-1-0-0): identifier dev-1-0-0 came before"
+
+
+def test_lists_of_objects(desk: Desk) -> None:
+    left, right = write_nlvr2_images(desk.raw / "images" / "dev", "dev-1-0")
+    images = [f"/elsewhere/NLVR2/images/dev/dev-1-0-img{side}.png" for side in (0, 1)]
+    entries: list[dict[str, Any]] = [
+        {"sentence": "two stars", "label": "False", "images": images},
+        {"sentence": "a star", "label": "True", "images": images[::-1]},
+        {"sentence": "a star", "label": "True", "images": images[:1]},
+        {"sentence": "a star", "label": "True", "images": ["dev/no.png", images[0]]},
+    ]
+    put(desk.raw / "nlvr_dev.json", entries)
+    assert desk.prepare("nlvr2", "--on-error", "skip") == 0  # the only split there is
+    data = desk.opened("dev", "nlvr2")
+    found = [(row.labels, row.images, row.raw) for row in rows(data)]
+    assert found == [((0,), (0, 1), ("two stars",)), ((1,), (1, 0), ("a star",))]
+    assert stored_images(data) == [left, right]
+    (first, reason), (second, missing) = rejects_of(f"{desk.out}_dev")
+    assert (first, reason, second) == ("entry 2", '"images" is no list of two paths', "entry 3")
+    assert missing.startswith("no such image file: ")
+    # A picture that is missing in its folder is not that of another folder's.
+    put(desk.raw / "images" / "other" / "dev" / "x.png", left)
+    put(desk.raw / "nlvr_dev.json", [{**entries[0], "images": ["other/dev/dev-1-0-img0.png"] * 2}])
+    desk.messages()
+    assert desk.prepare("nlvr2") == 1
+    assert "entry 0: no such image file: " in desk.error()
+
+
+@pytest.mark.parametrize(
+    ("labels", "told", "expected", "bad"),
+    [
+        ([True, False, None], None, [1, 0], "label None is neither True nor False"),
+        (["true", "False", "maybe"], None, [1, 0], "label 'maybe' is neither True nor False"),
+        ([0, 1, 2], None, [0, 1], "label 2 is neither True nor False"),
+        ([0, 1, -1], ["True", "False"], [1, 0], "label -1 is neither True nor False"),
+    ],
+)
+def test_tables(
+    desk: Desk, labels: list[Any], told: list[str] | None, expected: list[int], bad: str
+) -> None:
+    pictures = [encoded(picture(number)) for number in (1, 2)]
+    columns = {
+        "sentence": ["two stars", "a star", "left"],
+        "identifier": [f"dev-1-0-{n}" for n in range(3)],
+        "label": labels,
+        "left_image": [{"bytes": pictures[n], "path": None} for n in (0, 1, 0)],
+        "right_image": [{"bytes": pictures[n], "path": None} for n in (1, 0, 1)],
+    }
+    path = desk.raw / "data" / "validation-00000-of-00001.parquet"
+    put_table(path, columns, {"label": told} if told else None)
+    both = {k: v for k, v in columns.items() if not k.endswith("_image")}
+    both["images"] = [list(pair) for pair in zip(columns["left_image"], columns["right_image"])]
+    put_table(desk.raw / "test" / "data-00000-of-00001.arrow", {**both, "label": [None] * 3})
+    assert desk.prepare("nlvr2", "--on-error", "skip") == 0
+    said = "nlvr2 dev: labels 0 and 1 stand for False and True" in desk.messages()
+    assert said == (labels[0] == 0 and told is None)
+    dev, test = desk.opened("dev", "nlvr2"), desk.opened("test", "nlvr2")
+    assert [(row.labels[0], row.images) for row in rows(dev)] == list(
+        zip(expected, ((0, 1), (1, 0)))
+    )
+    assert stored_images(dev) == stored_images(test) == pictures
+    assert rejects_of(f"{desk.out}_dev") == [("row 2", bad)]
+    assert [(row.id, row.labels) for row in rows(test)] == [(f"dev-1-0-{n}", ()) for n in range(3)]
+    assert desk.prepare("nlvr2", "--splits", "train") == 1
+    assert "no table of split train: none has train in its path (" in desk.messages()

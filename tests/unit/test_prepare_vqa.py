@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from data_files import ROOT, encoded, files_of, picture, rejects_of
-from raw_tasks import Desk, ids, put, rows, stored_images
+from data_files import ROOT, encoded, files_of, picture, rejects_of, tool
+from raw_tasks import Desk, ids, put, put_table, rows, stored_images
 
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.data.readers.tasks.records import chosen
-from megatron_vlmoe.data.task_dataset import Labels, TaskRow, load_labels
+from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
+from megatron_vlmoe.finetune.predictions import vqa_submission
+from megatron_vlmoe.finetune.results import Kept, Predictions, left_out_lines
 from megatron_vlmoe.finetune.table import guessing_rate
 
 
@@ -225,10 +230,56 @@ def test_bad_image_takes_all_its_samples(vqa: dict[tuple[str, int], bytes], desk
     path = desk.raw / "test2015" / f"COCO_test2015_{6:012d}.jpg"
     path.write_bytes(path.read_bytes()[:300])
     assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "test", "--on-error", "skip") == 0
-    assert ids(desk.opened("test", "vqa")) == ["71"]
+    data = desk.opened("test", "vqa")
+    assert ids(data) == ["71"]
     found = rejects_of(f"{desk.out}_test")
     assert [record for record, _ in found] == ["question 61", "question 62"]
     assert all(reason.startswith("corrupt image") and str(path) in reason for _, reason in found)
+    # The evaluator takes a submission only if it answers every question.
+    table = predictions(data, desk, answer=1)
+    kept = Kept()
+    lines = list(kept.rows(table))
+    assert vqa_submission(kept.answers) == [
+        {"question_id": 71, "answer": "yes"},
+        {"question_id": 61, "answer": "yes"},  # the answer of most questions that train
+        {"question_id": 62, "answer": "yes"},
+    ]
+    assert [(line["id"], line["left_out"], line["prediction"]) for line in lines[1:]] == [
+        (number, reason, "yes") for number, (_, reason) in zip(("61", "62"), found)
+    ]
+    assert list(left_out_lines("vqa", "test", data.manifest)) == [
+        "test: 2 samples were rejected when the split was prepared and do not count in the metrics; "
+        "the submission answers them with 'yes': 61, 62"
+    ]
+
+
+def predictions(data: TaskDataset, desk: Desk, answer: int) -> Predictions:
+    """A model that gives all questions of a split one answer."""
+    count = len(data)
+    found = {"classes": np.full((count, 1), answer), "probabilities": np.ones((count, 1))}
+    split: Any = SimpleNamespace(name="test", dataset=data)
+    return Predictions("vqa", found, split, load_labels(str(desk.out)))
+
+
+def test_what_an_older_preparation_left_out_is_told(
+    vqa: dict[tuple[str, int], bytes], desk: Desk
+) -> None:
+    write_questions(desk.raw, "test2015", [question(61, 6), question(61, 7), {"question_id": 62}])
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "test", "--on-error", "skip") == 0
+    path = Path(f"{desk.out}_test.json")
+    manifest = json.loads(path.read_text())
+    # Of two rejects one is a question that is missing; the other one's id has an answer.
+    assert manifest["left_out"] == {"62": "no whole question_id and image_id"}
+    (_, unnamed) = left_out_lines("vqa", "test", load_manifest(f"{desk.out}_test"))
+    assert unnamed.startswith("test: 1 records") and ".rejects.jsonl" in unnamed
+    del manifest["left_out"], manifest["fallback_answer"]
+    path.write_text(json.dumps(manifest))
+    data = desk.opened("test", "vqa")
+    assert len(list(Kept().rows(predictions(data, desk, 0)))) == 1
+    (line,) = left_out_lines("vqa", "test", data.manifest)
+    assert line.startswith("test: 2 records") and line.endswith(
+        "prepare it again to have them named"
+    )
 
 
 def test_missing_vqa_files_are_told_before_any_work(
@@ -248,6 +299,13 @@ def test_missing_vqa_files_are_told_before_any_work(
     assert not desk.out.parent.exists()
 
 
+@pytest.mark.parametrize(("task", "name"), [("vqa", "VQAv2"), ("nlvr2", "NLVR2")])
+def test_a_folder_without_any_layout(desk: Desk, task: str, name: str) -> None:
+    put(desk.raw / "README.txt", "nothing")
+    assert desk.prepare(task) == 1
+    assert desk.error().startswith(f"{desk.raw}: no {name} in it: no ")
+
+
 def test_workers_do_not_change_the_bytes(
     vqa: dict[tuple[str, int], bytes], monkeypatch: pytest.MonkeyPatch, desk: Desk
 ) -> None:
@@ -261,3 +319,143 @@ def test_workers_do_not_change_the_bytes(
     assert len(before) == 6
     assert desk.prepare("vqa", *options, "--workers", "2") == 0
     assert {path: path.read_bytes() for path in files} == before
+
+
+def as_list(part: str, found: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The entries of ALBEF's and BLIP's list."""
+    return [
+        {
+            "question_id": q["question_id"],
+            "question": q["question"],
+            "image": f"/elsewhere/coco/{part}/COCO_{part}_{q['image_id']:012d}.jpg",
+            "answer": [said["answer"] for said in note["answers"]],
+            "dataset": "vqa",
+        }
+        for q, note in found
+    ]
+
+
+def as_table(
+    found: list[tuple[dict[str, Any], dict[str, Any]]], images: dict[int, bytes], struct: bool
+) -> dict[str, list[Any]]:
+    """The columns of Hugging Face's table; the image a struct of bytes and path, or bytes alone."""
+    return {
+        "multiple_choice_answer": [note["multiple_choice_answer"] for _, note in found],
+        "answers": [
+            [{**said, "answer_confidence": "yes", "answer_id": 1} for said in note["answers"]]
+            for _, note in found
+        ],
+        "answer_type": ["other" for _ in found],
+        **{key: [q[key] for q, _ in found] for key in ("image_id", "question_id", "question")},
+        "image": [
+            {"bytes": images[q["image_id"]], "path": None} if struct else images[q["image_id"]]
+            for q, _ in found
+        ],
+    }
+
+
+def most_frequent(note: dict[str, Any]) -> str:
+    return Counter(said["answer"] for said in note["answers"]).most_common(1)[0][0]
+
+
+@pytest.mark.parametrize("layout", ["list", "parquet", "arrow"])
+def test_other_layouts_give_the_same_samples(
+    vqa: dict[tuple[str, int], bytes], desk: Desk, layout: str
+) -> None:
+    # Lists do not tell the main answer: it is the most frequent one.
+    train, val = (
+        [(q, {**note, "multiple_choice_answer": most_frequent(note)}) for q, note in found]
+        for found in (TRAIN_QUESTIONS, VAL_QUESTIONS)
+    )
+    for part, found in (("train2014", train), ("val2014", val)):
+        path = desk.raw / "annotations" / f"v2_mscoco_{part}_annotations.json"
+        put(path, {"annotations": [note for _, note in found]})
+    assert desk.prepare("vqa", *VQA_OPTIONS) == 0
+    labels = load_labels(str(desk.out))
+    splits = ("train", "val", "test", "test-dev")
+    expected = {split: desk.opened(split, "vqa") for split in splits}
+    wanted = {s: (rows(data), stored_images(data)) for s, data in expected.items()}
+    test = [(question(n, i), annotation(n, "", {})) for n, i in ((61, 6), (71, 7), (62, 6))]
+    parts = {"train": train, "val": val, "test": test, "testdev": test[1:2]}
+    folders = {"train": "train2014", "val": "val2014", "test": "test2015", "testdev": "test2015"}
+    for name in ("", "test2015", "val2014", "train2014", "test-dev2015"):
+        (desk.raw / f"v2_OpenEnded_mscoco_{name}_questions.json").unlink(missing_ok=True)
+    (desk.raw / "annotations").rename(desk.raw / "unused")
+    images = {number: data for (_, number), data in vqa.items()}
+    for name, found in parts.items():
+        if layout == "list":
+            more = [{"question_id": 999, "image": "1.jpg", "answer": "a", "dataset": "vg"}]
+            content = as_list(folders[name], found) + (more if name == "train" else [])
+            put(desk.raw / f"vqa_{name}.json", content)
+            continue
+        columns = as_table(found, images, struct=layout == "parquet")
+        shown = "validation" if name == "val" else name
+        half = len(found) // 2
+        for shard, rows_of in enumerate((slice(0, half), slice(half, None))):
+            path = desk.raw / "data" / f"{shown}-{shard:05d}-of-00002.{layout}"
+            put_table(path, {key: values[rows_of] for key, values in columns.items()})
+    assert desk.prepare("vqa", *VQA_OPTIONS) == 0
+    assert load_labels(str(desk.out)) == labels
+    for split, (rows_wanted, images_wanted) in wanted.items():
+        data = desk.opened(split, "vqa")
+        kind = "other" if layout != "list" and rows_wanted[0].answers else ""
+        assert rows(data) == [replace(row, answer_type=kind) for row in rows_wanted]
+        assert stored_images(data) == images_wanted
+    if layout == "list":
+        assert (expected["train"].manifest.omitted or {}) | {"of dataset vg": 1} == desk.opened(
+            "train", "vqa"
+        ).manifest.omitted
+
+
+def test_weights_in_lists_are_shares_of_the_annotators(
+    vqa: dict[tuple[str, int], bytes], desk: Desk
+) -> None:
+    entries = [
+        *as_list("train2014", TRAIN_QUESTIONS),
+        *({"question_id": n, "question": "is it red", "image": "train2014/COCO_train2014_000000000001.jpg"}
+          for n in (90, 91, 92, 93)),
+    ]  # fmt: skip
+    entries[4]["answer"] = {"yes": 0.7, "star": 0.3}
+    entries[5] |= {"answer": ["2", "blue"], "weight": [0.2, 0.8]}
+    entries[6]["answer"] = {"yes": 0.9, "star": 0.3}
+    raw = desk.raw / "lists"
+    put(raw / "vqa_train.json", [*entries, entries[0]])
+    put(raw / "vqa_val.json", as_list("val2014", VAL_QUESTIONS))
+    for name in ("train2014", "val2014"):
+        (desk.raw / name).rename(raw / name)
+    words = ["--task", "vqa", "--raw", str(raw), "--output-prefix", str(desk.out), *VQA_OPTIONS]
+    words += ["--splits", "train", "--on-error", "skip", "--tokenizer-model", desk.model]
+    assert tool("prepare_task")(words) == 0
+    by_id = {row.id: row for row in rows(desk.opened("train", "vqa"))}
+    assert by_id["90"].answers == ("yes",) * 7 + ("star",) * 3
+    names = load_labels(str(desk.out)).labels
+    targets = {names[label]: score for label, score in zip(by_id["90"].labels, by_id["90"].scores)}
+    assert targets == pytest.approx({"yes": 1.0, "star": 0.9})
+    assert Counter(by_id["91"].answers) == {"2": 2, "blue": 8}
+    (record, reason), (second, missing), (third, twice) = rejects_of(f"{desk.out}_train")
+    assert (record, second, third) == ("question 92", "question 93", "entry 8")
+    assert reason.startswith(
+        "weights 0.9, 0.3 are no tenths that add up to 1: give the ten answers"
+    )
+    assert missing == "answers are not a list of objects with an answer"
+    assert twice == "question 11 came before"
+
+
+def test_ids_that_start_anew_in_merged_tables(desk: Desk) -> None:
+    images = {number: encoded(picture(number)) for number in (1, 2, 3)}
+    columns = as_table(TRAIN_QUESTIONS, {1: images[1], 2: images[2]}, struct=True)
+    put_table(desk.raw / "train-0.parquet", columns)
+    # The same ids once more, about another picture: questions 11 and so on, and image 1.
+    again = as_table(TRAIN_QUESTIONS[:2], {1: images[3]}, struct=True)
+    again["question_id"] = [11, 14]
+    put_table(desk.raw / "train-1.parquet", again)
+    put_table(
+        desk.raw / "validation.parquet",
+        as_table(VAL_QUESTIONS, dict.fromkeys((3, 4, 5), images[3]), True),
+    )
+    options = (*VQA_OPTIONS, "--splits", "train", "--on-error", "skip")
+    assert desk.prepare("vqa", *options) == 0
+    assert rejects_of(f"{desk.out}_train") == [("row 0", "question 11 came before")]
+    data = desk.opened("train", "vqa")
+    shown = {row.id: stored_images(data)[row.images[0]] for row in rows(data)}
+    assert (shown["11"], shown["12"], shown["14"]) == (images[1], images[1], images[3])

@@ -22,9 +22,10 @@ from data_files import ROOT, encoded, files_of, picture, rejects_of, sentence, t
 from PIL import Image
 
 from megatron_vlmoe.data import indexed, preprocess
+from megatron_vlmoe.data.image_files import quiet_pillow
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import check_dataset, load_manifest
-from megatron_vlmoe.data.preprocess_images import checked_image, quiet_pillow
+from megatron_vlmoe.data.preprocess_images import checked_image
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
@@ -121,12 +122,13 @@ def test_bad_text_is_skipped_and_listed(
     path.write_bytes(b"\n".join([b'{"text": "a star"}', *(line for line, _ in BAD_LINES)]))
     main = tool("preprocess_text")
     assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
-    assert "8 rejected" in capfd.readouterr().err
+    assert "records/s, 1 kept, 8 rejected" in capfd.readouterr().err
     found = rejects_of(out)
     assert [record for record, _ in found] == [f"line {i}" for i in range(2, 10)]
     for (_, reason), (_, expected) in zip(found, BAD_LINES, strict=True):
         assert expected in reason
     assert load_manifest(out).rejects == 8 and load_manifest(out).documents == 1
+    assert load_manifest(out).counts == {"records": {"read": 9, "kept": 1, "rejected": 8}}
     write_texts(path, 2)
     assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
     assert not Path(f"{out}.rejects.jsonl").exists()  # that of the earlier run
@@ -353,6 +355,7 @@ def test_images_tool(tmp_path: Path, out: Path, capfd: pytest.CaptureFixture[str
     assert [record for record, _ in rejects_of(out)] == [f"n1/c{i}.jpg" for i in range(5)]
     for (_, reason), (_, expected) in zip(rejects_of(out), BAD_IMAGES, strict=True):
         assert reason.startswith(expected)
+    assert load_manifest(out).counts == {"records": {"read": 8, "kept": 3, "rejected": 5}}
     assert load_manifest(out).rejects == 5 and load_manifest(out).files == manifest.files
     capfd.readouterr()
     other = out.with_name("other")
@@ -377,9 +380,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"image": "cut.jpg", "caption": "a star"},
         {"image": "bomb.png", "caption": "a star"},
         {"image": "1.jpg", "caption": " "},
-        {"image": "1.jpg", "captions": []},
+        {"image": "2.jpg", "captions": []},
         {"image": "1.jpg", "caption": "star " * 600},
-        {"image": "1.jpg", "caption": "star " * 100_000},
+        {"image": "2.jpg", "caption": "star " * 100_000},
         {"image": "1.jpg", "caption": ["a star", 5]},
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -432,31 +435,25 @@ def test_bad_pairs_are_listed_with_their_reason(out: Path, model: str, corpus: P
         "line 6",
         "line 7",
         "line 8",
-        "line 9, caption 0",
         "line 9",
         "line 10",
-        "line 11, caption 0",
         "line 11",
-        "line 12, caption 0",
         "line 12",
         "line 13, caption 1",
     ]
     starts = [
-        f"no such image file: {corpus / 'missing.jpg'}",
+        f"no such image file: missing.jpg (nowhere below {corpus})",
         "corrupt image",
         "decompression bomb",
-        "empty caption",
+        "no usable caption: empty caption",
         "no usable caption",
-        "no usable caption",
-        "caption of ",
-        "no usable caption",
-        "caption of 499999 characters",
-        "no usable caption",
+        "no usable caption: caption of ",
+        "no usable caption: caption of 499999 characters",
         "caption is not a string",
     ]
     for (_, reason), start in zip(found, starts, strict=True):
         assert reason.startswith(start)
-    assert found[6][1].endswith("tokens, more than 512")
+    assert found[5][1].endswith("tokens, more than 512")
 
 
 def test_bad_pair_stops(
@@ -501,6 +498,9 @@ def test_merge_is_concatenation(
     assert whole.caption_lengths["max"] == one.caption_lengths["max"]
     for name in ("documents", "sequences", "tokens", "bytes", "rejects"):
         assert getattr(whole, name) == 2 * getattr(one, name) + getattr(two, name)
+    assert whole.counts and one.counts and two.counts
+    for name, count in whole.counts["captions"].items():
+        assert count == 2 * one.counts["captions"][name] + two.counts["captions"][name]
     capfd.readouterr()
     assert merge(["--input", first, merged, "--output-prefix", merged]) == 1
     write_texts(tmp_path / "a.jsonl", 3)
@@ -517,6 +517,63 @@ def test_merge_is_concatenation(
     assert not list(out.parent.glob("p2*"))
 
 
+def test_unknown_tokens_are_counted_reported_and_add_up(
+    tmp_path: Path, out: Path, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # SentencePiece gives a known space and one <unk> for each word in a script that it never saw.
+    lines = ["red star", "red 星", "赤い 星!", "a red blue star", " ", "星"]
+    path, merged = tmp_path / "a.txt", f"{out}_merged"
+    path.write_text("\n".join(lines))
+    main = tool("preprocess_text")
+    assert main(text_arguments(out, model, path)) == 1
+    reason = "text without a word that the tokenizer knows"
+    assert capfd.readouterr().err == f"error: {path}: line 3: {reason}\n"
+    assert main([*text_arguments(out, model, path), "--on-error", "skip"]) == 0
+    assert rejects_of(out) == [("line 3", reason), ("line 6", reason)]
+    encode = sentencepiece.SentencePieceProcessor(model_file=model).encode
+    tokens = sum(len(encode(lines[i])) for i in (0, 1, 3))
+    manifest = load_manifest(out)
+    assert (manifest.documents, manifest.tokens, manifest.unknown_tokens) == (3, tokens, 1)
+    said = f"1 of {tokens} tokens are unknown to the tokenizer ({1 / tokens:.2%})"
+    report = capfd.readouterr().err.splitlines()
+    assert f"text: {said}" in report
+    assert any(line.startswith("warning: text: more than 1% of the tokens") for line in report)
+    (tmp_path / "b.txt").write_text("a star\n" * 200 + "a red 星\n")
+    assert main(text_arguments(Path(f"{out}_b"), model, tmp_path / "b.txt")) == 0
+    report = capfd.readouterr().err.splitlines()
+    assert any("text: 1 of " in line for line in report)
+    assert not any(line.startswith("warning") for line in report)
+    merge = tool("merge_datasets")
+    assert merge(["--input", str(out), f"{out}_b", "--output-prefix", merged]) == 0
+    assert load_manifest(merged).unknown_tokens == 2
+    assert tool("inspect_dataset")([str(out)]) == 0
+    assert f"  {said}" in capfd.readouterr().out.splitlines()
+    # A dataset made before they were counted stays readable, and makes no count of others wrong.
+    content = json.loads(Path(f"{out}.json").read_text())
+    del content["unknown_tokens"]
+    Path(f"{out}.json").write_text(json.dumps(content))
+    assert merge(["--input", str(out), f"{out}_b", "--output-prefix", merged]) == 0
+    assert load_manifest(merged).unknown_tokens is None
+    assert tool("inspect_dataset")([str(out)]) == 0
+    assert "unknown tokens were not counted" in capfd.readouterr().out
+
+
+def test_unknown_captions_go_alone(tmp_path: Path, out: Path, model: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(1)))
+    (tmp_path / "b.jpg").write_bytes(encoded(picture(2)))
+    rows = [{"image": "a.jpg", "captions": ["星", "a 星"]}, {"image": "b.jpg", "caption": "星。"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        tool("preprocess_pairs")([*pair_arguments(out, model, tmp_path), "--on-error", "skip"]) == 0
+    )
+    manifest = load_manifest(out)
+    assert (manifest.documents, manifest.sequences, manifest.unknown_tokens) == (1, 1, 1)
+    assert rejects_of(out) == [
+        ("line 1, caption 0", "caption without a word that the tokenizer knows"),
+        ("line 2", "no usable caption: caption without a word that the tokenizer knows"),
+    ]
+
+
 def test_inspect(
     tmp_path: Path, out: Path, model: str, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -526,7 +583,8 @@ def test_inspect(
     shown = [str(out), "--tokenizer-model", model, "--num-samples", "2", "--png", str(png)]
     assert main([*shown, "--checksums"]) == 0
     text = capfd.readouterr().out
-    assert "41 documents, 80 captions" in text and "11 rejects" in text
+    assert "41 documents, 80 captions" in text and "8 rejects" in text
+    assert "87 captions read: 80 kept, 6 lost, 1 rejected" in text
     assert f"[0] JPEG 48x32 RGB | {sentence(0)}" in text
     assert f"[40] JPEG 48x32 RGB | {sentence(39)}" in text
     sheet = np.asarray(Image.open(png).convert("L"), float)

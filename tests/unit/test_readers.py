@@ -15,10 +15,12 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers import lines as lines_reader
 from megatron_vlmoe.data.readers import text as text_reader
 from megatron_vlmoe.data.readers.images import read_images
 from megatron_vlmoe.data.readers.pairs import PairInput, read_pairs
-from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, Reject
+from megatron_vlmoe.data.readers.parquet import column_names, read_columns
+from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, PassedOver, Reject
 from megatron_vlmoe.data.readers.text import TextInput, read_text
 
 
@@ -61,8 +63,9 @@ def test_compressed_text_and_its_damage(tmp_path: Path, suffix: str, compress: A
 def test_endless_line_is_rejected_without_being_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_reader, "MAX_DOCUMENT_BYTES", 1000)
-    monkeypatch.setattr(text_reader, "_BLOCK_BYTES", 64)
+    for module in (lines_reader, text_reader):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(lines_reader, "_SKIP_BYTES", 64)
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n" + b"x" * 5000 + b"\nthree\n" + b"y" * 999 + b"\n")
     first, second, third, fourth = texts(path)
@@ -94,6 +97,42 @@ def test_format_by_suffix_and_parquet_column(tmp_path: Path) -> None:
         texts(tmp_path / "c.txt")
 
 
+def write_table(path: Path, kind: str, table: pyarrow.Table) -> Path:
+    """Writes a table as one of the kinds that are read, in batches of two rows."""
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+        return path
+    opened = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    with pyarrow.OSFile(str(path), "wb") as sink, opened(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+def test_tables_are_known_by_their_first_bytes(tmp_path: Path, kind: str) -> None:
+    table = pyarrow.table({"n": [1, 2, 3, 4, 5], "text": ["één", None, "two", "3", "4"]})
+    path = write_table(tmp_path / "data-00000-of-00001", kind, table)
+    expected = ["één".encode(), b"", b"two", b"3", b"4"]
+    assert texts(path) == [(path.name, row, text) for row, text in enumerate(expected)]
+    assert column_names(str(path)) == ["n", "text"]
+    batches = list(read_columns(str(path), {"n": "any", "text": "any"}, 1))
+    assert [first for first, _ in batches] == [0, 1, 2, 3, 4]
+    assert batches[1][1] == {"n": [2], "text": [None]}
+    with pytest.raises(DataError, match=r"00001: no column 'body'; it has n, text"):
+        texts(path, text_key="body")
+    with pytest.raises(DataError, match=r"00001: column 'n' holds int64"):
+        texts(path, text_key="n")
+    # Without its end a parquet or IPC file is none; a stream is read up to there.
+    path.write_bytes(path.read_bytes()[:-60])
+    if kind == "stream":
+        *good, bad = texts(path)
+        assert good == [(path.name, row, text) for row, text in enumerate(expected[:4])]
+        assert isinstance(bad, Reject) and bad.record == "row 4" and "unreadable" in bad.reason
+    else:
+        with pytest.raises(DataError, match=rf"00001: not a readable .*{kind}"):
+            texts(path)
+
+
 def make_tar(path: Path, members: Mapping[str, bytes], mode: Any = "w") -> Path:
     with tarfile.open(path, mode) as archive:
         for name, data in members.items():
@@ -107,6 +146,7 @@ def images(*paths: Path) -> list[tuple[str, bytes] | Reject]:
     return [
         (item.record, item.read()) if isinstance(item, ImageFile) else item
         for item in read_images(tuple(map(str, paths)))
+        if not isinstance(item, PassedOver)
     ]
 
 
@@ -165,7 +205,7 @@ def pairs(**options: Any) -> tuple[list[Pair], list[Reject]]:
     for item in read_pairs(PairInput(**options)):
         if isinstance(item, CaptionedImage):
             good.append((item.image.read().decode(), list(item.captions)))
-        else:
+        elif isinstance(item, Reject):
             bad.append(item)
     return good, bad
 
@@ -245,13 +285,18 @@ def test_visual_genome_regions(tmp_path: Path) -> None:
 def test_path_captions(tmp_path: Path, layout: str) -> None:
     put(tmp_path / "images_train" / "00" / "a.jpg")
     put(tmp_path / "images_train" / "01" / "b.jpg")
-    content = [["images_train/00/a.jpg", "x"], ["else/where/b.jpg", "y"], ["c.jpg", "z"], ["d"]]
+    content = [["images_train/00/a.jpg", "x"], ["where/01/b.jpg", "y"], ["b.jpg", "y"]]
+    content += [["c.jpg", "z"], ["d"]]
     path = put(tmp_path / "annot.json", content)
     good, bad = pairs(format=layout, annotations=(path,), images=str(tmp_path))
     assert good == [("a.jpg", ["x"]), ("b.jpg", ["y"])]
     assert [(r.record, r.reason) for r in bad] == [
-        ("entry 2 (c.jpg)", "no such image file: c.jpg"),
-        ("entry 3", "not [path, caption]"),
+        (
+            "entry 1 (where/01/b.jpg)",
+            f"no such image file: where/01/b.jpg (no folder below {tmp_path} is its folder)",
+        ),
+        ("entry 3 (c.jpg)", f"no such image file: c.jpg (nowhere below {tmp_path})"),
+        ("entry 4", "not [path, caption]"),
     ]
 
 
@@ -285,12 +330,13 @@ def test_jsonl_pairs(tmp_path: Path) -> None:
     rows = [b'{"image": "a.jpg", "caption": "x"}', b"", b'{"image_path": "a.jpg", "captions": [1]}']
     path.write_bytes(b"\n".join([*rows, b'{"image": ', b'{"caption": "\xff"}', b'{"text": "t"}']))
     good, bad = pairs(format="jsonl", annotations=(str(path),), images=str(tmp_path))
-    assert good == [("a.jpg", ["x"]), ("a.jpg", [1])]
+    assert good == [("a.jpg", ["x", 1])]  # rows of one image that follow each other
     assert [r.record for r in bad] == ["line 4", "line 5", "line 6"]
     assert [r.reason.split(":")[0] for r in bad] == [
         "invalid JSON",
         "invalid UTF-8 at byte 13",
-        "no key image or image_path or file_name",
+        "no key image or image_path or file_name or filename or filepath or image_name or jpg or "
+        "jpeg or png or webp",
     ]
 
 
@@ -307,10 +353,10 @@ def test_parquet_pairs(tmp_path: Path) -> None:
     assert [r.record for r in bad] == ["row 2"]
     binary = pyarrow.array([b"ok", b"\xff\xfe"], pyarrow.binary())
     invalid = pyarrow.Array.from_buffers(pyarrow.string(), 2, binary.buffers())
-    table = pyarrow.table({"jpg": [b"i1", b"i2"], "caption": invalid})
+    table = pyarrow.table({"photo": [b"i1", b"i2"], "caption": invalid})
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
     annotations = (str(tmp_path / "b.parquet"),)
-    good, _ = pairs(annotations=annotations, image_key="jpg", **options)
+    good, _ = pairs(annotations=annotations, image_key="photo", **options)
     assert good == [("i1", ["ok"]), ("i2", [b"\xff"])]
     with pytest.raises(DataError, match=r"b\.parquet: no column for the image"):
         pairs(annotations=annotations, **options)

@@ -9,11 +9,14 @@ import pickle
 import random
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+from data_files import files_of, rejects_of, tool
 
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.tokenizers.text_training import (
@@ -35,17 +38,15 @@ def corpus(num_lines: int = 400) -> list[str]:
     return [" ".join(generator.choices(words, k=9)) for _ in range(num_lines)]
 
 
-def train(directory: Path, **options: Any) -> TextTokenizer:
+def train(directory: Path, texts: Iterable[str] | None = None, **options: Any) -> TextTokenizer:
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "corpus.txt"
-    path.write_text("\n".join(corpus()))
     values: dict[str, Any] = {
-        "inputs": [path],
         "vocab_size": 100,
         "output_prefix": directory / "m",
         "character_coverage": 1.0,
     }
-    train_text_tokenizer(TextTokenizerTraining(**(values | options)))
+    texts = corpus() if texts is None else texts
+    train_text_tokenizer(TextTokenizerTraining(**(values | options)), texts)
     return TextTokenizer(directory / "m.model")
 
 
@@ -121,6 +122,17 @@ def test_unknown_characters_and_byte_fallback(tokenizer: TextTokenizer, tmp_path
     assert spelled.decode(spelled.encode("日 red")) == "日 red"
 
 
+@pytest.mark.parametrize(
+    "text", ["½ of it", "ﬁne … ①", "ＲＥＤ\u3000circle", "cafe\u0301", "  a\t\nred\u00a0 x ", "Red"]
+)
+def test_text_is_normalised_by_nfkc_and_its_spaces(tmp_path: Path, text: str) -> None:
+    lines = ["1⁄2 of it fine ... 1 RED circle café a red x Red"] * 20
+    tokenizer = train(tmp_path, lines, vocab_size=60)
+    normal = " ".join(unicodedata.normalize("NFKC", text).split())
+    assert tokenizer.encode(text) == tokenizer.encode(normal)
+    assert tokenizer.decode(tokenizer.encode(text)) == normal  # nothing is unknown, no case is lost
+
+
 def test_batch_equals_single(tokenizer: TextTokenizer) -> None:
     lines = corpus(30)
     single = [tokenizer.encode(line) for line in lines]
@@ -184,53 +196,17 @@ def test_frequent_words_of_a_small_world_are_single_pieces(tmp_path: Path) -> No
     words = "the little horse jumped over that wooden fence yesterday because somebody opened it"
     generator = random.Random(1)
     lines = [" ".join(generator.choices(words.split(), k=8)) for _ in range(300)]
-    (tmp_path / "w.txt").write_text("\n".join(lines))
-    tokenizer = train(tmp_path, inputs=[tmp_path / "w.txt"])
+    tokenizer = train(tmp_path, lines)
     ids = tokenizer.encode(words)
     assert [tokenizer.piece(i) for i in ids] == ["▁" + word for word in words.split()]
     assert whole_word_hints([str(i) for i in range(20_001)]) == []
 
 
-def test_input_formats(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one\\n two  words"}\n\n{"text": "three"}\n')
-    coco = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "four"}]}
-    karpathy = {"images": [{"sentences": [{"raw": "five"}, {"raw": "six"}]}]}
-    (tmp_path / "b.json").write_text(json.dumps(coco))
-    (tmp_path / "c.json").write_text(json.dumps(karpathy))
-    (tmp_path / "d.txt").write_bytes("\ufeffseven\r\n\neight".encode())
-    paths = [tmp_path / name for name in ("a.jsonl", "b.json", "c.json", "d.txt")]
-    expected = ["one", "two words", "three", "four", "five", "six", "seven", "eight"]
-    assert list(iterate_sentences(paths)) == expected
-
-
-def test_long_lines_are_cut_not_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "long.txt"
-    path.write_text("word " * 3000 + "x" * 2500)
-    sentences = list(iterate_sentences([path]))
+def test_long_lines_are_cut_not_dropped() -> None:
+    sentences = list(iterate_sentences(["word " * 3000 + "x" * 2500]))
     assert max(map(len, sentences)) <= 1000
     assert " ".join(sentences).split()[:3000] == ["word"] * 3000
     assert "".join(sentences).replace(" ", "").count("x") == 2500
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a\.jsonl:2: expected .* under "text"'),
-        ("a.jsonl", b'{"text": "x"}\n{"text"', r"a\.jsonl:2: not valid JSON"),
-        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: invalid Unicode"),
-        ("a.txt", b"fine\n\xff\xfe\n", r"a\.txt:2: invalid UTF-8"),
-        ("a.txt", b" \n\n", r"a\.txt holds no text"),
-        ("a.json", b'{"images": [{"id": 3}]}', r"a\.json: neither COCO captions nor"),
-        ("a.json", b"[1, 2]", r"a\.json: neither COCO captions nor"),
-        ("a.json", b'{"annotations": [{"caption": 1}]}', r"a\.json: caption 0 is not a string"),
-    ],
-)
-def test_bad_input_names_file_and_record(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(iterate_sentences([tmp_path / name]))
 
 
 def test_bad_options(tmp_path: Path) -> None:
@@ -239,7 +215,7 @@ def test_bad_options(tmp_path: Path) -> None:
         ({"vocab_size": 12}, r"vocab_size 12 is too small: .* need \d+"),
         ({"character_coverage": 1.5}, "character_coverage"),
         ({"max_sentences": 0}, "max_sentences"),
-        ({"inputs": []}, "no input files"),
+        ({"texts": []}, "no text to train on"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, **options)
@@ -263,4 +239,25 @@ def test_tool_prints_one_line_of_error(tmp_path: Path) -> None:
         "--input", tmp_path / "gone.txt", "--vocab-size", "99", "--output-prefix", tmp_path / "p"
     )
     assert result.returncode == 1
-    assert result.stderr == f"error: cannot read {tmp_path}/gone.txt: No such file or directory\n"
+    assert result.stderr == f"error: {tmp_path}/gone.txt: not found\n"
+
+
+def test_tool_stops_at_bad_records_or_lists_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, prefix = tmp_path / "c.jsonl", tmp_path / "p"
+    lines = [json.dumps({"body": line}) for line in corpus(50)]
+    path.write_text("\n".join([lines[0], '{"body": 3}', "{", *lines[1:]]))
+    arguments = ["--input", str(path), "--text-key", "body", "--vocab-size", "90"]
+    arguments += ["--output-prefix", str(prefix)]
+    assert tool("train_text_tokenizer")(arguments) == 1
+    assert capfd.readouterr().err == f"error: {path}: line 2: not a string\n"
+    assert files_of(tmp_path) == ["c.jsonl"]
+    assert tool("train_text_tokenizer")([*arguments, "--on-error", "skip"]) == 0
+    assert f"2 records left out; the first: {path}: line 2: not a string" in capfd.readouterr().err
+    assert [record for record, _ in rejects_of(prefix)] == ["line 2", "line 3"]
+    # The same texts as plain lines give the same model.
+    (tmp_path / "c.txt").write_text("\n".join(corpus(50)))
+    plain = ["--input", str(tmp_path / "c.txt"), *arguments[2:-1], str(tmp_path / "q")]
+    assert tool("train_text_tokenizer")(plain) == 0
+    assert (tmp_path / "p.model").read_bytes() == (tmp_path / "q.model").read_bytes()

@@ -5,215 +5,236 @@ Letters in shapes: n samples, H and W sides of an image as given, S side of the 
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-from typing import Any, Optional, Sequence, Union
-from urllib.request import Request, urlopen
+from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import logging
 
-HALF = (0.5, 0.5, 0.5)
+from .images_vlmoe import channels_last, read_image, to_bytes
+from .options_vlmoe import (
+    IMAGE_CALL_OPTIONS,
+    IMAGE_OPTIONS,
+    OPTION_NAMES,
+    TEXT_CALL_OPTIONS,
+    checked,
+)
+
+if TYPE_CHECKING:
+    # Transformers saves the files that a class's own file names: the pipelines travel with this one.
+    from .pipelines_vlmoe import OwnImages  # noqa: F401
+
+DEFAULTS: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": 224,
+    "resample": Image.Resampling.BICUBIC,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": 0.5,
+    "image_std": 0.5,
+    "exif": "turn",
+    "alpha": "white",
+}
+# Entries that transformers itself adds to the file.
+FILE_ENTRIES = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
+# What loading takes besides options of images: where files lie, and options of the tokenizer beside.
+LOADING_OPTIONS = frozenset(TEXT_CALL_OPTIONS) | {
+    *("cache_dir", "force_download", "local_files_only", "token", "revision", "code_revision"),
+    *("proxies", "subfolder", "image_processor_filename", "trust_remote_code", "use_fast"),
+    *("backend", "model_max_length", "truncation_side", "chat_template", "extra_special_tokens"),
+}
+
+logger = logging.get_logger(__name__)
 
 
 class VLMoEImageProcessor(BaseImageProcessor):
     """Image processor of VL-MoE; needs Pillow and numpy only.
 
     Args:
-        do_convert_rgb: converts images of other modes to RGB; without that they are an error.
+        do_convert_rgb: converts images of other modes and transparent ones to RGB; without that they are an error.
         do_resize: resizes the whole image, whatever its aspect ratio.
-        size: ``{"height": S, "width": S}`` or S.
+        size: ``{"height": S, "width": S}``, ``[S, S]`` or S.
         resample: Pillow's filter; 3 is bicubic.
         do_rescale: brings pixels from 0..255 to 0..1.
         rescale_factor: factor of that.
         do_normalize: subtracts the mean and divides by the standard deviation.
-        image_mean: of each channel.
-        image_std: of each channel.
-        **kwargs: see [`BaseImageProcessor`].
+        image_mean: of each channel, or of all.
+        image_std: of each channel, or of all.
+        exif: "turn" turns images upright by the orientation in their EXIF, "keep" leaves them.
+        alpha: ground of transparent pixels, "white" or "black"; "drop" takes the colours under them.
+        **kwargs: what transformers adds to the file of an image processor. None takes the default of an option.
+
+    Raises:
+        TypeError: an option that is not there.
+        ValueError: an option that cannot have its value.
     """
 
     model_input_names = ["pixel_values"]
+    valid_kwargs = TypedDict(  # type: ignore[misc, assignment]
+        "VLMoEImagesKwargs", {name: Any for name in IMAGE_CALL_OPTIONS}, total=False
+    )
 
-    def __init__(
-        self,
-        do_convert_rgb: bool = True,
-        do_resize: bool = True,
-        size: Union[int, dict[str, int], None] = None,
-        resample: int = 3,
-        do_rescale: bool = True,
-        rescale_factor: float = 1 / 255,
-        do_normalize: bool = True,
-        image_mean: Sequence[float] = HALF,
-        image_std: Sequence[float] = HALF,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.do_convert_rgb = do_convert_rgb
-        self.do_resize = do_resize
-        self.size = _size(224 if size is None else size)
-        self.resample = int(resample)
-        self.do_rescale = do_rescale
-        self.rescale_factor = rescale_factor
-        self.do_normalize = do_normalize
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+    def __init__(self, **kwargs: Any) -> None:
+        entries = {k: v for k, v in kwargs.items() if k in FILE_ENTRIES or k.startswith("_")}
+        super().__init__(**entries)
+        given = {k: v for k, v in kwargs.items() if k not in entries and v is not None}
+        options = checked({**DEFAULTS, **given}, IMAGE_OPTIONS, type(self).__name__)
+        for name, value in options.items():
+            setattr(self, name, value)
 
-    def preprocess(
-        self,
-        images: Any,
-        do_convert_rgb: Optional[bool] = None,
-        do_resize: Optional[bool] = None,
-        size: Union[int, dict[str, int], None] = None,
-        resample: Optional[int] = None,
-        do_rescale: Optional[bool] = None,
-        rescale_factor: Optional[float] = None,
-        do_normalize: Optional[bool] = None,
-        image_mean: Optional[Sequence[float]] = None,
-        image_std: Optional[Sequence[float]] = None,
-        return_tensors: Optional[str] = None,
-    ) -> BatchFeature:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Loads one; options of images take the place of those in the file.
+
+        Args:
+            pretrained_model_name_or_path: folder, file or repository.
+            **kwargs: options of the class, and of loading as every image processor has. Others are named in a warning;
+                `return_unused_kwargs` returns them.
+
+        Raises:
+            TypeError: an option of other image processors that this one does not have.
+            ValueError: an option that cannot have its value.
+        """
+        unused = [
+            name
+            for name in kwargs
+            if name not in OPTION_NAMES | LOADING_OPTIONS
+            and not name.startswith("_")
+            and not name.endswith("_token")
+        ]
+        # A pipeline hands the options of its model to all.
+        if unused and not {"return_unused_kwargs", "_from_pipeline"} & set(kwargs):
+            logger.warning(f"{cls.__name__} has no option {', '.join(unused)}: ignored")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """One of the entries of a file and of options that take their place; see `from_pretrained`."""
+        given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
+        return super().from_dict({**image_processor_dict, **given}, **kwargs)
+
+    def fetch_images(self, image_url_or_urls: Any, timeout: Optional[float] = None) -> Any:
+        """Images as `preprocess` reads them: of Pillow, upright, in RGB; in lists as they were given.
+
+        Args:
+            image_url_or_urls: see `preprocess`; arrays and tensors are returned as they are.
+            timeout: seconds to wait for a URL; None waits for 60.
+
+        Raises:
+            ValueError: something that is no image.
+        """
+        if _is_list(image_url_or_urls):
+            return [self.fetch_images(image, timeout) for image in image_url_or_urls]
+        if _is_array(image_url_or_urls):
+            return image_url_or_urls
+        return read_image(image_url_or_urls, self.exif, self.alpha, timeout=timeout)
+
+    def preprocess(self, images: Any, **options: Any) -> BatchFeature:
         """`pixel_values` in fp32, ``[n, 3, S, S]``; ``[n, 2, 3, S, S]`` for samples of two images.
+
+        Files and Pillow images are turned by their EXIF, put on white where they are transparent, and brought to
+        8 bits: grey of 16 bits is divided by 257, floating-point grey multiplied by 255 if no value is above 1.
+
+        Arrays are taken as they are. They may hold bytes, other whole numbers of 0..255, uint16 of 0..65535, or
+        floating-point numbers of 0..255 or of 0..1. Where all are of 0..1 they count as rescaled already: with or
+        without `do_rescale` they stay of 0..1. Floating-point numbers are rounded to 8 bits for resizing.
 
         Args:
             images: an image or a list of them, or a list of lists: the images of each sample. An image is a Pillow
-                image, a path, a URL, the bytes of a file, or a uint8 array or tensor ``[H, W, 3]`` or ``[3, H, W]``.
-                The orientation in EXIF is not applied.
-            do_convert_rgb: this and the others: None takes the processor's own.
-            do_resize: see the class.
-            size: see the class.
-            resample: see the class.
-            do_rescale: see the class.
-            rescale_factor: see the class.
-            do_normalize: see the class.
-            image_mean: see the class.
-            image_std: see the class.
-            return_tensors: "pt" for torch, "np" for numpy; None gives a list of arrays.
+                image, a path, a URL, the bytes of a file, base64, or an array or tensor ``[3, H, W]``, ``[H, W, 3]``
+                (also of 1 channel or 4) or ``[H, W]``. An array with one dimension more is a list of images, with two
+                more a list of samples.
+            **options: those of the class, for this call, and
+
+                - `return_tensors`: "pt" for torch, "np" for numpy; without it there is a list of arrays.
+                - `data_format`: "channels_first", which the model reads, or "channels_last".
+                - `input_data_format`: the same of arrays; without it their shapes tell, first where they may be both.
+                - `device`: where to put tensors of torch. They are computed on the CPU.
 
         Raises:
-            ValueError: something that is no image, or images that do not fit into one batch.
+            TypeError: an option that is not there.
+            ValueError: an option that cannot have its value, something that is no image, or images that do not fit into
+                one batch.
         """
-        nested = [image if _is_list(image) else [image] for image in _as_list(images)]
-        if len({len(sample) for sample in nested}) > 1:
-            raise ValueError("all samples must have the same number of images")
-        convert = self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb
-        resize = self.do_resize if do_resize is None else do_resize
-        target = self.size if size is None else _size(size)
-        method = self.resample if resample is None else int(resample)
-        arrays = []
-        for image in (image for sample in nested for image in sample):
-            rgb = _rgb(open_image(image), convert)
-            if resize:
-                rgb = rgb.resize((target["width"], target["height"]), Image.Resampling(method))
-            arrays.append(np.asarray(rgb).transpose(2, 0, 1).astype(np.float32))
-        if do_rescale if do_rescale is not None else self.do_rescale:
-            factor = self.rescale_factor if rescale_factor is None else rescale_factor
-            # Training divides by 255, which is not always the same as to multiply by 1 / 255.
-            arrays = [array / np.float32(1.0 / factor) for array in arrays]
-        if do_normalize if do_normalize is not None else self.do_normalize:
-            mean, std = (
-                np.asarray(values, dtype=np.float32).reshape(3, 1, 1)
-                for values in (
-                    self.image_mean if image_mean is None else image_mean,
-                    self.image_std if image_std is None else image_std,
-                )
-            )
-            arrays = [(array - mean) / std for array in arrays]
-        if return_tensors is not None and len({array.shape for array in arrays}) > 1:
+        owner = type(self).__name__
+        own = {name: getattr(self, name) for name in IMAGE_OPTIONS}
+        chosen = own | checked(options, IMAGE_CALL_OPTIONS, owner)
+        tensors = chosen.get("return_tensors")
+        if "device" in chosen and tensors != "pt":
+            raise ValueError("device needs return_tensors='pt'")
+        samples, nested = _samples(images)
+        arrays = [self._normalised(image, chosen) for sample in samples for image in sample]
+        if (tensors or nested) and len({array.shape for array in arrays}) > 1:
             raise ValueError(
                 "images of different sizes do not fit into one batch; do_resize makes them equal"
             )
-        if _is_list(_first(images)):
-            count = len(nested[0])
-            pixels = [np.stack(arrays[n : n + count]) for n in range(0, len(arrays), count)]
+        if nested:
+            count = len(samples[0])
+            arrays = [np.stack(arrays[n : n + count]) for n in range(0, len(arrays), count)]
+        batch = BatchFeature({"pixel_values": arrays}, tensor_type=tensors)
+        return batch.to(chosen["device"]) if "device" in chosen else batch
+
+    def _normalised(self, image: Any, options: dict[str, Any]) -> np.ndarray:
+        """One image in fp32, ``[3, H, W]`` or as `data_format` says."""
+        pixels, scale = _pixels(image, options)
+        if options["do_rescale"]:
+            # Training divides by 255, which is not always the same as to multiply by 1 / 255.
+            pixels = pixels.astype(np.float32) / np.float32(1.0 / options["rescale_factor"])
         else:
-            pixels = arrays
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+            pixels = (pixels / scale).astype(np.float32)
+        if options["do_normalize"]:
+            mean, std = (np.float32(options[name]) for name in ("image_mean", "image_std"))
+            pixels = (pixels - mean) / std
+        last = options.get("data_format") == "channels_last"
+        return np.ascontiguousarray(pixels if last else pixels.transpose(2, 0, 1))
 
 
-def open_image(image: Any) -> Image.Image:
-    """A Pillow image of any mode.
-
-    Raises:
-        ValueError: not an image, or a damaged one.
-    """
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, (str, Path, bytes, bytearray)):
-        name = "bytes" if isinstance(image, (bytes, bytearray)) else image
-        try:
-            if isinstance(image, str) and image.startswith(("http://", "https://")):
-                # The library's own `load_image` turns pictures by their EXIF and cuts 16-bit values off at 255.
-                with urlopen(Request(image, headers={"User-Agent": "vlmoe"}), timeout=60) as answer:
-                    image = answer.read()
-            opened = Image.open(
-                io.BytesIO(image) if isinstance(image, (bytes, bytearray)) else image
-            )
-            opened.load()
-        except FileNotFoundError:
-            raise ValueError(f"image {name} was not found") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"image {name} is not readable: {error}") from error
-        return opened
-    if hasattr(image, "detach"):
-        image = image.detach().cpu().numpy()
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"expected an image, got {type(image).__name__}")
-    return _of_array(image)
-
-
-def _of_array(array: np.ndarray) -> Image.Image:
-    shape = list(array.shape)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an image of {array.dtype} {shape}; arrays must be uint8, 0 to 255")
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(f"an array {shape} is not [height, width, 3] or [3, height, width]")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _rgb(image: Image.Image, convert: bool) -> Image.Image:
-    """The image in RGB; grey values of 16 bits and more are brought down to 8."""
-    if not image.width or not image.height:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels")
-    if image.mode == "RGB":
-        return image
-    if not convert:
-        raise ValueError(f"an image of mode {image.mode}, not RGB; do_convert_rgb converts it")
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _size(size: Any) -> dict[str, int]:
-    if isinstance(size, int):
-        return {"height": size, "width": size}
-    try:
-        return {"height": int(size["height"]), "width": int(size["width"])}
-    except (KeyError, TypeError):
-        raise ValueError(f"size={size!r} must be a number or have height and width") from None
+def _pixels(image: Any, options: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Values of 0..255, ``[H, W, 3]``, and what they were multiplied by to be so."""
+    scale = 1.0
+    if _is_array(image):
+        values, scale = channels_last(image, options.get("input_data_format"))
+        if values.dtype != np.uint8 and values.ndim == 3 and values.shape[2] == 3:
+            if not options["do_resize"]:
+                return values, scale
+        image = Image.fromarray(np.ascontiguousarray(to_bytes(values)))
+    rgb = read_image(image, options["exif"], options["alpha"], options["do_convert_rgb"])
+    if options["do_resize"]:
+        size = options["size"]["width"], options["size"]["height"]
+        rgb = rgb.resize(size, Image.Resampling(options["resample"]))
+    return np.asarray(rgb), scale
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _as_list(images: Any) -> list[Any]:
-    """A batch: of lists as they are, of arrays with one dimension more, or of the one image."""
-    if _is_list(images):
-        return list(images)
-    if getattr(images, "ndim", 0) == 4:
-        return list(images)
-    return [images]
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "detach")
 
 
-def _first(images: Any) -> Any:
-    return images[0] if _is_list(images) and images else None
+def _samples(images: Any) -> tuple[list[list[Any]], bool]:
+    """The images of every sample, and whether they were given so."""
+    if _is_array(images) and images.ndim == 5:
+        images = [list(sample) for sample in images]
+    elif not _is_list(images):
+        images = [images]
+    flat: list[Any] = []
+    for image in images:
+        # A batch.
+        flat += list(image) if _is_array(image) and image.ndim == 4 else [image]
+    kinds = {_is_list(image) for image in flat}
+    if len(kinds) > 1:
+        raise ValueError("images are either all in lists, those of a sample, or none is")
+    samples = [list(image) if _is_list(image) else [image] for image in flat]
+    if len({len(sample) for sample in samples}) > 1:
+        raise ValueError("all samples must have the same number of images")
+    if not samples or not samples[0]:
+        raise ValueError("there are no images in the list")
+    return samples, kinds == {True}
 
 
 __all__ = ["VLMoEImageProcessor"]

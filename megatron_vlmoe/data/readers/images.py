@@ -1,24 +1,33 @@
-"""Raw images: folders (recursive, so ImageNet's one folder per class too) and tars of them."""
+"""Raw images: folders (recursive, so ImageNet's one folder per class too) and tars of them, also tars of tars."""
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import IO, Any, Self, cast
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.image_files import HEADER_BYTES, begins_like_image, is_image_data
 from megatron_vlmoe.data.readers.records import (
     ImageFile,
+    PassedOver,
     Reject,
     check_inputs,
     is_image,
+    is_side_file,
     is_tar,
     walk_files,
 )
+
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
+"""How gzip, bzip2 and xz files begin."""
+_MAX_LINKS = 16
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -36,7 +45,10 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A regular file in a tar: of an uncompressed one its place, else its contents."""
+    """A regular file in a tar: of an uncompressed one its place, else its contents.
+
+    The name of a file in a tar in the tar begins with that of the inner tar.
+    """
 
     name: str
     offset: int
@@ -52,11 +64,12 @@ class TarMember:
         return self.image(tar).read()
 
 
-def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject]:
+def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | PassedOver]:
     """Yields every image of folders, tars (WebDataset shards too) and single files, in order.
 
-    Folders are walked in sorted order; tars found in them are read in their place. Files that are
-    neither images nor tars by their suffix are passed over.
+    Folders are walked in sorted order; tars found in them are read in their place. An image is what has the suffix or
+    the contents of one. Other files are `PassedOver`; hidden files and what operating systems put beside them
+    (`is_side_file`) are no data.
 
     Raises:
         DataError: an input is missing, or is neither a folder, a tar nor an image.
@@ -67,52 +80,177 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject]:
             yield from _folder_images(path)
         elif is_tar(path):
             yield from tar_images(path)
-        elif is_image(path):
+        elif is_image_file(ImageFile(path, "", path), path):
             yield ImageFile(path, "", path)
         else:
             raise DataError(f"{path}: neither a folder, a tar nor an image")
 
 
-def _folder_images(folder: str) -> Iterator[ImageFile | Reject]:
+def _folder_images(folder: str) -> Iterator[ImageFile | Reject | PassedOver]:
     for path in walk_files(folder):
         if is_tar(path):
             yield from tar_images(path)
-        elif is_image(path):
-            yield ImageFile(folder, os.path.relpath(path, folder), path)
+        else:
+            yield as_image(ImageFile(folder, os.path.relpath(path, folder), path), path)
 
 
-def tar_images(path: str) -> Iterator[ImageFile | Reject]:
+def tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
     """Yields the images of one tar in its order."""
     for member in tar_members(path):
-        if isinstance(member, Reject):
-            yield member
-        elif is_image(member.name):
-            yield member.image(path)
+        yield member if isinstance(member, Reject) else as_image(member.image(path), member.name)
+
+
+def as_image(file: ImageFile, name: str) -> ImageFile | PassedOver | Reject:
+    """The file, if it has the suffix or the contents of an image; else it is passed over by its suffix."""
+    suffix = posixpath.splitext(name)[1].lower() or "no suffix"
+    try:
+        return file if is_image_file(file, name) else PassedOver(file.source, suffix)
+    except DataError as error:
+        return Reject(file.source, file.record, str(error))
+
+
+def is_image_file(file: ImageFile, name: str) -> bool:
+    """Whether a file has the suffix of an image, or its contents. Raises DataError (a reason) if it is unreadable."""
+    if is_image(name):
+        return True
+    return begins_like_image(file.read(HEADER_BYTES)) and is_image_data(file.read())
 
 
 def tar_members(path: str) -> Iterator[TarMember | Reject]:
-    """Yields the regular files of a tar; a `Reject` where the archive breaks off.
+    """Yields the regular files of a tar and of tars in it, in order.
+
+    Links are followed within an uncompressed tar. A `Reject` stands for each that cannot be followed, and where the
+    archive breaks off. Side files (`is_side_file`) are left out.
 
     Raises:
         DataError: the file cannot be opened.
     """
-    compressed = not path.lower().endswith(".tar")
+    try:
+        with open(path, "rb") as file:
+            yield from _members(path, "", file)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def _members(
+    path: str, inside: str, file: IO[bytes], in_file: bool = True
+) -> Iterator[TarMember | Reject]:
+    """The members of a tar that begins where the file stands.
+
+    Args:
+        path: the outermost tar.
+        inside: name of this one in it with a slash; empty for the outermost.
+        file: to read it from.
+        in_file: whether places in `file` are places in the file at `path`.
+    """
+    start = file.tell()
+    compressed = file.read(8).startswith(_COMPRESSED)
+    file.seek(start)
+    in_file = in_file and not compressed
+    links = _Links(file, start)
     last = "start"
     try:
         # "r|" reads a compressed archive once, front to back; "r:" may skip the contents.
-        with tarfile.open(path, "r|*" if compressed else "r:", tarinfo=_StrictTarInfo) as archive:
+        with tarfile.open(
+            fileobj=file, mode="r|*" if compressed else "r:", tarinfo=_StrictTarInfo
+        ) as archive:
             while (member := archive.next()) is not None:
                 # TarFile keeps every header it has met; a shard may have a million.
                 archive.members.clear()  # type: ignore[attr-defined]
-                if not member.isfile():
+                name = inside + member.name
+                if member.isdir() or is_side_file(member.name):
                     continue
                 last = member.name
+                found: tarfile.TarInfo | str = member
+                if member.islnk() or member.issym():
+                    where = "a link in a compressed tar: unpack it" if compressed else ""
+                    found = where or links.target(member)
+                elif not member.isfile():
+                    found = "neither a file nor a link"
+                elif (
+                    in_file
+                    and isinstance(file, _Part)
+                    and member.offset_data + member.size > file.end
+                ):
+                    # In the outer tar other bytes follow.
+                    found = f"damaged tar: {inside.rstrip('/')} ends inside it"
+                if isinstance(found, str):
+                    yield Reject(path, name, found)
+                    continue
                 data = None
-                if compressed or member.issparse():
-                    stream = archive.extractfile(member)
+                if not in_file or found.issparse():
+                    stream = archive.extractfile(found)
                     data = stream.read() if stream is not None else b""
-                yield TarMember(member.name, member.offset_data, member.size, data)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found") from error
+                if not is_tar(name):
+                    yield TarMember(name, found.offset_data, found.size, data)
+                elif data is not None:
+                    yield from _members(path, f"{name}/", io.BytesIO(data), in_file=False)
+                else:
+                    with open(path, "rb") as again:
+                        again.seek(found.offset_data)
+                        part = cast(IO[bytes], _Part(again, found.size))
+                        yield from _members(path, f"{name}/", part)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        yield Reject(path, f"after {last}", f"damaged tar: {error}")
+        yield Reject(path, f"{inside}after {last}", f"damaged tar: {error}")
+
+
+class _Links:
+    """Finds what the links of an uncompressed tar point at; lists the tar once, at the first link."""
+
+    def __init__(self, file: IO[bytes], start: int) -> None:
+        self._file = file
+        self._start = start
+        self._members: dict[str, tarfile.TarInfo] | None = None
+
+    def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | str:
+        """The regular file at the end of a link, or why there is none."""
+        if self._members is None:
+            self._members = {posixpath.normpath(member.name): member for member in self._listed()}
+        member = link
+        for _ in range(_MAX_LINKS):
+            # A hard link names its target from the root of the archive, a symbolic one from its own folder.
+            folder = posixpath.dirname(member.name) if member.issym() else ""
+            found = self._members.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
+            if found is None or found.isdir():
+                return f"a link to {link.linkname}, which is no file of the tar"
+            if found.isfile():
+                return found
+            member = found
+        return f"a link to {link.linkname}, which leads to no file"
+
+    def _listed(self) -> Iterator[tarfile.TarInfo]:
+        self._file.seek(self._start)
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+                yield from archive
+        except (tarfile.TarError, OSError):
+            return  # what comes before the damage is known; the reader of the tar reports it
+
+
+class _Part(io.RawIOBase):
+    """The next `size` bytes of a file, at their places in it."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self.end = file.tell() + size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            offset, whence = self.end + offset, os.SEEK_SET
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(max(0, min(len(buffer), self.end - self._file.tell())))
+        buffer[: len(data)] = data
+        return len(data)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_vlmoe.data.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga"),
+    }
 )
+"""Files with these are images or broken ones; others are if their contents say so."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -24,6 +30,15 @@ class Reject:
     record: str
     """The record in it, as ``line 12`` or the name of a tar member."""
     reason: str
+    unit: Literal["record", "image", "caption"] = "record"
+    """What is left out: a record that cannot be read; or, of captioned images, an image with its
+    captions, or one caption alone."""
+    records: int = 1
+    """Records of the input that say it; 0 for a caption of an image that is counted elsewhere."""
+    captions: int = 0
+    """Captions that are left out with an image or record."""
+    sample: str = ""
+    """Id of the task's sample that is lost with it; empty if none is, or it has no id."""
 
     def __str__(self) -> str:
         place = f"{self.source}: {self.record}" if self.record else self.source
@@ -31,16 +46,49 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A good record that nobody asked for."""
+
+    reason: str
+    """As ``split test``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A file among images that is none that is read here."""
+
+    source: str
+    """Folder or tar that holds it."""
+    kind: str
+    """Its suffix in lower case with the dot."""
+
+
+def kinds_of(files: Mapping[PassedOver, int]) -> dict[str, int]:
+    """How many files of which kind were passed over."""
+    kinds: Counter[str] = Counter()
+    for file, count in files.items():
+        kinds[file.kind] += count
+    return dict(sorted(kinds.items()))
+
+
+def passed_over_line(kinds: Mapping[str, int]) -> str:
+    """As ``passed over: .heic 3, .txt 1``."""
+    return f"passed over: {', '.join(f'{kind} {count}' for kind, count in kinds.items())}"
+
+
+@dataclass(frozen=True, slots=True)
 class TextBlock:
-    """Some consecutive documents of one file, not yet decoded."""
+    """Some consecutive documents of one file, or parts of such, not yet decoded."""
 
     source: str
     unit: str
-    """What ``numbers`` count: ``line`` or ``row``."""
+    """What ``numbers`` count: ``line``, ``row`` or ``entry``."""
     json_key: str | None
     """Each payload is a JSON object with the text under this key; None: it is the text."""
     numbers: list[int]
     payloads: list[bytes]
+    join: int = 1
+    """So many consecutive payloads are one document; at the end of a block there may be fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +102,24 @@ class ImageFile:
     size: int | None = None
     data: bytes | None = None
 
-    def read(self) -> bytes:
-        """The encoded bytes. Raises DataError (a reason, without the record) if unreadable."""
+    def read(self, limit: int | None = None) -> bytes:
+        """The encoded bytes, or the first of them. Raises DataError (a reason, without the record) if unreadable.
+
+        Args:
+            limit: number of bytes to read at most.
+        """
         if self.data is not None:
-            return self.data
+            return self.data[:limit]
+        size = self.size if limit is None or self.size is None else min(self.size, limit)
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
-                data = file.read(-1 if self.size is None else self.size)
+                data = file.read(next((n for n in (size, limit) if n is not None), -1))
         except FileNotFoundError as error:
             raise DataError(f"no such image file: {self.path}") from error
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror}") from error
-        if self.size is not None and len(data) != self.size:
+        if size is not None and len(data) != size:
             raise DataError(f"{self.path} ends inside it")
         return data
 
@@ -79,12 +132,43 @@ class CaptionedImage:
     record: str
     image: ImageFile
     captions: tuple[object, ...]
+    caption_records: tuple[str, ...] = ()
+    """The record of each caption, where that is not the image's own."""
+    captions_per_record: tuple[int, ...] = ()
+    """How the captions come in records of the input, in order; empty: all in one."""
+
+    def caption_record(self, number: int) -> str:
+        """The name of caption ``number`` (from 0) in errors."""
+        if self.caption_records:
+            return self.caption_records[number]
+        return f"{self.record}, caption {number}"
+
+
+PairItem = CaptionedImage | Reject | LeftOut
+"""What readers of captioned images yield."""
 
 
 def is_image(name: str) -> bool:
     """Whether a file name has the suffix of an image; hidden files (``._a.jpg``) are none."""
     base = os.path.basename(name)
     return os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES and not base.startswith(".")
+
+
+_SIDE_NAMES = frozenset(
+    {
+        *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"),
+        *("lost+found", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+    }
+)
+
+
+def is_side_file(path: str) -> bool:
+    """Whether a path below the data is hidden, or something that systems, archivers or notebooks put beside data."""
+    parts = path.replace("\\", "/").split("/")
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _SIDE_NAMES
+        for part in parts
+    )
 
 
 def is_tar(name: str) -> bool:
@@ -100,7 +184,7 @@ def check_inputs(paths: tuple[str, ...]) -> None:
 
 
 def walk_files(folder: str, ancestors: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths of all files under a folder, in sorted order, through symbolic links.
+    """Paths of all files under a folder, in sorted order, through symbolic links; without side files.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -110,7 +194,8 @@ def walk_files(folder: str, ancestors: tuple[str, ...] = ()) -> Iterator[str]:
         return
     try:
         with os.scandir(folder) as entries:
-            names = sorted((entry.name, entry.is_dir()) for entry in entries)
+            found = (entry for entry in entries if not is_side_file(entry.name))
+            names = sorted((entry.name, entry.is_dir()) for entry in found)
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}") from error
     for name, is_folder in names:

@@ -8,35 +8,58 @@ the image id, in ``VG_100K`` and ``VG_100K_2`` below the image folder (or anywhe
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_vlmoe.data.readers.pairs import PairInput, images_by_name, json_list, load_json
-from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, Reject
+from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, PairItem, Reject
 
 
-def read_visual_genome(source: PairInput) -> Iterator[CaptionedImage | Reject]:
+def read_visual_genome(source: PairInput) -> Iterator[PairItem]:
     """Yields each image with the phrases of its regions. Raises DataError."""
     files = images_by_name(source.image_folder(), lambda name: os.path.splitext(name)[0])
     for path in source.annotations:
-        for number, entry in enumerate(json_list(path, load_json(path), "the file")):
+        entries = json_list(path, load_json(path), "the file")
+        times = Counter(str(_image_id(entry)) for entry in entries)
+        for number, entry in enumerate(entries):
             regions = entry.get("regions") if isinstance(entry, dict) else None
             if not isinstance(regions, list):
                 yield Reject(path, f"entry {number}", 'no list "regions"')
                 continue
-            image_id = _image_id(entry, regions)
+            image_id = str(_image_id(entry))
             record = f"image {image_id}"
-            found = files.get(str(image_id), [])
-            if len(found) != 1:
-                names = " and ".join(found)
-                reason = f"several image files: {names}" if found else "no such image file"
-                yield Reject(path, record, f"{reason} (stem {image_id} below {source.images})")
+            found = files.get(image_id, [])
+            reason = ""
+            if times[image_id] > 1:
+                reason = f"this image id comes {times[image_id]} times (here in entry {number})"
+            elif len(found) != 1:
+                reason = (
+                    f"several image files: {' and '.join(found)}" if found else "no such image file"
+                )
+                reason += f" (stem {image_id} below {source.images})"
+            if reason:
+                yield Reject(path, record, reason, unit="image", captions=len(regions))
                 continue
-            phrases = tuple(r.get("phrase") if isinstance(r, dict) else None for r in regions)
-            yield CaptionedImage(path, record, ImageFile(path, record, found[0]), phrases)
+            phrases, names = list[object](), list[str]()
+            for place, region in enumerate(regions):
+                name = f"{record}, region {region.get('region_id', place) if isinstance(region, dict) else place}"
+                other = region.get("image_id") if isinstance(region, dict) else None
+                if other is not None and str(other) != image_id:
+                    yield Reject(
+                        path, name, f"a region of image {other}", unit="caption", records=0
+                    )
+                    continue
+                phrases.append(region.get("phrase") if isinstance(region, dict) else None)
+                names.append(name)
+            image = ImageFile(path, record, found[0])
+            yield CaptionedImage(path, record, image, tuple(phrases), tuple(names))
 
 
-def _image_id(entry: dict[str, Any], regions: list[Any]) -> object:
-    if regions and isinstance(regions[0], dict) and "image_id" in regions[0]:
-        return regions[0]["image_id"]
-    return entry.get("id")
+def _image_id(entry: Any) -> object:
+    """The id of an entry, or of the first region of one that gives none itself."""
+    if not isinstance(entry, dict):
+        return None
+    regions = entry.get("regions")
+    first = regions[0] if isinstance(regions, list) and regions else None
+    return entry.get("id", first.get("image_id") if isinstance(first, dict) else None)

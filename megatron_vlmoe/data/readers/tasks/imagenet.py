@@ -1,9 +1,12 @@
-"""ImageNet as folders of classes: ``train/{wnid}/*.JPEG`` and ``val/{wnid}/*.JPEG``.
+"""ImageNet as folders of classes, ``train/{wnid}/*.JPEG`` and ``val/{wnid}/*.JPEG``, or as tables.
 
 The classes are the sorted names of the folders of ``train``; a class may also be ``{wnid}.tar``, as
 ImageNet-22K is published. Without a ``train`` folder the classes lie in the raw folder itself.
 Without ``val`` a share of each class may be held out. The images of ``val`` may also lie in it
-without folders, as published; then a file tells their classes.
+without folders, as published; then a file tells their classes, or the development kit does.
+
+Tables of Hugging Face, read where no image lies in folders, hold an image and a class number per row;
+their schema names the classes.
 """
 
 from __future__ import annotations
@@ -14,9 +17,17 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.readers.images import read_images
-from megatron_vlmoe.data.readers.records import ImageFile, Reject, check_inputs, is_image
+from megatron_vlmoe.data.readers.images import as_image, read_images
+from megatron_vlmoe.data.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    check_inputs,
+    is_side_file,
+    is_tar,
+)
 from megatron_vlmoe.data.readers.tasks.records import (
+    Omitted,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -28,12 +39,18 @@ from megatron_vlmoe.data.task_labels import Labels
 
 _WORDS = ("words.txt", "LOC_synset_mapping.txt")
 _SPLITS = ("train", "val")
+_GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_KIT_FOLDERS = tuple(os.path.join(f"ILSVRC2012_devkit_{v}", "data") for v in ("t12", "t3"))
 
 
 class ImageNetSource:
     """Class folders. Raises DataError if there is none, or options contradict the folders."""
 
+    fallback_answer = None
+
     def __init__(self, source: TaskInput) -> None:
+        if source.class_names is not None:
+            raise DataError(f"{source.raw}: holds class folders; --class-names is for tables")
         self._source = source
         train, self._val = (os.path.join(source.raw, split) for split in _SPLITS)
         has_val = os.path.isdir(self._val)
@@ -45,9 +62,13 @@ class ImageNetSource:
         self._classes = _class_folders(find_folder(self._train, ("",)))
         if not self._classes:
             raise DataError(f"{self._train}: no class folder in it")
-        self._val_labels = (
-            _read_val_labels(source.val_labels) if source.val_labels is not None else None
-        )
+        self._val_labels: Mapping[str, str] | list[str] | None = None
+        given = source.val_labels
+        if given is None and has_val and not _class_folders(self._val):
+            given = _kit_file(source.raw)
+        if given is not None:
+            self._val_labels_file = given
+            self._val_labels = read_val_labels(given, source.raw)
 
     def splits(self) -> tuple[str, ...]:
         """``train`` and ``val``."""
@@ -56,13 +77,13 @@ class ImageNetSource:
     @cached_property
     def labels(self) -> Labels:
         """The class ids, and their words if a file tells them. Raises DataError."""
-        paths = [os.path.join(self._source.raw, name) for name in _WORDS]
-        path = self._source.words or next(filter(os.path.isfile, paths), None)
-        words = _read_words(path) if path is not None else {}
+        words = read_words(self._source) or {}
         names = tuple(words.get(wnid, wnid) for wnid in self._classes)
         known = any(wnid in words for wnid in self._classes)
         if self._source.words is not None and not known:
-            raise DataError(f"{path}: names none of the {len(names)} classes in {self._train}")
+            raise DataError(
+                f"{self._source.words}: names none of the {len(names)} classes in {self._train}"
+            )
         return Labels("imagenet", tuple(self._classes), names if known else None)
 
     @cached_property
@@ -80,7 +101,7 @@ class ImageNetSource:
                 "--splits train does without"
             )
         if self._val_labels is not None:
-            return self._flat_samples(_flat_images(self._val), self._val_labels)
+            return self._flat_samples(self._val_labels)
         folders = _class_folders(self._val)
         if not folders:
             raise DataError(
@@ -90,22 +111,29 @@ class ImageNetSource:
 
     def _class_samples(self, folders: Mapping[str, str], split: str) -> SampleStream:
         for wnid, folder in folders.items():
+            if os.path.isdir(folder) and os.path.isfile(f"{folder}.tar"):
+                reason = f"class {wnid} is the folder beside it too, which is read: remove one"
+                yield Reject(f"{folder}.tar", "", reason)
             if wnid not in self._label_of:
                 yield Reject(folder, "", f"class {wnid} is not in {self._train}")
                 continue
             empty = True
             for item in self._share(wnid, read_images((folder,)), split):
-                empty = False
+                empty = empty and isinstance(item, PassedOver)
                 if isinstance(item, Reject):
                     yield item
+                elif isinstance(item, PassedOver):
+                    yield Omitted(f"passed over: {item.kind}")
                 elif isinstance(item, ImageFile):
+                    if is_tar(folder) and is_tar(item.record.partition("/")[0]):
+                        raise DataError(f"{folder}: a tar of tars: unpack it into {self._train}")
                     yield self._sample(item, f"{wnid}/{item.record}", wnid)
             if empty:
                 yield Reject(folder, "", "no image in it")
 
     def _share(
-        self, wnid: str, images: Iterator[ImageFile | Reject], split: str
-    ) -> Iterator[ImageFile | Reject | None]:
+        self, wnid: str, images: Iterator[ImageFile | Reject | PassedOver], split: str
+    ) -> Iterator[ImageFile | Reject | PassedOver | None]:
         """The images of a class, with None for those of the other split."""
         fraction = self._source.val_fraction
         if not fraction:
@@ -116,16 +144,19 @@ class ImageNetSource:
         count = min(int(fraction * len(names) + 0.5), max(len(names) - 1, 0))
         keys = chosen([f"{wnid}/{name}" for name in names], count, self._source.seed)
         for item in found:
-            if isinstance(item, Reject):
+            if not isinstance(item, ImageFile):
                 yield item if split == "train" else None
             else:
                 held_out = f"{wnid}/{item.record}" in keys
                 yield item if held_out == (split == "val") else None
 
-    def _flat_samples(
-        self, images: list[str], classes: Mapping[str, str] | list[str]
-    ) -> SampleStream:
-        given = self._source.val_labels
+    def _flat_samples(self, classes: Mapping[str, str] | list[str]) -> SampleStream:
+        given = self._val_labels_file
+        found = [as_image(file, file.record) for file in _flat_files(self._val)]
+        images = [file.record for file in found if isinstance(file, ImageFile)]
+        yield from (item for item in found if isinstance(item, Reject))
+        others = (item.kind for item in found if isinstance(item, PassedOver))
+        yield from (Omitted(f"passed over: {kind}") for kind in others)
         if isinstance(classes, list) and len(classes) != len(images):
             raise DataError(
                 f"{given}: {len(classes)} classes for {len(images)} images in {self._val}"
@@ -135,7 +166,7 @@ class ImageNetSource:
             wnid = classes[number] if isinstance(classes, list) else classes.get(stem)
             if wnid not in self._label_of:
                 reason = f"class {wnid} is not in {self._train}" if wnid else f"not in {given}"
-                yield Reject(self._val, name, reason)
+                yield Reject(self._val, name, reason, sample=name)
                 continue
             image = ImageFile(self._val, name, os.path.join(self._val, name))
             yield self._sample(image, name, wnid)
@@ -152,7 +183,7 @@ def _class_folders(folder: str) -> dict[str, str]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_side_file(entry.name):
                     continue
                 if entry.is_dir():
                     folders[entry.name] = entry.path
@@ -164,11 +195,14 @@ def _class_folders(folder: str) -> dict[str, str]:
     return dict(sorted((tars | folders).items()))
 
 
-def _flat_images(folder: str) -> list[str]:
+def _flat_files(folder: str) -> list[ImageFile]:
+    """The files of a folder by name, but for side files. Raises DataError."""
     try:
-        return sorted(name for name in os.listdir(folder) if is_image(name))
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_file() and not is_side_file(e.name)]
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}") from error
+    return [ImageFile(folder, name, os.path.join(folder, name)) for name in sorted(names)]
 
 
 def _text_lines(path: str) -> list[str]:
@@ -182,33 +216,85 @@ def _text_lines(path: str) -> list[str]:
         raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from error
 
 
-def _read_words(path: str) -> dict[str, str]:
-    """Words by class id: a line is the id, white space, and the words. Raises DataError."""
-    pairs = (line.split(maxsplit=1) for line in _text_lines(path))
-    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+def read_words(source: TaskInput) -> dict[str, str] | None:
+    """Words by class id, from the file of words; None: there is none.
+
+    A line is the id, white space, and the words. Raises DataError if it cannot be read.
+    """
+    paths = [os.path.join(source.raw, name) for name in _WORDS]
+    path = source.words or next(filter(os.path.isfile, paths), None)
+    if path is None:
+        return None
+    words: dict[str, str] = {}
+    for pair in (line.split(maxsplit=1) for line in _text_lines(path)):
+        if len(pair) == 2 and words.setdefault(*pair) != pair[1]:
+            raise DataError(f"{path}: class {pair[0]} comes twice, with other words")
+    return words
 
 
-def _read_val_labels(path: str) -> dict[str, str] | list[str]:
+def _kit_file(raw: str) -> str | None:
+    """The ground truth of the development kit, where the kit or the file lies in the raw folder."""
+    paths = (os.path.join(raw, name, _GROUND_TRUTH) for name in ("", *_KIT_FOLDERS))
+    return next(filter(os.path.isfile, paths), None)
+
+
+def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
     """Class ids of flat images: by file name without suffix, or in the order of the names.
 
-    Either a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), or one
-    class id per line.
+    Args:
+        path: a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), a class
+            id per line, or the development kit's ground truth: a class number per line, which the
+            kit's ``meta.mat`` (beside the file, or in the raw folder) explains.
+        raw: the raw folder.
 
     Raises:
-        DataError: unreadable, empty, or the class numbers of the development kit.
+        DataError: unreadable, empty, or class numbers that nothing explains.
     """
     lines = _text_lines(path)
     if not lines:
         raise DataError(f"{path}: empty file")
     if lines[0].lower().startswith("imageid,"):
-        rows = list(csv.reader(lines[1:]))
-        for number, row in enumerate(rows, start=2):
+        classes: dict[str, str] = {}
+        for number, row in enumerate(csv.reader(lines[1:]), start=2):
             if len(row) < 2 or not row[1].split():
                 raise DataError(f"{path}: line {number}: not an image and a class id")
-        return {row[0]: row[1].split()[0] for row in rows}
-    if lines[0].isdigit():
+            wnid = row[1].split()[0]
+            if (first := classes.setdefault(row[0], wnid)) != wnid:
+                raise DataError(
+                    f"{path}: line {number}: image {row[0]} comes twice, of {first} and {wnid}"
+                )
+        return classes
+    if not lines[0].isdigit():
+        return [line.split()[0] for line in lines]
+    folders = (os.path.dirname(path), raw, *(os.path.join(raw, name) for name in _KIT_FOLDERS))
+    meta = next(filter(os.path.isfile, (os.path.join(name, "meta.mat") for name in folders)), None)
+    if meta is None:
         raise DataError(
-            f"{path}: class numbers of the development kit, which only its meta.mat explains: "
-            "give one class id (n01440764) per line, or LOC_val_solution.csv"
+            f"{path}: class numbers of the development kit, which its meta.mat explains: put it beside "
+            "them, or give one class id (n01440764) per line, or LOC_val_solution.csv"
         )
-    return [line.split()[0] for line in lines]
+    wnids = _read_meta(meta)
+    for number, line in enumerate(lines, start=1):
+        if not line.isdigit() or int(line) not in wnids:
+            raise DataError(f"{path}: line {number}: {line!r} is no class number of {meta}")
+    return [wnids[int(line)] for line in lines]
+
+
+def _read_meta(path: str) -> dict[int, str]:
+    """Class id by ILSVRC number, from the development kit's ``synsets``. Raises DataError."""
+    try:
+        from scipy.io import loadmat  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading it needs scipy (pip install scipy); or give --val-labels with one class "
+            "id (n01440764) per line, or LOC_val_solution.csv"
+        ) from error
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        numbers, wnids = synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()
+        found = {int(number): str(wnid) for number, wnid in zip(numbers, wnids, strict=True)}
+    except Exception as error:  # what a damaged file raises, scipy does not say
+        raise DataError(f"{path}: not the development kit's meta.mat: {error}") from error
+    if len(found) != len(numbers):
+        raise DataError(f"{path}: a class number comes twice")
+    return found

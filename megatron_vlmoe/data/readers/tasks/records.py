@@ -29,10 +29,11 @@ class TaskInput:
         val_fraction: imagenet: share of each class's training images that makes ``val``.
         val_labels: imagenet: classes of images that lie in ``val`` without class folders.
         words: imagenet: file of a class id and its words per line; None: one in ``raw``, if any.
-        sentence1: mnli: name of the column of the premise.
-        sentence2: mnli: name of the column of the hypothesis.
-        label: mnli: name of the column of the class.
-        class_names: mnli: the classes in the order of their labels.
+        sentence1: mnli: name of the column of the premise; None: one of the usual names.
+        sentence2: mnli: name of the column of the hypothesis; None: one of the usual names.
+        label: mnli: name of the column of the class; None: one of the usual names.
+        class_names: mnli and imagenet: the classes in the order of their labels; None: those that
+            the data names, for mnli else entailment, neutral, contradiction.
     """
 
     task: str
@@ -44,10 +45,10 @@ class TaskInput:
     val_fraction: float = 0.0
     val_labels: str | None = None
     words: str | None = None
-    sentence1: str = "sentence1"
-    sentence2: str = "sentence2"
-    label: str = "gold_label"
-    class_names: tuple[str, ...] = ("entailment", "neutral", "contradiction")
+    sentence1: str | None = None
+    sentence2: str | None = None
+    label: str | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,50 @@ class Omitted:
 SampleStream = Iterator[TaskSample | Omitted | Reject]
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a task whose samples give them by name or by number.
+
+    Attributes:
+        names: the classes in the order of their labels.
+        numbered: what whole numbers in the data stand for, in their order; None: unknown.
+    """
+
+    names: tuple[str, ...]
+    numbered: tuple[str, ...] | None
+
+    def label(self, value: object) -> int:
+        """The label of a class as the data gives it: a name, a number, or the number as text.
+
+        Raises:
+            DataError: no such class, or nobody says what its number means.
+        """
+        number = value if isinstance(value, int) and not isinstance(value, bool) else None
+        if number is None and isinstance(value, str):
+            if value in self.names:
+                return self.names.index(value)
+            number = int(value) if value.isascii() and value.isdigit() else None
+        if number is None:
+            raise DataError(f"class {value!r} is none of {', '.join(self.names)}")
+        if self.numbered is None:
+            raise DataError(f"class {value!r} is a number: name the classes with --class-names")
+        if not 0 <= number < len(self.numbered):
+            last = len(self.numbered) - 1
+            raise DataError(f"class {value!r} is none of 0 to {last} ({', '.join(self.numbered)})")
+        return self.names.index(self.numbered[number])
+
+
 class TaskSource(Protocol):
     """One task's raw data."""
 
     @property
     def labels(self) -> Labels | None:
         """The classes; None if the task has none. Raises DataError."""
+        ...
+
+    @property
+    def fallback_answer(self) -> str | None:
+        """For vqa the most frequent answer of training; else None."""
         ...
 
     def splits(self) -> tuple[str, ...]:

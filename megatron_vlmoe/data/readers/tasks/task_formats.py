@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.readers.tasks.imagenet import ImageNetSource
+from megatron_vlmoe.data.readers.tasks.imagenet_tables import open_imagenet
 from megatron_vlmoe.data.readers.tasks.nlvr2 import Nlvr2Source
 from megatron_vlmoe.data.readers.tasks.records import TaskInput, TaskSource
 from megatron_vlmoe.data.readers.tasks.retrieval import RetrievalSource
@@ -18,7 +18,7 @@ TASK_SOURCES: Mapping[str, Callable[[TaskInput], TaskSource]] = {
     "vqa": VqaSource,
     "nlvr2": Nlvr2Source,
     "retrieval": RetrievalSource,
-    "imagenet": ImageNetSource,
+    "imagenet": open_imagenet,
     "mnli": SentencePairSource,
 }
 """Sources by the value of ``--task``."""
