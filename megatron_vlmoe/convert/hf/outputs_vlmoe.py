@@ -190,7 +190,9 @@ def retrieval_fields(
     """
     only = images if texts is None else texts if images is None else None
     whole = only if pairs is None else pairs
-    routed = [x for x in (texts, images, pairs, drawn) if x is not None and x.aux_loss is not None]
+    routed: list[Any] = [
+        x for x in (texts, images, pairs, drawn) if x is not None and x.aux_loss is not None
+    ]
     device = routed[0].aux_loss.device if routed else None
     return {
         "text_features": None if texts is None else texts.pooler_output,
