@@ -18,7 +18,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 AUTO_MODELS = {
     "vqa": "AutoModelForVisualQuestionAnswering",
@@ -339,28 +346,11 @@ def is_expert(name: str) -> bool:
     return ".experts." in name or ".router." in name
 
 
-def is_reached(name: str, task: str, config: Any) -> bool:
-    """Whether a sample of the task passes a parameter: the others would only be worn down by weight decay."""
-    if name.endswith("mask_token"):
-        return False
-    _, inside, rest = name.partition("encoder.layer.")
-    if not inside:
-        return task == "vqa" or "text_embeddings" not in name
-    block, _, rest = rest.partition(".")
-    if not rest.startswith("feed_forward."):
-        return True
-    branch = rest.split(".")[1]
-    if task == "imagenet":
-        return branch in ("vision", "shared")
-    has_pair_branch = int(block) >= config.num_hidden_layers - config.num_vl_layers
-    return (branch == "vl") == has_pair_branch
-
-
-def freeze(model: nn.Module, options: Options) -> None:
+def freeze(model: PreTrainedModel, options: Options) -> None:
     """Leaves what the task does not reach as it is, and routers and experts unless they are to be trained."""
+    model.freeze_unreached()
     for name, parameter in model.named_parameters():
-        kept = is_expert(name) and not options.train_experts
-        if kept or not is_reached(name, options.task, model.config):
+        if is_expert(name) and not options.train_experts:
             parameter.requires_grad_(False)
 
 
@@ -400,6 +390,12 @@ class VLMoETrainer(Trainer):
         # The model's loss is a mean of the batch: Trainer has to divide it by the accumulated batches.
         self.model_accepts_loss_kwargs = False
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
+        """The model's loss; in training of experts with the auxiliary losses of their routers."""
+        if self.options.train_experts and model.training:
+            inputs = {**inputs, "output_router_logits": True}
+        return super().compute_loss(model, inputs, **kwargs)
+
     def create_optimizer(self, *unused: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW; also with DeepSpeed, which takes it as it is."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -424,7 +420,7 @@ class VLMoETrainer(Trainer):
         return self.optimizer
 
 
-def load_model(options: Options, config: Any, labels: Sequence[str]) -> nn.Module:
+def load_model(options: Options, config: Any, labels: Sequence[str]) -> PreTrainedModel:
     """The model of the task, with a new head where the export has none for these labels."""
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}

@@ -1,8 +1,8 @@
 """A run's configuration as the `config.json` of an export, and back.
 
-What the architecture and inference need stands there under the names of the Hugging Face files. What only
-training needs (noise, auxiliary losses, objectives, the task's options) travels in one entry, `training`, so that
-an import goes on as the run was. Paths of datasets and of the machine do not travel.
+What the architecture, inference and training of routers need stands there under the names of the Hugging Face files.
+What only our own training needs (objectives, the task's options) travels in one entry, `training`, so that an import
+goes on as the run was. Paths of datasets and of the machine do not travel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from megatron_vlmoe.config.block_plan import moe_layer_numbers
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.schema import AuxLossConfig, ConfigError, RunConfig
 from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
 from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.data.task_labels import Labels
@@ -57,7 +57,12 @@ MOE_FIELDS = {
     "batch_priority": "batch_priority",
     "route_padding": "route_padding",
     "capacity_multiple_of": "capacity_multiple_of",
+    "aux_loss_coefficient": "router_aux_loss_coef",
+    "text_aux": "text_router_losses",
+    "vision_aux": "vision_router_losses",
+    "noise_std": "router_noise_std",
 }
+_NO_LOSSES = {field.name: 0.0 for field in dataclasses.fields(AuxLossConfig)}
 SPECIAL_TOKENS = ("bos", "pad", "eos", "mask")
 
 
@@ -78,7 +83,10 @@ def export_config(
         labels: the classes of a task.
     """
     model = {theirs: getattr(config.model, ours) for ours, theirs in MODEL_FIELDS.items()}
-    moe = {theirs: getattr(config.moe, ours) for ours, theirs in MOE_FIELDS.items()}
+    options = dataclasses.asdict(config.moe)
+    for pool in ("text_aux", "vision_aux"):
+        options[pool] = {loss: weight for loss, weight in options[pool].items() if weight}
+    moe = {theirs: options[ours] for ours, theirs in MOE_FIELDS.items()}
     # The numbers themselves: the default rule need not be known to read a config.json.
     moe["moe_layers"] = list(moe_layer_numbers(config.model, config.moe))
     content: dict[str, Any] = {
@@ -178,9 +186,14 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
     for section, fields in (("model", MODEL_FIELDS), ("moe", MOE_FIELDS)):
         sections.setdefault(section, {})
         for ours, theirs in fields.items():
-            if theirs not in content:
+            # Exports of earlier versions have the routers' losses and noise among the options of training.
+            if theirs in content:
+                sections[section][ours] = content[theirs]
+                if ours.endswith("_aux") and isinstance(content[theirs], Mapping):
+                    # A loss that is not named has no weight there, where ours have defaults.
+                    sections[section][ours] = {**_NO_LOSSES, **content[theirs]}
+            elif ours not in sections[section]:
                 raise ConvertError(f"{file}: has no {theirs}")
-            sections[section][ours] = content[theirs]
     if task:
         sections.setdefault("task", {})["name"] = task
     try:

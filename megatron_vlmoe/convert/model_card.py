@@ -63,8 +63,8 @@ from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 model = AutoModelForZeroShotImageClassification.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-texts = model.get_text_features(**processor(text=captions, return_tensors="pt"))
-images = model.get_image_features(**processor(images=images, return_tensors="pt"))
+texts = model.get_text_features(**processor(text=captions, return_tensors="pt")).pooler_output
+images = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
 similarity = texts @ images.T""",
     "imagenet": """\
 from transformers import AutoImageProcessor, AutoModelForImageClassification

@@ -104,8 +104,8 @@ def outputs(model: Any, task: str, given: dict[str, Any]) -> dict[str, Any]:
         return {"logits": model(**texts("pair"), pixel_values=two).logits}
     if task == "retrieval":
         return {
-            "text_features": model.get_text_features(**texts("text")),
-            "image_features": model.get_image_features(**images),
+            "text_features": model.get_text_features(**texts("text")).pooler_output,
+            "image_features": model.get_image_features(**images).pooler_output,
             "match_logits": model.match_logits(**texts("pair"), **images),
             "logit_scale": model.logit_scale,
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ from hf_folder import TINY
 
 from megatron_vlmoe.config import sizes
 from megatron_vlmoe.config.block_plan import block_plan, moe_layer_numbers
-from megatron_vlmoe.config.schema import ModelConfig, MoEConfig
-from megatron_vlmoe.moe import routing_ops
+from megatron_vlmoe.config.schema import AuxLossConfig, ModelConfig, MoEConfig
+from megatron_vlmoe.moe import aux_losses, routing_ops
 
 pytest.importorskip("transformers")
 
+from megatron_vlmoe.convert.hf import losses_vlmoe as losses
 from megatron_vlmoe.convert.hf import moe_vlmoe as moe
 from megatron_vlmoe.convert.hf.configuration_vlmoe import VLMoEConfig
 from megatron_vlmoe.convert.hf.modeling_vlmoe import VLMoEModel
@@ -166,7 +169,8 @@ def test_sparse_branch_is_a_loop_over_tokens(options, k, masked):
     # Four text tokens, then five image tokens; the second text has two tokens.
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 2:4] = False
-    output = branch(hidden, 4, mask if masked else None)
+    output, router = branch(hidden, 4, mask if masked else None)
+    assert router is None
     texts_then_images = [(n, t) for n in range(2) for t in range(4)]
     texts_then_images += [(n, t) for n in range(2) for t in range(4, 9)]
     rows = tuple(torch.tensor(index) for index in zip(*texts_then_images))
@@ -210,20 +214,33 @@ def test_capacity_is_that_of_the_trainer():
             assert moe.expert_capacity(tokens, experts, k, factor, multiple) == expected
 
 
-def test_grouped_matmul_is_one_expert_after_the_other():
-    experts = sparse_branch().experts.to(torch.bfloat16)
-    counts = torch.tensor([3, 0, 5, 0, 2])
-    rows = torch.randn(10, 16, dtype=torch.bfloat16)
+# Rows of five experts, of which two have none; the last two rows are not carried out.
+SORTED = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 4, 4, 5, 5])
+
+
+@pytest.mark.parametrize("way", ["kernel", "opaque", "batched"])
+def test_ways_to_run_experts_give_what_one_after_the_other_gives(way):
+    # The kernel of torch takes bf16 only.
+    dtype = torch.bfloat16 if way == "kernel" else torch.float32
+    experts = sparse_branch().experts.to(dtype)
+    run = {
+        "kernel": lambda *args: experts.grouped(*args, moe._torch_grouped_mm),
+        "opaque": lambda *args: experts.grouped(*args, moe._opaque_grouped_mm),
+        "batched": experts.batched,
+    }[way]
     found = []
-    for run in (experts.grouped, experts.one_by_one):
-        try:
-            outputs = run(rows, counts)
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            pytest.skip(f"torch has no grouped kernel for this device: {error}")
+    for function in (run, experts.one_by_one):
+        rows = torch.randn(12, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+        rows.requires_grad_()
+        outputs = function(rows, SORTED)
+        assert torch.equal(outputs[10:], torch.zeros(2, 16, dtype=dtype))
         # The gradient of a sum is expanded from one number.
-        found.append([outputs, *torch.autograd.grad(outputs.sum(), list(experts.parameters()))])
-    for grouped, plain in zip(*found):
-        assert torch.linalg.vector_norm(grouped - plain) <= 0.01 * torch.linalg.vector_norm(plain)
+        inputs = [rows, *experts.parameters()]
+        found.append([outputs, *torch.autograd.grad(outputs.sum(), inputs)])
+    tolerance = 0.01 if way == "kernel" else 1e-5
+    for other, plain in zip(*found):
+        difference = torch.linalg.vector_norm(other - plain)
+        assert difference <= tolerance * torch.linalg.vector_norm(plain)
 
 
 def test_only_experts_with_tokens_are_visited(monkeypatch):
@@ -231,15 +248,101 @@ def test_only_experts_with_tokens_are_visited(monkeypatch):
     calls = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda *args: calls.append(len(args[0])) or linear(*args))
-    experts.one_by_one(torch.randn(7, 16), torch.tensor([0, 3, 0, 4, 0]))
-    assert calls == [3, 3, 4, 4]
+    experts.one_by_one(torch.randn(12, 16), SORTED)
+    assert calls == [3, 3, 5, 5, 2, 2]
 
 
-def test_a_pool_without_a_routed_token_gives_zeros():
-    branch = sparse_branch()
-    hidden = torch.randn(1, 4, 16)
-    output = branch(hidden, 4, torch.zeros(1, 4, dtype=torch.bool))
+@pytest.mark.parametrize("implementation", moe.EXPERTS_IMPLEMENTATIONS)
+def test_a_pool_without_a_routed_token_gives_zeros_and_has_a_gradient(implementation):
+    branch = sparse_branch(experts_implementation=implementation)
+    output, _ = branch(torch.randn(1, 4, 16), 4, torch.zeros(1, 4, dtype=torch.bool))
     assert torch.equal(output, torch.zeros_like(output))
+    # Processes that train together wait for the gradient of every parameter.
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in branch.parameters())
+
+
+def pool_loss(logits, noisy, k, sigma, options, mask):
+    """The trainer's sum of the weighted losses of one pool."""
+    terms = options.active_terms()
+    statistics = aux_losses.compute_router_statistics(logits, noisy, k, sigma, terms, mask)
+    experts = options.global_entropy_experts
+    threshold = math.log(experts) if experts else None
+    losses = aux_losses.losses_from_statistics(statistics, terms, logits.shape[1], k, threshold)
+    return sum(getattr(options, name) * loss for name, loss in losses.items())
+
+
+LOSSES = {
+    "the text router's": {"load": 1.0},
+    "the vision router's": {"importance": 0.5, "load": 0.5},
+    "others": {
+        "z": 0.3,
+        "gshard": 2.0,
+        "local_entropy": 0.5,
+        "global_entropy": 0.7,
+        "global_entropy_experts": 4.5,
+    },
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("name", LOSSES)
+def test_router_losses_are_those_of_the_trainer(name, k, masked):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(30, 5, generator=generator, requires_grad=True)
+    noisy = logits + 0.2 * torch.randn(30, 5, generator=generator)
+    mask = torch.rand(30, generator=generator) < 0.6 if masked else None
+    expert = moe.top_k_experts(torch.softmax(noisy, dim=1), k)[1]
+    found = losses.router_loss(logits, noisy, expert, 0.2, LOSSES[name], mask)
+    expected = pool_loss(logits, noisy, k, 0.2, AuxLossConfig(**LOSSES[name]), mask)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+    nobody = torch.zeros(30, dtype=torch.bool)
+    assert losses.router_loss(logits, noisy, expert, 0.2, LOSSES[name], nobody) == 0.0
+
+
+def test_noise_chooses_while_a_router_is_trained(monkeypatch):
+    branch = sparse_branch(router_noise_std=-1.0, vision_router_losses={"load": 1.0})
+    drawn = torch.randn(9, 5)
+    monkeypatch.setattr(torch, "randn_like", lambda like: drawn)
+    hidden = torch.randn(1, 9, 16)
+    _, router = branch(hidden, 0, None, True)
+    logits = branch.router(branch.layernorm(hidden)[0])
+    assert torch.equal(router.logits, logits)
+    # Negative: one over the number of experts.
+    noisy = logits + drawn / 5
+    expert = noisy.argmax(dim=1)
+    assert not torch.equal(expert, logits.argmax(dim=1))
+    torch.testing.assert_close(router.loss, aux_losses.load_loss(logits, noisy, 1, 1 / 5))
+    routing = branch.route(branch._with_noise(logits), None)
+    assert torch.equal(routing.expert[:, 0], expert)
+    # Neither in evaluation nor where the router is frozen; the load is of the same sigma.
+    branch.router.weight.requires_grad_(False)
+    for module in (branch, branch.eval()):
+        assert module._with_noise(logits) is logits
+        torch.testing.assert_close(
+            module(hidden, 0, None, True)[1].loss, aux_losses.load_loss(logits, logits, 1, 1 / 5)
+        )
+        branch.router.weight.requires_grad_(True)
+
+
+def test_dropped_tokens_are_choices_without_a_place():
+    branch = sparse_branch(num_experts_per_tok=2, capacity_factor=0.5)
+    branch.eval()
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 2:4] = False
+    hidden = torch.randn(2, 9, 16)
+    _, router = branch(hidden, 4, mask, True)
+    # ceil(18 * 2 * 0.5 / 5) places at each of five experts, for two choices of 16 tokens.
+    load = torch.zeros(5, dtype=torch.long)
+    kept = moe.to_stream(mask.unsqueeze(2), 4).squeeze(1)
+    chosen = router.logits.topk(2, dim=1).indices[kept].flatten()
+    load.scatter_add_(0, chosen, torch.ones_like(chosen))
+    assert router.dropped == (load - 4).clamp(min=0).sum() and router.dropped > 0
+    branch.config.capacity_factor = 0.0
+    assert branch(hidden, 4, mask, True)[1].dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -253,6 +356,9 @@ def test_a_pool_without_a_routed_token_gives_zeros():
         ({"moe_modalities": "audio"}, "moe_modalities='audio'"),
         ({"num_experts_per_tok": 4}, "num_experts_per_tok=4"),
         ({"capacity_factor": float("inf")}, "capacity_factor=inf"),
+        ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef=nan"),
+        ({"text_router_losses": {"balance": 1.0}}, "text_router_losses has 'balance'"),
+        ({"vision_router_losses": {"load": float("inf")}}, "vision_router_losses['load']=inf"),
         ({"hidden_size": 0}, "hidden_size=0"),
         ({"hidden_size": 1.5}, "hidden_size=1.5"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
@@ -263,7 +369,7 @@ def test_a_pool_without_a_routed_token_gives_zeros():
     ],
 )
 def test_configuration_names_the_wrong_field(options, field):
-    with pytest.raises(ValueError, match=field.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(field)):
         config(**options)
 
 

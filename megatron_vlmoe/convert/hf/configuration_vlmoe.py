@@ -8,6 +8,10 @@ from typing import Any, NamedTuple, Optional, Sequence
 from transformers import PretrainedConfig
 
 MODALITIES = ("both", "text", "vision", "none")
+ROUTER_LOSSES = (
+    *("importance", "load", "z", "gshard", "local_entropy", "global_entropy"),
+    "global_entropy_experts",
+)
 TASKS = ("", "vqa", "nlvr2", "retrieval", "imagenet", "mnli")
 
 
@@ -65,6 +69,14 @@ class VLMoEConfig(PretrainedConfig):
         capacity_factor: places of all experts of a pool as a multiple of the choices of its tokens; tokens without a
             place get nothing from the pool. 0 or less limits nothing, so that a result does not depend on what else
             is in the batch; 1.0 is the paper's evaluation.
+        output_router_logits: every output has what the routers did, and every loss their auxiliary losses.
+        router_aux_loss_coef: weight of the routers' auxiliary losses in a loss (with `output_router_logits`).
+        text_router_losses: weights of the auxiliary losses of the routers of text tokens, by name: "importance",
+            "load", "z", "gshard", "local_entropy", "global_entropy"; and "global_entropy_experts", the number of
+            experts that shall at least be in use. By default the paper's (A.3).
+        vision_router_losses: the same of all other routers.
+        router_noise_std: standard deviation of the normal noise on the logits of routers while they are trained:
+            in training mode, unless their weights are frozen. Negative means 1 / experts, as in the paper.
         logit_scale_init_value: initial logarithm of the inverse temperature of contrastive retrieval.
         task: what the model was fine-tuned on: "", "vqa", "nlvr2", "retrieval", "imagenet" or "mnli".
         training: options of the training program, kept as they are.
@@ -75,6 +87,8 @@ class VLMoEConfig(PretrainedConfig):
     """
 
     model_type = "vlmoe"
+    # Trainer joins the outputs of batches but for these, which are no predictions.
+    keys_to_ignore_at_inference = ["aux_loss", "router_logits", "dropped_tokens"]
 
     def __init__(
         self,
@@ -113,6 +127,11 @@ class VLMoEConfig(PretrainedConfig):
         route_padding: bool = False,
         capacity_multiple_of: int = 1,
         capacity_factor: float = 0.0,
+        output_router_logits: bool = False,
+        router_aux_loss_coef: float = 0.01,
+        text_router_losses: Optional[dict[str, float]] = None,
+        vision_router_losses: Optional[dict[str, float]] = None,
+        router_noise_std: float = 0.0,
         logit_scale_init_value: float = 2.6592,
         task: str = "",
         training: Optional[dict[str, Any]] = None,
@@ -149,6 +168,15 @@ class VLMoEConfig(PretrainedConfig):
         self.route_padding = route_padding
         self.capacity_multiple_of = capacity_multiple_of
         self.capacity_factor = capacity_factor
+        self.output_router_logits = output_router_logits
+        self.router_aux_loss_coef = router_aux_loss_coef
+        if text_router_losses is None:
+            text_router_losses = {"load": 1.0}
+        if vision_router_losses is None:
+            vision_router_losses = {"importance": 0.5, "load": 0.5}
+        self.text_router_losses = dict(text_router_losses)
+        self.vision_router_losses = dict(vision_router_losses)
+        self.router_noise_std = router_noise_std
         self.logit_scale_init_value = logit_scale_init_value
         self.task = task
         self.training = dict(training or {})
@@ -256,10 +284,15 @@ class VLMoEConfig(PretrainedConfig):
             _require_integer(name, getattr(self, name), 0)
         for name in ("num_experts_per_tok", "capacity_multiple_of"):
             _require_integer(name, getattr(self, name), 1)
-        _require(
-            math.isfinite(self.capacity_factor),
-            f"capacity_factor={self.capacity_factor} must be finite",
-        )
+        for name in ("capacity_factor", "router_aux_loss_coef", "router_noise_std"):
+            value = getattr(self, name)
+            _require(math.isfinite(value), f"{name}={value} must be finite")
+        for name in ("text_router_losses", "vision_router_losses"):
+            weights = getattr(self, name)
+            _require(isinstance(weights, dict), f"{name} must be a dictionary of weights")
+            for loss, weight in weights.items():
+                _require(loss in ROUTER_LOSSES, f"{name} has {loss!r}, not one of {ROUTER_LOSSES}")
+                _require(math.isfinite(weight), f"{name}[{loss!r}]={weight} must be finite")
         blocks = range(1, self.num_hidden_layers + 1)
         for number in self.moe_layers:
             _require(

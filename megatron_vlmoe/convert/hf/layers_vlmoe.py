@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vlmoe import VLMoEConfig
-from .moe_vlmoe import VLMoEFeedForward, output_init_scale
+from .moe_vlmoe import RouterOutput, VLMoEFeedForward, output_init_scale
 
 
 class VLMoETextEmbeddings(nn.Module):
@@ -30,17 +30,34 @@ class VLMoETextEmbeddings(nn.Module):
             nn.Parameter(torch.zeros(1, 1, width)) if config.use_token_type_embeddings else None
         )
 
-    def forward(self, input_ids: Optional[Tensor], inputs_embeds: Optional[Tensor]) -> Tensor:
+    def forward(
+        self,
+        input_ids: Optional[Tensor],
+        inputs_embeds: Optional[Tensor],
+        attention_mask: Optional[Tensor] = None,
+    ) -> Tensor:
         """Ids ``[n, Lt]``, or their embeddings ``[n, Lt, D]``, to ``[n, Lt, D]``.
 
+        With an attention mask ``[n, Lt]`` positions count from the first token that is no padding, so that padding on
+        the left changes nothing.
+
         Raises:
-            ValueError: more tokens than positions.
+            ValueError: more tokens than positions, or none.
         """
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length, most = words.shape[1], self.position_embeddings.shape[1]
         if length > most:
             raise ValueError(f"a text of {length} tokens; the model has positions for {most}")
-        tokens = words + self.position_embeddings[:, :length]
+        if length == 0:
+            raise ValueError(
+                "a text of 0 tokens; the tokenizer gives an empty text two, its beginning and its end"
+            )
+        positions = self.position_embeddings[:, :length]
+        if attention_mask is not None:
+            places = torch.arange(length, device=attention_mask.device)
+            places = (places - first_places(attention_mask).unsqueeze(1)).clamp(min=0)
+            positions = F.embedding(places.to(positions.device), positions[0])
+        tokens = words + positions
         if self.token_type_embedding is not None:
             tokens = tokens + self.token_type_embedding
         return tokens
@@ -100,7 +117,7 @@ class VLMoEImageEmbeddings(nn.Module):
                     "one value for every patch"
                 )
             patches = torch.where(bool_masked_pos.bool().unsqueeze(2), self.mask_token, patches)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         tokens = tokens + self._positions(*pixel_values.shape[2:])
         if self.token_type_embedding is not None:
             tokens = tokens + self.token_type_embedding
@@ -205,7 +222,7 @@ class VLMoEDropPath(nn.Module):
         """``[n, L, D]`` to ``[n, L, D]``."""
         if self.rate == 0.0 or not self.training:
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
         return branch * (kept / (1.0 - self.rate)).to(branch.dtype)
 
     def extra_repr(self) -> str:
@@ -241,19 +258,27 @@ class VLMoELayer(GradientCheckpointingLayer):
         attention_mask: Optional[Tensor],
         token_mask: Optional[Tensor],
         text_length: int,
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """``[n, L, D]`` to ``[n, L, D]``, and the attention weights where the implementation has them.
+        output_router_logits: bool = False,
+    ) -> tuple[Optional[Tensor], ...]:
+        """``[n, L, D]`` to ``[n, L, D]``, attention weights where the implementation has them, and what routers did.
+
+        The latter one after the other, the three fields of a `RouterOutput` each: a checkpoint of the layer hands
+        gradients on to tensors that it returns, not to those inside of tuples.
 
         Args:
             hidden_states: text tokens, then image tokens ``[n, L, D]``.
             attention_mask: keys that may be seen, bool ``[n, 1, 1, L]``; None: all.
             token_mask: tokens that are no padding, bool ``[n, L]``; None: all.
             text_length: Lt.
+            output_router_logits: returns what every router of the block did.
         """
         branch, weights = self.attention(self.layernorm_before(hidden_states), attention_mask)
         hidden_states = self._add(hidden_states, branch, self.lambda_1)
-        branch = self.feed_forward(hidden_states, text_length, token_mask)
-        return self._add(hidden_states, branch, self.lambda_2), weights
+        branch, routers = self.feed_forward(
+            hidden_states, text_length, token_mask, output_router_logits
+        )
+        hidden_states = self._add(hidden_states, branch, self.lambda_2)
+        return (hidden_states, weights, *(value for router in routers for value in router))
 
     def _add(self, hidden_states: Tensor, branch: Tensor, scale: Optional[nn.Parameter]) -> Tensor:
         if scale is not None:
@@ -278,16 +303,27 @@ class VLMoEEncoder(nn.Module):
         text_length: int,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Optional[tuple[Tensor, ...]], Optional[tuple[Tensor, ...]]]:
-        """Hidden states ``[n, L, D]`` after the last block; those before the first and after every block, and
-        the attention weights of every block, where asked for. See `VLMoELayer.forward` for the other arguments."""
+        output_router_logits: bool = False,
+    ) -> tuple[
+        Tensor,
+        Optional[tuple[Tensor, ...]],
+        Optional[tuple[Tensor, ...]],
+        Optional[tuple[RouterOutput, ...]],
+    ]:
+        """Hidden states ``[n, L, D]`` after the last block; those before the first and after every block, the
+        attention weights of every block, and what every router did, where asked for. See `VLMoELayer.forward` for
+        the other arguments."""
         if self.gradient_checkpointing and self.training and not hidden_states.requires_grad:
             # Where embeddings are frozen: from such an input reentrant checkpoints give no gradient to anything.
             hidden_states.requires_grad_()
         states: list[Tensor] = [hidden_states]
         weights: list[Tensor] = []
+        routers: list[RouterOutput] = []
         for layer in self.layer:
-            hidden_states, attention = layer(hidden_states, attention_mask, token_mask, text_length)
+            hidden_states, attention, *routed = layer(
+                hidden_states, attention_mask, token_mask, text_length, output_router_logits
+            )
+            routers += [RouterOutput(*routed[at : at + 3]) for at in range(0, len(routed), 3)]
             if output_hidden_states:
                 states.append(hidden_states)
             if output_attentions:
@@ -296,31 +332,66 @@ class VLMoEEncoder(nn.Module):
             hidden_states,
             tuple(states) if output_hidden_states else None,
             tuple(weights) if output_attentions else None,
+            tuple(routers) if output_router_logits else None,
         )
 
 
+def first_places(attention_mask: Tensor) -> Tensor:
+    """Where the first token of every text stands that is no padding, of ``[n, Lt]``: ``[n]``; 0 if all is padding."""
+    return attention_mask.bool().long().argmax(dim=1)
+
+
 class VLMoEPooler(nn.Module):
-    """``tanh(W x + b)`` of the first token of a sample: ``[n, L, D]`` to ``[n, D]`` (BERT)."""
+    """``tanh(W x + b)`` of the first token of a text: ``[n, D]`` to ``[n, D]`` (BERT)."""
 
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, first_token: Tensor) -> Tensor:
         """See the class."""
-        return torch.tanh(self.dense(hidden_states[:, 0]))
+        return torch.tanh(self.dense(first_token))
+
+
+class VLMoEOutputLinear(nn.Linear):
+    """A linear layer that computes in fp32, whatever its inputs and weights are and under autocast too.
+
+    Rounded to bf16, logits that are close to each other are often equal.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[..., inputs]`` to fp32 ``[..., C]``."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.float(), self.weight.float(), self.bias.float())
 
 
 class VLMoEClassifier(nn.Module):
-    """Linear to 2 D, LayerNorm, GELU, linear to the classes (VLMo): ``[n, inputs]`` to ``[n, C]``."""
+    """Linear to 2 D, LayerNorm, GELU, linear to the classes (VLMo): ``[n, inputs]`` to fp32 ``[n, C]``."""
 
     def __init__(self, config: VLMoEConfig, inputs: int) -> None:
         super().__init__()
         inner = 2 * config.hidden_size
         self.dense = nn.Linear(inputs, inner)
         self.norm = nn.LayerNorm(inner, eps=config.layer_norm_eps)
-        self.output = nn.Linear(inner, config.num_labels)
+        self.output = VLMoEOutputLinear(inner, config.num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
         """See the class."""
         return self.output(F.gelu(self.norm(self.dense(features))))
+
+
+def prediction_head(config: VLMoEConfig, classes: int) -> Optional[nn.Linear]:
+    """The head that predicts one of so many pieces or codes; None for none."""
+    return nn.Linear(config.hidden_size, classes) if classes else None
+
+
+def needed_head(config: VLMoEConfig, field: str) -> nn.Linear:
+    """The prediction head whose size a field of the configuration gives.
+
+    Raises:
+        ValueError: that is 0.
+    """
+    head = prediction_head(config, getattr(config, field))
+    if head is None:
+        raise ValueError(f"a model with {field}=0 has no such head")
+    return head

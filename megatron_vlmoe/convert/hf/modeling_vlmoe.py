@@ -11,12 +11,6 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    ImageClassifierOutput,
-    MaskedImageModelingOutput,
-    MaskedLMOutput,
-    SequenceClassifierOutput,
-)
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmoe import VLMoEConfig
@@ -24,8 +18,11 @@ from .layers_vlmoe import (
     VLMoEClassifier,
     VLMoEEncoder,
     VLMoEImageEmbeddings,
+    VLMoEOutputLinear,
     VLMoEPooler,
     VLMoETextEmbeddings,
+    needed_head,
+    prediction_head,
 )
 from .losses_vlmoe import (
     answer_loss,
@@ -33,12 +30,23 @@ from .losses_vlmoe import (
     contrastive_loss,
     hard_negative_pairs,
     masked_loss,
+    total_loss,
 )
-from .moe_vlmoe import VLMoEExperts, VLMoERouter
+from .moe_vlmoe import VLMoEExperts, VLMoERouter, routing_outputs
 from .outputs_vlmoe import (
+    VLMoEFeaturesOutput,
     VLMoEForImageAndTextRetrievalOutput,
     VLMoEForPreTrainingOutput,
+    VLMoEImageClassifierOutput,
+    VLMoEMaskedImageModelingOutput,
+    VLMoEMaskedLMOutput,
     VLMoEModelOutput,
+    VLMoESequenceClassifierOutput,
+    carried,
+    first_text_tokens,
+    needed,
+    retrieval_fields,
+    unit_features,
 )
 from .pretrained_vlmoe import PRETRAINING_HEADS, TASK_HEADS, VLMoEPreTrainedModel
 
@@ -80,7 +88,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: Optional[bool] = None,
         output_attentions: Optional[bool] = None,
-        **kwargs: Any,
+        output_router_logits: Optional[bool] = None,
     ) -> VLMoEModelOutput:
         """Hidden states of texts, of images, or of pairs: text i with image i.
 
@@ -93,15 +101,18 @@ class VLMoEModel(VLMoEPreTrainedModel):
             interpolate_pos_encoding: takes images of other sizes than the model's.
             output_hidden_states: returns those of all blocks.
             output_attentions: returns attention weights (`attn_implementation="eager"` only).
-            **kwargs: `return_dict`.
+            output_router_logits: returns what the routers did; see [`VLMoERoutingOutput`].
 
         Raises:
+            TypeError: an argument that is none of these nor `return_dict`.
             ValueError: inputs that do not go with each other or with the model.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs attn_implementation="eager"')
         text = self._embed_text(input_ids, inputs_embeds, attention_mask)
@@ -109,8 +120,10 @@ class VLMoEModel(VLMoEPreTrainedModel):
         parts = [part for part in (text, image) if part is not None]
         if not parts:
             raise ValueError("give input_ids, inputs_embeds or pixel_values")
-        if len({len(part) for part in parts}) > 1:
-            raise ValueError(f"{len(parts[0])} texts and {len(parts[1])} images are no pairs")
+        # Shapes, not `len`: it would make an exported or compiled graph one for this number of samples alone.
+        if parts[0].shape[0] != parts[-1].shape[0]:
+            texts, images = (part.shape[0] for part in parts)
+            raise ValueError(f"{texts} texts and {images} images are no pairs")
         text_length = 0 if text is None else text.shape[1]
         # A `device_map` may have the two tables on different devices.
         hidden = torch.cat([part.to(parts[0].device) for part in parts], dim=1)
@@ -119,13 +132,14 @@ class VLMoEModel(VLMoEPreTrainedModel):
             # No part of an image is padding.
             beyond = hidden.shape[1] - text_length
             token_mask = F.pad(attention_mask.bool(), (0, beyond), value=True)
-        hidden, states, attentions = self.encoder(
+        hidden, states, attentions, routers = self.encoder(
             hidden,
             None if token_mask is None else token_mask[:, None, None, :],
             token_mask,
             text_length,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
         )
         hidden = self.layernorm(hidden)
         return VLMoEModelOutput(
@@ -134,6 +148,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             image_hidden_state=None if image is None else hidden[:, text_length:],
             hidden_states=states,
             attentions=attentions,
+            **routing_outputs(routers, hidden.device),
         )
 
     def _embed_text(
@@ -158,7 +173,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 f"attention_mask is {list(attention_mask.shape)}, not {list(given.shape[:2])}: "
                 "one value for every token of the text"
             )
-        return self.text_embeddings(input_ids, inputs_embeds)
+        return self.text_embeddings(input_ids, inputs_embeds, attention_mask)
 
     def _embed_image(
         self, pixel_values: Optional[Tensor], bool_masked_pos: Optional[Tensor], any_size: bool
@@ -179,8 +194,8 @@ class VLMoEForPreTraining(VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mlm_head = _head(config, config.vocab_size)
-        self.mim_head = _head(config, config.visual_vocab_size)
+        self.mlm_head = prediction_head(config, config.vocab_size)
+        self.mim_head = prediction_head(config, config.visual_vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -215,23 +230,24 @@ class VLMoEForPreTraining(VLMoEPreTrainedModel):
             mim_logits = self.mim_head(outputs.image_hidden_state[:, 1:])
         mlm_loss, mim_loss = masked_loss(mlm_logits, labels), masked_loss(mim_logits, image_labels)
         return VLMoEForPreTrainingOutput(
-            loss=_total(mlm_loss, mim_loss),
+            loss=self._with_aux_loss(total_loss(mlm_loss, mim_loss), outputs.aux_loss),
             mlm_loss=mlm_loss,
             mim_loss=mim_loss,
             mlm_logits=mlm_logits,
             mim_logits=mim_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **carried(outputs),
         )
 
 
 class VLMoEForMaskedLM(VLMoEPreTrainedModel):
     """Predicts the pieces of masked tokens of texts, or of texts with an image."""
 
+    input_kinds = ("texts", "pairs")
+
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mlm_head = _needed_head(config, "vocab_size")
+        self.mlm_head = needed_head(config, "vocab_size")
         self.post_init()
 
     @can_return_tuple
@@ -242,23 +258,26 @@ class VLMoEForMaskedLM(VLMoEPreTrainedModel):
         pixel_values: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput:
+    ) -> VLMoEMaskedLMOutput:
         """Logits ``[n, Lt, V]``; `labels` are pieces, -100 where none is predicted ``[n, Lt]``."""
         outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
-        logits = self.mlm_head(_needed(outputs.text_hidden_state, "input_ids"))
+        logits = self.mlm_head(needed(outputs.text_hidden_state, "input_ids"))
         loss = masked_loss(logits, labels)
-        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoEMaskedLMOutput(
+            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
+        )
 
 
 class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
     """Predicts the codes of masked patches of images, or of images with a text."""
 
     main_input_name = "pixel_values"
+    input_kinds = ("images", "pairs")
 
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mim_head = _needed_head(config, "visual_vocab_size")
+        self.mim_head = needed_head(config, "visual_vocab_size")
         self.post_init()
 
     @can_return_tuple
@@ -270,18 +289,22 @@ class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
         input_ids: Optional[Tensor] = None,
         attention_mask: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> MaskedImageModelingOutput:
+    ) -> VLMoEMaskedImageModelingOutput:
         """Logits ``[n, N, C]`` (as `reconstruction`); `labels` are codes, -100 where none is predicted ``[n, N]``."""
         outputs = self.vlmoe(
             input_ids, attention_mask, pixel_values, bool_masked_pos, **_nested(kwargs)
         )
-        logits = self.mim_head(_needed(outputs.image_hidden_state, "pixel_values")[:, 1:])
+        logits = self.mim_head(needed(outputs.image_hidden_state, "pixel_values")[:, 1:])
         loss = masked_loss(logits, labels)
-        return MaskedImageModelingOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoEMaskedImageModelingOutput(
+            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
+        )
 
 
 class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
     """Chooses the answer to a question about an image (VQAv2)."""
+
+    input_kinds = ("pairs",)
 
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
@@ -298,18 +321,22 @@ class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
         pixel_values: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> VLMoESequenceClassifierOutput:
         """Logits ``[n, C]``; `labels` are the scores of all answers, 0 to 1 ``[n, C]``."""
         outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
-        _needed(outputs.image_hidden_state, "pixel_values")
-        pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
+        needed(outputs.image_hidden_state, "pixel_values")
+        pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
         loss = answer_loss(logits, labels)
-        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoESequenceClassifierOutput(
+            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
+        )
 
 
 class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
     """Says whether a sentence is true of two images (NLVR2)."""
+
+    input_kinds = ("pairs",)
 
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
@@ -327,7 +354,7 @@ class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
         labels: Optional[Tensor] = None,
         inputs_embeds: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> VLMoESequenceClassifierOutput:
         """Logits ``[n, C]``.
 
         The model reads 2 n pairs, those of a sample one after the other; hidden states are theirs.
@@ -343,7 +370,7 @@ class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
         Raises:
             ValueError: there are not two images for every sentence.
         """
-        images = _needed(pixel_values, "pixel_values")
+        images = needed(pixel_values, "pixel_values")
         if images.dim() != 5 or images.shape[1] != 2:
             raise ValueError(
                 f"pixel_values is {list(images.shape)}, not [samples, 2, channels, height, width]"
@@ -354,21 +381,24 @@ class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
         )
         kwargs = {**_nested(kwargs), "inputs_embeds": embeds}
         outputs = self.vlmoe(ids, mask, images.flatten(0, 1), **kwargs)
-        pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
-        logits = self.classifier(pooled.view(len(images), -1))
+        pooled = self.pooler(first_text_tokens(outputs, mask))
+        logits = self.classifier(pooled.view(images.shape[0], -1))
         loss = classification_loss(logits, labels, self.config)
-        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoESequenceClassifierOutput(
+            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
+        )
 
 
 class VLMoEForImageClassification(VLMoEPreTrainedModel):
     """Classifies images by the mean of their patches (ImageNet)."""
 
     main_input_name = "pixel_values"
+    input_kinds = ("images",)
 
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = VLMoEOutputLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -377,23 +407,27 @@ class VLMoEForImageClassification(VLMoEPreTrainedModel):
         pixel_values: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> ImageClassifierOutput:
+    ) -> VLMoEImageClassifierOutput:
         """Logits ``[n, C]``; `labels` are classes ``[n]``."""
-        images = _needed(pixel_values, "pixel_values")
+        images = needed(pixel_values, "pixel_values")
         outputs = self.vlmoe(pixel_values=images, **_nested(kwargs))
         logits = self.classifier(outputs.image_hidden_state[:, 1:].mean(dim=1))
         loss = classification_loss(logits, labels, self.config)
-        return ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoEImageClassifierOutput(
+            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
+        )
 
 
 class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
     """Classifies texts, and pairs of texts (MNLI)."""
 
+    input_kinds = ("texts",)
+
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
         self.pooler = VLMoEPooler(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = VLMoEOutputLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -403,13 +437,15 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
         attention_mask: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> VLMoESequenceClassifierOutput:
         """Logits ``[n, C]``; `labels` are classes ``[n]``, or as `problem_type` says."""
         outputs = self.vlmoe(input_ids, attention_mask, **_nested(kwargs))
-        pooled = self.pooler(_needed(outputs.text_hidden_state, "input_ids"))
+        pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
         loss = classification_loss(logits, labels, self.config)
-        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return VLMoESequenceClassifierOutput(
+            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
+        )
 
 
 class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
@@ -424,24 +460,35 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         # fp32: in bf16 it would move in steps of 1/64.
         self.logit_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
         self.pooler = VLMoEPooler(config)
-        self.matching = nn.Linear(width, 2)
+        self.matching = VLMoEOutputLinear(width, 2)
         self.post_init()
 
+    @can_return_tuple
     def get_text_features(
         self,
         input_ids: Optional[Tensor] = None,
         attention_mask: Optional[Tensor] = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """Unit vectors of texts in fp32: ids ``[n, Lt]`` to ``[n, D]``."""
-        outputs = self.vlmoe(input_ids, attention_mask, **_nested(kwargs))
-        hidden = _needed(outputs.text_hidden_state, "input_ids")
-        return F.normalize(self.text_projection(hidden[:, 0]).float(), dim=-1)
+    ) -> VLMoEFeaturesOutput:
+        """Texts ``[m, Lt]`` as unit vectors in fp32: `pooler_output` ``[m, D]``.
 
-    def get_image_features(self, pixel_values: Optional[Tensor] = None, **kwargs: Any) -> Tensor:
-        """Unit vectors of images in fp32: pixels ``[n, 3, S, S]`` to ``[n, D]``."""
-        outputs = self.vlmoe(pixel_values=_needed(pixel_values, "pixel_values"), **_nested(kwargs))
-        return F.normalize(self.image_projection(outputs.image_hidden_state[:, 0]).float(), dim=-1)
+        `last_hidden_state` has all tokens ``[m, Lt, D]``. See [`VLMoEModel.forward`] for the other arguments.
+        """
+        outputs = self.vlmoe(input_ids, attention_mask, None, **_nested(kwargs))
+        vectors = self.text_projection(first_text_tokens(outputs, attention_mask))
+        return unit_features(outputs, vectors)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Optional[Tensor] = None, **kwargs: Any
+    ) -> VLMoEFeaturesOutput:
+        """Images ``[n, 3, S, S]`` as unit vectors in fp32: `pooler_output` ``[n, D]``.
+
+        `last_hidden_state` has [I_CLS] and the patches ``[n, 1 + N, D]``. The rest is as with texts.
+        """
+        images = needed(pixel_values, "pixel_values")
+        outputs = self.vlmoe(None, None, images, inputs_embeds=None, **_nested(kwargs))
+        return unit_features(outputs, self.image_projection(outputs.image_hidden_state[:, 0]))
 
     def match_logits(
         self,
@@ -450,10 +497,13 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         pixel_values: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> Tensor:
-        """No match, match ``[n, 2]`` for text i with image i; the pair is read as a whole."""
-        images = _needed(pixel_values, "pixel_values")
-        outputs = self.vlmoe(input_ids, attention_mask, images, **_nested(kwargs))
-        return self.matching(self.pooler(_needed(outputs.text_hidden_state, "input_ids")))
+        """No match, match ``[n, 2]`` in fp32 for text i with image i; the pair is read as a whole."""
+        return self._match(input_ids, attention_mask, pixel_values, **kwargs)[1]
+
+    def _match(self, ids: Any, mask: Any, pixels: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        images = needed(pixels, "pixel_values")
+        outputs = self.vlmoe(ids, mask, images, **_nested(kwargs))
+        return outputs, self.matching(self.pooler(first_text_tokens(outputs, mask)))
 
     @can_return_tuple
     def forward(
@@ -464,7 +514,6 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         labels: Optional[Tensor] = None,
         return_loss: Optional[bool] = None,
         output_match_logits: bool = False,
-        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> VLMoEForImageAndTextRetrievalOutput:
         """Features and similarities of all texts with all images.
@@ -477,40 +526,38 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
             return_loss: text i and image i belong together, all others do not: gives the contrastive loss, and
                 without `labels` the matching loss of these pairs and of hard negatives drawn from the batch.
             output_match_logits: judges text i with image i; `labels` do so too.
-            interpolate_pos_encoding: takes images of other sizes than the model's.
-            **kwargs: not used.
+            **kwargs: of the model, which reads texts, images, pairs that are judged, and pairs that are drawn.
 
         Raises:
             ValueError: nothing was given, or pairs are asked for and texts and images are not as many.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("give input_ids or pixel_values")
-        image_options = {"interpolate_pos_encoding": interpolate_pos_encoding}
-        texts = images = per_text = match_logits = contrastive = matching = None
+        texts = images = pairs = drawn = per_text = match_logits = contrastive = matching = None
         if input_ids is not None:
-            texts = self.get_text_features(input_ids, attention_mask)
+            texts = self.get_text_features(input_ids, attention_mask, **_nested(kwargs))
         if pixel_values is not None:
-            images = self.get_image_features(pixel_values, **image_options)
+            images = self.get_image_features(pixel_values, **_nested(kwargs))
         if texts is not None and images is not None:
-            per_text = self._similarity(texts, images)
-        pairs = (input_ids, attention_mask, pixel_values)
+            per_text = self._similarity(texts.pooler_output, images.pooler_output)
+        given = (input_ids, attention_mask, pixel_values)
         if output_match_logits or labels is not None:
-            match_logits = self.match_logits(*pairs, **image_options)
+            pairs, match_logits = self._match(*given, **kwargs)
             if labels is not None:
-                matching = F.cross_entropy(match_logits.float(), labels.to(match_logits.device))
+                matching = F.cross_entropy(match_logits, labels.to(match_logits.device))
         if return_loss:
             contrastive = contrastive_loss(per_text)
             if labels is None:
-                matching = self._matching_loss(per_text, *pairs, **image_options)
+                drawn, matching = self._matching_loss(per_text, *given, **kwargs)
+        fields = retrieval_fields(texts, images, pairs, drawn)
         return VLMoEForImageAndTextRetrievalOutput(
-            loss=_total(contrastive, matching),
+            loss=self._with_aux_loss(total_loss(contrastive, matching), fields["aux_loss"]),
             contrastive_loss=contrastive,
             matching_loss=matching,
             logits_per_image=None if per_text is None else per_text.t(),
             logits_per_text=per_text,
-            text_features=texts,
-            image_features=images,
             match_logits=match_logits,
+            **fields,
         )
 
     def _similarity(self, texts: Tensor, images: Tensor) -> Tensor:
@@ -520,46 +567,18 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
             return scale * (texts @ images.to(texts.device).t())
 
     def _matching_loss(
-        self,
-        similarity: Tensor,
-        input_ids: Tensor,
-        attention_mask: Optional[Tensor],
-        pixel_values: Tensor,
-        **kwargs: Any,
-    ) -> Tensor:
+        self, similarity: Tensor, ids: Tensor, mask: Optional[Tensor], pixels: Tensor, **kwargs: Any
+    ) -> tuple[VLMoEModelOutput, Tensor]:
         """Loss of every pair, of its text with a wrong image, and of its image with a wrong text (VLMo)."""
-        texts, images, target = (x.to(input_ids.device) for x in hard_negative_pairs(similarity))
-        mask = None if attention_mask is None else attention_mask[texts]
-        logits = self.match_logits(input_ids[texts], mask, pixel_values[images], **kwargs)
-        return F.cross_entropy(logits.float(), target.to(logits.device))
+        texts, images, target = (x.to(ids.device) for x in hard_negative_pairs(similarity))
+        mask = None if mask is None else mask[texts]
+        outputs, logits = self._match(ids[texts], mask, pixels[images], **kwargs)
+        return outputs, F.cross_entropy(logits, target.to(logits.device))
 
 
 def _nested(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a head for the model inside, which always returns its outputs by name."""
     return {**kwargs, "return_dict": True}
-
-
-def _needed(value: Optional[Tensor], name: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"this model needs {name}")
-    return value
-
-
-def _head(config: VLMoEConfig, classes: int) -> Optional[nn.Linear]:
-    return nn.Linear(config.hidden_size, classes) if classes else None
-
-
-def _needed_head(config: VLMoEConfig, field: str) -> nn.Linear:
-    head = _head(config, getattr(config, field))
-    if head is None:
-        raise ValueError(f"a model with {field}=0 has no such head")
-    return head
-
-
-def _total(*losses: Optional[Tensor]) -> Optional[Tensor]:
-    """Sum of the losses that there are; None if there is none."""
-    found = [loss for loss in losses if loss is not None]
-    return torch.stack(found).sum() if found else None
 
 
 # The experts stand here because transformers 4 copies no modules but those that this one names itself.

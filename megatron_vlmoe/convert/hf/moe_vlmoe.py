@@ -1,19 +1,22 @@
 """Feed-forward branches of VL-MoE: dense FFNs, and pools of experts with their routers.
 
 Letters in shapes: n samples, L tokens of a sample, Lt of them text, T tokens of a pool in the batch, D width, F inner
-width, E experts, K experts per token, R rows: choices of tokens that are carried out.
+width, E experts, K experts per token, R rows: one for every choice of a token, T * K.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_vlmoe import VLMoEConfig
+from .losses_vlmoe import router_loss
+
+EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 class VLMoEDenseBranch(nn.Module):
@@ -31,9 +34,15 @@ class VLMoEDenseBranch(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.fc2.init_scale = output_init_scale(layer_number)
 
-    def forward(self, hidden_states: Tensor, text_length: int, mask: Optional[Tensor]) -> Tensor:
-        """``[n, L, D]`` to ``[n, L, D]``; the other arguments are those of a sparse branch."""
-        return self.fc2(F.gelu(self.fc1(self.layernorm(hidden_states))))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        text_length: int,
+        mask: Optional[Tensor],
+        output_router_logits: bool = False,
+    ) -> tuple[Tensor, None]:
+        """``[n, L, D]`` to ``[n, L, D]``, and nothing of a router; the arguments are those of a sparse branch."""
+        return self.fc2(F.gelu(self.fc1(self.layernorm(hidden_states)))), None
 
 
 class VLMoERouter(nn.Module):
@@ -46,17 +55,25 @@ class VLMoERouter(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Gates in fp32: ``[T, D]`` to ``[T, E]``, each row with sum 1."""
+        """Logits in fp32: ``[T, D]`` to ``[T, E]``."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return torch.softmax(F.linear(tokens.float(), self.weight.float()), dim=1)
+            return F.linear(tokens.float(), self.weight.float())
 
 
 class VLMoEExperts(nn.Module):
-    """The FFNs of one pool as batched weights ``[E, ...]``."""
+    """The FFNs of one pool as batched weights ``[E, ...]``.
+
+    Args:
+        config: sizes, and with transformers 5 `_experts_implementation`: "eager" runs one expert after the other,
+            "grouped_mm" (the default) all of them in one product, "batched_mm" gathers the weights of every choice.
+        num_experts: E.
+        layer_number: number of the block, from 1.
+    """
 
     def __init__(self, config: VLMoEConfig, num_experts: int, layer_number: int) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
+        self.config = config
         self.num_experts = num_experts
         self.init_scale = output_init_scale(layer_number)
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, inner, width))
@@ -64,51 +81,105 @@ class VLMoEExperts(nn.Module):
         self.fc2_weight = nn.Parameter(torch.empty(num_experts, width, inner))
         self.fc2_bias = nn.Parameter(torch.zeros(num_experts, width))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Every expert's FFN on its own rows.
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Gated sum of the outputs of every token's experts.
+
+        Args:
+            hidden_states: tokens ``[T, D]``.
+            top_k_index: chosen experts ``[T, K]``; E is a choice that is not carried out, whose share is 0.
+            top_k_weights: gates ``[T, K]``.
+
+        Returns:
+            ``[T, D]``.
+        """
+        num_tokens, k = top_k_index.shape
+        # Shapes that no value decides: choices that are not carried out come last and stay.
+        expert, choice = torch.sort(top_k_index.flatten(), stable=True)
+        outputs = self.run(hidden_states[choice // k], expert)
+        outputs = outputs * top_k_weights.flatten()[choice].to(outputs.dtype).unsqueeze(1)
+        # Every choice has a row of its own, so that the sum has a fixed order.
+        by_choice = torch.zeros_like(outputs).index_copy(0, choice, outputs)
+        return by_choice.view(num_tokens, k, -1).sum(dim=1)
+
+    def run(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """Every row through its expert, by the implementation that the configuration names.
 
         Args:
             rows: ``[R, D]``, sorted by expert.
-            counts: rows of every expert ``[E]``.
+            expert: their experts ``[R]``; rows of E give 0.
+        """
+        implementation = getattr(self.config, "_experts_implementation", None) or "grouped_mm"
+        if implementation == "batched_mm":
+            return self.batched(rows, expert)
+        if implementation == "grouped_mm":
+            dtype = rows.dtype
+            if torch.is_autocast_enabled(rows.device.type):
+                dtype = torch.get_autocast_dtype(rows.device.type)
+            if can_group(rows, self.fc1_weight, dtype):
+                return self.grouped(rows.to(dtype), expert, _torch_grouped_mm)
+            # A graph has no loop over as many rows as an expert happens to have.
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():
+                if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+                    return self.grouped(rows.to(dtype), expert, _opaque_grouped_mm)
+                return self.batched(rows, expert)
+        return self.one_by_one(rows, expert)
 
-        Returns:
-            ``[R, D]``.
+    def grouped(
+        self, rows: Tensor, expert: Tensor, product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """`run` with one product of all groups for either layer; the host need not know their sizes.
+
+        Args:
+            rows: see `run`.
+            expert: see `run`.
+            product: rows ``[R, D]``, of which those up to ``ends[e]`` are of expert e, times weights ``[E, F, D]``:
+                ``[R, F]``; rows of no expert may come out as anything.
         """
         dtype = rows.dtype
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
-        if can_group(rows, self.fc1_weight, dtype):
-            return self.grouped(rows.to(dtype), counts)
-        return self.one_by_one(rows, counts)
+        ends = self._ends(expert).to(torch.int32)
+        absent = (expert == self.num_experts).unsqueeze(1)
+        own = expert.clamp(max=self.num_experts - 1)
+        # Before either product too: the gradient of its input may be anything there as well.
+        rows = rows.masked_fill(absent, 0.0)
+        inner = product(rows, self.fc1_weight.to(dtype), ends) + self.fc1_bias.to(dtype)[own]
+        inner = F.gelu(inner).masked_fill(absent, 0.0)
+        outputs = product(inner, self.fc2_weight.to(dtype), ends) + self.fc2_bias.to(dtype)[own]
+        return outputs.masked_fill(absent, 0.0)
 
-    def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """`forward` in two matmuls of torch's grouped kernel; the host need not know the counts."""
-        ends = counts.cumsum(0).to(torch.int32)
-        expert = torch.repeat_interleave(
-            torch.arange(self.num_experts, device=rows.device), counts, output_size=rows.shape[0]
-        )
-        dtype = rows.dtype
-        inner = _grouped_mm(rows, self.fc1_weight.to(dtype).transpose(1, 2), ends)
-        inner = F.gelu(inner + self.fc1_bias.to(dtype)[expert])
-        outputs = _grouped_mm(inner, self.fc2_weight.to(dtype).transpose(1, 2), ends)
-        return outputs + self.fc2_bias.to(dtype)[expert]
+    def batched(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """`run` with a copy of its expert's weights for every row: for few rows."""
+        own = expert.clamp(max=self.num_experts - 1)
+        inner = torch.bmm(self.fc1_weight[own], rows.unsqueeze(2)).squeeze(2)
+        inner = F.gelu(inner + self.fc1_bias[own])
+        outputs = torch.bmm(self.fc2_weight[own], inner.unsqueeze(2)).squeeze(2)
+        outputs = outputs + self.fc2_bias[own]
+        return outputs.masked_fill((expert == self.num_experts).unsqueeze(1), 0.0)
 
-    def one_by_one(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """`forward` with two matmuls for every expert that has rows."""
-        if not len(rows):
-            return rows
-        busy = counts.nonzero().squeeze(1)
+    def one_by_one(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """`run` with two matmuls for every expert that has rows; without any, for the first on none of them.
+
+        A pool without rows has a gradient of zero then, for which processes that train together wait.
+        """
         # Unbound at once: the gradient of a slice would be as large as the whole pool, for every expert.
         pool = [
             parameter.unbind(0)
             for parameter in (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         ]
+        ends = self._ends(expert).tolist()
+        parts = list(zip([0, *ends], ends))
+        busy = [number for number, (start, end) in enumerate(parts) if start < end] or [0]
         outputs = []
-        for expert, part in zip(busy.tolist(), rows.split(counts[busy].tolist())):
-            fc1_weight, fc1_bias, fc2_weight, fc2_bias = (values[expert] for values in pool)
-            inner = F.gelu(F.linear(part, fc1_weight, fc1_bias))
+        for number in busy:
+            fc1_weight, fc1_bias, fc2_weight, fc2_bias = (values[number] for values in pool)
+            inner = F.gelu(F.linear(rows[slice(*parts[number])], fc1_weight, fc1_bias))
             outputs.append(F.linear(inner, fc2_weight, fc2_bias))
-        return torch.cat(outputs)
+        absent = torch.zeros_like(rows[ends[-1] :], dtype=outputs[0].dtype)
+        return torch.cat([*outputs, absent])
+
+    def _ends(self, expert: Tensor) -> Tensor:
+        """Numbers of rows up to the last one of every expert ``[E]``."""
+        numbers = torch.arange(self.num_experts, device=expert.device)
+        return torch.searchsorted(expert, numbers, right=True)
 
 
 class Routing(NamedTuple):
@@ -125,50 +196,107 @@ class Routing(NamedTuple):
     kept: Optional[Tensor]
 
 
+class RouterOutput(NamedTuple):
+    """What one router did with its tokens.
+
+    Args:
+        logits: as the router gave them, without noise, in fp32 ``[T, E]``.
+        loss: sum of its auxiliary losses, weighted as the configuration says: a scalar.
+        dropped: choices of tokens that found no place where capacity is limited: a scalar.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    dropped: Tensor
+
+
+def routing_outputs(
+    routers: Optional[Sequence[RouterOutput]], device: torch.device
+) -> dict[str, Any]:
+    """The fields of a [`VLMoERoutingOutput`]; the loss is added up on `device`."""
+    if routers is None:
+        return {}
+    aux_loss = torch.zeros((), device=device)
+    for router in routers:
+        aux_loss = aux_loss + router.loss.to(device)
+    return {
+        "aux_loss": aux_loss,
+        "router_logits": tuple(router.logits for router in routers),
+        "dropped_tokens": tuple(router.dropped for router in routers),
+    }
+
+
 class VLMoESparseBranch(nn.Module):
     """LayerNorm, a router and a pool of experts.
 
     Args:
-        config: sizes and routing options, of which `capacity_factor` and `route_padding` may change between calls.
+        config: sizes and routing options, of which those of capacity, padding, noise and losses may change between
+            calls.
         num_experts: E.
         layer_number: number of the block, from 1.
+        name: of the branch; "text" has the losses of `config.text_router_losses`, others those of
+            `config.vision_router_losses`.
     """
 
-    def __init__(self, config: VLMoEConfig, num_experts: int, layer_number: int) -> None:
+    def __init__(
+        self, config: VLMoEConfig, num_experts: int, layer_number: int, name: str = "vision"
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_experts = num_experts
+        self.name = name
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.router = VLMoERouter(config, num_experts)
         self.experts = VLMoEExperts(config, num_experts, layer_number)
 
-    def forward(self, hidden_states: Tensor, text_length: int, mask: Optional[Tensor]) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        text_length: int,
+        mask: Optional[Tensor],
+        output_router_logits: bool = False,
+    ) -> tuple[Tensor, Optional[RouterOutput]]:
         """Gated sum of the experts' outputs; zero for choices that found no place and for padding.
 
         Args:
             hidden_states: ``[n, L, D]``.
             text_length: Lt, which come before the image's tokens.
             mask: True for tokens that are no padding ``[n, L]``; None if none is.
+            output_router_logits: returns what the router did.
 
         Returns:
-            ``[n, L, D]``.
+            ``[n, L, D]``, and the router's output where asked for.
         """
-        samples, length, width = hidden_states.shape
+        samples, length, _ = hidden_states.shape
         tokens = to_stream(self.layernorm(hidden_states), text_length)
         if mask is None or self.config.route_padding:
             slots = None
         else:
             slots = to_stream(mask.unsqueeze(2), text_length).squeeze(1)
-        routing = self.route(tokens, slots)
-        return from_stream(self.combine(tokens, routing), samples, length, text_length)
+        logits = self.router(tokens)
+        noisy = self._with_noise(logits)
+        routing = self.route(noisy, slots)
+        expert = routing.expert
+        if routing.kept is not None:
+            expert = expert.masked_fill(~routing.kept, self.num_experts)
+        outputs = from_stream(
+            self.experts(tokens, expert, routing.gate), samples, length, text_length
+        )
+        if not output_router_logits:
+            return outputs, None
+        return outputs, self._router_output(logits, noisy, routing, slots)
 
-    def route(self, tokens: Tensor, mask: Optional[Tensor]) -> Routing:
-        """Chooses experts for tokens ``[T, D]``, of which those with a False in mask ``[T]`` are left out."""
+    def route(self, logits: Tensor, mask: Optional[Tensor]) -> Routing:
+        """Chooses experts by logits ``[T, E]`` for tokens, of which those with a False in mask ``[T]`` are left out."""
         config = self.config
-        gate, expert = top_k_experts(self.router(tokens), config.num_experts_per_tok)
+        if not 1 <= config.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={config.num_experts_per_tok} does not fit a pool of {self.num_experts} experts"
+            )
+        gate, expert = top_k_experts(torch.softmax(logits, dim=1), config.num_experts_per_tok)
         if config.capacity_factor > 0.0:
             capacity = expert_capacity(
-                len(tokens),
+                logits.shape[0],
                 self.num_experts,
                 config.num_experts_per_tok,
                 config.capacity_factor,
@@ -184,23 +312,36 @@ class VLMoESparseBranch(nn.Module):
             gate = gate / gate.sum(dim=1, keepdim=True)
         return Routing(gate, expert, kept)
 
-    def combine(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """Runs the experts on tokens ``[T, D]`` and adds up their gated outputs: ``[T, D]``."""
-        num_tokens, k = routing.expert.shape
-        if routing.kept is None:
-            choice = torch.arange(num_tokens * k, device=tokens.device)
-        else:
-            choice = routing.kept.flatten().nonzero().squeeze(1)
-        expert = routing.expert.flatten()[choice]
-        order = torch.argsort(expert, stable=True)
-        choice = choice[order]
-        counts = torch.bincount(expert, minlength=self.num_experts)
-        outputs = self.experts(tokens[choice // k], counts)
-        outputs = outputs * routing.gate.flatten()[choice].to(outputs.dtype).unsqueeze(1)
-        # Every choice has a row of its own, so that the sum has a fixed order.
-        by_choice = outputs.new_zeros(num_tokens * k, outputs.shape[1])
-        by_choice = by_choice.index_copy(0, choice, outputs)
-        return by_choice if k == 1 else by_choice.view(num_tokens, k, -1).sum(dim=1)
+    def _noise_std(self) -> float:
+        """Standard deviation of the router noise: 1 / E for a negative option."""
+        std = self.config.router_noise_std
+        return 1.0 / self.num_experts if std < 0.0 else std
+
+    def _with_noise(self, logits: Tensor) -> Tensor:
+        """The logits that choose: with noise where the router is trained (V-MoE)."""
+        std = self._noise_std()
+        if std == 0.0 or not self.training or not self.router.weight.requires_grad:
+            return logits
+        return logits + std * torch.randn_like(logits)
+
+    def _router_output(
+        self, logits: Tensor, noisy: Tensor, routing: Routing, mask: Optional[Tensor]
+    ) -> RouterOutput:
+        config = self.config
+        text = self.name == "text"
+        loss = router_loss(
+            logits,
+            noisy,
+            routing.expert,
+            # Where there is no noise, the load is that of the noise that there would be.
+            self._noise_std() or 1.0 / self.num_experts,
+            config.text_router_losses if text else config.vision_router_losses,
+            mask,
+        )
+        lost = torch.zeros_like(routing.expert, dtype=torch.bool)
+        if routing.kept is not None:
+            lost = ~routing.kept if mask is None else ~routing.kept & mask.unsqueeze(1)
+        return RouterOutput(logits, loss, lost.sum())
 
 
 class VLMoEFeedForward(nn.Module):
@@ -217,27 +358,49 @@ class VLMoEFeedForward(nn.Module):
         for name, num_experts in config.branches(layer_number):
             branch: nn.Module
             if num_experts:
-                branch = VLMoESparseBranch(config, num_experts, layer_number)
+                branch = VLMoESparseBranch(config, num_experts, layer_number, name)
             else:
                 branch = VLMoEDenseBranch(config, layer_number)
             self.add_module(name, branch)
 
-    def forward(self, hidden_states: Tensor, text_length: int, mask: Optional[Tensor]) -> Tensor:
-        """``[n, L, D]`` to ``[n, L, D]``; see `VLMoESparseBranch.forward` for the arguments."""
-        length = hidden_states.shape[1]
-        if 0 < text_length < length and "vl" in self.names:
-            return self.get_submodule("vl")(hidden_states, text_length, mask)
+    def branches_of(self, kind: str) -> tuple[str, ...]:
+        """Names of the branches that samples of a kind go through, which is "texts", "images" or "pairs"."""
+        if kind == "pairs" and "vl" in self.names:
+            return ("vl",)
         if "shared" in self.names:
-            return self.get_submodule("shared")(hidden_states, text_length, mask)
-        outputs = []
-        if text_length:
-            text_mask = None if mask is None else mask[:, :text_length]
-            text = self.get_submodule("text")
-            outputs.append(text(hidden_states[:, :text_length], text_length, text_mask))
-        if text_length < length:
-            # No part of an image is padding.
-            outputs.append(self.get_submodule("vision")(hidden_states[:, text_length:], 0, None))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            return ("shared",)
+        return {"texts": ("text",), "images": ("vision",), "pairs": ("text", "vision")}[kind]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        text_length: int,
+        mask: Optional[Tensor],
+        output_router_logits: bool = False,
+    ) -> tuple[Tensor, list[RouterOutput]]:
+        """``[n, L, D]`` to ``[n, L, D]``, and what every router did, that of the text before that of the image.
+
+        See `VLMoESparseBranch.forward` for the arguments.
+        """
+        length = hidden_states.shape[1]
+        kind = "texts" if text_length == length else "pairs" if text_length else "images"
+        branch = self.branches_of(kind)[0]
+        if branch in ("vl", "shared"):
+            parts = [(branch, hidden_states, text_length, mask)]
+        else:
+            parts = []
+            if text_length:
+                text_mask = None if mask is None else mask[:, :text_length]
+                parts.append(("text", hidden_states[:, :text_length], text_length, text_mask))
+            if text_length < length:
+                # No part of an image is padding.
+                parts.append(("vision", hidden_states[:, text_length:], 0, None))
+        found = [
+            self.get_submodule(name)(tokens, texts, valid, output_router_logits)
+            for name, tokens, texts, valid in parts
+        ]
+        outputs = found[0][0] if len(found) == 1 else torch.cat([out for out, _ in found], dim=1)
+        return outputs, [router for _, router in found if router is not None]
 
 
 def output_init_scale(layer_number: int) -> float:
@@ -260,7 +423,7 @@ def from_stream(stream: Tensor, samples: int, length: int, text_length: int) -> 
     """Inverse of `to_stream`: ``[n * L, D]`` to ``[n, L, D]``."""
     if not 0 < text_length < length:
         return stream.view(samples, length, -1)
-    texts, images = stream.split([samples * text_length, samples * (length - text_length)])
+    texts, images = stream[: samples * text_length], stream[samples * text_length :]
     return torch.cat(
         [texts.view(samples, text_length, -1), images.view(samples, length - text_length, -1)],
         dim=1,
@@ -289,7 +452,8 @@ def expert_capacity(
     """
     capacity = math.ceil(num_tokens * k * capacity_factor / num_experts)
     capacity = math.ceil(capacity / multiple_of) * multiple_of
-    return max(1, min(num_tokens, capacity))
+    # In a graph for any batch size the number of tokens is a symbol, which `min` and `max` would fix.
+    return torch.sym_max(1, torch.sym_min(num_tokens, capacity))
 
 
 @torch.no_grad()
@@ -329,7 +493,7 @@ def choices_with_place(
     queue = expert[served].t().flatten()
     by_expert, order = torch.sort(queue, stable=True)
     first = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=expert.device))
-    place = torch.arange(len(queue), device=expert.device) - first[by_expert]
+    place = torch.arange(queue.shape[0], device=expert.device) - first[by_expert]
     in_queue = torch.zeros_like(queue, dtype=torch.bool)
     in_queue[order] = (place < capacity) & (by_expert < num_experts)
     kept = torch.empty(num_tokens, k, dtype=torch.bool, device=expert.device)
@@ -339,7 +503,7 @@ def choices_with_place(
 
 def can_group(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's grouped kernel can multiply rows ``[R, D]`` with weights ``[E, F, D]`` in `dtype`."""
-    if rows.device.type != "cuda" or dtype != torch.bfloat16 or not len(rows):
+    if rows.device.type != "cuda" or dtype != torch.bfloat16 or not rows.shape[0]:
         return False
     # Rows of 16 bytes; and the private function of older versions of torch is for Hopper alone.
     aligned = all(size % 8 == 0 for size in weight.shape[1:])
@@ -349,11 +513,12 @@ def can_group(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return aligned and capability == (9, 0) and hasattr(torch, "_grouped_mm")
 
 
-def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows ``[R, D]`` of group e, up to ``ends[e]``, times ``weight[e]`` of ``[E, D, F]``: ``[R, F]``."""
+def _torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The product of `VLMoEExperts.grouped` by torch's kernel."""
     function = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    product = function(rows, weight, offs=ends)
-    if product.requires_grad:
-        # The kernel's backward refuses gradients that are expanded from fewer numbers.
-        product.register_hook(Tensor.contiguous)
-    return product
+    return function(rows, weight.transpose(1, 2), offs=ends)
+
+
+def _opaque_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The product of `VLMoEExperts.grouped` as one node of a graph, a loop inside, for every device and precision."""
+    return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), ends)
