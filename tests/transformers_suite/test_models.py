@@ -112,8 +112,6 @@ class VLMoETest(ModelTesterMixin):
         codes = torch.zeros(
             tester.batch_size, tester.num_patches, dtype=torch.long, device=torch_device
         )
-        if self.name == "VLMoEForImageAndTextRetrieval":
-            return {**inputs, "return_loss": True}
         if self.name == "VLMoEForPreTraining":
             return {**inputs, "labels": pieces, "image_labels": codes, "bool_masked_pos": codes + 1}
         if self.name == "VLMoEForMaskedLM":
