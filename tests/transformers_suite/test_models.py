@@ -123,10 +123,17 @@ class VLMoETest(ModelTesterMixin):
             return {**inputs, "labels": torch.zeros(shape, device=torch_device)}
         return {**inputs, "labels": pieces.new_zeros(tester.batch_size)}
 
-    def test_model_outputs_equivalence(self) -> None:
-        # Attention weights are refused with SDPA, which has none.
+    def use_eager_attention(self) -> None:
+        """For tests that ask for attention weights without it: they are refused with SDPA, which has none."""
         self.model_tester.options = {**self.options, "attn_implementation": "eager"}
+
+    def test_model_outputs_equivalence(self) -> None:
+        self.use_eager_attention()
         super().test_model_outputs_equivalence()
+
+    def test_capture_outputs_decorator(self) -> None:
+        self.use_eager_attention()
+        super().test_capture_outputs_decorator()
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
