@@ -32,7 +32,7 @@ def train() -> dict[tuple[str, str], tuple[list[str], float, float]]:
     rank = torch.distributed.get_rank()
     found = {}
     for kind, options in SETS.items():
-        for name in HEADS:
+        for name in HEADS if kind != "one expert" else ["VLMoEForPreTraining"]:
             model = build(name, **options).train()
             model.freeze_unreached(*READ.get(name, ()))
             if kind == "one expert":
@@ -59,7 +59,7 @@ def train() -> dict[tuple[str, str], tuple[list[str], float, float]]:
 
 def test_every_parameter_that_is_not_frozen_gets_a_gradient(workers: Workers) -> None:
     first, second = workers.run(2, train)
-    assert first == second and len(first) == len(SETS) * len(HEADS)
+    assert first == second and len(first) == 2 * len(HEADS) + 1
     for (kind, _), (missing, total, idle) in first.items():
         assert not missing and total > 0.0
         assert (idle > 0.0) == (kind == "experts")

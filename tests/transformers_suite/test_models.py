@@ -103,7 +103,7 @@ class VLMoETest(ModelTesterMixin):
         if self.name == "VLMoEForImageAndTextRetrieval":
             # Only then it reads pairs, and has their hidden states.
             inputs["output_match_logits"] = True
-        if not return_labels:
+        if not return_labels or self.name == "VLMoEModel":
             return inputs
         tester = self.model_tester
         pieces = torch.zeros(
@@ -112,8 +112,6 @@ class VLMoETest(ModelTesterMixin):
         codes = torch.zeros(
             tester.batch_size, tester.num_patches, dtype=torch.long, device=torch_device
         )
-        if self.name == "VLMoEForImageAndTextRetrieval":
-            return {**inputs, "return_loss": True}
         if self.name == "VLMoEForPreTraining":
             return {**inputs, "labels": pieces, "image_labels": codes, "bool_masked_pos": codes + 1}
         if self.name == "VLMoEForMaskedLM":
@@ -125,10 +123,17 @@ class VLMoETest(ModelTesterMixin):
             return {**inputs, "labels": torch.zeros(shape, device=torch_device)}
         return {**inputs, "labels": pieces.new_zeros(tester.batch_size)}
 
-    def test_model_outputs_equivalence(self) -> None:
-        # Attention weights are refused with SDPA, which has none.
+    def use_eager_attention(self) -> None:
+        """For tests that ask for attention weights without it: they are refused with SDPA, which has none."""
         self.model_tester.options = {**self.options, "attn_implementation": "eager"}
+
+    def test_model_outputs_equivalence(self) -> None:
+        self.use_eager_attention()
         super().test_model_outputs_equivalence()
+
+    def test_capture_outputs_decorator(self) -> None:
+        self.use_eager_attention()
+        super().test_capture_outputs_decorator()
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
