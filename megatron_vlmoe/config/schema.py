@@ -359,6 +359,8 @@ class CheckpointConfig:
     Args:
         save: run folder: `checkpoints/`, `metrics.jsonl`, `config.yaml` and `tensorboard/` live in it.
         load: run or checkpoint folder to start from; empty resumes from `save` if it has a checkpoint.
+        step: which checkpoint of the run folder (`save` if it has any, else `load`): `newest`, a step, or empty for
+            the one that its tracker names; not kept in config.yaml.
         save_interval: steps between checkpoints; 0 saves only at the end.
         keep_last: checkpoints that are kept; 0 keeps all.
         save_initial: writes the weights before the first step (iter_0000000) as a seed for other layouts.
@@ -369,6 +371,7 @@ class CheckpointConfig:
 
     save: str = ""
     load: str = ""
+    step: str = ""
     save_interval: int = 1000
     keep_last: int = 3
     save_initial: bool = False

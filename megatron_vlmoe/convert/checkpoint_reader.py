@@ -21,10 +21,9 @@ from megatron_vlmoe.config.schema import ConfigError, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
 from megatron_vlmoe.train.checkpoint_files import (
-    TRACKER,
     CheckpointError,
     TrainState,
-    find_checkpoint,
+    find_best_or_last,
     one_line,
 )
 
@@ -112,9 +111,8 @@ def resolve_checkpoint(location: str | Path) -> Path:
     Raises:
         ConvertError: there is none, or it is incomplete.
     """
-    best = Path(location) / "best"
     try:
-        path = find_checkpoint(best if (best / TRACKER).exists() else location)
+        path = find_best_or_last(location)
     except CheckpointError as error:
         raise ConvertError(str(error)) from None
     if path is None:

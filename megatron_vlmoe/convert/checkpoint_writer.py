@@ -26,6 +26,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     TRACKER,
     TrainState,
     checkpoint_root,
+    has_checkpoints,
     iteration_name,
     one_line,
 )
@@ -103,10 +104,10 @@ def check_output(root: Path, overwrite: bool = False) -> None:
         ConvertError: there is one already; or it is the folder of a run, whose own checkpoints (in a folder below)
             would not be found any more beside one that is written here.
     """
-    if (root / TRACKER).exists() and not overwrite:
+    if has_checkpoints(root) and not overwrite:
         raise ConvertError(f"{root}: has a checkpoint already (--overwrite replaces it)")
     below = checkpoint_root(root)
-    if below != root and (below / TRACKER).exists():
+    if below != root and has_checkpoints(below):
         raise ConvertError(f"{root}: is the folder of a run with checkpoints: name another")
 
 

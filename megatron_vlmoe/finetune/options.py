@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
 import yaml
 
@@ -48,6 +49,7 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
     base = _architecture(
         option_value(words, "--checkpoint.load") or file.get("checkpoint.load", ""),
         option_value(words, "--task.architecture") or file.get("task.architecture", ""),
+        _step_of_load(words, file),
     )
     start = apply_recipe(recipe or DEFAULT_RECIPES.get(task, task or "vqa"), base)
     if task and start.task.name != task:
@@ -70,7 +72,7 @@ def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
             raise ConfigError(
                 "--load is missing: the run or checkpoint folder of a fine-tuned model"
             )
-        start = saved_run(load)
+        start = saved_run(load, option_value(words, "--checkpoint.step"))
         if not isinstance(start, FinetuneConfig):
             raise ConfigError(f"--load {load}: is a pretraining checkpoint, not one of a task")
         task = option_value(words, "--task.name")
@@ -91,7 +93,8 @@ def _file_values(path: str) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     found = {}
-    for name in ("task.name", "task.architecture", "checkpoint.load"):
+    names = ("task.name", "task.architecture", "checkpoint.load", "checkpoint.save")
+    for name in (*names, "checkpoint.step"):
         section, _, option = name.partition(".")
         values = content.get(section) if isinstance(content, dict) else None
         if isinstance(values, dict) and isinstance(values.get(option), str):
@@ -99,14 +102,24 @@ def _file_values(path: str) -> dict[str, str]:
     return found
 
 
-def _architecture(load: str, name: str) -> RunConfig:
+def _step_of_load(words: Sequence[str], file: Mapping[str, str]) -> str:
+    """Which checkpoint of `--load` is meant: `checkpoint.step` is of `--save` where that has begun."""
+    from megatron_vlmoe.train.checkpoint_files import checkpoint_root, has_checkpoints
+
+    save = option_value(words, "--checkpoint.save") or file.get("checkpoint.save", "")
+    if save and has_checkpoints(checkpoint_root(save)):
+        return ""
+    return option_value(words, "--checkpoint.step") or file.get("checkpoint.step", "")
+
+
+def _architecture(load: str, name: str, step: str) -> RunConfig:
     """The run whose architecture is fine-tuned."""
     if load and name:
         raise ConfigError(
             f"--task.architecture {name}: the architecture comes from --load {load}; give one of the two"
         )
     if load:
-        return saved_run(load)
+        return saved_run(load, step)
     if not name:
         raise ConfigError(
             "--load is missing: the checkpoint to start from (or --task.architecture PRESET for initial weights)"
@@ -114,16 +127,17 @@ def _architecture(load: str, name: str) -> RunConfig:
     return preset(name)
 
 
-def saved_run(location: str) -> RunConfig:
+def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
     """The configuration in a checkpoint, with the tokenizer that lies beside it where its own path is gone.
 
     Args:
         location: run folder, checkpoint folder, iteration folder, or Hugging Face folder.
+        step: see `find_checkpoint`.
 
     Raises:
         ConfigError: if there is no checkpoint, or it holds no configuration of this project.
     """
-    path = checkpoint_of(location)
+    path = checkpoint_of(location, step)
     if is_hugging_face(path):
         return _hugging_face_run(path)
     content = _saved_content(path)
@@ -144,8 +158,8 @@ def prepare_megatron() -> None:
     install_cpu_runtime()
 
 
-def checkpoint_of(location: str) -> Path:
-    """The checkpoint that `--load` names: of a run folder the best where there is one, else the last.
+def checkpoint_of(location: str, step: Optional[str] = None) -> Path:
+    """The checkpoint that `--load` names: of a run folder that of a step, else the best, else the last.
 
     A Hugging Face folder is its own checkpoint.
 
@@ -153,12 +167,11 @@ def checkpoint_of(location: str) -> Path:
         ConfigError: if there is none.
     """
     prepare_megatron()
-    from megatron_vlmoe.train.checkpoint_files import TRACKER, find_checkpoint
+    from megatron_vlmoe.train.checkpoint_files import find_best_or_last
 
     if is_hugging_face(location):
         return Path(location)
-    best = Path(location) / "best"
-    path = find_checkpoint(best if (best / TRACKER).exists() else location)
+    path = find_best_or_last(location, step)
     if path is None:
         raise ConfigError(f"--load {location}: no checkpoint there")
     return path

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
 from megatron_vlmoe.config.command_line import ParsedCommand, to_yaml
 from megatron_vlmoe.config.dry_run import dry_run_text
@@ -88,16 +88,21 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     from megatron_vlmoe.train.trainer import Trainer
 
     make_run_folder(config)
-    begun = _has_begun(config)
+    begun = _begun(config)
     data = TaskData.open(config, BatchShare.of(ranks))
     config = data.config
     validate(config, ranks.world_size)
+    if begun is not None and begun.task.labels_sha256 != config.task.labels_sha256:
+        raise ConfigError(
+            f"task.data={config.task.data}: its labels are not those that the run in --save "
+            f"{config.checkpoint.save} is trained on"
+        )
     micro_batches = num_micro_batches(config, ranks.data_size)
     log_layout(config, ranks, precision, micro_batches, data.summary())
     parts = build_training(config, precision, build_task_heads)
     if parts.frozen:
         log.info("frozen: %s", ", ".join(parts.frozen))
-    if not begun:
+    if begun is None:
         _start_weights(config, parts)
     objective = build_objective(config, ranks, data)
     _copy_assets(config)
@@ -111,8 +116,8 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     return evaluate_all(config, parts, ranks, data, objective, what)
 
 
-def _has_begun(config: FinetuneConfig) -> bool:
-    """Whether there is a checkpoint in `--save` that the run goes on from.
+def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
+    """The run in `--save` that this one goes on with, from its checkpoint; None if there is none.
 
     Raises:
         ConfigError: if it is one of something else.
@@ -120,14 +125,14 @@ def _has_begun(config: FinetuneConfig) -> bool:
     from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 
     save = config.checkpoint.save
-    own = find_checkpoint(save) if save else None
+    own = find_checkpoint(save, config.checkpoint.step) if save else None
     if own is None:
-        return False
+        return None
     run = saved_run(str(own))
+    if isinstance(run, FinetuneConfig) and run.task.name == config.task.name:
+        return run
     name = run.task.name if isinstance(run, FinetuneConfig) else "pretraining"
-    if name != config.task.name:
-        raise ConfigError(f"--save {save}: holds a run of {name}, not of {config.task.name}")
-    return True
+    raise ConfigError(f"--save {save}: holds a run of {name}, not of {config.task.name}")
 
 
 def _start_weights(config: FinetuneConfig, parts: Any) -> None:
@@ -139,7 +144,7 @@ def _start_weights(config: FinetuneConfig, parts: Any) -> None:
     if not config.checkpoint.load:
         log.info("starting from initial weights: no --load")
         return
-    path = checkpoint_of(config.checkpoint.load)
+    path = checkpoint_of(config.checkpoint.load, config.checkpoint.step)
     source = saved_run(str(path))
     # A head for other classes is no start for this one.
     same_head = (
@@ -183,7 +188,7 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     validate(config, ranks.world_size)
     log_layout(config, ranks, precision, 0, data.summary())
     parts = build_forward_only(config, precision, build_task_heads)
-    path = checkpoint_of(config.checkpoint.load)
+    path = checkpoint_of(config.checkpoint.load, config.checkpoint.step)
     load_weights(path, config, parts)
     log.info("loaded %s", path)
     objective = build_objective(config, ranks, data)

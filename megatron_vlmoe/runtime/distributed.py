@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,3 +171,10 @@ def agree(flag: bool) -> bool:
     value = torch.tensor([int(flag)], device=device())
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def union_over_ranks(keys: Iterable[str]) -> set[str]:
+    """Keys of all ranks: a pipeline stage knows only its own. Every rank must call it."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, sorted(set(keys)))
+    return set().union(*gathered)

@@ -24,7 +24,13 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_vlmoe.config.block_plan import has_experts
 from megatron_vlmoe.config.command_line import flat_options
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.runtime.distributed import agree, barrier, device, is_rank_zero
+from megatron_vlmoe.runtime.distributed import (
+    agree,
+    barrier,
+    device,
+    is_rank_zero,
+    union_over_ranks,
+)
 from megatron_vlmoe.runtime.helper_processes import install_results_queue
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
@@ -33,6 +39,12 @@ from megatron_vlmoe.train.checkpoint_files import (
     TrainState,
     iteration_name,
     one_line,
+)
+from megatron_vlmoe.train.optimizer_state import (
+    adopt_groups,
+    bound_loss_scale,
+    drop_requested_groups,
+    tensor_keys,
 )
 from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
 
@@ -48,6 +60,14 @@ ARCHITECTURE = (
     ("model", ("visual_vocab_size", "token_type_embeddings")),
     ("moe", ("num_vision_experts", "num_text_experts", "num_vl_experts", "layers", "modalities")),
     ("moe", ("vl", "shared_router")),
+)
+
+# Which parameters have optimizer state, and of what kind, is decided by these; of the batch sizes by which are 0.
+STATE_OPTIONS = ("optim.optimizer", "optim.sgd_momentum", "parallel.use_distributed_optimizer")
+TRAINED_OPTIONS = ("train.precision", "moe.train_experts")
+USED_OPTIONS = (
+    *("data.micro_texts", "data.micro_images", "data.micro_pairs", "contrastive.matching_weight"),
+    *(f"objectives.{name}_weight" for name in ("mlm", "mim", "vlm_text", "vlm_image")),
 )
 
 
@@ -167,19 +187,25 @@ class CheckpointWriter:
 def load_checkpoint(
     path: Path, config: RunConfig, parts: TrainingParts, with_optimizer: bool = True
 ) -> TrainState:
-    """Loads weights, and with `with_optimizer` also optimizer, schedule and step.
+    """Loads weights, and with `with_optimizer` also the optimizer's state and the step.
+
+    Everything that is an option is this run's: rates, bounds, betas, epsilon and weight decay of every parameter group,
+    and the schedule, which goes on at the loaded number of updates.
 
     Raises:
-        CheckpointError: if the checkpoint is of another model or damaged.
+        CheckpointError: if the checkpoint is of another model, has other optimizer state, or is damaged.
     """
     common = load_common(path)
-    check_architecture(path, common.get("config", {}), config)
-    saved_state = TrainState(**common["train_state"])
+    saved = common.get("config", {})
+    check_architecture(path, saved, config)
     # A seed checkpoint, and that of the best step, have weights only.
     with_optimizer = with_optimizer and "optimizer" in common
     content = _state_dict(
         TrainState(), config, parts, is_loading=True, with_optimizer=with_optimizer
     )
+    if with_optimizer:
+        drop_requested_groups(content["optimizer"])
+        _check_optimizer_state(path, content["optimizer"], saved, config)
     try:
         loaded = dist_checkpointing.load(
             content,
@@ -196,9 +222,43 @@ def load_checkpoint(
         if parts.optimizer is not None:
             parts.optimizer.reload_model_params()
         return TrainState()
+    adopt_groups(parts.optimizer, loaded["optimizer"], common["optimizer"])
     parts.optimizer.load_state_dict(loaded["optimizer"])
+    first_scale = saved.get("optim", {}).get("initial_loss_scale", config.optim.initial_loss_scale)
+    bound_loss_scale(parts.optimizer, first_scale != config.optim.initial_loss_scale)
     parts.scheduler.load_state_dict(loaded["scheduler"])
-    return saved_state
+    return TrainState(**common["train_state"])
+
+
+def _check_optimizer_state(
+    path: Path, requested: Mapping[Any, Any], saved: Mapping[str, Any], config: RunConfig
+) -> None:
+    """Refuses optimizer state of other parameters or of another kind, naming the options that make it so.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(path))
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
+    theirs = {key for key in stored if key.startswith("optimizer.")}
+    ours = union_over_ranks(tensor_keys(requested))
+    if theirs == ours:
+        return
+    before, now = flat_options(saved), flat_options(dataclasses.asdict(config))
+    changed = [name for name in (*STATE_OPTIONS, *TRAINED_OPTIONS) if before.get(name) != now[name]]
+    changed += [
+        name
+        for name in USED_OPTIONS
+        if name in before and name in now and bool(before[name]) != bool(now[name])
+    ]
+    listed = ", ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed)
+    raise CheckpointError(
+        f"{path}: its optimizer state is not of what this run trains ({len(ours - theirs)} tensors are missing, "
+        f"{len(theirs - ours)} have no use{f'; {listed}' if listed else ''}); to take the weights alone, start a new "
+        f"run with --load {path} --checkpoint.load_optimizer false"
+    )
 
 
 def load_common(path: Path) -> dict[str, Any]:

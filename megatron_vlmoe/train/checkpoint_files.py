@@ -1,11 +1,15 @@
 """Where checkpoints lie and how they are found; needs no megatron-core, so that tools start at once.
 
-``iter_0000100/`` holds one checkpoint, ``latest_checkpointed_iteration.txt`` beside it names the last complete one.
+``iter_0000100/`` holds one checkpoint, ``latest_checkpointed_iteration.txt`` (the tracker) beside it names the one to
+go on from. Everything that reads a run folder finds its checkpoint here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +17,16 @@ from typing import Any, Optional
 
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_vlmoe.config.schema import ConfigError
+
 TRACKER = "latest_checkpointed_iteration.txt"
+# Where a run keeps what it no longer goes on from; nothing reads it.
+SET_ASIDE = "set_aside"
+NEWEST = "newest"
+_ITERATION = re.compile(r"iter_([0-9]{1,18})")
+_LISTED = 6
+# megatron-core writes it last.
+_MARKER = "metadata.json"
 # megatron-core's choices by which any layout may load what another wrote.
 CONTENT_METADATA: Mapping[str, Any] = MappingProxyType(
     {
@@ -37,6 +50,7 @@ class TrainState:
         skipped_steps: steps without an update (fp16 overflow).
         best_value: best result of the metric that chooses the best checkpoint; None before the first.
         best_step: step of that result.
+        best_metric: name of that metric; empty in a checkpoint of an earlier version.
         worse_evaluations: evaluations since then.
     """
 
@@ -45,6 +59,7 @@ class TrainState:
     best_value: Optional[float] = None
     best_step: int = 0
     worse_evaluations: int = 0
+    best_metric: str = ""
 
 
 def iteration_name(step: int) -> str:
@@ -54,29 +69,165 @@ def iteration_name(step: int) -> str:
 
 def checkpoint_root(run: str | Path) -> Path:
     """Folder of the checkpoints of a run folder (or the folder itself if it already is one)."""
-    path = Path(run)
-    return path if (path / TRACKER).exists() else path / "checkpoints"
+    path, below = Path(run), Path(run) / "checkpoints"
+    for folder in (path, below):
+        if _has_tracker(folder):
+            return folder
+    return path if _iterations(path) else below
 
 
-def find_checkpoint(location: str | Path) -> Optional[Path]:
+def has_checkpoints(root: Path) -> bool:
+    """Whether a checkpoint folder has a tracker, even a damaged one, or any `iter_N`, even an incomplete one."""
+    return _has_tracker(root) or bool(_iterations(root))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether an iteration folder has all the files of a checkpoint."""
+    return not _flaw(path)
+
+
+def is_tracked(root: Path, step: int) -> bool:
+    """Whether the tracker of a checkpoint folder names this step."""
+    return _has_tracker(root) and _tracked(root / TRACKER) == (step, "")
+
+
+def later_checkpoints(root: Path, step: int) -> list[Path]:
+    """The `iter_N` of a checkpoint folder, complete or not, of steps after this one, in order."""
+    return [path for number, path in _iterations(root) if number > step]
+
+
+def find_checkpoint(location: str | Path, step: Optional[str] = None) -> Optional[Path]:
     """The checkpoint that a run folder, checkpoint folder or iteration folder names; None if there is none.
 
+    Args:
+        location: the folder.
+        step: which one of a run: `newest`, a step, or empty for the one that the tracker names. None is that too, for
+            readers that have no option to choose: their errors ask for the folder of a checkpoint instead.
+
     Raises:
-        CheckpointError: if the tracker names a checkpoint that is not there.
+        CheckpointError: there are checkpoints, but no tracker says which one counts; the tracker is damaged; or the
+            checkpoint in question is missing or incomplete.
+        ConfigError: `step` is none, or contradicts the iteration folder.
     """
     path = Path(location)
-    if (path / "metadata.json").exists():
+    if step and step != NEWEST and not re.fullmatch("[0-9]{1,18}", step):
+        raise ConfigError(f"checkpoint.step={step}: expected {NEWEST} or the number of a step")
+    if (path / _MARKER).exists():
+        named = _ITERATION.fullmatch(path.name)
+        if step and step != NEWEST and named and int(named[1]) != int(step):
+            raise ConfigError(f"checkpoint.step={step}: {path} is one checkpoint, not a run")
         return path
-    tracker = checkpoint_root(path) / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{tracker}: expected a step number, found {text!r}")
-    target = tracker.parent / iteration_name(int(text))
-    if not (target / "metadata.json").exists():
-        raise CheckpointError(f"{target}: named by {tracker.name}, but missing or incomplete")
+    if _ITERATION.fullmatch(path.name) and path.is_dir():
+        raise CheckpointError(f"{path}: incomplete: {_flaw(path)}")
+    root = checkpoint_root(path)
+    found = _iterations(root)
+    if step:
+        return _chosen(root, found, step)
+    if not _has_tracker(root):
+        if not found:
+            return None
+        raise CheckpointError(f"{root}: has {_listed(found)}, but no {TRACKER}; {_choices(step)}")
+    number, flaw = _tracked(root / TRACKER)
+    target = dict(found).get(number)
+    where = root / TRACKER
+    if not flaw and target is None:
+        flaw = f"names step {number}, but {iteration_name(number)} is not there"
+    elif not flaw and target is not None and _flaw(target):
+        where, flaw = target, f"named by {TRACKER}, but incomplete: {_flaw(target)}"
+    if flaw:
+        beside = f"there is {_listed(found)}; {_choices(step)}" if found else "no checkpoint there"
+        raise CheckpointError(f"{where}: {flaw}; {beside}")
     return target
+
+
+def find_best_or_last(location: str | Path, step: Optional[str] = None) -> Optional[Path]:
+    """The best checkpoint of a fine-tuning run where it kept one and no step is asked for, else as `find_checkpoint`.
+
+    Raises:
+        CheckpointError: as `find_checkpoint`.
+    """
+    best = Path(location) / "best"
+    return (
+        find_checkpoint(best)
+        if not step and has_checkpoints(best)
+        else find_checkpoint(location, step)
+    )
+
+
+def _chosen(root: Path, found: Sequence[tuple[int, Path]], step: str) -> Optional[Path]:
+    if not found:
+        return None
+    if step == NEWEST:
+        complete = [path for _, path in found if is_complete(path)]
+        if not complete:
+            raise CheckpointError(f"{root}: has {_listed(found)}, of which none is complete")
+        return complete[-1]
+    target = dict(found).get(int(step))
+    if target is None:
+        raise CheckpointError(f"{root}: has no checkpoint of step {step}, but {_listed(found)}")
+    if _flaw(target):
+        raise CheckpointError(f"{target}: incomplete: {_flaw(target)}")
+    return target
+
+
+def _iterations(root: Path) -> list[tuple[int, Path]]:
+    """Step and folder of every `iter_N`, in order of the steps."""
+    if not root.is_dir():
+        return []
+    try:
+        names = [path for path in root.iterdir() if path.is_dir()]
+    except OSError as error:
+        raise CheckpointError(f"{root}: {error.strerror}") from None
+    return sorted((int(m[1]), path) for path in names if (m := _ITERATION.fullmatch(path.name)))
+
+
+def _has_tracker(root: Path) -> bool:
+    return os.path.lexists(root / TRACKER)
+
+
+def _tracked(tracker: Path) -> tuple[int, str]:
+    """The step that a tracker names, or what is wrong with it."""
+    if not tracker.is_file():
+        return -1, "is no regular file"
+    try:
+        text = tracker.read_bytes().decode("ascii").strip()
+    except OSError as error:
+        return -1, error.strerror or "cannot be read"
+    except UnicodeDecodeError:
+        return -1, "expected a step number, found bytes that are no text"
+    if not re.fullmatch("[0-9]{1,18}", text):
+        return -1, f"expected a step number, found {text[:40]!r}"
+    return int(text), ""
+
+
+def _flaw(path: Path) -> str:
+    """Why an iteration folder is no complete checkpoint; empty if it is one as far as its files tell."""
+    marker = path / _MARKER
+    if not marker.is_file():
+        return f"no {_MARKER}"
+    try:
+        content = json.loads(marker.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        return f"{_MARKER} is damaged"
+    # Later versions of megatron-core keep what is common to all ranks among the tensors.
+    names = (".metadata", *(("common.pt",) if "common_backend" in content else ()))
+    return next((f"no {name}" for name in names if not (path / name).is_file()), "")
+
+
+def _listed(found: Sequence[tuple[int, Path]]) -> str:
+    """The checkpoints that were found, the last ones by name."""
+    names = [path.name + (" (incomplete)" if _flaw(path) else "") for _, path in found]
+    if len(names) > _LISTED:
+        return f"{len(names)} checkpoints, the last ones {', '.join(names[-_LISTED:])}"
+    return ", ".join(names)
+
+
+def _choices(step: Optional[str]) -> str:
+    if step is None:
+        return "name the folder of the one to read"
+    return f"choose one with --checkpoint.step {NEWEST} or --checkpoint.step N"
 
 
 def one_line(error: BaseException) -> str:

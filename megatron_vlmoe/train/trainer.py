@@ -13,19 +13,14 @@ import torch.distributed as dist
 
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.estimate import flops_per_step
-from megatron_vlmoe.config.schema import ConfigError, Precision, RunConfig
+from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
-from megatron_vlmoe.train.checkpoint import (
-    CheckpointWriter,
-    changed_options,
-    load_checkpoint,
-    load_common,
-    warn_of_other_gates,
-)
+from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, find_checkpoint
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
 from megatron_vlmoe.train.objective import Losses, Objective
 from megatron_vlmoe.train.profiling import StepProfiler
+from megatron_vlmoe.train.resume import resume
 from megatron_vlmoe.train.setup import TrainingParts
 from megatron_vlmoe.train.signals import ExitWatch
 from megatron_vlmoe.train.step import StepRunner
@@ -189,9 +184,9 @@ class Trainer:
         return metrics
 
     def _learning_rate(self) -> float:
-        # The rate of a parameter without a factor of its own.
-        optim = self.config.optim
-        return float(self.parts.scheduler.get_lr({"max_lr": optim.lr, "min_lr": optim.min_lr}))
+        """Of the parameters without a factor of their own, as the optimizer has it for the next step."""
+        groups = self.parts.optimizer.param_groups
+        return float(next(group["lr"] for group in groups if group["default_config"]))
 
     def _evaluates(self, step: int) -> bool:
         train = self.config.train
@@ -222,7 +217,11 @@ class Trainer:
             self.state = dataclasses.replace(self.state, worse_evaluations=worse)
             return
         self.state = dataclasses.replace(
-            self.state, best_value=value, best_step=self.state.step, worse_evaluations=0
+            self.state,
+            best_value=value,
+            best_step=self.state.step,
+            worse_evaluations=0,
+            best_metric=name,
         )
         if self.best is not None:
             self.best.save(self.state, self.config, self.parts, with_optimizer=False)
@@ -250,35 +249,20 @@ class Trainer:
                 output.write(step, metrics)
 
     def _resume(self) -> None:
-        """Continues the run in `--save`, or starts from `--load`."""
-        checkpoint = self.config.checkpoint
-        own = find_checkpoint(checkpoint.save) if checkpoint.save else None
-        # Other objectives have taken their weights from it by now.
-        continues = bool(checkpoint.load) and self.objective.resumes_others
-        other = find_checkpoint(checkpoint.load) if continues else None
-        if continues and other is None:
-            raise ConfigError(f"--load {checkpoint.load}: no checkpoint there")
-        if checkpoint.require and own is None and not checkpoint.load:
-            raise ConfigError("checkpoint.require=true, but there is no checkpoint to resume from")
+        """Continues the run in `--save`, or starts from `--load`; opens the writers of checkpoints."""
+        objective, checkpoint = self.objective, self.config.checkpoint
+        self.state = resume(
+            self.config, self.parts, objective.resumes_others, objective.best_metric
+        )
+        # Which checkpoint was chosen is no option of the run: its configuration, read back, goes on from the last.
+        checkpoint = dataclasses.replace(checkpoint, step="")
+        self.config = dataclasses.replace(self.config, checkpoint=checkpoint)
         if checkpoint.save:
             self.writer = CheckpointWriter(
                 checkpoint_root(checkpoint.save), checkpoint.keep_last, checkpoint.async_save
             )
-            if self.objective.best_metric:
+            if objective.best_metric:
                 self.best = CheckpointWriter(Path(checkpoint.save) / "best", 1, False)
-        # A run that was interrupted goes on from its own checkpoint, wherever it once started from.
-        path = own or other
-        if path is None:
-            return
-        with_optimizer = own is not None or checkpoint.load_optimizer
-        if own is not None:
-            changed = changed_options(load_common(own).get("config", {}), self.config)
-            if changed:
-                log.warning("going on in %s with other options: %s", own, "; ".join(changed))
-        self.state = load_checkpoint(path, self.config, self.parts, with_optimizer)
-        if own is None and is_rank_zero():
-            warn_of_other_gates(path, load_common(path).get("config", {}), self.config)
-        log.info("loaded %s: starting after step %d", path, self.state.step)
 
     def _open_outputs(self) -> None:
         if not is_rank_zero():

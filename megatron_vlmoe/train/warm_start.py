@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
-from megatron_vlmoe.runtime.distributed import is_rank_zero
+from megatron_vlmoe.runtime.distributed import is_rank_zero, union_over_ranks
 from megatron_vlmoe.train.checkpoint import check_architecture, load_common, warn_of_other_gates
 from megatron_vlmoe.train.checkpoint_files import CheckpointError, one_line
 from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
@@ -170,11 +170,11 @@ def warm_start(
         _resize(entry, whole)
     if parts.optimizer is not None:
         parts.optimizer.reload_model_params()
-    all_known, all_new = _union(known), _union(new)
-    taken = all_known - all_new - _union(resized)
+    all_known, all_new = union_over_ranks(known), union_over_ranks(new)
+    taken = all_known - all_new - union_over_ranks(resized)
     return WarmStart(
         taken=tuple(sorted(taken)),
-        resized=tuple(sorted(_union(resized))),
+        resized=tuple(sorted(union_over_ranks(resized))),
         new=tuple(sorted(all_new)),
         left=tuple(sorted(saved.keys() - (all_known - all_new))),
     )
@@ -212,10 +212,3 @@ def _resize(entry: ShardedTensor, whole: ShardedTensor) -> None:
         target.copy_(resize_image_positions(table, target.shape[0] - 1))
     else:
         target.copy_(resize_text_positions(table, target))
-
-
-def _union(keys: Any) -> set[str]:
-    """Keys of all ranks: a pipeline stage knows only its own."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, sorted(set(keys)))
-    return set().union(*gathered)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 from typing import Any, Mapping, Protocol
 
 from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.train.checkpoint_files import SET_ASIDE
+
+log = logging.getLogger("megatron_vlmoe")
 
 
 class MetricsWriter(Protocol):
@@ -25,7 +30,8 @@ class MetricsWriter(Protocol):
 class JsonlWriter:
     """One JSON object per logged step.
 
-    A resumed run drops the lines after the step that it starts from, so the file reads as one unbroken run.
+    A resumed run moves the lines after the step that it starts from to `metrics.set_aside.jsonl`, so the file reads as
+    one unbroken run and nothing is lost.
 
     Args:
         path: the file.
@@ -34,18 +40,22 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if resume_step > 0 and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue  # a line that a killed run left half-written
-        self.file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self.file.write(line + "\n")
-        self.file.flush()
+        before = path.read_bytes() if path.exists() else b""
+        kept: list[bytes] = []
+        moved: list[bytes] = []
+        for line in before.splitlines():
+            (kept if 0 < resume_step and _step_of(line) <= resume_step else moved).append(line)
+        if moved:
+            aside = path.with_name(f"{path.stem}.{SET_ASIDE}{path.suffix}")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in moved)
+            log.info("%s: %d later line(s) are now in %s", path, len(moved), aside.name)
+        content = b"".join(line + b"\n" for line in kept)
+        if content != before:
+            replacement = path.with_name(f"{path.name}.tmp")
+            replacement.write_bytes(content)
+            os.replace(replacement, path)
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line; values that are not finite become null."""
@@ -56,6 +66,14 @@ class JsonlWriter:
     def close(self) -> None:
         """Closes the file."""
         self.file.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinite for one that a killed run left half-written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class TensorBoardWriter:

@@ -84,6 +84,15 @@ def optimizer_shards(parts: Any) -> dict[str, Any]:
     return found
 
 
+def groups(parts: Any) -> list[dict[str, Any]]:
+    """Options of every parameter group that has parameters here, with the group's factor as `lr_mult`."""
+    return [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in parts.optimizer.param_groups
+        if group["params"]
+    ]
+
+
 class Recorder:
     """Takes steps and keeps what happened.
 
@@ -233,7 +242,10 @@ def trainer_run(
     from megatron_vlmoe.train.trainer import Trainer
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config, ranks, parts, data = start(where, *arguments, "--save", folder)
+    try:
+        config, ranks, parts, data = start(where, *arguments, "--save", folder)
+    except ConfigError as error:
+        return {"error": "ConfigError", "message": str(error)}
     precision = "bf16" if parts.transformer_config.bf16 else "fp32"
     count = num_micro_batches(config, ranks.data_size)
     objective = MaskedObjective(config, ranks, data, count)
@@ -260,6 +272,7 @@ def trainer_run(
         "warnings": warnings,
         "weights": shards(parts),
         "optimizer": optimizer_shards(parts),
+        "groups": groups(parts),
         "dtypes": sorted({str(p.dtype) for chunk in parts.chunks for p in chunk.parameters()}),
     }
 

@@ -263,13 +263,13 @@ def test_damage_is_one_clear_line(damage: str, whole: Path, tmp_path: Path) -> N
         expected = "common.pt: not readable"
     elif damage == "no-common":
         (folder / "common.pt").unlink()
-        expected = "common.pt: not readable"
+        expected = "incomplete: no common.pt"
     elif damage == "metadata":
         (folder / ".metadata").write_bytes(b"")
         expected = "no readable .metadata"
     else:
         (folder / "metadata.json").unlink()
-        expected = "missing or incomplete"
+        expected = "incomplete: no metadata.json"
     with pytest.raises(ConvertError, match=expected) as caught:
         read_all(root)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)

@@ -432,6 +432,15 @@ class TestTraining:
 
         assert without_speed("broken") == without_speed("whole")
 
+    def test_resumed_run_has_the_options_of_the_command(self, tmp_path: Path) -> None:
+        make_trainer(tmp_path / "t", steps=4).run()
+        resumed = make_trainer(tmp_path / "t", steps=5, weight_decay=0.3, lr=1e-3)
+        resumed.run()
+        decayed, free = resumed.optimizer.param_groups
+        assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+        # The last step of the cosine.
+        assert decayed["lr"] == free["lr"] == 1e-5
+
     def test_finished_run_is_left_alone_and_another_is_refused(self, tmp_path: Path) -> None:
         first = make_trainer(tmp_path / "t").run()
         written = (tmp_path / "t" / "model.safetensors").stat().st_mtime_ns

@@ -255,7 +255,12 @@ class Trainer:
                 "choose another output folder"
             )
         self.model.load_state_dict(state["model"])
+        groups = self.optimizer.param_groups
+        own = [{name: group[name] for name in group if name != "params"} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        # Weight decay and the like are options, and those of the command count.
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
         self.step = int(state["step"])
 
     def save(self) -> None:

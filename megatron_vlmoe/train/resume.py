@@ -1,0 +1,99 @@
+"""Where a run goes on from: its own checkpoint or that of `--load`, and with which of the options."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.runtime.distributed import barrier, is_rank_zero
+from megatron_vlmoe.train.checkpoint import (
+    changed_options,
+    load_checkpoint,
+    load_common,
+    warn_of_other_gates,
+)
+from megatron_vlmoe.train.checkpoint_files import NEWEST, TrainState, find_checkpoint
+from megatron_vlmoe.train.set_aside import agree_with_best, go_on_from
+from megatron_vlmoe.train.setup import TrainingParts
+
+log = logging.getLogger("megatron_vlmoe")
+
+# They say how a run starts, and nothing of one that goes on.
+START_OPTIONS = (
+    *("checkpoint.load", "checkpoint.load_optimizer", "checkpoint.save_initial"),
+    *("checkpoint.require", "model.init_std", "task.architecture", "contrastive.temperature"),
+)
+
+
+def resume(
+    config: RunConfig, parts: TrainingParts, starts_from_load: bool, best_metric: str
+) -> TrainState:
+    """Loads what a run goes on from, its own checkpoint or that of `--load`, and sets aside what is later.
+
+    Args:
+        config: the run.
+        parts: its model and optimizer.
+        starts_from_load: whether `--load` names a run to go on with.
+        best_metric: name of the metric that chooses the best checkpoint; empty keeps none.
+
+    Returns:
+        Where the run stands; step 0 if there is nothing to go on from.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it has more steps than the run.
+        CheckpointError: a checkpoint is damaged or of something else.
+    """
+    checkpoint = config.checkpoint
+    own = find_checkpoint(checkpoint.save, checkpoint.step) if checkpoint.save else None
+    if own is not None and own == Path(checkpoint.save):
+        raise ConfigError(f"--save {own}: is a checkpoint, not the folder of a run")
+    # Other objectives have taken their weights from it by now.
+    continues = bool(checkpoint.load) and starts_from_load and own is None
+    other = find_checkpoint(checkpoint.load, checkpoint.step) if continues else None
+    if continues and other is None:
+        raise ConfigError(f"--load {checkpoint.load}: no checkpoint there")
+    if own is None and not checkpoint.load:
+        where = checkpoint.save or "without --save"
+        if checkpoint.require:
+            raise ConfigError(
+                f"checkpoint.require=true, but there is no checkpoint to resume from: {where}"
+            )
+        if checkpoint.step not in ("", NEWEST):
+            raise ConfigError(f"checkpoint.step={checkpoint.step}: no checkpoint there: {where}")
+    # A run that was interrupted goes on from its own checkpoint, wherever it once started from.
+    path = own or other
+    state = TrainState()
+    if path is not None:
+        if own is not None:
+            _tell_changes(own, config)
+        state = load_checkpoint(path, config, parts, own is not None or checkpoint.load_optimizer)
+        _check_length(path, state, config)
+        if own is None and is_rank_zero():
+            warn_of_other_gates(path, load_common(path).get("config", {}), config)
+        log.info("loaded %s: starting after step %d", path, state.step)
+    if checkpoint.save:
+        if best_metric:
+            state = agree_with_best(Path(checkpoint.save) / "best", state, best_metric)
+        if own is not None:
+            go_on_from(own.parent, state.step)
+        barrier()
+    return state
+
+
+def _tell_changes(own: Path, config: RunConfig) -> None:
+    changed = changed_options(load_common(own).get("config", {}), config)
+    without_effect = [line for line in changed if line.partition(":")[0] in START_OPTIONS]
+    effective = [line for line in changed if line not in without_effect]
+    if effective:
+        log.warning("going on in %s with other options: %s", own, "; ".join(effective))
+    if without_effect:
+        log.warning("no effect on a run that goes on from %s: %s", own, "; ".join(without_effect))
+
+
+def _check_length(path: Path, state: TrainState, config: RunConfig) -> None:
+    if state.step > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps}: {path} has {state.step} steps already; raise it, or go on from an "
+            "earlier checkpoint with --checkpoint.step N"
+        )
