@@ -12,6 +12,9 @@ from helpers import Workers
 from prepared_tasks import Prepared, prepare_all
 from raw_tasks import Desk
 
+# It has a command of its own, which fetches what it needs: bash tests/transformers_suite.sh.
+collect_ignore = ["transformers_suite"]
+
 # Before torch is imported anywhere: several processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
