@@ -20,8 +20,11 @@ from megatron_vlmoe.data.manifest import (
     part_prefix,
     unknown_line,
 )
+from megatron_vlmoe.data.readers.records import passed_over_line
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
+_COUNTED = ("records", "images", "captions")
+_FATES = ("kept", "rejected", "lost", "left_out")
 _MAX_SHOWN = 200
 _CELL = 192
 _CAPTION_LINE = 12
@@ -71,9 +74,15 @@ class DatasetView:
             counts["tokens"] = manifest.tokens
         counts |= {"bytes": manifest.bytes, "rejects": manifest.rejects}
         yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
-        for kind, fates in (manifest.counts or {}).items():
-            parts = [f"{count} {fate}" for fate, count in fates.items() if fate != "read"]
+        known = manifest.counts or {}
+        for kind in filter(known.__contains__, _COUNTED):
+            fates = known[kind]
+            parts = [f"{fates[fate]} {fate.replace('_', ' ')}" for fate in _FATES if fate in fates]
             yield f"  {fates['read']} {kind} read: {', '.join(parts)}"
+        for reason, count in sorted((manifest.omitted or {}).items()):
+            yield f"  {count} records left out: {reason}"
+        if manifest.passed_over:
+            yield f"  {passed_over_line(manifest.passed_over)}"
         yield from image_rules(manifest)
         if manifest.tokenizer_fingerprint:
             yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"

@@ -86,9 +86,10 @@ class DatasetManifest:
     """For tasks the rows of ``PREFIX_samples.arrow``; else None."""
     counts: Mapping[str, Mapping[str, int]] | None = None
     """For records, and of pairs also for images and captions, how many were ``read`` and what became
-    of them: the other numbers sum to it. None: not counted."""
+    of them: the other numbers sum to it. A record of text is a line, row or entry, of which a
+    document may join several. None: not counted."""
     passed_over: Mapping[str, int] | None = None
-    """For images how many files among them were none that is read, by suffix; else None."""
+    """For images and pairs how many files among them were none that is read, by suffix; else None."""
     omitted: Mapping[str, int] | None = None
     """For tasks how many good samples the task itself leaves out, for pairs how many records are of
     splits that are not wanted, by reason; else None."""

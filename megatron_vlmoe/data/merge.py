@@ -29,7 +29,8 @@ def merge_datasets(
 ) -> DatasetManifest:
     """Concatenates datasets, streaming their bytes; returns the manifest.
 
-    Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew. Images that were
+    Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew. The rejects are listed
+    together, as far as their files are still there. Images that were
     indexed with other options for orientation or transparency are merged as they are, with a note on stderr.
 
     Raises:
@@ -46,6 +47,8 @@ def merge_datasets(
     parts = DATASET_PARTS[kind]
     dtypes = [IndexedReader(part_prefix(inputs[0], part)).dtype for part in parts]
     with DatasetOutput(output_prefix, kind, dtypes) as output:
+        for prefix in inputs:
+            output.rejects.add_lines(prefix)
         for part in parts:
             for prefix in inputs:
                 output.writers[part].add_dataset(IndexedReader(part_prefix(prefix, part)))
@@ -63,6 +66,8 @@ def merge_datasets(
             source=source,
             rejects=sum(m.rejects for m in manifests),
             counts=_summed([m.counts for m in manifests]),
+            passed_over=_total([m.passed_over for m in manifests]),
+            omitted=_total([m.omitted for m in manifests]),
             tokenizer_fingerprint=manifests[0].tokenizer_fingerprint,
             vocab_size=manifests[0].vocab_size,
             unknown_tokens=None if None in unknown else sum(filter(None, unknown)),
@@ -81,11 +86,18 @@ def _summed(
     known = [kinds for kinds in counts if kinds is not None]
     if len(known) < len(counts):
         return None
-    sums: dict[str, Counter[str]] = {}
-    for kinds in known:
-        for kind, fates in kinds.items():
-            sums.setdefault(kind, Counter()).update(fates)
-    return {kind: dict(fates) for kind, fates in sums.items()}
+    every = dict.fromkeys(kind for kinds in known for kind in kinds)
+    return {kind: _total([kinds.get(kind, {}) for kinds in known]) or {} for kind in every}
+
+
+def _total(counts: Sequence[Mapping[str, int] | None]) -> dict[str, int] | None:
+    """The sums of numbers by name; None if a dataset has none."""
+    if None in counts:
+        return None
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total)
 
 
 def _common(inputs: Sequence[str], option: str, values: Sequence[str | None]) -> str | None:

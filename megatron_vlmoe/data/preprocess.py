@@ -309,6 +309,17 @@ class RejectLog:
             names = ("source", "record", "reason", "unit")
             self._write({name: getattr(reject, name) for name in names})
 
+    def add_lines(self, prefix: str) -> None:
+        """Copies the list of another dataset, if it is there. Raises DataError."""
+        try:
+            with open(rejects_path(prefix), encoding="ascii") as lines:
+                for line in lines:
+                    self._write(json.loads(line))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise DataError(f"{rejects_path(prefix)}: {error}") from error
+
     def _write(self, line: Mapping[str, str]) -> None:
         try:
             if self._file is None:

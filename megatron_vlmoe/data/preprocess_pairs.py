@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,8 +42,11 @@ from megatron_vlmoe.data.readers.records import (
     CaptionedImage,
     LeftOut,
     PairItem,
+    PassedOver,
     Reject,
     check_inputs,
+    kinds_of,
+    passed_over_line,
 )
 
 DEFAULT_MAX_CAPTION_TOKENS = 512
@@ -269,7 +272,8 @@ def preprocess_pairs(
     progress, counts = Progress("pairs"), PairCounts()
     dtype = token_dtype(tokenizer.size)
     with DatasetOutput(run.output_prefix, "pairs", [np.uint8, dtype], run.on_error) as output:
-        chunks = chunked(read_pairs(chosen), _CHUNK)
+        records: Iterator[PairItem] = output.rejects.without_passed_over(read_pairs(chosen))
+        chunks = chunked(records, _CHUNK)
         for result in ordered_map(work, chunks, run.workers):
             output.rejects.add(result.rejects)
             add_images(output, result.images)
@@ -288,14 +292,14 @@ def preprocess_pairs(
     progress.finish(0)  # what is rejected follows, kind by kind
     if source.format == "auto":
         print(f"pairs: read as --format {chosen.format}", file=sys.stderr)
-    for line in _summary(counts, run.output_prefix):
+    for line in _summary(counts, run.output_prefix, output.rejects.passed_over):
         print(f"pairs: {line}", file=sys.stderr)
     report_unknown("pairs", manifest)
     return manifest
 
 
-def _summary(counts: PairCounts, prefix: str) -> list[str]:
-    """What became of records, images and captions, a line for each kind."""
+def _summary(counts: PairCounts, prefix: str, passed_over: Mapping[PassedOver, int]) -> list[str]:
+    """What became of records, images, captions and other files, a line for each kind."""
     lines = []
     for kind, fates in counts.as_dict().items():
         shown = [
@@ -309,12 +313,14 @@ def _summary(counts: PairCounts, prefix: str) -> list[str]:
         lines[0] += f" ({', '.join(left_out)}; choose with --split)"
     if counts.captions["lost"]:
         lines[-1] += " with their image"
-    if counts.listed:
-        units = ", ".join(
-            f"{count} {unit}{'s' * (count > 1)}" for unit, count in sorted(counts.listed.items())
+    if passed_over:
+        lines.append(passed_over_line(kinds_of(passed_over)))
+    if total := counts.listed.total() + len(passed_over):
+        units = [f"{n} {unit}{'s' * (n > 1)}" for unit, n in sorted(counts.listed.items())]
+        units += [f"{len(passed_over)} of what is passed over"] if passed_over else []
+        lines.append(
+            f"{total} line{'s' * (total > 1)} in {rejects_path(prefix)}: {', '.join(units)}"
         )
-        total = counts.listed.total()
-        lines.append(f"{total} line{'s' * (total > 1)} in {rejects_path(prefix)}: {units}")
     return lines
 
 
@@ -338,6 +344,7 @@ def pairs_manifest(
         source=run.source,
         rejects=output.rejects.count,
         counts=counts.as_dict(),
+        passed_over=kinds_of(output.rejects.passed_over),
         omitted=dict(counts.left_out),
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,8 +35,10 @@ class TokenizedText:
     lengths: np.ndarray
     """Tokens per document, ``[N]``."""
     rejects: list[Reject] = field(default_factory=list)
-    records: int = 0
-    """Documents of the block, and what was rejected."""
+    kept: int = 0
+    """Lines, rows or entries in the documents."""
+    rejected: int = 0
+    """Those that are not."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,28 @@ def _tokenize(
     tokenizer: TokenizerLike, dtype: np.dtype, block: TextBlock | Reject
 ) -> TokenizedText:
     if isinstance(block, Reject):
-        return TokenizedText(np.empty(0, dtype), np.empty(0, np.int64), [block], 1)
-    documents, rejects = block_texts(block)
+        return TokenizedText(np.empty(0, dtype), np.empty(0, np.int64), [block], rejected=1)
+    documents, bad = block_texts(block)
+    rejects = [(n, Reject(block.source, f"{block.unit} {n}", reason)) for n, reason in bad]
     tokens, lengths = array("I"), array("q")
-    encoded = encode_all(tokenizer, [text for _, text in documents])
-    for (number, _), ids in zip(documents, encoded, strict=True):
+    kept = 0
+    encoded = encode_all(tokenizer, [document.text for document in documents])
+    for document, ids in zip(documents, encoded, strict=True):
         if isinstance(ids, str):
-            rejects.append((number, ids))
+            more = f" and {document.parts - 1} more" if document.parts > 1 else ""
+            record = f"{block.unit} {document.number}{more}"
+            reject = Reject(block.source, record, ids, records=document.parts)
+            rejects.append((document.number, reject))
         else:
             tokens.fromlist(ids)  # with "I" several times faster than extend, or than NumPy
             lengths.append(len(ids))
+            kept += document.parts
     return TokenizedText(
         np.array(tokens, dtype),
         np.array(lengths, np.int64),
-        [Reject(block.source, f"{block.unit} {n}", reason) for n, reason in sorted(rejects)],
-        len(lengths) + len(rejects),
+        [reject for _, reject in sorted(rejects, key=lambda one: one[0])],
+        kept,
+        sum(reject.records for _, reject in rejects),
     )
 
 
@@ -90,7 +100,7 @@ def preprocess_text(
         ValueError: the tokenizer cannot be loaded.
     """
     tokenizer = load(tokenizer_model)
-    progress = Progress("text")
+    progress, kept, rejected = Progress("text"), 0, 0
     with DatasetOutput(
         run.output_prefix, "text", [token_dtype(tokenizer.size)], run.on_error
     ) as output:
@@ -100,7 +110,8 @@ def preprocess_text(
             output.rejects.add(result.rejects)
             output.count_unknown(result.tokens, tokenizer)
             writer.add_documents(result.tokens, result.lengths, np.ones_like(result.lengths))
-            progress.add(result.records)
+            kept, rejected = kept + result.kept, rejected + result.rejected
+            progress.add(result.kept + result.rejected)
         files = output.finish(run.source.get("inputs", "the input"))
         manifest = DatasetManifest(
             kind="text",
@@ -111,12 +122,14 @@ def preprocess_text(
             files=files,
             source=run.source,
             rejects=output.rejects.count,
-            counts=record_counts(writer.num_documents, output.rejects.count),
+            counts=record_counts(kept, rejected),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.size,
             unknown_tokens=output.unknown_tokens,
         )
         output.commit(manifest)
-    progress.finish(manifest.rejects, manifest.documents)
+    progress.finish(rejected, kept)
+    if kept != manifest.documents:
+        print(f"text: {kept} records in {manifest.documents} documents", file=sys.stderr)
     report_unknown("text", manifest)
     return manifest

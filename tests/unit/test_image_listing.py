@@ -151,6 +151,62 @@ def test_what_is_passed_over_is_told(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "no usable record" in (text := capfd.readouterr().err) and "passed over: .heic 1" in text
 
 
+def test_one_bad_member_spoils_its_sample_alone(
+    tmp_path: Path, tiny_tokenizer: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    inner = tar_of(tmp_path / "n.tar", {"7.jpg": jpeg(7), "7.txt": b"a star"}).read_bytes()
+    tar = tar_of(
+        tmp_path / "in" / "a.tar",
+        {
+            "0.jpg": jpeg(0),
+            "0.txt": b"a circle",
+            "1.jpg": (tarfile.SYMTYPE, "gone.jpg"),
+            "1.txt": b"a star",
+            "2.jpg": (tarfile.SYMTYPE, "0.jpg"),
+            "2.txt": b"\xef\xbb\xbfa square",
+            "3": jpeg(3),  # an image by its contents
+            "3.txt": b"two",
+            "n.tar": inner[:900],  # breaks off in 7.jpg
+            "4.jpg": jpeg(4),
+            "4.cls": b"5",
+            "4.txt": b"two",
+            "README": b"no sample",
+            "pipe": (tarfile.FIFOTYPE, ""),
+            "5.avif": encoded(picture(5), "AVIF"),
+            "5.json": b'{"caption": "small"}',
+            "last.tar": inner,
+        },
+    )
+    out = tmp_path / "out"
+    arguments = ["--images", str(tar.parent), "--tokenizer-model", tiny_tokenizer]
+    arguments += ["--output-prefix", str(out), "--on-error", "skip"]
+    assert tool("preprocess_pairs")(arguments) == 0
+    assert capfd.readouterr().err.splitlines()[2:7] == [
+        "pairs: 9 records: 6 kept, 3 rejected",
+        "pairs: 6 images: 6 kept, 0 rejected",
+        "pairs: 7 captions: 6 kept, 0 rejected, 1 lost with their image",
+        "pairs: passed over: no suffix 1",
+        f"pairs: 4 lines in {out}.rejects.jsonl: 3 records, 1 of what is passed over",
+    ]
+    assert rejects_of(out) == [
+        ("1", "1.jpg: a link to gone.jpg, which is no file of the tar"),
+        ("n.tar/after 7.jpg", "damaged tar: unexpected end of data"),
+        ("pipe", "pipe: neither a file nor a link"),
+        ("", "passed over: no suffix 1"),
+    ]
+    # A merge lists, counts and shows it all.
+    merge = ["--input", str(out), str(out), "--output-prefix", f"{out}2"]
+    assert tool("merge_datasets")(merge) == 0
+    assert rejects_of(f"{out}2") == 2 * rejects_of(out)
+    assert tool("inspect_dataset")([f"{out}2"]) == 0
+    assert capfd.readouterr().out.splitlines()[2:6] == [
+        "  18 records read: 12 kept, 6 rejected, 0 left out",
+        "  12 images read: 12 kept, 0 rejected",
+        "  14 captions read: 12 kept, 0 rejected, 2 lost",
+        "  passed over: no suffix 2",
+    ]
+
+
 def test_side_folders_are_no_classes(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "val"):
         for folder in ("__MACOSX", "n01", ".ipynb_checkpoints", "n02"):

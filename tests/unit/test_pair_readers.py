@@ -299,6 +299,7 @@ def test_albef_lists(tmp_path: Path) -> None:
     [
         ("filepath\ttitle\na.jpg\tone, two\n", {}),
         ('filepath,title\na.jpg,"one, two"\n', {}),
+        ('"filepath","title"\n"a.jpg","one, two"\n', {}),
         ("photo;words\na.jpg;one, two\n", {"image_key": "photo", "caption_key": "words"}),
         ("image|caption;s\na.jpg|one, two\n", {"separator": "|", "caption_key": "caption;s"}),
         ("\ufeffimage_name| comment_number| comment\na.jpg| 0| one, two\n", {}),
@@ -317,12 +318,10 @@ def test_csv_and_its_separators(tmp_path: Path, text: str, options: dict[str, An
 def test_bad_rows_of_csv(tmp_path: Path) -> None:
     files(tmp_path, "a.jpg")
     path = tmp_path / "list"
-    text = (
-        'filepath\ttitle\na.jpg\tone\na.jpg\ntwo\tx\ty\n\na.jpg\t"l1\nl2"\na.jpg\t"open\na.jpg\tz\n'
-    )
+    text = 'filepath\ttitle\na.jpg\tone\na.jpg\ntwo\tx\ty\n\na.jpg\t"l1\tx\nl2\ty"\na.jpg\t"open\na.jpg\tz\n'
     path.write_bytes(text.encode() + b'"\na.jpg\t\xff\n')
     good, bad = read("csv", str(path), images=str(tmp_path))
-    assert good == [("a.jpg", ["one", "l1\nl2", "\udcff"])]  # the last is no caption, as \xff
+    assert good == [("a.jpg", ["one", "l1\tx\nl2\ty", "\udcff"])]  # the last is no caption, as \xff
     assert bad == [
         ("line 3", "1 columns, not the 2 of the first line"),
         ("line 4", "3 columns, not the 2 of the first line"),
@@ -448,7 +447,7 @@ def test_tables_of_hugging_face(tmp_path: Path, kind: str) -> None:
     ("content", "message"),
     [
         ("two words\n", "list: not recognised; give its --format.* It begins with 'two words'"),
-        ("", "list: not recognised"),
+        ("", "list: the file is empty"),
         ([{"question": "q", "image": "a"}], "list: not recognised"),
         ({"info": 1}, "list: not recognised"),
         ('{"a": ', r"list:1: invalid JSON"),

@@ -517,6 +517,23 @@ def test_merge_is_concatenation(
     assert not list(out.parent.glob("p2*"))
 
 
+def test_joined_lines_are_counted_as_lines(
+    tmp_path: Path, out: Path, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    lines = [b"a star", b"two", b"\xff", *[b"\xe7\x8c\xab"] * 3, b"small", b"", b"large"]
+    path.write_bytes(b"\n".join(lines))
+    arguments = [*text_arguments(out, model, path), "--documents", "lines:3"]
+    assert tool("preprocess_text")([*arguments, "--on-error", "skip"]) == 0
+    shown = capfd.readouterr().err.splitlines()
+    assert shown[0].startswith("text: 8 records in") and shown[0].endswith(", 4 kept, 4 rejected")
+    assert shown[1] == "text: 4 records in 2 documents"
+    manifest = load_manifest(out)
+    assert manifest.counts == {"records": {"read": 8, "kept": 4, "rejected": 4}}
+    assert (manifest.documents, manifest.rejects) == (2, 2)
+    assert [record for record, _ in rejects_of(out)] == ["line 3", "line 4 and 2 more"]
+
+
 def test_unknown_tokens_are_counted_reported_and_add_up(
     tmp_path: Path, out: Path, model: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -584,7 +601,7 @@ def test_inspect(
     assert main([*shown, "--checksums"]) == 0
     text = capfd.readouterr().out
     assert "41 documents, 80 captions" in text and "8 rejects" in text
-    assert "87 captions read: 80 kept, 6 lost, 1 rejected" in text
+    assert "87 captions read: 80 kept, 1 rejected, 6 lost" in text
     assert f"[0] JPEG 48x32 RGB | {sentence(0)}" in text
     assert f"[40] JPEG 48x32 RGB | {sentence(39)}" in text
     sheet = np.asarray(Image.open(png).convert("L"), float)

@@ -40,7 +40,7 @@ def documents(path: Path, **options: Any) -> tuple[list[str], list[tuple[str, st
             rejects.append((block.record, block.reason))
             continue
         good, bad = block_texts(block)
-        texts += [text for _, text in good]
+        texts += [document.text for document in good]
         rejects += [(f"{block.unit} {number}", reason) for number, reason in bad]
     return texts, rejects
 
@@ -191,6 +191,7 @@ REFUSED = [
     ("results.token", b"1000092795.jpg#0\tTwo young guys .\n", "columns"),
     ("captions.txt", b"image,caption\n1.jpg,a cat\n", r"columns \(image, caption\)"),
     ("captions.txt", b"1.jpg,a cat\n", "columns"),
+    ("snli_1.0_dev.txt", b"gold_label\tsentence1\tsentence2\nneutral\ta\tb\n", "columns"),
     (
         "a.json",
         b'{\n "info": 1,\n "data": []\n}',
@@ -285,10 +286,13 @@ def test_json_of_one_value_and_tables_with_a_header(tmp_path: Path) -> None:
     path.write_text('{\n "text": "one\\ntwo"\n}')
     assert documents(path) == (["one\ntwo"], [])
     path = tmp_path / "a.csv"
-    path.write_bytes(b'id,text\n1,"one, ""two""\nthree"\n2\n3,\xff\n4,"a"b\n\n5,five\n')
+    path.write_bytes(
+        b'id,text\n1,"one, ""two""\nthree"\n2\n3,\xff\n4,"a"b\n\n5,five\n6,six, seven\n'
+    )
     texts, rejects = documents(path)
     assert texts == ['one, "two"\nthree', "five"]
-    assert [record for record, _ in rejects] == ["line 4", "line 5", "line 6"]
+    assert [record for record, _ in rejects] == ["line 4", "line 5", "line 6", "line 9"]
+    assert rejects[3][1] == "3 columns, not the 2 of the first line"  # not "six" alone
     assert (
         "1 columns" in rejects[0][1] and "UTF-8" in rejects[1][1] and "not a row" in rejects[2][1]
     )

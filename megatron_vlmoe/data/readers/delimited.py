@@ -14,7 +14,23 @@ from megatron_vlmoe.data.readers.file_kinds import MAX_DOCUMENT_BYTES, refused
 from megatron_vlmoe.data.readers.lines import numbered_lines
 from megatron_vlmoe.data.readers.records import Reject
 
-_DELIMITERS = "\t|,"
+SEPARATORS = ("\t", ",", "|", ";")
+"""What may separate columns, in the order in which the first line is searched for it."""
+
+
+def columns_of(line: str, separator: str | None = None) -> tuple[str, list[str]]:
+    """The separator of a first line, if it is not given, and the cells of the line."""
+    separator = separator or next((one for one in SEPARATORS if one in line), SEPARATORS[0])
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    cells = next(csv.reader([line], delimiter=separator), [])
+    return separator, [cell.strip() for cell in cells]
+
+
+def wrong_number_of(cells: Sequence[str], columns: Sequence[str]) -> str:
+    """What is wrong with a row that has more or fewer cells than the first line; empty: nothing."""
+    if len(cells) == len(columns):
+        return ""
+    return f"{len(cells)} columns, not the {len(columns)} of the first line"
 
 
 class _Lines(Iterator[str]):
@@ -60,8 +76,7 @@ def read_column(
     if first is None:
         yield from lines.rejects
         return
-    delimiter = next((one for one in _DELIMITERS if one in first), ",")
-    header = [cell.strip().strip('"') for cell in first.split(delimiter)]
+    delimiter, header = columns_of(first)
     place = next((header.index(name) for name in names if name in header), None)
     headless = place is None and captions
     if headless:
@@ -69,8 +84,10 @@ def read_column(
     if place is None:
         yield from lines.rejects
         what = f"a table of columns ({', '.join(header[:8])}) without {' or '.join(names)}"
-        raise refused(path, what, "name the column with --text-key, or write it as JSON lines")
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+        advice = "name the column with --text-key, or write it as JSON lines"
+        raise refused(
+            path, what, f"{advice}; plain text: --format text" if not captions else advice
+        )
     if headless:
         strings = chain([first], lines)
         rows = csv.reader(strings, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
@@ -85,8 +102,8 @@ def read_column(
             bad = f"not a row of the table: {error}"
         yield from lines.rejects
         lines.rejects.clear()
-        if cells and not bad and len(cells) <= place:
-            bad = f"{len(cells)} columns, but the text is in column {place + 1}"
+        if cells and not bad:
+            bad = wrong_number_of(cells, header)
         if bad:
             yield Reject(path, f"line {lines.first or 1}", bad)
         elif cells:

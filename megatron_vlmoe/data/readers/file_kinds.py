@@ -34,6 +34,8 @@ DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 _READ_BUFFER = 1 << 20
 _HEAD_BYTES = 1 << 16
+_TABLE_LINES = 8
+"""So many lines are looked at for columns."""
 
 _COMPRESSIONS: Mapping[str, re.Pattern[bytes]] = {
     "gzip": re.compile(rb"\x1f\x8b"),
@@ -254,7 +256,12 @@ def _parsed(line: bytes) -> Any:
 def _kind_of_characters(path: str, head: bytes) -> FileKind:
     """Between plain text and delimited columns, by the suffix and the first line."""
     kind = _SUFFIXES.get(_suffix(path), "text")
-    if kind == "text" and _DELIMITED.match(head.lstrip().partition(b"\n")[0]):
+    lines = head.strip().splitlines()[:_TABLE_LINES]
+    if kind == "text" and lines and _DELIMITED.match(lines[0]):
+        return "delimited"
+    # Three columns or more, as of SNLI's .txt: prose has no tabs at all the same places.
+    tabs = {line.count(b"\t") for line in lines}
+    if kind == "text" and len(lines) > 1 and len(tabs) == 1 and tabs.pop() > 1:
         return "delimited"
     if kind == "json" and not head.strip():
         return "text"  # without documents, which is no damage

@@ -30,6 +30,12 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 _MAX_LINKS = 16
 
 
+class BrokenTar(Reject):
+    """A tar breaks off here; what follows in it is lost."""
+
+    __slots__ = ()
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """Makes a damaged header an error; tarfile takes one past the first for the end."""
 
@@ -119,8 +125,8 @@ def is_image_file(file: ImageFile, name: str) -> bool:
 def tar_members(path: str) -> Iterator[TarMember | Reject]:
     """Yields the regular files of a tar and of tars in it, in order.
 
-    Links are followed within an uncompressed tar. A `Reject` stands for each that cannot be followed, and where the
-    archive breaks off. Side files (`is_side_file`) are left out.
+    Links are followed within an uncompressed tar. A `Reject` with its name stands for each that cannot be followed, a
+    `BrokenTar` where an archive breaks off. Side files (`is_side_file`) are left out.
 
     Raises:
         DataError: the file cannot be opened.
@@ -193,7 +199,7 @@ def _members(
                         part = cast(IO[bytes], _Part(again, found.size))
                         yield from _members(path, f"{name}/", part)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        yield Reject(path, f"{inside}after {last}", f"damaged tar: {error}")
+        yield BrokenTar(path, f"{inside}after {last}", f"damaged tar: {error}")
 
 
 class _Links:

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.coco import read_coco
+from megatron_vlmoe.data.readers.delimited import columns_of
 from megatron_vlmoe.data.readers.flickr30k import TOKEN_LINE, read_flickr30k
 from megatron_vlmoe.data.readers.karpathy import read_karpathy
 from megatron_vlmoe.data.readers.pair_tables import (
-    CSV_SEPARATORS,
     find_keys,
     read_csv_pairs,
     read_jsonl_pairs,
@@ -132,7 +132,9 @@ def _format_of(source: PairInput, path: str) -> str:
     if table is not None:
         return "parquet" if table == "parquet" else "arrow"
     lines = (item for item in numbered_lines(path) if isinstance(item, Reject) or item[1])
-    first = next(lines, (1, b""))
+    first = next(lines, None)
+    if first is None:
+        raise DataError(f"{path}: the file is empty")
     if isinstance(first, Reject) or first[1][:1] in (b"[", b"{"):
         found = _format_of_json(source, path, b"{}" if isinstance(first, Reject) else first[1])
     else:
@@ -150,12 +152,12 @@ def _format_of_line(source: PairInput, line: str) -> str | None:
     """The format of a text file by its first line."""
     if TOKEN_LINE.fullmatch(line):
         return "flickr30k"
-    columns = next((line.split(s) for s in CSV_SEPARATORS if s in line), [line])
-    names = [column.strip() for column in columns]
-    if len(names) == 2 and (
-        any(map(is_url, names)) or {"caption", "url"} == {*map(str.lower, names)}
-    ):
+    pair = [
+        column.strip() for column in line.split("\t")
+    ]  # a caption may begin with a quotation mark
+    if len(pair) == 2 and (any(map(is_url, pair)) or {"caption", "url"} == {*map(str.lower, pair)}):
         return "cc3m"
+    _, names = columns_of(line, source.separator)
     return "csv" if all(find_keys(source, dict.fromkeys(names))) else None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.delimited import columns_of, wrong_number_of
 from megatron_vlmoe.data.readers.pairs import (
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -33,10 +34,6 @@ from megatron_vlmoe.data.readers.records import LeftOut, PairItem, Reject
 from megatron_vlmoe.data.readers.text import json_rows, numbered_lines
 
 _BATCH_ROWS = 32
-
-CSV_SEPARATORS = ("\t", ",", "|", ";")
-"""What may separate columns, in the order in which the first line is searched for it."""
-
 
 NumberedRow = tuple[str, Mapping[str, Any]]
 """The name of a record and what it holds by key."""
@@ -166,17 +163,20 @@ def _csv_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
     head = next(lines, "")
     if rejects:
         raise DataError(str(rejects[0]))
-    separator = source.separator or next(
-        (s for s in CSV_SEPARATORS if s in head), CSV_SEPARATORS[0]
-    )
+    if not head:
+        raise DataError(f"{path}: the file is empty")
+    separator, names = columns_of(head, source.separator)
     rows = csv.reader(itertools.chain([head], lines), delimiter=separator)
-    names = [name.strip() for name in next(rows, [])]
-    _check_columns(source, path, dict.fromkeys(names))
+    next(rows)
+    image_key, _ = _check_columns(source, path, dict.fromkeys(names))
     while True:
         first = rows.line_num + 1
         try:
             values = next(rows, None)
-            reason = "" if values is None else _csv_problem(values, names, separator)
+            reason = ""
+            if values:
+                image = names.index(image_key)
+                reason = wrong_number_of(values, names) or _swallowed(values, image, separator)
         except csv.Error as error:
             values, reason = [], str(error)
         yield from rejects
@@ -201,10 +201,20 @@ def _decoded(path: str, rejects: list[Reject]) -> Iterator[str]:
             yield item[1].decode("utf-8", "surrogateescape") + "\n"
 
 
-def _csv_problem(values: list[str], names: list[str], separator: str) -> str:
-    """What is wrong with a row that is not empty; empty: nothing."""
-    if any("\n" in value and separator in value for value in values):
-        return "a quotation mark that is not closed takes in what follows"
-    if values and len(values) != len(names):
-        return f"{len(values)} columns, not the {len(names)} of the first line"
+def _swallowed(values: list[str], image: int, separator: str) -> str:
+    """What is wrong with a row whose cell seems to hold further rows; empty: nothing.
+
+    A caption over several lines is as good as any, unless there is a file name in it like that of the
+    row's own image, or any column where that name has no suffix.
+    """
+    suffix = os.path.splitext(values[image])[1].lower()
+    for cell in values:
+        lines = cell.splitlines()
+        if len(lines) > 1 and any(
+            os.path.splitext(part.strip('" '))[1].lower() == suffix
+            for line in lines
+            if separator in line
+            for part in line.split(separator)
+        ):
+            return "a quotation mark that is not closed takes in what follows"
     return ""

@@ -18,6 +18,7 @@ from megatron_vlmoe.data.readers.records import (
     ImageFile,
     LeftOut,
     PairItem,
+    PassedOver,
     Reject,
     check_inputs,
     is_image,
@@ -63,7 +64,7 @@ class PairInput:
         return self.images
 
 
-PairReader = Callable[[PairInput], Iterator[PairItem]]
+PairReader = Callable[[PairInput], Iterator[PairItem | PassedOver]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,7 @@ def images_by_name(folder: str, key: Callable[[str], str]) -> dict[str, list[str
     return found
 
 
-def read_pairs(source: PairInput) -> Iterator[PairItem]:
+def read_pairs(source: PairInput) -> Iterator[PairItem | PassedOver]:
     """Yields the images of a corpus with their captions, in the order of the annotations.
 
     Raises:

@@ -145,7 +145,7 @@ class CaptionedImage:
 
 
 PairItem = CaptionedImage | Reject | LeftOut
-"""What readers of captioned images yield."""
+"""What readers of captioned images yield; those of whole folders and tars also `PassedOver`."""
 
 
 def is_image(name: str) -> bool:

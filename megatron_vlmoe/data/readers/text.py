@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.delimited import read_column
@@ -92,14 +92,22 @@ def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
             yield from _blocks(path, "line", None, _watched(path, _filled(lines)), join)
 
 
-def block_texts(block: TextBlock) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+class TextDocument(NamedTuple):
+    """One document, and the lines, rows or entries that it is made of."""
+
+    number: int
+    """That of its first part."""
+    text: str
+    parts: int = 1
+
+
+def block_texts(block: TextBlock) -> tuple[list[TextDocument], list[tuple[int, str]]]:
     """Decodes and parses a block.
 
     Returns:
-        Number and text of each document, the number being that of its first part; and number and
-        reason of each part that is none.
+        The documents; and number and reason of each part that is none.
     """
-    documents: list[tuple[int, str]] = []
+    documents: list[TextDocument] = []
     bad: list[tuple[int, str]] = []
     for start in range(0, len(block.payloads), block.join):
         parts: list[tuple[int, str]] = []
@@ -113,7 +121,8 @@ def block_texts(block: TextBlock) -> tuple[list[tuple[int, str]], list[tuple[int
             bad += [(number, "empty text") for number, text in parts if not text.strip()]
             parts = [(number, text) for number, text in parts if text.strip()]
         if parts:
-            documents.append((parts[0][0], "\n".join(text for _, text in parts)))
+            text = "\n".join(text for _, text in parts)
+            documents.append(TextDocument(parts[0][0], text, len(parts)))
     return documents, sorted(bad)
 
 

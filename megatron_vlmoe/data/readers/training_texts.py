@@ -106,7 +106,7 @@ def _found(path: str, keys: tuple[str, ...], text_key: str | None) -> Found:
                 yield block
                 continue
             texts, bad = block_texts(block)
-            yield from ((f"line {number}", text) for number, text in texts)
+            yield from ((f"line {one.number}", one.text) for one in texts)
             yield from (Reject(path, f"line {number}", reason) for number, reason in bad)
 
 

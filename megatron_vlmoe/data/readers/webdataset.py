@@ -1,7 +1,8 @@
 """WebDataset tars of image-caption pairs, and the same files in folders.
 
-Consecutive members that agree up to the first dot of their file name are one sample: an image, and
-the caption in ``.txt``, else under a usual key of ``.json`` (a string or a list of strings).
+Consecutive members that agree up to the first dot of their file name are one sample: an image, by
+its suffix or its contents, and the caption in ``.txt``, else under a usual key of ``.json`` (a
+string or a list of strings). Other members of a sample do not count.
 img2dataset's ``webdataset`` and ``files`` outputs are of this form.
 """
 
@@ -10,19 +11,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.readers.images import tar_members
+from megatron_vlmoe.data.readers.images import BrokenTar, as_image, tar_members
 from megatron_vlmoe.data.readers.pairs import CAPTION_KEYS, PairInput, as_captions, find_key
 from megatron_vlmoe.data.readers.records import (
     CaptionedImage,
     ImageFile,
     PairItem,
+    PassedOver,
     Reject,
     check_inputs,
-    is_image,
     is_tar,
     walk_files,
 )
@@ -60,7 +61,7 @@ class FolderMember:
         return self.image(source).read()
 
 
-def read_webdataset(source: PairInput) -> Iterator[PairItem]:
+def read_webdataset(source: PairInput) -> Iterator[PairItem | PassedOver]:
     """Yields the samples of all tars in order.
 
     Tars are the annotation files, or lie in a folder given as one or as the image folder.
@@ -81,7 +82,7 @@ def read_webdataset(source: PairInput) -> Iterator[PairItem]:
         yield from _samples(tar, tar_members(tar), source.caption_key)
 
 
-def read_sample_files(source: PairInput) -> Iterator[PairItem]:
+def read_sample_files(source: PairInput) -> Iterator[PairItem | PassedOver]:
     """Yields the samples of folders, the annotations or the image folder, in sorted order.
 
     Raises:
@@ -109,65 +110,90 @@ class _Sample:
     text: tuple[object, ...] = ()
     described: tuple[object, ...] = ()
     seen: set[str] = field(default_factory=set)
-    """Suffixes."""
+    """Suffixes of captions."""
+    others: list[PassedOver] = field(default_factory=list)
+    """Members that are neither image nor caption."""
+    problem: str = ""
+    """Why the sample is of no use: the first of its members that is not."""
 
     def add(self, tar: str, member: Member, caption_key: str | None) -> None:
-        """Takes one member. Raises DataError if it is an unreadable caption."""
+        """Takes one member. Raises DataError if it is unreadable."""
         suffix = os.path.splitext(member.name)[1].lower()
-        if suffix in (".txt", ".json") and suffix in self.seen:
-            raise DataError(f"{member.name}: a second {suffix} in the sample")
+        if suffix not in (".txt", ".json"):
+            found = as_image(member.image(tar), member.name)
+            if isinstance(found, Reject):
+                raise DataError(found.reason)
+            if isinstance(found, PassedOver):
+                self.others.append(found)
+            else:
+                self.images.append(found)
+            return
+        if suffix in self.seen:
+            raise DataError(f"a second {suffix} in the sample")
         self.seen.add(suffix)
-        if is_image(member.name):
-            self.images.append(member.image(tar))
-        elif suffix == ".txt":
-            self.text = (_decode(member, tar),)
-        elif suffix == ".json":
-            try:
-                value = json.loads(_decode(member, tar))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{member.name}: invalid JSON: {error}") from error
-            key = find_key(value, caption_key, CAPTION_KEYS) if isinstance(value, dict) else None
-            self.described = as_captions(value[key]) if key is not None else ()
+        content = _decode(member.contents(tar))
+        if suffix == ".txt":
+            self.text = (content,)
+            return
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"invalid JSON: {error}") from error
+        key = find_key(value, caption_key, CAPTION_KEYS) if isinstance(value, dict) else None
+        self.described = as_captions(value[key]) if key is not None else ()
 
-    def finish(self, tar: str, caption_key: str | None) -> CaptionedImage | Reject:
-        """The complete sample; a caption under a key that was asked for comes before ``.txt``."""
-        captions = (self.described if caption_key else ()) or self.text or self.described
-        if len(self.images) != 1:
+    def captions(self, caption_key: str | None) -> tuple[object, ...]:
+        """Those under a key that was asked for come before ``.txt``."""
+        return (self.described if caption_key else ()) or self.text or self.described
+
+    def finish(self, tar: str, caption_key: str | None) -> Iterator[PairItem | PassedOver]:
+        """The complete sample, or why there is none.
+
+        What has neither an image nor the file of a caption is no sample.
+        """
+        captions = self.captions(caption_key)
+        if self.problem:
+            yield Reject(tar, self.key, self.problem, captions=len(captions))
+        elif len(self.images) == 1:
+            yield CaptionedImage(tar, self.key, self.images[0], captions)
+        elif self.images or self.seen:
             reason = f"{len(self.images)} images in the sample, not 1"
-            return Reject(tar, self.key, reason, captions=len(captions))
-        return CaptionedImage(tar, self.key, self.images[0], captions)
+            yield Reject(tar, self.key, reason, captions=len(captions))
+        else:
+            yield from self.others
 
 
-def _decode(member: Member, tar: str) -> str:
+def _decode(content: bytes) -> str:
     try:
-        return member.contents(tar).decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{member.name}: invalid UTF-8 at byte {error.start}") from error
+        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
 
 
 def _samples(
     tar: str, members: Iterable[Member | Reject], caption_key: str | None
-) -> Iterator[PairItem]:
+) -> Iterator[PairItem | PassedOver]:
     """The samples of a tar or folder."""
     sample: _Sample | None = None
-    spoiled = ""
     for member in members:
-        if isinstance(member, Reject):
-            # The sample under way may lack its rest.
-            yield member
-            return
-        folder, base = os.path.split(member.name)
-        key = os.path.join(folder, base.split(".")[0])
-        if not os.path.splitext(base)[1] or base.startswith(".") or key == spoiled:
+        if isinstance(member, BrokenTar):
+            # It stands for the sample under way too, which may lack its rest.
+            lost = 0 if sample is None else len(sample.captions(caption_key))
+            yield replace(member, captions=lost)
+            sample = None
             continue
+        name = member.record if isinstance(member, Reject) else member.name
+        folder, base = os.path.split(name)
+        key = os.path.join(folder, base.split(".")[0])
         if sample is not None and sample.key != key:
-            yield sample.finish(tar, caption_key)
+            yield from sample.finish(tar, caption_key)
             sample = None
         sample = sample or _Sample(key)
         try:
+            if isinstance(member, Reject):
+                raise DataError(member.reason)
             sample.add(tar, member, caption_key)
         except DataError as error:
-            yield Reject(tar, key, str(error))
-            sample, spoiled = None, key
+            sample.problem = sample.problem or f"{name}: {error}"
     if sample is not None:
-        yield sample.finish(tar, caption_key)
+        yield from sample.finish(tar, caption_key)
