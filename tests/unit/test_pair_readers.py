@@ -389,6 +389,16 @@ def test_names_without_a_suffix(tmp_path: Path) -> None:
     assert not bad
 
 
+def test_pictures_of_visual_genome_are_known_by_their_contents(tmp_path: Path) -> None:
+    path = written(tmp_path / "vg.json", [{"id": 7, "regions": [{"phrase": "a star"}]}])
+    (tmp_path / "VG_100K").mkdir()
+    (tmp_path / "VG_100K" / "7").write_bytes(encoded(picture(7)))
+    written(tmp_path / "VG_100K" / "7.txt", "no picture")
+    (item,) = read_pairs(PairInput("auto", (path,), str(tmp_path)))
+    assert isinstance(item, CaptionedImage)
+    assert (item.image.read(), item.captions) == (encoded(picture(7)), ("a star",))
+
+
 def test_files_of_img2dataset(tmp_path: Path) -> None:
     root = tmp_path / "00000"
     files(tmp_path, "00000/000000000.jpg", "00000/000000001.jpg", "00000/000000002.jpg")

@@ -11,10 +11,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from megatron_vlmoe.data.readers.lines import numbered_lines
 from megatron_vlmoe.data.readers.pair_tables import read_csv_pairs
 from megatron_vlmoe.data.readers.pairs import CaptionRow, PairInput, PairItems
 from megatron_vlmoe.data.readers.records import PairItem, Reject
-from megatron_vlmoe.data.readers.text import numbered_lines
 
 TOKEN_LINE = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
 """A line of the ``.token`` file."""

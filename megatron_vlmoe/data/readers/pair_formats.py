@@ -13,6 +13,7 @@ from megatron_vlmoe.data.readers.coco import read_coco
 from megatron_vlmoe.data.readers.delimited import columns_of
 from megatron_vlmoe.data.readers.flickr30k import TOKEN_LINE, read_flickr30k
 from megatron_vlmoe.data.readers.karpathy import read_karpathy
+from megatron_vlmoe.data.readers.lines import numbered_lines
 from megatron_vlmoe.data.readers.pair_tables import (
     find_keys,
     read_csv_pairs,
@@ -24,7 +25,6 @@ from megatron_vlmoe.data.readers.pairs import SPLIT_KEY, PairInput, PairReader, 
 from megatron_vlmoe.data.readers.parquet import table_format
 from megatron_vlmoe.data.readers.path_captions import first_character, is_url, read_path_captions
 from megatron_vlmoe.data.readers.records import Reject, is_image, is_tar, walk_files
-from megatron_vlmoe.data.readers.text import numbered_lines
 from megatron_vlmoe.data.readers.visual_genome import read_visual_genome
 from megatron_vlmoe.data.readers.webdataset import read_sample_files, read_webdataset
 

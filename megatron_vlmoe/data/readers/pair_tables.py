@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.delimited import columns_of, wrong_number_of
+from megatron_vlmoe.data.readers.lines import numbered_lines
 from megatron_vlmoe.data.readers.pairs import (
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -31,7 +32,7 @@ from megatron_vlmoe.data.readers.pairs import (
 from megatron_vlmoe.data.readers.parquet import column_names, read_columns
 from megatron_vlmoe.data.readers.path_captions import DOWNLOAD_FIRST
 from megatron_vlmoe.data.readers.records import LeftOut, PairItem, Reject
-from megatron_vlmoe.data.readers.text import json_rows, numbered_lines
+from megatron_vlmoe.data.readers.text import json_rows
 
 _BATCH_ROWS = 32
 

@@ -21,8 +21,6 @@ from megatron_vlmoe.data.readers.records import (
     PassedOver,
     Reject,
     check_inputs,
-    is_image,
-    walk_files,
 )
 
 DEFAULT_SPLITS = ("train", "restval")
@@ -254,15 +252,6 @@ def as_captions(value: object) -> tuple[object, ...]:
 def find_key(record: Mapping[str, Any], wanted: str | None, usual: tuple[str, ...]) -> str | None:
     """``wanted``, or else the first of the usual keys, if the record has it."""
     return next((key for key in ((wanted,) if wanted else usual) if key in record), None)
-
-
-def images_by_name(folder: str, key: Callable[[str], str]) -> dict[str, list[str]]:
-    """Paths of all images under a folder by ``key(file name)``; holds every path in memory."""
-    found: dict[str, list[str]] = {}
-    for path in walk_files(folder):
-        if is_image(path):
-            found.setdefault(key(os.path.basename(path)), []).append(path)
-    return found
 
 
 def read_pairs(source: PairInput) -> Iterator[PairItem | PassedOver]:

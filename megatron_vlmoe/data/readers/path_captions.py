@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.image_paths import NoImageError
+from megatron_vlmoe.data.readers.lines import numbered_lines
 from megatron_vlmoe.data.readers.pairs import (
     CaptionRow,
     PairInput,
@@ -31,7 +32,6 @@ from megatron_vlmoe.data.readers.pairs import (
     load_json,
 )
 from megatron_vlmoe.data.readers.records import PairItem, Reject, walk_files
-from megatron_vlmoe.data.readers.text import numbered_lines
 
 DOWNLOAD_FIRST = (
     "lists URLs: download the images first, for example with img2dataset, whose output is read "

@@ -12,13 +12,20 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_vlmoe.data.readers.pairs import PairInput, images_by_name, json_list, load_json
-from megatron_vlmoe.data.readers.records import CaptionedImage, ImageFile, PairItem, Reject
+from megatron_vlmoe.data.readers.images import as_image
+from megatron_vlmoe.data.readers.pairs import PairInput, json_list, load_json
+from megatron_vlmoe.data.readers.records import (
+    CaptionedImage,
+    ImageFile,
+    PairItem,
+    Reject,
+    walk_files,
+)
 
 
 def read_visual_genome(source: PairInput) -> Iterator[PairItem]:
     """Yields each image with the phrases of its regions. Raises DataError."""
-    files = images_by_name(source.image_folder(), lambda name: os.path.splitext(name)[0])
+    files = _images_by_stem(source.image_folder())
     for path in source.annotations:
         entries = json_list(path, load_json(path), "the file")
         times = Counter(str(_image_id(entry)) for entry in entries)
@@ -54,6 +61,15 @@ def read_visual_genome(source: PairInput) -> Iterator[PairItem]:
                 names.append(name)
             image = ImageFile(path, record, found[0])
             yield CaptionedImage(path, record, image, tuple(phrases), tuple(names))
+
+
+def _images_by_stem(folder: str) -> dict[str, list[str]]:
+    """Paths of all images under a folder by their name without suffix; holds every path in memory."""
+    found: dict[str, list[str]] = {}
+    for path in walk_files(folder):
+        if isinstance(as_image(ImageFile(folder, path, path), path), ImageFile):
+            found.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
+    return found
 
 
 def _image_id(entry: Any) -> object:

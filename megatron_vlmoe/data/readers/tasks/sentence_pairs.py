@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.readers.lines import numbered_lines
 from megatron_vlmoe.data.readers.parquet import class_names, column_names
 from megatron_vlmoe.data.readers.records import Reject
 from megatron_vlmoe.data.readers.tasks.records import (
@@ -37,7 +38,7 @@ from megatron_vlmoe.data.readers.tasks.tables import (
     row_name,
     table_rows,
 )
-from megatron_vlmoe.data.readers.text import json_rows, numbered_lines
+from megatron_vlmoe.data.readers.text import json_rows
 from megatron_vlmoe.data.task_labels import Labels
 
 _MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched")
