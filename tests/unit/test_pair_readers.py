@@ -461,6 +461,7 @@ def test_tables_of_hugging_face(tmp_path: Path, kind: str) -> None:
         ([{"question": "q", "image": "a"}], "list: not recognised"),
         ({"info": 1}, "list: not recognised"),
         ('{"a": ', r"list:1: invalid JSON"),
+        ('"a cat\thttp://h/1.jpg\n', "list lists URLs: download the images first"),
     ],
 )
 def test_what_is_not_recognised_is_named(tmp_path: Path, content: object, message: str) -> None:

@@ -404,6 +404,7 @@ CAPTIONS: dict[str, tuple[str, object]] = {
     "objects": ("train.json", [{"image": "1.jpg", "caption": ["one", "two"]}]),
     "lines": ("a.jsonl", b'{"image": "1.jpg", "caption": "one"}\n{"captions": ["two"]}\n'),
     "cc3m": ("Train_GCC-training.tsv", f"one\t{URL}\ntwo\t{URL}\n".encode()),
+    "cc3m, a quotation mark": ("a.tsv", f'"one\t{URL}\ntwo\t{URL}\n'.encode()),
     "cc12m": ("cc12m.tsv", f"{URL}\tone\n{URL}\ttwo\n".encode()),
     "quoted header": ("a.csv", b'"id","caption"\n"1","one"\n"2","two"\n'),
     "token": ("results.token", b"1.jpg#0\tone\n1.jpg#1\ttwo\n"),
@@ -429,9 +430,9 @@ def test_captions_train_a_tokenizer(tmp_path: Path, layout: str, indent: int | N
     (tmp_path / name).write_bytes(content)
     found = list(read_training_texts([str(tmp_path / name)]))
     assert (
-        [text.strip() for text in found if isinstance(text, str)]
+        [text.strip(' "') for text in found if isinstance(text, str)]
         == ["one", "two"]
-        == [str(item).strip() for item in found]
+        == [str(item).strip(' "') for item in found]
     )
 
 

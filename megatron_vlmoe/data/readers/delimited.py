@@ -80,6 +80,7 @@ def read_column(
     place = next((header.index(name) for name in names if name in header), None)
     headless = place is None and captions
     if headless:
+        header = first.strip().split(delimiter)
         place = _place_of_caption(header)
     if place is None:
         yield from lines.rejects
