@@ -118,6 +118,8 @@ def test_tars_in_a_tar(tmp_path: Path) -> None:
         "n3.tar.gz/a.jpg": jpeg(1),
         "n3.tar.gz/b.jpg": jpeg(7),
     }
+    put(tmp_path / "z" / "all.tar.zst", b"\x28\xb5\x2f\xfd...")
+    assert "zstd or lz4, which is not read: decompress it" in str(found(tmp_path / "z")[""])
     # A compressed tar is known by its contents; the damage of an inner one is named, and what follows is read.
     misnamed = tmp_path / "misnamed.tar"
     misnamed.write_bytes(gzip.compress((tmp_path / "all.tar").read_bytes()))

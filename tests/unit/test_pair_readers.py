@@ -421,6 +421,8 @@ def test_files_of_img2dataset(tmp_path: Path) -> None:
     ]
     good, _ = read("files", str(tmp_path), caption_key="caption")
     assert good[0] == ("00000/000000000.jpg", ["not this"])
+    with pytest.raises(DataError, match=r"no \.json has the key 'captoin'"):
+        read("files", str(tmp_path), caption_key="captoin")
     assert list(read_pairs(PairInput("files", (), str(tmp_path))))
 
 

@@ -27,6 +27,8 @@ from megatron_vlmoe.data.readers.records import (
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """How gzip, bzip2 and xz files begin."""
+_OTHERWISE_COMPRESSED = (b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+"""How zstd and lz4 files begin, which tarfile does not read."""
 _MAX_LINKS = 16
 
 
@@ -89,7 +91,10 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
         elif is_image_file(ImageFile(path, "", path), path):
             yield ImageFile(path, "", path)
         else:
-            raise DataError(f"{path}: neither a folder, a tar nor an image")
+            raise DataError(
+                f"{path}: neither a folder, a tar nor an image (unpack other archives; write the "
+                "images of tables as files)"
+            )
 
 
 def _folder_images(folder: str) -> Iterator[ImageFile | Reject | PassedOver]:
@@ -152,8 +157,13 @@ def _members(
         in_file: whether places in `file` are places in the file at `path`.
     """
     start = file.tell()
-    compressed = file.read(8).startswith(_COMPRESSED)
+    head = file.read(8)
     file.seek(start)
+    if head.startswith(_OTHERWISE_COMPRESSED):
+        reason = "a tar compressed by zstd or lz4, which is not read: decompress it"
+        yield BrokenTar(path, inside.rstrip("/"), reason)
+        return
+    compressed = head.startswith(_COMPRESSED)
     in_file = in_file and not compressed
     links = _Links(file, start)
     last = "start"

@@ -18,7 +18,10 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 """Files with these are images or broken ones; others are if their contents say so."""
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4"),
+)
+"""The last two are refused by name."""
 
 
 @dataclass(frozen=True, slots=True)

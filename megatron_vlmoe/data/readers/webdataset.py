@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -78,8 +78,10 @@ def read_webdataset(source: PairInput) -> Iterator[PairItem | PassedOver]:
     ]
     if not tars:
         raise DataError(f"no tar in {', '.join(inputs) or '--annotations'}")
+    keys = _CaptionKeys(source.caption_key)
     for tar in tars:
-        yield from _samples(tar, tar_members(tar), source.caption_key)
+        yield from _samples(tar, tar_members(tar), keys)
+    keys.finish(inputs)
 
 
 def read_sample_files(source: PairInput) -> Iterator[PairItem | PassedOver]:
@@ -89,6 +91,7 @@ def read_sample_files(source: PairInput) -> Iterator[PairItem | PassedOver]:
         DataError: a folder is none.
     """
     folders = source.annotations or ((source.images,) if source.images else ())
+    keys = _CaptionKeys(source.caption_key)
     for folder in folders:
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: not a folder; --format files reads folders of samples")
@@ -98,7 +101,31 @@ def read_sample_files(source: PairInput) -> Iterator[PairItem | PassedOver]:
             for file in walk_files(folder)
             if not file.endswith(("_stats.json", ".parquet", ".tar"))
         )
-        yield from _samples(folder, map(FolderMember, names), source.caption_key)
+        yield from _samples(folder, map(FolderMember, names), keys)
+    keys.finish(folders)
+
+
+class _CaptionKeys:
+    """The key of captions in ``.json`` files: the one that was asked for, or the usual ones."""
+
+    def __init__(self, wanted: str | None) -> None:
+        self.wanted = wanted
+        self._found = False
+
+    def captions(self, content: str) -> tuple[object, ...]:
+        """The captions in a JSON text; none without the key. Raises DataError."""
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"invalid JSON: {error}") from error
+        key = find_key(value, self.wanted, CAPTION_KEYS) if isinstance(value, dict) else None
+        self._found = self._found or key is not None
+        return as_captions(value[key]) if key is not None else ()
+
+    def finish(self, inputs: Sequence[str]) -> None:
+        """Raises DataError if no sample had the key that was asked for."""
+        if self.wanted and not self._found:
+            raise DataError(f"{', '.join(inputs)}: no .json has the key {self.wanted!r}")
 
 
 @dataclass
@@ -116,7 +143,7 @@ class _Sample:
     problem: str = ""
     """Why the sample is of no use: the first of its members that is not."""
 
-    def add(self, tar: str, member: Member, caption_key: str | None) -> None:
+    def add(self, tar: str, member: Member, keys: _CaptionKeys) -> None:
         """Takes one member. Raises DataError if it is unreadable."""
         suffix = os.path.splitext(member.name)[1].lower()
         if suffix not in (".txt", ".json"):
@@ -134,24 +161,19 @@ class _Sample:
         content = _decode(member.contents(tar))
         if suffix == ".txt":
             self.text = (content,)
-            return
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"invalid JSON: {error}") from error
-        key = find_key(value, caption_key, CAPTION_KEYS) if isinstance(value, dict) else None
-        self.described = as_captions(value[key]) if key is not None else ()
+        else:
+            self.described = keys.captions(content)
 
-    def captions(self, caption_key: str | None) -> tuple[object, ...]:
+    def captions(self, keys: _CaptionKeys) -> tuple[object, ...]:
         """Those under a key that was asked for come before ``.txt``."""
-        return (self.described if caption_key else ()) or self.text or self.described
+        return (self.described if keys.wanted else ()) or self.text or self.described
 
-    def finish(self, tar: str, caption_key: str | None) -> Iterator[PairItem | PassedOver]:
+    def finish(self, tar: str, keys: _CaptionKeys) -> Iterator[PairItem | PassedOver]:
         """The complete sample, or why there is none.
 
         What has neither an image nor the file of a caption is no sample.
         """
-        captions = self.captions(caption_key)
+        captions = self.captions(keys)
         if self.problem:
             yield Reject(tar, self.key, self.problem, captions=len(captions))
         elif len(self.images) == 1:
@@ -171,14 +193,14 @@ def _decode(content: bytes) -> str:
 
 
 def _samples(
-    tar: str, members: Iterable[Member | Reject], caption_key: str | None
+    tar: str, members: Iterable[Member | Reject], keys: _CaptionKeys
 ) -> Iterator[PairItem | PassedOver]:
     """The samples of a tar or folder."""
     sample: _Sample | None = None
     for member in members:
         if isinstance(member, BrokenTar):
             # It stands for the sample under way too, which may lack its rest.
-            lost = 0 if sample is None else len(sample.captions(caption_key))
+            lost = 0 if sample is None else len(sample.captions(keys))
             yield replace(member, captions=lost)
             sample = None
             continue
@@ -186,14 +208,14 @@ def _samples(
         folder, base = os.path.split(name)
         key = os.path.join(folder, base.split(".")[0])
         if sample is not None and sample.key != key:
-            yield from sample.finish(tar, caption_key)
+            yield from sample.finish(tar, keys)
             sample = None
         sample = sample or _Sample(key)
         try:
             if isinstance(member, Reject):
                 raise DataError(member.reason)
-            sample.add(tar, member, caption_key)
+            sample.add(tar, member, keys)
         except DataError as error:
             sample.problem = sample.problem or f"{name}: {error}"
     if sample is not None:
-        yield from sample.finish(tar, caption_key)
+        yield from sample.finish(tar, keys)
