@@ -177,6 +177,8 @@ def test_one_bad_member_spoils_its_sample_alone(
             "5.avif": encoded(picture(5), "AVIF"),
             "5.json": b'{"caption": "small"}',
             "last.tar": inner,
+            "6.heic": b"....ftypheic",
+            "6.txt": b"two",
         },
     )
     out = tmp_path / "out"
@@ -184,16 +186,17 @@ def test_one_bad_member_spoils_its_sample_alone(
     arguments += ["--output-prefix", str(out), "--on-error", "skip"]
     assert tool("preprocess_pairs")(arguments) == 0
     assert capfd.readouterr().err.splitlines()[2:7] == [
-        "pairs: 9 records: 6 kept, 3 rejected",
+        "pairs: 10 records: 6 kept, 4 rejected",
         "pairs: 6 images: 6 kept, 0 rejected",
-        "pairs: 7 captions: 6 kept, 0 rejected, 1 lost with their image",
+        "pairs: 8 captions: 6 kept, 0 rejected, 2 lost with their image",
         "pairs: passed over: no suffix 1",
-        f"pairs: 4 lines in {out}.rejects.jsonl: 3 records, 1 of what is passed over",
+        f"pairs: 5 lines in {out}.rejects.jsonl: 4 records, 1 of what is passed over",
     ]
     assert rejects_of(out) == [
         ("1", "1.jpg: a link to gone.jpg, which is no file of the tar"),
         ("n.tar/after 7.jpg", "damaged tar: unexpected end of data"),
         ("pipe", "pipe: neither a file nor a link"),
+        ("6", "0 images in the sample, not 1 (passed over: .heic 1)"),
         ("", "passed over: no suffix 1"),
     ]
     # A merge lists, counts and shows it all.
@@ -202,9 +205,9 @@ def test_one_bad_member_spoils_its_sample_alone(
     assert rejects_of(f"{out}2") == 2 * rejects_of(out)
     assert tool("inspect_dataset")([f"{out}2"]) == 0
     assert capfd.readouterr().out.splitlines()[2:6] == [
-        "  18 records read: 12 kept, 6 rejected, 0 left out",
+        "  20 records read: 12 kept, 8 rejected, 0 left out",
         "  12 images read: 12 kept, 0 rejected",
-        "  14 captions read: 12 kept, 0 rejected, 2 lost",
+        "  16 captions read: 12 kept, 0 rejected, 4 lost",
         "  passed over: no suffix 2",
     ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -25,6 +26,8 @@ from megatron_vlmoe.data.readers.records import (
     Reject,
     check_inputs,
     is_tar,
+    kinds_of,
+    passed_over_line,
     walk_files,
 )
 
@@ -179,7 +182,8 @@ class _Sample:
         elif len(self.images) == 1:
             yield CaptionedImage(tar, self.key, self.images[0], captions)
         elif self.images or self.seen:
-            reason = f"{len(self.images)} images in the sample, not 1"
+            others = f" ({passed_over_line(kinds_of(Counter(self.others)))})" if self.others else ""
+            reason = f"{len(self.images)} images in the sample, not 1{others}"
             yield Reject(tar, self.key, reason, captions=len(captions))
         else:
             yield from self.others
