@@ -204,6 +204,21 @@ def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
     sync_directory(manifest_path(prefix).parent)
 
 
+def check_replaceable(prefix: str | Path) -> None:
+    """Raises DataError if ``PREFIX.json`` is there and is no manifest, but annotations of that name."""
+    path = manifest_path(prefix)
+    if not path.exists():
+        return
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict) or not {"format_version", "files", "kind"} <= raw.keys():
+        raise DataError(
+            f"{path}: is no manifest of a dataset, and would be overwritten: choose another --output-prefix"
+        )
+
+
 def load_manifest(prefix: str | Path) -> DatasetManifest:
     """Reads ``PREFIX.json``.
 

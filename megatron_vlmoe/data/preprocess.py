@@ -36,6 +36,7 @@ from megatron_vlmoe.data.manifest import (
     TASKS,
     DatasetManifest,
     FileRecord,
+    check_replaceable,
     manifest_path,
     part_prefix,
     rejects_path,
@@ -379,6 +380,7 @@ class DatasetOutput:
         self.samples: SamplesWriter | None = None
         if not Path(prefix).name or prefix.endswith(os.sep):
             raise DataError(f"{prefix}: an output prefix needs a name after its folder")
+        check_replaceable(prefix)
         try:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

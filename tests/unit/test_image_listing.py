@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -210,6 +211,11 @@ def test_one_bad_member_spoils_its_sample_alone(
         "  16 captions read: 12 kept, 0 rejected, 4 lost",
         "  passed over: no suffix 2",
     ]
+
+
+def test_a_pipe_among_images_is_named_and_holds_up_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "not seekable" in str(found(tmp_path)["pipe"])
 
 
 def test_side_folders_are_no_classes(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:

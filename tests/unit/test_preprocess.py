@@ -517,6 +517,19 @@ def test_merge_is_concatenation(
     assert not list(out.parent.glob("p2*"))
 
 
+def test_raw_files_are_not_overwritten(
+    tmp_path: Path, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "wiki.json"
+    raw.write_text('[{"text": "a star"}]')
+    assert tool("preprocess_text")(text_arguments(tmp_path / "wiki", model, raw)) == 1
+    assert f"error: {raw}: is no manifest of a dataset" in capfd.readouterr().err
+    assert raw.read_text() == '[{"text": "a star"}]' and files_of(tmp_path) == ["wiki.json"]
+    # A dataset is.
+    for _ in range(2):
+        assert tool("preprocess_text")(text_arguments(tmp_path / "other", model, raw)) == 0
+
+
 def test_joined_lines_are_counted_as_lines(
     tmp_path: Path, out: Path, model: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,11 @@ class TextBlock:
     """So many consecutive payloads are one document; at the end of a block there may be fewer."""
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file; of a named pipe among images no writer is waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """An encoded image: ``data``, or the file ``path``, or ``size`` bytes of it at ``offset``."""
@@ -115,13 +120,13 @@ class ImageFile:
             return self.data[:limit]
         size = self.size if limit is None or self.size is None else min(self.size, limit)
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=_open_at_once) as file:
                 file.seek(self.offset)
                 data = file.read(next((n for n in (size, limit) if n is not None), -1))
         except FileNotFoundError as error:
             raise DataError(f"no such image file: {self.path}") from error
         except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+            raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
         if size is not None and len(data) != size:
             raise DataError(f"{self.path} ends inside it")
         return data
