@@ -287,11 +287,14 @@ def test_json_of_one_value_and_tables_with_a_header(tmp_path: Path) -> None:
     assert documents(path) == (["one\ntwo"], [])
     path = tmp_path / "a.csv"
     path.write_bytes(
-        b'id,text\n1,"one, ""two""\nthree"\n2\n3,\xff\n4,"a"b\n\n5,five\n6,six, seven\n'
+        b'id,text\n1,"one, ""two""\nthree"\n2\n3,\xff\n4,"a"b\n\n5,five\n6,six, seven\n7,"open\n8,x\n'
     )
     texts, rejects = documents(path)
     assert texts == ['one, "two"\nthree', "five"]
-    assert [record for record, _ in rejects] == ["line 4", "line 5", "line 6", "line 9"]
+    assert [record for record, _ in rejects] == [
+        *("line 4", "line 5", "line 6", "line 9"),
+        "line 10 to 11",
+    ]
     assert rejects[3][1] == "3 columns, not the 2 of the first line"  # not "six" alone
     assert (
         "1 columns" in rejects[0][1] and "UTF-8" in rejects[1][1] and "not a row" in rejects[2][1]

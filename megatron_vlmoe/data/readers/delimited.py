@@ -34,12 +34,12 @@ def wrong_number_of(cells: Sequence[str], columns: Sequence[str]) -> str:
 
 
 class _Lines(Iterator[str]):
-    """Decoded lines; ``first`` is the number of the first one since it was set to 0."""
+    """Decoded lines; ``first`` is the number of the first one since it was set to 0, ``last`` of the last."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._items = numbered_lines(path, strip=False)
-        self.first = 0
+        self.first = self.last = 0
         self.rejects: list[Reject] = []
 
     def __next__(self) -> str:
@@ -49,7 +49,7 @@ class _Lines(Iterator[str]):
                 continue
             try:
                 line = item[1].decode("utf-8") + "\n"
-                self.first = self.first or item[0]
+                self.first, self.last = self.first or item[0], item[0]
                 return line
             except UnicodeDecodeError as error:
                 reason = f"invalid UTF-8 at byte {error.start}"
@@ -106,7 +106,9 @@ def read_column(
         if cells and not bad:
             bad = wrong_number_of(cells, header)
         if bad:
-            yield Reject(path, f"line {lines.first or 1}", bad)
+            begin = lines.first or 1
+            more = f" to {lines.last}" if lines.last > begin else ""
+            yield Reject(path, f"line {begin}{more}", bad)
         elif cells:
             yield lines.first or 1, cells[place]  # 1: that of ``first``, which is no header
 
