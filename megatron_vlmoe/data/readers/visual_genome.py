@@ -20,7 +20,7 @@ def read_visual_genome(source: PairInput) -> Iterator[PairItem]:
     """Yields each image with the phrases of its regions. Raises DataError."""
     files = images_by_name(source.image_folder(), lambda name: os.path.splitext(name)[0])
     for path in source.annotations:
-        entries = json_list(path, load_json(path), "the file")
+        entries = json_list(path, load_json(path))
         times = Counter(str(_image_id(entry)) for entry in entries)
         for number, entry in enumerate(entries):
             regions = entry.get("regions") if isinstance(entry, dict) else None
