@@ -738,6 +738,9 @@ def test_options_of_loading(folder, caplog):
     loaded = VLMoEImageProcessor.from_pretrained(folder, foo=1, size=48)
     assert caplog.messages == ["VLMoEImageProcessor has no option foo: ignored"]
     assert loaded.to_dict() == {**kept.to_dict(), "size": {"height": 48, "width": 48}}
+    # An option of calls alone.
+    VLMoEImageProcessor.from_pretrained(folder, max_length=3)
+    assert caplog.messages[1:] == ["VLMoEImageProcessor has no option max_length: ignored"]
     _, unused = VLMoEImageProcessor.from_pretrained(folder, foo=1, return_unused_kwargs=True)
     assert unused == {"foo": 1}
     silent = VLMoEImageProcessor(size=None, exif=None, do_resize=None, do_pad=None)
