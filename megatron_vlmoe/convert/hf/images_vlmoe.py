@@ -93,7 +93,7 @@ def _opened(image: Any, timeout: Optional[float]) -> Image.Image:
     return opened
 
 
-def _very_large_jpeg(source: Any) -> Optional[Image.Image]:
+def _very_large_jpeg(source: Any) -> Optional[JpegImageFile]:
     """A JPEG of up to three times Pillow's limit; None for all else."""
     if isinstance(source, io.BytesIO):
         source.seek(0)
