@@ -99,8 +99,8 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--val-labels",
         metavar="F",
-        help="imagenet: classes of images that lie in val without folders: a class id per line in the "
-        "order of the names, LOC_val_solution.csv, or the development kit's ground truth with its meta.mat",
+        help="imagenet: classes of images that lie in val without folders: a class id, or a file name and "
+        "a class id, per line, LOC_val_solution.csv, or the development kit's ground truth with its meta.mat",
     )
     group.add_argument("--words", metavar="F", help="imagenet: class ids and their words")
     group.add_argument(

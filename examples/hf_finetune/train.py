@@ -157,12 +157,16 @@ def read_annotations(root: Path, part: str) -> list[dict[str, Any]]:
     """The annotations of a part of VQAv2, train2014 or val2014."""
     name = f"v2_mscoco_{part}_annotations.json"
     path = find(root, name, f"annotations/{name}")
-    rows = read_json(path, "annotations")
+    rows, seen = read_json(path, "annotations"), set()
     for number, row in enumerate(rows):
         try:
-            row["question_id"], row["multiple_choice_answer"], [a["answer"] for a in row["answers"]]
+            row["multiple_choice_answer"], [answer["answer"] for answer in row["answers"]]
+            key = row["question_id"]
         except (KeyError, TypeError):
             raise InputError(f"{path}: annotation entry {number} is incomplete") from None
+        if key in seen:
+            raise InputError(f"{path}: annotation entry {number}: question {key} has one already")
+        seen.add(key)
     return rows
 
 
@@ -188,10 +192,11 @@ def vqa_samples(root: Path, part: str, labels: Sequence[str], drop_unanswerable:
     for number, row in enumerate(read_json(path, "questions")):
         try:
             key, question, image = row["question_id"], row["question"], int(row["image_id"])
-            said = answers[key]
+            # Each is taken once.
+            said = answers.pop(key)
         except (KeyError, TypeError, ValueError):
             raise InputError(
-                f"{path}: question entry {number} is incomplete or has no annotation"
+                f"{path}: question entry {number} is incomplete, came before or has no annotation"
             ) from None
         file = f"COCO_{part}_{image:012d}.jpg"
         if file not in images:

@@ -128,7 +128,9 @@ def _texts(sample: TaskSample, shape: TaskShape) -> TextsOfSample | Reject:
         for name in (sample.id, *sample.answers, sample.answer_type):
             name.encode("utf-8")
     except UnicodeEncodeError:
-        return Reject(sample.source, sample.record, "invalid Unicode in its id or answers")
+        reason = "invalid Unicode in its id or answers"
+        lost = sample.id.encode("utf-8", "replace").decode()
+        return Reject(sample.source, sample.record, reason, sample=lost)
     what = "caption" if shape.captions else "text"
     usable, bad = list[tuple[int, str]](), list[tuple[int, str]]()
     for place, text in enumerate(sample.texts):
@@ -248,6 +250,8 @@ class SampleSink:
 
     def _add_sample(self, item: CheckedSample) -> None:
         sample = item.sample
+        # A record of the same id that came before was not usable; this one is.
+        self.left_out.pop(sample.id, None)
         images = tuple(self._document(_key(image)) for image in sample.images)
         texts: tuple[int, ...] = ()
         if self._shape.texts:

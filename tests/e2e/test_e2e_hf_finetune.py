@@ -74,6 +74,12 @@ def write_vqa(raw: Path) -> Path:
     return raw
 
 
+def doubled(path: Path) -> None:
+    """Puts the first record of a file in again, behind itself."""
+    ((key, records),) = json.loads(path.read_text()).items()
+    put(path, {key: [records[0], *records]})
+
+
 def write_classes(raw: Path) -> Path:
     """Two classes."""
     for split, count in (("train", 4), ("val", 2)):
@@ -267,6 +273,14 @@ def test_rates_follow_depth(script: ModuleType) -> None:
                 {"annotations": [{"question_id": 1}]},
             ),
             "annotation entry 0 is incomplete",
+        ),
+        (
+            lambda raw: doubled(raw / "annotations" / "v2_mscoco_train2014_annotations.json"),
+            "annotation entry 1: question 90 has one already",
+        ),
+        (
+            lambda raw: doubled(raw / "v2_OpenEnded_mscoco_val2014_questions.json"),
+            "question entry 1 is incomplete, came before or has no annotation",
         ),
     ],
 )

@@ -349,18 +349,29 @@ def test_transparent_grey_of_few_bits(tmp_path):
     for name, content in chunks:
         data += struct.pack(">I", len(content)) + name + content
         data += struct.pack(">I", zlib.crc32(name + content))
-    for image in (data, Image.open(io.BytesIO(data))):
+    opened = Image.open(io.BytesIO(data))
+    # The second time its pixels are loaded.
+    for image in (data, opened, opened):
         assert raw_pixels(image)[0, :, 0].tolist() == [0, 255, 170, 255]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_large_jpeg_is_decoded_at_half_its_size(monkeypatch):
+@pytest.mark.parametrize("limit", [1000, 600])
+def test_a_large_jpeg_is_decoded_at_half_its_size(limit, monkeypatch, tmp_path):
     data = encoded(picture("RGB", 48, 32), "JPEG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     half = Image.open(io.BytesIO(data))
     half.draft(None, (24, 16))
-    found = raw_pixels(data)
-    assert found.shape == (16, 24, 3) and np.array_equal(found, np.asarray(half))
+    path = tmp_path / "large.jpg"
+    path.write_bytes(data)
+    # 600: Pillow itself takes up to twice as many pixels only.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for image in (data, path):
+        found = raw_pixels(image)
+        assert found.shape == (16, 24, 3) and np.array_equal(found, np.asarray(half))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    for image in (data, encoded(picture("RGB", 48, 32), "PNG")):
+        with pytest.raises(ValueError, match="exceeds limit of 1000 pixels"):
+            raw_pixels(image)
 
 
 def test_cmyk_and_animations(tmp_path):
@@ -727,6 +738,9 @@ def test_options_of_loading(folder, caplog):
     loaded = VLMoEImageProcessor.from_pretrained(folder, foo=1, size=48)
     assert caplog.messages == ["VLMoEImageProcessor has no option foo: ignored"]
     assert loaded.to_dict() == {**kept.to_dict(), "size": {"height": 48, "width": 48}}
+    # An option of calls alone.
+    VLMoEImageProcessor.from_pretrained(folder, max_length=3)
+    assert caplog.messages[1:] == ["VLMoEImageProcessor has no option max_length: ignored"]
     _, unused = VLMoEImageProcessor.from_pretrained(folder, foo=1, return_unused_kwargs=True)
     assert unused == {"foo": 1}
     silent = VLMoEImageProcessor(size=None, exif=None, do_resize=None, do_pad=None)

@@ -65,6 +65,7 @@ def test_flat_imagenet_val(imagenet: dict[str, bytes], desk: Desk) -> None:
         ("n02\nn01\n", [("v1.JPEG", (1,)), ("v2.JPEG", (0,))]),
         ("ImageId,PredictionString\nv2,n02 1 2 3 4\nv1,n01 1 2 3 4 n01 5 6 7 8\n",
          [("v1.JPEG", (0,)), ("v2.JPEG", (1,))]),
+        ("v2.JPEG n01\nval/v1.JPEG\tn02\n", [("v1.JPEG", (1,)), ("v2.JPEG", (0,))]),
     ):  # fmt: skip
         put(table, content)
         assert desk.prepare("imagenet", "--val-labels", str(table), "--splits", "val") == 0
@@ -81,6 +82,7 @@ def test_flat_imagenet_val(imagenet: dict[str, bytes], desk: Desk) -> None:
             "ImageId,PredictionString\nv1,n01 1\nv2,n02 1\nv1,n02 1\n",
             f"{table}: line 4: image v1 comes twice, of n01 and n02",
         ),
+        ("v1.JPEG 1\nv2.JPEG 0\n", f"{table}: line 1: class 1 is a number, of which there are"),
     ):
         put(table, content)
         assert desk.prepare("imagenet", "--val-labels", str(table), "--splits", "val") == 1
@@ -110,6 +112,14 @@ def test_bad_imagenet_folders(imagenet: dict[str, bytes], desk: Desk) -> None:
     (desk.raw / "train").rename(desk.raw / "old")
     assert desk.prepare("imagenet") == 1
     assert desk.error() == f"{desk.raw / 'train'}: no such folder"
+
+
+def test_a_table_beside_class_folders_is_not_the_images(
+    imagenet: dict[str, bytes], desk: Desk
+) -> None:
+    put_table(desk.raw / "sizes.parquet", {"file": ["a.JPEG"], "width": [48]})
+    assert desk.prepare("imagenet") == 0
+    assert ids(desk.opened("val", "imagenet")) == ["n01/v1.JPEG", "n02/v2.JPEG"]
 
 
 def test_held_out_share_of_each_class(desk: Desk) -> None:

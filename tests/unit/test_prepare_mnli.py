@@ -185,6 +185,9 @@ def test_bad_tables(desk: Desk) -> None:
         ("line 9", "invalid UTF-8 at byte 4"),
     ]
     assert ids(desk.opened("train", "mnli")) == ["5"]
+    put(path, tsv(HEADER, "5|g|two|star|x|neutral", "5|g|two|star|x", "6|g|two"))
+    assert desk.prepare("mnli", "--splits", "train", "--on-error", "skip") == 0
+    assert list(desk.opened("train", "mnli").manifest.left_out or {}) == ["6"]  # 5 is there
     desk.messages()
     assert desk.prepare("mnli") == 1
     assert desk.error().startswith(f"{desk.raw / 'dev_matched.tsv'}: no such file (nor ")

@@ -96,6 +96,21 @@ def test_an_identifier_that_comes_twice(desk: Desk) -> None:
     assert desk.error() == f"{path}: line 2 (dev-1-0-0): identifier dev-1-0-0 came before"
 
 
+def test_an_unusable_sentence_of_an_id_that_is_there_is_not_left_out(desk: Desk) -> None:
+    for name in ("a.png", "b.png"):
+        put(desk.raw / name, encoded(picture(1), "PNG"))
+    usable = {
+        "sentence": "two stars",
+        "label": "True",
+        "identifier": "x",
+        "images": ["a.png", "b.png"],
+    }
+    put(desk.raw / "nlvr_dev.json", [usable, usable | {"images": []}])
+    assert desk.prepare("nlvr2", "--on-error", "skip") == 0
+    data = desk.opened("dev", "nlvr2")
+    assert (ids(data), data.manifest.rejects, data.manifest.left_out) == (["x"], 1, {})
+
+
 def test_lists_of_objects(desk: Desk) -> None:
     left, right = write_nlvr2_images(desk.raw / "images" / "dev", "dev-1-0")
     images = [f"/elsewhere/NLVR2/images/dev/dev-1-0-img{side}.png" for side in (0, 1)]

@@ -170,34 +170,38 @@ def test_bad_vqa_records(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
         question(85, 1),
         {"question": "x", "question_id": 86},
     ]
-    write_questions(desk.raw, "train2014", [*bad, *(q for q, _ in TRAIN_QUESTIONS)])
     notes = [
         annotation(q["question_id"], "yes", {"yes": 10}) for q in bad if q["question_id"] != 85
     ]
     notes.append({"question_id": 87, "multiple_choice_answer": "yes", "answers": [{}]})
+    # Told once, with its question.
+    notes.append({"question_id": 85, "multiple_choice_answer": "yes", "answers": "yes"})
+    bad.append(question(88, 1))
+    write_questions(desk.raw, "train2014", [*bad, *(q for q, _ in TRAIN_QUESTIONS)])
     notes += [a for _, a in TRAIN_QUESTIONS]
     path = desk.raw / "annotations" / "v2_mscoco_train2014_annotations.json"
     put(path, {"annotations": notes})
     questions = desk.raw / "v2_OpenEnded_mscoco_train2014_questions.json"
     assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "train") == 1
-    where = f"{path}: annotation entry 5: "
-    assert desk.error() == f"{where}answers are not a list of objects with an answer"
+    assert desk.error() == f"{questions}: question 81: invalid Unicode"
     assert files_of(desk.out.parent) == []
     missing = desk.raw / "train2014" / f"COCO_train2014_{99:012d}.jpg"
     assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "train", "--on-error", "skip") == 0
     assert rejects_of(f"{desk.out}_train") == [
-        ("annotation entry 5", "answers are not a list of objects with an answer"),
         ("question 81", "invalid Unicode"),
         ("question 82", "empty text"),
         ("question 83", "text is not a string"),
         ("question 84", f"no such image file: {missing}"),
-        ("question 85", f"no annotation in {path}"),
+        ("annotation entry 6", "answers are not a list of objects with an answer"),
         ("question entry 5", "no whole question_id and image_id"),
+        ("question 88", f"no annotation in {path}"),
+        ("annotation entry 5", "answers are not a list of objects with an answer"),
         ("annotation of question 86", f"no such question in {questions}"),
     ]
     assert ids(desk.opened("train", "vqa"))[:3] == ["11", "12", "13"]
-    assert load_manifest(f"{desk.out}_train").rejects == 8
-    assert "8 rejected" in desk.messages()
+    manifest = load_manifest(f"{desk.out}_train")
+    assert manifest.rejects == 9 and "9 rejected" in desk.messages()
+    assert list(manifest.left_out or {}) == ["81", "82", "83", "84", "85", "86", "88"]
 
 
 def test_no_question_counts_twice(vqa: dict[tuple[str, int], bytes], desk: Desk) -> None:
@@ -251,6 +255,19 @@ def test_bad_image_takes_all_its_samples(vqa: dict[tuple[str, int], bytes], desk
         "test: 2 samples were rejected when the split was prepared and do not count in the metrics; "
         "the submission answers them with 'yes': 61, 62"
     ]
+
+
+def test_a_usable_question_after_an_unusable_one_of_its_id(
+    vqa: dict[tuple[str, int], bytes], desk: Desk
+) -> None:
+    bad = {"question_id": 61, "image_id": None, "question": "is it red"}
+    write_questions(desk.raw, "test2015", [bad, question(61, 6), question(62, 6), question(62, 7)])
+    assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "test", "--on-error", "skip") == 0
+    data = desk.opened("test", "vqa")
+    assert (ids(data), data.manifest.rejects, data.manifest.left_out) == (["61", "62"], 2, {})
+    kept = Kept()
+    list(kept.rows(predictions(data, desk, answer=2)))
+    assert [answer["question_id"] for answer in vqa_submission(kept.answers)] == [61, 62]
 
 
 def predictions(data: TaskDataset, desk: Desk, answer: int) -> Predictions:

@@ -371,7 +371,7 @@ def test_annotation_files_that_are_not_theirs(tmp_path: Path) -> None:
     path.write_text('{"images": 3}')
     with pytest.raises(DataError, match=r'x\.json: "images" is missing or not a list'):
         pairs(format="coco", **options)
-    with pytest.raises(DataError, match=r"x\.json: the file is missing or not a list"):
+    with pytest.raises(DataError, match=r"x\.json: not a JSON list"):
         pairs(format="visual-genome", **options)
     path.write_bytes(b'["\xff"]')
     with pytest.raises(DataError, match=r"x\.json: invalid UTF-8 at byte 2"):

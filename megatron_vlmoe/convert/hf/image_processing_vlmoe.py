@@ -17,7 +17,6 @@ from .options_vlmoe import (
     IMAGE_CALL_OPTIONS,
     IMAGE_OPTIONS,
     OPTION_NAMES,
-    TEXT_CALL_OPTIONS,
     checked,
 )
 
@@ -41,10 +40,11 @@ DEFAULTS: dict[str, Any] = {
 # Entries that transformers itself adds to the file.
 FILE_ENTRIES = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
 # What loading takes besides options of images: where files lie, and options of the tokenizer beside.
-LOADING_OPTIONS = frozenset(TEXT_CALL_OPTIONS) | {
+LOADING_OPTIONS = {
     *("cache_dir", "force_download", "local_files_only", "token", "revision", "code_revision"),
     *("proxies", "subfolder", "image_processor_filename", "trust_remote_code", "use_fast"),
-    *("backend", "model_max_length", "truncation_side", "chat_template", "extra_special_tokens"),
+    *("backend", "model_max_length", "truncation_side", "padding_side", "chat_template"),
+    *("extra_special_tokens", "add_special_tokens"),
 }
 
 logger = logging.get_logger(__name__)

@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258
@@ -78,11 +79,30 @@ def read_image(
 def _opened(image: Any, timeout: Optional[float]) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
-    opened = Image.open(_source(image, timeout))
-    limit = Image.MAX_IMAGE_PIXELS
+    source, limit = _source(image, timeout), Image.MAX_IMAGE_PIXELS
+    try:
+        opened = Image.open(source)
+    except Image.DecompressionBombError:
+        # Pillow counts the pixels before draft() makes them few.
+        found = _very_large_jpeg(source)
+        if found is None:
+            raise
+        opened = found
     if limit and opened.width * opened.height > limit and opened.format in ("JPEG", "MPO"):
         opened.draft(None, (opened.width // 2, opened.height // 2))
     return opened
+
+
+def _very_large_jpeg(source: Any) -> Optional[JpegImageFile]:
+    """A JPEG of up to three times Pillow's limit; None for all else."""
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    try:
+        opened = JpegImageFile(source)
+    except SyntaxError:
+        return None
+    # libjpeg keeps 3 bytes a pixel and more of a progressive JPEG, at whatever size it decodes.
+    return opened if opened.width * opened.height <= 3 * (Image.MAX_IMAGE_PIXELS or 0) else None
 
 
 def _source(image: Any, timeout: Optional[float]) -> Any:
@@ -109,7 +129,7 @@ def _source(image: Any, timeout: Optional[float]) -> Any:
 def _rgb(image: Image.Image, exif: str, alpha: str, convert: bool) -> Image.Image:
     if not image.width or not image.height:
         raise ImageRefusedError(f"has {image.width} x {image.height} pixels")
-    image = _with_key(image)
+    _correct_key(image)
     # Pillow turns a TIFF while it decodes the pixels, and forgets the tag.
     before = orientation(image)
     image.load()
@@ -139,26 +159,23 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in TURNS else 1
 
 
-def _with_key(image: Image.Image) -> Image.Image:
-    """The image with its transparent colour in 8 bits: a PNG has it in its own bits, and Pillow leaves it so."""
+def _correct_key(image: Image.Image) -> None:
+    """Brings the transparent colour of a PNG to 8 bits, as its pixels will be: a file has it in its own bits.
+
+    In the caller's image too: once its pixels are loaded, nothing tells how many bits the file had.
+    """
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
     if image.format != "PNG" or key is None or not tiles:
-        return image
+        return
     layout = tiles[0][3]
     if image.mode == "1":
-        key = 255 if key else 0
+        image.info["transparency"] = 255 if key else 0
     elif layout in ("L;2", "L;4"):
-        key = int(key) * 255 // (2 ** int(layout[-1]) - 1)
+        image.info["transparency"] = int(key) * 255 // (2 ** int(layout[-1]) - 1)
     elif layout == "RGB;16B":
         # Pillow keeps the upper byte.
-        key = tuple(value >> 8 for value in key)
-    else:
-        return image
-    # The caller's image stays as it is.
-    image = image.copy()
-    image.info["transparency"] = key
-    return image
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _on_ground(image: Image.Image, alpha: str) -> Image.Image:

@@ -140,7 +140,7 @@ def _json_lines(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
 
 
 def _json_objects(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
-    for number, entry in enumerate(json_list(path, load_json(path), "the file")):
+    for number, entry in enumerate(json_list(path, load_json(path))):
         record = f"entry {number}"
         yield (record, entry) if isinstance(entry, dict) else Reject(path, record, "no JSON object")
 

@@ -228,10 +228,12 @@ def load_json(path: str) -> Any:
         raise DataError(f"{path}: invalid JSON: {error}") from error
 
 
-def json_list(path: str, value: Any, what: str) -> list[Any]:
-    """``value`` if it is a list. Raises DataError naming the file and what it should be."""
+def json_list(path: str, value: Any, key: str = "") -> list[Any]:
+    """``value`` if it is a list. Raises DataError naming the file and the key of the list, if it has one."""
     if not isinstance(value, list):
-        raise DataError(f"{path}: {what} is missing or not a list")
+        raise DataError(
+            f"{path}: {key} is missing or not a list" if key else f"{path}: not a JSON list"
+        )
     return value
 
 

@@ -147,7 +147,7 @@ def _pairs(file: str, content: Any) -> Iterator[CaptionRow | Reject]:
             raise DataError(f"{file}: {len(urls)} image_urls, but {len(captions)} captions")
         pairs = [[url, caption] for url, caption in zip(urls, captions, strict=True)]
     else:
-        pairs = json_list(file, content, "the file")
+        pairs = json_list(file, content)
     for number, pair in enumerate(pairs):
         if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str):
             yield CaptionRow(file, f"entry {number} ({pair[0]})", pair[0], (pair[1],))

@@ -27,7 +27,7 @@ def read_visual_genome(source: PairInput) -> Iterator[PairItem]:
     """Yields each image with the phrases of its regions. Raises DataError."""
     files = _images_by_stem(source.image_folder())
     for path in source.annotations:
-        entries = json_list(path, load_json(path), "the file")
+        entries = json_list(path, load_json(path))
         times = Counter(str(_image_id(entry)) for entry in entries)
         for number, entry in enumerate(entries):
             regions = entry.get("regions") if isinstance(entry, dict) else None

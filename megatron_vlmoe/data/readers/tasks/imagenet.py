@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from megatron_vlmoe.data.errors import DataError
@@ -195,6 +195,11 @@ def _class_folders(folder: str) -> dict[str, str]:
     return dict(sorted((tars | folders).items()))
 
 
+def has_class_folders(folder: str) -> bool:
+    """Whether a folder is there and has classes in it."""
+    return os.path.isdir(folder) and bool(_class_folders(folder))
+
+
 def _flat_files(folder: str) -> list[ImageFile]:
     """The files of a folder by name, but for side files. Raises DataError."""
     try:
@@ -242,9 +247,10 @@ def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
     """Class ids of flat images: by file name without suffix, or in the order of the names.
 
     Args:
-        path: a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), a class
-            id per line, or the development kit's ground truth: a class number per line, which the
-            kit's ``meta.mat`` (beside the file, or in the raw folder) explains.
+        path: a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), a file
+            name and a class id per line, a class id per line, or the development kit's ground truth: a
+            class number per line, which the kit's ``meta.mat`` (beside the file, or in the raw folder)
+            explains.
         raw: the raw folder.
 
     Raises:
@@ -254,18 +260,15 @@ def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
     if not lines:
         raise DataError(f"{path}: empty file")
     if lines[0].lower().startswith("imageid,"):
-        classes: dict[str, str] = {}
-        for number, row in enumerate(csv.reader(lines[1:]), start=2):
-            if len(row) < 2 or not row[1].split():
-                raise DataError(f"{path}: line {number}: not an image and a class id")
-            wnid = row[1].split()[0]
-            if (first := classes.setdefault(row[0], wnid)) != wnid:
-                raise DataError(
-                    f"{path}: line {number}: image {row[0]} comes twice, of {first} and {wnid}"
-                )
-        return classes
+        rows = ((row[0], "".join(row[1:2])) for row in csv.reader(lines[1:]) if row)
+        return _classes_by_name(path, rows, first=2)
+    words = [line.split() for line in lines]
+    if len(words[0]) > 1 and os.path.splitext(words[0][0])[1]:
+        stems = (os.path.splitext(os.path.basename(name))[0] for name, *_ in words)
+        pairs = ((stem, " ".join(rest)) for stem, (_, *rest) in zip(stems, words, strict=True))
+        return _classes_by_name(path, pairs, first=1)
     if not lines[0].isdigit():
-        return [line.split()[0] for line in lines]
+        return [line[0] for line in words]
     folders = (os.path.dirname(path), raw, *(os.path.join(raw, name) for name in _KIT_FOLDERS))
     meta = next(filter(os.path.isfile, (os.path.join(name, "meta.mat") for name in folders)), None)
     if meta is None:
@@ -278,6 +281,25 @@ def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
         if not line.isdigit() or int(line) not in wnids:
             raise DataError(f"{path}: line {number}: {line!r} is no class number of {meta}")
     return [wnids[int(line)] for line in lines]
+
+
+def _classes_by_name(path: str, rows: Iterable[tuple[str, str]], first: int) -> dict[str, str]:
+    """Class id by image, of rows of an image and what begins with its class id. Raises DataError."""
+    classes: dict[str, str] = {}
+    for number, (image, said) in enumerate(rows, start=first):
+        wnid = next(iter(said.split()), "")
+        if not wnid:
+            raise DataError(f"{path}: line {number}: not an image and a class id")
+        if wnid.isdigit():
+            raise DataError(
+                f"{path}: line {number}: class {wnid} is a number, of which there are several countings: "
+                "give the class id (n01440764)"
+            )
+        if (other := classes.setdefault(image, wnid)) != wnid:
+            raise DataError(
+                f"{path}: line {number}: image {image} comes twice, of {other} and {wnid}"
+            )
+    return classes
 
 
 def _read_meta(path: str) -> dict[int, str]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.readers.parquet import class_names, column_names
 from megatron_vlmoe.data.readers.records import Reject
-from megatron_vlmoe.data.readers.tasks.imagenet import ImageNetSource, read_words
+from megatron_vlmoe.data.readers.tasks.imagenet import ImageNetSource, has_class_folders, read_words
 from megatron_vlmoe.data.readers.tasks.records import (
     Classes,
     SampleStream,
@@ -37,9 +37,13 @@ _FOLDERS = ("", "data", "default", *(word for words in _TABLE_WORDS.values() for
 def open_imagenet(source: TaskInput) -> TaskSource:
     """Tables, where some lie in the raw folder or where they usually do below it, else class folders.
 
+    A table beside class folders in ``train`` is not the images.
+
     Raises:
         DataError: neither, or options that contradict what is there.
     """
+    if has_class_folders(os.path.join(source.raw, "train")):
+        return ImageNetSource(source)
     # Not looked for everywhere: there may be millions of images.
     for folder in (os.path.join(source.raw, name) for name in _FOLDERS):
         if os.path.isdir(folder):

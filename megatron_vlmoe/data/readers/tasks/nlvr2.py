@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_vlmoe.data.errors import DataError
@@ -145,7 +145,8 @@ class Nlvr2Source:
             classes = Classes(_CLASSES, told or given or _CLASSES)
             for pair in pairs:
                 if isinstance(pair, Reject):
-                    yield pair
+                    # Its id may be that of a sample that is there.
+                    yield replace(pair, sample="") if pair.sample in seen else pair
                     continue
                 if pair.id and pair.id in seen:
                     yield Reject(path, pair.record, f"identifier {pair.id} came before")
@@ -198,7 +199,7 @@ def _published_pairs(path: str, folder: str) -> _Pairs:
 
 
 def _list_pairs(path: str, found: ListedImages) -> _Pairs:
-    for number, entry in enumerate(json_list(path, load_json(path), "a list of objects")):
+    for number, entry in enumerate(json_list(path, load_json(path))):
         record, given = f"entry {number}", entry if isinstance(entry, dict) else {}
         identifier, images = given.get("identifier"), given.get("images")
         name = identifier if isinstance(identifier, str) else ""

@@ -218,7 +218,7 @@ def _karpathy_samples(pairs: PairInput) -> SampleStream:
 def _list_samples(path: str, images: ListedImages) -> SampleStream:
     captions: dict[str, list[object]] = {}
     image_of: dict[str, str] = {}
-    for number, entry in enumerate(json_list(path, load_json(path), "a list of objects")):
+    for number, entry in enumerate(json_list(path, load_json(path))):
         given = entry if isinstance(entry, dict) else {}
         image, words = given.get("image"), given.get("caption")
         if not isinstance(image, str) or not image or words is None:

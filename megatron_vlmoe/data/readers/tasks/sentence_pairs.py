@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -144,8 +144,8 @@ class SentencePairSource:
         for file in files:
             for item in file.rows(file.columns):
                 if isinstance(item, Reject):
-                    ids.add(item.sample)
-                    yield item
+                    # Its id may be that of a sample that is there.
+                    yield replace(item, sample="") if item.sample in ids else item
                     continue
                 record, row = item
                 name = _id_of(row)

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from megatron_vlmoe.data.errors import DataError
@@ -99,6 +99,9 @@ class _Annotations:
     main_answers: list[str] = field(default_factory=list)
     """``multiple_choice_answer`` of every annotation, in order."""
     rejects: list[Reject] = field(default_factory=list)
+    """Entries that tell of no question, or of one that has an annotation."""
+    bad: dict[int, Reject] = field(default_factory=dict)
+    """The others that cannot be used, by question id."""
 
 
 class PublishedFiles:
@@ -171,7 +174,8 @@ class PublishedFiles:
         annotations = self._read_annotations(part)
         for reject in annotations.rejects:
             yield None, reject
-        path, left = self._question_file(part), set(annotations.answers)
+        path, bad = self._question_file(part), dict(annotations.bad)
+        left = set(annotations.answers)
         for item in self._read_questions(part):
             if isinstance(item, Reject):
                 yield None, item
@@ -179,12 +183,15 @@ class PublishedFiles:
             left.discard(item.id)
             answers = annotations.answers.get(item.id)
             if answers is None:
-                reason = f"no annotation in {annotations.path}"
-                yield item.image_id, Reject(path, item.record, reason, sample=str(item.id))
+                missing = Reject(path, item.record, f"no annotation in {annotations.path}")
+                lost = bad.pop(item.id, missing)
+                yield item.image_id, replace(lost, sample=str(item.id))
                 continue
             kind = annotations.answer_types.get(item.id, "")
             given = (item.source, item.record, item.id, item.image_id, item.text, item.image)
             yield item.image_id, Question(*given, answers, answer_type=kind)
+        for reject in bad.values():
+            yield None, reject
         for number in sorted(left):
             record = f"annotation of question {number}"
             yield None, Reject(annotations.path, record, f"no such question in {path}")
@@ -217,17 +224,22 @@ def _read_annotations(path: str) -> _Annotations:
     known: dict[str, str] = {}  # equal answers share one string
     entries = json_list(path, json_object(path).get("annotations"), '"annotations"')
     for number, entry in enumerate(entries):
+        record = f"annotation entry {number}"
+        question = entry.get("question_id") if isinstance(entry, dict) else None
+        if type(question) is not int:
+            result.rejects.append(Reject(path, record, "no whole question_id"))
+            continue
+        if question in result.answers or question in result.bad:
+            reason = f"question {question} has one already"
+            result.rejects.append(Reject(path, record, reason))
+            continue
         try:
-            if not isinstance(entry, dict) or type(entry.get("question_id")) is not int:
-                raise DataError("no whole question_id")
-            question, main = entry["question_id"], entry.get("multiple_choice_answer")
+            main = entry.get("multiple_choice_answer")
             if not isinstance(main, str):
                 raise DataError("multiple_choice_answer is not a string")
             answers = _answers(entry.get("answers"))
-            if question in result.answers:
-                raise DataError(f"question {question} has one already")
         except DataError as error:
-            result.rejects.append(Reject(path, f"annotation entry {number}", str(error)))
+            result.bad[question] = Reject(path, record, str(error))
             continue
         result.main_answers.append(known.setdefault(main, main))
         result.answers[question] = tuple(known.setdefault(a, a) for a in answers)
@@ -320,7 +332,7 @@ class AnswerLists:
     def _read(self, part: str, images: bool) -> Questions:
         path = self._file(part)
         seen: set[int] = set()
-        for number, entry in enumerate(json_list(path, load_json(path), "a list of objects")):
+        for number, entry in enumerate(json_list(path, load_json(path))):
             record = f"entry {number}"
             given = entry if isinstance(entry, dict) else {}
             if given.get("dataset", "vqa") != "vqa":
