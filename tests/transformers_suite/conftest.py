@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 from not_applicable import NOT_APPLICABLE
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.models.auto import modeling_auto
 
 from megatron_vlmoe.convert.hf import modeling_vlmoe
@@ -35,6 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
     unittest.TestCase.subTest = lambda *args, **kwargs: contextlib.nullcontext()
     AutoConfig.register("vlmoe", VLMoEConfig)
     AutoModel.register(VLMoEConfig, modeling_vlmoe.VLMoEModel)
+    # A common test loads its classifier by the name of the task.
+    AutoModelForSequenceClassification.register(
+        VLMoEConfig, modeling_vlmoe.VLMoEForSequenceClassification
+    )
     AutoTokenizer.register(VLMoEConfig, VLMoETokenizer)
     AutoImageProcessor.register(VLMoEConfig, image_processor_classes={"pil": VLMoEImageProcessor})
     AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
