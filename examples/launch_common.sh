@@ -34,10 +34,14 @@ gcd() { local a="$1" b="$2" rest; while [ "$b" -gt 0 ]; do rest=$((a % b)); a="$
 
 count_gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
 
-# forward SIGNAL: to the workers themselves; torchrun would kill them 30 seconds after SIGTERM and die of SIGUSR1.
+# forward SIGNAL: to the workers themselves; torchrun would kill them 30 seconds after SIGTERM and die of SIGUSR1. Before it
+# has started any there is nothing to save, and it takes no notice of a gentler signal.
 forward() {
-    echo "[launch] $1: asking the workers to save and leave" >&2
-    pkill "-$1" -P "$TORCHRUN_PID" || true
+    if pkill "-$1" -P "$TORCHRUN_PID"; then
+        echo "[launch] $1: asking the workers to save and leave" >&2
+    elif kill -KILL "$TORCHRUN_PID" 2>/dev/null; then
+        echo "[launch] $1: leaving, no worker has started" >&2
+    fi
 }
 
 # Signals reach this shell only, its process group or every process (Slurm's proctrack/cgroup): all must work. So torchrun

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Sequence
+
 from megatron_vlmoe.config.block_plan import block_plans, has_experts, moe_layer_numbers
 from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, RunConfig
 from megatron_vlmoe.config.sizes import VOCAB_MULTIPLE, padded_vocab_size
@@ -211,8 +214,22 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     data_parallel_size(config.parallel, world_size)
 
 
+def check_exit_signals(names: Sequence[str]) -> None:
+    """Checks `train.exit_signals`.
+
+    Raises:
+        ConfigError: naming what is no signal, or one that nothing can answer.
+    """
+    for name in names:
+        _require(
+            name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
+            f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)",
+        )
+
+
 def _check_train(config: RunConfig) -> None:
     train, optim, profile = config.train, config.optim, config.profile
+    check_exit_signals(train.exit_signals)
     _require(train.steps >= 1, f"train.steps={train.steps} must be at least 1")
     _require(train.eval_steps >= 0, f"train.eval_steps={train.eval_steps} must not be negative")
     _require(config.log.interval >= 1, f"log.interval={config.log.interval} must be at least 1")

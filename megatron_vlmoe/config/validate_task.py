@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.validate import data_parallel_size
+from megatron_vlmoe.config.validate import check_exit_signals, data_parallel_size
 
 
 def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
@@ -18,6 +18,7 @@ def validate_task(config: FinetuneConfig, world_size: int, training: bool = True
     Raises:
         ConfigError: on the first contradiction.
     """
+    check_exit_signals(config.train.exit_signals)
     data_size = data_parallel_size(config.parallel, world_size)
     _check_batches(config, data_size, training)
     for name in ("seeds", "eval_splits"):

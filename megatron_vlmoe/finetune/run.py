@@ -109,7 +109,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     trainer = Trainer(config, parts, ranks, data, micro_batches, precision, objective)
     state = trainer.run()
     out_of_patience = objective.patience and state.worse_evaluations >= objective.patience
-    if state.step < config.train.steps and not out_of_patience:
+    if trainer.is_interrupted or (state.step < config.train.steps and not out_of_patience):
         # Interrupted: the next run goes on from here.
         return {}
     what = Evaluated(_load_best(config, parts, trainer, objective), precision)

@@ -47,7 +47,7 @@ def lead_helpers(exit_signals: Iterable[str] = ()) -> None:
     Args:
         exit_signals: names of signals that ask this process to leave, besides the usual ones.
     """
-    _FOR_THE_RANK.update(signal.Signals[name] for name in exit_signals if hasattr(signal, name))
+    _FOR_THE_RANK.update(signal.Signals[name] for name in exit_signals)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _set_parent_death_signal(signal.SIGTERM)
     _register_hooks()
@@ -78,6 +78,8 @@ def _become_helper() -> None:
 
 
 def _end_workers() -> None:
+    # torch's handler would raise for each of them, after the error line that the process ends with.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -85,6 +85,7 @@ class CheckpointWriter:
         self.root = root
         self.keep_last = keep_last
         self.queue = AsyncCallsQueue() if async_save else None
+        self.pending = 0  # step of the last background save
 
     def save(
         self,
@@ -113,23 +114,38 @@ class CheckpointWriter:
             assert self.queue is not None
             request.add_finalize_fn(lambda: self._publish(temporary, target, state.step))
             self.queue.schedule_async_request(request)
+            self.pending = state.step
         return target
 
     def poll(self) -> None:
         """Publishes a background save that has finished."""
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def finish(self) -> None:
         """Waits for a background save."""
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
+        self._finalize(blocking=True)
 
     def close(self) -> None:
         """Waits for a background save and ends its helper."""
+        self._finalize(blocking=True)
         if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
             self.queue.close()
+
+    def _finalize(self, blocking: bool) -> None:
+        """Publishes background saves; every rank must call it.
+
+        Raises:
+            CheckpointError: on every rank, if writing failed on any.
+        """
+        if self.queue is None:
+            return
+        try:
+            self.queue.maybe_finalize_async_calls(blocking=blocking)
+        except CheckpointException as error:
+            # megatron-core raises it on all ranks together, and says on the first one why.
+            why = f" ({one_line(error)})" if error.failures else ""
+            problem = f"a background process failed to write it{why}"
+            _raise_together(problem, self.root / f"{iteration_name(self.pending)}.tmp")
 
     def _prepare_folder(self, temporary: Path, content: dict[str, Any]) -> None:
         needed = torch.tensor([_local_bytes(content)], dtype=torch.float64, device=device())

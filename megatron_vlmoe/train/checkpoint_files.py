@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Optional
 
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_vlmoe.config.schema import ConfigError
 
@@ -91,6 +91,11 @@ def is_tracked(root: Path, step: int) -> bool:
     return _has_tracker(root) and _tracked(root / TRACKER) == (step, "")
 
 
+def is_saved(root: Path, step: int) -> bool:
+    """Whether a checkpoint folder has this step complete, and its tracker names it."""
+    return is_tracked(root, step) and is_complete(root / iteration_name(step))
+
+
 def later_checkpoints(root: Path, step: int) -> list[Path]:
     """The `iter_N` of a checkpoint folder, complete or not, of steps after this one, in order."""
     return [path for number, path in _iterations(root) if number > step]
@@ -158,10 +163,10 @@ def _chosen(root: Path, found: Sequence[tuple[int, Path]], step: str) -> Optiona
     if not found:
         return None
     if step == NEWEST:
-        complete = [path for _, path in found if is_complete(path)]
-        if not complete:
+        complete = next((path for _, path in reversed(found) if is_complete(path)), None)
+        if complete is None:
             raise CheckpointError(f"{root}: has {_listed(found)}, of which none is complete")
-        return complete[-1]
+        return complete
     target = dict(found).get(int(step))
     if target is None:
         raise CheckpointError(f"{root}: has no checkpoint of step {step}, but {_listed(found)}")
@@ -213,15 +218,36 @@ def _flaw(path: Path) -> str:
         return f"{_MARKER} is damaged"
     # Later versions of megatron-core keep what is common to all ranks among the tensors.
     names = (".metadata", *(("common.pt",) if "common_backend" in content else ()))
-    return next((f"no {name}" for name in names if not (path / name).is_file()), "")
+    return next((f"no {name}" for name in names if not (path / name).is_file()), _data_flaw(path))
+
+
+def _data_flaw(path: Path) -> str:
+    """Which file of tensors is missing or too short, by the table of contents; empty if none is."""
+    try:
+        places = FileSystemReader(path).read_metadata().storage_data.values()
+    except Exception:
+        return ".metadata is damaged"
+    ends: dict[str, int] = {}
+    for place in places:
+        end = place.offset + place.length
+        ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+    for name, end in sorted(ends.items()):
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            return f"no {name}"
+        if size < end:
+            return f"{name} has {size} bytes of {end}"
+    return ""
 
 
 def _listed(found: Sequence[tuple[int, Path]]) -> str:
     """The checkpoints that were found, the last ones by name."""
-    names = [path.name + (" (incomplete)" if _flaw(path) else "") for _, path in found]
-    if len(names) > _LISTED:
-        return f"{len(names)} checkpoints, the last ones {', '.join(names[-_LISTED:])}"
-    return ", ".join(names)
+    last = [path.name + (" (incomplete)" if _flaw(path) else "") for _, path in found[-_LISTED:]]
+    listed = ", ".join(last)
+    return (
+        listed if len(found) == len(last) else f"{len(found)} checkpoints, the last ones {listed}"
+    )
 
 
 def _choices(step: Optional[str]) -> str:

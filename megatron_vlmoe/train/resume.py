@@ -22,7 +22,8 @@ log = logging.getLogger("megatron_vlmoe")
 # They say how a run starts, and nothing of one that goes on.
 START_OPTIONS = (
     *("checkpoint.load", "checkpoint.load_optimizer", "checkpoint.save_initial"),
-    *("checkpoint.require", "model.init_std", "task.architecture", "contrastive.temperature"),
+    *("checkpoint.require", "model.init_std", "model.layer_scale_init", "task.architecture"),
+    "contrastive.temperature",
 )
 
 

@@ -7,7 +7,7 @@ import time
 from types import FrameType
 from typing import Any, Optional
 
-from megatron_vlmoe.config.schema import ConfigError, TrainConfig
+from megatron_vlmoe.config.schema import TrainConfig
 from megatron_vlmoe.runtime.distributed import agree
 
 
@@ -22,10 +22,9 @@ class ExitWatch:
         self.config = config
         self.started = time.monotonic()
         self.received: Optional[str] = None
+        self.is_leaving = False
         self.previous: dict[signal.Signals, Any] = {}
         for name in config.exit_signals:
-            if not hasattr(signal, name):
-                raise ConfigError(f"train.exit_signals has {name}, which is not a signal")
             number = signal.Signals[name]
             self.previous[number] = signal.signal(number, self._receive)
 
@@ -37,13 +36,23 @@ class ExitWatch:
         interval = self.config.exit_interval
         if interval > 0 and step % interval == 0:
             return f"--exit-interval {interval}"
-        minutes = self.config.exit_duration_minutes
-        overdue = minutes > 0 and time.monotonic() - self.started > 60.0 * minutes
-        if agree(self.received is not None or overdue):
-            return self.received or ("train.exit_duration_minutes" if overdue else "another rank")
+        if self.is_asked():
+            return self.received or (
+                "train.exit_duration_minutes" if self._is_overdue() else "another rank"
+            )
         return ""
 
+    def is_asked(self) -> bool:
+        """Whether any rank has got a signal or has run out of time; every rank must call it."""
+        self.is_leaving = agree(self.received is not None or self._is_overdue())
+        return self.is_leaving
+
     def close(self) -> None:
-        """Puts the former handlers back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        """Puts the former handlers back, unless the process leaves now: a second signal must not end it sooner."""
+        if not self.is_leaving:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+
+    def _is_overdue(self) -> bool:
+        minutes = self.config.exit_duration_minutes
+        return minutes > 0 and time.monotonic() - self.started > 60.0 * minutes

@@ -16,7 +16,7 @@ from megatron_vlmoe.config.estimate import flops_per_step
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
-from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, find_checkpoint
+from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
 from megatron_vlmoe.train.objective import Losses, Objective
 from megatron_vlmoe.train.profiling import StepProfiler
@@ -65,6 +65,7 @@ class Trainer:
         self.objective = objective
         self.runner = StepRunner(config, parts, ranks)
         self.state = TrainState()
+        self.is_interrupted = False
         self.writer: Optional[CheckpointWriter] = None
         self.best: Optional[CheckpointWriter] = None
         self.outputs: list[MetricsWriter] = []
@@ -90,13 +91,15 @@ class Trainer:
             self._first_step_duties()
             reason = self._loop(watch, profiler)
             self._save()
+            if self.writer is not None:
+                self.writer.close()
+            # Also by a signal that came while the last checkpoint was written.
+            self.is_interrupted = watch.is_asked()
         finally:
             watch.close()
             profiler.close()
             for output in self.outputs:
                 output.close()
-        if self.writer is not None:
-            self.writer.close()
         log.info(reason)
         return self.state
 
@@ -276,10 +279,11 @@ class Trainer:
     def _save(self) -> None:
         if self.writer is None:
             return
-        path = self.writer.root
-        saved = find_checkpoint(path)
-        if saved is not None and saved.name == f"iter_{self.state.step:07d}":
+        # It may be this step's. Whatever somebody has done to the tracker meanwhile, a run keeps what it has reached.
+        self.writer.finish()
+        if is_saved(self.writer.root, self.state.step):
             return
         target = self.writer.save(self.state, self.config, self.parts)
-        log.info("saved %s", target)
+        in_background = self.config.checkpoint.async_save
+        log.info("saving %s in the background" if in_background else "saved %s", target)
         self.throughput.reset()

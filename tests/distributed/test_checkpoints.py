@@ -209,6 +209,26 @@ def test_full_disk_is_refused_and_the_previous_kept(
     assert tracker.read_text().strip() == "2"
 
 
+def test_a_background_writer_that_dies_is_one_line_and_the_previous_kept(
+    workers: Workers, saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    options = (*FEW, "--train.steps", "3", "--checkpoint.async_save", "true")
+    message = refused(workers, layout(2), options, folder, fault="writer")
+    assert "iter_0000003.tmp: a background process failed to write it" in message
+    assert checkpoints(folder) == ["iter_0000001", "iter_0000002"]
+
+
+def test_a_tracker_that_is_lost_meanwhile_does_not_end_the_run(
+    workers: Workers, tmp_path: Path
+) -> None:
+    options = (*FEW, "--train.steps", "2", "--save-interval", "1")
+    (result,) = workers.run(ONE, trainer_run, ONE, options, str(tmp_path), "tracker")
+    assert result.get("step") == 2, result
+    assert checkpoints(tmp_path) == ["iter_0000001", "iter_0000002"]
+
+
 def test_old_checkpoints_go_and_the_seed_stays(workers: Workers, tmp_path: Path) -> None:
     options = ("--save-initial", "--save-interval", "1", "--keep-last", "2", "--train.steps", "4")
     workers.run(ONE, trainer_run, ONE, (*FEW, *options), str(tmp_path))

@@ -313,7 +313,14 @@ def test_fine_tuning_goes_on_by_choice_and_with_the_options_of_the_command(
     def call(name: str, *words: str) -> str:
         return str(workers.run(1, command, name, words)[0])
 
+    # A request to leave that comes with the last step leaves the evaluation to the next start.
+    leave = ("--train.exit_duration_minutes", "1e-9")
+    assert "saved" in call("finetune", *start, "--save", str(run), *leave)
+    made = call("finetune", *start, "--save", str(run), *leave)
+    assert "stopped after step 2: train.exit_duration_minutes" in made
+    assert not (run / "metrics.json").exists()
     assert "finished 2 steps" in call("finetune", *start, "--save", str(run))
+    assert (run / "metrics.json").exists()
     root = run / "checkpoints"
     tracker = root / "latest_checkpointed_iteration.txt"
     tracker.unlink()

@@ -71,3 +71,22 @@ def test_signal_saves_and_exits_cleanly(name: str, rank: int, tmp_path: Path) ->
     assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == str(last)
     assert (folder / f"iter_{last:07d}/metadata.json").exists()
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_second_signal_does_not_end_a_process_that_is_leaving() -> None:
+    from megatron_vlmoe.config.schema import TrainConfig
+    from megatron_vlmoe.train.signals import ExitWatch
+
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        watch = ExitWatch(TrainConfig(exit_signals=("SIGUSR2",)))
+        assert watch.reason(1) == ""
+        watch.close()
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+        watch = ExitWatch(TrainConfig(exit_signals=("SIGUSR2",)))
+        signal.raise_signal(signal.SIGUSR2)
+        assert watch.reason(1) == "SIGUSR2"
+        watch.close()
+        assert callable(signal.getsignal(signal.SIGUSR2)), "it has its former effect again"
+    finally:
+        signal.signal(signal.SIGUSR2, before)

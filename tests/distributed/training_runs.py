@@ -219,6 +219,26 @@ def _killed_rename(source: Any, target: Any) -> None:
     raise Killed(f"{source} -> {target}")
 
 
+def _lost_tracker(replace: Any) -> Any:
+    def replace_and_lose(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).name == "latest_checkpointed_iteration.txt":
+            Path(target).unlink()
+
+    return replace_and_lose
+
+
+def _killed_writer(schedule: Any) -> Any:
+    def schedule_and_kill(queue: Any, request: Any) -> Any:
+        result = schedule(queue, request)
+        process = queue.async_calls[-1].async_caller.process
+        if process is not None:  # a rank may have nothing to write
+            process.kill()
+        return result
+
+    return schedule_and_kill
+
+
 def trainer_run(
     where: Layout, arguments: tuple[str, ...], folder: str, fault: str = ""
 ) -> dict[str, Any]:
@@ -228,12 +248,15 @@ def trainer_run(
         where: layout.
         arguments: options.
         folder: `--save`.
-        fault: `disk` fills the disk, `kill` kills between writing and renaming.
+        fault: `disk` fills the disk, `kill` kills between writing and renaming, `tracker` deletes every tracker once
+            it is there, `writer` kills the background process that writes a checkpoint.
     """
     import logging
     import os
     import shutil
     from unittest import mock
+
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
     from megatron_vlmoe.config.schema import ConfigError
     from megatron_vlmoe.config.validate import num_micro_batches
@@ -253,6 +276,12 @@ def trainer_run(
     patches = {
         "disk": mock.patch.object(shutil, "disk_usage", _no_disk),
         "kill": mock.patch.object(os, "replace", _killed_rename),
+        "tracker": mock.patch.object(os, "replace", _lost_tracker(os.replace)),
+        "writer": mock.patch.object(
+            AsyncCallsQueue,
+            "schedule_async_request",
+            _killed_writer(AsyncCallsQueue.schedule_async_request),
+        ),
         "": mock.patch.object(os, "replace", os.replace),
     }
     warnings: list[str] = []

@@ -18,7 +18,7 @@ from commands import REPOSITORY, environment, run_many
 from conftest import Corpus, assert_same_metrics, metrics
 
 # The fixtures count: they run all cases.
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(1800)]
 
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 1".split()]
 # What the example scripts do once they have put their options together.
@@ -63,9 +63,10 @@ class Started:
         return path.read_text().count("\n") if path.exists() else 0
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 120
+        # Seconds on a machine that has nothing else to do.
+        deadline = time.monotonic() + 300
         while not condition():
-            assert time.monotonic() < deadline, f"{what}: not within 120 s"
+            assert time.monotonic() < deadline, f"{what}: not within 300 s"
             time.sleep(0.05)
 
 
@@ -112,7 +113,7 @@ def stop(corpus: Corpus, case: str) -> tuple[Started, int]:
     try:
         assert len(everyone) >= 4, "rank, loader worker, manager, resource tracker"
         send(run)
-        status = run.launcher.wait(timeout=60)
+        status = run.launcher.wait(timeout=300)
         run.wait_until(lambda: not any(p.is_running() for p in everyone), "the end of all")
     finally:
         run.launcher.kill()
@@ -131,8 +132,10 @@ def resumed(
     folders = {case: run.folder for case, (run, _) in stopped.items()}
     lines = [corpus.words(folder, STEPS, *one_more) for folder in folders.values()]
     folders["whole"] = corpus.folder / "runs" / "whole"
-    lines.append(corpus.words(folders["whole"], STEPS, *HELPERS.split()))
-    for outcome in run_many(lines, cwd=corpus.folder, timeout=280):
+    longest = max(run.saved_step for run, _ in stopped.values()) + 1
+    as_far = (*HELPERS.split(), "--exit-interval", str(longest))
+    lines.append(corpus.words(folders["whole"], STEPS, *as_far))
+    for outcome in run_many(lines, cwd=corpus.folder, timeout=700):
         outcome.succeeded()
     return {case: metrics(folder) for case, folder in folders.items()}
 
@@ -150,6 +153,23 @@ def test_signal_saves(
     assert 3 <= len(records) < STEPS and run.saved_step == records[-1]["step"] == len(records)
     assert_same_metrics(records, resumed["whole"][: len(records)])
     assert not list(run.folder.rglob("*.tmp"))
+
+
+def test_a_signal_before_there_are_workers_ends_the_script(corpus: Corpus) -> None:
+    folder = corpus.folder / "runs" / "early"
+    words = [*SCRIPT, *corpus.words(folder, STEPS)]
+    script = subprocess.Popen(words, env=environment(NPROC="1"), cwd=corpus.folder)
+    torchrun: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    # Once it has taken the place of the script's subshell, it ignores the signal.
+    while not torchrun:
+        assert time.monotonic() < deadline, "no torchrun"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(script.pid).children()
+            torchrun = [child for child in children if "torchrun" in " ".join(child.cmdline())]
+    script.terminate()
+    assert script.wait(timeout=60) != 0
+    assert not torchrun[0].is_running() and not folder.exists()
 
 
 def test_helpers_end_with_a_rank_that_is_killed(corpus: Corpus) -> None:

@@ -266,7 +266,7 @@ def test_damage_is_one_clear_line(damage: str, whole: Path, tmp_path: Path) -> N
         expected = "incomplete: no common.pt"
     elif damage == "metadata":
         (folder / ".metadata").write_bytes(b"")
-        expected = "no readable .metadata"
+        expected = "incomplete: .metadata is damaged"
     else:
         (folder / "metadata.json").unlink()
         expected = "incomplete: no metadata.json"

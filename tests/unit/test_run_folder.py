@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytest
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_vlmoe.config.schema import ConfigError
 from megatron_vlmoe.convert.checkpoint_reader import resolve_checkpoint
@@ -24,6 +27,10 @@ from megatron_vlmoe.train.checkpoint_files import (
 from megatron_vlmoe.train.set_aside import agree_with_best, go_on_from
 from megatron_vlmoe.train.writers import JsonlWriter
 
+# Two tensors of two bytes in one file.
+CONTENTS = Metadata(
+    {}, storage_data={start: _StorageInfo("__0_0.distcp", start, 2) for start in (0, 2)}
+)
 CHOICE = "--checkpoint.step newest or --checkpoint.step N"
 
 
@@ -33,8 +40,9 @@ def make(root: Path, *steps: int, tracked: Optional[int] = None) -> Path:
         folder = root / f"iter_{step:07d}"
         folder.mkdir(parents=True)
         (folder / "metadata.json").write_text('{"common_backend": "torch"}')
-        for name in (".metadata", "common.pt"):
-            (folder / name).write_bytes(b"x")
+        (folder / "common.pt").write_bytes(b"x")
+        (folder / "__0_0.distcp").write_bytes(b"1234")
+        (folder / ".metadata").write_bytes(pickle.dumps(CONTENTS))
     if tracked is not None:
         (root / TRACKER).write_text(f"{tracked}\n")
     return root
@@ -123,7 +131,7 @@ def test_dangling_tracker_is_not_taken_for_none(tmp_path: Path) -> None:
     assert "no regular file; no checkpoint there" in refusal(find_checkpoint, tmp_path, "")
 
 
-@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt"])
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt", "__0_0.distcp"])
 def test_incomplete_checkpoint(name: str, tmp_path: Path) -> None:
     root = make(tmp_path / "checkpoints", 2, 4, tracked=4)
     (root / "iter_0000004" / name).unlink()
@@ -136,6 +144,19 @@ def test_incomplete_checkpoint(name: str, tmp_path: Path) -> None:
         assert "incomplete" in refusal(find_checkpoint, root / "iter_0000004")
         (root / "iter_0000004" / name).write_text("{")
         assert "metadata.json is damaged" in refusal(find_checkpoint, tmp_path, "4")
+
+
+@pytest.mark.parametrize(
+    ("name", "flaw"),
+    [("__0_0.distcp", "__0_0.distcp has 3 bytes of 4"), (".metadata", ".metadata is damaged")],
+)
+def test_a_checkpoint_that_was_cut_off_is_not_the_newest(
+    name: str, flaw: str, tmp_path: Path
+) -> None:
+    root = make(tmp_path / "checkpoints", 2, 4, tracked=4)
+    os.truncate(root / "iter_0000004" / name, 3)
+    assert f"incomplete: {flaw}" in refusal(find_checkpoint, tmp_path, "")
+    assert find_checkpoint(tmp_path, "newest") == root / "iter_0000002"
 
 
 def test_checkpoint_of_a_later_megatron_core_has_no_common_file(tmp_path: Path) -> None:

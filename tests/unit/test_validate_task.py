@@ -43,6 +43,8 @@ def test_an_option_of_the_task_is_named(options: dict[str, Any]) -> None:
         ({"optim": OptimConfig(layer_decay=0.0)}, "optim.layer_decay=0.0"),
         ({"optim": OptimConfig(head_lr_multiplier=0.0)}, "optim.head_lr_multiplier=0.0"),
         ({"train": TrainConfig(steps=-1)}, "train.steps=-1"),
+        ({"train": TrainConfig(exit_signals=("SIGUSR2", "SIG_IGN"))}, "exit_signals has SIG_IGN,"),
+        ({"train": TrainConfig(exit_signals=("SIGKILL",))}, "exit_signals has SIGKILL,"),
         (
             {"train": TrainConfig(steps=0), "task": replace(CONFIG.task, epochs=0.0)},
             "task.epochs=0.0",
