@@ -59,6 +59,20 @@ def test_padding_on_the_left_gives_the_same_as_on_the_right(name, capacity_facto
         torch.testing.assert_close(left[field], right[field])
 
 
+def test_padding_without_a_mask_is_warned_of(monkeypatch):
+    from transformers import modeling_utils
+
+    model = build()
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    pad = model.config.pad_token_id
+    for ids, warned in (([5, 6, 7], 0), ([pad, 6, 7], 1), ([5, 6, pad], 2)):
+        model(input_ids=torch.tensor([ids]))
+        assert len(said) == warned
+    model(input_ids=torch.tensor([[5, pad]]), attention_mask=torch.tensor([[1, 0]]))
+    assert len(said) == 2 and all("attention_mask" in text for text in said)
+
+
 def test_tokens_know_their_place_behind_padding():
     model = build("VLMoEForPreTraining", **EVERYWHERE)
     batch = task_inputs("VLMoEForPreTraining")

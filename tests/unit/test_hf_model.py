@@ -188,6 +188,10 @@ def test_positions_are_interpolated_as_the_trainer_does():
         ),
         ({"bool_masked_pos": torch.ones(1, 16)}, "bool_masked_pos needs pixel_values"),
         (
+            {"pixel_values": torch.zeros(1, 3, 32, 32), "attention_mask": torch.ones(1, 3)},
+            "attention_mask needs input_ids",
+        ),
+        (
             {"pixel_values": torch.zeros(1, 3, 32, 32), "bool_masked_pos": torch.ones(1, 9)},
             "bool_masked_pos",
         ),

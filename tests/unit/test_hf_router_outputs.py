@@ -111,6 +111,21 @@ def test_an_unknown_argument_is_an_error(name):
         model(**batch, token_types=torch.zeros(3))
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "argument"),
+    [
+        ("VLMoEForImageClassification", KINDS["images"], "input_ids"),
+        ("VLMoEForImageClassification", KINDS["images"], "inputs_embeds"),
+        ("VLMoEForSequenceClassification", KINDS["texts"], "pixel_values"),
+        ("VLMoEForImageAndTextRetrieval", KINDS["images"], "inputs_embeds"),
+    ],
+)
+def test_a_class_of_one_modality_takes_no_other(name, given, argument):
+    other = inputs().get(argument, torch.zeros(3, 4, 16))
+    with pytest.raises(TypeError, match=f"^VLMoEModel.forward.*'{argument}'"):
+        build(name)(**of(inputs(), *given), **{argument: other})
+
+
 def test_experts_implementations_agree_and_others_are_refused():
     batch = inputs()
     model = build(**EVERYWHERE)
@@ -126,6 +141,9 @@ def test_experts_implementations_agree_and_others_are_refused():
         model.set_experts_implementation("sonicmoe")
     with pytest.raises(ValueError, match="experts_implementation='quick'"):
         build(experts_implementation="quick")
+    model.config._experts_implementation = "quick"
+    with pytest.raises(ValueError, match="'quick' is none of eager, grouped_mm, batched_mm"):
+        model(**batch)
 
 
 def test_what_transformers_records_is_what_forward_returns():

@@ -19,7 +19,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "VLMoEForImageClassification": {"experts_implementation": "batched_mm"},
     "VLMoEForMaskedImageModeling": {"moe_layers": []},
     "VLMoEForMaskedLM": {"shared_router": True, "num_vl_layers": 0},
-    "VLMoEForSequenceClassification": {"capacity_factor": 0.7, "normalize_gate": True},
+    "VLMoEForSequenceClassification": {
+        "capacity_factor": 0.7,
+        "normalize_gate": True,
+        "output_router_logits": True,
+    },
     "VLMoEForVisualQuestionAnswering": {"capacity_factor": 0.7, "batch_priority": False},
 }
 LABELS = ("labels", "image_labels", "return_loss")

@@ -94,7 +94,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
         Args:
             input_ids: ``[n, Lt]``.
-            attention_mask: 1 for tokens, 0 for padding ``[n, Lt]``; None: there is no padding.
+            attention_mask: 1 for tokens, 0 for padding ``[n, Lt]``; None: all are tokens (with a warning at a `<pad>`).
             pixel_values: normalised pixels ``[n, 3, S, S]``.
             bool_masked_pos: patches that are hidden ``[n, N]``.
             inputs_embeds: word embeddings ``[n, Lt, D]`` in place of `input_ids`.
@@ -116,7 +116,12 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs attn_implementation="eager"')
         text = self._embed_text(input_ids, inputs_embeds, attention_mask)
-        image = self._embed_image(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        image = None
+        if pixel_values is not None:
+            given = (pixel_values, bool_masked_pos, interpolate_pos_encoding)
+            image = self.image_embeddings(*given)
+        elif bool_masked_pos is not None:
+            raise ValueError("bool_masked_pos needs pixel_values")
         parts = [part for part in (text, image) if part is not None]
         if not parts:
             raise ValueError("give input_ids, inputs_embeds or pixel_values")
@@ -160,30 +165,24 @@ class VLMoEModel(VLMoEPreTrainedModel):
         """Tokens of texts ``[n, Lt, D]``."""
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("give input_ids or inputs_embeds, not both")
+        name, dims = ("input_ids", 2) if inputs_embeds is None else ("inputs_embeds", 3)
         given = inputs_embeds if input_ids is None else input_ids
+        if given is None and attention_mask is not None:
+            raise ValueError("attention_mask needs input_ids or inputs_embeds")
         if given is None:
             return None
         if self.text_embeddings is None:
             raise ValueError("a model with vocab_size=0 reads no text")
-        if given.dim() != (2 if inputs_embeds is None else 3):
-            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        if given.dim() != dims:
             raise ValueError(f"{name} is {list(given.shape)}, not one row for every text")
         if attention_mask is not None and attention_mask.shape != given.shape[:2]:
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}, not {list(given.shape[:2])}: "
                 "one value for every token of the text"
             )
+        if input_ids is not None and input_ids.shape[1] > 0:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         return self.text_embeddings(input_ids, inputs_embeds, attention_mask)
-
-    def _embed_image(
-        self, pixel_values: Optional[Tensor], bool_masked_pos: Optional[Tensor], any_size: bool
-    ) -> Optional[Tensor]:
-        """Tokens of images ``[n, 1 + N, D]``."""
-        if pixel_values is None:
-            if bool_masked_pos is not None:
-                raise ValueError("bool_masked_pos needs pixel_values")
-            return None
-        return self.image_embeddings(pixel_values, bool_masked_pos, any_size)
 
 
 class VLMoEForPreTraining(VLMoEPreTrainedModel):
@@ -410,7 +409,8 @@ class VLMoEForImageClassification(VLMoEPreTrainedModel):
     ) -> VLMoEImageClassifierOutput:
         """Logits ``[n, C]``; `labels` are classes ``[n]``."""
         images = needed(pixel_values, "pixel_values")
-        outputs = self.vlmoe(pixel_values=images, **_nested(kwargs))
+        masked = kwargs.pop("bool_masked_pos", None)
+        outputs = self.vlmoe(None, None, images, masked, None, **_nested(kwargs))
         logits = self.classifier(outputs.image_hidden_state[:, 1:].mean(dim=1))
         loss = classification_loss(logits, labels, self.config)
         return VLMoEImageClassifierOutput(
@@ -439,7 +439,7 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
         **kwargs: Any,
     ) -> VLMoESequenceClassifierOutput:
         """Logits ``[n, C]``; `labels` are classes ``[n]``, or as `problem_type` says."""
-        outputs = self.vlmoe(input_ids, attention_mask, **_nested(kwargs))
+        outputs = self.vlmoe(input_ids, attention_mask, None, **_nested(kwargs))
         pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
         loss = classification_loss(logits, labels, self.config)
@@ -487,7 +487,8 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         `last_hidden_state` has [I_CLS] and the patches ``[n, 1 + N, D]``. The rest is as with texts.
         """
         images = needed(pixel_values, "pixel_values")
-        outputs = self.vlmoe(None, None, images, inputs_embeds=None, **_nested(kwargs))
+        masked = kwargs.pop("bool_masked_pos", None)
+        outputs = self.vlmoe(None, None, images, masked, None, **_nested(kwargs))
         return unit_features(outputs, self.image_projection(outputs.image_hidden_state[:, 0]))
 
     def match_logits(

@@ -109,6 +109,9 @@ class VLMoEExperts(nn.Module):
             expert: their experts ``[R]``; rows of E give 0.
         """
         implementation = getattr(self.config, "_experts_implementation", None) or "grouped_mm"
+        if implementation not in EXPERTS_IMPLEMENTATIONS:
+            known = ", ".join(EXPERTS_IMPLEMENTATIONS)
+            raise ValueError(f"experts_implementation={implementation!r} is none of {known}")
         if implementation == "batched_mm":
             return self.batched(rows, expert)
         if implementation == "grouped_mm":
