@@ -19,15 +19,30 @@ from resume_runs import (
 )
 from training_runs import trainer_run
 
+from megatron_vlmoe.config.recipes import recipe_names
+
 pytestmark = pytest.mark.dist
 
 ONE = Layout(1)
-RECIPES = {
+# Recipe to its task: one of each task, and those that differ from it in numbers.
+MAIN = {
     "pretrain": "",
     **{"vqa": "vqa", "nlvr2": "nlvr2", "coco": "retrieval", "imagenet": "imagenet", "mnli": "mnli"},
 }
+TASKS = {"flickr30k": "retrieval", "imagenet22k": "imagenet"}
+RECIPES = MAIN | {
+    name: TASKS.get(name, name.removesuffix("-ablation").removeprefix("sample-"))
+    for name in recipe_names()
+    if name not in MAIN
+}
+RECIPES["flickr30k-ablation"] = "retrieval"
 # The last LayerNorm and the heads, two blocks, and the embeddings.
-FACTORS = {"vqa": {1.0, 20.0}, "imagenet": {0.85**n for n in range(4)}}
+FACTORS = {
+    "vqa": {1.0, 20.0},
+    "imagenet": {0.85**n for n in range(4)},
+    "imagenet-ablation": {0.85**n for n in range(4)},
+    "imagenet22k": {0.65**n for n in range(4)},
+}
 WITHOUT = ("--parallel.use_distributed_optimizer", "false")
 OPTIMIZERS = {
     "distributed": (),
@@ -57,7 +72,11 @@ def resumed(workers: Workers, prepared: Prepared, tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [*((n, r) for n in ("distributed", "not-distributed") for r in RECIPES), ("sgd", "pretrain")],
+    [
+        *(("distributed", recipe) for recipe in RECIPES),
+        *(("not-distributed", recipe) for recipe in (*MAIN, "imagenet22k")),
+        ("sgd", "pretrain"),
+    ],
 )
 def test_a_recipe_resumes_as_if_unbroken(name: str, recipe: str, resumed: Any) -> None:
     (report,) = resumed(name, recipe)
