@@ -38,8 +38,9 @@ count_gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/d
 # has started any there is nothing to save, and it takes no notice of a gentler signal.
 forward() {
     if pkill "-$1" -P "$TORCHRUN_PID"; then
+        ASKED=1
         echo "[launch] $1: asking the workers to save and leave" >&2
-    elif kill -KILL "$TORCHRUN_PID" 2>/dev/null; then
+    elif [ -z "${ASKED:-}" ] && kill -KILL "$TORCHRUN_PID" 2>/dev/null; then
         echo "[launch] $1: leaving, no worker has started" >&2
     fi
 }
