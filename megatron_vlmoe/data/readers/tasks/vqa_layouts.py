@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -270,7 +271,29 @@ def _number(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-class AnswerLists:
+class _WholeEntries(ABC):
+    """A layout whose entries hold question and answers, so that one way to read them answers everything."""
+
+    def main_answers(self, part: str) -> list[str]:
+        """As `VqaLayout`."""
+        items = (item for _, item in self._read(part, images=False))
+        return [item.main_answer for item in items if isinstance(item, Question)]
+
+    def images(self, part: str) -> frozenset[str]:
+        """As `VqaLayout`."""
+        found = self._read(part, images=False)
+        return frozenset(image for image, _ in found if image is not None)
+
+    def questions(self, part: str) -> Questions:
+        """As `VqaLayout`."""
+        return self._read(part, images=True)
+
+    @abstractmethod
+    def _read(self, part: str, images: bool) -> Questions:
+        """The questions of a part; without ``images`` these are not looked for."""
+
+
+class AnswerLists(_WholeEntries):
     """The lists of ALBEF and BLIP: ``vqa_train.json``, ``vqa_val.json``, ``vqa_test.json``.
 
     An object has ``question_id``, ``question``, ``image`` (a path) and, but for the test list,
@@ -314,20 +337,6 @@ class AnswerLists:
     def check(self, part: str) -> str:
         """As `VqaLayout`."""
         return self._file(part)
-
-    def main_answers(self, part: str) -> list[str]:
-        """As `VqaLayout`."""
-        items = (item for _, item in self._read(part, images=False))
-        return [item.main_answer for item in items if isinstance(item, Question)]
-
-    def images(self, part: str) -> frozenset[str]:
-        """As `VqaLayout`."""
-        found = self._read(part, images=False)
-        return frozenset(image for image, _ in found if image is not None)
-
-    def questions(self, part: str) -> Questions:
-        """As `VqaLayout`."""
-        return self._read(part, images=True)
 
     def _read(self, part: str, images: bool) -> Questions:
         path = self._file(part)
@@ -396,7 +405,7 @@ def _listed_answers(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(text for text, count in counts.items() for _ in range(count))
 
 
-class AnswerTables:
+class AnswerTables(_WholeEntries):
     """Tables of Hugging Face, as HuggingFaceM4/VQAv2 and lmms-lab/VQAv2 have them.
 
     Columns: question_id, question, image_id, image, answers (objects with ``answer``, or texts),
@@ -444,20 +453,6 @@ class AnswerTables:
         if not images:
             del columns["image"]
         return columns
-
-    def main_answers(self, part: str) -> list[str]:
-        """As `VqaLayout`."""
-        items = (item for _, item in self._read(part, images=False))
-        return [item.main_answer for item in items if isinstance(item, Question)]
-
-    def images(self, part: str) -> frozenset[str]:
-        """As `VqaLayout`."""
-        found = self._read(part, images=False)
-        return frozenset(image for image, _ in found if image is not None)
-
-    def questions(self, part: str) -> Questions:
-        """As `VqaLayout`."""
-        return self._read(part, images=True)
 
     def _read(self, part: str, images: bool) -> Questions:
         seen: set[int] = set()
