@@ -51,7 +51,7 @@ def usage() -> str:
 
 def run_guarded(action: Callable[[], int]) -> int:
     """Runs an action; expected errors become one line on stderr and status 2 (options) or 1 (the rest)."""
-    from megatron_vlmoe.config.schema import ConfigError
+    from megatron_vlmoe.config.errors import ConfigError
 
     try:
         return action()

@@ -117,7 +117,7 @@ class StandIn:
 
     def training(self, config: Any, precision: Any, *heads: Any) -> Any:
         """The parts of a training run, on the device, with weights that are not filled in."""
-        from megatron_vlmoe.runtime import draws
+        from megatron_vlmoe.stream import draws
         from megatron_vlmoe.train import setup
 
         build = setup.build_chunks

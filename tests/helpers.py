@@ -204,7 +204,7 @@ def _child(
 def small_config(*arguments: str, where: Layout = Layout(1)) -> Any:
     """The configuration of the small model with options on top, validated for a layout."""
     from megatron_vlmoe.config.command_line import parse_run
-    from megatron_vlmoe.config.validate import validate
+    from megatron_vlmoe.planning.validate import validate
 
     words = ["--preset", "tiny-8e", *SMALL, *where.arguments, *arguments]
     config = parse_run("pretrain", words).config

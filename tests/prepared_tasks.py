@@ -36,11 +36,11 @@ class Prepared:
 
 def prepare_all(folder: Path, num_images: int = 20) -> Prepared:
     """Makes the corpus, a tokenizer and all tasks, in this process."""
-    from megatron_vlmoe.data.prepare_task import TaskOptions, prepare_task
-    from megatron_vlmoe.data.preprocess import Run
-    from megatron_vlmoe.data.readers.tasks.records import TaskInput
-    from megatron_vlmoe.data.readers.training_texts import read_training_texts
-    from megatron_vlmoe.data.sample_corpus.writer import SampleCorpus, make_sample_corpus
+    from megatron_vlmoe.prepare.readers.tasks.records import TaskInput
+    from megatron_vlmoe.prepare.readers.training_texts import read_training_texts
+    from megatron_vlmoe.prepare.tasks import TaskOptions, prepare_task
+    from megatron_vlmoe.prepare.tool import Run
+    from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
     from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
 
     made, raw = Prepared(folder), folder / "raw"

@@ -107,11 +107,11 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
         path: checkpoint.
         batch: `text_ids`, `pair_ids`, `pair_pixels`, `image_pixels` as arrays.
     """
-    from megatron_vlmoe.config.stream import StreamLayout
     from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
     from megatron_vlmoe.model.heads import MaskedHeads
-    from megatron_vlmoe.moe.stream_batch import StreamBatch
     from megatron_vlmoe.runtime.distributed import initialize
+    from megatron_vlmoe.stream.batch import StreamBatch
+    from megatron_vlmoe.stream.layout import StreamLayout
     from megatron_vlmoe.train.setup import build_forward_only
     from megatron_vlmoe.train.warm_start import CheckpointWeights, warm_start
 

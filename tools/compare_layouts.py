@@ -15,9 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.cli import run_guarded
-from megatron_vlmoe.config.schema import ConfigError
-from megatron_vlmoe.train.layouts import (
+from megatron_vlmoe.analysis.layouts import (
     Metrics,
     comparable_options,
     largest_difference,
@@ -25,6 +23,8 @@ from megatron_vlmoe.train.layouts import (
     run_layout,
     table,
 )
+from megatron_vlmoe.cli import run_guarded
+from megatron_vlmoe.config.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.convert.model_card import CardOptions
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.runtime.memory import give_back_freed_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

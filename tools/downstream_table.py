@@ -25,7 +25,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> int:
-        from megatron_vlmoe.config.schema import ConfigError
+        from megatron_vlmoe.config.errors import ConfigError
         from megatron_vlmoe.finetune.predictions import write_json
         from megatron_vlmoe.finetune.table import downstream_table, table_lines
 

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_vlmoe.data.codes import CodesOptions, codes_prefix, write_codes
+from megatron_vlmoe.data.codes import codes_prefix
+from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
 

@@ -12,14 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.analysis.filling import (
-    FillingError,
-    draw_filled,
-    fill,
-    open_tokenizer,
-    read_pair,
-)
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.analysis.filling import draw_filled, fill, open_tokenizer, read_pair
+from megatron_vlmoe.config.errors import DataError, FillingError
 
 
 def parse_arguments() -> argparse.Namespace:

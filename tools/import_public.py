@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.public.command import import_public
 from megatron_vlmoe.convert.public.options import FAMILY_NAMES, ImportOptions
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.runtime.memory import give_back_freed_tensors
 
 # Options that only some families have.

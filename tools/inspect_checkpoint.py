@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.config.command_line import to_yaml
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.compare import compare_checkpoints
 from megatron_vlmoe.convert.compare_report import comparison_json, comparison_lines
 from megatron_vlmoe.convert.inspect import inspect_checkpoint
 from megatron_vlmoe.convert.inspect_report import inspection_json, inspection_lines
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.runtime.files import write_text_atomic
 
 # As diff and grep: 1 says that something was found, 2 that there was no looking.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.inspect import save_contact_sheet
-from megatron_vlmoe.data.inspect_task import open_view
-from megatron_vlmoe.data.preprocess import positive_int, run_tool
+from megatron_vlmoe.prepare.inspect import save_contact_sheet
+from megatron_vlmoe.prepare.inspect_task import open_view
+from megatron_vlmoe.prepare.tool import positive_int, run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.sample_corpus.writer import SampleCorpus, make_sample_corpus
+from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
 
 
 def parse_arguments() -> SampleCorpus:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.merge import merge_datasets
-from megatron_vlmoe.data.preprocess import run_tool
+from megatron_vlmoe.prepare.merge import merge_datasets
+from megatron_vlmoe.prepare.tool import run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.manifest import TASKS
-from megatron_vlmoe.data.prepare_task import TaskOptions, prepare_task
-from megatron_vlmoe.data.preprocess import positive_int, run_tool
-from megatron_vlmoe.data.readers.tasks.records import TaskInput
 from megatron_vlmoe.data.task_samples import TASK_SHAPES
-from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
+from megatron_vlmoe.prepare.readers.tasks.records import TaskInput
+from megatron_vlmoe.prepare.tasks import TaskOptions, prepare_task
+from megatron_vlmoe.prepare.tool import positive_int, run_tool
+from megatron_vlmoe.prepare.tool_options import add_image_rules, add_options, run_of
 
 # Options that only some tasks have: fields of `TaskInput`.
 TASK_OPTIONS = {

@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.data.preprocess import run_tool
-from megatron_vlmoe.data.preprocess_images import preprocess_images
-from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
+from megatron_vlmoe.prepare.images import preprocess_images
+from megatron_vlmoe.prepare.tool import run_tool
+from megatron_vlmoe.prepare.tool_options import add_image_rules, add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -13,22 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.data.preprocess import positive_int, run_tool
-from megatron_vlmoe.data.preprocess_pairs import (
-    DEFAULT_MAX_CAPTION_TOKENS,
-    PairOptions,
-    preprocess_pairs,
-)
-from megatron_vlmoe.data.readers.pair_formats import (
+from megatron_vlmoe.prepare.pairs import DEFAULT_MAX_CAPTION_TOKENS, PairOptions, preprocess_pairs
+from megatron_vlmoe.prepare.readers.pair_formats import (
     FORMATS_WITH_KEYS,
     FORMATS_WITH_SPLITS,
     PAIR_READERS,
     check_options,
 )
-from megatron_vlmoe.data.readers.pairs import SPLIT_KEY, PairInput
-from megatron_vlmoe.data.tool_options import add_image_rules, add_options, run_of
+from megatron_vlmoe.prepare.readers.pairs import SPLIT_KEY, PairInput
+from megatron_vlmoe.prepare.tool import positive_int, run_tool
+from megatron_vlmoe.prepare.tool_options import add_image_rules, add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.preprocess import run_tool
-from megatron_vlmoe.data.preprocess_text import preprocess_text
-from megatron_vlmoe.data.readers.text import TextInput, lines_of_document
-from megatron_vlmoe.data.tool_options import add_options, run_of
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.prepare.readers.text import TextInput, lines_of_document
+from megatron_vlmoe.prepare.text import preprocess_text
+from megatron_vlmoe.prepare.tool import run_tool
+from megatron_vlmoe.prepare.tool_options import add_options, run_of
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.crops import CropOptions, TokenizerCrops, open_images
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.data.tool_options import add_image_rules
+from megatron_vlmoe.prepare.crops import CropOptions, TokenizerCrops, open_images
+from megatron_vlmoe.prepare.tool_options import add_image_rules
 from megatron_vlmoe.tokenizers.vqkd.launch import PRESETS, TrainingRequest, train_image_tokenizer
 
 

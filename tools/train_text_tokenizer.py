@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.preprocess import RejectLog, run_tool
-from megatron_vlmoe.data.readers.records import Reject
-from megatron_vlmoe.data.readers.training_texts import read_training_texts
-from megatron_vlmoe.data.tool_options import add_options
+from megatron_vlmoe.prepare.readers.records import Reject
+from megatron_vlmoe.prepare.readers.training_texts import read_training_texts
+from megatron_vlmoe.prepare.tool import RejectLog, run_tool
+from megatron_vlmoe.prepare.tool_options import add_options
 from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
 
 

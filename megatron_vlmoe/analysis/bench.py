@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.stream import StreamLayout
 from megatron_vlmoe.runtime.distributed import Ranks, barrier
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.stream.layout import StreamLayout
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -135,7 +135,7 @@ class PresetBench:
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         from megatron_vlmoe.runtime.precision import resolve_precision
-        from megatron_vlmoe.train.masked import MaskedObjective
+        from megatron_vlmoe.train.pretrain_objective import MaskedObjective
         from megatron_vlmoe.train.setup import build_training
         from megatron_vlmoe.train.step import StepRunner
 
@@ -210,9 +210,9 @@ def run_bench(
         after_round: takes what has been measured after every full round, so that a run that is cut off leaves
             its finished rounds.
     """
-    from megatron_vlmoe.config.validate import validate
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
+    from megatron_vlmoe.planning.validate import validate
 
     configs = {n: bench_config(options, n, extra, ranks.data_size) for n in options.presets}
     for config in configs.values():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
@@ -24,10 +25,6 @@ from megatron_vlmoe.tokenizers.vqkd.model import VQKD, load_vqkd
 
 Array = npt.NDArray[Any]
 BEST = 3
-
-
-class FillingError(ValueError):
-    """Inputs that do not go together; the message is one line."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from megatron_vlmoe.config.errors import MetricsError
+
 LOSSES = {
     "mlm": "masked language (texts)",
     "mim": "masked image (images)",
@@ -14,10 +16,6 @@ LOSSES = {
 }
 
 Row = Mapping[str, Any]
-
-
-class MetricsError(ValueError):
-    """Metrics that cannot be read; the message is one line that names the file."""
 
 
 def read_metrics(run: Path) -> list[Row]:

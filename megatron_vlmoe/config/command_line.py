@@ -15,8 +15,9 @@ from typing import Any, Mapping, Sequence
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.presets import preset, preset_names
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 
 ALIASES = {
     "--save": "--checkpoint.save",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     LogConfig,
     ModelConfig,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Callable
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     LogConfig,
     ObjectivesConfig,

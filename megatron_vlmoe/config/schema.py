@@ -2,17 +2,13 @@
 
 Every field is reachable as ``--section.field VALUE`` on the command line and as ``section: {field: VALUE}``
 in a YAML file. Fields that the paper (arXiv 2303.07226) leaves open are explained in docs/fidelity.md.
-Checks that need more than one section live in :mod:`megatron_vlmoe.config.validate`.
+Checks that need more than one section live in :mod:`megatron_vlmoe.planning.validate`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message is one line that names the option and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,11 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
-from megatron_vlmoe.train.checkpoint_files import (
-    CheckpointError,
-    TrainState,
-    find_best_or_last,
-    one_line,
-)
+from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.train.checkpoint_files import TrainState, find_best_or_last, one_line
 
 COMMON_FILE = "common.pt"
 OPTIMIZER = "optimizer."

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.checkpoint_reader import COMMON_FILE
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.runtime.files import sync_tree, write_text_atomic
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,

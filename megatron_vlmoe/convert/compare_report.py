@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_vlmoe.config.dry_run import table
 from megatron_vlmoe.convert.compare import Comparison
 from megatron_vlmoe.convert.inspect_report import number, to_json
 from megatron_vlmoe.convert.statistics import Distance
 from megatron_vlmoe.convert.tensor_source import TensorSource
+from megatron_vlmoe.planning.dry_run import table
 
 _NUMBERS = ("max abs", "relative", "cosine")
 

@@ -13,7 +13,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.config.schema import ConfigError, ModelConfig, RunConfig
+from megatron_vlmoe.config.errors import ConfigError, ConvertError
+from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, export_config
@@ -27,7 +28,7 @@ from megatron_vlmoe.convert.hf_files import (
 from megatron_vlmoe.convert.model_card import CardOptions, model_card
 from megatron_vlmoe.convert.name_table import FP32_KEYS, Entry, name_table
 from megatron_vlmoe.convert.safetensors_files import Group, write_folder
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, check_tensors, with_progress
+from megatron_vlmoe.convert.tensors import LazyTensor, check_tensors, with_progress
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.runtime.files import sync_tree
 from megatron_vlmoe.tokenizers.text import TextTokenizer

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_vlmoe.config.block_plan import moe_layer_numbers
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.schema import AuxLossConfig, ConfigError, RunConfig
+from megatron_vlmoe.config.errors import ConfigError, ConvertError
+from megatron_vlmoe.config.schema import AuxLossConfig, RunConfig
 from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.stream.block_plan import moe_layer_numbers
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import HUGGING_FACE_FILE
 

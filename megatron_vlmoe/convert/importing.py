@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron_vlmoe.config.errors import ConvertError, DataError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_writer import check_output, write_checkpoint
@@ -15,8 +16,7 @@ from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, import_confi
 from megatron_vlmoe.convert.name_table import name_table
 from megatron_vlmoe.convert.parameters import extra_state_keys
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, check_tensors, counted
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.convert.tensors import LazyTensor, check_tensors, counted
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer

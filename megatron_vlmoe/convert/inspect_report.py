@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vlmoe.config.dry_run import table
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.inspect import Inspection, PoolSummary, spread
 from megatron_vlmoe.convert.parts import architecture_lines
+from megatron_vlmoe.planning.dry_run import table
 
 SHOWN_PROBLEMS = 50
 

@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from megatron_vlmoe import __version__
-from megatron_vlmoe.config.block_plan import block_plan
-from megatron_vlmoe.config.estimate import parameter_counts
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.data.order import parse_blend
+from megatron_vlmoe.planning.parameters import parameter_counts
+from megatron_vlmoe.stream.block_plan import block_plan
 from megatron_vlmoe.train.run_files import run_file
 
 PAPER = "https://arxiv.org/abs/2303.07226"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_vlmoe.config.block_plan import Branch, block_plans
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
-from megatron_vlmoe.config.sizes import padded_vocab_size
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.stream.block_plan import Branch, block_plans
+from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 Shape = tuple[int, ...]
 

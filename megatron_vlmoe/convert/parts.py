@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from megatron_vlmoe.config.block_plan import block_plans, moe_layer_numbers
-from megatron_vlmoe.config.dry_run import block_ranges
-from megatron_vlmoe.config.estimate.parameters import parameter_groups
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.stream import TEXT_SEGMENTS
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.planning.dry_run import block_ranges
+from megatron_vlmoe.planning.parameters import parameter_groups
+from megatron_vlmoe.stream.block_plan import block_plans, moe_layer_numbers
+from megatron_vlmoe.stream.layout import TEXT_SEGMENTS
 
 OTHER = "unknown"
 TASK_HEADS = "task heads"

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.runtime.files import write_text_atomic
 
 SINGLE_FILE = "model.safetensors"

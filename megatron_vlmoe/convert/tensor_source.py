@@ -14,6 +14,7 @@ from typing import Optional
 
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import OPTIMIZER, CheckpointReader
@@ -21,7 +22,7 @@ from megatron_vlmoe.convert.hf_config import import_config, read_config
 from megatron_vlmoe.convert.name_table import Entry, name_table
 from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.convert.transforms import VocabularyRows
 from megatron_vlmoe.train.run_files import is_hugging_face
 

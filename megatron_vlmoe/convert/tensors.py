@@ -14,11 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConvertError
+
 Item = TypeVar("Item")
-
-
-class ConvertError(ValueError):
-    """Something that cannot be converted; the message is one line that names the file or tensor."""
 
 
 @dataclass(frozen=True)

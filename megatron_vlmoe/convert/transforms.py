@@ -106,7 +106,7 @@ class VocabularyRows:
 
     def join(self, theirs: Sequence[Tensor], model: ModelConfig) -> Tensor:
         """Pads with zeros."""
-        from megatron_vlmoe.config.sizes import padded_vocab_size
+        from megatron_vlmoe.stream.sizes import padded_vocab_size
 
         (rows,) = theirs
         missing = padded_vocab_size(len(rows)) - len(rows)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_vlmoe.config.errors import CheckpointError, ConvertError
 from megatron_vlmoe.convert.importing import HuggingFaceModel, open_hugging_face
-from megatron_vlmoe.convert.tensors import ConvertError
-from megatron_vlmoe.train.checkpoint_files import CheckpointError
 
 
 class HuggingFaceWeights:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 
 RATIO = (3.0 / 4.0, 4.0 / 3.0)
 """Range of the aspect ratio (width / height) of a random crop."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_vlmoe.config.schema import ConfigError, DataConfig, RunConfig
-from megatron_vlmoe.config.stream import StreamLayout
-from megatron_vlmoe.config.validate import num_micro_batches
+from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.config.schema import DataConfig, RunConfig
 from megatron_vlmoe.data.collate import (
     BatchShare,
     ImageBatches,
@@ -23,7 +22,6 @@ from megatron_vlmoe.data.collate import (
     PixelBatches,
     TextBatches,
 )
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.packing import PackedTexts
 from megatron_vlmoe.data.samples import (
     Augmentation,
@@ -48,6 +46,8 @@ from megatron_vlmoe.data.sources import (
     resolve_sizes,
 )
 from megatron_vlmoe.data.summary import describe_config, describe_sources, text_mask_slots
+from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 if TYPE_CHECKING:

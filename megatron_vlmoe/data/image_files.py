@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 
 EXIF = ("turn", "keep")
 """What to do with the orientation that a file gives: turn the picture upright, or leave it."""

@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import FileRecord, file_sha256, sync_directory
 
 _MAGIC = b"MMIDIDX\x00\x00"

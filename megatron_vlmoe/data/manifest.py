@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 
 FORMAT_VERSION = 2
 """Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.errors import ConfigError
 
 _BLEND_BLOCK = 1024
 _MAX_BLEND_BLOCK = 1 << 22

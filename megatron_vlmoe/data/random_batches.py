@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.stream import StreamLayout
-from megatron_vlmoe.config.validate import num_micro_batches
 from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.sizes import num_micro_batches
 
 
 class RandomData:

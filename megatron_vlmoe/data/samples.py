@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import (
     NO_JITTER,
     CropBox,
@@ -26,7 +27,6 @@ from megatron_vlmoe.data.augment import (
     open_image,
     views,
 )
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.masking import (
     MaskVocabulary,

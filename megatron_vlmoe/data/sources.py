@@ -9,7 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_vlmoe.config.schema import ConfigError, DataConfig, RunConfig
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import DataConfig, RunConfig
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import DatasetManifest, check_dataset, part_prefix
 from megatron_vlmoe.data.order import Blend, BlendedOrder, SampleOrder, parse_blend

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import (
     SAMPLES_SUFFIX,

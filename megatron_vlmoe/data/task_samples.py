@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import (
     TASKS,
     FileRecord,

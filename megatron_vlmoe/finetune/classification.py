@@ -15,7 +15,7 @@ from megatron_vlmoe.finetune.metrics import Score, label_ranks, topk_accuracy, v
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
 from megatron_vlmoe.finetune.sweeps import SampleSweep
-from megatron_vlmoe.objectives.classification import class_loss, soft_target_loss
+from megatron_vlmoe.losses.classification import class_loss, soft_target_loss
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.train.objective import Losses
 from megatron_vlmoe.train.step import Batch, StepRunner

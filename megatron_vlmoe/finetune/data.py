@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.block_plan import has_experts
-from megatron_vlmoe.config.schema import ConfigError, DataConfig
+from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.validate import num_micro_batches
 from megatron_vlmoe.data.batches import Loader
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.order import Place, SampleOrder
 from megatron_vlmoe.data.samples import Draws
 from megatron_vlmoe.data.sources import open_text_tokenizer
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
 from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
 from megatron_vlmoe.finetune.sweeps import Sweep, SweepMicroBatches, SweepPlan
+from megatron_vlmoe.stream.block_plan import has_experts
+from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 # Streams of random numbers; those of pretraining are below.

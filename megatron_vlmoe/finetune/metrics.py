@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmoe.data.vqa_answers import compared_answers, normalize_answer, official_accuracy
+from megatron_vlmoe.prepare.vqa_answers import compared_answers, normalize_answer, official_accuracy
 
 Array = npt.NDArray[Any]
 

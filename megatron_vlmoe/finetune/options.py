@@ -16,9 +16,10 @@ from megatron_vlmoe.config.command_line import (
     option_value,
     parse_options,
 )
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.recipes import DEFAULT_RECIPES, apply_recipe, recipe_names
-from megatron_vlmoe.config.schema import CheckpointConfig, ConfigError, RunConfig
+from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
 
@@ -152,7 +153,7 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
 def prepare_megatron() -> None:
     """Makes megatron-core importable, without a GPU too; what imports it may only be imported afterwards."""
     from megatron_vlmoe.runtime.cpu import install_cpu_runtime
-    from megatron_vlmoe.train.pretrain import quiet_imports
+    from megatron_vlmoe.train.startup import quiet_imports
 
     quiet_imports()
     install_cpu_runtime()
@@ -179,8 +180,8 @@ def checkpoint_of(location: str, step: Optional[str] = None) -> Path:
 
 def _hugging_face_run(folder: Path) -> RunConfig:
     # Needs torch, which --help must not wait for.
+    from megatron_vlmoe.config.errors import ConvertError
     from megatron_vlmoe.convert.importing import open_hugging_face
-    from megatron_vlmoe.convert.tensors import ConvertError
 
     try:
         return open_hugging_face(folder, verify=False).config
@@ -189,8 +190,8 @@ def _hugging_face_run(folder: Path) -> RunConfig:
 
 
 def _saved_content(path: Path) -> dict[str, Any]:
+    from megatron_vlmoe.config.errors import CheckpointError
     from megatron_vlmoe.train.checkpoint import load_common
-    from megatron_vlmoe.train.checkpoint_files import CheckpointError
 
     try:
         content = load_common(path).get("config")

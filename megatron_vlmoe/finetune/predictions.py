@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.runtime.files import write_parts_atomic, write_text_atomic
 
 Array = npt.NDArray[Any]

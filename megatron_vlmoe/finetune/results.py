@@ -13,7 +13,6 @@ import numpy as np
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
-from megatron_vlmoe.data.vqa_answers import official_accuracy
 from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.objective import TaskObjective
@@ -24,6 +23,7 @@ from megatron_vlmoe.finetune.predictions import (
     write_jsonl,
 )
 from megatron_vlmoe.finetune.report import Example, write_report
+from megatron_vlmoe.prepare.vqa_answers import official_accuracy
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.train.setup import TrainingParts
 from megatron_vlmoe.train.step import StepRunner

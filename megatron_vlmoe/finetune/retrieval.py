@@ -28,14 +28,14 @@ from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.sweeps import ImageSweep, PairSweep, Sweep, TextSweep
-from megatron_vlmoe.objectives.contrastive import (
+from megatron_vlmoe.losses.contrastive import (
     CachedGradients,
     contrastive_loss,
     hard_negatives,
     matching_loss,
 )
 from megatron_vlmoe.runtime.distributed import Ranks, device
-from megatron_vlmoe.runtime.draws import keyed_generator
+from megatron_vlmoe.stream.draws import keyed_generator
 from megatron_vlmoe.train.objective import Losses
 from megatron_vlmoe.train.step import Batch, StepRunner
 

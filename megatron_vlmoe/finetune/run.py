@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
 from megatron_vlmoe.config.command_line import ParsedCommand, to_yaml
-from megatron_vlmoe.config.dry_run import dry_run_text
-from megatron_vlmoe.config.schema import ConfigError, Precision
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.validate import data_parallel_size, num_micro_batches, validate
-from megatron_vlmoe.config.validate_task import validate_task
 from megatron_vlmoe.finetune.options import (
     checkpoint_of,
     parse_evaluate,
     parse_finetune,
     saved_run,
 )
+from megatron_vlmoe.planning.dry_run import dry_run_text
+from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.planning.validate_task import validate_task
 from megatron_vlmoe.runtime.distributed import Ranks, environment_world_size, is_rank_zero
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
+from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 
 if TYPE_CHECKING:
@@ -83,8 +85,8 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     from megatron_vlmoe.finetune.data import TaskData
     from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
     from megatron_vlmoe.model.task_heads import build_task_heads
-    from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
     from megatron_vlmoe.train.setup import build_training
+    from megatron_vlmoe.train.startup import log_layout, make_run_folder
     from megatron_vlmoe.train.trainer import Trainer
 
     make_run_folder(config)
@@ -177,8 +179,8 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
     from megatron_vlmoe.finetune.weights import load_weights
     from megatron_vlmoe.model.task_heads import build_task_heads
-    from megatron_vlmoe.train.pretrain import log_layout, make_run_folder
     from megatron_vlmoe.train.setup import build_forward_only
+    from megatron_vlmoe.train.startup import log_layout, make_run_folder
 
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
@@ -198,7 +200,7 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
     from megatron_vlmoe.runtime.distributed import initialize
     from megatron_vlmoe.runtime.precision import resolve_precision
-    from megatron_vlmoe.train.pretrain import quiet_imports, report_packages
+    from megatron_vlmoe.train.startup import quiet_imports, report_packages
 
     lead_helpers(config.train.exit_signals)
     report_packages()

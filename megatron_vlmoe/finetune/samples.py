@@ -20,8 +20,8 @@ from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Place, Purpose
 from megatron_vlmoe.data.samples import Augmentation, Draws, ImageViews
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
-from megatron_vlmoe.data.vqa_answers import NUM_ANNOTATORS
 from megatron_vlmoe.finetune.mixing import draw_mix, mix_pixels
+from megatron_vlmoe.prepare.vqa_answers import NUM_ANNOTATORS
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Array = npt.NDArray[Any]

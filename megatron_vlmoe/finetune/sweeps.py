@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, FinetuneConfig, SampleShape
 from megatron_vlmoe.data.collate import BatchShare
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.order import Place
 from megatron_vlmoe.finetune.samples import TaskSamples
+from megatron_vlmoe.stream.layout import StreamLayout
 
 Array = np.ndarray[Any, Any]
 

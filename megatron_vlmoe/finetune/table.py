@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.data.task_dataset import TaskDataset, load_labels
 from megatron_vlmoe.finetune.metrics import majority_rate, random_recall, vqa_majority
 

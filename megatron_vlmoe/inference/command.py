@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.task_schema import TASKS
-from megatron_vlmoe.data.tool_options import add_image_rules
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.inputs import UnknownTextWarning
 from megatron_vlmoe.inference.loading import PRECISIONS, read_run
@@ -26,6 +25,7 @@ from megatron_vlmoe.inference.records import (
     text_lines,
     unknown_texts,
 )
+from megatron_vlmoe.prepare.tool_options import add_image_rules
 from megatron_vlmoe.runtime.files import write_text_atomic
 
 INPUTS = tuple(dict.fromkeys(name for fields in FIELDS.values() for name in fields))

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import CropBox, ImageDraw, views
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.image_files import (
     DEFAULT_RULES,
     ImageRules,
@@ -20,7 +20,7 @@ from megatron_vlmoe.data.image_files import (
     read_image_file,
     rgb_pixels,
 )
-from megatron_vlmoe.data.preprocess import checked_text
+from megatron_vlmoe.prepare.tool import checked_text
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Array = npt.NDArray[Any]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Iterator, Optional, get_args
 
 import numpy as np
 
-from megatron_vlmoe.config.schema import ConfigError, ParallelConfig, Precision
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.options import checkpoint_of, saved_run

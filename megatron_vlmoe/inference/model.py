@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.finetune.predictions import class_probabilities

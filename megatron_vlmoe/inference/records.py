@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.config.schema import ConfigError
-from megatron_vlmoe.data.errors import DataError
-from megatron_vlmoe.data.readers.file_kinds import DAMAGE, check_characters, open_binary
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
 from megatron_vlmoe.inference.inputs import UNKNOWN_SHARE
 from megatron_vlmoe.inference.model import VLMoE
+from megatron_vlmoe.prepare.readers.file_kinds import DAMAGE, check_characters, open_binary
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "vqa": ("image", "question"),

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
 
 
 class StreamAttention(MegatronModule):

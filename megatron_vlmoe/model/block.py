@@ -25,7 +25,6 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
-from megatron_vlmoe.config.block_plan import BlockPlan, block_plan
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.attention import StreamAttention, StreamSelfAttention
 from megatron_vlmoe.model.feed_forward import (
@@ -35,7 +34,8 @@ from megatron_vlmoe.model.feed_forward import (
 )
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.block_plan import BlockPlan, block_plan
 
 
 class MoMELayer(TransformerLayer):

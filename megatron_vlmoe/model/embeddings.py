@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig
-from megatron_vlmoe.config.sizes import padded_vocab_size
 from megatron_vlmoe.model.norm import mark_sequence_parallel
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 
 class TextEmbedding(MegatronModule):

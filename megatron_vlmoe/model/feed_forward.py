@@ -13,10 +13,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vlmoe.config.block_plan import BlockPlan, Branch
 from megatron_vlmoe.config.schema import MoEConfig
 from megatron_vlmoe.moe.layer import ModalityMoELayer
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
 
 
 @dataclass

@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.sizes import padded_vocab_size
-from megatron_vlmoe.config.stream import StreamLayout
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 
 class VocabHead(MegatronModule):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import ModelConfig
-from megatron_vlmoe.runtime.draws import keyed_generator
+from megatron_vlmoe.stream.draws import keyed_generator
 
 EXPERT_KEY = re.compile(r"\.experts\.(\w+)\.(weight1|weight2|bias1|bias2)$")
 OUTPUT_KEY = re.compile(r"(linear_proj|linear_fc2)\.weight$|\.weight2$")

@@ -18,11 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.stream import StreamLayout
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.model.heads import Heads
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.layout import StreamLayout
 
 
 class Linear(nn.Module):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlmoe.config.block_plan import block_plans
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.stream.block_plan import block_plans
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,7 +14,7 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.block import build_block
 from megatron_vlmoe.model.embeddings import StreamEmbedding
 from megatron_vlmoe.model.heads import Heads, MaskedHeads
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
 
 BuildHeads = Callable[[TransformerConfig, RunConfig], Heads]
 """Makes what the last stage ends with: the heads of pretraining, or of a downstream task."""

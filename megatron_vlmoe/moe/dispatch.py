@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from megatron_vlmoe.config.block_plan import Branch
 from megatron_vlmoe.moe.experts import PooledExperts
 from megatron_vlmoe.moe.router import PoolRouting
+from megatron_vlmoe.stream.block_plan import Branch
 
 
 class Dispatcher(Protocol):

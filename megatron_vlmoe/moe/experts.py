@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vlmoe.config.block_plan import Branch
+from megatron_vlmoe.stream.block_plan import Branch
 
 GROUPED_MM_DTYPES = (torch.bfloat16,)
 

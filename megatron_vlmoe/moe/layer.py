@@ -13,7 +13,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vlmoe.config.block_plan import BlockPlan
 from megatron_vlmoe.config.schema import MoEConfig
 from megatron_vlmoe.moe.dispatch import (
     Dispatcher,
@@ -22,7 +21,8 @@ from megatron_vlmoe.moe.dispatch import (
 )
 from megatron_vlmoe.moe.experts import PooledExperts
 from megatron_vlmoe.moe.router import ModalityRouter
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.block_plan import BlockPlan
 
 
 def moe_submodules(plan: BlockPlan, moe: MoEConfig) -> MoESubmodules:

@@ -18,7 +18,6 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vlmoe.config.block_plan import BlockPlan, Branch
 from megatron_vlmoe.config.schema import AuxLossConfig, MoEConfig
 from megatron_vlmoe.moe.aux_losses import (
     compute_router_statistics,
@@ -27,7 +26,8 @@ from megatron_vlmoe.moe.aux_losses import (
 )
 from megatron_vlmoe.moe.routing_ops import SlotRouting, expert_capacity, route_slots, top_k_experts
 from megatron_vlmoe.moe.stats import PoolRecord, RoutingRecorder
-from megatron_vlmoe.moe.stream_batch import StreamBatch
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.config.sizes import check_top_k, expert_capacity
+from megatron_vlmoe.stream.sizes import check_top_k, expert_capacity
 
 __all__ = [
     "SlotRouting",

@@ -8,9 +8,9 @@ from typing import Mapping, Optional
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.config.block_plan import Branch
-from megatron_vlmoe.config.stream import SEGMENTS, StreamLayout
 from megatron_vlmoe.moe.aux_losses import TERMS
+from megatron_vlmoe.stream.block_plan import Branch
+from megatron_vlmoe.stream.layout import SEGMENTS, StreamLayout
 
 # Fixed entries of a pool's counter vector; the load of every expert follows them.
 HEADER = (

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlmoe.config.schema import ParallelConfig
-from megatron_vlmoe.config.validate import data_parallel_size
 from megatron_vlmoe.runtime.adam import install_adam
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
 from megatron_vlmoe.runtime.grad_norm import install_grad_norm
+from megatron_vlmoe.stream.sizes import data_parallel_size
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vlmoe.config.schema import ConfigError, Precision, TrainConfig
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import Precision, TrainConfig
 
 
 def resolve_precision(train: TrainConfig) -> Precision:

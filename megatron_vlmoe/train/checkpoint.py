@@ -21,8 +21,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_vlmoe.config.block_plan import has_experts
 from megatron_vlmoe.config.command_line import flat_options
+from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import (
     agree,
@@ -32,10 +32,10 @@ from megatron_vlmoe.runtime.distributed import (
     union_over_ranks,
 )
 from megatron_vlmoe.runtime.helper_processes import install_results_queue
+from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
     TRACKER,
-    CheckpointError,
     TrainState,
     iteration_name,
     one_line,

@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # Where a run keeps what it no longer goes on from; nothing reads it.
@@ -35,10 +35,6 @@ CONTENT_METADATA: Mapping[str, Any] = MappingProxyType(
         "non_homogeneous_layers": True,
     }
 )
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message is one line that names it."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.objectives.masked import LABELS, LOSSES
+from megatron_vlmoe.losses.masked import LABELS, LOSSES
 from megatron_vlmoe.runtime.distributed import device
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlmoe.config.block_plan import block_plans
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.block import MoMELayer
 from megatron_vlmoe.model.feed_forward import MoMEFeedForward
@@ -16,6 +15,7 @@ from megatron_vlmoe.model.vlmoe import VLMoEModel
 from megatron_vlmoe.moe.aux_losses import TERMS
 from megatron_vlmoe.moe.stats import HEADER, counter_size
 from megatron_vlmoe.runtime.distributed import device
+from megatron_vlmoe.stream.block_plan import block_plans
 
 TASKS = {"texts": "mlm", "pair_texts": "vlm_text", "pair_images": "vlm_image", "images": "mim"}
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
-from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 from megatron_vlmoe.config.command_line import ParsedCommand, parse_run, to_yaml
-from megatron_vlmoe.config.dry_run import dry_run_text, nodes_crossed
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
-from megatron_vlmoe.config.validate import num_micro_batches, validate
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.planning.dry_run import dry_run_text
+from megatron_vlmoe.planning.validate import validate
 from megatron_vlmoe.runtime.distributed import (
     Ranks,
     device,
@@ -19,7 +17,9 @@ from megatron_vlmoe.runtime.distributed import (
     is_rank_zero,
 )
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
+from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
+from megatron_vlmoe.train.startup import log_layout, make_run_folder, quiet_imports, report_packages
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -64,7 +64,7 @@ def pretrain(command: ParsedCommand, open_data: Optional[OpenData] = None) -> in
 
 def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[OpenData]) -> None:
     from megatron_vlmoe.data.batches import BatchShare, PretrainData
-    from megatron_vlmoe.train.masked import MaskedObjective
+    from megatron_vlmoe.train.pretrain_objective import MaskedObjective
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.trainer import Trainer
 
@@ -92,67 +92,3 @@ def _image_tokenizer(config: RunConfig, ranks: Ranks, data: Any) -> Optional[Any
     from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
     return ImageTokenizer.from_pretrained(config.data.image_tokenizer, device=device())
-
-
-def quiet_imports() -> None:
-    """Silences warnings that no user can act on."""
-    # megatron-core warns on import about packages that are optional here.
-    warnings.filterwarnings("ignore", module="megatron")
-    # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
-
-def make_run_folder(config: RunConfig) -> None:
-    """Finds out before anything is loaded whether the run can write its files."""
-    save = config.checkpoint.save
-    if not save:
-        log.warning("no --save: nothing of this run will be kept")
-        return
-    try:
-        Path(save).mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"--save {save} is a file, not a folder") from None
-    except OSError as error:
-        raise ConfigError(f"--save {save}: {error.strerror}") from None
-    if not os.access(save, os.W_OK):
-        raise ConfigError(f"--save {save}: not writable")
-
-
-def report_packages() -> None:
-    """One line about optional packages; an unusable one is an error."""
-    from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
-
-    if int(os.environ.get("RANK", 0)) == 0:
-        log.info(accelerator_report())
-    problems = unusable_packages()
-    if problems:
-        raise ConfigError("; ".join(problems))
-
-
-def log_layout(
-    config: RunConfig, ranks: Ranks, precision: str, micro_batches: int, summary: Sequence[str]
-) -> None:
-    """The layout, a warning where experts span nodes, and the data."""
-    parallel = config.parallel
-    log.info(
-        "layout: TP %d, PP %d (virtual %d), EP %d, DP %d on %d rank(s), %s, %d micro-batch(es) per step",
-        ranks.tensor_size,
-        ranks.pipeline_size,
-        parallel.virtual_pipeline_model_parallel_size,
-        ranks.expert_size,
-        ranks.data_size,
-        ranks.world_size,
-        precision,
-        micro_batches,
-    )
-    if nodes_crossed(
-        ranks.expert_size, ranks.world_size, ranks.pipeline_size, ranks.local_world_size
-    ):
-        log.warning(
-            "parallel.expert_model_parallel_size=%d spans nodes of %d rank(s): the all-to-all of every "
-            "MoE block crosses the network",
-            ranks.expert_size,
-            ranks.local_world_size,
-        )
-    for line in summary:
-        log.info(line)

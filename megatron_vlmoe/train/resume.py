@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import barrier, is_rank_zero
 from megatron_vlmoe.train.checkpoint import (
     changed_options,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 

@@ -21,10 +21,11 @@ from megatron.core.optimizer.optimizer_config import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlmoe.config.schema import ConfigError, Precision, RunConfig
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.model.freezing import freeze_unreachable
 from megatron_vlmoe.model.heads import MaskedHeads
 from megatron_vlmoe.model.init import initialize_parameters
-from megatron_vlmoe.model.reach import freeze_unreachable
 from megatron_vlmoe.model.transformer_config import build_transformer_config
 from megatron_vlmoe.model.vlmoe import BuildHeads, VLMoEModel
 from megatron_vlmoe.runtime.distributed import agree, device

@@ -11,10 +11,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.stream import StreamLayout
-from megatron_vlmoe.moe.stream_batch import StreamBatch
 from megatron_vlmoe.runtime.distributed import Ranks, device
-from megatron_vlmoe.runtime.draws import DrawKey
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.draws import DrawKey
+from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.setup import TrainingParts
 
 Batch = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import Precision, RunConfig
-from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.stream.layout import StreamLayout
 
 # Dense peak of one device in FLOP/s by a part of its name and the precision (vendors' data sheets).
 PEAK_FLOPS = {

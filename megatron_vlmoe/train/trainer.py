@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlmoe.config.command_line import to_yaml
-from megatron_vlmoe.config.estimate import flops_per_step
+from megatron_vlmoe.config.errors import TrainingError
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.planning.flops import flops_per_step
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
@@ -28,10 +29,6 @@ from megatron_vlmoe.train.throughput import DataClock, Throughput
 from megatron_vlmoe.train.writers import MetricsWriter, build_writers, progress_line
 
 log = logging.getLogger("megatron_vlmoe")
-
-
-class TrainingError(RuntimeError):
-    """A run that must not go on; the message is one line."""
 
 
 class Trainer:

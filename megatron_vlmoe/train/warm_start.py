@@ -16,11 +16,12 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
 from megatron_vlmoe.runtime.distributed import is_rank_zero, union_over_ranks
 from megatron_vlmoe.train.checkpoint import check_architecture, load_common, warn_of_other_gates
-from megatron_vlmoe.train.checkpoint_files import CheckpointError, one_line
+from megatron_vlmoe.train.checkpoint_files import one_line
 from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")

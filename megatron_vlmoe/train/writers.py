@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, Mapping, Protocol
 
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.train.checkpoint_files import SET_ASIDE
 
 log = logging.getLogger("megatron_vlmoe")

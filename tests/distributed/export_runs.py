@@ -110,7 +110,7 @@ def _build(where: Layout, task: str, arguments: tuple[str, ...], folder: str) ->
 def _disturb(entry: Any, config: Any) -> None:
     """Adds noise that depends on the key alone, except where training never moves a value from zero."""
     from megatron_vlmoe.model.initial_values import VOCABULARIES
-    from megatron_vlmoe.runtime.draws import keyed_generator
+    from megatron_vlmoe.stream.draws import keyed_generator
 
     if not hasattr(entry, "data") or not torch.is_tensor(entry.data):
         return
@@ -127,8 +127,8 @@ def _disturb(entry: Any, config: Any) -> None:
 
 def _batches(task: str, config: Any) -> list[tuple[Any, Any, dict[str, Any]]]:
     """Layout, stream and batch of every forward pass."""
-    from megatron_vlmoe.config.stream import StreamLayout
-    from megatron_vlmoe.moe.stream_batch import StreamBatch
+    from megatron_vlmoe.stream.batch import StreamBatch
+    from megatron_vlmoe.stream.layout import StreamLayout
 
     given = {name: torch.as_tensor(value) for name, value in inputs(config).items()}
     model = config.model

@@ -37,8 +37,8 @@ def start(config: Any, where: Layout) -> tuple[Any, ...]:
     from megatron_vlmoe.runtime.distributed import initialize
 
     ranks = initialize(config.parallel, config.train.seed)
-    from megatron_vlmoe.config.validate import validate
     from megatron_vlmoe.model.task_heads import build_task_heads
+    from megatron_vlmoe.planning.validate import validate
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.step import StepRunner
 
@@ -54,7 +54,7 @@ def finetune(
     where: Layout, task: str, prefix: str, tokenizer: str, arguments: tuple[str, ...], steps: int
 ) -> dict[str, Any]:
     """Trains; reports losses and norms of every step, the first step's gradients, the weights and an evaluation."""
-    from megatron_vlmoe.config.validate import num_micro_batches
+    from megatron_vlmoe.stream.sizes import num_micro_batches
 
     config = task_config(task, prefix, tokenizer, where, *arguments)
     config, ranks, data, parts, objective, runner = start(config, where)

@@ -31,14 +31,15 @@ class Run:
     """
 
     def __init__(self, config: Any, ranks: Any) -> None:
-        from megatron_vlmoe.config.validate import num_micro_batches, validate
         from megatron_vlmoe.data.collate import BatchShare
         from megatron_vlmoe.data.random_batches import RandomData
         from megatron_vlmoe.finetune.data import TaskData
         from megatron_vlmoe.finetune.run import build_objective
         from megatron_vlmoe.model.heads import MaskedHeads
         from megatron_vlmoe.model.task_heads import build_task_heads
-        from megatron_vlmoe.train.masked import MaskedObjective
+        from megatron_vlmoe.planning.validate import validate
+        from megatron_vlmoe.stream.sizes import num_micro_batches
+        from megatron_vlmoe.train.pretrain_objective import MaskedObjective
         from megatron_vlmoe.train.setup import build_training
         from megatron_vlmoe.train.step import StepRunner
 
@@ -238,9 +239,8 @@ def loss_scale_after_loading(
 
 def command(name: str, words: tuple[str, ...]) -> str:
     """Runs `finetune` or `evaluate` in this process; what it logged, or the line with which it refused."""
-    from megatron_vlmoe.config.schema import ConfigError
+    from megatron_vlmoe.config.errors import CheckpointError, ConfigError
     from megatron_vlmoe.finetune.run import evaluate_main, main
-    from megatron_vlmoe.train.checkpoint_files import CheckpointError
 
     lines: list[str] = []
     handler = logging.Handler(logging.INFO)

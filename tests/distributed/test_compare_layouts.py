@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import SMALL
 
-from megatron_vlmoe.config.schema import ConfigError
-from megatron_vlmoe.train.layouts import largest_difference, parse_layout
+from megatron_vlmoe.analysis.layouts import largest_difference, parse_layout
+from megatron_vlmoe.config.errors import ConfigError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/compare_layouts.py"
 

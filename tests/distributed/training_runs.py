@@ -101,8 +101,8 @@ class Recorder:
     """
 
     def __init__(self, run: tuple[Any, Any, Any, Any]) -> None:
-        from megatron_vlmoe.config.validate import num_micro_batches
-        from megatron_vlmoe.train.masked import MaskedObjective
+        from megatron_vlmoe.stream.sizes import num_micro_batches
+        from megatron_vlmoe.train.pretrain_objective import MaskedObjective
         from megatron_vlmoe.train.step import StepRunner
 
         self.config, self.ranks, self.parts, self.data = run
@@ -258,10 +258,9 @@ def trainer_run(
 
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-    from megatron_vlmoe.config.schema import ConfigError
-    from megatron_vlmoe.config.validate import num_micro_batches
-    from megatron_vlmoe.train.checkpoint_files import CheckpointError
-    from megatron_vlmoe.train.masked import MaskedObjective
+    from megatron_vlmoe.config.errors import CheckpointError, ConfigError
+    from megatron_vlmoe.stream.sizes import num_micro_batches
+    from megatron_vlmoe.train.pretrain_objective import MaskedObjective
     from megatron_vlmoe.train.trainer import Trainer
 
     Path(folder).mkdir(parents=True, exist_ok=True)

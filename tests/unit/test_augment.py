@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import (
     NO_JITTER,
     CropBox,
@@ -22,7 +23,6 @@ from megatron_vlmoe.data.augment import (
     open_image,
     two_views,
 )
-from megatron_vlmoe.data.errors import DataError
 
 
 def rng(seed: int = 0) -> np.random.Generator:

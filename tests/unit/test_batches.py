@@ -13,14 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.presets import preset
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.batches import BatchShare, PretrainData
-from megatron_vlmoe.data.codes import CodesOptions, CodesReader, write_codes
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.data.codes import CodesReader
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, write_manifest
 from megatron_vlmoe.data.sources import split_documents
+from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
 

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from megatron_vlmoe.data.codes import CodesOptions, CodesReader, check_codes, write_codes
-from megatron_vlmoe.data.crops import CropOptions, TokenizerCrops, open_images
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.codes import CodesReader, check_codes
 from megatron_vlmoe.data.indexed import IndexedWriter
+from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
+from megatron_vlmoe.prepare.crops import CropOptions, TokenizerCrops, open_images
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.vqkd.config import build_preset
 from megatron_vlmoe.tokenizers.vqkd.model import save_vqkd
@@ -201,7 +202,7 @@ def test_an_old_manifest_never_vouches_for_new_codes(
     def full_disk(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_vlmoe.data.codes.write_atomically", full_disk)
+    monkeypatch.setattr("megatron_vlmoe.prepare.codes.write_atomically", full_disk)
     with pytest.raises(DataError, match="set_codes.json: No space left on device"):
         write_codes(prefix, tokenizer, CodesOptions(num_views=1, seed=1))
     with pytest.raises(DataError, match="not found"):

@@ -17,6 +17,7 @@ from hf_folder import sentencepiece_model
 from safetensors.torch import load_file, save_file
 from small_checkpoints import CONFIGS, MODEL, SPARSE, random_tensors, save
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, RunConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
@@ -24,7 +25,7 @@ from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.convert.model_card import CardOptions
 from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"

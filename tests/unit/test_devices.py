@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 # The batch goes to the device, and the update waits for the gradient norm.
 BATCH = "copy: megatron_vlmoe/train/step.py _prepare"
 NORM = "read: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
-SIMILARITY = "copy: megatron_vlmoe/objectives/contrastive.py hard_negatives"
+SIMILARITY = "copy: megatron_vlmoe/losses/contrastive.py hard_negatives"
 DRAWN = "copy: megatron_vlmoe/finetune/retrieval.py _draw"
 OVERFLOW = "read: megatron/core/optimizer/optimizer.py _unscale_main_grads_and_check_for_nan"
 
@@ -39,7 +39,7 @@ def _pretrain(where: Layout, precision: Any, *arguments: str) -> dict[str, int]:
 
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
-    from megatron_vlmoe.train.masked import MaskedObjective
+    from megatron_vlmoe.train.pretrain_objective import MaskedObjective
     from megatron_vlmoe.train.step import StepRunner
 
     stand_in, config = StandIn(where), small_config(*arguments, where=where)

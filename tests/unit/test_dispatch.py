@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_vlmoe.config.block_plan import Branch
 from megatron_vlmoe.moe.dispatch import FixedCapacityDispatcher
 from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts, batched_linear, grouped_matmul
 from megatron_vlmoe.moe.router import PoolRouting
 from megatron_vlmoe.moe.routing_ops import route_slots, top_k_experts
+from megatron_vlmoe.stream.block_plan import Branch
 
 WIDTH, INNER = 6, 10
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)

@@ -13,25 +13,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_vlmoe.config.dry_run import block_ranges, dry_run_text, nodes_crossed
-from megatron_vlmoe.config.estimate import (
-    flops_per_step,
-    hardware_flops_per_step,
-    memory_per_rank,
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.presets import preset, preset_names
+from megatron_vlmoe.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_vlmoe.planning.dry_run import block_ranges, dry_run_text, nodes_crossed
+from megatron_vlmoe.planning.flops import flops_per_step, hardware_flops_per_step
+from megatron_vlmoe.planning.memory import memory_per_rank
+from megatron_vlmoe.planning.parameters import (
     parameter_counts,
     parameters_per_rank,
+    stage_blocks,
     with_assumed_vocabularies,
 )
-from megatron_vlmoe.config.estimate.parameters import stage_blocks
-from megatron_vlmoe.config.presets import preset, preset_names
-from megatron_vlmoe.config.schema import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-)
-from megatron_vlmoe.config.stream import StreamLayout
+from megatron_vlmoe.stream.layout import StreamLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -319,7 +313,7 @@ def test_an_objective_that_is_off_costs_nothing():
 
 def real_batch(config):
     """Zeros of the shapes that a micro-batch has, and its stream."""
-    from megatron_vlmoe.moe.stream_batch import StreamBatch
+    from megatron_vlmoe.stream.batch import StreamBatch
 
     model, layout = config.model, StreamLayout.from_config(config.model, config.data)
     texts, pairs, images = layout.texts, layout.pairs, layout.images
@@ -447,8 +441,8 @@ def test_sgd_keeps_no_moments():
     [("tiny-dense", 0.1), ("small-dense", 0.0), ("small-8e", 0.1), ("small-32e", 0.1)],
 )
 def test_activations_are_what_autograd_saves(name, precision, layer_scale, runtime):
-    from megatron_vlmoe.config.block_plan import block_plans
-    from megatron_vlmoe.config.estimate.memory import block_activation_bytes
+    from megatron_vlmoe.planning.memory import block_activation_bytes
+    from megatron_vlmoe.stream.block_plan import block_plans
 
     config = change(measured_config(name), model={"layer_scale_init": layer_scale})
     saved: dict[int, torch.UntypedStorage] = {}
@@ -578,7 +572,7 @@ def test_block_ranges():
 
 
 def test_estimates_need_no_torch():
-    code = "import sys, megatron_vlmoe.config.dry_run; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_vlmoe.planning.dry_run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
+from megatron_vlmoe.losses import contrastive
+from megatron_vlmoe.losses.classification import soft_target_loss
 from megatron_vlmoe.model.positions import resize_image_positions
-from megatron_vlmoe.objectives import contrastive
-from megatron_vlmoe.objectives.classification import soft_target_loss
 
 pytest.importorskip("transformers")
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from hf_folder import TINY
 
-from megatron_vlmoe.config import sizes
-from megatron_vlmoe.config.block_plan import block_plan, moe_layer_numbers
 from megatron_vlmoe.config.schema import AuxLossConfig, ModelConfig, MoEConfig
 from megatron_vlmoe.moe import aux_losses, routing_ops
+from megatron_vlmoe.stream import sizes
+from megatron_vlmoe.stream.block_plan import block_plan, moe_layer_numbers
 
 pytest.importorskip("transformers")
 

@@ -17,13 +17,13 @@ from data_files import encoded, picture, tool
 from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
-from megatron_vlmoe.data.crops import open_images
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.image_files import ImageRules, quiet_pillow, read_image_file
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import load_manifest
-from megatron_vlmoe.data.preprocess_images import checked_image
 from megatron_vlmoe.inference.inputs import Item, pixels, read_image
+from megatron_vlmoe.prepare.crops import open_images
+from megatron_vlmoe.prepare.images import checked_image
 
 Array = npt.NDArray[Any]
 KEEP = ImageRules(exif="keep")

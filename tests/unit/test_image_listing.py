@@ -15,8 +15,8 @@ from raw_tasks import Desk, put
 
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import load_manifest
-from megatron_vlmoe.data.readers.images import read_images
-from megatron_vlmoe.data.readers.records import ImageFile, PassedOver, Reject
+from megatron_vlmoe.prepare.readers.images import read_images
+from megatron_vlmoe.prepare.readers.records import ImageFile, PassedOver, Reject
 
 
 def jpeg(number: int) -> bytes:

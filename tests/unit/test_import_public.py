@@ -28,9 +28,9 @@ from public_states import (
     vlmo_shapes,
 )
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.public.options import ImportOptions
 from megatron_vlmoe.convert.public.torch_files import read_public_file
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.train.checkpoint_files import TRACKER
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

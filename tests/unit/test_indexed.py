@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data import indexed
-from megatron_vlmoe.data.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from megatron_vlmoe.data.manifest import (
     DatasetManifest,

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vlmoe.config.schema import ConfigError
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.inference import command
 from megatron_vlmoe.inference.answers import Scored, decisions, ranked

@@ -23,7 +23,7 @@ from small_checkpoints import (
 )
 from torch import Tensor
 
-from megatron_vlmoe.config.estimate import parameter_counts
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.compare import Comparison, compare_checkpoints
 from megatron_vlmoe.convert.compare_report import comparison_lines
@@ -31,7 +31,7 @@ from megatron_vlmoe.convert.inspect import Inspection, inspect_checkpoint
 from megatron_vlmoe.convert.inspect_report import inspection_lines
 from megatron_vlmoe.convert.parameters import checkpoint_shapes
 from megatron_vlmoe.convert.parts import TASK_HEADS, activated_by_part, part_of
-from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.planning.parameters import parameter_counts
 from megatron_vlmoe.train.checkpoint_files import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_checkpoints import CONFIGS, MODEL, adam_moments, lazy, random_tensors, save
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
@@ -18,7 +19,7 @@ from megatron_vlmoe.convert.hf_config import export_config
 from megatron_vlmoe.convert.hf_files import architecture, auto_map
 from megatron_vlmoe.convert.name_table import FP32_KEYS, RULES, name_table
 from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.convert.transforms import (
     FusedQkv,
     LeadingAxis,

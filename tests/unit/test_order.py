@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.data.order import (
     Blend,
     BlendedOrder,

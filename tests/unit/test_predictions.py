@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.finetune.predictions import vqa_submission, write_json, write_jsonl
 from megatron_vlmoe.runtime.files import write_text_atomic
 

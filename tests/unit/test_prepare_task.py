@@ -10,9 +10,9 @@ from data_files import tool
 from PIL import Image
 from raw_tasks import Desk, write_nlvr2
 
-from megatron_vlmoe.data.prepare_task import sample_chunks
-from megatron_vlmoe.data.readers.records import ImageFile
-from megatron_vlmoe.data.readers.tasks.records import TaskSample
+from megatron_vlmoe.prepare.readers.records import ImageFile
+from megatron_vlmoe.prepare.readers.tasks.records import TaskSample
+from megatron_vlmoe.prepare.tasks import sample_chunks
 
 
 def test_images_are_found_once_and_memory_stays_small() -> None:

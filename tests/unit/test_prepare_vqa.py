@@ -18,11 +18,11 @@ from data_files import ROOT, encoded, files_of, picture, rejects_of, tool
 from raw_tasks import Desk, ids, put, put_table, rows, stored_images
 
 from megatron_vlmoe.data.manifest import load_manifest
-from megatron_vlmoe.data.readers.tasks.records import chosen
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
 from megatron_vlmoe.finetune.predictions import vqa_submission
 from megatron_vlmoe.finetune.results import Kept, Predictions, left_out_lines
 from megatron_vlmoe.finetune.table import guessing_rate
+from megatron_vlmoe.prepare.readers.tasks.records import chosen
 
 
 def question(number: int, image: int, text: object = "is it red") -> dict[str, Any]:
@@ -147,7 +147,7 @@ def test_at_most_half_of_the_val_images_are_held_out(
 
 def test_choice_depends_on_nothing_but_seed_and_items() -> None:
     script = (
-        "from megatron_vlmoe.data.readers.tasks.records import chosen\n"
+        "from megatron_vlmoe.prepare.readers.tasks.records import chosen\n"
         "print(sorted(chosen(set(map(str, range(99))), 9, 1)), sorted(chosen(range(99), 9, 1)))"
     )
     texts, numbers = chosen(map(str, range(98, -1, -1)), 9, 1), chosen(range(98, -1, -1), 9, 1)

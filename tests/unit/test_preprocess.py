@@ -21,11 +21,12 @@ import sentencepiece
 from data_files import ROOT, encoded, files_of, picture, rejects_of, sentence, tool
 from PIL import Image
 
-from megatron_vlmoe.data import indexed, preprocess
+from megatron_vlmoe.data import indexed
 from megatron_vlmoe.data.image_files import quiet_pillow
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import check_dataset, load_manifest
-from megatron_vlmoe.data.preprocess_images import checked_image
+from megatron_vlmoe.prepare import tool as preprocess
+from megatron_vlmoe.prepare.images import checked_image
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 

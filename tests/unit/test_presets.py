@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vlmoe.config.block_plan import moe_layer_numbers
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.presets import EXPERTS, SIZES, preset, preset_names
-from megatron_vlmoe.config.schema import ConfigError, MoEConfig
-from megatron_vlmoe.config.validate import num_micro_batches, validate
+from megatron_vlmoe.config.schema import MoEConfig
+from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.stream.block_plan import moe_layer_numbers
+from megatron_vlmoe.stream.sizes import num_micro_batches
 
 
 def test_names_are_every_size_times_every_expert_count():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.finetune.report import LONGER_SIDE, Example, write_report
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}

@@ -13,13 +13,11 @@ import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_vlmoe.config.schema import ConfigError
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
 from megatron_vlmoe.convert.checkpoint_reader import resolve_checkpoint
 from megatron_vlmoe.convert.checkpoint_writer import check_output
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.train.checkpoint_files import (
     TRACKER,
-    CheckpointError,
     TrainState,
     find_best_or_last,
     find_checkpoint,

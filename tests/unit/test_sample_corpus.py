@@ -16,15 +16,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_vlmoe.data.sample_corpus import writer
-from megatron_vlmoe.data.sample_corpus.captions import write_captions
-from megatron_vlmoe.data.sample_corpus.paragraphs import COLOR_FACTS, KIND_FACTS, write_paragraph
-from megatron_vlmoe.data.sample_corpus.render import (
-    BACKGROUND_VALUES,
-    COLOR_VALUES,
-    render_picture,
-)
-from megatron_vlmoe.data.sample_corpus.scene import (
+from megatron_vlmoe.sample_corpus import writer
+from megatron_vlmoe.sample_corpus.captions import write_captions
+from megatron_vlmoe.sample_corpus.paragraphs import COLOR_FACTS, KIND_FACTS, write_paragraph
+from megatron_vlmoe.sample_corpus.render import BACKGROUND_VALUES, COLOR_VALUES, render_picture
+from megatron_vlmoe.sample_corpus.scene import (
     COLORS,
     KINDS,
     Group,
@@ -33,7 +29,7 @@ from megatron_vlmoe.data.sample_corpus.scene import (
     relation_between,
     sample_scene,
 )
-from megatron_vlmoe.data.sample_corpus.writer import SampleCorpus, make_sample_corpus
+from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = {"no": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "a": 1, "an": 1}

@@ -12,15 +12,9 @@ from pathlib import Path
 import pytest
 from test_sample_corpus import BIG, PLACES, RELATIONS, fits, one_of
 
-from megatron_vlmoe.data.sample_corpus.entailment import (
-    Claim,
-    Mention,
-    Premise,
-    judge,
-    may_be_mistaken,
-)
-from megatron_vlmoe.data.sample_corpus.mnli import make_mnli
-from megatron_vlmoe.data.sample_corpus.scene import BACKGROUNDS, COLORS, KINDS, Cell, Group
+from megatron_vlmoe.sample_corpus.entailment import Claim, Mention, Premise, judge, may_be_mistaken
+from megatron_vlmoe.sample_corpus.mnli import make_mnli
+from megatron_vlmoe.sample_corpus.scene import BACKGROUNDS, COLORS, KINDS, Cell, Group
 
 COLOR, KIND, PLACE, RELATION = map(one_of, (COLORS, KINDS, PLACES, RELATIONS))
 BACKGROUND, SIZE = one_of(BACKGROUNDS), one_of(BIG)

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 from test_sample_corpus import PLACES, RELATIONS, check_caption, fits, one_of
 
-from megatron_vlmoe.data.sample_corpus.nlvr2 import make_nlvr2
-from megatron_vlmoe.data.sample_corpus.questions import FORMS, PLACE_NAMES
-from megatron_vlmoe.data.sample_corpus.render import render_picture
-from megatron_vlmoe.data.sample_corpus.scene import (
+from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
+from megatron_vlmoe.sample_corpus.questions import FORMS, PLACE_NAMES
+from megatron_vlmoe.sample_corpus.render import render_picture
+from megatron_vlmoe.sample_corpus.scene import (
     BACKGROUNDS,
     COLORS,
     KINDS,
@@ -31,10 +31,10 @@ from megatron_vlmoe.data.sample_corpus.scene import (
     draw_object_scene,
     sample_scene,
 )
-from megatron_vlmoe.data.sample_corpus.task_files import FreshScenes, TaskFiles, guess_by
-from megatron_vlmoe.data.sample_corpus.tasks import make_tasks
-from megatron_vlmoe.data.sample_corpus.vqa import question_type, soft_score
-from megatron_vlmoe.data.sample_corpus.writer import SampleCorpus, make_sample_corpus
+from megatron_vlmoe.sample_corpus.task_files import FreshScenes, TaskFiles, guess_by
+from megatron_vlmoe.sample_corpus.tasks import make_tasks
+from megatron_vlmoe.sample_corpus.vqa import question_type, soft_score
+from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_IMAGES = 400
@@ -510,7 +510,7 @@ def test_no_scene_is_given_out_twice() -> None:
 def test_same_arguments_give_same_tasks(tasks: TaskFiles) -> None:
     """Also in a process where sets have another order."""
     code = (
-        "import hashlib\nfrom megatron_vlmoe.data.sample_corpus.tasks import make_tasks\n"
+        "import hashlib\nfrom megatron_vlmoe.sample_corpus.tasks import make_tasks\n"
         f"tasks = make_tasks({SEED}, {NUM_IMAGES}, [])\n"
         "print(hashlib.sha256(repr(sorted(tasks.texts.items())).encode()).hexdigest())"
     )

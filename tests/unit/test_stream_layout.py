@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vlmoe.config.stream import SEGMENTS, StreamLayout
+from megatron_vlmoe.stream.layout import SEGMENTS, StreamLayout
 
 LAYOUT = StreamLayout(texts=2, pairs=3, images=1, text_length=4, pair_text_length=2, image_length=5)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from raw_tasks import Desk, rows, write_nlvr2
 
-from megatron_vlmoe.data.errors import DataError
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import FileRecord, file_sha256, load_manifest, write_manifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
 from megatron_vlmoe.data.task_labels import write_labels

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_vlmoe.objectives.classification import class_loss, soft_target_loss
-from megatron_vlmoe.objectives.contrastive import (
+from megatron_vlmoe.losses.classification import class_loss, soft_target_loss
+from megatron_vlmoe.losses.contrastive import (
     CachedGradients,
     contrastive_loss,
     hard_negatives,

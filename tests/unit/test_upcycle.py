@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.presets import preset
-from megatron_vlmoe.config.schema import ConfigError, ModelConfig, RunConfig
+from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
 from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.convert.upcycle.optimizer import sparse_optimizer
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.report import report_lines

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vlmoe.data import vqa_answers
-from megatron_vlmoe.data.vqa_answers import (
+from megatron_vlmoe.prepare import vqa_answers
+from megatron_vlmoe.prepare.vqa_answers import (
     build_answer_vocabulary,
     leave_one_out_score,
     normalize_answer,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.convert.public.options import (
     ImportOptions,
@@ -32,7 +33,6 @@ from megatron_vlmoe.convert.public.vit import (
     take_patches,
     take_row,
 )
-from megatron_vlmoe.convert.tensors import ConvertError
 
 BLOCKS = "blocks."
 ABSOLUTE = "pos_embed"

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.convert.public.options import (
     ImportOptions,
@@ -37,7 +38,6 @@ from megatron_vlmoe.convert.public.vit import (
     take_text_positions,
     take_vocabulary,
 )
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.convert.transforms import FusedQkv
 
 LAYERS = "beit3.encoder.layers."

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_vlmoe.config.command_line import to_yaml
-from megatron_vlmoe.config.schema import ConfigError, RunConfig
+from megatron_vlmoe.config.errors import ConfigError, ConvertError
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.checkpoint_writer import check_output, write_checkpoint
 from megatron_vlmoe.convert.parameters import extra_state_keys
 from megatron_vlmoe.convert.public import beit2, beit3, vlmo
@@ -21,7 +22,7 @@ from megatron_vlmoe.convert.public.vocabulary import (
     same_rows,
     wordpiece_rows,
 )
-from megatron_vlmoe.convert.tensors import ConvertError, counted
+from megatron_vlmoe.convert.tensors import counted
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.public.torch_files import PublicState, as_lazy, read_torch, state_of
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 
 DENSE_FILE = "mp_rank_00_model_states.pt"
 EXPERT_FILE = "layer_{}_expert_{}_mp_rank_00_model_states.pt"

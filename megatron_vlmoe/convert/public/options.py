@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import (
     DataConfig,
     ModelConfig,
@@ -15,10 +16,9 @@ from megatron_vlmoe.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megatron_vlmoe.config.validate import validate
 from megatron_vlmoe.convert.public.torch_files import PublicState
 from megatron_vlmoe.convert.public.vocabulary import RowMap
-from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.planning.validate import validate
 
 FamilyName = Literal["vlmo", "beit3", "beit2"]
 FAMILY_NAMES: tuple[FamilyName, ...] = ("vlmo", "beit3", "beit2")

@@ -11,11 +11,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
 from megatron_vlmoe.convert.public.report import ImportReport, Left, New, Taken
 from megatron_vlmoe.convert.public.torch_files import PublicState
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.model.initial_values import full_initial_value
 
 Make = Callable[[Sequence[Tensor]], Tensor]

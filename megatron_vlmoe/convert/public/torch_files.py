@@ -20,7 +20,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.tokenizers.vqkd.files import UNREADABLE
 from megatron_vlmoe.train.checkpoint_files import one_line
 

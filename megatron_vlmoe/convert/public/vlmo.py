@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.config.block_plan import block_plans
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.convert.public.deepspeed_reader import EXPERTS, GATE
 from megatron_vlmoe.convert.public.options import (
@@ -43,8 +43,8 @@ from megatron_vlmoe.convert.public.vit import (
     text_position_change,
 )
 from megatron_vlmoe.convert.public.vocabulary import RowMap
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.model.positions import resize_text_positions
+from megatron_vlmoe.stream.block_plan import block_plans
 
 BLOCKS = "transformer.blocks."
 # Ours to theirs.

@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.tokenizers.text import (
     BOS_PIECE,
     EOS_PIECE,

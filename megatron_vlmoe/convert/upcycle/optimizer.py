@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.config.errors import ConvertError
 
 STATE = "optimizer.state."
 PARAM, FIRST, SECOND = "param", "exp_avg", "exp_avg_sq"

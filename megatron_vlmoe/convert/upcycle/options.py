@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_vlmoe.config.block_plan import has_experts
 from megatron_vlmoe.config.command_line import normalize_arguments, parse_options
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import MoEConfig, ParallelConfig, RunConfig
-from megatron_vlmoe.config.validate import validate
-from megatron_vlmoe.convert.tensors import ConvertError
+from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.stream.block_plan import has_experts
 
 RouterStart = Literal["auto", "small", "fresh", "zero"]
 SharedFrom = Literal["vision", "text", "mean"]

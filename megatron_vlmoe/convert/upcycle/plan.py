@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_vlmoe.config.block_plan import Branch, block_plans
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
-from megatron_vlmoe.convert.tensors import ConvertError
 from megatron_vlmoe.convert.upcycle.options import SharedFrom
+from megatron_vlmoe.stream.block_plan import Branch, block_plans
 
 # Parameters of an expert pool, and of the dense FFN that they are stacked from.
 DENSE_PARTS = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_vlmoe.config.estimate import parameter_counts
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions
 from megatron_vlmoe.convert.upcycle.run import Upcycled, router_start
 from megatron_vlmoe.convert.upcycle.tensors import GrownPool
 from megatron_vlmoe.convert.upcycle.values import GateRange, sampled_gates
+from megatron_vlmoe.planning.parameters import parameter_counts
 
 FFN_NAMES = {"vision": "V-FFN", "text": "T-FFN", "vl": "VL-FFN", "shared": "shared FFN"}
 # What fp32 rounding and a small router leave.

@@ -8,12 +8,13 @@ from typing import Optional
 
 import torch
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
 from megatron_vlmoe.convert.parameters import extra_state_keys
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor, counted
+from megatron_vlmoe.convert.tensors import LazyTensor, counted
 from megatron_vlmoe.convert.upcycle.optimizer import sparse_optimizer
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions
 from megatron_vlmoe.convert.upcycle.plan import PoolPlan, grown_pools

@@ -10,10 +10,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
-from megatron_vlmoe.convert.tensors import ConvertError, LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.convert.upcycle.optimizer import FIRST, MOMENTS, PARAM, SECOND, state_key
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions
 from megatron_vlmoe.convert.upcycle.plan import DENSE_PARTS, OUTPUT_PARTS, PoolPlan, copied_norms

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.runtime.draws import keyed_generator
+from megatron_vlmoe.stream.draws import keyed_generator
 
 # Standard deviation of the logits of a small router: its gates are 1 / E within 1e-5 of themselves, and still some
 # thirty steps of fp32 apart, so that tokens spread over the experts where a zero router would send all to expert 0.

@@ -1,0 +1,167 @@
+"""Runs one configuration at several parallel layouts from one seed checkpoint and compares what they log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping, Sequence
+
+from megatron_vlmoe.config.command_line import parse_run
+from megatron_vlmoe.config.errors import ConfigError
+
+OPTIONS = {
+    "tp": "--parallel.tensor_model_parallel_size",
+    "pp": "--parallel.pipeline_model_parallel_size",
+    "vpp": "--parallel.virtual_pipeline_model_parallel_size",
+    "ep": "--parallel.expert_model_parallel_size",
+}
+Metrics = dict[int, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class NamedLayout:
+    """One layout by its name on the command line.
+
+    Args:
+        name: as it was written.
+        world_size: processes that it needs.
+        options: `pretrain` options that set it.
+    """
+
+    name: str
+    world_size: int
+    options: tuple[str, ...]
+
+
+def parse_layout(name: str) -> NamedLayout:
+    """Reads `tp2`, `pp2,vpp2`, `tp2,ep2,dp2`; without `dp`, as few processes as the sizes need.
+
+    Raises:
+        ConfigError: if a part is not one of tp, pp, vpp, ep, dp with a number, or comes twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in name.split(","):
+        match = re.fullmatch(r"(tp|pp|vpp|ep|dp)([1-9]\d*)", part)
+        if match is None or match.group(1) in sizes:
+            raise ConfigError(
+                f"--layouts {name}: {part!r} is not one of tpN, ppN, vppN, epN, dpN, or comes twice"
+            )
+        sizes[match.group(1)] = int(match.group(2))
+    tensor, expert = sizes.get("tp", 1), sizes.get("ep", 1)
+    # Expert parallelism spans the tensor- and data-parallel ranks of a pipeline stage.
+    data = sizes.pop("dp", expert // math.gcd(expert, tensor))
+    options = [word for key, size in sizes.items() for word in (OPTIONS[key], str(size))]
+    return NamedLayout(name, tensor * sizes.get("pp", 1) * data, tuple(options))
+
+
+def comparable_options(words: Sequence[str], steps: int) -> list[str]:
+    """`pretrain` options under which layouts must agree: every step logged and no token dropped.
+
+    Capacity is a property of a rank, so dropped tokens differ between layouts; a capacity factor of the
+    number of experts has room for all.
+
+    Args:
+        words: the user's options, which win.
+        steps: steps to run.
+    """
+    moe = parse_run("pretrain", [word for word in words if word != "--dry-run"]).config.moe
+    experts = max(moe.num_vision_experts, moe.num_text_experts, moe.num_vl_experts, 1)
+    fixed = {
+        "--train.steps": steps,
+        "--log.interval": 1,
+        "--train.eval_steps": 0,
+        "--checkpoint.save_interval": 0,
+        "--optim.lr_warmup_steps": 0,
+        "--moe.capacity_factor": experts,
+    }
+    named = {word.partition("=")[0] for word in words}
+    added = [str(w) for pair in fixed.items() if pair[0] not in named for w in pair]
+    return [*words, *added]
+
+
+def run_layout(
+    layout: NamedLayout, words: Sequence[str], folder: Path, random_data: bool
+) -> Metrics:
+    """Runs `pretrain` under torchrun.
+
+    Args:
+        layout: the layout.
+        words: all other options.
+        folder: `--save`; must not hold a run.
+        random_data: needs no data options.
+
+    Returns:
+        What was logged, by step.
+
+    Raises:
+        ConfigError: if the run fails; its own output has said why.
+    """
+    module = ["megatron_vlmoe.train.random_pretrain"]
+    if not random_data:
+        module = ["megatron_vlmoe", "pretrain"]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(layout.world_size), "-m", *module, *words, *layout.options),
+        *("--save", str(folder)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    folder.mkdir(parents=True)
+    with (folder / "output.log").open("w", encoding="utf-8") as log:
+        status = subprocess.run(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if status != 0:
+        lines = (folder / "output.log").read_text(encoding="utf-8").splitlines()
+        said = next((line for line in lines if line.startswith("error: ")), "")
+        reason = said.removeprefix("error: ") or f"exit status {status}, see {folder}/output.log"
+        raise ConfigError(f"layout {layout.name}: {reason}")
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Losses and gradient norm of every training step."""
+    steps: Metrics = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if "grad_norm" in entry:
+            steps[entry["step"]] = {
+                key: math.nan if value is None else value
+                for key, value in entry.items()
+                if key.startswith("loss/") or key == "grad_norm"
+            }
+    return steps
+
+
+def largest_difference(actual: Metrics, reference: Metrics) -> tuple[float, str]:
+    """Largest relative difference of any loss or gradient norm at any step, and where it is."""
+    if {step: set(row) for step, row in actual.items()} != {
+        step: set(row) for step, row in reference.items()
+    }:
+        return math.inf, "different steps or metrics were logged"
+    worst, where = 0.0, "no difference"
+    for step, row in reference.items():
+        for key, expected in row.items():
+            error = abs(actual[step][key] - expected) / max(abs(expected), 1e-12)
+            if not error <= worst:
+                worst, where = (error if error == error else math.inf), f"{key} at step {step}"
+    return worst, where
+
+
+def table(runs: Mapping[str, Metrics]) -> str:
+    """Loss and gradient norm of every step, one column per layout."""
+    width = max(14, *(len(name) + 2 for name in runs))
+    lines = ["step  " + f"{'metric':<12}" + "".join(f"{name:>{width}}" for name in runs)]
+    first = next(iter(runs.values()))
+    for step in first:
+        for key in ("loss/total", "grad_norm"):
+            values = (run.get(step, {}).get(key, math.nan) for run in runs.values())
+            cells = "".join(f"{value:>{width}.7f}" for value in values)
+            lines.append(f"{step:>4}  {key:<12}{cells}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Arithmetic about a run before it runs: checks, parameters, FLOPs, memory."""

@@ -1,0 +1,248 @@
+"""What `--dry-run` prints, by arithmetic alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.planning.flops import flops_per_step, hardware_flops_per_step
+from megatron_vlmoe.planning.memory import memory_per_rank
+from megatron_vlmoe.planning.parameters import (
+    parameter_counts,
+    parameters_per_rank,
+    with_assumed_vocabularies,
+)
+from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.stream.block_plan import Branch, block_plans, moe_layer_numbers
+from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.sizes import data_parallel_size, expert_capacity, num_micro_batches
+
+GIB = 2**30
+
+
+def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> str:
+    """The report of a run that is not started.
+
+    Args:
+        config: the resolved run; vocabulary sizes may be unknown.
+        world_size: ranks of the run.
+        gpus_per_node: consecutive ranks that share a node.
+
+    Raises:
+        ConfigError: if the configuration contradicts itself or does not fit the ranks.
+    """
+    validate(config, world_size)
+    sections = (
+        _model_lines(config),
+        _layout_lines(config, world_size),
+        _parameter_lines(config, world_size),
+        _flops_lines(config, world_size),
+        _memory_lines(config, world_size),
+        _capacity_lines(config),
+        _warning_lines(config, world_size, gpus_per_node),
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        return ("  " + "  ".join(cells)).rstrip()
+
+    return [line(row) for row in (header, *rows)]
+
+
+def resolve_estimate_precision(config: RunConfig) -> Precision:
+    """The precision of the estimate: `auto` depends on the device and counts as bf16."""
+    return "bf16" if config.train.precision == "auto" else config.train.precision
+
+
+def block_ranges(numbers: Sequence[int]) -> str:
+    """Ascending block numbers in short: `1-3, 6`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+def _model_lines(config: RunConfig) -> list[str]:
+    known, full = config.model, with_assumed_vocabularies(config).model
+    first_vl = full.num_layers - full.num_vl_layers + 1
+    vl = block_ranges(range(first_vl, full.num_layers + 1))
+
+    def size(given: int, used: int) -> str:
+        return f"{used:,}" if given else f"{used:,} (assumed; the tokenizer decides)"
+
+    lines = [
+        "Model",
+        f"  {full.num_layers} blocks, hidden size {full.hidden_size}, "
+        f"{full.num_attention_heads} heads, FFN {full.ffn_hidden_size}, VL-FFN in blocks {vl}",
+        f"  tokens: text {full.text_length}, caption {full.pair_text_length}, "
+        f"image {full.image_length} ({full.image_size} px, patches of {full.patch_size} px)",
+        f"  vocabulary {size(known.vocab_size, full.vocab_size)}",
+        f"  visual vocabulary {size(known.visual_vocab_size, full.visual_vocab_size)}",
+    ]
+    moe = config.moe
+    numbers = moe_layer_numbers(full, moe)
+    if numbers:
+        pools = {p.name: p.num_experts for plan in block_plans(full, moe) for p in plan.pools}
+        counts = ", ".join(f"{count} {name}" for name, count in pools.items())
+        lines.append(f"  experts: {counts} in blocks {block_ranges(numbers)}; top {moe.topk}")
+    else:
+        lines.append("  no experts")
+    return lines
+
+
+def _layout_lines(config: RunConfig, world_size: int) -> list[str]:
+    parallel, data = config.parallel, config.data
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    expert = parallel.expert_model_parallel_size
+    data_size = data_parallel_size(config.parallel, world_size)
+    count = num_micro_batches(config, data_size)
+    stream = StreamLayout.from_config(config.model, data)
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    interleaved = f" ({virtual} virtual stages each)" if virtual > 1 else ""
+    names = ("texts", "images", "pairs")
+    whole = " + ".join(
+        f"{getattr(data, f'global_{n}') if getattr(data, f'micro_{n}') else 0:,} {n}" for n in names
+    )
+    micro = " + ".join(f"{getattr(data, f'micro_{n}')} {n}" for n in names)
+    return [
+        f"Layout of {world_size} rank(s), order tp-cp-ep-dp-pp",
+        f"  TP {tensor} x PP {pipeline}{interleaved} x DP {data_size}; "
+        f"EP {expert}, expert DP {world_size // (pipeline * expert)}",
+        f"  step: {whole}",
+        f"  micro-batch: {micro} = {stream.num_tokens:,} token slots; "
+        f"{count} micro-batch(es) per step and rank",
+        f"  tokens per step: {stream.num_tokens * count * data_size:,}",
+    ]
+
+
+def _parameter_lines(config: RunConfig, world_size: int) -> list[str]:
+    counts = parameter_counts(config)
+    parts = {
+        "text embedding": counts.text_embedding,
+        "image embedding": counts.image_embedding,
+        "positions, special": counts.positions,
+        "attention": counts.attention,
+        "LayerNorm, LayerScale": counts.norms,
+        **{f"{name} FFN": n for name, n in counts.dense_ffn.items()},
+        **{f"{name} experts": n for name, n in counts.experts.items()},
+        "routers": counts.routers,
+        "text head": counts.text_head,
+        "image head": counts.image_head,
+        "total": counts.total,
+        "without heads": counts.without_heads,
+        "per token of a pair": counts.per_token,
+    }
+    listed = [(part, f"{number:,}") for part, number in parts.items() if number]
+    lines = ["Parameters", *table(("part", "number"), listed)]
+    rows = [
+        (
+            f"{stage.stage}",
+            block_ranges(stage.blocks),
+            f"{stage.replicated + stage.tensor:,}",
+            f"{stage.experts:,}",
+            f"{stage.total:,}",
+        )
+        for stage in parameters_per_rank(config, world_size)
+    ]
+    header = ("stage", "blocks", "dense", "experts", "total")
+    return [*lines, "", "Parameters per rank", *table(header, rows)]
+
+
+def _flops_lines(config: RunConfig, world_size: int) -> list[str]:
+    model, hardware = flops_per_step(config), hardware_flops_per_step(config)
+    return [
+        "FLOPs per step (forward and backward, matrix multiplications)",
+        f"  model    {model:.4g}, {model / world_size:.4g} per rank (k experts per token, for MFU)",
+        f"  hardware {hardware:.4g}, {hardware / model:.3f} x (expert capacity, recomputation)",
+    ]
+
+
+def _memory_lines(config: RunConfig, world_size: int) -> list[str]:
+    precision = resolve_estimate_precision(config)
+    note = "; auto counts as bf16" if config.train.precision == "auto" else ""
+    rows = []
+    for stage in memory_per_rank(config, world_size, precision):
+        values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
+        rows.append((f"{stage.stage}", *(f"{value / GIB:.2f}" for value in values)))
+    header = ("stage", "weights", "gradients", "optimizer", "activations", "total")
+    return [
+        f"Memory per rank in GiB, {precision}{note}, recompute {config.train.recompute}",
+        *table(header, rows),
+        "  without the CUDA context, communication buffers, the image tokenizer and fragmentation",
+    ]
+
+
+def _capacity_lines(config: RunConfig) -> list[str]:
+    moe, tensor = config.moe, config.parallel.tensor_model_parallel_size
+    layout = StreamLayout.from_config(config.model, config.data).shard(tensor)
+    blocks: dict[tuple[Branch, int], list[int]] = {}
+    for plan in block_plans(config.model, moe):
+        for pool in plan.pools:
+            blocks.setdefault((pool, pool.num_tokens(layout)), []).append(plan.layer_number)
+    if not blocks:
+        return []
+
+    def slots(pool: Branch, tokens: int, factor: float) -> str:
+        if moe.dispatcher == "dropless" or factor <= 0.0:
+            return "no limit"
+        multiple_of = moe.capacity_multiple_of
+        return f"{expert_capacity(tokens, pool.num_experts, moe.topk, factor, multiple_of):,}"
+
+    rows = [
+        (
+            pool.name,
+            block_ranges(numbers),
+            f"{pool.num_experts}",
+            f"{tokens:,}",
+            slots(pool, tokens, moe.capacity_factor),
+            slots(pool, tokens, moe.eval_capacity_factor),
+        )
+        for (pool, tokens), numbers in blocks.items()
+    ]
+    header = ("pool", "blocks", "experts", "token slots", "train", "eval")
+    padding = "padding is routed" if moe.route_padding else "padding has slots, but is not routed"
+    return [f"Expert capacity per TP rank and micro-batch; {padding}", *table(header, rows)]
+
+
+def _warning_lines(config: RunConfig, world_size: int, gpus_per_node: int) -> list[str]:
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    kinds = (
+        ("expert", parallel.expert_model_parallel_size, "the all-to-all of every MoE block"),
+        ("tensor", parallel.tensor_model_parallel_size, "every collective of a block"),
+    )
+    return [
+        f"WARNING: parallel.{kind}_model_parallel_size={size} puts ranks of one group on several "
+        f"nodes of {gpus_per_node} GPUs: {what} crosses the network"
+        for kind, size, what in kinds
+        if nodes_crossed(size, world_size, stages, gpus_per_node)
+    ]
+
+
+def nodes_crossed(group_size: int, world_size: int, stages: int, gpus_per_node: int) -> bool:
+    """Whether any group of consecutive ranks of a pipeline stage has ranks on two nodes.
+
+    Ranks are in megatron-core's order tp-cp-ep-dp-pp. As expert tensor parallel size is 1, EP
+    groups are consecutive ranks of a stage, like TP groups: the two overlap, they do not multiply.
+
+    Raises:
+        ConfigError: if a node has no GPU.
+    """
+    if gpus_per_node < 1:
+        raise ConfigError(f"{gpus_per_node} GPUs per node: must be at least 1")
+    per_stage = world_size // stages
+    for first_of_stage in range(0, world_size, per_stage):
+        for first in range(first_of_stage, first_of_stage + per_stage, group_size):
+            if first // gpus_per_node != (first + group_size - 1) // gpus_per_node:
+                return True
+    return False

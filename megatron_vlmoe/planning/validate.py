@@ -1,0 +1,258 @@
+"""Checks of a resolved configuration, each refused with one line that names the option and the reason."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.stream.block_plan import block_plans, has_experts, moe_layer_numbers
+from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.sizes import (
+    VOCAB_MULTIPLE,
+    data_parallel_size,
+    num_micro_batches,
+    padded_vocab_size,
+)
+
+
+def validate(config: RunConfig, world_size: int = 1) -> None:
+    """Checks everything that does not need the data.
+
+    Args:
+        config: the resolved run.
+        world_size: processes of the run.
+
+    Raises:
+        ConfigError: on the first contradiction.
+    """
+    _check_model(config)
+    _check_moe(config)
+    _check_objectives(config)
+    _check_parallel(config, world_size)
+    _check_train(config)
+    num_micro_batches(config, data_parallel_size(config.parallel, world_size))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_model(config: RunConfig) -> None:
+    model = config.model
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "ffn_hidden_size",
+        "patch_size",
+    ):
+        value = getattr(model, name)
+        _require(value > 0, f"model.{name}={value} must be positive")
+    _require(
+        model.hidden_size % model.num_attention_heads == 0,
+        f"model.hidden_size={model.hidden_size} is not divisible by "
+        f"model.num_attention_heads={model.num_attention_heads}",
+    )
+    _require(
+        model.image_size % model.patch_size == 0 and model.image_size > 0,
+        f"model.image_size={model.image_size} is not a multiple of model.patch_size={model.patch_size}",
+    )
+    _require(
+        0 <= model.num_vl_layers <= model.num_layers,
+        f"model.num_vl_layers={model.num_vl_layers} is not in 0..{model.num_layers}",
+    )
+    _require(0.0 <= model.drop_path < 1.0, f"model.drop_path={model.drop_path} is not in [0, 1)")
+    for name in ("text_length", "pair_text_length"):
+        value = getattr(model, name)
+        _require(value >= 3, f"model.{name}={value} leaves no room between [T_CLS] and [T_SEP]")
+
+
+def _check_moe(config: RunConfig) -> None:
+    model, moe = config.model, config.moe
+    for name in ("num_vision_experts", "num_text_experts", "num_vl_experts"):
+        _require(getattr(moe, name) >= 0, f"moe.{name}={getattr(moe, name)} must not be negative")
+    if not has_experts(moe):
+        _require(
+            not moe.layers,
+            f"moe.layers={list(moe.layers)} is set, but the model has no experts "
+            "(see moe.num_vision_experts, moe.num_text_experts and moe.modalities)",
+        )
+        _require(not moe.vl, "moe.vl=true needs moe.num_vl_experts")
+        _require(not moe.shared_router, "moe.shared_router=true needs moe.num_vision_experts")
+        return
+    numbers = moe_layer_numbers(model, moe)
+    _require(
+        bool(numbers),
+        f"moe.layers is empty: no even block among the first {model.num_layers - model.num_vl_layers}",
+    )
+    if moe.vl:
+        _require(moe.num_vl_experts > 0, "moe.vl=true needs moe.num_vl_experts")
+    else:
+        _require(
+            moe.num_vl_experts == 0, f"moe.num_vl_experts={moe.num_vl_experts} needs moe.vl=true"
+        )
+    if moe.modalities == "text":
+        _require(moe.num_text_experts > 0, "moe.modalities=text needs moe.num_text_experts")
+    if moe.modalities == "vision":
+        _require(moe.num_vision_experts > 0, "moe.modalities=vision needs moe.num_vision_experts")
+    if moe.shared_router:
+        _require(
+            moe.modalities == "both",
+            f"moe.shared_router=true serves both modalities, but moe.modalities={moe.modalities}",
+        )
+        _require(
+            moe.num_vision_experts > 0,
+            "moe.shared_router=true needs moe.num_vision_experts, the size of the shared pool",
+        )
+    _require(moe.topk >= 1, f"moe.topk={moe.topk} must be at least 1")
+    _require(
+        moe.capacity_multiple_of >= 1,
+        f"moe.capacity_multiple_of={moe.capacity_multiple_of} must be at least 1",
+    )
+    expert_parallel = config.parallel.expert_model_parallel_size
+    for plan in block_plans(model, moe):
+        for pool in plan.pools:
+            where = f"block {plan.layer_number} has {pool.num_experts} {pool.name} experts"
+            _require(moe.topk <= pool.num_experts, f"moe.topk={moe.topk}, but {where}")
+            _require(
+                pool.num_experts % expert_parallel == 0,
+                f"{where}, not divisible by parallel.expert_model_parallel_size={expert_parallel}",
+            )
+
+
+def _check_objectives(config: RunConfig) -> None:
+    objectives, data, model = config.objectives, config.data, config.model
+    for name in ("texts", "images", "pairs"):
+        for scope in ("micro", "global"):
+            value = getattr(data, f"{scope}_{name}")
+            _require(value >= 0, f"data.{scope}_{name}={value} must not be negative")
+    _require(
+        data.micro_texts + data.micro_images + data.micro_pairs > 0,
+        "data.micro_texts, data.micro_images and data.micro_pairs are all 0",
+    )
+    _require(
+        not data.micro_texts or objectives.mlm_weight != 0.0,
+        "objectives.mlm_weight=0 with data.micro_texts > 0: set data.micro_texts=0 to leave texts out",
+    )
+    _require(
+        not data.micro_images or objectives.mim_weight != 0.0,
+        "objectives.mim_weight=0 with data.micro_images > 0: set data.micro_images=0 to leave images out",
+    )
+    _require(
+        not data.micro_pairs
+        or objectives.vlm_text_weight != 0.0
+        or objectives.vlm_image_weight != 0.0,
+        "objectives.vlm_text_weight and vlm_image_weight are 0 with data.micro_pairs > 0: "
+        "set data.micro_pairs=0 to leave pairs out",
+    )
+    for name in ("text_mask_fraction", "caption_mask_fraction"):
+        value = getattr(objectives, name)
+        _require(0.0 < value <= 1.0, f"objectives.{name}={value} is not in (0, 1]")
+    _require(
+        0 <= objectives.num_masked_patches <= model.num_patches,
+        f"objectives.num_masked_patches={objectives.num_masked_patches} is not in "
+        f"0..{model.num_patches} (0 means floor(0.4 N))",
+    )
+
+
+def _check_parallel(config: RunConfig, world_size: int) -> None:
+    parallel, model = config.parallel, config.model
+    tensor = parallel.tensor_model_parallel_size
+    pipeline = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+    ):
+        value = getattr(parallel, name)
+        _require(value >= 1, f"parallel.{name}={value} must be at least 1")
+    _require(
+        parallel.context_parallel_size == 1,
+        f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
+        "the longest sample, a pair, has a few hundred tokens",
+    )
+    _require(
+        parallel.expert_tensor_parallel_size == 1,
+        f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} is not supported: "
+        "an expert is one FFN; use expert_model_parallel_size",
+    )
+    _require(
+        model.num_attention_heads % tensor == 0,
+        f"parallel.tensor_model_parallel_size={tensor} does not divide "
+        f"model.num_attention_heads={model.num_attention_heads}",
+    )
+    for name in ("vocab_size", "visual_vocab_size"):
+        # Rows are padded to a multiple of 128, whatever the layout; an unknown size could be any of them.
+        rows = padded_vocab_size(getattr(model, name)) or VOCAB_MULTIPLE
+        _require(
+            rows % tensor == 0,
+            f"parallel.tensor_model_parallel_size={tensor} does not divide the {rows} rows to which "
+            f"model.{name} is padded",
+        )
+    StreamLayout.from_config(model, config.data).shard(tensor)
+    _require(
+        parallel.expert_model_parallel_size == 1 or has_experts(config.moe),
+        f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}, "
+        "but the model has no experts",
+    )
+    _require(
+        virtual == 1 or pipeline > 1,
+        f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size > 1",
+    )
+    _require(
+        virtual == 1 or not parallel.batch_p2p_comm,
+        "parallel.batch_p2p_comm=true with virtual pipeline stages: megatron-core 0.16.1 computes wrong values",
+    )
+    _require(
+        model.num_layers % (pipeline * virtual) == 0,
+        f"model.num_layers={model.num_layers} is not divisible by "
+        f"parallel.pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size={virtual}",
+    )
+    _require(
+        not parallel.overlap_param_gather or parallel.use_distributed_optimizer,
+        "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true",
+    )
+    data_parallel_size(config.parallel, world_size)
+
+
+def check_exit_signals(names: Sequence[str]) -> None:
+    """Checks `train.exit_signals`.
+
+    Raises:
+        ConfigError: naming what is no signal, or one that nothing can answer.
+    """
+    for name in names:
+        _require(
+            name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
+            f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)",
+        )
+
+
+def _check_train(config: RunConfig) -> None:
+    train, optim, profile = config.train, config.optim, config.profile
+    check_exit_signals(train.exit_signals)
+    _require(train.steps >= 1, f"train.steps={train.steps} must be at least 1")
+    _require(train.eval_steps >= 0, f"train.eval_steps={train.eval_steps} must not be negative")
+    _require(config.log.interval >= 1, f"log.interval={config.log.interval} must be at least 1")
+    _require(optim.lr > 0.0, f"optim.lr={optim.lr} must be positive")
+    _require(
+        0.0 <= optim.min_lr <= optim.lr,
+        f"optim.min_lr={optim.min_lr} is not between 0 and optim.lr={optim.lr}",
+    )
+    _require(
+        optim.lr_warmup_steps >= 0,
+        f"optim.lr_warmup_steps={optim.lr_warmup_steps} must not be negative",
+    )
+    _require(
+        len(profile.steps) in (0, 2), f"profile.steps={list(profile.steps)} must be `FIRST LAST`"
+    )
+    if profile.steps:
+        first, last = profile.steps
+        _require(
+            1 <= first <= last, f"profile.steps={list(profile.steps)}: FIRST must be in 1..LAST"
+        )

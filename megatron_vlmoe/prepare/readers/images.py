@@ -1,0 +1,272 @@
+"""Raw images: folders (recursive, so ImageNet's one folder per class too) and tars of them, also tars of tars."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import os
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, Self, cast
+
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.image_files import HEADER_BYTES, begins_like_image, is_image_data
+from megatron_vlmoe.prepare.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    check_inputs,
+    is_image,
+    is_side_file,
+    is_tar,
+    walk_files,
+)
+
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
+"""How gzip, bzip2 and xz files begin."""
+_OTHERWISE_COMPRESSED = (b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+"""How zstd and lz4 files begin, which tarfile does not read."""
+_MAX_LINKS = 16
+
+
+class BrokenTar(Reject):
+    """A tar breaks off here; what follows in it is lost."""
+
+    __slots__ = ()
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Makes a damaged header an error; tarfile takes one past the first for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
+                raise tarfile.ReadError(str(error)) from error
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A regular file in a tar: of an uncompressed one its place, else its contents.
+
+    The name of a file in a tar in the tar begins with that of the inner tar.
+    """
+
+    name: str
+    offset: int
+    size: int
+    data: bytes | None
+
+    def image(self, tar: str) -> ImageFile:
+        """The member as an image."""
+        return ImageFile(tar, self.name, tar, self.offset, self.size, self.data)
+
+    def contents(self, tar: str) -> bytes:
+        """The bytes of the member. Raises DataError."""
+        return self.image(tar).read()
+
+
+def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | PassedOver]:
+    """Yields every image of folders, tars (WebDataset shards too) and single files, in order.
+
+    Folders are walked in sorted order; tars found in them are read in their place. An image is what has the suffix or
+    the contents of one. Other files are `PassedOver`; hidden files and what operating systems put beside them
+    (`is_side_file`) are no data.
+
+    Raises:
+        DataError: an input is missing, or is neither a folder, a tar nor an image.
+    """
+    check_inputs(inputs)
+    for path in inputs:
+        if os.path.isdir(path):
+            yield from _folder_images(path)
+        elif is_tar(path):
+            yield from tar_images(path)
+        elif is_image_file(ImageFile(path, "", path), path):
+            yield ImageFile(path, "", path)
+        else:
+            raise DataError(
+                f"{path}: neither a folder, a tar nor an image (unpack other archives; write the "
+                "images of tables as files)"
+            )
+
+
+def _folder_images(folder: str) -> Iterator[ImageFile | Reject | PassedOver]:
+    for path in walk_files(folder):
+        if is_tar(path):
+            yield from tar_images(path)
+        else:
+            yield as_image(ImageFile(folder, os.path.relpath(path, folder), path), path)
+
+
+def tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
+    """Yields the images of one tar in its order."""
+    for member in tar_members(path):
+        yield member if isinstance(member, Reject) else as_image(member.image(path), member.name)
+
+
+def as_image(file: ImageFile, name: str) -> ImageFile | PassedOver | Reject:
+    """The file, if it has the suffix or the contents of an image; else it is passed over by its suffix."""
+    suffix = posixpath.splitext(name)[1].lower() or "no suffix"
+    try:
+        return file if is_image_file(file, name) else PassedOver(file.source, suffix)
+    except DataError as error:
+        return Reject(file.source, file.record, str(error))
+
+
+def is_image_file(file: ImageFile, name: str) -> bool:
+    """Whether a file has the suffix of an image, or its contents. Raises DataError (a reason) if it is unreadable."""
+    if is_image(name):
+        return True
+    return begins_like_image(file.read(HEADER_BYTES)) and is_image_data(file.read())
+
+
+def tar_members(path: str) -> Iterator[TarMember | Reject]:
+    """Yields the regular files of a tar and of tars in it, in order.
+
+    Links are followed within an uncompressed tar. A `Reject` with its name stands for each that cannot be followed, a
+    `BrokenTar` where an archive breaks off. Side files (`is_side_file`) are left out.
+
+    Raises:
+        DataError: the file cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from _members(path, "", file)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def _members(
+    path: str, inside: str, file: IO[bytes], in_file: bool = True
+) -> Iterator[TarMember | Reject]:
+    """The members of a tar that begins where the file stands.
+
+    Args:
+        path: the outermost tar.
+        inside: name of this one in it with a slash; empty for the outermost.
+        file: to read it from.
+        in_file: whether places in `file` are places in the file at `path`.
+    """
+    start = file.tell()
+    head = file.read(8)
+    file.seek(start)
+    if head.startswith(_OTHERWISE_COMPRESSED):
+        reason = "a tar compressed by zstd or lz4, which is not read: decompress it"
+        yield BrokenTar(path, inside.rstrip("/"), reason)
+        return
+    compressed = head.startswith(_COMPRESSED)
+    in_file = in_file and not compressed
+    links = _Links(file, start)
+    last = "start"
+    try:
+        # "r|" reads a compressed archive once, front to back; "r:" may skip the contents.
+        with tarfile.open(
+            fileobj=file, mode="r|*" if compressed else "r:", tarinfo=_StrictTarInfo
+        ) as archive:
+            while (member := archive.next()) is not None:
+                # TarFile keeps every header it has met; a shard may have a million.
+                archive.members.clear()  # type: ignore[attr-defined]
+                name = inside + member.name
+                if member.isdir() or is_side_file(member.name):
+                    continue
+                last = member.name
+                found: tarfile.TarInfo | str = member
+                if member.islnk() or member.issym():
+                    where = "a link in a compressed tar: unpack it" if compressed else ""
+                    found = where or links.target(member)
+                elif not member.isfile():
+                    found = "neither a file nor a link"
+                elif (
+                    in_file
+                    and isinstance(file, _Part)
+                    and member.offset_data + member.size > file.end
+                ):
+                    # In the outer tar other bytes follow.
+                    found = f"damaged tar: {inside.rstrip('/')} ends inside it"
+                if isinstance(found, str):
+                    yield Reject(path, name, found)
+                    continue
+                data = None
+                if not in_file or found.issparse():
+                    stream = archive.extractfile(found)
+                    data = stream.read() if stream is not None else b""
+                if not is_tar(name):
+                    yield TarMember(name, found.offset_data, found.size, data)
+                elif data is not None:
+                    yield from _members(path, f"{name}/", io.BytesIO(data), in_file=False)
+                else:
+                    with open(path, "rb") as again:
+                        again.seek(found.offset_data)
+                        part = cast(IO[bytes], _Part(again, found.size))
+                        yield from _members(path, f"{name}/", part)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        yield BrokenTar(path, f"{inside}after {last}", f"damaged tar: {error}")
+
+
+class _Links:
+    """Finds what the links of an uncompressed tar point at; lists the tar once, at the first link."""
+
+    def __init__(self, file: IO[bytes], start: int) -> None:
+        self._file = file
+        self._start = start
+        self._members: dict[str, tarfile.TarInfo] | None = None
+
+    def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | str:
+        """The regular file at the end of a link, or why there is none."""
+        if self._members is None:
+            self._members = {posixpath.normpath(member.name): member for member in self._listed()}
+        member = link
+        for _ in range(_MAX_LINKS):
+            # A hard link names its target from the root of the archive, a symbolic one from its own folder.
+            folder = posixpath.dirname(member.name) if member.issym() else ""
+            found = self._members.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
+            if found is None or found.isdir():
+                return f"a link to {link.linkname}, which is no file of the tar"
+            if found.isfile():
+                return found
+            member = found
+        return f"a link to {link.linkname}, which leads to no file"
+
+    def _listed(self) -> Iterator[tarfile.TarInfo]:
+        self._file.seek(self._start)
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+                yield from archive
+        except (tarfile.TarError, OSError):
+            return  # what comes before the damage is known; the reader of the tar reports it
+
+
+class _Part(io.RawIOBase):
+    """The next `size` bytes of a file, at their places in it."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self.end = file.tell() + size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            offset, whence = self.end + offset, os.SEEK_SET
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(max(0, min(len(buffer), self.end - self._file.tell())))
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,322 @@
+"""ImageNet as folders of classes, ``train/{wnid}/*.JPEG`` and ``val/{wnid}/*.JPEG``, or as tables.
+
+The classes are the sorted names of the folders of ``train``; a class may also be ``{wnid}.tar``, as
+ImageNet-22K is published. Without a ``train`` folder the classes lie in the raw folder itself.
+Without ``val`` a share of each class may be held out. The images of ``val`` may also lie in it
+without folders, as published; then a file tells their classes, or the development kit does.
+
+Tables of Hugging Face, read where no image lies in folders, hold an image and a class number per row;
+their schema names the classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.prepare.readers.images import as_image, read_images
+from megatron_vlmoe.prepare.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    check_inputs,
+    is_side_file,
+    is_tar,
+)
+from megatron_vlmoe.prepare.readers.tasks.records import (
+    Omitted,
+    SampleStream,
+    TaskInput,
+    TaskSample,
+    check_split,
+    chosen,
+    find_folder,
+)
+
+_WORDS = ("words.txt", "LOC_synset_mapping.txt")
+_SPLITS = ("train", "val")
+_GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_KIT_FOLDERS = tuple(os.path.join(f"ILSVRC2012_devkit_{v}", "data") for v in ("t12", "t3"))
+
+
+class ImageNetSource:
+    """Class folders. Raises DataError if there is none, or options contradict the folders."""
+
+    fallback_answer = None
+
+    def __init__(self, source: TaskInput) -> None:
+        if source.class_names is not None:
+            raise DataError(f"{source.raw}: holds class folders; --class-names is for tables")
+        self._source = source
+        train, self._val = (os.path.join(source.raw, split) for split in _SPLITS)
+        has_val = os.path.isdir(self._val)
+        self._train = train if has_val or os.path.isdir(train) else source.raw
+        if not 0.0 <= source.val_fraction < 1.0:
+            raise DataError(f"--val-fraction {source.val_fraction} is not in [0, 1)")
+        if source.val_fraction and has_val:
+            raise DataError(f"{self._val}: exists, so --val-fraction must not be given")
+        self._classes = _class_folders(find_folder(self._train, ("",)))
+        if not self._classes:
+            raise DataError(f"{self._train}: no class folder in it")
+        self._val_labels: Mapping[str, str] | list[str] | None = None
+        given = source.val_labels
+        if given is None and has_val and not _class_folders(self._val):
+            given = _kit_file(source.raw)
+        if given is not None:
+            self._val_labels_file = given
+            self._val_labels = read_val_labels(given, source.raw)
+
+    def splits(self) -> tuple[str, ...]:
+        """``train`` and ``val``."""
+        return _SPLITS
+
+    @cached_property
+    def labels(self) -> Labels:
+        """The class ids, and their words if a file tells them. Raises DataError."""
+        words = read_words(self._source) or {}
+        names = tuple(words.get(wnid, wnid) for wnid in self._classes)
+        known = any(wnid in words for wnid in self._classes)
+        if self._source.words is not None and not known:
+            raise DataError(
+                f"{self._source.words}: names none of the {len(names)} classes in {self._train}"
+            )
+        return Labels("imagenet", tuple(self._classes), names if known else None)
+
+    @cached_property
+    def _label_of(self) -> dict[str, int]:
+        return {wnid: label for label, wnid in enumerate(self._classes)}
+
+    def read(self, split: str) -> SampleStream:
+        """The images of a split, class by class (a flat ``val`` by name). Raises DataError."""
+        check_split("imagenet", split, _SPLITS)
+        if split == "train" or self._source.val_fraction:
+            return self._class_samples(self._classes, split)
+        if not os.path.isdir(self._val):
+            raise DataError(
+                f"{self._val}: no such folder; --val-fraction holds images of train out, "
+                "--splits train does without"
+            )
+        if self._val_labels is not None:
+            return self._flat_samples(self._val_labels)
+        folders = _class_folders(self._val)
+        if not folders:
+            raise DataError(
+                f"{self._val}: no class folder in it; images without folders need --val-labels"
+            )
+        return self._class_samples(folders, split)
+
+    def _class_samples(self, folders: Mapping[str, str], split: str) -> SampleStream:
+        for wnid, folder in folders.items():
+            if os.path.isdir(folder) and os.path.isfile(f"{folder}.tar"):
+                reason = f"class {wnid} is the folder beside it too, which is read: remove one"
+                yield Reject(f"{folder}.tar", "", reason)
+            if wnid not in self._label_of:
+                yield Reject(folder, "", f"class {wnid} is not in {self._train}")
+                continue
+            empty = True
+            for item in self._share(wnid, read_images((folder,)), split):
+                empty = empty and isinstance(item, PassedOver)
+                if isinstance(item, Reject):
+                    yield item
+                elif isinstance(item, PassedOver):
+                    yield Omitted(f"passed over: {item.kind}")
+                elif isinstance(item, ImageFile):
+                    if is_tar(folder) and is_tar(item.record.partition("/")[0]):
+                        raise DataError(f"{folder}: a tar of tars: unpack it into {self._train}")
+                    yield self._sample(item, f"{wnid}/{item.record}", wnid)
+            if empty:
+                yield Reject(folder, "", "no image in it")
+
+    def _share(
+        self, wnid: str, images: Iterator[ImageFile | Reject | PassedOver], split: str
+    ) -> Iterator[ImageFile | Reject | PassedOver | None]:
+        """The images of a class, with None for those of the other split."""
+        fraction = self._source.val_fraction
+        if not fraction:
+            yield from images
+            return
+        found = list(images)
+        names = [item.record for item in found if isinstance(item, ImageFile)]
+        count = min(int(fraction * len(names) + 0.5), max(len(names) - 1, 0))
+        keys = chosen([f"{wnid}/{name}" for name in names], count, self._source.seed)
+        for item in found:
+            if not isinstance(item, ImageFile):
+                yield item if split == "train" else None
+            else:
+                held_out = f"{wnid}/{item.record}" in keys
+                yield item if held_out == (split == "val") else None
+
+    def _flat_samples(self, classes: Mapping[str, str] | list[str]) -> SampleStream:
+        given = self._val_labels_file
+        found = [as_image(file, file.record) for file in _flat_files(self._val)]
+        images = [file.record for file in found if isinstance(file, ImageFile)]
+        yield from (item for item in found if isinstance(item, Reject))
+        others = (item.kind for item in found if isinstance(item, PassedOver))
+        yield from (Omitted(f"passed over: {kind}") for kind in others)
+        if isinstance(classes, list) and len(classes) != len(images):
+            raise DataError(
+                f"{given}: {len(classes)} classes for {len(images)} images in {self._val}"
+            )
+        for number, name in enumerate(images):
+            stem = os.path.splitext(name)[0]
+            wnid = classes[number] if isinstance(classes, list) else classes.get(stem)
+            if wnid not in self._label_of:
+                reason = f"class {wnid} is not in {self._train}" if wnid else f"not in {given}"
+                yield Reject(self._val, name, reason, sample=name)
+                continue
+            image = ImageFile(self._val, name, os.path.join(self._val, name))
+            yield self._sample(image, name, wnid)
+
+    def _sample(self, image: ImageFile, name: str, wnid: str) -> TaskSample:
+        label = self._label_of[wnid]
+        return TaskSample(image.source, image.record, name, (image,), (), (label,), (1.0,))
+
+
+def _class_folders(folder: str) -> dict[str, str]:
+    """Path of each class's folder, or else its tar, by class in sorted order. Raises DataError."""
+    folders: dict[str, str] = {}
+    tars: dict[str, str] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_side_file(entry.name):
+                    continue
+                if entry.is_dir():
+                    folders[entry.name] = entry.path
+                elif entry.name.endswith(".tar"):
+                    tars[entry.name.removesuffix(".tar")] = entry.path
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+    # A tar that has been unpacked beside itself is not a second class.
+    return dict(sorted((tars | folders).items()))
+
+
+def has_class_folders(folder: str) -> bool:
+    """Whether a folder is there and has classes in it."""
+    return os.path.isdir(folder) and bool(_class_folders(folder))
+
+
+def _flat_files(folder: str) -> list[ImageFile]:
+    """The files of a folder by name, but for side files. Raises DataError."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_file() and not is_side_file(e.name)]
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+    return [ImageFile(folder, name, os.path.join(folder, name)) for name in sorted(names)]
+
+
+def _text_lines(path: str) -> list[str]:
+    check_inputs((path,))
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from error
+
+
+def read_words(source: TaskInput) -> dict[str, str] | None:
+    """Words by class id, from the file of words; None: there is none.
+
+    A line is the id, white space, and the words. Raises DataError if it cannot be read.
+    """
+    paths = [os.path.join(source.raw, name) for name in _WORDS]
+    path = source.words or next(filter(os.path.isfile, paths), None)
+    if path is None:
+        return None
+    words: dict[str, str] = {}
+    for pair in (line.split(maxsplit=1) for line in _text_lines(path)):
+        if len(pair) == 2 and words.setdefault(*pair) != pair[1]:
+            raise DataError(f"{path}: class {pair[0]} comes twice, with other words")
+    return words
+
+
+def _kit_file(raw: str) -> str | None:
+    """The ground truth of the development kit, where the kit or the file lies in the raw folder."""
+    paths = (os.path.join(raw, name, _GROUND_TRUTH) for name in ("", *_KIT_FOLDERS))
+    return next(filter(os.path.isfile, paths), None)
+
+
+def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
+    """Class ids of flat images: by file name without suffix, or in the order of the names.
+
+    Args:
+        path: a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), a file
+            name and a class id per line, a class id per line, or the development kit's ground truth: a
+            class number per line, which the kit's ``meta.mat`` (beside the file, or in the raw folder)
+            explains.
+        raw: the raw folder.
+
+    Raises:
+        DataError: unreadable, empty, or class numbers that nothing explains.
+    """
+    lines = _text_lines(path)
+    if not lines:
+        raise DataError(f"{path}: empty file")
+    if lines[0].lower().startswith("imageid,"):
+        rows = ((row[0], "".join(row[1:2])) for row in csv.reader(lines[1:]) if row)
+        return _classes_by_name(path, rows, first=2)
+    words = [line.split() for line in lines]
+    if len(words[0]) > 1 and os.path.splitext(words[0][0])[1]:
+        stems = (os.path.splitext(os.path.basename(name))[0] for name, *_ in words)
+        pairs = ((stem, " ".join(rest)) for stem, (_, *rest) in zip(stems, words, strict=True))
+        return _classes_by_name(path, pairs, first=1)
+    if not lines[0].isdigit():
+        return [line[0] for line in words]
+    folders = (os.path.dirname(path), raw, *(os.path.join(raw, name) for name in _KIT_FOLDERS))
+    meta = next(filter(os.path.isfile, (os.path.join(name, "meta.mat") for name in folders)), None)
+    if meta is None:
+        raise DataError(
+            f"{path}: class numbers of the development kit, which its meta.mat explains: put it beside "
+            "them, or give one class id (n01440764) per line, or LOC_val_solution.csv"
+        )
+    wnids = _read_meta(meta)
+    for number, line in enumerate(lines, start=1):
+        if not line.isdigit() or int(line) not in wnids:
+            raise DataError(f"{path}: line {number}: {line!r} is no class number of {meta}")
+    return [wnids[int(line)] for line in lines]
+
+
+def _classes_by_name(path: str, rows: Iterable[tuple[str, str]], first: int) -> dict[str, str]:
+    """Class id by image, of rows of an image and what begins with its class id. Raises DataError."""
+    classes: dict[str, str] = {}
+    for number, (image, said) in enumerate(rows, start=first):
+        wnid = next(iter(said.split()), "")
+        if not wnid:
+            raise DataError(f"{path}: line {number}: not an image and a class id")
+        if wnid.isdigit():
+            raise DataError(
+                f"{path}: line {number}: class {wnid} is a number, of which there are several countings: "
+                "give the class id (n01440764)"
+            )
+        if (other := classes.setdefault(image, wnid)) != wnid:
+            raise DataError(
+                f"{path}: line {number}: image {image} comes twice, of {other} and {wnid}"
+            )
+    return classes
+
+
+def _read_meta(path: str) -> dict[int, str]:
+    """Class id by ILSVRC number, from the development kit's ``synsets``. Raises DataError."""
+    try:
+        from scipy.io import loadmat  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading it needs scipy (pip install scipy); or give --val-labels with one class "
+            "id (n01440764) per line, or LOC_val_solution.csv"
+        ) from error
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        numbers, wnids = synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()
+        found = {int(number): str(wnid) for number, wnid in zip(numbers, wnids, strict=True)}
+    except Exception as error:  # what a damaged file raises, scipy does not say
+        raise DataError(f"{path}: not the development kit's meta.mat: {error}") from error
+    if len(found) != len(numbers):
+        raise DataError(f"{path}: a class number comes twice")
+    return found

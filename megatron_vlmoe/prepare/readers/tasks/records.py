@@ -1,0 +1,175 @@
+"""What the sources of tasks share: options, samples, choosing by hash, and finding files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
+
+Item = TypeVar("Item", int, str)
+
+
+@dataclass(frozen=True)
+class TaskInput:
+    """Which raw data, and how to read it.
+
+    Attributes:
+        task: one of `manifest.TASKS`.
+        raw: folder of the raw data.
+        seed: of what is held out of training (vqa, imagenet).
+        num_val_images: vqa: images of val2014 that are held out; at most half of them are.
+        min_answer_count: vqa: how often an answer must occur to be a class.
+        annotations: retrieval: Karpathy's JSON file; None: the one in ``raw``.
+        val_fraction: imagenet: share of each class's training images that makes ``val``.
+        val_labels: imagenet: classes of images that lie in ``val`` without class folders.
+        words: imagenet: file of a class id and its words per line; None: one in ``raw``, if any.
+        sentence1: mnli: name of the column of the premise; None: one of the usual names.
+        sentence2: mnli: name of the column of the hypothesis; None: one of the usual names.
+        label: mnli: name of the column of the class; None: one of the usual names.
+        class_names: mnli and imagenet: the classes in the order of their labels; None: those that
+            the data names, for mnli else entailment, neutral, contradiction.
+    """
+
+    task: str
+    raw: str
+    seed: int = 0
+    num_val_images: int = 1000
+    min_answer_count: int = 9
+    annotations: str | None = None
+    val_fraction: float = 0.0
+    val_labels: str | None = None
+    words: str | None = None
+    sentence1: str | None = None
+    sentence2: str | None = None
+    label: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSample:
+    """A sample of the raw data; texts are objects as parsed, checked later.
+
+    ``source`` and ``record`` name it in errors; the other fields are those of `TaskRow` before
+    images and texts have numbers. For retrieval it is an image with all its captions.
+    """
+
+    source: str
+    record: str
+    id: str
+    images: tuple[ImageFile, ...] = ()
+    texts: tuple[object, ...] = ()
+    labels: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()
+    answer_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Omitted:
+    """A good sample that the task itself leaves out."""
+
+    reason: str
+
+
+SampleStream = Iterator[TaskSample | Omitted | Reject]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a task whose samples give them by name or by number.
+
+    Attributes:
+        names: the classes in the order of their labels.
+        numbered: what whole numbers in the data stand for, in their order; None: unknown.
+    """
+
+    names: tuple[str, ...]
+    numbered: tuple[str, ...] | None
+
+    def label(self, value: object) -> int:
+        """The label of a class as the data gives it: a name, a number, or the number as text.
+
+        Raises:
+            DataError: no such class, or nobody says what its number means.
+        """
+        number = value if isinstance(value, int) and not isinstance(value, bool) else None
+        if number is None and isinstance(value, str):
+            if value in self.names:
+                return self.names.index(value)
+            number = int(value) if value.isascii() and value.isdigit() else None
+        if number is None:
+            raise DataError(f"class {value!r} is none of {', '.join(self.names)}")
+        if self.numbered is None:
+            raise DataError(f"class {value!r} is a number: name the classes with --class-names")
+        if not 0 <= number < len(self.numbered):
+            last = len(self.numbered) - 1
+            raise DataError(f"class {value!r} is none of 0 to {last} ({', '.join(self.numbered)})")
+        return self.names.index(self.numbered[number])
+
+
+class TaskSource(Protocol):
+    """One task's raw data."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """The classes; None if the task has none. Raises DataError."""
+        ...
+
+    @property
+    def fallback_answer(self) -> str | None:
+        """For vqa the most frequent answer of training; else None."""
+        ...
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are prepared unless others are asked for."""
+        ...
+
+    def read(self, split: str) -> SampleStream:
+        """The samples of a split; looks for its files at once, and reads them when iterated.
+
+        Raises:
+            DataError: an unknown split, or a file or folder of it is missing.
+        """
+        ...
+
+
+def chosen(items: Iterable[Item], count: int, seed: int) -> frozenset[Item]:
+    """``count`` of the items, by the smallest hashes of seed and item.
+
+    The choice depends neither on the order of the items nor on Python's hash seed.
+    """
+
+    def key(item: Item) -> tuple[bytes, Item]:
+        digest = hashlib.blake2b(f"{seed}:{item}".encode("utf-8", "surrogateescape"), digest_size=8)
+        return digest.digest(), item
+
+    return frozenset(sorted(set(items), key=key)[:count])
+
+
+def check_split(task: str, split: str, known: Sequence[str]) -> None:
+    """Raises DataError unless the task has a split of this name."""
+    if split not in known:
+        raise DataError(f"task {task} has no split {split!r}: one of {', '.join(known)}")
+
+
+def find_file(raw: str, folders: Sequence[str], name: str) -> str:
+    """Path of ``name`` in the first of the folders below ``raw`` that has it. Raises DataError."""
+    paths = [os.path.normpath(os.path.join(raw, folder, name)) for folder in folders]
+    return next((path for path in paths if os.path.isfile(path)), "") or _missing(paths, "file")
+
+
+def find_folder(raw: str, names: Sequence[str]) -> str:
+    """Path of the first of these folders below ``raw`` that exists. Raises DataError."""
+    paths = [os.path.normpath(os.path.join(raw, name)) for name in names]
+    return next((path for path in paths if os.path.isdir(path)), "") or _missing(paths, "folder")
+
+
+def _missing(paths: Sequence[str], what: str) -> str:
+    others = f" (nor {', '.join(paths[1:])})" if len(paths) > 1 else ""
+    raise DataError(f"{paths[0]}: no such {what}{others}")

@@ -1,0 +1,306 @@
+"""MNLI, SNLI and any task of two sentences: GLUE's tables, the publishers' files, Hugging Face's tables.
+
+| Files | Layout |
+|---|---|
+| ``SPLIT.tsv`` | GLUE: a header line names the columns; tabs part them, and nothing is quoted |
+| ``multinli_1.0_SPLIT.txt``, ``snli_1.0_SPLIT.txt`` | the same |
+| ``multinli_1.0_SPLIT.jsonl``, ``snli_1.0_SPLIT.jsonl`` | a JSON object per line |
+| ``SPLIT-*.parquet``, ``SPLIT/*.arrow`` and so on | Hugging Face: premise, hypothesis and the number of the class |
+
+A class "-" (the annotators did not agree) leaves the sample out, and so does -1 outside of test
+splits, where it means that the class is not published.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.prepare.readers.lines import numbered_lines
+from megatron_vlmoe.prepare.readers.parquet import class_names, column_names
+from megatron_vlmoe.prepare.readers.records import Reject
+from megatron_vlmoe.prepare.readers.tasks.records import (
+    Classes,
+    Omitted,
+    SampleStream,
+    TaskInput,
+    TaskSample,
+)
+from megatron_vlmoe.prepare.readers.tasks.tables import (
+    TableFiles,
+    choose_columns,
+    row_name,
+    table_rows,
+)
+from megatron_vlmoe.prepare.readers.text import json_rows
+
+_MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched")
+_SNLI_SPLITS = ("train", "dev", "test")
+_CLASSES = ("entailment", "neutral", "contradiction")
+_NO_CLASS = "-"
+_HIDDEN = "hidden"  # in MultiNLI's test files
+_FOLDERS = ("", "MNLI", "original", "multinli_1.0", "snli_1.0")
+_SUFFIXES = (".tsv", ".jsonl", ".txt")
+_FILE = re.compile(r"(?:(?:multi|s)nli_\d[\d.]*_)?(\w+?)(?:_unlabeled)?(\.tsv|\.jsonl|\.txt)")
+_PREMISES, _HYPOTHESES = ("sentence1", "premise"), ("sentence2", "hypothesis")
+_LABELS = ("gold_label", "label")
+_IDS = ("index", "pairID", "idx", "uid")
+
+Rows = Iterator[tuple[str, Mapping[str, Any]] | Reject]
+
+
+class SentencePairSource:
+    """Tables of sentence pairs in a folder."""
+
+    fallback_answer = None
+
+    def __init__(self, source: TaskInput) -> None:
+        names = source.class_names or ()
+        if len(set(names)) != len(names):
+            raise DataError(f"--class-names {' '.join(names)}: one name twice")
+        self._source = source
+        self._columns = {
+            "sentence1": (source.sentence1,) if source.sentence1 else _PREMISES,
+            "sentence2": (source.sentence2,) if source.sentence2 else _HYPOTHESES,
+            "label": (source.label,) if source.label else _LABELS,
+        }
+        self._files = _named_files(source.raw)
+
+    @cached_property
+    def _tables(self) -> TableFiles:
+        return TableFiles(self._source.raw)
+
+    def splits(self) -> tuple[str, ...]:
+        """MNLI's or SNLI's, with the test files that are there."""
+        names = {*self._files, *(n for n in _SNLI_SPLITS if self._table_files(n))}
+        if "dev" in names and not names.intersection(_MNLI_SPLITS[1:]):
+            return tuple(name for name in _SNLI_SPLITS if name in names)
+        tests = [f"test_{kind}" for kind in ("matched", "mismatched")]
+        found = {name for name in self._files if name.startswith("test_")}
+        found |= {name for name in tests if self._table_files(name)}
+        return (*_MNLI_SPLITS, *sorted(found))
+
+    def _table_files(self, split: str) -> list[str]:
+        # Not looked for where there are other files: they may be the same samples.
+        if any(name.startswith(("train", "dev", "test")) for name in self._files):
+            return []
+        return self._tables.of((split, split.replace("dev", "validation")))
+
+    @cached_property
+    def _classes(self) -> Classes:
+        given, told = self._source.class_names, self._told_names
+        if given and told and set(given) != set(told):
+            raise DataError(
+                f"--class-names {' '.join(given)}: the tables in {self._source.raw} name "
+                f"{', '.join(told)}"
+            )
+        if told:
+            return Classes(given or told, told)
+        if given:
+            return Classes(given, given)
+        # The order of MNLI's and SNLI's numbers; other tables may have another one.
+        usual = self._source.sentence1 is None and self._source.sentence2 is None
+        return Classes(_CLASSES, _CLASSES if usual else None)
+
+    @cached_property
+    def _told_names(self) -> tuple[str, ...] | None:
+        """The classes that the schema of Hugging Face's tables names."""
+        paths = [path for name in (*_MNLI_SPLITS, "dev") for path in self._table_files(name)]
+        told: dict[tuple[str, ...], str] = {}
+        for path in paths:
+            column = next((c for c in self._columns["label"] if c in column_names(path)), None)
+            names = class_names(path, column) if column is not None else None
+            if names is not None:
+                told.setdefault(names, path)
+        if len(told) > 1:
+            raise DataError(f"{' and '.join(list(told.values())[:2])} name different classes")
+        return next(iter(told), None)
+
+    @property
+    def labels(self) -> Labels:
+        """The classes. Raises DataError if ``--class-names`` contradicts the tables."""
+        return Labels("mnli", self._classes.names)
+
+    def read(self, split: str) -> SampleStream:
+        """The rows of a split. Raises DataError if its file or a column of it is missing."""
+        paths = self._files.get(split) or self._table_files(split)
+        if not paths:
+            raise DataError(
+                f"{os.path.join(self._source.raw, split)}.tsv: no such file (nor multinli_1.0_{split} "
+                "as .jsonl or .txt, nor a parquet or .arrow table with the split in its name)"
+            )
+        optional = ("id", "label") if split.startswith("test") else ("id",)
+        return self._samples(split, [_open(path, self._columns, optional) for path in paths])
+
+    def _samples(self, split: str, files: Sequence[_File]) -> SampleStream:
+        ids, told = set[str](), False
+        for file in files:
+            for item in file.rows(file.columns):
+                if isinstance(item, Reject):
+                    # Its id may be that of a sample that is there.
+                    yield replace(item, sample="") if item.sample in ids else item
+                    continue
+                record, row = item
+                name = _id_of(row)
+                if name and name in ids:
+                    yield Reject(file.path, record, f"id {name} came before")
+                    continue
+                ids.add(name)
+                try:
+                    own = name or row_name(file.path, record, self._source.raw, len(files))
+                    sample = self._sample(split, file, record, own, row)
+                except DataError as error:
+                    yield Reject(file.path, record, str(error), sample=name)
+                    continue
+                if not told and isinstance(sample, TaskSample) and sample.labels:
+                    told = str(row["label"]).strip() not in self._classes.names
+                    if told:
+                        self._tell_numbers(split)
+                yield sample
+
+    def _sample(
+        self, split: str, file: _File, record: str, name: str, row: Mapping[str, Any]
+    ) -> TaskSample | Omitted:
+        value = row.get("label")
+        value = value.strip() if isinstance(value, str) else value
+        is_test, unlabelled = split.startswith("test"), value in (-1, "-1")
+        if value == _NO_CLASS or (unlabelled and not is_test):
+            return Omitted(f"{file.columns['label']} is {value}")
+        hidden = is_test and (unlabelled or value in (None, _HIDDEN))
+        labels = () if hidden else (self._classes.label(value),)
+        texts, scores = (row["sentence1"], row["sentence2"]), (1.0,) * len(labels)
+        return TaskSample(file.path, record, name, (), texts, labels, scores)
+
+    def _tell_numbers(self, split: str) -> None:
+        numbered = ", ".join(f"{i} {name}" for i, name in enumerate(self._classes.numbered or ()))
+        why = "--class-names" if self._source.class_names else "the order of MNLI and SNLI"
+        why = "their schema" if self._told_names else why
+        print(f"mnli {split}: class numbers stand for {numbered} (by {why})", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file whose columns have been found.
+
+    Attributes:
+        path: the file.
+        columns: column of "sentence1", "sentence2", "label" and "id", as far as it has them.
+        rows: reads it, given the columns.
+    """
+
+    path: str
+    columns: Mapping[str, str]
+    rows: Callable[[Mapping[str, str]], Rows]
+
+
+def _id_of(row: Mapping[str, Any]) -> str:
+    value = row.get("id")
+    return "" if value is None else str(value)
+
+
+def _named_files(raw: str) -> dict[str, list[str]]:
+    """The file of each split: of the first folder and the first layout that has it. Raises DataError."""
+    found: dict[str, list[str]] = {}
+    for folder in (os.path.join(raw, name) if name else raw for name in _FOLDERS):
+        if not os.path.isdir(folder):
+            continue
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            raise DataError(f"{folder}: {error.strerror}") from error
+        matches = [match for match in map(_FILE.fullmatch, names) if match is not None]
+        for suffix in _SUFFIXES:
+            here: dict[str, list[str]] = {}
+            for match in matches:
+                if match[2] == suffix:
+                    here.setdefault(match[1], []).append(os.path.join(folder, match[0]))
+            for split, paths in here.items():
+                if len(paths) > 1 and split not in found:
+                    raise DataError(f"{' and '.join(paths)}: both are split {split}: keep one")
+                found.setdefault(split, paths)
+    return found
+
+
+def _open(path: str, wanted: Mapping[str, Sequence[str]], optional: Sequence[str]) -> _File:
+    """Finds the columns of a file. Raises DataError if one that is needed is missing."""
+    layouts = {".tsv": _open_tsv, ".txt": _open_tsv, ".jsonl": _open_jsonl}
+    names, rows = layouts.get(os.path.splitext(path)[1], _open_table)(path)
+    columns = choose_columns(path, names, {**wanted, "id": _IDS}, optional)
+    return _File(path, columns, rows)
+
+
+Opened = tuple[Sequence[str], Callable[[Mapping[str, str]], Rows]]
+
+
+def _open_table(path: str) -> Opened:
+    return column_names(path), lambda columns: table_rows(path, columns)
+
+
+def _open_jsonl(path: str) -> Opened:
+    first = next((item for item in json_rows(path) if not isinstance(item, Reject)), None)
+    if first is None:
+        raise DataError(f"{path}: no JSON object in it")
+    return list(first[1]), lambda columns: _json_rows(path, columns)
+
+
+def _json_rows(path: str, columns: Mapping[str, str]) -> Rows:
+    for item in json_rows(path):
+        if isinstance(item, Reject):
+            yield item
+            continue
+        number, row = item
+        missing = [column for column in columns.values() if column not in row]
+        if missing:
+            yield Reject(path, f"line {number}", f"no key {missing[0]!r}")
+        else:
+            yield f"line {number}", {name: row[column] for name, column in columns.items()}
+
+
+def _open_tsv(path: str) -> Opened:
+    lines = numbered_lines(path, strip=False)
+    first = next(lines, None)
+    if first is None or isinstance(first, Reject):
+        raise DataError(f"{path}: {first.reason if first else 'empty file'}")
+    try:
+        names = first[1].decode("utf-8").split("\t")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: line 1: invalid UTF-8 at byte {error.start}") from error
+    return names, lambda columns: _tsv_rows(path, lines, names, columns)
+
+
+def _tsv_rows(
+    path: str,
+    lines: Iterator[tuple[int, bytes] | Reject],
+    names: Sequence[str],
+    columns: Mapping[str, str],
+) -> Rows:
+    """The rows after the header."""
+    places = {name: names.index(column) for name, column in columns.items()}
+    place = max(place for name, place in places.items() if name != "id")
+    for item in lines:
+        if isinstance(item, Reject):
+            yield item
+            continue
+        number, line = item
+        if not line.strip():
+            continue
+        record = f"line {number}"
+        try:
+            cells = line.decode("utf-8").split("\t")
+        except UnicodeDecodeError as error:
+            yield Reject(path, record, f"invalid UTF-8 at byte {error.start}")
+            continue
+        row = {name: cells[p] for name, p in places.items() if p < len(cells)}
+        reason = ""
+        if len(cells) <= place:
+            reason = f"{len(cells)} columns, but {names[place]!r} is column {place + 1}"
+        elif len(cells) > len(names):
+            reason = f"{len(cells)} columns, but the header names {len(names)}"
+        yield Reject(path, record, reason, sample=_id_of(row)) if reason else (record, row)

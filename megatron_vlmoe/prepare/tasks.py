@@ -1,0 +1,419 @@
+"""Downstream tasks to ``P_{split}_image``, ``_text`` and ``_samples.arrow``, one manifest per split.
+
+A reader yields samples with paths of images and raw texts; workers check and tokenize them; the
+sink numbers images and texts in order of first use.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
+from megatron_vlmoe.data.indexed import token_dtype
+from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles
+from megatron_vlmoe.data.task_labels import Labels, write_labels
+from megatron_vlmoe.data.task_samples import TASK_SHAPES, TaskRow, TaskShape
+from megatron_vlmoe.prepare.images import add_images, checked_image
+from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
+from megatron_vlmoe.prepare.readers.tasks.records import (
+    Omitted,
+    SampleStream,
+    TaskInput,
+    TaskSample,
+)
+from megatron_vlmoe.prepare.readers.tasks.task_formats import open_task
+from megatron_vlmoe.prepare.tool import (
+    DatasetOutput,
+    Progress,
+    Run,
+    TokenizerLike,
+    checked_text,
+    chunked,
+    encode_all,
+    load_tokenizer,
+    ordered_map,
+    report_unknown,
+)
+
+_MAX_CHARACTERS = 1 << 16
+_IMAGE_CHUNK = 16
+_TEXT_CHUNK = 512
+
+ImageKey = tuple[str, int]
+
+
+def _key(image: ImageFile) -> ImageKey:
+    return image.path, image.offset
+
+
+@dataclass(frozen=True)
+class SampleChunk:
+    """Some consecutive samples, and the images that no chunk before them had."""
+
+    items: list[TaskSample | Reject]
+    images: list[ImageFile]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedSample:
+    """A sample with its usable texts: their places, stripped texts and token ids."""
+
+    sample: TaskSample
+    places: list[int] = field(default_factory=list)
+    raw: list[str] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class CheckedChunk:
+    """The result of one chunk: samples in order, and of each image its bytes or what is wrong."""
+
+    items: list[CheckedSample | Reject] = field(default_factory=list)
+    images: dict[ImageKey, bytes | str] = field(default_factory=dict)
+    records: int = 0
+
+
+@dataclass(frozen=True)
+class CheckSamples:
+    """The work on one chunk: decode the images, tokenize the texts."""
+
+    task: str
+    tokenizer_model: str | None
+    resize_short: int | None = None
+    rules: ImageRules = DEFAULT_RULES
+    load: Callable[[str], TokenizerLike] = load_tokenizer
+
+    def build(self) -> Callable[[SampleChunk], CheckedChunk]:
+        """Loads the tokenizer."""
+        tokenizer = None if self.tokenizer_model is None else self.load(self.tokenizer_model)
+        return lambda chunk: self._check(tokenizer, chunk)
+
+    def _check(self, tokenizer: TokenizerLike | None, chunk: SampleChunk) -> CheckedChunk:
+        result = CheckedChunk(records=len(chunk.items))
+        with quiet_pillow():
+            for image in chunk.images:
+                try:
+                    data = checked_image(image.read(), self.resize_short, self.rules)
+                    result.images[_key(image)] = data
+                except DataError as error:
+                    result.images[_key(image)] = _named(image, error)
+        shape = TASK_SHAPES[self.task]
+        found = [item if isinstance(item, Reject) else _texts(item, shape) for item in chunk.items]
+        raw = [text for one in found if not isinstance(one, Reject) for _, text in one[0]]
+        what = "caption" if shape.captions else "text"
+        encoded = iter(encode_all(tokenizer, raw, what) if tokenizer is not None and raw else [])
+        for item, one in zip(chunk.items, found, strict=True):
+            if isinstance(one, Reject) or isinstance(item, Reject):
+                result.items += [one] if isinstance(one, Reject) else []
+            else:
+                texts, rejects = one
+                result.items += _encoded(item, shape, texts, rejects, encoded)
+        return result
+
+
+def _named(image: ImageFile, error: DataError) -> str:
+    """The reason with the image's own file, where it has one that is not the record that names it."""
+    own = image.data is None and image.path not in str(error)
+    return f"{error} ({image.path})" if own else str(error)
+
+
+TextsOfSample = tuple[list[tuple[int, str]], list[tuple[int, str]]]
+"""Place and text of the usable ones; place of the others and what is wrong with them."""
+
+
+def _texts(sample: TaskSample, shape: TaskShape) -> TextsOfSample | Reject:
+    """The texts of a sample before they are tokenized; a `Reject` if it has a name of no use."""
+    try:
+        for name in (sample.id, *sample.answers, sample.answer_type):
+            name.encode("utf-8")
+    except UnicodeEncodeError:
+        reason = "invalid Unicode in its id or answers"
+        lost = sample.id.encode("utf-8", "replace").decode()
+        return Reject(sample.source, sample.record, reason, sample=lost)
+    what = "caption" if shape.captions else "text"
+    usable, bad = list[tuple[int, str]](), list[tuple[int, str]]()
+    for place, text in enumerate(sample.texts):
+        try:
+            usable.append((place, checked_text(text, what, _MAX_CHARACTERS)))
+        except DataError as error:
+            bad.append((place, str(error)))
+    return usable, bad
+
+
+def _encoded(
+    sample: TaskSample,
+    shape: TaskShape,
+    usable: list[tuple[int, str]],
+    bad: list[tuple[int, str]],
+    encoded: Iterator[list[int] | str],
+) -> list[CheckedSample | Reject]:
+    """The sample with the ids of its texts; bad captions go alone, any other bad text takes all."""
+    checked = CheckedSample(sample)
+    for place, text in usable:
+        ids = next(encoded)
+        if isinstance(ids, str):
+            bad.append((place, ids))
+            continue
+        checked.places.append(place)
+        checked.raw.append(text)
+        checked.ids.append(ids)
+    rejects: list[CheckedSample | Reject] = []
+    for place, reason in sorted(bad):
+        number = f", caption {place}" if shape.captions else f", text {place + 1}"
+        record = sample.record + (number if shape.captions or shape.texts > 1 else "")
+        name = f"{sample.id}#{place}" if shape.captions else sample.id
+        rejects.append(Reject(sample.source, record, reason, sample=name))
+    if not shape.captions:
+        # One line for a sample: a count of rejects is a count of samples.
+        return rejects[:1] or [checked]
+    if not checked.ids:
+        return [
+            *rejects,
+            Reject(sample.source, sample.record, "no usable caption", sample=sample.id),
+        ]
+    return [*rejects, checked]
+
+
+def sample_chunks(
+    items: Iterable[TaskSample | Reject], size: int, shared: bool
+) -> Iterator[SampleChunk]:
+    """Cuts samples into chunks and finds the images that come for the first time.
+
+    Args:
+        items: samples and rejects in order.
+        size: samples in a chunk.
+        shared: several samples may have an image in common. Then every path is remembered; else
+            memory does not grow.
+    """
+    seen: set[ImageKey] = set()
+    for chunk in chunked(items, size):
+        new: dict[ImageKey, ImageFile] = {}
+        for item in chunk:
+            for image in item.images if isinstance(item, TaskSample) else ():
+                if _key(image) not in seen:
+                    new[_key(image)] = image
+        if shared:
+            seen.update(new)
+        yield SampleChunk([_without_bytes(item) for item in chunk], list(new.values()))
+
+
+def _without_bytes(item: TaskSample | Reject) -> TaskSample | Reject:
+    """The sample with the names of its images alone: workers would get and return every byte of them."""
+    if isinstance(item, Reject) or all(image.data is None for image in item.images):
+        return item
+    return replace(item, images=tuple(replace(image, data=None) for image in item.images))
+
+
+class SampleSink:
+    """Puts checked samples into the files of a split.
+
+    Args:
+        output: the files.
+        task: name of the task.
+        tokenizer: the one that made the ids; None for a task without texts.
+    """
+
+    def __init__(self, output: DatasetOutput, task: str, tokenizer: TokenizerLike | None) -> None:
+        assert output.samples is not None
+        self._output = output
+        self._tokenizer = tokenizer
+        self._samples = output.samples
+        self._shape = TASK_SHAPES[task]
+        self._documents: dict[ImageKey, int] = {}
+        # Checked images before their first use, and for good the bad ones with what is wrong.
+        self._images: dict[ImageKey, bytes | str] = {}
+        self.left_out: dict[str, str] = {}
+        """Reason by id of the rejected samples that have one."""
+
+    def add(self, chunk: CheckedChunk) -> None:
+        """Takes the next chunk. Raises DataError as `RejectLog.add` does, or on a full disk."""
+        self._images.update(chunk.images)
+        for item in chunk.items:
+            if isinstance(item, Reject):
+                self._reject(item)
+                continue
+            sample = item.sample
+            bad = [self._images.get(_key(image)) for image in sample.images]
+            reason = next((image for image in bad if isinstance(image, str)), None)
+            if reason is not None:
+                self._reject(Reject(sample.source, sample.record, reason, sample=sample.id))
+            else:
+                self._add_sample(item)
+        if not self._shape.shared_images:
+            self._images.clear()
+
+    def _reject(self, reject: Reject) -> None:
+        self._output.rejects.add([reject])
+        if reject.sample:
+            self.left_out[reject.sample] = reject.reason
+
+    def _add_sample(self, item: CheckedSample) -> None:
+        sample = item.sample
+        # A record of the same id that came before was not usable; this one is.
+        self.left_out.pop(sample.id, None)
+        images = tuple(self._document(_key(image)) for image in sample.images)
+        texts: tuple[int, ...] = ()
+        if self._shape.texts:
+            writer = self._output.writers["text"]
+            first = writer.num_sequences
+            arrays = [np.asarray(ids) for ids in item.ids]
+            assert self._tokenizer is not None
+            self._output.count_unknown(np.concatenate(arrays), self._tokenizer)
+            writer.add_document(arrays)
+            texts = tuple(range(first, writer.num_sequences))
+        if self._shape.captions:
+            for place, text, raw in zip(item.places, texts, item.raw, strict=True):
+                self._samples.add(TaskRow(f"{sample.id}#{place}", images, (text,), (raw,)))
+            return
+        targets = (sample.labels, sample.scores, sample.answers, sample.answer_type)
+        self._samples.add(TaskRow(sample.id, images, texts, tuple(item.raw), *targets))
+
+    def _document(self, key: ImageKey) -> int:
+        """Number of an image, which is stored at its first use."""
+        if key in self._documents:
+            return self._documents[key]
+        number = self._output.writers["image"].num_documents
+        data = self._images[key]
+        assert isinstance(data, bytes)
+        add_images(self._output, [data])
+        if self._shape.shared_images:
+            self._documents[key] = number
+            del self._images[key]
+        return number
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How the samples are stored, and which.
+
+    Attributes:
+        tokenizer_model: SentencePiece model; None for a task without texts.
+        resize_short: shorter side of images in pixels after shrinking; None keeps the images.
+        splits: splits to prepare; empty: all that the task has.
+        rules: about orientation and transparency of images.
+    """
+
+    tokenizer_model: str | None = None
+    resize_short: int | None = None
+    splits: tuple[str, ...] = ()
+    rules: ImageRules = DEFAULT_RULES
+
+
+def prepare_task(
+    source: TaskInput,
+    run: Run,
+    options: TaskOptions,
+    load: Callable[[str], TokenizerLike] = load_tokenizer,
+) -> dict[str, DatasetManifest]:
+    """Prepares splits of a task under ``run.output_prefix``; returns their manifests.
+
+    All splits are looked for before the first is read. Splits are published one by one, the class
+    names (``P_labels.json``) before the first. The result does not depend on ``run.workers``.
+
+    Raises:
+        DataError: bad input (with ``on_error`` "stop"), a missing file, a split without a usable
+            sample, or a full disk; of the split in which it happens nothing is left behind.
+        ValueError: the tokenizer cannot be loaded.
+    """
+    if TASK_SHAPES[source.task].texts and options.tokenizer_model is None:
+        raise DataError(f"task {source.task} needs --tokenizer-model")
+    raw = open_task(source)
+    splits = tuple(dict.fromkeys(options.splits)) or raw.splits()
+    streams = {split: raw.read(split) for split in splits}
+    model = options.tokenizer_model if TASK_SHAPES[source.task].texts else None
+    tokenizer = None if model is None else load(model)
+    labels = raw.labels
+    if labels is not None:
+        print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
+    work = CheckSamples(source.task, model, options.resize_short, options.rules, load)
+    job = _Job(run, work, tokenizer, labels, raw.fallback_answer)
+    return {split: job.prepare(split, stream) for split, stream in streams.items()}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all splits of one run share."""
+
+    run: Run
+    work: CheckSamples
+    tokenizer: TokenizerLike | None
+    labels: Labels | None
+    fallback_answer: str | None
+
+    def prepare(self, split: str, stream: SampleStream) -> DatasetManifest:
+        """Reads, checks and publishes one split."""
+        task, run = self.work.task, self.run
+        shape = TASK_SHAPES[task]
+        omitted: Counter[str] = Counter()
+        progress = Progress(f"{task} {split}")
+        dtypes: Sequence[np.dtype] = [np.dtype(np.uint8)] if shape.images else []
+        if self.tokenizer is not None:
+            dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
+        prefix = f"{run.output_prefix}_{split}"
+        with DatasetOutput(prefix, task, dtypes, run.on_error) as output:
+            sink = SampleSink(output, task, self.tokenizer)
+            size = _IMAGE_CHUNK if shape.images else _TEXT_CHUNK
+            chunks = sample_chunks(_without(stream, omitted), size, shape.shared_images)
+            for result in ordered_map(self.work, chunks, run.workers):
+                sink.add(result)
+                progress.add(result.records)
+            inputs = ", ".join(map(str, run.source.get("inputs", ("the input",))))
+            files = output.finish(f"split {split} of {inputs}")
+            manifest = self._manifest(output, files, split, omitted, sink.left_out)
+            if self.labels is not None:
+                write_labels(run.output_prefix, self.labels)
+            output.commit(manifest)
+        progress.finish(manifest.rejects)
+        if manifest.unknown_tokens is not None:
+            report_unknown(f"{task} {split}", manifest)
+        for reason, count in sorted(omitted.items()):
+            print(f"{task} {split}: {count} samples left out: {reason}", file=sys.stderr)
+        return manifest
+
+    def _manifest(
+        self,
+        output: DatasetOutput,
+        files: dict[str, FileRecord],
+        split: str,
+        omitted: Counter[str],
+        left_out: dict[str, str],
+    ) -> DatasetManifest:
+        parts = list(output.writers.values())
+        text = output.writers.get("text")
+        assert output.samples is not None
+        return DatasetManifest(
+            kind=self.work.task,
+            documents=parts[0].num_documents,
+            sequences=parts[-1].num_sequences,
+            tokens=text.num_items if text is not None else 0,
+            bytes=sum(record.size for name, record in files.items() if name.endswith(".bin")),
+            files=files,
+            source={**self.run.source, "split": split},
+            rejects=output.rejects.count,
+            tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None,
+            vocab_size=self.tokenizer.size if self.tokenizer else None,
+            unknown_tokens=output.unknown_tokens if text is not None else None,
+            caption_lengths=length_percentiles(text.staged_lengths()) if text else None,
+            samples=output.samples.num_rows,
+            exif=self.work.rules.exif if "image" in output.writers else None,
+            alpha=self.work.rules.alpha if "image" in output.writers else None,
+            omitted=dict(omitted),
+            left_out=left_out,
+            fallback_answer=self.fallback_answer,
+            labels_sha256=self.labels.sha256 if self.labels is not None else None,
+        )
+
+
+def _without(stream: SampleStream, omitted: Counter[str]) -> Iterator[TaskSample | Reject]:
+    """What is to be checked; the omitted samples are counted by reason."""
+    for item in stream:
+        if isinstance(item, Omitted):
+            omitted[item.reason] += 1
+        else:
+            yield item

@@ -1,0 +1,481 @@
+"""What the preprocessing tools share: worker processes, rejects, progress, publishing.
+
+A tool is a reader (records in order), a `Work` (done to a chunk of records in a worker) and a sink
+(results, in the order of the input, into a `DatasetOutput`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Generic, Literal, Protocol, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.indexed import IndexedWriter
+from megatron_vlmoe.data.manifest import (
+    DATASET_PARTS,
+    SAMPLES_SUFFIX,
+    TASKS,
+    DatasetManifest,
+    FileRecord,
+    check_replaceable,
+    manifest_path,
+    part_prefix,
+    rejects_path,
+    stage_manifest,
+    sync_directory,
+    unknown_line,
+)
+from megatron_vlmoe.data.task_samples import SamplesWriter
+from megatron_vlmoe.prepare.readers.records import PassedOver, Reject, kinds_of, passed_over_line
+
+OnError = Literal["stop", "skip"]
+Chunk = TypeVar("Chunk")
+Item = TypeVar("Item")
+Chunk_contra = TypeVar("Chunk_contra", contravariant=True)
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+_CHUNKS_IN_FLIGHT_PER_WORKER = 3
+_PROGRESS_SECONDS = 5.0
+_UNKNOWN_SHARE = 0.01
+
+
+class Work(Protocol, Generic[Chunk_contra, Result_co]):
+    """What is done to a chunk: hashable, picklable, and built once in each worker."""
+
+    def build(self) -> Callable[[Chunk_contra], Result_co]:
+        """Loads what is needed and returns the function of one chunk."""
+
+    def __hash__(self) -> int: ...
+
+
+class TokenizerLike(Protocol):
+    """What preprocessing needs of a tokenizer (`tokenizers.text.TextTokenizer` has it)."""
+
+    @property
+    def size(self) -> int:
+        """Number of pieces."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the model file."""
+        ...
+
+    @property
+    def unk_id(self) -> int:
+        """The token that stands for unknown characters."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, without special tokens."""
+        ...
+
+    def is_unknown(self, ids: Sequence[int]) -> bool:
+        """Whether a text has unknown characters and no known word."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Options that all preprocessing tools have.
+
+    Attributes:
+        output_prefix: where the dataset goes.
+        workers: processes; 1 works in this one.
+        on_error: ``stop`` at the first bad record, or ``skip`` and list it.
+        source: what the manifest records: ``command`` and ``inputs``.
+    """
+
+    output_prefix: str
+    workers: int
+    on_error: OnError
+    source: Mapping[str, Any]
+
+
+def load_tokenizer(model_path: str) -> TokenizerLike:
+    """The text tokenizer of a SentencePiece model file. Raises ValueError."""
+    from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+    return TextTokenizer(model_path)
+
+
+def encode_all(
+    tokenizer: TokenizerLike, texts: Sequence[str], what: str = "text"
+) -> list[list[int] | str]:
+    """Ids of each text, at least one, or the reason why it is of no use.
+
+    Args:
+        tokenizer: what makes the ids.
+        texts: raw texts.
+        what: their name in reasons, as ``caption``.
+    """
+    try:
+        # One call for many texts is several times faster than a call for each.
+        encoded = tokenizer.encode_batch(texts)
+    except ValueError:  # a lone surrogate, from JSON
+        if len(texts) == 1:
+            return ["invalid Unicode"]
+        return [encode_all(tokenizer, [text], what)[0] for text in texts]
+    return [
+        f"empty {what}"
+        if not ids
+        else f"{what} without a word that the tokenizer knows"
+        if tokenizer.is_unknown(ids)
+        else ids
+        for ids in encoded
+    ]
+
+
+def checked_text(value: object, what: str, max_characters: int) -> str:
+    """A raw text as a string without space around it.
+
+    Args:
+        value: the text as parsed; bytes are decoded.
+        what: its name for errors, as ``caption``.
+        max_characters: longer texts are refused before they are tokenized.
+
+    Raises:
+        DataError: with the reason why it is no usable text.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"invalid UTF-8 at byte {error.start}") from error
+    if not isinstance(value, str):
+        raise DataError(f"{what} is not a string")
+    text = value.strip()
+    if not text:
+        raise DataError(f"empty {what}")
+    if len(text) > max_characters:
+        raise DataError(f"{what} of {len(text)} characters, not tokenized")
+    return text
+
+
+@lru_cache(maxsize=1)
+def _built(work: Work[Any, Any]) -> Callable[[Any], Any]:
+    return work.build()
+
+
+def _run_in_worker(work: Work[Any, Any], chunk: Any) -> Any:
+    return _built(work)(chunk)
+
+
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ordered_map(
+    work: Work[Chunk, Result], chunks: Iterable[Chunk], workers: int
+) -> Iterator[Result]:
+    """Yields ``work`` of each chunk in order, a bounded number of chunks ahead.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    if workers == 1:
+        function = work.build()
+        yield from map(function, chunks)
+        return
+    # Spawned, not forked: libraries of the parent may have threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_run_in_worker, work, chunk))
+            if len(waiting) >= _CHUNKS_IN_FLIGHT_PER_WORKER * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker process died (out of memory, or killed)") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def chunked(records: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
+    """Lists of ``size`` consecutive records; the last may be shorter."""
+    iterator = iter(records)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+class Progress:
+    """A line to stderr every few seconds: records done and records per second."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._count = 0
+        self._start = time.monotonic()
+        self._next = self._start + _PROGRESS_SECONDS
+
+    def add(self, records: int) -> None:
+        """Counts records and prints a line if it is time."""
+        self._count += records
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _PROGRESS_SECONDS
+            self._print("...")
+
+    def finish(self, rejects: int, kept: int | None = None) -> None:
+        """Prints the last line; ``kept`` where records are what is kept and rejected."""
+        shown = "" if kept is None else f", {kept} kept"
+        self._print(f"{shown}, {rejects} rejected" if rejects else "")
+
+    def _print(self, end: str) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = self._count / seconds
+        print(
+            f"{self._name}: {self._count} records in {seconds:.1f} s, {rate:.1f} records/s{end}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def report_unknown(name: str, manifest: DatasetManifest) -> None:
+    """Says on stderr how much of the texts the tokenizer did not know; warns above 1%."""
+    print(f"{name}: {unknown_line(manifest)}", file=sys.stderr)
+    if (manifest.unknown_tokens or 0) > _UNKNOWN_SHARE * manifest.tokens:
+        print(
+            f"warning: {name}: more than {_UNKNOWN_SHARE:.0%} of the tokens are <unk>: the tokenizer "
+            "was trained without such characters; train one on these texts, or with --byte-fallback",
+            file=sys.stderr,
+        )
+
+
+def record_counts(kept: int, rejected: int) -> dict[str, dict[str, int]]:
+    """`DatasetManifest.counts` where each record is kept or rejected."""
+    return {"records": {"read": kept + rejected, "kept": kept, "rejected": rejected}}
+
+
+class RejectLog:
+    """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``.
+
+    Attributes:
+        count: rejects.
+        first: the first of them.
+        passed_over: files among images that are none, by where and what they are; they stop nothing.
+    """
+
+    def __init__(self, prefix: str, on_error: OnError) -> None:
+        self._on_error = on_error
+        self._path = rejects_path(prefix)
+        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
+        self._file: IO[str] | None = None
+        self.count = 0
+        self.first: Reject | None = None
+        self.passed_over: Counter[PassedOver] = Counter()
+
+    def without_passed_over(self, items: Iterable[Item | PassedOver]) -> Iterator[Item]:
+        """The items, but for what is passed over: that is counted."""
+        for item in items:
+            if isinstance(item, PassedOver):
+                self.passed_over[item] += 1
+            else:
+                yield item
+
+    def add(self, rejects: Sequence[Reject]) -> None:
+        """Takes rejects in order. Raises DataError if the run is to stop at errors."""
+        for reject in rejects:
+            if self._on_error == "stop":
+                raise DataError(str(reject))
+            self.first = self.first or reject
+            self.count += 1
+            names = ("source", "record", "reason", "unit")
+            self._write({name: getattr(reject, name) for name in names})
+
+    def add_lines(self, prefix: str) -> None:
+        """Copies the list of another dataset, if it is there. Raises DataError."""
+        try:
+            with open(rejects_path(prefix), encoding="ascii") as lines:
+                for line in lines:
+                    self._write(json.loads(line))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise DataError(f"{rejects_path(prefix)}: {error}") from error
+
+    def _write(self, line: Mapping[str, str]) -> None:
+        try:
+            if self._file is None:
+                self._file = open(self._temporary, "w", encoding="ascii")
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror}") from error
+
+    def finish(self) -> None:
+        """Adds what was passed over, and syncs the file. Raises DataError if the disk is full."""
+        for item, count in sorted(self.passed_over.items(), key=lambda one: astuple(one[0])):
+            reason = f"passed over: {item.kind} {count}"
+            line = {"source": item.source, "record": "", "reason": reason, "unit": "files"}
+            self._write(line)
+        if self._file is None:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror}") from error
+        self._file.close()
+
+    def publish(self) -> None:
+        """Gives the file its name; without rejects removes one of an earlier run."""
+        if self._file is None:
+            self._path.unlink(missing_ok=True)
+        else:
+            os.replace(self._temporary, self._path)
+
+    def abort(self) -> None:
+        """Deletes the temporary file."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+class DatasetOutput:
+    """All files of one dataset: published together by `commit`, deleted without it.
+
+    Args:
+        prefix: path prefix of the dataset; its folder is made if need be.
+        kind: a key of `DATASET_PARTS`; a task also gets a table of samples.
+        dtypes: the dtype of each part of this kind (`DATASET_PARTS`), in order.
+        on_error: what a reject does.
+    """
+
+    def __init__(
+        self, prefix: str, kind: str, dtypes: Sequence[npt.DTypeLike], on_error: OnError = "stop"
+    ) -> None:
+        self.prefix = prefix
+        self.kind = kind
+        self.rejects = RejectLog(prefix, on_error)
+        self.writers: dict[str, IndexedWriter] = {}
+        self.unknown_tokens = 0
+        self.samples: SamplesWriter | None = None
+        if not Path(prefix).name or prefix.endswith(os.sep):
+            raise DataError(f"{prefix}: an output prefix needs a name after its folder")
+        check_replaceable(prefix)
+        try:
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{Path(prefix).parent}: {error.strerror}") from error
+        try:
+            for part, dtype in zip(DATASET_PARTS[kind], dtypes, strict=True):
+                self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype)
+            if kind in TASKS:
+                self.samples = SamplesWriter(prefix, kind)
+        except BaseException:
+            self._abort()
+            raise
+
+    def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: TokenizerLike) -> None:
+        """Counts the unknown ones of token ids ``[N]`` that are stored."""
+        self.unknown_tokens += int(np.count_nonzero(tokens == tokenizer.unk_id))
+
+    def finish(self, inputs: object = "the input") -> dict[str, FileRecord]:
+        """Completes all files under temporary names; returns their records by suffix.
+
+        Args:
+            inputs: name or names of what was read, for the error.
+
+        Raises:
+            DataError: the disk is full, or there was no usable record.
+        """
+        if not any(writer.num_documents for writer in self.writers.values()):
+            first = f" ({self.rejects.count} rejected; the first: {self.rejects.first})"
+            names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
+            if self.rejects.passed_over:
+                names = f"{names} ({passed_over_line(kinds_of(self.rejects.passed_over))})"
+            raise DataError(f"no usable record in {names}{first if self.rejects.first else ''}")
+        self.rejects.finish()
+        records = {
+            f"_{part}{suffix}": record
+            for part, writer in self.writers.items()
+            for suffix, record in writer.finish().items()
+        }
+        return records | ({SAMPLES_SUFFIX: self.samples.finish()} if self.samples else {})
+
+    def commit(self, manifest: DatasetManifest) -> None:
+        """Publishes the finished files, the manifest last.
+
+        The manifest of a dataset that is being replaced goes first, so that at no time a manifest
+        stands beside files that are not its own.
+        """
+        staged = stage_manifest(self.prefix, manifest)
+        try:
+            manifest_path(self.prefix).unlink(missing_ok=True)
+            self.rejects.publish()
+            for writer in self._all_writers():
+                writer.publish()
+            os.replace(staged, manifest_path(self.prefix))
+        finally:
+            staged.unlink(missing_ok=True)
+        sync_directory(manifest_path(self.prefix).parent)
+
+    def _all_writers(self) -> list[IndexedWriter | SamplesWriter]:
+        return [*self.writers.values(), *([self.samples] if self.samples else [])]
+
+    def _abort(self) -> None:
+        self.rejects.abort()
+        for writer in self._all_writers():
+            writer.abort()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._abort()
+
+
+def positive_int(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def run_tool(function: Callable[[], object]) -> int:
+    """Calls a tool's work and returns its exit status; an error is one line on stderr."""
+    previous = None
+    with contextlib.suppress(ValueError):  # not the main thread
+        # The usual death by SIGTERM would leave the temporary files.
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        function()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+    return 0

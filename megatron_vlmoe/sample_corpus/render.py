@@ -1,0 +1,145 @@
+"""Scenes as pictures: drawn at three times the size with Pillow, then averaged down."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+from megatron_vlmoe.sample_corpus.scene import GRID, Scene, Shape
+
+Rgb = tuple[int, int, int]
+Point = tuple[float, float]
+
+SUPERSAMPLING = 3
+JPEG_QUALITY = 90
+COLOR_VALUES: dict[str, Rgb] = {
+    "red": (214, 32, 38),
+    "green": (40, 156, 56),
+    "blue": (36, 84, 214),
+    "yellow": (246, 214, 28),
+    "orange": (246, 130, 20),
+    "purple": (140, 56, 178),
+}
+BACKGROUND_VALUES: dict[str, Rgb] = {
+    "white": (250, 250, 250),
+    "gray": (158, 160, 162),
+    "black": (22, 22, 24),
+    "beige": (232, 214, 180),
+}
+RADII = {"small": 0.29, "large": 0.44}
+"""As a fraction of the smaller side of a grid cell."""
+LETTER_STROKES: dict[str, Sequence[tuple[Point, Point]]] = {
+    # In a box from (-1, -1), top left, to (1, 1); drawn here so that no font file decides.
+    "A": (((-0.9, 1), (0, -1)), ((0, -1), (0.9, 1)), ((-0.5, 0.3), (0.5, 0.3))),
+    "E": (((-0.7, -1), (-0.7, 1)), ((-0.7, -1), (0.8, -1)), ((-0.7, 0), (0.6, 0)))
+    + (((-0.7, 1), (0.8, 1)),),
+    "H": (((-0.8, -1), (-0.8, 1)), ((0.8, -1), (0.8, 1)), ((-0.8, 0), (0.8, 0))),
+    "L": (((-0.6, -1), (-0.6, 1)), ((-0.6, 1), (0.8, 1))),
+    "T": (((-0.9, -1), (0.9, -1)), ((0, -1), (0, 1))),
+    "X": (((-0.8, -1), (0.8, 1)), ((0.8, -1), (-0.8, 1))),
+}
+
+
+def render_jpeg(scene: Scene) -> bytes:
+    """The picture as an encoded JPEG, ``scene.width`` x ``scene.height`` pixels."""
+    buffer = io.BytesIO()
+    render_picture(scene).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def render_png(scene: Scene) -> bytes:
+    """The picture as an encoded PNG, ``scene.width`` x ``scene.height`` pixels."""
+    buffer = io.BytesIO()
+    render_picture(scene).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def render_picture(scene: Scene) -> Image.Image:
+    """The picture, RGB, ``scene.width`` x ``scene.height`` pixels."""
+    size = (scene.width * SUPERSAMPLING, scene.height * SUPERSAMPLING)
+    canvas = Image.new("RGB", size, BACKGROUND_VALUES[scene.background])
+    for shape in scene.shapes:
+        _draw_shape(canvas, shape)
+    return canvas.reduce(SUPERSAMPLING)
+
+
+def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
+    cell_width, cell_height = canvas.width / GRID, canvas.height / GRID
+    unit = min(cell_width, cell_height)
+    center_x = (shape.column + 0.5) * cell_width + shape.shift[0] * unit
+    center_y = (shape.row + 0.5) * cell_height + shape.shift[1] * unit
+    radius = RADII[shape.size] * unit
+    side = 2 * math.ceil(radius) + 1
+    mask = Image.new("1", (side, side))
+    _draw_outline(ImageDraw.Draw(mask), shape.kind, side / 2, radius)
+    fill = Image.new("RGB", (side, side), COLOR_VALUES[shape.color])
+    _draw_texture(ImageDraw.Draw(fill), shape, side)
+    if shape.letter is not None:
+        _draw_letter(ImageDraw.Draw(fill), shape.letter, shape.kind, side / 2, radius)
+    canvas.paste(fill, (round(center_x - side / 2), round(center_y - side / 2)), mask)
+
+
+def _draw_outline(draw: ImageDraw.ImageDraw, kind: str, center: float, radius: float) -> None:
+    if kind == "circle":
+        box = [center - radius, center - radius, center + radius, center + radius]
+        draw.ellipse(box, fill=1)
+        return
+    points = [(center + x * radius, center + y * radius) for x, y in _outline(kind)]
+    draw.polygon(points, fill=1)
+
+
+def _outline(kind: str) -> list[Point]:
+    """Corners in the box from (-1, -1), top left, to (1, 1)."""
+    match kind:
+        case "square":
+            return [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
+        case "triangle":
+            return [(0, -0.95), (1, 0.85), (-1, 0.85)]
+        case "diamond":
+            return [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)]
+        case "cross":
+            arm = 0.32
+            quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
+            # Each arm is the one before turned by 90 degrees.
+            turns = ((1, 0), (0, 1), (-1, 0), (0, -1))
+            return [(x * c - y * s, x * s + y * c) for c, s in turns for x, y in quarter]
+        case "star":
+            angles = [math.pi * (k / 5 - 0.5) for k in range(10)]
+            lengths = [1.0 if k % 2 == 0 else 0.42 for k in range(10)]
+            return [
+                (r * math.cos(t), r * math.sin(t)) for r, t in zip(lengths, angles, strict=True)
+            ]
+    raise ValueError(f"unknown kind of shape: {kind}")
+
+
+def _draw_texture(draw: ImageDraw.ImageDraw, shape: Shape, side: int) -> None:
+    red, green, blue = COLOR_VALUES[shape.color]
+    dark = (red * 2 // 5, green * 2 // 5, blue * 2 // 5)
+    # Coarser on small shapes, or a resized picture would lose it.
+    repeats = 4 if shape.size == "large" else 3
+    period = side / repeats
+    if shape.texture == "striped":
+        for number in range(repeats):
+            top = (number + 0.3) * period
+            draw.rectangle([0, top, side, top + 0.45 * period], fill=dark)
+    elif shape.texture == "dotted":
+        radius = 0.27 * period
+        for row in range(repeats):
+            for column in range(repeats + 1):
+                x, y = (column + 0.5 * (row % 2)) * period, (row + 0.5) * period
+                draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=dark)
+
+
+def _draw_letter(
+    draw: ImageDraw.ImageDraw, letter: str, kind: str, center: float, radius: float
+) -> None:
+    scale = 0.5 * radius if kind in ("circle", "square") else 0.36 * radius
+    # A triangle is widest below its middle.
+    center_y = center + (0.28 * radius if kind == "triangle" else 0.0)
+    for (x0, y0), (x1, y1) in LETTER_STROKES[letter]:
+        start = (center + x0 * scale, center_y + y0 * scale)
+        end = (center + x1 * scale, center_y + y1 * scale)
+        draw.line([start, end], fill=(0, 0, 0), width=max(2, round(0.15 * radius)))

@@ -1,0 +1,1 @@
+"""What a micro-batch is: its segments, which block reads which, sizes, random draws."""

@@ -1,0 +1,127 @@
+"""The objective of pretraining: masked language, masked image and masked vision-language modelling."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator, Mapping, Optional, Protocol
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.losses.masked import LOSSES, evaluation_sums, total_loss
+from megatron_vlmoe.runtime.distributed import Ranks, device
+from megatron_vlmoe.train.evaluate import evaluation_line, reduce_evaluation
+from megatron_vlmoe.train.objective import Losses
+from megatron_vlmoe.train.step import Batch, StepRunner
+
+# Which samples a loss is over.
+SAMPLES = {"mlm": "texts", "mim": "images", "vlm_text": "pairs", "vlm_image": "pairs"}
+LABEL_KEYS = ("text_labels", "pair_text_labels", "image_codes", "pair_image_codes")
+
+
+class ImageEncoder(Protocol):
+    """The frozen image tokenizer."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes ``[n, N]`` of pixels ``[n, 3, S, S]`` in 0..1."""
+        ...
+
+
+class MaskedObjective:
+    """Masked data modelling (paper section 3.1).
+
+    Args:
+        config: the run.
+        ranks: where this process stands.
+        data: source of batches: `loader(split, first_micro_batch, num_micro_batches)`; needed to evaluate.
+        num_micro_batches: micro-batches of a step on each data-parallel rank.
+        image_tokenizer: computes visual tokens on the last stage; None if they are stored.
+    """
+
+    loss_names: tuple[str, ...] = LOSSES
+    best_metric = ""
+    patience = 0
+    resumes_others = True
+    evaluates_at_start = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        data: Any = None,
+        num_micro_batches: int = 1,
+        image_tokenizer: Optional[ImageEncoder] = None,
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.data = data
+        self.num_micro_batches = num_micro_batches
+        self.image_tokenizer = image_tokenizer
+
+    def train_step(
+        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
+    ) -> Losses:
+        """Forward and backward of one step."""
+        return runner.train(batches, num_micro_batches, self._loss, self._add_codes)
+
+    def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """`loss/mlm`, `loss/mim`, `loss/vlm_text`, `loss/vlm_image` of what the run has, and `loss/vlm`."""
+        data, objectives = self.config.data, self.config.objectives
+        metrics = {
+            f"loss/{name}": means[name]
+            for name in LOSSES
+            if getattr(data, f"micro_{SAMPLES[name]}")
+        }
+        if data.micro_pairs:
+            metrics["loss/vlm"] = (
+                objectives.vlm_text_weight * means["vlm_text"]
+                + objectives.vlm_image_weight * means["vlm_image"]
+            )
+        return metrics
+
+    def evaluate(self, runner: StepRunner) -> dict[str, float]:
+        """Exact losses and accuracies over `train.eval_steps` steps of held-out data."""
+        steps = self.config.train.eval_steps
+        batches = iter(self.data.loader("eval", 0, steps * self.num_micro_batches))
+        results = []
+        for _ in range(steps):
+            results += runner.evaluate(batches, self.num_micro_batches, self._sums, self._add_codes)
+        # All tensor-parallel ranks hold the same sums; the first one speaks for them.
+        return reduce_evaluation(results if self.ranks.tensor == 0 else [], self.config)
+
+    def evaluation_line(self, metrics: Mapping[str, float]) -> str:
+        """Losses beside the entropy of guessing, and accuracies."""
+        return evaluation_line(metrics)
+
+    def _loss(self, batch: Batch, slots: Any) -> tuple[Tensor, dict[str, Any]]:
+        loss, single = total_loss(slots, batch, self.config.objectives)
+        return loss, {"total": loss.detach().clone(), **single}
+
+    def _sums(self, batch: Batch, slots: Any) -> tuple[Tensor, dict[str, Any]]:
+        sums: dict[str, Any] = dict(evaluation_sums(slots, batch))
+        sums["labels"] = {name: batch[name] for name in LABEL_KEYS if name in batch}
+        return torch.zeros(1, device=device()), sums
+
+    def _add_codes(self, batch: Batch) -> Batch:
+        """Adds visual tokens that are not stored."""
+        if not self.ranks.is_last_stage or self.image_tokenizer is None:
+            return batch
+        completed = dict(batch)
+        for name, prefix in (("image", "image"), ("pair", "pair_image")):
+            if f"{name}_tokenizer_pixels" in completed:
+                codes = self._codes(completed.pop(f"{name}_tokenizer_pixels"))
+                completed[f"{prefix}_codes"] = codes.gather(1, completed[f"{prefix}_positions"])
+        return completed
+
+    @torch.no_grad()
+    def _codes(self, pixels: Tensor) -> Tensor:
+        """Codes of all images of the micro-batch from this rank's share ``[n / TP, 3, S, S]`` of uint8."""
+        assert self.image_tokenizer is not None
+        codes = self.image_tokenizer.encode(pixels.float() / 255.0)
+        if self.ranks.tensor_size == 1:
+            return codes
+        parts = [torch.empty_like(codes) for _ in range(self.ranks.tensor_size)]
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_gather(parts, codes.contiguous(), group=group)
+        return torch.cat(parts)

@@ -1,0 +1,80 @@
+"""What every training command does before its first step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Sequence
+
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.planning.dry_run import nodes_crossed
+from megatron_vlmoe.runtime.distributed import Ranks
+
+log = logging.getLogger("megatron_vlmoe")
+
+
+def quiet_imports() -> None:
+    """Silences warnings that no user can act on."""
+    # megatron-core warns on import about packages that are optional here.
+    warnings.filterwarnings("ignore", module="megatron")
+    # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def make_run_folder(config: RunConfig) -> None:
+    """Finds out before anything is loaded whether the run can write its files."""
+    save = config.checkpoint.save
+    if not save:
+        log.warning("no --save: nothing of this run will be kept")
+        return
+    try:
+        Path(save).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"--save {save} is a file, not a folder") from None
+    except OSError as error:
+        raise ConfigError(f"--save {save}: {error.strerror}") from None
+    if not os.access(save, os.W_OK):
+        raise ConfigError(f"--save {save}: not writable")
+
+
+def report_packages() -> None:
+    """One line about optional packages; an unusable one is an error."""
+    from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
+
+    if int(os.environ.get("RANK", 0)) == 0:
+        log.info(accelerator_report())
+    problems = unusable_packages()
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def log_layout(
+    config: RunConfig, ranks: Ranks, precision: str, micro_batches: int, summary: Sequence[str]
+) -> None:
+    """The layout, a warning where experts span nodes, and the data."""
+    parallel = config.parallel
+    log.info(
+        "layout: TP %d, PP %d (virtual %d), EP %d, DP %d on %d rank(s), %s, %d micro-batch(es) per step",
+        ranks.tensor_size,
+        ranks.pipeline_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        ranks.expert_size,
+        ranks.data_size,
+        ranks.world_size,
+        precision,
+        micro_batches,
+    )
+    if nodes_crossed(
+        ranks.expert_size, ranks.world_size, ranks.pipeline_size, ranks.local_world_size
+    ):
+        log.warning(
+            "parallel.expert_model_parallel_size=%d spans nodes of %d rank(s): the all-to-all of every "
+            "MoE block crosses the network",
+            ranks.expert_size,
+            ranks.local_world_size,
+        )
+    for line in summary:
+        log.info(line)
