@@ -162,7 +162,7 @@ def _nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
 
 def _bytes(value: Tensor) -> memoryview:
     """The values in memory; safetensors is little-endian, as every machine that torch runs on."""
-    return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class _HashingWriter:

@@ -58,7 +58,7 @@ __all__ = ["BatchShare", "Loader", "MicroBatches", "PretrainData"]
 Part = TextBatches | ImageBatches | PairBatches
 
 
-class MicroBatches(Dataset[Any]):
+class MicroBatches(Dataset[dict[str, Tensor] | DataError]):
     """Local micro-batch number to batch: a pure function, whatever process or order it runs in.
 
     Args:
@@ -117,7 +117,11 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: MicroBatches, first: int, count: int | None, data: DataConfig
+        self,
+        dataset: Dataset[dict[str, Tensor] | DataError],
+        first: int,
+        count: int | None,
+        data: DataConfig,
     ) -> None:
         workers = data.num_workers
         self._loader: DataLoader[Any] = DataLoader(

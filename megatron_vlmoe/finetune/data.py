@@ -31,7 +31,7 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 TRAIN_STREAM, EVAL_STREAM = 101, 102
 
 
-class TrainingMicroBatches(Dataset[Any]):
+class TrainingMicroBatches(Dataset[dict[str, Tensor] | DataError]):
     """Local micro-batch number to batch, in a shuffled order that changes with every epoch.
 
     Args:

@@ -153,7 +153,7 @@ class SweepPlan:
         return range(first, first + self.micro_batch)
 
 
-class SweepMicroBatches(Dataset[Any]):
+class SweepMicroBatches(Dataset[dict[str, Tensor] | DataError]):
     """Local micro-batch number to batch, for `Loader`."""
 
     def __init__(self, sweep: Sweep, plan: SweepPlan, share: BatchShare) -> None:

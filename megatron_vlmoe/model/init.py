@@ -11,6 +11,7 @@ from typing import Sequence
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import ModelConfig
@@ -19,7 +20,7 @@ from megatron_vlmoe.model.initial_values import EXPERT_KEY, full_initial_value, 
 
 @torch.no_grad()
 def initialize_parameters(
-    chunks: Sequence[nn.Module], model: ModelConfig, seed: int, metadata: dict
+    chunks: Sequence[MegatronModule], model: ModelConfig, seed: int, metadata: dict
 ) -> None:
     """Fills every parameter of the model chunks of this rank.
 

@@ -32,6 +32,11 @@ class ExpertPool(nn.Module):
         pg_collection: groups `ep` and `expt_dp`.
     """
 
+    weight1: nn.Parameter
+    bias1: nn.Parameter
+    weight2: nn.Parameter
+    bias2: nn.Parameter
+
     def __init__(
         self, num_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:

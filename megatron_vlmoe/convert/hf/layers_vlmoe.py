@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vlmoe import VLMoEConfig
-from .moe_vlmoe import RouterOutput, VLMoEFeedForward, output_init_scale
+from .moe_vlmoe import RouterOutput, VLMoEBranchOutput, VLMoEFeedForward
 
 
 class VLMoETextEmbeddings(nn.Module):
@@ -185,8 +185,7 @@ class VLMoEAttention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
-        self.output.init_scale = output_init_scale(layer_number)
+        self.output = VLMoEBranchOutput(width, width, layer_number)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Optional[Tensor]

@@ -71,7 +71,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             return self.image_embeddings.patch_embeddings
         return self.text_embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces the word embeddings."""
         if self.text_embeddings is None:
             raise ValueError("a model with vocab_size=0 has no word embeddings")
@@ -241,6 +241,7 @@ class VLMoEForPreTraining(VLMoEPreTrainedModel):
 class VLMoEForMaskedLM(VLMoEPreTrainedModel):
     """Predicts the pieces of masked tokens of texts, or of texts with an image."""
 
+    mlm_head: nn.Linear
     input_kinds = ("texts", "pairs")
 
     def __init__(self, config: VLMoEConfig) -> None:
@@ -549,7 +550,13 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         if return_loss:
             contrastive = contrastive_loss(per_text)
             if labels is None:
-                drawn, matching = self._matching_loss(per_text, *given, **kwargs)
+                drawn, matching = self._matching_loss(
+                    needed(per_text, "input_ids and pixel_values"),
+                    needed(input_ids, "input_ids"),
+                    attention_mask,
+                    needed(pixel_values, "pixel_values"),
+                    **kwargs,
+                )
         fields = retrieval_fields(texts, images, pairs, drawn)
         return VLMoEForImageAndTextRetrievalOutput(
             loss=self._with_aux_loss(total_loss(contrastive, matching), fields["aux_loss"]),

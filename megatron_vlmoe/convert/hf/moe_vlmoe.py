@@ -19,6 +19,20 @@ from .losses_vlmoe import router_loss
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
+class VLMoEBranchOutput(nn.Linear):
+    """The last linear layer of a residual branch, whose initial weights shrink with the depth of its block.
+
+    Args:
+        inputs: width of its inputs.
+        outputs: width of its outputs.
+        layer_number: number of the block, from 1.
+    """
+
+    def __init__(self, inputs: int, outputs: int, layer_number: int) -> None:
+        super().__init__(inputs, outputs)
+        self.init_scale = output_init_scale(layer_number)
+
+
 class VLMoEDenseBranch(nn.Module):
     """LayerNorm and one FFN: ``W2 gelu(W1 x + b1) + b2``.
 
@@ -31,8 +45,7 @@ class VLMoEDenseBranch(nn.Module):
         super().__init__()
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.fc2.init_scale = output_init_scale(layer_number)
+        self.fc2 = VLMoEBranchOutput(config.intermediate_size, config.hidden_size, layer_number)
 
     def forward(
         self,

@@ -57,6 +57,8 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "vlmoe"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    # Only the models that predict pieces of text have it.
+    mlm_head: Optional[nn.Linear]
     # What training may read of `KINDS`.
     input_kinds: tuple[str, ...] = KINDS
     supports_gradient_checkpointing = True
@@ -109,11 +111,11 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             return loss
         return loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
 
-    def get_output_embeddings(self) -> Optional[nn.Module]:
+    def get_output_embeddings(self) -> Optional[nn.Linear]:
         """The head that predicts pieces of text; None in a model without."""
         return getattr(self, "mlm_head", None)
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replaces the head that predicts pieces of text."""
         self.mlm_head = new_embeddings
 
