@@ -137,11 +137,11 @@ class StandIn:
 
     def batches(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Batches as a loader would give them, on the host and without content."""
+        from megatron_vlmoe.stream.batch import map_values
+
         for number, batch in enumerate(batches):
-            yield {
-                name: number if name == "micro_batch" else self.mode.from_tensor(value)
-                for name, value in batch.items()
-            }
+            fake = map_values(batch, self.mode.from_tensor)
+            yield fake | {"micro_batch": number}
 
     def _tensor(self, plain: Any) -> Any:
         def tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> torch.Tensor:

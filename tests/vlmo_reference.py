@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from public_states import Sizes
@@ -105,9 +104,10 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         path: checkpoint.
-        batch: `text_ids`, `pair_ids`, `pair_pixels`, `image_pixels` as arrays.
+        batch: ids and pixels of all segments, as arrays.
     """
     from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+    from megatron_vlmoe.data.collate import to_tensors
     from megatron_vlmoe.model.heads import MaskedHeads
     from megatron_vlmoe.runtime.distributed import initialize
     from megatron_vlmoe.stream.batch import StreamBatch
@@ -118,9 +118,9 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
     reader = CheckpointReader(path)
     config = reader.config
     counts = {
-        "micro_texts": len(batch["text_ids"]),
-        "micro_pairs": len(batch["pair_ids"]),
-        "micro_images": len(batch["image_pixels"]),
+        "micro_texts": len(batch["texts"]["ids"]),
+        "micro_pairs": len(batch["pair_texts"]["ids"]),
+        "micro_images": len(batch["images"]["pixels"]),
     }
     moe = replace(config.moe, eval_capacity_factor=0.0)
     config = replace(config, data=replace(config.data, **counts), moe=moe)
@@ -128,9 +128,9 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
     parts = build_forward_only(config, "fp32", MaskedHeads)
     warm_start(CheckpointWeights(reader.path), config, parts, with_heads=True)
     layout = StreamLayout.from_config(config.model, config.data)
-    lengths = torch.full((len(batch["pair_ids"]),), config.model.pair_text_length)
+    lengths = torch.full((len(batch["pair_texts"]["ids"]),), config.model.pair_text_length)
     stream = StreamBatch(layout, pair_lengths=lengths)
-    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in batch.items()}
+    tensors = to_tensors(batch)
     with torch.no_grad():
         hidden = parts.chunks[0].encode(tensors, stream)
     return {name: x.squeeze(2).numpy() for name, x in layout.segments(hidden).items()}

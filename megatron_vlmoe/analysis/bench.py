@@ -26,9 +26,10 @@ from torch import Tensor
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import Ranks, barrier
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
 
-Batches = Sequence[Mapping[str, Tensor]]
+Batches = Sequence[Batch]
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class PresetBench:
         """Parameters of this rank."""
         return sum(p.numel() for chunk in self.parts.chunks for p in chunk.parameters())
 
-    def step(self, batch: Mapping[str, Tensor]) -> tuple[float, float, float]:
+    def step(self, batch: Batch) -> tuple[float, float, float]:
         """One training step; every rank starts at the same time.
 
         Returns:
@@ -166,7 +167,7 @@ class PresetBench:
         self._discard_statistics()
         return middle - start, end - middle, processor
 
-    def measure_memory(self, batch: Mapping[str, Tensor], times: PresetTimes) -> None:
+    def measure_memory(self, batch: Batch, times: PresetTimes) -> None:
         """One more forward and backward pass, apart from the clock: handing memory back slows it down."""
         barrier()
         memory = MemoryRise()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
@@ -21,15 +20,16 @@ from megatron_vlmoe.data.collate import (
     PairBatches,
     PixelBatches,
     TextBatches,
+    to_tensors,
 )
 from megatron_vlmoe.data.packing import PackedTexts
 from megatron_vlmoe.data.samples import (
     Augmentation,
     CaptionFormat,
     CaptionSamples,
-    Draws,
     ImageViews,
     PatchMasks,
+    SampleRngs,
     TextSamples,
     Vocabulary,
 )
@@ -46,6 +46,7 @@ from megatron_vlmoe.data.sources import (
     resolve_sizes,
 )
 from megatron_vlmoe.data.summary import describe_config, describe_sources, text_mask_slots
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -58,7 +59,7 @@ __all__ = ["BatchShare", "Loader", "MicroBatches", "PretrainData"]
 Part = TextBatches | ImageBatches | PairBatches
 
 
-class MicroBatches(Dataset[dict[str, Tensor] | DataError]):
+class MicroBatches(Dataset[Batch | DataError]):
     """Local micro-batch number to batch: a pure function, whatever process or order it runs in.
 
     Args:
@@ -80,7 +81,7 @@ class MicroBatches(Dataset[dict[str, Tensor] | DataError]):
             for name in parts
         }
 
-    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
+    def __getitem__(self, local: int) -> Batch | DataError:
         """The batch; an error in the data is returned, for `Loader` to raise."""
         number = MicroBatchNumber.locate(local, self.per_step, self.share)
         batch: dict[str, Any] = {
@@ -92,9 +93,7 @@ class MicroBatches(Dataset[dict[str, Tensor] | DataError]):
                 batch |= part.make(number.samples(*self.sizes[name]))
         except DataError as error:
             return error
-        # An array under two keys becomes one tensor, which a worker then sends once.
-        tensors = {id(value): torch.as_tensor(value) for value in batch.values()}
-        return {name: tensors[id(value)] for name, value in batch.items()}
+        return to_tensors(batch)
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset[dict[str, Tensor] | DataError],
+        dataset: Dataset[Batch | DataError],
         first: int,
         count: int | None,
         data: DataConfig,
@@ -137,7 +136,7 @@ class Loader:
             generator=torch.Generator(),
         )
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             if isinstance(batch, DataError):
                 raise batch
@@ -159,10 +158,10 @@ class _Opened:
     text_tokenizer: TextTokenizer | None
     targets: VisualTargets | None
 
-    def draws(self, objective: str, split: Split) -> Draws:
+    def rngs(self, objective: str, split: Split) -> SampleRngs:
         """The randomness of an objective in a split; stream 0 is left to tools."""
         stream = 1 + 2 * OBJECTIVES.index(objective) + SPLITS.index(split)
-        return Draws(self.config.train.seed, stream, split == "train")
+        return SampleRngs(self.config.train.seed, stream, split == "train")
 
     def parts(self, split: Split) -> dict[str, Part]:
         """The batch parts of every objective that is on.
@@ -196,7 +195,7 @@ class _Opened:
 
     def _texts(self, split: Split) -> TextBatches:
         data, objectives = self.config.data, self.config.objectives
-        sources, draws = self.sources["texts", split], self.draws("texts", split)
+        sources, rngs = self.sources["texts", split], self.rngs("texts", split)
         texts = [
             PackedTexts(
                 item.reader("text_document"),
@@ -204,9 +203,9 @@ class _Opened:
                 self.config.model.text_length,
                 bos_id=self._tokenizer.bos_id,
                 eos_id=self._tokenizer.eos_id,
-                seed=draws.seed,
-                shuffle=draws.train,
-                dataset=draws.dataset_key(number),
+                seed=rngs.seed,
+                shuffle=rngs.train,
+                dataset=rngs.dataset_key(number),
                 cache_dir=data.cache_dir or None,
                 identity=item.manifest.files["_text_document.idx"].sha256,
             )
@@ -217,10 +216,10 @@ class _Opened:
             self._vocabulary,
             text_mask_slots(self.config),
             objectives.text_mask_fraction,
-            draws,
+            rngs,
         )
         sizes = [text.num_samples for text in texts]
-        order = sources.order(sizes, draws.seed, draws.train, draws.dataset_key)
+        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
         return TextBatches(order, samples, data.reset_attention)
 
     def _pixels(self, objective: str, split: Split) -> PixelBatches:
@@ -230,32 +229,31 @@ class _Opened:
             "images": config.data.flip_probability,
             "pairs": config.data.pair_flip_probability,
         }
-        draws = self.draws(objective, split)
+        rngs = self.rngs(objective, split)
         views = ImageViews(
             [item.reader("image") for item in self.sources[objective, split].items],
             targets.codes[objective, split] if targets.stored else None,
             Augmentation(config.data.crop_scale_min, config.data.color_jitter, flips[objective]),
-            draws,
+            rngs,
         )
         masks = PatchMasks(
             config.model.patch_grid,
             config.objectives.num_masked_patches,
             config.objectives.min_mask_block,
         )
-        prefix = "image" if objective == "images" else "pair"
         sizes = (config.model.image_size, targets.tokenizer_size)
-        return PixelBatches(prefix, views, masks, draws, sizes, self.share)
+        return PixelBatches(views, masks, rngs, sizes, self.share)
 
     def _images(self, split: Split) -> ImageBatches:
-        sources, draws = self.sources["images", split], self.draws("images", split)
+        sources, rngs = self.sources["images", split], self.rngs("images", split)
         sizes = [len(item.documents) for item in sources.items]
-        order = sources.order(sizes, draws.seed, draws.train, draws.dataset_key)
+        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
         first = [item.documents.start for item in sources.items]
         return ImageBatches(order, first, self._pixels("images", split))
 
     def _pairs(self, split: Split) -> PairBatches:
         config = self.config
-        sources, draws = self.sources["pairs", split], self.draws("pairs", split)
+        sources, rngs = self.sources["pairs", split], self.rngs("pairs", split)
         layout = CaptionFormat(
             bos_id=self._tokenizer.bos_id,
             eos_id=self._tokenizer.eos_id,
@@ -270,32 +268,17 @@ class _Opened:
             config.data.pair_unit,
             self._vocabulary,
             layout,
-            draws,
+            rngs,
         )
         sizes = [captions.num_samples(number) for number in range(len(sources.items))]
-        order = sources.order(sizes, draws.seed, draws.train, draws.dataset_key)
+        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
         return PairBatches(order, captions, self._pixels("pairs", split))
 
 
 class PretrainData:
     """The datasets of a pretraining run, verified, as micro-batches.
 
-    Keys of a batch; ``t``, ``i`` and ``p`` count texts, images and pairs of the micro-batch,
-    ``/tp`` marks this tensor-parallel rank's share, all others hold every sample in order:
-
-    - ``text_ids [t, Lt]``, ``text_positions [t, St]``, ``text_labels [t, St]``, and with
-      ``data.reset_attention`` ``text_segments [t, Lt]``;
-    - ``pair_ids [p, Lp]``, ``pair_lengths [p]``, ``pair_text_positions [p, Sp]``,
-      ``pair_text_labels [p, Sp]``, ``truncated_captions``, ``dropped_caption_masks``;
-    - ``image_mask [i, N]`` (bool), ``image_positions [i, M]``, ``pair_image_mask``,
-      ``pair_image_positions``;
-    - on the first stage ``image_pixels [i/tp, 3, S, S]`` and ``pair_pixels`` (uint8);
-    - on the last stage ``image_codes [i, M]`` and ``pair_image_codes [p, M]`` if codes are stored,
-      else ``image_tokenizer_pixels [i/tp, 3, S', S']`` and ``pair_tokenizer_pixels`` (uint8);
-    - ``micro_batch`` (counted over the run and all data-parallel ranks), ``step``, and
-      ``text_sample_numbers``, ``image_sample_numbers``, ``pair_sample_numbers``.
-
-    Integers are int64. Unused slots have position 0 and label -100.
+    What is in one is documented at :class:`megatron_vlmoe.stream.batch.Batch`.
     """
 
     def __init__(self, opened: _Opened) -> None:
@@ -304,11 +287,11 @@ class PretrainData:
         self.text_tokenizer = opened.text_tokenizer
         """None if the run has neither texts nor pairs."""
         self.text_slots = text_mask_slots(opened.config)
-        """St."""
+        """Predicted positions of a text."""
         self.caption_slots = opened.config.objectives.caption_mask_slots
-        """Sp."""
+        """Predicted positions of a caption, at most."""
         self.num_masked_patches = opened.config.objectives.num_masked_patches
-        """M."""
+        """Predicted patches of an image."""
         self.stored_codes = opened.targets is not None and opened.targets.stored
         """Whether visual codes are read from disk."""
         self._opened = opened

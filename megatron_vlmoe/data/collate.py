@@ -6,15 +6,23 @@ Letters: n samples of an objective, L tokens, N patches, M masked patches, S pix
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_vlmoe.data.masking import IGNORED_LABEL
-from megatron_vlmoe.data.order import BlendedOrder, Place
-from megatron_vlmoe.data.samples import CaptionSamples, Draws, ImageViews, PatchMasks, TextSamples
+from megatron_vlmoe.data.order import BlendedOrder, SampleRef
+from megatron_vlmoe.data.samples import (
+    CaptionSamples,
+    ImageViews,
+    PatchMasks,
+    SampleRngs,
+    TextSamples,
+)
 from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.stream.batch import Batch, map_values
 
 Array = npt.NDArray[Any]
 
@@ -84,6 +92,11 @@ class MicroBatchNumber:
         return range(first, first + micro)
 
 
+def to_tensors(arrays: dict[str, Any]) -> Batch:
+    """A batch from nested NumPy arrays; one that stands in two places becomes one tensor, which a worker sends once."""
+    return cast(Batch, map_values(arrays, torch.as_tensor))
+
+
 def slot_positions(labels: Array, slots: int) -> tuple[Array, Array]:
     """Predicted positions and their labels, in a fixed number of slots.
 
@@ -109,35 +122,40 @@ def masked_positions(masks: Array) -> Array:
 
 
 class TextBatches:
-    """The text-only part of micro-batches."""
+    """The text-only part of micro-batches.
 
-    def __init__(self, order: BlendedOrder, samples: TextSamples, segments: bool) -> None:
-        self.order, self.samples, self.segments = order, samples, segments
+    Args:
+        order: order of the samples.
+        samples: masked texts.
+        documents: whether a batch says which document every token is of.
+    """
 
-    def make(self, numbers: range) -> dict[str, Array]:
-        """``text_ids [n, L]``, ``text_positions`` and ``text_labels [n, slots]``, all int64."""
+    def __init__(self, order: BlendedOrder, samples: TextSamples, documents: bool) -> None:
+        self.order, self.samples, self.documents = order, samples, documents
+
+    def make(self, numbers: range) -> dict[str, Any]:
+        """The segment `texts`."""
         made = [self.samples.sample(self.order.locate(number)) for number in numbers]
         labels = np.stack([sample.labels for sample in made])
         positions, values = slot_positions(labels, self.samples.slots)
-        batch = {
-            "text_ids": np.stack([sample.ids for sample in made]),
-            "text_positions": positions,
-            "text_labels": values,
-            "text_sample_numbers": np.asarray(numbers, dtype=np.int64),
+        texts = {
+            "ids": np.stack([sample.ids for sample in made]),
+            "positions": positions,
+            "labels": values,
+            "sample_numbers": np.asarray(numbers, dtype=np.int64),
         }
-        if self.segments:
-            batch["text_segments"] = np.stack([sample.segments for sample in made])
-        return batch
+        if self.documents:
+            texts["documents"] = np.stack([sample.documents for sample in made])
+        return {"texts": texts}
 
 
 class PixelBatches:
     """Masks, pixels and codes of the images of one objective.
 
     Args:
-        prefix: of the batch keys: ``image`` or ``pair``.
         views: pixels and stored codes.
         masks: how patches are masked.
-        draws: source of the masks.
+        rngs: source of the masks.
         sizes: sides of the model's view and of the image tokenizer's view; None for the latter with
             stored codes.
         share: which part this process needs.
@@ -145,49 +163,45 @@ class PixelBatches:
 
     def __init__(
         self,
-        prefix: str,
         views: ImageViews,
         masks: PatchMasks,
-        draws: Draws,
+        rngs: SampleRngs,
         sizes: tuple[int, int | None],
         share: BatchShare,
     ) -> None:
-        self.views, self.masks, self.draws, self.share = views, masks, draws, share
-        mask = "image_mask" if prefix == "image" else f"{prefix}_image_mask"
-        self._mask, self._positions = mask, mask.replace("mask", "positions")
-        self._codes = mask.replace("mask", "codes")
+        self.views, self.masks, self.rngs, self.share = views, masks, rngs, share
         model_size, tokenizer_size = sizes
         wanted = []
         if share.first_stage:
-            wanted.append((f"{prefix}_pixels", model_size))
+            wanted.append(("pixels", model_size))
         if share.last_stage and tokenizer_size is not None:
-            wanted.append((f"{prefix}_tokenizer_pixels", tokenizer_size))
+            wanted.append(("tokenizer_pixels", tokenizer_size))
         self._views = tuple(wanted)
         self._wants_codes = share.last_stage and tokenizer_size is None
 
-    def make(self, places: list[Place], images: list[int]) -> dict[str, Array]:
-        """Masks and codes of all samples, pixels of this tensor-parallel rank's share."""
-        masks = np.stack([self.masks.draw(self.draws, place) for place in places])
-        batch = {self._mask: masks, self._positions: masked_positions(masks)}
+    def make(self, refs: list[SampleRef], images: list[int]) -> dict[str, Array]:
+        """An image segment: masks and codes of all samples, pixels of this tensor-parallel rank's share."""
+        masks = np.stack([self.masks.draw(self.rngs, ref) for ref in refs])
+        segment = {"mask": masks, "positions": masked_positions(masks)}
         if self._wants_codes:
-            batch[self._codes] = np.stack(
+            segment["labels"] = np.stack(
                 [
-                    np.asarray(self.views.stored_view(place, image).codes).reshape(-1)[mask]
-                    for place, image, mask in zip(places, images, masks, strict=True)
+                    np.asarray(self.views.stored_view(ref, image).codes).reshape(-1)[mask]
+                    for ref, image, mask in zip(refs, images, masks, strict=True)
                 ]
             ).astype(np.int64)
         if self._views:
-            batch |= self._pixels(places, images)
-        return batch
+            segment |= self._pixels(refs, images)
+        return segment
 
-    def _pixels(self, places: list[Place], images: list[int]) -> dict[str, Array]:
-        own = self.share.slice(len(places))
+    def _pixels(self, refs: list[SampleRef], images: list[int]) -> dict[str, Array]:
+        own = self.share.slice(len(refs))
         # Views of equal size are equal: one array serves both keys.
         sizes = sorted({size for _, size in self._views})
         count = own.stop - own.start
         out = {size: np.empty((count, 3, size, size), dtype=np.uint8) for size in sizes}
-        for row, (place, image) in enumerate(zip(places[own], images[own], strict=True)):
-            for size, view in zip(sizes, self.views.pixels(place, image, sizes), strict=True):
+        for row, (ref, image) in enumerate(zip(refs[own], images[own], strict=True)):
+            for size, view in zip(sizes, self.views.pixels(ref, image, sizes), strict=True):
                 out[size][row] = view
         return {name: out[size] for name, size in self._views}
 
@@ -206,13 +220,12 @@ class ImageBatches:
     ) -> None:
         self.order, self.first_documents, self.pixels = order, first_documents, pixels
 
-    def make(self, numbers: range) -> dict[str, Array]:
-        """``image_mask bool [n, N]``, ``image_positions [n, M]``, and pixels or codes as needed."""
-        places = [self.order.locate(number) for number in numbers]
-        images = [self.first_documents[place.dataset] + place.index for place in places]
-        batch = self.pixels.make(places, images)
-        batch["image_sample_numbers"] = np.asarray(numbers, dtype=np.int64)
-        return batch
+    def make(self, numbers: range) -> dict[str, Any]:
+        """The segment `images`."""
+        refs = [self.order.locate(number) for number in numbers]
+        images = [self.first_documents[ref.dataset] + ref.index for ref in refs]
+        segment = self.pixels.make(refs, images)
+        return {"images": segment | {"sample_numbers": np.asarray(numbers, dtype=np.int64)}}
 
 
 class PairBatches:
@@ -221,20 +234,23 @@ class PairBatches:
     def __init__(self, order: BlendedOrder, captions: CaptionSamples, pixels: PixelBatches) -> None:
         self.order, self.captions, self.pixels = order, captions, pixels
 
-    def make(self, numbers: range) -> dict[str, Array]:
-        """``pair_ids [n, L]``, ``pair_lengths [n]``, ``pair_text_positions`` and
-        ``pair_text_labels [n, slots]``, the image keys, and two counters."""
-        places = [self.order.locate(number) for number in numbers]
-        made = [self.captions.sample(place) for place in places]
+    def make(self, numbers: range) -> dict[str, Any]:
+        """The segments `pair_texts` and `pair_images`, and two counters."""
+        refs = [self.order.locate(number) for number in numbers]
+        made = [self.captions.sample(ref) for ref in refs]
         labels = np.stack([sample.labels for sample in made])
         positions, values = slot_positions(labels, self.captions.layout.slots)
-        batch = self.pixels.make(places, [sample.image for sample in made])
-        return batch | {
-            "pair_ids": np.stack([sample.ids for sample in made]),
-            "pair_lengths": np.array([sample.length for sample in made], dtype=np.int64),
-            "pair_text_positions": positions,
-            "pair_text_labels": values,
+        sample_numbers = np.asarray(numbers, dtype=np.int64)
+        images = self.pixels.make(refs, [sample.image for sample in made])
+        return {
+            "pair_texts": {
+                "ids": np.stack([sample.ids for sample in made]),
+                "lengths": np.array([sample.length for sample in made], dtype=np.int64),
+                "positions": positions,
+                "labels": values,
+                "sample_numbers": sample_numbers,
+            },
+            "pair_images": images | {"sample_numbers": sample_numbers},
             "truncated_captions": np.array(sum(sample.truncated for sample in made)),
             "dropped_caption_masks": np.array(sum(sample.dropped_masks for sample in made)),
-            "pair_sample_numbers": np.asarray(numbers, dtype=np.int64),
         }

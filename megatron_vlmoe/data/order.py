@@ -237,8 +237,8 @@ class _BlendBlock:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which sample a number stands for: dataset of the blend, its epoch, and sample index."""
+class SampleRef:
+    """The sample that a number stands for: dataset of the blend, its epoch, and sample index."""
 
     dataset: int
     epoch: int
@@ -246,14 +246,14 @@ class Place:
 
 
 class BlendedOrder:
-    """The order of one objective's samples over all its datasets: sample number to `Place`."""
+    """The order of one objective's samples over all its datasets: sample number to `SampleRef`."""
 
     def __init__(self, blend: Blend, orders: Sequence[SampleOrder]) -> None:
         self.blend = blend
         self.orders = tuple(orders)
 
-    def locate(self, number: int) -> Place:
+    def locate(self, number: int) -> SampleRef:
         """The sample with this number, counted from 0 over the whole run."""
         dataset, inner = self.blend.locate(number)
         epoch, index = self.orders[dataset].locate(inner)
-        return Place(dataset, epoch, index)
+        return SampleRef(dataset, epoch, index)

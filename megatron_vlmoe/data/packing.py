@@ -123,9 +123,9 @@ class PackedTexts:
             raise IndexError(f"sample {k} of {self.num_samples}")
         index = self.index(epoch)
         ids = np.full(self.length, self.eos_id, dtype=np.int64)
-        segments = np.zeros(self.length, dtype=np.int64)
+        documents = np.zeros(self.length, dtype=np.int64)
         ids[0] = self.bos_id
-        begin, filled, end, segment = k * (self.length - 2), 1, self.length - 1, 0
+        begin, filled, end, number = k * (self.length - 2), 1, self.length - 1, 0
         place = int(np.searchsorted(index.starts, begin, side="right")) - 1
         offset = begin - int(index.starts[place])
         while filled < end:
@@ -135,13 +135,13 @@ class PackedTexts:
             words = min(taken, span - 1 - offset)
             document = self.documents.start + int(index.order[place])
             ids[filled : filled + words] = self.reader.sequence_slice(document, offset, words)
-            segments[filled : filled + taken] = segment
+            documents[filled : filled + taken] = number
             filled += taken
             offset = 0
-            segment += 1
+            number += 1
             place = (place + 1) % len(self.documents)
-        segments[-1] = segment - 1
-        return ids, segments
+        documents[-1] = number - 1
+        return ids, documents
 
 
 def _cached_index(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.stream.batch import Batch, ImageSegment, TextSegment
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches
 
@@ -36,7 +37,7 @@ class RandomData:
 
     def loader(
         self, split: str, first_micro_batch: int, num_micro_batches: Optional[int]
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Iterator[Batch]:
         """Batches from a local micro-batch number on."""
         local = first_micro_batch
         while num_micro_batches is None or local < first_micro_batch + num_micro_batches:
@@ -45,30 +46,30 @@ class RandomData:
             yield self.batch(step * self.per_step * self.share.data_size + number, split)
             local += 1
 
-    def batch(self, number: int, split: str = "train") -> dict[str, Tensor]:
+    def batch(self, number: int, split: str = "train") -> Batch:
         """The micro-batch with a global number."""
         rng = np.random.default_rng((self.config.train.seed, number, int(split == "eval")))
-        batch: dict[str, Tensor] = {"micro_batch": torch.tensor(number)}
+        batch: Batch = {"micro_batch": torch.tensor(number)}
         if self.layout.texts:
-            batch.update(self._texts(rng))
+            batch["texts"] = self._texts(rng)
         if self.layout.pairs:
-            batch.update(self._captions(rng))
-            batch.update(self._images(rng, "pair", "pair_image", self.layout.pairs))
+            batch["pair_texts"] = self._captions(rng)
+            batch["pair_images"] = self._images(rng, self.layout.pairs)
         if self.layout.images:
-            batch.update(self._images(rng, "image", "image", self.layout.images))
+            batch["images"] = self._images(rng, self.layout.images)
         return batch
 
-    def _texts(self, rng: np.random.Generator) -> dict[str, Tensor]:
+    def _texts(self, rng: np.random.Generator) -> TextSegment:
         count, length = self.layout.texts, self.layout.text_length
         slots = int(self.config.objectives.text_mask_fraction * (length - 2) + 0.5)
         positions = _choose(rng, count, length - 2, slots) + 1
         return {
-            "text_ids": self._ids(rng, (count, length)),
-            "text_positions": positions,
-            "text_labels": self._ids(rng, (count, slots)),
+            "ids": self._ids(rng, (count, length)),
+            "positions": positions,
+            "labels": self._ids(rng, (count, slots)),
         }
 
-    def _captions(self, rng: np.random.Generator) -> dict[str, Tensor]:
+    def _captions(self, rng: np.random.Generator) -> TextSegment:
         count, length = self.layout.pairs, self.layout.pair_text_length
         slots = self.config.objectives.caption_mask_slots
         lengths = torch.from_numpy(rng.integers(min(slots + 2, length), length + 1, count))
@@ -76,15 +77,13 @@ class RandomData:
         # Some slots stay unused, as in captions that are shorter than the budget.
         labels[torch.from_numpy(rng.random((count, slots)) < 0.1)] = -100
         return {
-            "pair_ids": self._ids(rng, (count, length)),
-            "pair_lengths": lengths,
-            "pair_text_positions": _choose(rng, count, min(slots, length - 2), slots) + 1,
-            "pair_text_labels": labels,
+            "ids": self._ids(rng, (count, length)),
+            "lengths": lengths,
+            "positions": _choose(rng, count, min(slots, length - 2), slots) + 1,
+            "labels": labels,
         }
 
-    def _images(
-        self, rng: np.random.Generator, pixels: str, prefix: str, count: int
-    ) -> dict[str, Tensor]:
+    def _images(self, rng: np.random.Generator, count: int) -> ImageSegment:
         model = self.config.model
         masked = self.config.objectives.num_masked_patches
         positions = _choose(rng, count, model.num_patches, masked)
@@ -94,10 +93,10 @@ class RandomData:
         local = values.chunk(self.share.tensor_size)[self.share.tensor_rank]
         codes = rng.integers(0, model.visual_vocab_size, (count, masked))
         return {
-            f"{pixels}_pixels": local,
-            f"{prefix}_mask": mask,
-            f"{prefix}_positions": positions,
-            f"{prefix}_codes": torch.from_numpy(codes),
+            "pixels": local,
+            "mask": mask,
+            "positions": positions,
+            "labels": torch.from_numpy(codes),
         }
 
     def _ids(self, rng: np.random.Generator, shape: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 Letters: L tokens of a sample, g patches along a side, S pixels along a side.
 
-A sample is named by its `Place` and made from nothing else but the seed. Masks and views have
+A sample is named by its `SampleRef` and made from nothing else but the seed. Masks and views have
 generators of their own: a mask never depends on the size of an image, and a process that needs no
 pixels touches no image.
 """
@@ -35,7 +35,7 @@ from megatron_vlmoe.data.masking import (
     maskable_positions,
     natural_mask_count,
 )
-from megatron_vlmoe.data.order import Place, Purpose, keyed_rng
+from megatron_vlmoe.data.order import Purpose, SampleRef, keyed_rng
 from megatron_vlmoe.data.packing import PackedTexts
 from megatron_vlmoe.data.rand_augment import (
     Operation,
@@ -52,12 +52,12 @@ Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The source of all random numbers of one objective in one split.
+class SampleRngs:
+    """Makes the generators of all random numbers of one objective in one split.
 
     Args:
         seed: seed of the run.
-        stream: number of the objective and split, so that no two of them share draws.
+        stream: number of the objective and split, so that no two of them share a number.
         train: false makes every draw the same in each epoch and leaves images unaugmented.
     """
 
@@ -69,10 +69,10 @@ class Draws:
         """Number of a dataset of the blend among those of all objectives."""
         return (self.stream << 32) + dataset
 
-    def rng(self, purpose: Purpose, place: Place) -> np.random.Generator:
+    def rng(self, purpose: Purpose, ref: SampleRef) -> np.random.Generator:
         """The generator of one sample for one purpose."""
-        epoch = place.epoch if self.train else 0
-        return keyed_rng(self.seed, purpose, self.dataset_key(place.dataset), epoch, place.index)
+        epoch = ref.epoch if self.train else 0
+        return keyed_rng(self.seed, purpose, self.dataset_key(ref.dataset), epoch, ref.index)
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class TextSample:
     Args:
         ids: inputs.
         labels: -100 where not predicted.
-        segments: number of the document within the sample, from 0.
+        documents: number of the document within the sample, from 0.
     """
 
     ids: Tokens
     labels: Tokens
-    segments: Tokens
+    documents: Tokens
 
 
 class TextSamples:
@@ -107,7 +107,7 @@ class TextSamples:
         vocab: the vocabulary that masks are drawn in.
         slots: tokens to predict in each text.
         fraction: the same as a share.
-        draws: source of randomness.
+        rngs: source of randomness.
     """
 
     def __init__(
@@ -116,17 +116,17 @@ class TextSamples:
         vocab: MaskVocabulary,
         slots: int,
         fraction: float,
-        draws: Draws,
+        rngs: SampleRngs,
     ) -> None:
         self.texts = tuple(texts)
-        self.vocab, self.slots, self.fraction, self.draws = vocab, slots, fraction, draws
+        self.vocab, self.slots, self.fraction, self.rngs = vocab, slots, fraction, rngs
 
-    def sample(self, place: Place) -> TextSample:
-        """The packed text at a place, masked."""
-        ids, segments = self.texts[place.dataset].sample(place.epoch, place.index)
-        rng = self.draws.rng(Purpose.TEXT_MASK, place)
+    def sample(self, ref: SampleRef) -> TextSample:
+        """A packed text, masked."""
+        ids, documents = self.texts[ref.dataset].sample(ref.epoch, ref.index)
+        rng = self.rngs.rng(Purpose.TEXT_MASK, ref)
         inputs, labels = mask_tokens(ids, self.fraction, self.vocab, rng, self.slots)
-        return TextSample(inputs, labels, segments)
+        return TextSample(inputs, labels, documents)
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ class PatchMasks:
     num_masked: int
     min_block: int
 
-    def draw(self, draws: Draws, place: Place) -> npt.NDArray[np.bool_]:
+    def draw(self, rngs: SampleRngs, ref: SampleRef) -> npt.NDArray[np.bool_]:
         """The mask of an image, ``[g * g]``, row by row."""
-        rng = draws.rng(Purpose.IMAGE_MASK, place)
+        rng = rngs.rng(Purpose.IMAGE_MASK, ref)
         mask = blockwise_mask(self.grid, self.grid, self.num_masked, rng, min_block=self.min_block)
         return mask.reshape(-1)
 
@@ -174,7 +174,7 @@ class ImageViews:
         readers: encoded images, one reader per dataset of the blend.
         codes: stored codes of the same images; None where codes are computed from pixels.
         augmentation: applied in training; in evaluation the whole image is resized to a square.
-        draws: source of randomness.
+        rngs: source of randomness.
     """
 
     def __init__(
@@ -182,32 +182,32 @@ class ImageViews:
         readers: Sequence[IndexedReader],
         codes: Sequence[CodesReader] | None,
         augmentation: Augmentation,
-        draws: Draws,
+        rngs: SampleRngs,
     ) -> None:
         self.readers = tuple(readers)
         self.codes = None if codes is None else tuple(codes)
-        self.augmentation, self.draws = augmentation, draws
+        self.augmentation, self.rngs = augmentation, rngs
 
-    def stored_view(self, place: Place, image: int) -> StoredView:
+    def stored_view(self, ref: SampleRef, image: int) -> StoredView:
         """The stored view that this sample uses: any in training, the first in evaluation."""
         if self.codes is None:
             raise ValueError("no stored codes")
-        reader = self.codes[place.dataset]
+        reader = self.codes[ref.dataset]
         view = 0
-        if self.draws.train:
-            rng = self.draws.rng(Purpose.STORED_VIEW, place)
+        if self.rngs.train:
+            rng = self.rngs.rng(Purpose.STORED_VIEW, ref)
             view = int(rng.integers(reader.num_views))
         return reader.view(image, view)
 
-    def draw(self, place: Place, image: int, width: int, height: int) -> ImageDraw:
+    def draw(self, ref: SampleRef, image: int, width: int, height: int) -> ImageDraw:
         """Box, flip and jitter of a sample whose image has this size in pixels."""
-        rng = self.draws.rng(Purpose.AUGMENTATION, place)
+        rng = self.rngs.rng(Purpose.AUGMENTATION, ref)
         wanted = self.augmentation
-        jitter = draw_jitter(rng, wanted.color_jitter) if self.draws.train else NO_JITTER
+        jitter = draw_jitter(rng, wanted.color_jitter) if self.rngs.train else NO_JITTER
         if self.codes is not None:
-            stored = self.stored_view(place, image)
+            stored = self.stored_view(ref, image)
             return ImageDraw(stored.box, stored.flip, jitter)
-        if not self.draws.train:
+        if not self.rngs.train:
             return ImageDraw(CropBox.whole(width, height))
         flip = bool(rng.random() < wanted.flip_probability)
         if wanted.crop_scale_min >= 1.0:
@@ -215,31 +215,33 @@ class ImageViews:
         box = draw_crop(width, height, rng, (wanted.crop_scale_min, 1.0))
         return ImageDraw(box, flip, jitter)
 
-    def _operations(self, place: Place, size: int) -> tuple[Operation, ...]:
+    def _operations(self, ref: SampleRef, size: int) -> tuple[Operation, ...]:
         recipe = self.augmentation.rand_augment
-        if not self.draws.train or recipe == "none":
+        if not self.rngs.train or recipe == "none":
             return ()
-        return draw_rand_augment(self.draws.rng(Purpose.RAND_AUGMENT, place), recipe, size)
+        return draw_rand_augment(self.rngs.rng(Purpose.RAND_AUGMENT, ref), recipe, size)
 
-    def _erase(self, place: Place, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def _erase(self, ref: SampleRef, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         wanted = self.augmentation
-        if not self.draws.train or wanted.random_erase <= 0.0:
+        if not self.rngs.train or wanted.random_erase <= 0.0:
             return pixels
-        rng = self.draws.rng(Purpose.ERASE, place)
+        rng = self.rngs.rng(Purpose.ERASE, ref)
         erase = draw_erase(rng, pixels.shape[1], wanted.random_erase)
         return apply_erase(pixels, erase, wanted.pixel_mean, wanted.pixel_std)
 
-    def pixels(self, place: Place, image: int, sizes: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+    def pixels(
+        self, ref: SampleRef, image: int, sizes: Sequence[int]
+    ) -> list[npt.NDArray[np.uint8]]:
         """Aligned views of one image, uint8 ``[3, size, size]`` for each size.
 
         Raises:
             DataError: the image is damaged, or is not the one that its stored codes are of.
         """
-        reader = self.readers[place.dataset]
+        reader = self.readers[ref.dataset]
         where = f"{reader.path_prefix}.bin: image {image}"
         opened = open_image(reader.sequence(image), where)
-        draw = self.draw(place, image, opened.width, opened.height)
-        operations = self._operations(place, sizes[0])
+        draw = self.draw(ref, image, opened.width, opened.height)
+        operations = self._operations(ref, sizes[0])
         try:
             made = views(
                 decode_pixels(opened, where),
@@ -247,7 +249,7 @@ class ImageViews:
                 sizes,
                 then=lambda view: apply_rand_augment(view, operations),
             )
-            return [self._erase(place, pixels) for pixels in made]
+            return [self._erase(ref, pixels) for pixels in made]
         except DataError:
             raise
         except ValueError as error:
@@ -298,7 +300,7 @@ class CaptionSamples:
             caption is drawn.
         vocab: the vocabulary that masks are drawn in.
         layout: how a caption is laid out.
-        draws: source of randomness.
+        rngs: source of randomness.
     """
 
     def __init__(
@@ -308,10 +310,10 @@ class CaptionSamples:
         unit: str,
         vocab: MaskVocabulary,
         layout: CaptionFormat,
-        draws: Draws,
+        rngs: SampleRngs,
     ) -> None:
         self.readers, self.documents = tuple(readers), tuple(documents)
-        self.unit, self.vocab, self.layout, self.draws = unit, vocab, layout, draws
+        self.unit, self.vocab, self.layout, self.rngs = unit, vocab, layout, rngs
 
     def num_samples(self, dataset: int) -> int:
         """Samples of an epoch of one dataset."""
@@ -321,31 +323,31 @@ class CaptionSamples:
         first = self.readers[dataset].document_indices
         return int(first[documents.stop] - first[documents.start])
 
-    def locate(self, place: Place) -> tuple[int, int]:
+    def locate(self, ref: SampleRef) -> tuple[int, int]:
         """Image document and caption sequence of a sample."""
-        reader, documents = self.readers[place.dataset], self.documents[place.dataset]
+        reader, documents = self.readers[ref.dataset], self.documents[ref.dataset]
         first = reader.document_indices
         if self.unit == "caption":
-            sequence = int(first[documents.start]) + place.index
+            sequence = int(first[documents.start]) + ref.index
             return int(np.searchsorted(first, sequence, side="right")) - 1, sequence
-        image = documents.start + place.index
+        image = documents.start + ref.index
         begin, end = int(first[image]), int(first[image + 1])
         if begin == end:
             raise DataError(f"{reader.path_prefix}.bin: document {image} has no caption")
-        rng = self.draws.rng(Purpose.CAPTION_CHOICE, place)
+        rng = self.rngs.rng(Purpose.CAPTION_CHOICE, ref)
         return image, int(rng.integers(begin, end))
 
-    def sample(self, place: Place) -> CaptionSample:
-        """The caption at a place, masked."""
-        image, sequence = self.locate(place)
-        tokens = self.readers[place.dataset].sequence(sequence)
+    def sample(self, ref: SampleRef) -> CaptionSample:
+        """A caption, masked."""
+        image, sequence = self.locate(ref)
+        tokens = self.readers[ref.dataset].sequence(sequence)
         layout = self.layout
         kept = tokens[: layout.length - 2]
         length = len(kept) + 2
         ids = np.full(layout.length, layout.pad_id, dtype=np.int64)
         ids[0], ids[1 : length - 1], ids[length - 1] = layout.bos_id, kept, layout.eos_id
         natural = natural_mask_count(len(maskable_positions(ids, self.vocab)), layout.fraction)
-        rng = self.draws.rng(Purpose.CAPTION_MASK, place)
+        rng = self.rngs.rng(Purpose.CAPTION_MASK, ref)
         count = min(natural, layout.slots)
         inputs, labels = mask_tokens(ids, layout.fraction, self.vocab, rng, count)
         return CaptionSample(

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics, to_numpy
+from megatron_vlmoe.finetune.collect import Found, evaluate_items, share_metrics, to_numpy
 from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.finetune.eval_items import SampleItems
 from megatron_vlmoe.finetune.metrics import Score, label_ranks, topk_accuracy, vqa_official
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
-from megatron_vlmoe.finetune.sweeps import SampleSweep
 from megatron_vlmoe.losses.classification import class_loss, soft_target_loss
 from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.objective import Losses
-from megatron_vlmoe.train.step import Batch, StepRunner
+from megatron_vlmoe.train.step import StepRunner
 
 Array = np.ndarray[Any, Any]
 
@@ -43,13 +44,13 @@ class ClassificationObjective(TaskObjective):
 
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """Metrics, and what `digest` tells of all samples."""
-        sweep, task = SampleSweep(split.samples), self.config.task.name
+        items, task = SampleItems(split.samples), self.config.task.name
 
         def reduce(batch: Batch, heads: Mapping[str, Tensor]) -> Found:
             labels = batch["labels"].cpu().numpy() if "labels" in batch else None
             return digest(task, to_numpy(heads["logits"]), labels)
 
-        found = run_sweep(runner, self.data, sweep, reduce, self.ranks, self.config)
+        found = evaluate_items(runner, self.data, items, reduce, self.ranks, self.config)
         metrics = None
         if found is not None:
             scores = classification_scores(task, found, split, self.data.labels)

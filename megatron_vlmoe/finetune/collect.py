@@ -1,4 +1,4 @@
-"""Runs a sweep on all ranks and brings what it found together on rank 0, every item exactly once."""
+"""Runs evaluation items on all ranks and brings what it found together on rank 0, every item exactly once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.finetune.data import TaskData
-from megatron_vlmoe.finetune.sweeps import Sweep, sweep_layout
+from megatron_vlmoe.finetune.eval_items import EvalItems, eval_layout
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
-from megatron_vlmoe.train.step import Batch, StepRunner
+from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.train.step import StepRunner
 
 # Micro-batches of one call of the schedule, between which a rank that runs ahead waits for the others.
 MOST_MICRO_BATCHES = 64
@@ -26,22 +27,22 @@ class CoverageError(RuntimeError):
     """An evaluation that did not see every item exactly once."""
 
 
-def run_sweep(
+def evaluate_items(
     runner: StepRunner,
     data: TaskData,
-    sweep: Sweep,
+    items: EvalItems,
     reduce: Reduce,
     ranks: Ranks,
     config: FinetuneConfig,
 ) -> Optional[Found]:
-    """What the model says of every item of a sweep.
+    """What the model says of every evaluation item.
 
     Every rank must call it.
 
     Args:
         runner: the model.
         data: makes the micro-batches.
-        sweep: the items.
+        items: the items.
         reduce: from a micro-batch and the heads' outputs to what is wanted of every item, ``[n, ...]`` each; little
             enough for rank 0 to hold for all items.
         ranks: where this process stands.
@@ -53,9 +54,9 @@ def run_sweep(
     Raises:
         CoverageError: on rank 0, if an item is missing or came twice.
     """
-    plan = data.plan(sweep)
-    layout = sweep_layout(config, sweep.shape)
-    batches = iter(data.sweep_loader(sweep, plan))
+    plan = data.plan(items)
+    layout = eval_layout(config, items.shape)
+    batches = iter(data.eval_loader(items, plan))
 
     def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         valid = batch["valid"].cpu().numpy()
@@ -74,7 +75,7 @@ def run_sweep(
     # All tensor-parallel ranks of the last stage hold the same; the first one speaks for them.
     mine = results if ranks.is_last_stage and ranks.tensor == 0 else []
     gathered = gather_to_first(mine)
-    return None if gathered is None else in_order(gathered, len(sweep))
+    return None if gathered is None else in_order(gathered, len(items))
 
 
 def output(name: str) -> Reduce:

@@ -8,21 +8,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.batches import Loader
-from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber
-from megatron_vlmoe.data.order import Place, SampleOrder
-from megatron_vlmoe.data.samples import Draws
+from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber, to_tensors
+from megatron_vlmoe.data.order import SampleOrder, SampleRef
+from megatron_vlmoe.data.samples import SampleRngs
 from megatron_vlmoe.data.sources import open_text_tokenizer
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
+from megatron_vlmoe.finetune.eval_items import EvalItems, EvalMicroBatches, EvalPlan
 from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
-from megatron_vlmoe.finetune.sweeps import Sweep, SweepMicroBatches, SweepPlan
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -31,7 +30,7 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 TRAIN_STREAM, EVAL_STREAM = 101, 102
 
 
-class TrainingMicroBatches(Dataset[dict[str, Tensor] | DataError]):
+class TrainingMicroBatches(Dataset[Batch | DataError]):
     """Local micro-batch number to batch, in a shuffled order that changes with every epoch.
 
     Args:
@@ -44,26 +43,26 @@ class TrainingMicroBatches(Dataset[dict[str, Tensor] | DataError]):
         self.samples, self.share = samples, share
         self.micro, self.whole = config.task.micro_batch_size, config.task.global_batch_size
         self.per_step = num_micro_batches(config, share.data_size)
-        key = samples.draws.dataset_key(0)
+        key = samples.rngs.dataset_key(0)
         self.order = SampleOrder(len(samples), config.train.seed, True, key)
 
-    def places(self, numbers: Sequence[int]) -> list[Place]:
+    def refs(self, numbers: Sequence[int]) -> list[SampleRef]:
         """The samples with these numbers, counted over the run."""
-        return [Place(0, *self.order.locate(number)) for number in numbers]
+        return [SampleRef(0, *self.order.locate(number)) for number in numbers]
 
-    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
+    def __getitem__(self, local: int) -> Batch | DataError:
         """The batch; an error in the data is returned, for `Loader` to raise."""
         number = MicroBatchNumber.locate(local, self.per_step, self.share)
         numbers = number.samples(self.micro, self.whole)
         try:
-            batch = self.samples.batch(self.places(numbers))
+            batch = self.samples.batch(self.refs(numbers))
         except DataError as error:
             return error
         batch |= {
             "micro_batch": np.array(number.in_run),
             "sample_numbers": np.asarray(numbers, dtype=np.int64),
         }
-        return {name: torch.as_tensor(value) for name, value in batch.items()}
+        return to_tensors(batch)
 
 
 @dataclass(frozen=True)
@@ -166,28 +165,28 @@ class TaskData:
         if self.config.task.name in ("vqa", "nlvr2"):
             length = model.pair_text_length
         text = TextFormat.of(self.tokenizer, length) if self.tokenizer else None
-        draws = Draws(self.config.train.seed, stream, stream == TRAIN_STREAM)
-        return TaskSamples(dataset, self.config, text, draws, self.share)
+        rngs = SampleRngs(self.config.train.seed, stream, stream == TRAIN_STREAM)
+        return TaskSamples(dataset, self.config, text, rngs, self.share)
 
     def loader(self, split: str, first: int, count: int | None) -> Loader:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
         return Loader(self.train, first, count, self.config.data)
 
-    def plan(self, sweep: Sweep) -> SweepPlan:
-        """How a sweep is cut for this layout."""
+    def plan(self, items: EvalItems) -> EvalPlan:
+        """How evaluation items are cut into micro-batches for this layout."""
         parallel = self.config.parallel
-        return SweepPlan.of(
-            len(sweep),
+        return EvalPlan.of(
+            len(items),
             self.config.task.eval_batch,
             self.share.data_size,
             parallel.pipeline_model_parallel_size,
             parallel.virtual_pipeline_model_parallel_size,
         )
 
-    def sweep_loader(self, sweep: Sweep, plan: SweepPlan) -> Loader:
+    def eval_loader(self, items: EvalItems, plan: EvalPlan) -> Loader:
         """Its micro-batches on this process."""
-        return Loader(SweepMicroBatches(sweep, plan, self.share), 0, plan.count, self.config.data)
+        return Loader(EvalMicroBatches(items, plan, self.share), 0, plan.count, self.config.data)
 
     def summary(self) -> list[str]:
         """Lines for the log."""

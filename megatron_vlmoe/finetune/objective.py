@@ -9,8 +9,9 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.objective import Losses
-from megatron_vlmoe.train.step import Batch, StepRunner
+from megatron_vlmoe.train.step import StepRunner
 
 Measured = tuple[dict[str, float], Optional[Found]]
 """Metrics by `SPLIT/NAME` on every rank, and on rank 0 what the predictions of all samples are made from."""

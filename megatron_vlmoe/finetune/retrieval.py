@@ -22,12 +22,12 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.order import Place
-from megatron_vlmoe.finetune.collect import Found, output, run_sweep, share_metrics
+from megatron_vlmoe.data.order import SampleRef
+from megatron_vlmoe.finetune.collect import Found, evaluate_items, output, share_metrics
 from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.finetune.eval_items import EvalItems, ImageItems, PairItems, TextItems
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
-from megatron_vlmoe.finetune.sweeps import ImageSweep, PairSweep, Sweep, TextSweep
 from megatron_vlmoe.losses.contrastive import (
     CachedGradients,
     contrastive_loss,
@@ -35,9 +35,10 @@ from megatron_vlmoe.losses.contrastive import (
     matching_loss,
 )
 from megatron_vlmoe.runtime.distributed import Ranks, device
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.draws import keyed_generator
 from megatron_vlmoe.train.objective import Losses
-from megatron_vlmoe.train.step import Batch, StepRunner
+from megatron_vlmoe.train.step import StepRunner
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ class RetrievalObjective(TaskObjective):
                 cache = CachedGradients.compute(whole.images, whole.texts, whole.logit_scale)
             if self.matches:
                 negatives = list(self._mine(step, pools, whole))
-        places = {int(batch["micro_batch"]): number for number, batch in enumerate(step)}
+        numbers = {int(batch["micro_batch"]): number for number, batch in enumerate(step)}
 
         def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-            return self._loss(batch, heads, cache, places[int(batch["micro_batch"])], len(step))
+            return self._loss(batch, heads, cache, numbers[int(batch["micro_batch"])], len(step))
 
         completed = (
             batch if found is None else self._with_pairs(batch, found)
@@ -122,7 +123,7 @@ class RetrievalObjective(TaskObjective):
     def _mine(
         self, step: list[Batch], pools: Optional[list[_Pool]], whole: Optional[_Pool]
     ) -> Iterator[Negatives]:
-        """Draws on the last stage and tells the others."""
+        """SampleRngs on the last stage and tells the others."""
         rows = self.config.task.micro_batch_size
         found = torch.zeros(len(step), 3, rows, dtype=torch.int64, device=device())
         if pools is not None:
@@ -160,26 +161,30 @@ class RetrievalObjective(TaskObjective):
         """Adds the three pairs of every row, row by row, so that a tensor-parallel share holds whole rows."""
         assert self.data.train is not None
         samples, dataset = self.data.train.samples, self.data.train.samples.dataset
-        images = self.data.train.places(negatives.image_rows.tolist())
-        texts = self.data.train.places(negatives.text_rows.tolist())
-        ids, lengths = batch["text_ids"], batch["text_lengths"]
-        wrong = samples.texts([dataset.row(place.index).texts for place in texts])
-        wrong_ids = torch.as_tensor(wrong["text_ids"])
-        wrong_lengths = torch.as_tensor(wrong["text_lengths"])
-        completed = dict(batch)
-        completed["pair_ids"] = torch.stack([ids, ids, wrong_ids], dim=1).flatten(0, 1)
-        completed["pair_lengths"] = torch.stack([lengths, lengths, wrong_lengths], dim=1).flatten()
+        images = self.data.train.refs(negatives.image_rows.tolist())
+        texts = self.data.train.refs(negatives.text_rows.tolist())
+        ids, lengths = batch["texts"]["ids"], batch["texts"]["lengths"]
+        wrong = samples.texts([dataset.row(ref.index).texts for ref in texts])
+        wrong_ids, wrong_lengths = (torch.as_tensor(wrong[key]) for key in ("ids", "lengths"))
+        completed = batch.copy()
+        completed["pair_texts"] = {
+            "ids": torch.stack([ids, ids, wrong_ids], dim=1).flatten(0, 1),
+            "lengths": torch.stack([lengths, lengths, wrong_lengths], dim=1).flatten(),
+        }
+        completed["pair_images"] = {}
+        if "pixels" in batch["images"]:
+            completed["pair_images"]["pixels"] = self._pair_pixels(
+                batch["images"]["pixels"], images
+            )
         completed["negatives_valid"] = negatives.valid
-        if "image_pixels" in batch:
-            completed["pair_pixels"] = self._pair_pixels(batch["image_pixels"], images)
         return completed
 
-    def _pair_pixels(self, own: Tensor, wrong: list[Place]) -> Tensor:
+    def _pair_pixels(self, own: Tensor, wrong: list[SampleRef]) -> Tensor:
         """Pixels of this rank's pairs; the wrong images are decoded again, as the same views that were compared."""
         assert self.data.train is not None
         samples = self.data.train.samples
         mine = wrong[self.data.share.slice(len(wrong))]
-        documents = [samples.dataset.row(place.index).images[0] for place in mine]
+        documents = [samples.dataset.row(ref.index).images[0] for ref in mine]
         pixels = torch.as_tensor(samples.pixels(mine, documents, self.threads))
         return torch.stack([own, pixels, own], dim=1).flatten(0, 1)
 
@@ -225,11 +230,11 @@ class RetrievalObjective(TaskObjective):
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """Recalls, and the features of all images and captions."""
 
-        def encode(sweep: Sweep, name: str) -> Optional[Found]:
-            return run_sweep(runner, self.data, sweep, output(name), self.ranks, self.config)
+        def encode(items: EvalItems, name: str) -> Optional[Found]:
+            return evaluate_items(runner, self.data, items, output(name), self.ranks, self.config)
 
-        images = encode(ImageSweep(split.samples), "image_features")
-        texts = encode(TextSweep(split.samples), "text_features")
+        images = encode(ImageItems(split.samples), "image_features")
+        texts = encode(TextItems(split.samples), "text_features")
         found: Optional[Found] = None
         metrics: Optional[dict[str, float]] = None
         if images is not None and texts is not None:
@@ -253,9 +258,9 @@ class RetrievalObjective(TaskObjective):
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         pairs = box[0]
-        sweep = PairSweep(split.samples, pairs)
+        items = PairItems(split.samples, pairs)
         reduce = output("match_logits")
-        matches = run_sweep(runner, self.data, sweep, reduce, self.ranks, self.config)
+        matches = evaluate_items(runner, self.data, items, reduce, self.ranks, self.config)
         if found is None or matches is None:
             return None
         owner = split.dataset.image_of_text()

@@ -1,6 +1,6 @@
 """Samples of a downstream task as the parts of a micro-batch.
 
-Letters: n samples, L token slots, S pixels along a side, A answers of a question.
+Letters: n samples, L tokens with padding, S pixels along a side, A answers of a question.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
-from megatron_vlmoe.data.order import Place, Purpose
-from megatron_vlmoe.data.samples import Augmentation, Draws, ImageViews
+from megatron_vlmoe.data.order import Purpose, SampleRef
+from megatron_vlmoe.data.samples import Augmentation, ImageViews, SampleRngs
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
 from megatron_vlmoe.finetune.mixing import draw_mix, mix_pixels
 from megatron_vlmoe.prepare.vqa_answers import NUM_ANNOTATORS
@@ -30,7 +30,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How texts become token slots: ``<s> A </s>`` or, of two, ``<s> A </s> B </s>``, then padding.
+    """How texts are laid out: ``<s> A </s>`` or, of two, ``<s> A </s> B </s>``, then padding.
 
     Documents follow each other in the same way in packed texts of pretraining.
 
@@ -52,7 +52,7 @@ class TextFormat:
         return cls(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, length)
 
     def lay_out(self, parts: Sequence[Array]) -> tuple[Array, int]:
-        """Slots ``[L]`` and number of tokens; the longest part is shortened first."""
+        """Ids ``[L]`` and number of tokens; the longest part is shortened first."""
         lengths = [len(part) for part in parts]
         while sum(lengths) > self.length - 1 - len(parts):
             lengths[int(np.argmax(lengths))] -= 1
@@ -66,20 +66,20 @@ class TextFormat:
         return ids, place
 
     def rows(self, texts: Sequence[Sequence[Array]]) -> tuple[Array, Array]:
-        """Slots ``[n, L]`` and lengths ``[n]`` of n texts, each of one or more parts."""
+        """Ids ``[n, L]`` and lengths ``[n]`` of n texts, each of one or more parts."""
         made = [self.lay_out(parts) for parts in texts]
         ids = np.stack([ids for ids, _ in made])
         return ids, np.array([length for _, length in made], dtype=np.int64)
 
 
 class TaskSamples:
-    """The samples of one split; pure functions of their place and the seed.
+    """The samples of one split; pure functions of their reference and the seed.
 
     Args:
         dataset: the split.
         config: sizes and augmentation.
         text: format of texts; None for a task without.
-        draws: source of randomness; in evaluation images are resized as a whole.
+        rngs: source of randomness; in evaluation images are resized as a whole.
         share: whose pixels are decoded.
     """
 
@@ -88,10 +88,10 @@ class TaskSamples:
         dataset: TaskDataset,
         config: FinetuneConfig,
         text: TextFormat | None,
-        draws: Draws,
+        rngs: SampleRngs,
         share: BatchShare,
     ) -> None:
-        self.dataset, self.text, self.draws, self.share = dataset, text, draws, share
+        self.dataset, self.text, self.rngs, self.share = dataset, text, rngs, share
         self.task, self.options = config.task.name, config.task
         self.size = config.model.image_size
         self.views: ImageViews | None = None
@@ -109,89 +109,91 @@ class TaskSamples:
                 config.data.pixel_std,
             )
             reader = IndexedReader(part_prefix(dataset.prefix, "image"))
-            self.views = ImageViews([reader], None, augmentation, draws)
+            self.views = ImageViews([reader], None, augmentation, rngs)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, places: Sequence[Place]) -> dict[str, Array]:
-        """What the task reads of the samples at these places.
+    def batch(self, refs: Sequence[SampleRef]) -> dict[str, Any]:
+        """What the task reads of these samples.
 
-        - vqa, nlvr2: ``pair_ids [pairs, L]``, ``pair_lengths``, ``pair_pixels [pairs / TP, 3, S, S]``;
-        - retrieval: ``text_ids``, ``text_lengths``, ``image_pixels``, ``image_documents [n]``;
-        - imagenet: ``image_pixels``, in training with mixup or cutmix ``partner_labels [n]`` and ``own_share [n]``;
-        - mnli: ``text_ids``, ``text_lengths``;
+        - vqa, nlvr2: the segments `pair_texts` and `pair_images`;
+        - retrieval: `texts`, `images`, ``image_documents [n]``;
+        - imagenet: `images`, in training with mixup or cutmix ``partner_labels [n]`` and ``own_share [n]``;
+        - mnli: `texts`;
         - ``labels [n]`` (-1 where unknown), for vqa ``answers [n, A]`` and ``scores [n, A]``; ``samples [n]``.
         """
-        rows = [self.dataset.row(place.index) for place in places]
-        batch = {"samples": np.array([place.index for place in places], dtype=np.int64)}
+        rows = [self.dataset.row(ref.index) for ref in refs]
+        batch: dict[str, Any] = {"samples": np.array([ref.index for ref in refs], dtype=np.int64)}
         if self.task in ("vqa", "nlvr2"):
-            batch |= self._pairs(places, rows)
+            batch |= self._pairs(refs, rows)
         elif self.task == "retrieval":
-            batch |= self.texts([row.texts for row in rows])
-            batch["image_documents"] = np.array([row.images[0] for row in rows], dtype=np.int64)
-            batch |= self.images("image", places, [row.images[0] for row in rows])
+            documents = [row.images[0] for row in rows]
+            batch["texts"] = self.texts([row.texts for row in rows])
+            batch["images"] = self.images(refs, documents)
+            batch["image_documents"] = np.array(documents, dtype=np.int64)
         elif self.task == "imagenet":
-            return batch | self._classified_images(places, rows)
+            return batch | self._classified_images(refs, rows)
         else:
-            batch |= self.texts([row.texts for row in rows])
+            batch["texts"] = self.texts([row.texts for row in rows])
         return batch | (_answers(rows) if self.task == "vqa" else _labels(rows))
 
     def _classified_images(
-        self, places: Sequence[Place], rows: Sequence[TaskRow]
-    ) -> dict[str, Array]:
+        self, refs: Sequence[SampleRef], rows: Sequence[TaskRow]
+    ) -> dict[str, Any]:
         """Images and classes, mixed with those of the micro-batch in reverse where that is on."""
         documents = [row.images[0] for row in rows]
-        batch = _labels(rows) | self.images("image", places, documents)
-        if not self.draws.train or max(self.options.mixup, self.options.cutmix) <= 0.0:
+        images = self.images(refs, documents)
+        batch: dict[str, Any] = _labels(rows) | {"images": images}
+        if not self.rngs.train or max(self.options.mixup, self.options.cutmix) <= 0.0:
             return batch
-        rng = self.draws.rng(Purpose.MIX, places[0])
+        rng = self.rngs.rng(Purpose.MIX, refs[0])
         mix = draw_mix(rng, self.size, self.options.mixup, self.options.cutmix)
-        if "image_pixels" in batch:
-            own = batch["image_pixels"]
+        if "pixels" in images:
+            own = images["pixels"]
             partners = own[::-1]
             if self.share.tensor_size > 1:
                 # They belong to other ranks.
-                partners = self.images("image", places[::-1], documents[::-1])["image_pixels"]
-            batch["image_pixels"] = mix_pixels(own, partners, mix)
+                partners = self.images(refs[::-1], documents[::-1])["pixels"]
+            images["pixels"] = mix_pixels(own, partners, mix)
         batch["partner_labels"] = batch["labels"][::-1].copy()
         batch["own_share"] = np.full(len(rows), mix.lam, dtype=np.float32)
         return batch
 
-    def texts(self, sequences: Sequence[Sequence[int]], prefix: str = "text") -> dict[str, Array]:
-        """``{prefix}_ids`` and ``{prefix}_lengths`` of texts, given by the sequences of each."""
+    def texts(self, sequences: Sequence[Sequence[int]]) -> dict[str, Array]:
+        """A text segment of texts that are given by the sequences of each: `ids` and `lengths`."""
         assert self.text is not None
         parts = [[self.dataset.tokens(s) for s in own] for own in sequences]
         ids, lengths = self.text.rows(parts)
-        return {f"{prefix}_ids": ids, f"{prefix}_lengths": lengths}
+        return {"ids": ids, "lengths": lengths}
 
-    def images(
-        self, prefix: str, places: Sequence[Place], documents: Sequence[int]
-    ) -> dict[str, Array]:
-        """``{prefix}_pixels`` of this rank's share of the documents; nothing beyond the first stage."""
+    def images(self, refs: Sequence[SampleRef], documents: Sequence[int]) -> dict[str, Array]:
+        """An image segment: `pixels` of this rank's share of the documents; nothing beyond the first stage."""
         if not self.share.first_stage:
             return {}
         own = self.share.slice(len(documents))
-        return {f"{prefix}_pixels": self.pixels(places[own], documents[own])}
+        return {"pixels": self.pixels(refs[own], documents[own])}
 
-    def repeated_images(self, prefix: str, documents: Sequence[int]) -> dict[str, Array]:
+    def repeated_images(self, documents: Sequence[int]) -> dict[str, Array]:
         """As `images`, for evaluation alone: a document that comes several times is decoded once."""
         if not self.share.first_stage:
             return {}
         own = np.asarray(documents)[self.share.slice(len(documents))]
         distinct, which = np.unique(own, return_inverse=True)
         once = distinct.tolist()
-        pixels = self.pixels([Place(0, 0, document) for document in once], once)
-        return {f"{prefix}_pixels": pixels[which]}
+        pixels = self.pixels([SampleRef(0, 0, document) for document in once], once)
+        return {"pixels": pixels[which]}
 
-    def pixels(self, places: Sequence[Place], documents: Sequence[int], threads: int = 1) -> Array:
+    def pixels(
+        self, refs: Sequence[SampleRef], documents: Sequence[int], threads: int = 1
+    ) -> Array:
         """Views of images, uint8 ``[n, 3, S, S]``, decoded by so many threads."""
         assert self.views is not None
         out = np.empty((len(documents), 3, self.size, self.size), dtype=np.uint8)
 
         def decode(number: int) -> None:
             assert self.views is not None
-            out[number] = self.views.pixels(places[number], documents[number], [self.size])[0]
+            out[number] = self.views.pixels(refs[number], documents[number], [self.size])[0]
 
         if threads == 1:
             for number in range(len(documents)):
@@ -201,18 +203,20 @@ class TaskSamples:
                 list(pool.map(decode, range(len(documents))))
         return out
 
-    def _pairs(self, places: Sequence[Place], rows: Sequence[TaskRow]) -> dict[str, Array]:
+    def _pairs(
+        self, refs: Sequence[SampleRef], rows: Sequence[TaskRow]
+    ) -> dict[str, dict[str, Array]]:
         """Every image of a sample with its text; the pairs of a sample follow each other."""
         per_sample = len(rows[0].images)
         documents = [document for row in rows for document in row.images]
         texts = [row.texts for row in rows for _ in row.images]
-        # Draws of their own for each picture of a sample.
+        # SampleRngs of their own for each picture of a sample.
         own = [
-            Place(place.dataset, place.epoch, place.index * per_sample + number)
-            for place in places
+            SampleRef(ref.dataset, ref.epoch, ref.index * per_sample + number)
+            for ref in refs
             for number in range(per_sample)
         ]
-        return self.texts(texts, "pair") | self.images("pair", own, documents)
+        return {"pair_texts": self.texts(texts), "pair_images": self.images(own, documents)}
 
 
 def _labels(rows: Sequence[TaskRow]) -> dict[str, Array]:

@@ -251,7 +251,9 @@ class VLMoE:
             ``[n, ...]``, float32.
         """
         shape = shape or SAMPLE_SHAPES[self.task]
-        text_prefix, image_prefix = ("pair", "pair") if shape.pairs else ("text", "image")
+        text_segment, image_segment = "texts", "images"
+        if shape.pairs:
+            text_segment, image_segment = "pair_texts", "pair_images"
         per_sample = max(shape.pairs, 1)
         config = self._loaded.config
         ids, lengths = (None, None) if texts is None else self._laid_out(texts, shape)
@@ -260,14 +262,13 @@ class VLMoE:
         found = []
         for first in range(0, len(inputs), self.batch_size * per_sample):
             part = slice(first, first + self.batch_size * per_sample)
-            batch: dict[str, Array] = {}
+            batch: dict[str, dict[str, Array]] = {}
             if ids is not None and lengths is not None:
-                batch[f"{text_prefix}_ids"] = ids[part]
-                batch[f"{text_prefix}_lengths"] = lengths[part]
+                batch[text_segment] = {"ids": ids[part], "lengths": lengths[part]}
             if images is not None:
-                batch[f"{image_prefix}_pixels"] = pixels(
-                    images[part], config.model.image_size, self._rules
-                )
+                batch[image_segment] = {
+                    "pixels": pixels(images[part], config.model.image_size, self._rules)
+                }
             found.append(self._forward(batch, len(inputs[part]) // per_sample, shape, output))
         if found:
             return np.concatenate(found)
@@ -275,7 +276,7 @@ class VLMoE:
         return np.zeros((0, widths.get(output, config.model.hidden_size)), dtype=np.float32)
 
     def _laid_out(self, texts: Sequence[Sequence[Item]], shape: SampleShape) -> tuple[Array, Array]:
-        """Token slots ``[n, L]`` and lengths ``[n]`` of n texts, each of one or two parts."""
+        """Ids ``[n, L]`` and lengths ``[n]`` of n texts, each of one or two parts."""
         from megatron_vlmoe.finetune.samples import TextFormat
 
         tokenizer, model = self._loaded.tokenizer, self._loaded.config.model
@@ -287,21 +288,22 @@ class VLMoE:
         return TextFormat.of(tokenizer, length).rows(list(zip(*parts, strict=True)))
 
     def _forward(
-        self, batch: Mapping[str, Array], count: int, shape: SampleShape, output: str
+        self, batch: dict[str, dict[str, Array]], count: int, shape: SampleShape, output: str
     ) -> Array:
         """An output of the heads ``[count, ...]`` for one batch of so many samples."""
         import torch
 
-        from megatron_vlmoe.finetune.sweeps import sweep_layout
+        from megatron_vlmoe.data.collate import to_tensors
+        from megatron_vlmoe.finetune.eval_items import eval_layout
 
         config = self._loaded.config
         config = replace(config, task=replace(config.task, eval_micro_batch_size=count))
-        layout = sweep_layout(config, shape)
+        layout = eval_layout(config, shape)
 
         def finish(_: Any, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
             values = heads[output].float()
             return torch.zeros(1, device=values.device), {output: values.cpu().numpy()}
 
-        tensors = {name: torch.as_tensor(value) for name, value in batch.items()}
+        tensors = to_tensors({"micro_batch": np.array(0), **batch})
         (result,) = self._loaded.runner.evaluate(iter([tensors]), 1, finish, layout=layout)
         return result[output]

@@ -1,26 +1,29 @@
 """MLM, MIM and VLM losses of a micro-batch (paper section 3.1) and their weighted total.
 
-Each of the four losses is the mean over the valid slots of one micro-batch, over all tensor-parallel ranks;
+Each of the four losses is the mean over the predicted positions of one micro-batch, over all tensor-parallel ranks;
 gradients are then averaged over micro-batches and data-parallel ranks, so a micro-batch is the unit that
 every parallel layout shares.
 """
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+from types import MappingProxyType
+from typing import Mapping, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import ObjectivesConfig
+from megatron_vlmoe.model.heads import Predicted
+from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.stream.layout import SegmentName
 
 LOSSES = ("mlm", "mim", "vlm_text", "vlm_image")
-LABELS = {
-    "mlm": "text_labels",
-    "mim": "image_codes",
-    "vlm_text": "pair_text_labels",
-    "vlm_image": "pair_image_codes",
-}
+# The segment that a loss is over.
+LOSS_SEGMENTS: Mapping[str, SegmentName] = MappingProxyType(
+    {"mlm": "texts", "mim": "images", "vlm_text": "pair_texts", "vlm_image": "pair_images"}
+)
+_LOSS_OF = MappingProxyType({segment: name for name, segment in LOSS_SEGMENTS.items()})
 
 
 def loss_weights(objectives: ObjectivesConfig) -> dict[str, float]:
@@ -29,38 +32,52 @@ def loss_weights(objectives: ObjectivesConfig) -> dict[str, float]:
 
 
 def masked_mean(losses: Tensor, labels: Tensor) -> Tensor:
-    """Mean of ``losses [S]`` over slots with a label; 0 with a graph if there is none."""
+    """Mean of ``losses [S]`` over positions with a label; 0 with a graph if there is none."""
     valid = (labels.reshape(-1) >= 0).sum()
     return losses.sum() / valid.clamp(min=1)
 
 
 def total_loss(
-    slots: Mapping[str, tuple[Tensor, Optional[Tensor]]],
-    batch: Mapping[str, Tensor],
-    objectives: ObjectivesConfig,
+    predicted: Mapping[SegmentName, Predicted], batch: Batch, objectives: ObjectivesConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted total and the single losses of one micro-batch.
 
     Args:
-        slots: losses and correctness per slot, as the model's heads return them.
+        predicted: what the model's heads say of every segment.
         batch: the labels.
         objectives: weights.
     """
     weights = loss_weights(objectives)
-    single = {name: masked_mean(losses, batch[LABELS[name]]) for name, (losses, _) in slots.items()}
+    single = {
+        _LOSS_OF[segment]: masked_mean(own.losses, batch[segment]["labels"])
+        for segment, own in predicted.items()
+    }
     # A zero weight is left out, so that an unused head gets no gradient at all.
     parts = [weights[name] * loss for name, loss in single.items() if weights[name] != 0.0]
     return torch.stack(parts).sum(), {name: loss.detach() for name, loss in single.items()}
 
 
+class MaskedSums(NamedTuple):
+    """What evaluation adds up over micro-batches for one loss.
+
+    Args:
+        sums: loss, hits and number of predicted positions ``[3]``, in fp64.
+        labels: what was to be predicted ``[n, M]``; negative where unused.
+    """
+
+    sums: Tensor
+    labels: Tensor
+
+
 @torch.no_grad()
 def evaluation_sums(
-    slots: Mapping[str, tuple[Tensor, Optional[Tensor]]], batch: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Sums for exact averages over any split of the data: loss, hits and count ``[3]`` of every loss."""
+    predicted: Mapping[SegmentName, Predicted], batch: Batch
+) -> dict[str, MaskedSums]:
+    """Sums for exact averages over any split of the data, for every loss."""
     sums = {}
-    for name, (losses, correct) in slots.items():
+    for segment, (losses, correct) in predicted.items():
         assert correct is not None, "the heads tell correctness in evaluation only"
-        count = (batch[LABELS[name]] >= 0).sum()
-        sums[name] = torch.stack([losses.double().sum(), correct.double().sum(), count.double()])
+        labels = batch[segment]["labels"]
+        counts = [losses.double().sum(), correct.double().sum(), (labels >= 0).sum().double()]
+        sums[_LOSS_OF[segment]] = MaskedSums(torch.stack(counts), labels)
     return sums

@@ -5,7 +5,7 @@ Letters: n samples, L tokens, N patches, P patch side, D width, S image side.
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig
 from megatron_vlmoe.model.norm import mark_sequence_parallel
-from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.batch import Batch, StreamBatch
+from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS
 from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 
@@ -113,27 +114,21 @@ class StreamEmbedding(MegatronModule):
         self.text = TextEmbedding(config, model) if model.vocab_size else None
         self.image = ImageEmbedding(config, model, data)
 
-    def forward(self, batch: Mapping[str, Tensor], stream: StreamBatch) -> Tensor:
+    def forward(self, batch: Batch, stream: StreamBatch) -> Tensor:
         """The stream ``[T, 1, D]`` of this rank."""
         layout = stream.layout
         parts: list[Tensor] = []
-        if layout.texts:
-            parts.append(self._text()(batch["text_ids"], layout.texts))
-        if layout.pairs:
-            parts.append(self._text()(batch["pair_ids"], layout.pairs))
-            mask = _share(stream, batch.get("pair_image_mask"))
-            parts.append(self.image(batch["pair_pixels"], mask))
-        if layout.images:
-            parts.append(self.image(batch["image_pixels"], _share(stream, batch.get("image_mask"))))
+        for text_segment in TEXT_SEGMENTS:
+            if count := layout.count(text_segment):
+                assert self.text is not None, "texts and pairs need model.vocab_size"
+                parts.append(self.text(batch[text_segment]["ids"], count))
+        for image_segment in VISION_SEGMENTS:
+            if layout.count(image_segment):
+                images = batch[image_segment]
+                mask = images.get("mask")
+                shared = None if mask is None else stream.share(mask)
+                parts.append(self.image(images["pixels"], shared))
         return torch.cat(parts)
-
-    def _text(self) -> TextEmbedding:
-        assert self.text is not None, "texts and pairs need model.vocab_size"
-        return self.text
-
-
-def _share(stream: StreamBatch, samples: Optional[Tensor]) -> Optional[Tensor]:
-    return None if samples is None else stream.share(samples)
 
 
 def _table(rows: int, config: TransformerConfig) -> nn.Parameter:

@@ -5,7 +5,7 @@ Letters: n samples, M predicted positions of a sample, S positions in total, D w
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -16,8 +16,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.stream.batch import StreamBatch
-from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.batch import Batch, StreamBatch
+from megatron_vlmoe.stream.layout import (
+    TEXT_SEGMENTS,
+    VISION_SEGMENTS,
+    SegmentName,
+    StreamLayout,
+)
 from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 
@@ -80,12 +85,24 @@ class VocabHead(MegatronModule):
         return index == labels
 
 
+class Predicted(NamedTuple):
+    """What a vocabulary head says of the predicted positions of a segment, equal on all tensor-parallel ranks.
+
+    Args:
+        losses: cross entropy in nats ``[n * M]``; 0 where a position is unused.
+        correct: whether the most likely class is the label ``[n * M]``; in evaluation only.
+    """
+
+    losses: Tensor
+    correct: Optional[Tensor]
+
+
 class Heads(MegatronModule):
     """What the last stage ends with: hidden states to what the objective needs."""
 
     def forward(
-        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, Any]:
+        self, hidden: Tensor, batch: Batch, stream: StreamBatch
+    ) -> Mapping[str, Tensor] | Mapping[SegmentName, Predicted]:
         """Outputs by name for the local stream ``[T, 1, D]`` after the last LayerNorm."""
         raise NotImplementedError
 
@@ -106,37 +123,21 @@ class MaskedHeads(Heads):
         self.image = VocabHead(config, model.visual_vocab_size) if model.visual_vocab_size else None
 
     def forward(
-        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, tuple[Tensor, Optional[Tensor]]]:
-        """Losses and correctness of every predicted slot of the whole micro-batch.
+        self, hidden: Tensor, batch: Batch, stream: StreamBatch
+    ) -> dict[SegmentName, Predicted]:
+        """What is predicted of every segment that the layout has, over the whole micro-batch.
 
         Args:
             hidden: the local stream ``[T, 1, D]`` after the last LayerNorm.
-            batch: positions ``[n, M]`` within a sample and labels ``[n, M]`` (-100 where unused).
+            batch: `positions` within a sample and `labels` of every segment.
             stream: the micro-batch.
-
-        Returns:
-            For each of `mlm`, `vlm_text`, `vlm_image`, `mim` that the layout has: losses ``[n * M]`` and, in
-            evaluation only, correctness ``[n * M]``; equal on all tensor-parallel ranks.
         """
-        layout = stream.layout
-        text: list[tuple[str, str, str, str, int]] = []
-        image: list[tuple[str, str, str, str, int]] = []
-        if layout.texts:
-            text.append(("mlm", "texts", "text_positions", "text_labels", 0))
-        if layout.pairs:
-            text.append(("vlm_text", "pair_texts", "pair_text_positions", "pair_text_labels", 0))
-            # Positions count patches; [I_CLS] stands before them.
-            image.append(
-                ("vlm_image", "pair_images", "pair_image_positions", "pair_image_codes", 1)
-            )
-        if layout.images:
-            image.append(("mim", "images", "image_positions", "image_codes", 1))
-        result = {}
-        for head, parts in ((self.text, text), (self.image, image)):
-            if parts:
+        result: dict[SegmentName, Predicted] = {}
+        for head, segments in ((self.text, TEXT_SEGMENTS), (self.image, VISION_SEGMENTS)):
+            present = [segment for segment in segments if stream.layout.count(segment)]
+            if present:
                 assert head is not None, "the vocabulary of a head must be known"
-                result.update(_apply(head, parts, hidden, batch, stream))
+                result.update(_predict(head, present, hidden, batch, stream))
         return result
 
     def unreached(self, layout: StreamLayout) -> dict[str, nn.Module]:
@@ -148,20 +149,22 @@ class MaskedHeads(Heads):
         return {name: head for name, head, used in heads if head is not None and not used}
 
 
-def _apply(
+def _predict(
     head: VocabHead,
-    parts: Sequence[tuple[str, str, str, str, int]],
+    segments: Sequence[SegmentName],
     hidden: Tensor,
-    batch: Mapping[str, Tensor],
+    batch: Batch,
     stream: StreamBatch,
-) -> dict[str, tuple[Tensor, Optional[Tensor]]]:
-    """One matmul for all parts of a head; rows of a gathered tensor come rank by rank."""
+) -> dict[SegmentName, Predicted]:
+    """One matmul for all segments of a head; rows of a gathered tensor come rank by rank."""
     rows, labels, sizes = [], [], []
-    for _, segment, positions_key, labels_key, offset in parts:
+    for segment in segments:
         samples = stream.layout.take(hidden.squeeze(1), segment)
-        positions = stream.share(batch[positions_key]) + offset
+        # Positions of images count patches; [I_CLS] stands before them.
+        offset = 1 if segment in VISION_SEGMENTS else 0
+        positions = stream.share(batch[segment]["positions"]) + offset
         rows.append(_select(samples, positions))
-        labels.append(batch[labels_key].reshape(stream.tensor_size, -1))
+        labels.append(batch[segment]["labels"].reshape(stream.tensor_size, -1))
         sizes.append(rows[-1].shape[0])
     logits = head(torch.cat(rows).unsqueeze(1))
     target = torch.cat(labels, dim=1).reshape(-1)
@@ -169,12 +172,15 @@ def _apply(
     correct = None if head.training else head.correct(logits, target)
     losses = head.losses(logits, target)
 
-    def by_part(values: Tensor) -> list[Tensor]:
+    def by_segment(values: Tensor) -> list[Tensor]:
         split = values.view(stream.tensor_size, -1).split(sizes, dim=1)
         return [part.reshape(-1) for part in split]
 
-    hits = [None] * len(parts) if correct is None else by_part(correct)
-    return {name: (loss, hit) for (name, *_), loss, hit in zip(parts, by_part(losses), hits)}
+    hits = [None] * len(segments) if correct is None else by_segment(correct)
+    return {
+        segment: Predicted(loss, hit)
+        for segment, loss, hit in zip(segments, by_segment(losses), hits)
+    }
 
 
 def _select(samples: Tensor, positions: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ of the whole micro-batch and compute the same loss.
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.model.heads import Heads
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
-from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.batch import Batch, StreamBatch
 from megatron_vlmoe.stream.layout import StreamLayout
 
 
@@ -119,9 +118,7 @@ class PairClassifier(TaskHeads):
         self.pooler = Pooler(config)
         self.classifier = TwoLayerClassifier(config, config.hidden_size, num_classes)
 
-    def forward(
-        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, Any]:
+    def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
         """`logits` ``[n, C]``."""
         pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
         return {"logits": self.gathered(self.classifier(pooled))}
@@ -135,9 +132,7 @@ class TwoImageClassifier(TaskHeads):
         self.pooler = Pooler(config)
         self.classifier = TwoLayerClassifier(config, 2 * config.hidden_size, num_classes)
 
-    def forward(
-        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, Any]:
+    def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
         """`logits` ``[n, C]`` of the n = pairs / 2 samples, whose two pairs follow each other."""
         pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
         both = pooled.reshape(pooled.shape[0] // 2, -1)
@@ -151,9 +146,7 @@ class ImageClassifier(TaskHeads):
         super().__init__(config)
         self.classifier = OutputLinear(config, config.hidden_size, num_classes)
 
-    def forward(
-        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, Any]:
+    def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
         """`logits` ``[n, C]``."""
         patches = stream.layout.take(hidden.squeeze(1), "images")[:, 1:]
         return {"logits": self.gathered(self.classifier(patches.mean(dim=1)))}
@@ -167,9 +160,7 @@ class TextClassifier(TaskHeads):
         self.pooler = Pooler(config)
         self.classifier = OutputLinear(config, config.hidden_size, num_classes)
 
-    def forward(
-        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, Any]:
+    def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
         """`logits` ``[n, C]``."""
         pooled = self.pooler(self.first_tokens(hidden, stream, "texts"))
         return {"logits": self.gathered(self.classifier(pooled))}
@@ -189,12 +180,10 @@ class RetrievalHeads(TaskHeads):
         self.pooler = Pooler(config)
         self.matching = OutputLinear(config, width, 2)
 
-    def forward(
-        self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> dict[str, Any]:
+    def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
         """Unit vectors `text_features` and `image_features` ``[n, D]``, `match_logits` ``[pairs, 2]`` of what the
         layout has, and `logit_scale`, the log of the inverse temperature."""
-        outputs: dict[str, Any] = {"logit_scale": self.logit_scale.float()}
+        outputs: dict[str, Tensor] = {"logit_scale": self.logit_scale.float()}
         for name, segment in (("text", "texts"), ("image", "images")):
             if stream.layout.count(segment):
                 project = self.get_submodule(f"{name}_projection")

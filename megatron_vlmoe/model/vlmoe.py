@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Optional, Union
+from typing import Callable, Mapping, Optional, Union
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
@@ -13,8 +13,9 @@ from torch import Tensor
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.block import build_block
 from megatron_vlmoe.model.embeddings import StreamEmbedding
-from megatron_vlmoe.model.heads import Heads, MaskedHeads
-from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.model.heads import Heads, MaskedHeads, Predicted
+from megatron_vlmoe.stream.batch import Batch, StreamBatch
+from megatron_vlmoe.stream.layout import SegmentName
 
 BuildHeads = Callable[[TransformerConfig, RunConfig], Heads]
 """Makes what the last stage ends with: the heads of pretraining, or of a downstream task."""
@@ -58,14 +59,14 @@ class VLMoEModel(MegatronModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
-    def encode(self, batch: Mapping[str, Tensor], stream: StreamBatch) -> Tensor:
+    def encode(self, batch: Batch, stream: StreamBatch) -> Tensor:
         """Hidden states ``[T, 1, D]`` of the local stream after this stage's blocks."""
         hidden = self.embedding(batch, stream) if self.pre_process else None
         return self.decoder(hidden, stream)
 
     def forward(
-        self, batch: Mapping[str, Tensor], stream: StreamBatch
-    ) -> Union[Tensor, dict[str, Any]]:
+        self, batch: Batch, stream: StreamBatch
+    ) -> Union[Tensor, Mapping[str, Tensor], Mapping[SegmentName, Predicted]]:
         """Hidden states for the next stage; on the last stage what the heads return."""
         hidden = self.encode(batch, stream)
         if not self.post_process:

@@ -1,15 +1,134 @@
-"""What a block must know about the micro-batch besides its hidden states."""
+"""A micro-batch: its tensors, segment by segment, and what a block must know of it besides its hidden states.
+
+Letters: n samples of a segment, L tokens of a sample, N patches, M predicted positions of a sample, S side of the
+image tokenizer's or the model's images, A answers of a question.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
+
+
+class TextSegment(TypedDict, total=False):
+    """Texts, or the captions of pairs, of a micro-batch; integers are int64."""
+
+    ids: Tensor
+    """``[n, L]``, padded; masked where tokens are predicted."""
+
+    lengths: Tensor
+    """Tokens of every sample ``[n]``, special tokens included; absent where all are full."""
+
+    documents: Tensor
+    """Number of the document of every token within its packed text ``[n, L]``, with `data.reset_attention`."""
+
+    positions: Tensor
+    """Predicted positions ``[n, M]``, ascending; 0 where unused."""
+
+    labels: Tensor
+    """Tokens at these positions ``[n, M]``; -100 where unused."""
+
+    sample_numbers: Tensor
+    """Number of every sample, counted over the run ``[n]`` (pretraining)."""
+
+
+class ImageSegment(TypedDict, total=False):
+    """Images, or the images of pairs, of a micro-batch; integers are int64, pixels uint8."""
+
+    pixels: Tensor
+    """``[n / TP, 3, S, S]``: this tensor-parallel rank's share, on the first pipeline stage only."""
+
+    tokenizer_pixels: Tensor
+    """``[n / TP, 3, S, S]`` for the image tokenizer, on the last stage only, and only if codes are not stored."""
+
+    mask: Tensor
+    """Hidden patches, bool ``[n, N]``; absent where all are seen."""
+
+    positions: Tensor
+    """Hidden patches ``[n, M]``, ascending; [I_CLS] is not counted."""
+
+    labels: Tensor
+    """Visual tokens of these patches ``[n, M]``, on the last stage; computed from `tokenizer_pixels` if not stored."""
+
+    sample_numbers: Tensor
+    """Number of every sample, counted over the run ``[n]`` (pretraining)."""
+
+
+class Batch(TypedDict, total=False):
+    """A micro-batch of one data-parallel rank: the segments that it has, and what is known of it as a whole.
+
+    Every rank of a model has all samples in the same order, but of pixels only its tensor-parallel share.
+    """
+
+    texts: TextSegment
+    pair_texts: TextSegment
+    pair_images: ImageSegment
+    images: ImageSegment
+
+    micro_batch: Tensor
+    """Its number, counted over the run and all data-parallel ranks; stays on the host, since it seeds generators."""
+
+    step: Tensor
+    """Number of its step, from 0 (pretraining)."""
+
+    truncated_captions: Tensor
+    """Captions that were cut (pretraining)."""
+
+    dropped_caption_masks: Tensor
+    """Tokens of captions that were not masked because all M positions are used (pretraining)."""
+
+    samples: Tensor
+    """Index of every sample or evaluation item in its split ``[n]`` (tasks)."""
+
+    sample_numbers: Tensor
+    """Number of every sample, counted over the run ``[n]`` (training on a task)."""
+
+    labels: Tensor
+    """Class of every sample ``[n]``; -1 where unknown (tasks with classes)."""
+
+    answers: Tensor
+    """Answers that have a score ``[n, A]``; -1 where unused (VQA)."""
+
+    scores: Tensor
+    """Their scores in 0..1, fp32 ``[n, A]`` (VQA)."""
+
+    partner_labels: Tensor
+    """Class of the image that was mixed into every image ``[n]`` (mixup and cutmix)."""
+
+    own_share: Tensor
+    """Share of the image's own class in its target, fp32 ``[n]`` (mixup and cutmix)."""
+
+    image_documents: Tensor
+    """Number of every image among those of the split ``[n]`` (retrieval)."""
+
+    negatives_valid: Tensor
+    """Rows for which there was a wrong image and a wrong caption to draw, bool ``[n]`` (retrieval)."""
+
+    valid: Tensor
+    """False for the copies that fill up the last micro-batches, bool ``[n]`` (evaluation of a task)."""
+
+
+Nested = TypeVar("Nested")
+
+
+def map_values(nested: Nested, change: Callable[[Any], Any]) -> Nested:
+    """Applies `change` to every value of nested dictionaries; a value that stands in two places is changed once."""
+    changed: dict[int, Any] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: walk(inner) for name, inner in value.items()}
+        if id(value) not in changed:
+            changed[id(value)] = change(value)
+        return changed[id(value)]
+
+    return walk(nested)
 
 
 @dataclass(frozen=True, eq=False)

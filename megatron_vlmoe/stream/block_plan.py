@@ -16,6 +16,7 @@ from megatron_vlmoe.stream.layout import (
     SEGMENTS,
     TEXT_SEGMENTS,
     VISION_SEGMENTS,
+    SegmentName,
     StreamLayout,
 )
 
@@ -31,7 +32,7 @@ class Branch:
     """
 
     name: str
-    segments: tuple[str, ...]
+    segments: tuple[SegmentName, ...]
     num_experts: int = 0
 
     def slices(self, layout: StreamLayout) -> tuple[slice, ...]:

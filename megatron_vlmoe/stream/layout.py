@@ -16,7 +16,7 @@ dimension over TP ranks is therefore one local stream after another.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Mapping
+from typing import TYPE_CHECKING, Literal, Mapping
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig
@@ -24,10 +24,14 @@ from megatron_vlmoe.config.schema import DataConfig, ModelConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEGMENTS = ("texts", "pair_texts", "pair_images", "images")
-TEXT_SEGMENTS = ("texts", "pair_texts")
-VISION_SEGMENTS = ("pair_images", "images")
-PAIR_SEGMENTS = ("pair_texts", "pair_images")
+TextSegmentName = Literal["texts", "pair_texts"]
+ImageSegmentName = Literal["pair_images", "images"]
+SegmentName = Literal[TextSegmentName, ImageSegmentName]
+
+SEGMENTS: tuple[SegmentName, ...] = ("texts", "pair_texts", "pair_images", "images")
+TEXT_SEGMENTS: tuple[TextSegmentName, ...] = ("texts", "pair_texts")
+VISION_SEGMENTS: tuple[ImageSegmentName, ...] = ("pair_images", "images")
+PAIR_SEGMENTS: tuple[SegmentName, ...] = ("pair_texts", "pair_images")
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Mapping
+from typing import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.losses.masked import LABELS, LOSSES
+from megatron_vlmoe.losses.masked import LOSS_SEGMENTS, LOSSES, MaskedSums
 from megatron_vlmoe.runtime.distributed import device
+from megatron_vlmoe.stream.layout import TEXT_SEGMENTS
 
 
-def reduce_evaluation(results: Iterable[Mapping[str, Any]], config: RunConfig) -> dict[str, float]:
+def reduce_evaluation(
+    results: Iterable[Mapping[str, MaskedSums]], config: RunConfig
+) -> dict[str, float]:
     """Exact averages over the micro-batches of all ranks; every rank must call it.
 
     Args:
-        results: sums and labels of this rank's micro-batches.
+        results: what is added up of this rank's micro-batches.
         config: the run.
 
     Returns:
-        On every rank `eval/loss/*` (nats per masked slot), `acc/*` (share of masked slots whose most likely
+        On every rank `eval/loss/*` (nats per predicted position), `acc/*` (share of these whose most likely
         class is right) and `unigram/*` (entropy in nats of guessing by the labels' own frequencies).
     """
     counters = _Counters(config)
@@ -36,7 +39,7 @@ class _Counters:
         self.sums = torch.zeros(len(LOSSES), 3, dtype=torch.float64, device=device())
         sizes = {
             name: config.model.vocab_size
-            if "text" in LABELS[name]
+            if LOSS_SEGMENTS[name] in TEXT_SEGMENTS
             else config.model.visual_vocab_size
             for name in LOSSES
         }
@@ -45,18 +48,18 @@ class _Counters:
             for name, size in sizes.items()
         }
 
-    def add(self, result: Mapping[str, Any]) -> None:
+    def add(self, result: Mapping[str, MaskedSums]) -> None:
         """Adds one micro-batch."""
         for row, name in enumerate(LOSSES):
             if name not in result:
                 continue
-            self.sums[row] += result[name]
-            labels = result["labels"][LABELS[name]].reshape(-1)
+            self.sums[row] += result[name].sums
+            labels = result[name].labels.reshape(-1)
             valid = (labels >= 0).to(self.histograms[name].dtype)
             self.histograms[name].scatter_add_(0, labels.clamp(min=0), valid)
 
     def reduce(self) -> dict[str, float]:
-        """Metrics over all ranks; losses without any slot are left out."""
+        """Metrics over all ranks; losses over nothing are left out."""
         flat = torch.cat([self.sums.reshape(-1), *(self.histograms[name] for name in LOSSES)])
         dist.all_reduce(flat)
         sums = flat[: self.sums.numel()].view_as(self.sums)

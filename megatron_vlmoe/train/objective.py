@@ -6,7 +6,8 @@ from typing import Iterator, Mapping, Protocol
 
 from torch import Tensor
 
-from megatron_vlmoe.train.step import Batch, StepRunner
+from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.train.step import StepRunner
 
 Losses = list[dict[str, Tensor]]
 """For every micro-batch of a step, on the last pipeline stage: `total` and the single losses by name."""

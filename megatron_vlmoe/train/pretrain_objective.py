@@ -9,15 +9,20 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.losses.masked import LOSSES, evaluation_sums, total_loss
+from megatron_vlmoe.losses.masked import (
+    LOSS_SEGMENTS,
+    LOSSES,
+    MaskedSums,
+    evaluation_sums,
+    total_loss,
+)
+from megatron_vlmoe.model.heads import Predicted
 from megatron_vlmoe.runtime.distributed import Ranks, device
+from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.stream.layout import VISION_SEGMENTS, SegmentName, StreamLayout
 from megatron_vlmoe.train.evaluate import evaluation_line, reduce_evaluation
 from megatron_vlmoe.train.objective import Losses
-from megatron_vlmoe.train.step import Batch, StepRunner
-
-# Which samples a loss is over.
-SAMPLES = {"mlm": "texts", "mim": "images", "vlm_text": "pairs", "vlm_image": "pairs"}
-LABEL_KEYS = ("text_labels", "pair_text_labels", "image_codes", "pair_image_codes")
+from megatron_vlmoe.train.step import StepRunner
 
 
 class ImageEncoder(Protocol):
@@ -67,13 +72,12 @@ class MaskedObjective:
 
     def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """`loss/mlm`, `loss/mim`, `loss/vlm_text`, `loss/vlm_image` of what the run has, and `loss/vlm`."""
-        data, objectives = self.config.data, self.config.objectives
+        objectives = self.config.objectives
+        layout = StreamLayout.from_config(self.config.model, self.config.data)
         metrics = {
-            f"loss/{name}": means[name]
-            for name in LOSSES
-            if getattr(data, f"micro_{SAMPLES[name]}")
+            f"loss/{name}": means[name] for name in LOSSES if layout.count(LOSS_SEGMENTS[name])
         }
-        if data.micro_pairs:
+        if layout.pairs:
             metrics["loss/vlm"] = (
                 objectives.vlm_text_weight * means["vlm_text"]
                 + objectives.vlm_image_weight * means["vlm_image"]
@@ -94,24 +98,28 @@ class MaskedObjective:
         """Losses beside the entropy of guessing, and accuracies."""
         return evaluation_line(metrics)
 
-    def _loss(self, batch: Batch, slots: Any) -> tuple[Tensor, dict[str, Any]]:
-        loss, single = total_loss(slots, batch, self.config.objectives)
+    def _loss(
+        self, batch: Batch, predicted: Mapping[SegmentName, Predicted]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, single = total_loss(predicted, batch, self.config.objectives)
         return loss, {"total": loss.detach().clone(), **single}
 
-    def _sums(self, batch: Batch, slots: Any) -> tuple[Tensor, dict[str, Any]]:
-        sums: dict[str, Any] = dict(evaluation_sums(slots, batch))
-        sums["labels"] = {name: batch[name] for name in LABEL_KEYS if name in batch}
-        return torch.zeros(1, device=device()), sums
+    def _sums(
+        self, batch: Batch, predicted: Mapping[SegmentName, Predicted]
+    ) -> tuple[Tensor, dict[str, MaskedSums]]:
+        return torch.zeros(1, device=device()), evaluation_sums(predicted, batch)
 
     def _add_codes(self, batch: Batch) -> Batch:
         """Adds visual tokens that are not stored."""
         if not self.ranks.is_last_stage or self.image_tokenizer is None:
             return batch
-        completed = dict(batch)
-        for name, prefix in (("image", "image"), ("pair", "pair_image")):
-            if f"{name}_tokenizer_pixels" in completed:
-                codes = self._codes(completed.pop(f"{name}_tokenizer_pixels"))
-                completed[f"{prefix}_codes"] = codes.gather(1, completed[f"{prefix}_positions"])
+        completed = batch.copy()
+        for segment in VISION_SEGMENTS:
+            if "tokenizer_pixels" in batch.get(segment, ()):
+                images = batch[segment].copy()
+                codes = self._codes(images.pop("tokenizer_pixels"))
+                images["labels"] = codes.gather(1, images["positions"])
+                completed[segment] = images
         return completed
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import Ranks, device
-from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.batch import Batch, StreamBatch, TextSegment, map_values
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.setup import TrainingParts
 
-Batch = Mapping[str, Tensor]
 Prepare = Callable[[Batch], Batch]
 """Completes a batch that is on the device."""
 Finish = Callable[[Batch, Any], tuple[Tensor, dict[str, Any]]]
@@ -133,24 +132,23 @@ class StepRunner:
     ) -> StreamBatch:
         """The StreamBatch of a batch; `draws` turns noise and stochastic depth on."""
         key = DrawKey(self.config.train.seed, int(batch["micro_batch"])) if draws else None
+        texts, captions = batch.get("texts", TextSegment()), batch.get("pair_texts", TextSegment())
         return StreamBatch(
             layout=(layout or self.layout).shard(self.ranks.tensor_size),
             tensor_rank=self.ranks.tensor,
             tensor_size=self.ranks.tensor_size,
-            pair_lengths=batch.get("pair_lengths"),
+            pair_lengths=captions.get("lengths"),
             drawn_layout=self.layout.shard(self.ranks.tensor_size),
             key=key,
-            text_documents=batch.get("text_segments"),
-            text_lengths=batch.get("text_lengths"),
+            text_documents=texts.get("documents"),
+            text_lengths=texts.get("lengths"),
         )
 
     @staticmethod
     def _prepare(batch: Batch, prepare: Optional[Prepare]) -> Batch:
         """Moves a batch to the device and lets the objective complete it."""
-        target = device()
-        # The micro-batch number stays on the host: it seeds generators.
-        moved = {
-            key: value if key == "micro_batch" else value.to(target, non_blocking=True)
-            for key, value in batch.items()
-        }
+        target, number = device(), batch["micro_batch"]
+        moved = map_values(
+            batch, lambda value: value if value is number else value.to(target, non_blocking=True)
+        )
         return moved if prepare is None else prepare(moved)

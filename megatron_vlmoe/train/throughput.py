@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Iterable, Iterator, Mapping, Optional
+from typing import Iterable, Iterator, Optional
 
 import torch
-from torch import Tensor
 
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
 
 # Dense peak of one device in FLOP/s by a part of its name and the precision (vendors' data sheets).
@@ -39,14 +39,14 @@ class DataClock:
         batches: the loader's batches.
     """
 
-    def __init__(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    def __init__(self, batches: Iterable[Batch]) -> None:
         self.iterator = iter(batches)
         self.waited = 0.0
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Mapping[str, Tensor]:
+    def __next__(self) -> Batch:
         start = time.perf_counter()
         try:
             return next(self.iterator)

@@ -142,19 +142,17 @@ def _batches(task: str, config: Any) -> list[tuple[Any, Any, dict[str, Any]]]:
             text_lengths=given["text_lengths"][:texts] if texts and not packed else None,
         )
         batch = {
-            "text_ids": given["text_ids"][:texts],
-            "pair_ids": given["pair_ids"][:pairs],
-            "pair_pixels": given["pixels"][:pairs],
-            "image_pixels": given["pixels"][:images],
+            "texts": {"ids": given["text_ids"][:texts]},
+            "pair_texts": {"ids": given["pair_ids"][:pairs]},
+            "pair_images": {"pixels": given["pixels"][:pairs]},
+            "images": {"pixels": given["pixels"][:images]},
         }
         if not task:
-            batch |= {
-                "pair_image_mask": given["mask"][:pairs],
-                "image_mask": given["mask"][:images],
-            }
+            batch["pair_images"]["mask"] = given["mask"][:pairs]
+            batch["images"]["mask"] = given["mask"][:images]
         if task == "nlvr2":
             # The sentence stands before either image.
-            batch["pair_ids"] = given["pair_ids"][: pairs // 2].repeat_interleave(2, 0)
+            batch["pair_texts"]["ids"] = given["pair_ids"][: pairs // 2].repeat_interleave(2, 0)
             half = given["pair_lengths"][: pairs // 2].repeat_interleave(2, 0)
             stream = StreamBatch(layout, pair_lengths=half)
         return layout, stream, batch

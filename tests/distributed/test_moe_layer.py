@@ -12,6 +12,7 @@ from torch import Tensor
 from training_runs import start
 
 from megatron_vlmoe.moe.routing_ops import expert_capacity
+from megatron_vlmoe.stream.layout import PAIR_SEGMENTS
 
 pytestmark = pytest.mark.dist
 
@@ -216,18 +217,15 @@ def permuted(where: Layout) -> None:
     chunk, runner, batch = parts.chunks[0].eval(), StepRunner(config, parts, ranks), data.batch(0)
     for order in ([1, 2, 3, 0], [3, 1, 0, 2]):
         index = torch.tensor(order)
-        for prefix, losses in (
-            ("text_", ("mlm",)),
-            ("image_", ("mim",)),
-            ("pair_", ("vlm_text", "vlm_image")),
-        ):
-            moved = {k: v[index] if k.startswith(prefix) else v for k, v in batch.items()}
+        for segments in (("texts",), ("images",), PAIR_SEGMENTS):
+            own = {name: {k: v[index] for k, v in batch[name].items()} for name in segments}
+            moved = batch | own
             with torch.no_grad():
                 before = chunk(batch, runner.stream(batch, draws=False))
                 after = chunk(moved, runner.stream(moved, draws=False))
             for name, (values, _) in before.items():
                 rows = values.view(4, -1)
-                wanted = rows[index] if name in losses else rows
+                wanted = rows[index] if name in segments else rows
                 torch.testing.assert_close(after[name][0].view(4, -1), wanted, rtol=1e-5, atol=1e-5)
                 assert not torch.allclose(rows[index], rows)
 

@@ -138,11 +138,6 @@ def test_travelling_files_need_nothing_of_this_package():
     assert list(TRAVELLING.glob("modeling_*.py"))
 
 
-def test_files_have_at_most_600_lines():
-    lengths = {name_of(path): len(path.read_text().splitlines()) for path in (*SOURCES, *TOOLS)}
-    assert not {name: length for name, length in lengths.items() if length > 600}
-
-
 def test_functions_have_at_most_100_lines():
     found = {}
     for path in (*SOURCES, *TOOLS):

@@ -22,12 +22,13 @@ from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, write_manifest
 from megatron_vlmoe.data.sources import split_documents
 from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
+from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
 
 NUM_IMAGES, NUM_PAIRS, NUM_TEXTS = 23, 20, 40
 MICRO = 4
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,22 @@ def batches(data: PretrainData, count: int, first: int = 0, split: str = "train"
     return list(data.loader(split, first, count))
 
 
-def assert_equal(left: Batch, right: Batch, ignored: tuple[str, ...] = ()) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        if name not in ignored:
-            assert torch.equal(left[name], right[name]), name
+def flat(batch: Batch) -> dict[str, torch.Tensor]:
+    """All tensors of a batch by `SEGMENT/KEY`."""
+    values: dict[str, torch.Tensor] = {}
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            values |= {f"{name}/{key}": tensor for key, tensor in value.items()}
+        else:
+            values[name] = value
+    return values
+
+
+def assert_equal(left: Batch, right: Batch) -> None:
+    ours, theirs = flat(left), flat(right)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 def test_shapes_and_types(corpus: Corpus) -> None:
@@ -153,20 +165,22 @@ def test_shapes_and_types(corpus: Corpus) -> None:
     slots, captions, masked = data.text_slots, data.caption_slots, data.num_masked_patches
     assert (slots, masked) == (9, 25)  # floor(0.15 * 62 + 0.5), floor(0.4 * 64)
     expected = {
-        **dict.fromkeys(("text_ids", "text_segments"), (MICRO, 64)),
-        **dict.fromkeys(("text_positions", "text_labels"), (MICRO, slots)),
-        "pair_ids": (MICRO, 32),
-        "pair_lengths": (MICRO,),
-        **dict.fromkeys(("pair_text_positions", "pair_text_labels"), (MICRO, captions)),
-        **dict.fromkeys(("image_mask", "pair_image_mask"), (MICRO, 64)),
-        **dict.fromkeys(("image_positions", "pair_image_positions"), (MICRO, masked)),
-        **dict.fromkeys(("image_pixels", "pair_pixels"), (MICRO, 3, 64, 64)),
-        **dict.fromkeys(("image_tokenizer_pixels", "pair_tokenizer_pixels"), (MICRO, 3, 32, 32)),
-        **{f"{name}_sample_numbers": (MICRO,) for name in ("text", "image", "pair")},
+        **dict.fromkeys(("texts/ids", "texts/documents"), (MICRO, 64)),
+        **dict.fromkeys(("texts/positions", "texts/labels"), (MICRO, slots)),
+        "pair_texts/ids": (MICRO, 32),
+        "pair_texts/lengths": (MICRO,),
+        **dict.fromkeys(("pair_texts/positions", "pair_texts/labels"), (MICRO, captions)),
+        **dict.fromkeys(("images/mask", "pair_images/mask"), (MICRO, 64)),
+        **dict.fromkeys(("images/positions", "pair_images/positions"), (MICRO, masked)),
+        **dict.fromkeys(("images/pixels", "pair_images/pixels"), (MICRO, 3, 64, 64)),
+        **dict.fromkeys(
+            ("images/tokenizer_pixels", "pair_images/tokenizer_pixels"), (MICRO, 3, 32, 32)
+        ),
+        **{f"{segment}/sample_numbers": (MICRO,) for segment in SEGMENTS},
         **dict.fromkeys(("micro_batch", "step", "truncated_captions", "dropped_caption_masks"), ()),
     }
-    assert {name: tuple(value.shape) for name, value in batch.items()} == expected
-    for name, value in batch.items():
+    assert {name: tuple(value.shape) for name, value in flat(batch).items()} == expected
+    for name, value in flat(batch).items():
         wanted = torch.uint8 if "pixels" in name else torch.int64
         assert value.dtype == (torch.bool if name.endswith("mask") else wanted), name
     assert data.config.model.vocab_size == corpus.tokenizer.size
@@ -178,14 +192,14 @@ def test_shapes_and_types(corpus: Corpus) -> None:
 def test_masks_agree_with_positions_and_labels(corpus: Corpus) -> None:
     tokenizer, data = corpus.tokenizer, open_data(corpus.config())
     for batch in batches(data, 6):
-        for prefix in ("image", "pair_image"):
-            mask = batch[f"{prefix}_mask"]
+        for segment in VISION_SEGMENTS:
+            mask = batch[segment]["mask"]
             assert (mask.sum(1) == 25).all()
             rows = [torch.nonzero(row)[:, 0] for row in mask]
-            assert torch.equal(torch.stack(rows), batch[f"{prefix}_positions"])
-        for prefix, name in (("text", "text"), ("pair", "pair_text")):
-            ids, positions = batch[f"{prefix}_ids"], batch[f"{name}_positions"]
-            labels = batch[f"{name}_labels"]
+            assert torch.equal(torch.stack(rows), batch[segment]["positions"])
+        for text_segment in TEXT_SEGMENTS:
+            texts = batch[text_segment]
+            ids, positions, labels = texts["ids"], texts["positions"], texts["labels"]
             used = labels != -100
             assert (positions[~used] == 0).all() and (positions[used] > 0).all()
             assert not torch.isin(labels[used], torch.tensor(list(tokenizer.special_ids))).any()
@@ -202,12 +216,12 @@ def test_captions_are_framed_padded_and_cut(corpus: Corpus) -> None:
     num_captions = reader.num_sequences
     for batch in batches(data, -(-num_captions // MICRO)):
         truncated += int(batch["truncated_captions"])
-        ids = batch["pair_ids"].clone()
-        labels = batch["pair_text_labels"]
+        captions = batch["pair_texts"]
+        ids, labels = captions["ids"].clone(), captions["labels"]
         for row in range(MICRO):
             used = labels[row] != -100
-            ids[row, batch["pair_text_positions"][row][used]] = labels[row][used]
-            length = int(batch["pair_lengths"][row])
+            ids[row, captions["positions"][row][used]] = labels[row][used]
+            length = int(captions["lengths"][row])
             assert ids[row, 0] == tokenizer.bos_id and ids[row, length - 1] == tokenizer.eos_id
             assert (ids[row, length:] == tokenizer.pad_id).all()
             seen.append(tuple(ids[row, 1 : length - 1].tolist()))
@@ -220,8 +234,8 @@ def test_caption_masks_beyond_the_slots_are_counted(corpus: Corpus) -> None:
     base = corpus.config()
     config = replace(base, objectives=replace(base.objectives, caption_mask_slots=3))
     for batch in batches(open_data(config), 3):
-        taken = (batch["pair_text_labels"] != -100).sum(1)
-        natural = ((batch["pair_lengths"] - 2) * 0.5 + 0.5).floor().clamp(min=1)
+        taken = (batch["pair_texts"]["labels"] != -100).sum(1)
+        natural = ((batch["pair_texts"]["lengths"] - 2) * 0.5 + 0.5).floor().clamp(min=1)
         assert torch.equal(taken, natural.clamp(max=3).long())
         assert int(batch["dropped_caption_masks"]) == int((natural - taken).sum())
 
@@ -241,9 +255,10 @@ def test_a_batch_depends_on_its_number_alone(corpus: Corpus) -> None:
     for first in (3, 6):
         for batch, wanted in zip(batches(data, 2, first), expected[first:], strict=False):
             assert_equal(batch, wanted)
-    assert not torch.equal(expected[0]["text_ids"], expected[1]["text_ids"])
+    assert not torch.equal(expected[0]["texts"]["ids"], expected[1]["texts"]["ids"])
     other = replace(corpus.config(), train=replace(corpus.config().train, seed=99))
-    assert not torch.equal(batches(open_data(other), 1)[0]["image_mask"], expected[0]["image_mask"])
+    masks = [batch["images"]["mask"] for batch in (batches(open_data(other), 1)[0], expected[0])]
+    assert not torch.equal(*masks)
 
 
 def test_workers_change_nothing_and_leave_the_global_generator_alone(corpus: Corpus) -> None:
@@ -269,7 +284,7 @@ def test_two_ranks_see_what_one_process_sees(corpus: Corpus) -> None:
         assert_equal(left, right)
     assert [int(batch["micro_batch"]) for batch in whole] == list(range(6))
     assert [int(batch["step"]) for batch in whole] == [0, 0, 1, 1, 2, 2]
-    numbers = torch.cat([batch["text_sample_numbers"] for batch in whole])
+    numbers = torch.cat([batch["texts"]["sample_numbers"] for batch in whole])
     assert torch.equal(numbers, torch.arange(6 * MICRO))
 
 
@@ -279,8 +294,8 @@ def test_tensor_shares_concatenate_to_the_whole(corpus: Corpus) -> None:
         batches(open_data(corpus.config(), tensor_rank=r, tensor_size=2), 2) for r in range(2)
     ]
     for number, wanted in enumerate(whole):
-        for name, value in wanted.items():
-            parts = [share[number][name] for share in shares]
+        for name, value in flat(wanted).items():
+            parts = [flat(share[number])[name] for share in shares]
             if "pixels" in name:
                 assert parts[0].shape[0] == MICRO // 2
                 assert torch.equal(torch.cat(parts), value)
@@ -289,10 +304,11 @@ def test_tensor_shares_concatenate_to_the_whole(corpus: Corpus) -> None:
 
 
 def test_stages_read_only_what_they_need(corpus: Corpus, tmp_path: Path) -> None:
-    whole = batches(open_data(corpus.config()), 1)[0]
+    whole = flat(batches(open_data(corpus.config()), 1)[0])
     common = {name for name in whole if "pixels" not in name}
     for first, last in ((True, False), (False, False), (False, True)):
-        batch = batches(open_data(corpus.config(), first_stage=first, last_stage=last), 1)[0]
+        data = open_data(corpus.config(), first_stage=first, last_stage=last)
+        batch = flat(batches(data, 1)[0])
         own = {name for name in whole if name.endswith("pixels")}
         own = {name for name in own if (last if "tokenizer" in name else first)}
         assert batch.keys() == common | own
@@ -360,8 +376,8 @@ def test_evaluation_is_fixed_and_unaugmented(corpus: Corpus) -> None:
     for left, right in zip(first, batches(data, 4, split="eval"), strict=True):
         assert_equal(left, right)
     # Five images are held out: sample 5 is sample 0 again, with the same masks.
-    masks = torch.cat([batch["image_mask"] for batch in first])
-    pixels = torch.cat([batch["image_pixels"] for batch in first])
+    masks = torch.cat([batch["images"]["mask"] for batch in first])
+    pixels = torch.cat([batch["images"]["pixels"] for batch in first])
     assert torch.equal(masks[0], masks[5]) and torch.equal(pixels[0], pixels[5])
     assert not torch.equal(masks[0], masks[1])
     stored = IndexedReader(str(corpus.root / "images_image")).sequence(18).tobytes()
@@ -386,9 +402,9 @@ def test_without_held_out_data_only_the_evaluation_fails(corpus: Corpus) -> None
 def test_the_two_views_show_the_same_thing(corpus: Corpus) -> None:
     data = open_data(corpus.config(color_jitter=0.4, pair_flip_probability=0.5))
     for batch in batches(data, 3):
-        for name in ("image", "pair"):
-            model = batch[f"{name}_pixels"].float().unflatten(3, (8, 8)).unflatten(2, (8, 8))
-            view = batch[f"{name}_tokenizer_pixels"].float()
+        for segment in VISION_SEGMENTS:
+            model = batch[segment]["pixels"].float().unflatten(3, (8, 8)).unflatten(2, (8, 8))
+            view = batch[segment]["tokenizer_pixels"].float()
             means = view.unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5))
             difference = (model.mean((3, 5)) - means).abs()
             assert difference.max() < 6 and difference.mean() < 1
@@ -398,7 +414,7 @@ def test_the_two_views_show_the_same_thing(corpus: Corpus) -> None:
 def test_flips_and_jitter_follow_their_options(corpus: Corpus) -> None:
     def pixels(**options: float) -> torch.Tensor:
         config = corpus.config(crop_scale_min=0.5, color_jitter=0.0, **options)
-        return torch.cat([batch["image_pixels"] for batch in batches(open_data(config), 4)])
+        return torch.cat([batch["images"]["pixels"] for batch in batches(open_data(config), 4)])
 
     straight, mirrored = pixels(flip_probability=0.0), pixels(flip_probability=1.0)
     assert torch.equal(straight, mirrored.flip(3))
@@ -428,11 +444,12 @@ def test_stored_codes_are_those_of_the_pixels(coded: Corpus) -> None:
     assert data.stored_codes
     for split in ("train", "eval"):
         for batch in batches(data, 4, split=split):
-            assert "image_tokenizer_pixels" not in batch
-            for prefix, pixels in (("image", "image_pixels"), ("pair_image", "pair_pixels")):
-                seen = BrightnessTokenizer(64, 8).encode(batch[pixels].float() / 255)
-                wanted = seen.gather(1, batch[f"{prefix}_positions"])
-                difference = (batch[f"{prefix}_codes"] - wanted).abs()
+            for segment in VISION_SEGMENTS:
+                images = batch[segment]
+                assert "tokenizer_pixels" not in images
+                seen = BrightnessTokenizer(64, 8).encode(images["pixels"].float() / 255)
+                wanted = seen.gather(1, images["positions"])
+                difference = (images["labels"] - wanted).abs()
                 assert difference.max() <= 4 and wanted.float().std() > 10
 
 
@@ -442,14 +459,14 @@ def test_training_uses_every_stored_view_and_evaluation_the_first(coded: Corpus)
     stored = CodesReader(str(coded.root / "images"))
     used = set()
     for number in range(120):
-        place = train.order.locate(number)
-        view = train.pixels.views.stored_view(place, place.index)
-        used.add(next(v for v in range(3) if stored.view(place.index, v).box == view.box))
+        ref = train.order.locate(number)
+        view = train.pixels.views.stored_view(ref, ref.index)
+        used.add(next(v for v in range(3) if stored.view(ref.index, v).box == view.box))
     assert used == {0, 1, 2}
     held_out = data._dataset("eval").parts["images"]
-    place = held_out.order.locate(1)
+    ref = held_out.order.locate(1)
     image = held_out.first_documents[0] + 1
-    assert held_out.pixels.views.stored_view(place, image).box == stored.view(image, 0).box
+    assert held_out.pixels.views.stored_view(ref, image).box == stored.view(image, 0).box
 
 
 def test_which_codes_are_used(coded: Corpus, corpus: Corpus) -> None:
@@ -499,7 +516,7 @@ def test_objectives_that_are_off_need_no_data(corpus: Corpus) -> None:
     )
     data = open_data(off)
     assert data.text_tokenizer is None
-    assert {"image_mask", "image_pixels"} <= batches(data, 1)[0].keys()
+    assert {"images/mask", "images/pixels"} <= flat(batches(data, 1)[0]).keys()
     assert not any(name.startswith(("text", "pair")) for name in batches(data, 1)[0])
     text_only = corpus.config(micro_images=0, micro_pairs=0, images=(), pairs=())
     assert PretrainData.open(text_only).config.model.visual_vocab_size == 0

@@ -31,6 +31,7 @@ from megatron_vlmoe.convert.public.text_tables import additive_tables
 from megatron_vlmoe.convert.public.vocabulary import wordpiece_rows
 from megatron_vlmoe.model.initial_values import full_initial_value
 from megatron_vlmoe.model.positions import resize_image_positions
+from megatron_vlmoe.stream.layout import VISION_SEGMENTS
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
@@ -71,10 +72,10 @@ def test_vlmo_tensors_and_report(tmp_path, text_model, vocab_txt):
 def batch_for(tokenizer: TextTokenizer, known: list[int]) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(5)
     return {
-        "text_ids": generator.choice(known, (2, LENGTHS["text_length"])),
-        "pair_ids": generator.choice(known, (2, LENGTHS["pair_text_length"])),
-        "pair_pixels": generator.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8),
-        "image_pixels": generator.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8),
+        "texts": {"ids": generator.choice(known, (2, LENGTHS["text_length"]))},
+        "pair_texts": {"ids": generator.choice(known, (2, LENGTHS["pair_text_length"]))},
+        "pair_images": {"pixels": generator.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)},
+        "images": {"pixels": generator.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)},
     }
 
 
@@ -92,17 +93,20 @@ def test_vlmo_computes_the_same_without_relative_bias(
     (found,) = workers.run(1, encode_with_checkpoint, str(output), batch)
 
     model, theirs = VLMoReference(state, SMALL), torch.tensor(rows)
-    pixels = {k: torch.from_numpy(v) / 127.5 - 1 for k, v in batch.items() if "pixels" in k}
-    text = model.embed_text(theirs[torch.from_numpy(batch["text_ids"])])
-    pair_text = model.embed_text(theirs[torch.from_numpy(batch["pair_ids"])])
-    pair = torch.cat([pair_text, model.embed_image(pixels["pair_pixels"])], dim=1)
+    pixels = {
+        segment: torch.from_numpy(batch[segment]["pixels"]) / 127.5 - 1
+        for segment in VISION_SEGMENTS
+    }
+    text = model.embed_text(theirs[torch.from_numpy(batch["texts"]["ids"])])
+    pair_text = model.embed_text(theirs[torch.from_numpy(batch["pair_texts"]["ids"])])
+    pair = torch.cat([pair_text, model.embed_image(pixels["pair_images"])], dim=1)
     length = LENGTHS["pair_text_length"]
     pairs = model.encode(pair, "vl", length)
     expected = {
         "texts": model.encode(text, "text"),
         "pair_texts": pairs[:, :length],
         "pair_images": pairs[:, length:],
-        "images": model.encode(model.embed_image(pixels["image_pixels"]), "imag"),
+        "images": model.encode(model.embed_image(pixels["images"]), "imag"),
     }
     for segment, value in expected.items():
         assert np.abs(found[segment] - value.numpy()).max() < 2e-5, segment

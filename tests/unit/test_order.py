@@ -12,9 +12,9 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.data.order import (
     Blend,
     BlendedOrder,
-    Place,
     Purpose,
     SampleOrder,
+    SampleRef,
     epoch_permutation,
     keyed_rng,
     parse_blend,
@@ -170,4 +170,4 @@ def test_blended_order_covers_each_dataset_once_per_epoch() -> None:
         for epoch in range(len(own) // size):
             found = [place.index for place in own if place.epoch == epoch]
             assert sorted(found) == list(range(size))
-    assert places[7] == blended.locate(7) and isinstance(places[7], Place)
+    assert places[7] == blended.locate(7) and isinstance(places[7], SampleRef)

@@ -241,13 +241,12 @@ class VLMoEForPreTraining(VLMoEPreTrainedModel):
 class VLMoEForMaskedLM(VLMoEPreTrainedModel):
     """Predicts the pieces of masked tokens of texts, or of texts with an image."""
 
-    mlm_head: nn.Linear
     input_kinds = ("texts", "pairs")
 
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mlm_head = needed_head(config, "vocab_size")
+        self.mlm_head: nn.Linear = needed_head(config, "vocab_size")
         self.post_init()
 
     @can_return_tuple
@@ -549,14 +548,8 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
                 matching = F.cross_entropy(match_logits, labels.to(match_logits.device))
         if return_loss:
             contrastive = contrastive_loss(per_text)
-            if labels is None:
-                drawn, matching = self._matching_loss(
-                    needed(per_text, "input_ids and pixel_values"),
-                    needed(input_ids, "input_ids"),
-                    attention_mask,
-                    needed(pixel_values, "pixel_values"),
-                    **kwargs,
-                )
+            if labels is None and per_text is not None:
+                drawn, matching = self._matching_loss(per_text, *given, **kwargs)
         fields = retrieval_fields(texts, images, pairs, drawn)
         return VLMoEForImageAndTextRetrievalOutput(
             loss=self._with_aux_loss(total_loss(contrastive, matching), fields["aux_loss"]),
@@ -575,9 +568,15 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
             return scale * (texts @ images.to(texts.device).t())
 
     def _matching_loss(
-        self, similarity: Tensor, ids: Tensor, mask: Optional[Tensor], pixels: Tensor, **kwargs: Any
+        self,
+        similarity: Tensor,
+        ids: Optional[Tensor],
+        mask: Optional[Tensor],
+        pixels: Optional[Tensor],
+        **kwargs: Any,
     ) -> tuple[VLMoEModelOutput, Tensor]:
         """Loss of every pair, of its text with a wrong image, and of its image with a wrong text (VLMo)."""
+        ids, pixels = needed(ids, "input_ids"), needed(pixels, "pixel_values")
         texts, images, target = (x.to(ids.device) for x in hard_negative_pairs(similarity))
         mask = None if mask is None else mask[texts]
         outputs, logits = self._match(ids[texts], mask, pixels[images], **kwargs)

@@ -11,10 +11,10 @@ from raw_tasks import Desk, put
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
 from megatron_vlmoe.data.collate import BatchShare
-from megatron_vlmoe.data.order import Place
-from megatron_vlmoe.data.samples import Draws, ImageViews
+from megatron_vlmoe.data.order import SampleRef
+from megatron_vlmoe.data.samples import ImageViews, SampleRngs
+from megatron_vlmoe.finetune.eval_items import PairItems
 from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
-from megatron_vlmoe.finetune.sweeps import PairSweep
 
 # Image and caption; in order of the images, as re-ranking makes them.
 PAIRS = np.array([[0, 0], [0, 2], [0, 3], [1, 0], [1, 1], [2, 0], [2, 2], [2, 5]])
@@ -36,8 +36,8 @@ def samples(desk: Desk) -> TaskSamples:
     config = FinetuneConfig(task=task)
     config = replace(config, model=replace(config.model, image_size=16))
     text = TextFormat(0, 2, 1, 8)
-    draws = Draws(1, 1, False)
-    return TaskSamples(desk.opened("test", "retrieval"), config, text, draws, BatchShare())
+    rngs = SampleRngs(1, 1, False)
+    return TaskSamples(desk.opened("test", "retrieval"), config, text, rngs, BatchShare())
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     pixels = ImageViews.pixels
 
-    def noting(self: ImageViews, place: Place, image: int, sizes: list[int]) -> list[np.ndarray]:
+    def noting(self: ImageViews, ref: SampleRef, image: int, sizes: list[int]) -> list[np.ndarray]:
         numbers.append(image)
-        return pixels(self, place, image, sizes)
+        return pixels(self, ref, image, sizes)
 
     monkeypatch.setattr(ImageViews, "pixels", noting)
     return numbers
@@ -57,31 +57,32 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_image_is_decoded_once_in_a_micro_batch(
     samples: TaskSamples, decoded: list[int]
 ) -> None:
-    sweep = PairSweep(samples, PAIRS)
-    batch = sweep.batch([0, 1, 2, 3, 4])
+    items = PairItems(samples, PAIRS)
+    batch = items.batch([0, 1, 2, 3, 4])
     assert decoded == [0, 1]
-    assert batch["pair_pixels"].shape == (5, 3, 16, 16) and len(batch["pair_ids"]) == 5
-    sweep.batch([5, 6, 7, 0])  # a copy of the first item fills it up
+    assert batch["pair_images"]["pixels"].shape == (5, 3, 16, 16)
+    assert len(batch["pair_texts"]["ids"]) == 5
+    items.batch([5, 6, 7, 0])  # a copy of the first item fills it up
     assert sorted(decoded[2:]) == [0, 2]
 
 
 def test_pairs_are_what_they_are_alone(samples: TaskSamples) -> None:
-    batch = PairSweep(samples, PAIRS).batch(range(len(PAIRS)))
-    places = [Place(0, 0, int(image)) for image, _ in PAIRS]
-    alone = samples.pixels(places, PAIRS[:, 0].tolist())
-    assert np.array_equal(batch["pair_pixels"], alone)
+    batch = PairItems(samples, PAIRS).batch(range(len(PAIRS)))
+    refs = [SampleRef(0, 0, int(image)) for image, _ in PAIRS]
+    alone = samples.pixels(refs, PAIRS[:, 0].tolist())
+    assert np.array_equal(batch["pair_images"]["pixels"], alone)
     assert np.array_equal(
-        batch["pair_ids"], samples.texts([(int(text),) for _, text in PAIRS])["text_ids"]
+        batch["pair_texts"]["ids"], samples.texts([(int(text),) for _, text in PAIRS])["ids"]
     )
     assert len({pixels.tobytes() for pixels in alone}) == 3
 
 
 def test_a_rank_decodes_its_own_share(samples: TaskSamples, decoded: list[int]) -> None:
     """Of two tensor-parallel ranks the second one has the last four pairs."""
-    whole = PairSweep(samples, PAIRS).batch(range(8))["pair_pixels"]
+    whole = PairItems(samples, PAIRS).batch(range(8))["pair_images"]["pixels"]
     decoded.clear()
     samples.share = BatchShare(tensor_rank=1, tensor_size=2)
-    batch = PairSweep(samples, PAIRS).batch(range(8))
-    assert np.array_equal(batch["pair_pixels"], whole[4:]) and decoded == [1, 2]
+    batch = PairItems(samples, PAIRS).batch(range(8))
+    assert np.array_equal(batch["pair_images"]["pixels"], whole[4:]) and decoded == [1, 2]
     samples.share = replace(samples.share, first_stage=False)
-    assert "pair_pixels" not in PairSweep(samples, PAIRS).batch([0])
+    assert "pixels" not in PairItems(samples, PAIRS).batch([0])["pair_images"]

@@ -11,22 +11,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, FinetuneConfig, SampleShape
-from megatron_vlmoe.data.collate import BatchShare
-from megatron_vlmoe.data.order import Place
+from megatron_vlmoe.data.collate import BatchShare, to_tensors
+from megatron_vlmoe.data.order import SampleRef
 from megatron_vlmoe.finetune.samples import TaskSamples
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
 
 Array = np.ndarray[Any, Any]
 
 
-class Sweep(Protocol):
-    """Items to run over."""
+class EvalItems(Protocol):
+    """What an evaluation runs over."""
 
     @property
     def shape(self) -> SampleShape:
@@ -35,13 +34,13 @@ class Sweep(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Array]:
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The parts of a micro-batch with these items."""
         ...
 
 
 @dataclass(frozen=True)
-class SampleSweep:
+class SampleItems:
     """The samples of a classification task."""
 
     samples: TaskSamples
@@ -54,13 +53,13 @@ class SampleSweep:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Array]:
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
         """As `TaskSamples.batch`."""
-        return self.samples.batch([Place(0, 0, number) for number in numbers])
+        return self.samples.batch([SampleRef(0, 0, number) for number in numbers])
 
 
 @dataclass(frozen=True)
-class ImageSweep:
+class ImageItems:
     """The distinct images of a retrieval split."""
 
     samples: TaskSamples
@@ -69,16 +68,17 @@ class ImageSweep:
     def __len__(self) -> int:
         return self.samples.dataset.num_images
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Array]:
-        """``image_pixels`` and ``samples``, the documents."""
-        places = [Place(0, 0, number) for number in numbers]
-        return {"samples": np.array(numbers, dtype=np.int64)} | self.samples.images(
-            "image", places, list(numbers)
-        )
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The segment `images` and ``samples``, the documents."""
+        refs = [SampleRef(0, 0, number) for number in numbers]
+        return {
+            "samples": np.array(numbers, dtype=np.int64),
+            "images": self.samples.images(refs, list(numbers)),
+        }
 
 
 @dataclass(frozen=True)
-class TextSweep:
+class TextItems:
     """The captions of a retrieval split."""
 
     samples: TaskSamples
@@ -87,14 +87,16 @@ class TextSweep:
     def __len__(self) -> int:
         return self.samples.dataset.num_texts
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Array]:
-        """``text_ids``, ``text_lengths`` and ``samples``, the sequences."""
-        made = self.samples.texts([(number,) for number in numbers])
-        return {"samples": np.array(numbers, dtype=np.int64)} | made
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The segment `texts` and ``samples``, the sequences."""
+        return {
+            "samples": np.array(numbers, dtype=np.int64),
+            "texts": self.samples.texts([(number,) for number in numbers]),
+        }
 
 
 @dataclass(frozen=True)
-class PairSweep:
+class PairItems:
     """Candidate pairs ``[n, 2]`` of (image document, caption sequence), for the matching head.
 
     In order of the images: an image is decoded once for all its pairs in a micro-batch.
@@ -107,20 +109,22 @@ class PairSweep:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Array]:
-        """``pair_ids``, ``pair_lengths``, ``pair_pixels`` and ``samples``, the places in `pairs`."""
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The segments `pair_texts` and `pair_images`, and ``samples``, the rows of `pairs`."""
         chosen = self.pairs[list(numbers)].tolist()
-        made = self.samples.texts([(text,) for _, text in chosen], "pair")
-        pixels = self.samples.repeated_images("pair", [image for image, _ in chosen])
-        return {"samples": np.array(numbers, dtype=np.int64)} | made | pixels
+        return {
+            "samples": np.array(numbers, dtype=np.int64),
+            "pair_texts": self.samples.texts([(text,) for _, text in chosen]),
+            "pair_images": self.samples.repeated_images([image for image, _ in chosen]),
+        }
 
 
 @dataclass(frozen=True)
-class SweepPlan:
-    """How a sweep is cut into micro-batches.
+class EvalPlan:
+    """How evaluation items are cut into micro-batches.
 
     Args:
-        items: length of the sweep.
+        items: number of items.
         micro_batch: items in a micro-batch.
         count: micro-batches of every data-parallel rank.
     """
@@ -132,11 +136,11 @@ class SweepPlan:
     @classmethod
     def of(
         cls, items: int, micro_batch: int, data_size: int, pipeline: int, virtual: int
-    ) -> SweepPlan:
+    ) -> EvalPlan:
         """The plan of a layout.
 
         Args:
-            items: length of the sweep.
+            items: number of items.
             micro_batch: items in a micro-batch.
             data_size: data-parallel size.
             pipeline: pipeline stages.
@@ -153,27 +157,27 @@ class SweepPlan:
         return range(first, first + self.micro_batch)
 
 
-class SweepMicroBatches(Dataset[dict[str, Tensor] | DataError]):
+class EvalMicroBatches(Dataset[Batch | DataError]):
     """Local micro-batch number to batch, for `Loader`."""
 
-    def __init__(self, sweep: Sweep, plan: SweepPlan, share: BatchShare) -> None:
-        self.sweep, self.plan, self.share = sweep, plan, share
+    def __init__(self, items: EvalItems, plan: EvalPlan, share: BatchShare) -> None:
+        self.items, self.plan, self.share = items, plan, share
 
-    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
+    def __getitem__(self, local: int) -> Batch | DataError:
         """The batch with ``valid [n]``, False for copies; an error in the data is returned for `Loader` to raise."""
         numbers = self.plan.numbers(local, self.share)
         real = np.array([number < self.plan.items for number in numbers])
         try:
-            batch = self.sweep.batch(
+            batch = self.items.batch(
                 [number if number < self.plan.items else 0 for number in numbers]
             )
         except DataError as error:
             return error
         batch |= {"valid": real, "micro_batch": np.array(local)}
-        return {name: torch.as_tensor(value) for name, value in batch.items()}
+        return to_tensors(batch)
 
 
-def sweep_layout(config: FinetuneConfig, shape: SampleShape) -> StreamLayout:
+def eval_layout(config: FinetuneConfig, shape: SampleShape) -> StreamLayout:
     """The stream of one evaluation micro-batch."""
     count, model = config.task.eval_batch, config.model
     return StreamLayout(
