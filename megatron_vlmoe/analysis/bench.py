@@ -159,7 +159,7 @@ class PresetBench:
         processor = time.process_time()
         start = _now()
         self.runner.start_step()
-        self.objective.train_step(self.runner, iter([batch]), 1)
+        self.runner.train(iter([batch]), 1, self.objective)
         middle = _now()
         processor = time.process_time() - processor
         self.parts.optimizer.step()
@@ -172,7 +172,7 @@ class PresetBench:
         barrier()
         memory = MemoryRise()
         self.runner.start_step()
-        self.objective.train_step(self.runner, iter([batch]), 1)
+        self.runner.train(iter([batch]), 1, self.objective)
         times.activation_bytes = memory.bytes()
         times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
         self._discard_statistics()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -39,16 +39,13 @@ class ClassificationObjective(TaskObjective):
     def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
         super().__init__(config, ranks, data, (config.task.name,))
 
-    def _step(self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int) -> Losses:
-        return runner.train(batches, num_micro_batches, self._loss)
-
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """Metrics, and what `digest` tells of all samples."""
         items, task = SampleItems(split.samples), self.config.task.name
 
-        def reduce(batch: Batch, heads: Mapping[str, Tensor]) -> Found:
+        def reduce(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
             labels = batch["labels"].cpu().numpy() if "labels" in batch else None
-            return digest(task, to_numpy(heads["logits"]), labels)
+            return digest(task, to_numpy(outputs["logits"]), labels)
 
         found = evaluate_items(runner, self.data, items, reduce, self.ranks, self.config)
         metrics = None
@@ -57,8 +54,9 @@ class ClassificationObjective(TaskObjective):
             metrics = {f"{split.name}/{name}": value for name, value in scores.items()}
         return share_metrics(metrics), found
 
-    def _loss(self, batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        logits, task = heads["logits"], self.config.task
+    def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
+        """Of the classes, or of soft scores over answers."""
+        logits, task = outputs["logits"], self.config.task
         if task.name == "vqa":
             loss = soft_target_loss(logits, batch["answers"], batch["scores"])
         else:

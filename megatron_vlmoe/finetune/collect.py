@@ -6,14 +6,13 @@ import itertools
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.finetune.data import TaskData
 from megatron_vlmoe.finetune.eval_items import EvalItems, eval_layout
-from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
+from megatron_vlmoe.runtime.distributed import Ranks, is_rank_zero
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.step import StepRunner
 
@@ -58,19 +57,19 @@ def evaluate_items(
     layout = eval_layout(config, items.shape)
     batches = iter(data.eval_loader(items, plan))
 
-    def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    def measure(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
         valid = batch["valid"].cpu().numpy()
-        kept = {name: value[valid] for name, value in reduce(batch, heads).items()}
+        kept = {name: value[valid] for name, value in reduce(batch, outputs).items()}
         kept["samples"] = batch["samples"].cpu().numpy()[valid]
-        return torch.zeros(1, device=device()), kept
+        return kept
 
-    results: list[dict[str, Any]] = []
+    results: list[Found] = []
     left = plan.count
     pipeline = config.parallel.pipeline_model_parallel_size
     most = max(1, MOST_MICRO_BATCHES // pipeline) * pipeline
     while left:
         count = min(left, most)
-        results += runner.evaluate(itertools.islice(batches, count), count, finish, layout=layout)
+        results += runner.evaluate(itertools.islice(batches, count), count, measure, layout=layout)
         left -= count
     # All tensor-parallel ranks of the last stage hold the same; the first one speaks for them.
     mine = results if ranks.is_last_stage and ranks.tensor == 0 else []
@@ -80,7 +79,7 @@ def evaluate_items(
 
 def output(name: str) -> Reduce:
     """Keeps one output of the heads as it is."""
-    return lambda batch, heads: {name: to_numpy(heads[name])}
+    return lambda batch, outputs: {name: to_numpy(outputs[name])}
 
 
 def to_numpy(value: Tensor) -> np.ndarray[Any, Any]:

@@ -168,10 +168,10 @@ class TaskData:
         rngs = SampleRngs(self.config.train.seed, stream, stream == TRAIN_STREAM)
         return TaskSamples(dataset, self.config, text, rngs, self.share)
 
-    def loader(self, split: str, first: int, count: int | None) -> Loader:
+    def loader(self, split: str, first_micro_batch: int, num_micro_batches: int | None) -> Loader:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
-        return Loader(self.train, first, count, self.config.data)
+        return Loader(self.train, first_micro_batch, num_micro_batches, self.config.data)
 
     def plan(self, items: EvalItems) -> EvalPlan:
         """How evaluation items are cut into micro-batches for this layout."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Iterator, Mapping, Optional
 
+from torch import Tensor
+
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
@@ -42,12 +44,14 @@ class TaskObjective(ABC):
         self.patience = config.task.early_stopping
         self._measured: Optional[Measured] = None
 
-    def train_step(
-        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
-    ) -> Losses:
-        """Forward and backward of one step."""
+    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches as they are; what was measured before the step is forgotten."""
         self.forget()
-        return self._step(runner, batches, num_micro_batches)
+        return batches
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The micro-batch as it is."""
+        return batch
 
     def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """`loss/NAME` of every single loss."""
@@ -83,8 +87,8 @@ class TaskObjective(ABC):
         return "evaluation | " + " | ".join(parts)
 
     @abstractmethod
-    def _step(self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int) -> Losses:
-        """Forward and backward of one step."""
+    def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
+        """The loss of a micro-batch with its graph, and the losses to log."""
 
     @abstractmethod
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:

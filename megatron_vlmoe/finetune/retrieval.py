@@ -9,7 +9,6 @@ Letters: m rows of a micro-batch, B rows of a pool, D width.
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass, replace
 from typing import Any, Iterator, Mapping, Optional
@@ -56,6 +55,19 @@ class Negatives:
     valid: Tensor
 
 
+@dataclass(frozen=True)
+class StepCache:
+    """What the loss of every micro-batch of a step needs of the whole step.
+
+    Args:
+        gradients: of the contrastive loss over all its rows.
+        numbers: place of every micro-batch among those of this rank in the step, by `micro_batch`.
+    """
+
+    gradients: CachedGradients
+    numbers: Mapping[int, int]
+
+
 class RetrievalObjective(TaskObjective):
     """Trains and judges dual encoding and matching.
 
@@ -69,6 +81,7 @@ class RetrievalObjective(TaskObjective):
         self.matches = config.contrastive.matching_weight != 0.0
         losses = ("contrastive", "matching") if self.matches else ("contrastive",)
         super().__init__(config, ranks, data, losses)
+        self._cache: Optional[StepCache] = None
         self.threads = min(16, max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
 
     def evaluate_split(self, runner: StepRunner, split: SplitData) -> Measured:
@@ -80,42 +93,39 @@ class RetrievalObjective(TaskObjective):
             metrics = metrics | share_metrics(named)
         return metrics, found
 
-    def _step(self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int) -> Losses:
-        """Features without gradient where negatives or the cache need them, then forward and backward."""
-        step = list(itertools.islice(batches, num_micro_batches))
-        cache: Optional[CachedGradients] = None
-        negatives: list[Optional[Negatives]] = [None] * len(step)
-        if self.matches or self.config.contrastive.cache:
-            pools = self._features(runner, step)
-            whole = _Pool.join(pools) if pools and self.config.contrastive.cache else None
-            if whole is not None:
-                cache = CachedGradients.compute(whole.images, whole.texts, whole.logit_scale)
-            if self.matches:
-                negatives = list(self._mine(step, pools, whole))
-        numbers = {int(batch["micro_batch"]): number for number, batch in enumerate(step)}
+    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Adds pairs with hard negatives, and computes the gradients of the cache, from features of the whole step.
 
-        def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-            return self._loss(batch, heads, cache, numbers[int(batch["micro_batch"])], len(step))
-
-        completed = (
-            batch if found is None else self._with_pairs(batch, found)
-            for batch, found in zip(step, negatives)
-        )
-        return runner.train(completed, num_micro_batches, finish)
+        These take a forward pass over captions and images without gradient.
+        """
+        batches = super().prepare_step(runner, batches)
+        self._cache = None
+        if not self.matches and not self.config.contrastive.cache:
+            return batches
+        step = list(batches)
+        pools = self._features(runner, step)
+        whole = _Pool.join(pools) if pools and self.config.contrastive.cache else None
+        if whole is not None:
+            gradients = CachedGradients.compute(whole.images, whole.texts, whole.logit_scale)
+            numbers = {int(batch["micro_batch"]): number for number, batch in enumerate(step)}
+            self._cache = StepCache(gradients, numbers)
+        if not self.matches:
+            return iter(step)
+        negatives = list(self._mine(step, pools, whole))
+        return (self._with_pairs(batch, found) for batch, found in zip(step, negatives))
 
     def _features(self, runner: StepRunner, step: list[Batch]) -> Optional[list[_Pool]]:
         """Pools of features, one per micro-batch, on the last stage; None elsewhere."""
-        layout = replace(runner.layout, pairs=0)
 
-        def finish(batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-            kept = {
-                name: heads[name] for name in ("image_features", "text_features", "logit_scale")
+        def measure(batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            names = ("image_features", "text_features", "logit_scale")
+            return {name: outputs[name] for name in names} | {
+                "image_documents": batch["image_documents"],
+                "sample_numbers": batch["sample_numbers"],
             }
-            kept["image_documents"] = batch["image_documents"]
-            kept["sample_numbers"] = batch["sample_numbers"]
-            return torch.zeros(1, device=device()), kept
 
-        results = runner.look(iter(step), len(step), layout, finish)
+        layout = replace(runner.layout, pairs=0)
+        results = runner.forward_no_grad(iter(step), len(step), measure, layout)
         if not self.ranks.is_last_stage:
             return None
         return [_Pool.gather(result, self.ranks) for result in results]
@@ -123,7 +133,7 @@ class RetrievalObjective(TaskObjective):
     def _mine(
         self, step: list[Batch], pools: Optional[list[_Pool]], whole: Optional[_Pool]
     ) -> Iterator[Negatives]:
-        """SampleRngs on the last stage and tells the others."""
+        """Draws on the last stage and tells the others."""
         rows = self.config.task.micro_batch_size
         found = torch.zeros(len(step), 3, rows, dtype=torch.int64, device=device())
         if pools is not None:
@@ -188,17 +198,11 @@ class RetrievalObjective(TaskObjective):
         pixels = torch.as_tensor(samples.pixels(mine, documents, self.threads))
         return torch.stack([own, pixels, own], dim=1).flatten(0, 1)
 
-    def _loss(
-        self,
-        batch: Batch,
-        heads: Mapping[str, Tensor],
-        cache: Optional[CachedGradients],
-        number: int,
-        num_micro_batches: int,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        weights = self.config.contrastive
+    def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
+        """The contrastive loss of the pool, of which the cache has the gradients, and that of matching."""
+        weights, cache = self.config.contrastive, self._cache
         images, texts, scale = (
-            heads[name] for name in ("image_features", "text_features", "logit_scale")
+            outputs[name] for name in ("image_features", "text_features", "logit_scale")
         )
         rows = images.shape[0]
         if cache is None:
@@ -213,15 +217,17 @@ class RetrievalObjective(TaskObjective):
             logged = contrastive
         else:
             # Pools of the micro-batches one after another, each with the rows of all data-parallel ranks.
+            number = cache.numbers[int(batch["micro_batch"])]
             first = (number * self.ranks.data_size + self.ranks.data) * rows
-            parts = num_micro_batches * self.ranks.data_size
-            contrastive = cache.surrogate(images, texts, scale, slice(first, first + rows), parts)
-            logged = cache.loss
+            parts = len(cache.numbers) * self.ranks.data_size
+            own = slice(first, first + rows)
+            contrastive = cache.gradients.surrogate(images, texts, scale, own, parts)
+            logged = cache.gradients.loss
         losses = {"contrastive": logged.detach()}
         total = weights.contrastive_weight * contrastive
         shown = weights.contrastive_weight * logged.detach()
         if self.matches:
-            matching = matching_loss(heads["match_logits"], batch["negatives_valid"])
+            matching = matching_loss(outputs["match_logits"], batch["negatives_valid"])
             total = total + weights.matching_weight * matching
             shown = shown + weights.matching_weight * matching.detach()
             losses["matching"] = matching.detach()

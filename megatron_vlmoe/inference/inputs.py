@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,13 @@ UNKNOWN_SHARE = 0.01
 MAX_CHARACTERS = 1 << 16
 
 
+ImageLike = Union[Image.Image, str, Path, bytes, bytearray, memoryview, npt.NDArray[np.uint8]]
+"""A Pillow image, a path, the bytes of a file, or pixels ``[H, W, 3]``."""
+
+Images = Union[ImageLike, Sequence[ImageLike]]
+Texts = Union[str, Sequence[str]]
+
+
 class UnknownTextWarning(UserWarning):
     """A text in characters that the tokenizer was trained without."""
 
@@ -40,10 +47,10 @@ class Item(NamedTuple):
     """One image or text with its name in errors."""
 
     where: str
-    value: Any
+    value: object
 
 
-def aligned(**arguments: Any) -> tuple[bool, list[list[Item]]]:
+def aligned(**arguments: object) -> tuple[bool, list[list[Item]]]:
     """Arguments of a method as lists of one length: what is no list goes with every item of the others.
 
     Args:
@@ -55,14 +62,15 @@ def aligned(**arguments: Any) -> tuple[bool, list[list[Item]]]:
     Raises:
         DataError: lists of different lengths.
     """
-    lengths = {k: len(v) for k, v in arguments.items() if isinstance(v, (list, tuple))}
+    lists = {k: v for k, v in arguments.items() if isinstance(v, (list, tuple))}
+    lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise DataError(f"lists of different lengths: {counts}")
     count = next(iter(lengths.values()), 1)
     columns = []
     for name, value in arguments.items():
-        values = value if name in lengths else [value] * count
+        values = lists.get(name, [value] * count)
         numbered = name in lengths and count > 1
         columns.append(
             [Item(f"{name} {n}" if numbered else name, item) for n, item in enumerate(values)]

@@ -17,9 +17,11 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.finetune.predictions import class_probabilities
-from megatron_vlmoe.inference.answers import Answer, decisions, ranked
+from megatron_vlmoe.inference.answers import Answer, Decision, Scored, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
+    Images,
     Item,
+    Texts,
     UnknownTextWarning,
     aligned,
     pixels,
@@ -30,6 +32,8 @@ from megatron_vlmoe.inference.loading import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megatron_vlmoe.stream.batch import Batch
 
 Array = npt.NDArray[Any]
 
@@ -130,7 +134,7 @@ class VLMoE:
         config = self._loaded.config
         return self.task == "retrieval" and config.contrastive.matching_weight != 0.0
 
-    def answer(self, image: Any, question: Any, top_k: int = 1) -> Any:
+    def answer(self, image: Images, question: Texts, top_k: int = 1) -> Any:
         """vqa: `Answer`, or a list of them, with the `top_k` most likely answers."""
         self._needs("answer", "vqa")
         single, (images, questions) = aligned(image=image, question=question)
@@ -141,7 +145,7 @@ class VLMoE:
         ]
         return found[0] if single else found
 
-    def reason(self, left: Any, right: Any, sentence: Any) -> Any:
+    def reason(self, left: Images, right: Images, sentence: Texts) -> Any:
         """nlvr2: `Decision`, or a list of them, whether the sentence is true of the two images."""
         self._needs("reason", "nlvr2")
         single, (lefts, rights, sentences) = aligned(left=left, right=right, sentence=sentence)
@@ -149,41 +153,41 @@ class VLMoE:
         texts = [text for text in sentences for _ in range(2)]
         return self._decided(self._run("logits", images, [texts]), single)
 
-    def classify(self, image: Any, top_k: int = 5) -> Any:
+    def classify(self, image: Images, top_k: int = 5) -> Any:
         """imagenet: the `top_k` most likely classes as `Scored`, best first; a list of such lists for a list."""
         self._needs("classify", "imagenet")
         single, (images,) = aligned(image=image)
         found = self._ranked(self._run("logits", images=images), top_k)
         return found[0] if single else found
 
-    def entail(self, premise: Any, hypothesis: Any) -> Any:
+    def entail(self, premise: Texts, hypothesis: Texts) -> Any:
         """mnli: `Decision`, or a list of them, how the hypothesis relates to the premise."""
         self._needs("entail", "mnli")
         single, columns = aligned(premise=premise, hypothesis=hypothesis)
         return self._decided(self._run("logits", texts=columns), single)
 
-    def encode_image(self, image: Any) -> Array:
+    def encode_image(self, image: Images) -> Array:
         """retrieval: unit vector ``[D]`` of an image, ``[n, D]`` of a list, float32."""
         self._needs("encode_image", "retrieval")
         single, (images,) = aligned(image=image)
         features = self._run("image_features", images=images, shape=SampleShape(images=1))
         return features[0] if single else features
 
-    def encode_text(self, text: Any) -> Array:
+    def encode_text(self, text: Texts) -> Array:
         """retrieval: unit vector ``[D]`` of a text, ``[n, D]`` of a list, float32."""
         self._needs("encode_text", "retrieval")
         single, columns = aligned(text=text)
         features = self._run("text_features", texts=columns, shape=SampleShape(texts=1))
         return features[0] if single else features
 
-    def score(self, image: Any, text: Any) -> Any:
+    def score(self, image: Images, text: Texts) -> Any:
         """retrieval: cosine similarity of image and text, -1 to 1, or a list of them."""
         self._needs("score", "retrieval")
         single, _ = aligned(image=image, text=text)
         products = (self.encode_image(image) * self.encode_text(text)).sum(axis=-1)
         return float(products) if single else products.tolist()
 
-    def match(self, image: Any, text: Any) -> Any:
+    def match(self, image: Images, text: Texts) -> Any:
         """retrieval: probability that image and text belong together, of the matching head, or a list of them.
 
         Raises:
@@ -200,7 +204,7 @@ class VLMoE:
         found = class_probabilities(self.task, logits)[:, 1].tolist()
         return found[0] if single else found
 
-    def unknown_share(self, text: Any) -> Any:
+    def unknown_share(self, text: Texts) -> Any:
         """Share of the tokens of a text, or of each of a list, that the tokenizer does not know, 0 to 1.
 
         Raises:
@@ -221,13 +225,13 @@ class VLMoE:
                 f"{method} needs a checkpoint of {task}; {self.checkpoint} is of {self.task}"
             )
 
-    def _ranked(self, logits: Array, top_k: int) -> Any:
+    def _ranked(self, logits: Array, top_k: int) -> list[list[Scored]]:
         if top_k < 1:
             raise ConfigError(f"top_k={top_k} must be at least 1")
         assert self._loaded.labels is not None
         return ranked(self.task, logits, self._loaded.labels, top_k)
 
-    def _decided(self, logits: Array, single: bool) -> Any:
+    def _decided(self, logits: Array, single: bool) -> Decision | list[Decision]:
         assert self._loaded.labels is not None
         found = decisions(self.task, logits, self._loaded.labels)
         return found[0] if single else found
@@ -291,8 +295,6 @@ class VLMoE:
         self, batch: dict[str, dict[str, Array]], count: int, shape: SampleShape, output: str
     ) -> Array:
         """An output of the heads ``[count, ...]`` for one batch of so many samples."""
-        import torch
-
         from megatron_vlmoe.data.collate import to_tensors
         from megatron_vlmoe.finetune.eval_items import eval_layout
 
@@ -300,10 +302,9 @@ class VLMoE:
         config = replace(config, task=replace(config.task, eval_micro_batch_size=count))
         layout = eval_layout(config, shape)
 
-        def finish(_: Any, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-            values = heads[output].float()
-            return torch.zeros(1, device=values.device), {output: values.cpu().numpy()}
+        def measure(_: Batch, outputs: Mapping[str, Tensor]) -> Array:
+            return outputs[output].float().cpu().numpy()
 
-        tensors = to_tensors({"micro_batch": np.array(0), **batch})
-        (result,) = self._loaded.runner.evaluate(iter([tensors]), 1, finish, layout=layout)
-        return result[output]
+        tensors = to_tensors(batch)
+        (result,) = self._loaded.runner.evaluate(iter([tensors]), 1, measure, layout=layout)
+        return result

@@ -38,13 +38,13 @@ def masked_mean(losses: Tensor, labels: Tensor) -> Tensor:
 
 
 def total_loss(
-    predicted: Mapping[SegmentName, Predicted], batch: Batch, objectives: ObjectivesConfig
+    batch: Batch, predicted: Mapping[SegmentName, Predicted], objectives: ObjectivesConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted total and the single losses of one micro-batch.
 
     Args:
-        predicted: what the model's heads say of every segment.
         batch: the labels.
+        predicted: what the model's heads say of every segment.
         objectives: weights.
     """
     weights = loss_weights(objectives)
@@ -71,7 +71,7 @@ class MaskedSums(NamedTuple):
 
 @torch.no_grad()
 def evaluation_sums(
-    predicted: Mapping[SegmentName, Predicted], batch: Batch
+    batch: Batch, predicted: Mapping[SegmentName, Predicted]
 ) -> dict[str, MaskedSums]:
     """Sums for exact averages over any split of the data, for every loss."""
     sums = {}

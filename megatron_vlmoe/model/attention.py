@@ -81,7 +81,7 @@ class StreamAttention(MegatronModule):
 
 def _pair_mask(stream: StreamBatch) -> Tensor:
     """Keys that are not padding ``[n, 1, 1, L]`` of captions and images together."""
-    captions = stream.slot_mask("pair_texts")
+    captions = stream.sample_mask("pair_texts")
     assert captions is not None, "pairs need the lengths of their captions"
     images = captions.new_ones(captions.shape[0], stream.layout.image_length)
     return torch.cat([captions, images], dim=1)[:, None, None, :]
@@ -92,8 +92,8 @@ def _text_mask(stream: StreamBatch) -> Optional[Tensor]:
     if stream.text_documents is not None:
         documents = stream.text_documents
         return (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
-    slots = stream.slot_mask("texts")
-    return None if slots is None else slots[:, None, None, :]
+    texts = stream.sample_mask("texts")
+    return None if texts is None else texts[:, None, None, :]
 
 
 class StreamSelfAttention(SelfAttention):

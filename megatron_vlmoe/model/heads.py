@@ -62,7 +62,7 @@ class VocabHead(MegatronModule):
         return logits
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy ``[S]`` in nats; 0 where the label is negative (an unused slot).
+        """Cross entropy ``[S]`` in nats; 0 where the label is negative (an unused position).
 
         The kernel works in place: the logits are spent afterwards.
         """
@@ -72,7 +72,7 @@ class VocabHead(MegatronModule):
 
     @torch.no_grad()
     def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Whether the largest logit is the label ``[S]``; unused slots are False."""
+        """Whether the largest logit is the label ``[S]``; unused positions are False."""
         value, index = logits.max(dim=1)
         index = index + self.first_row
         if self.tp_group.size() > 1:

@@ -157,25 +157,26 @@ class StreamBatch:
     drawn_layout: Optional[StreamLayout] = None
     # Every block asks for the same masks: made once for a micro-batch.
     _masks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
-    _slots: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sample_masks: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def share(self, samples: Tensor) -> Tensor:
         """This rank's part of a tensor over the samples of the whole micro-batch."""
         return samples.chunk(self.tensor_size, dim=0)[self.tensor_rank] if len(samples) else samples
 
-    def slot_mask(self, segment: str) -> Optional[Tensor]:
-        """True where a slot of a segment holds a token: ``[n, L]`` over the whole micro-batch; None if all do."""
+    def sample_mask(self, segment: str) -> Optional[Tensor]:
+        """True where a sample of the segment has a token, not padding: ``[n, L]`` over the whole micro-batch; None if
+        there is no padding."""
         lengths = {"texts": self.text_lengths, "pair_texts": self.pair_lengths}.get(segment)
         if lengths is None or not self.layout.count(segment):
             return None
-        if segment not in self._slots:
-            slots = torch.arange(self.layout.length(segment), device=lengths.device)
-            self._slots[segment] = slots < lengths.unsqueeze(1)
-        return self._slots[segment]
+        if segment not in self._sample_masks:
+            positions = torch.arange(self.layout.length(segment), device=lengths.device)
+            self._sample_masks[segment] = positions < lengths.unsqueeze(1)
+        return self._sample_masks[segment]
 
     def token_mask(self, segments: Sequence[str], device: torch.device) -> Optional[Tensor]:
         """True for tokens that are not padding, over this rank's tokens of the segments; None if all are."""
-        masks = [self.slot_mask(segment) for segment in segments]
+        masks = [self.sample_mask(segment) for segment in segments]
         if all(mask is None for mask in masks):
             return None
         key = tuple(segments)

@@ -47,7 +47,7 @@ class Branch:
         return tuple(layout.slice(*run) for run in runs)
 
     def num_tokens(self, layout: StreamLayout) -> int:
-        """Token slots that the branch reads."""
+        """Tokens that the branch reads, padding included."""
         return layout.size(*self.segments)
 
 

@@ -43,7 +43,7 @@ class StreamLayout:
         pairs: image-text pairs.
         images: images without text.
         text_length: tokens of a packed text.
-        pair_text_length: token slots of a caption.
+        pair_text_length: tokens of a caption, padding included.
         image_length: tokens of an image, [I_CLS] included.
     """
 

@@ -1,20 +1,83 @@
-"""What a run trains on and how it is judged: the part in which pretraining and every downstream task differ."""
+"""What a run trains on and how it is judged: the part in which pretraining and every downstream task differ.
+
+A step is `runner.train(batches, n, objective)`. It asks the objective three things: `prepare_step`, once, for the
+micro-batches of the step; then for each of them `prepare`, when it is on the device, and `loss`, with what the heads
+made of it. Evaluation needs no objective, only a function of a micro-batch and the heads' outputs.
+"""
 
 from __future__ import annotations
 
-from typing import Iterator, Mapping, Protocol
+from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Optional, Protocol, TypeVar
 
 from torch import Tensor
 
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.data.sources import Split
 from megatron_vlmoe.stream.batch import Batch
-from megatron_vlmoe.train.step import StepRunner
 
-Losses = list[dict[str, Tensor]]
-"""For every micro-batch of a step, on the last pipeline stage: `total` and the single losses by name."""
+if TYPE_CHECKING:
+    from megatron_vlmoe.train.step import StepRunner
+
+Outputs = TypeVar("Outputs", contravariant=True)
+"""What the heads of the last stage return; the heads and the objective of a run are chosen together."""
+
+Losses = dict[str, Tensor]
+"""Of one micro-batch, on the last pipeline stage: `total` and the single losses by name, without gradient."""
 
 
-class Objective(Protocol):
-    """The loop around it is `Trainer`."""
+class BatchSource(Protocol):
+    """Where micro-batches come from."""
+
+    def loader(
+        self, split: Split, first_micro_batch: int, num_micro_batches: Optional[int]
+    ) -> Iterable[Batch]:
+        """Micro-batches of this data-parallel rank in order.
+
+        Args:
+            split: `train` or `eval`.
+            first_micro_batch: number of the first among the rank's own.
+            num_micro_batches: how many; None: endless.
+        """
+        ...
+
+
+class PretrainSource(BatchSource, Protocol):
+    """Where the micro-batches of a pretraining run come from: files, or random numbers."""
+
+    config: RunConfig
+    """The run's configuration with all sizes filled in."""
+
+    stored_codes: bool
+    """Whether visual tokens come with the batches."""
+
+    def summary(self) -> list[str]:
+        """Lines for the log."""
+        ...
+
+
+class StepObjective(Protocol[Outputs]):
+    """What a training step asks of an objective."""
+
+    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches to train on, made from those of the data.
+
+        Args:
+            runner: for an objective that must first see the whole step without gradient (`forward_no_grad`).
+            batches: the micro-batches of the step, on the host, as many as the step has.
+        """
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Completes a micro-batch that is on the device."""
+        ...
+
+    def loss(self, batch: Batch, outputs: Outputs) -> tuple[Tensor, Losses]:
+        """The loss of a micro-batch with its graph, which the schedule divides in place, and the losses to log."""
+        ...
+
+
+class Objective(StepObjective[Outputs], Protocol[Outputs]):
+    """What `Trainer` asks of an objective."""
 
     loss_names: tuple[str, ...]
     """Names of the single losses, the same on every rank."""
@@ -30,12 +93,6 @@ class Objective(Protocol):
 
     evaluates_at_start: bool
     """Whether the untrained model is evaluated at step 0."""
-
-    def train_step(
-        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
-    ) -> Losses:
-        """Forward and backward of one step; the gradients are zeroed before it."""
-        ...
 
     def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Logged losses from the means of an interval, by `loss/...`, without `loss/total`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, Callable, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Optional, Sequence
 
 from megatron_vlmoe.config.command_line import ParsedCommand, parse_run, to_yaml
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.dry_run import dry_run_text
 from megatron_vlmoe.planning.validate import validate
 from megatron_vlmoe.runtime.distributed import (
@@ -21,9 +21,14 @@ from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, quiet_imports, report_packages
 
+if TYPE_CHECKING:
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.tokenizers.image import ImageTokenizer
+    from megatron_vlmoe.train.objective import PretrainSource
+
 log = logging.getLogger("megatron_vlmoe")
 
-OpenData = Callable[..., Any]
+OpenData = Callable[[RunConfig, "BatchShare"], "PretrainSource"]
 
 
 def main(arguments: Sequence[str], open_data: Optional[OpenData] = None) -> int:
@@ -62,7 +67,9 @@ def pretrain(command: ParsedCommand, open_data: Optional[OpenData] = None) -> in
     return 0
 
 
-def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[OpenData]) -> None:
+def _train(
+    config: RunConfig, ranks: Ranks, precision: Precision, open_data: Optional[OpenData]
+) -> None:
     from megatron_vlmoe.data.batches import BatchShare, PretrainData
     from megatron_vlmoe.train.pretrain_objective import MaskedObjective
     from megatron_vlmoe.train.setup import build_training
@@ -84,7 +91,9 @@ def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[
     Trainer(config, parts, ranks, data, micro_batches, precision, objective).run()
 
 
-def _image_tokenizer(config: RunConfig, ranks: Ranks, data: Any) -> Optional[Any]:
+def _image_tokenizer(
+    config: RunConfig, ranks: Ranks, data: PretrainSource
+) -> Optional[ImageTokenizer]:
     """The frozen tokenizer, where visual tokens are computed on the fly (last stage only)."""
     uses_images = config.data.micro_images or config.data.micro_pairs
     if data.stored_codes or not uses_images or not ranks.is_last_stage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, Optional, Protocol
+from typing import Iterator, Mapping, Optional, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -17,11 +17,11 @@ from megatron_vlmoe.losses.masked import (
     total_loss,
 )
 from megatron_vlmoe.model.heads import Predicted
-from megatron_vlmoe.runtime.distributed import Ranks, device
+from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import VISION_SEGMENTS, SegmentName, StreamLayout
 from megatron_vlmoe.train.evaluate import evaluation_line, reduce_evaluation
-from megatron_vlmoe.train.objective import Losses
+from megatron_vlmoe.train.objective import BatchSource, Losses
 from megatron_vlmoe.train.step import StepRunner
 
 
@@ -39,7 +39,7 @@ class MaskedObjective:
     Args:
         config: the run.
         ranks: where this process stands.
-        data: source of batches: `loader(split, first_micro_batch, num_micro_batches)`; needed to evaluate.
+        data: source of batches; needed to evaluate.
         num_micro_batches: micro-batches of a step on each data-parallel rank.
         image_tokenizer: computes visual tokens on the last stage; None if they are stored.
     """
@@ -54,7 +54,7 @@ class MaskedObjective:
         self,
         config: RunConfig,
         ranks: Ranks,
-        data: Any = None,
+        data: Optional[BatchSource] = None,
         num_micro_batches: int = 1,
         image_tokenizer: Optional[ImageEncoder] = None,
     ) -> None:
@@ -64,11 +64,9 @@ class MaskedObjective:
         self.num_micro_batches = num_micro_batches
         self.image_tokenizer = image_tokenizer
 
-    def train_step(
-        self, runner: StepRunner, batches: Iterator[Batch], num_micro_batches: int
-    ) -> Losses:
-        """Forward and backward of one step."""
-        return runner.train(batches, num_micro_batches, self._loss, self._add_codes)
+    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches as they are."""
+        return batches
 
     def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """`loss/mlm`, `loss/mim`, `loss/vlm_text`, `loss/vlm_image` of what the run has, and `loss/vlm`."""
@@ -86,11 +84,14 @@ class MaskedObjective:
 
     def evaluate(self, runner: StepRunner) -> dict[str, float]:
         """Exact losses and accuracies over `train.eval_steps` steps of held-out data."""
+        assert self.data is not None
         steps = self.config.train.eval_steps
         batches = iter(self.data.loader("eval", 0, steps * self.num_micro_batches))
-        results = []
+        results: list[dict[str, MaskedSums]] = []
         for _ in range(steps):
-            results += runner.evaluate(batches, self.num_micro_batches, self._sums, self._add_codes)
+            results += runner.evaluate(
+                batches, self.num_micro_batches, evaluation_sums, self.prepare
+            )
         # All tensor-parallel ranks hold the same sums; the first one speaks for them.
         return reduce_evaluation(results if self.ranks.tensor == 0 else [], self.config)
 
@@ -98,18 +99,12 @@ class MaskedObjective:
         """Losses beside the entropy of guessing, and accuracies."""
         return evaluation_line(metrics)
 
-    def _loss(
-        self, batch: Batch, predicted: Mapping[SegmentName, Predicted]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, single = total_loss(predicted, batch, self.config.objectives)
+    def loss(self, batch: Batch, outputs: Mapping[SegmentName, Predicted]) -> tuple[Tensor, Losses]:
+        """The weighted total of a micro-batch, and the single losses."""
+        loss, single = total_loss(batch, outputs, self.config.objectives)
         return loss, {"total": loss.detach().clone(), **single}
 
-    def _sums(
-        self, batch: Batch, predicted: Mapping[SegmentName, Predicted]
-    ) -> tuple[Tensor, dict[str, MaskedSums]]:
-        return torch.zeros(1, device=device()), evaluation_sums(predicted, batch)
-
-    def _add_codes(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """Adds visual tokens that are not stored."""
         if not self.ranks.is_last_stage or self.image_tokenizer is None:
             return batch

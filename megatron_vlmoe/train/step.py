@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -15,12 +15,15 @@ from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.stream.batch import Batch, StreamBatch, TextSegment, map_values
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.train.objective import Losses, StepObjective
 from megatron_vlmoe.train.setup import TrainingParts
 
+Outputs = TypeVar("Outputs")
+Result = TypeVar("Result")
 Prepare = Callable[[Batch], Batch]
 """Completes a batch that is on the device."""
-Finish = Callable[[Batch, Any], tuple[Tensor, dict[str, Any]]]
-"""Batch and outputs of the heads to the loss of the micro-batch and what the run wants to know of it."""
+Measure = Callable[[Batch, Outputs], Result]
+"""Batch and outputs of the heads to what is wanted of the micro-batch."""
 
 
 class StepRunner:
@@ -48,43 +51,80 @@ class StepRunner:
         self,
         batches: Iterator[Batch],
         num_micro_batches: int,
-        finish: Finish,
-        prepare: Optional[Prepare] = None,
-    ) -> list[dict[str, Any]]:
-        """Forward and backward; what `finish` tells of every micro-batch on the last stage, else empty."""
+        objective: StepObjective[Outputs],
+    ) -> list[Losses]:
+        """Forward and backward of one step.
+
+        Args:
+            batches: its micro-batches come next.
+            num_micro_batches: how many.
+            objective: completes them and makes the loss.
+
+        Returns:
+            The losses of every micro-batch on the last stage; empty elsewhere.
+        """
+        step = objective.prepare_step(self, itertools.islice(batches, num_micro_batches))
         return self._run(
-            batches, num_micro_batches, self.layout, finish, prepare, backward=True, training=True
+            step,
+            num_micro_batches,
+            self.layout,
+            objective.loss,
+            objective.prepare,
+            backward=True,
+            training=True,
         )
 
-    def look(
+    def forward_no_grad(
         self,
         batches: Iterator[Batch],
         num_micro_batches: int,
+        measure: Measure[Outputs, Result],
         layout: StreamLayout,
-        finish: Finish,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Result]:
         """Forward alone over a part of what training reads, with the draws of training and no gradient.
 
         Expert capacity is that of the part: where tokens are dropped, they may be others than in training.
         """
         with torch.no_grad():
             return self._run(
-                batches, num_micro_batches, layout, finish, None, backward=False, training=True
+                batches,
+                num_micro_batches,
+                layout,
+                _without_loss(measure),
+                lambda batch: batch,
+                backward=False,
+                training=True,
             )
 
     def evaluate(
         self,
         batches: Iterator[Batch],
         num_micro_batches: int,
-        finish: Finish,
-        prepare: Optional[Prepare] = None,
+        measure: Measure[Outputs, Result],
+        prepare: Prepare = lambda batch: batch,
         layout: Optional[StreamLayout] = None,
-    ) -> list[dict[str, Any]]:
-        """Forward alone in evaluation mode, without any draw."""
-        layout = layout or self.layout
+    ) -> list[Result]:
+        """Forward alone in evaluation mode, without any draw.
+
+        Args:
+            batches: the micro-batches come next.
+            num_micro_batches: how many.
+            measure: what is wanted of each.
+            prepare: completes each on the device.
+            layout: of these micro-batches; None: that of training.
+
+        Returns:
+            What `measure` returned for each on the last stage; empty elsewhere.
+        """
         with torch.no_grad():
             return self._run(
-                batches, num_micro_batches, layout, finish, prepare, backward=False, training=False
+                batches,
+                num_micro_batches,
+                layout or self.layout,
+                _without_loss(measure),
+                prepare,
+                backward=False,
+                training=False,
             )
 
     def _run(
@@ -92,15 +132,15 @@ class StepRunner:
         batches: Iterator[Batch],
         num_micro_batches: int,
         layout: StreamLayout,
-        finish: Finish,
-        prepare: Optional[Prepare],
+        finish: Measure[Outputs, tuple[Tensor, Result]],
+        prepare: Prepare,
         backward: bool,
         training: bool,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Result]:
         for chunk in self.parts.wrapped:
             chunk.train(training)
         prepared = (
-            self._prepare(batch, prepare) for batch in itertools.islice(batches, num_micro_batches)
+            prepare(_to_device(batch)) for batch in itertools.islice(batches, num_micro_batches)
         )
         # With virtual stages every chunk walks the same micro-batches at its own pace.
         iterators: Any = list(itertools.tee(prepared, len(self.parts.chunks)))
@@ -118,11 +158,11 @@ class StepRunner:
     def _forward(
         self,
         layout: StreamLayout,
-        finish: Finish,
+        finish: Measure[Outputs, tuple[Tensor, Result]],
         draws: bool,
         iterator: Iterator[Batch],
-        model: Any,
-    ) -> tuple[Any, Callable[[Any], Any]]:
+        model: Callable[[Batch, StreamBatch], Outputs],
+    ) -> tuple[Outputs, Callable[[Outputs], tuple[Tensor, Result]]]:
         batch = next(iterator)
         stream = self.stream(batch, draws, layout)
         return model(batch, stream), functools.partial(finish, batch)
@@ -144,11 +184,17 @@ class StepRunner:
             text_lengths=texts.get("lengths"),
         )
 
-    @staticmethod
-    def _prepare(batch: Batch, prepare: Optional[Prepare]) -> Batch:
-        """Moves a batch to the device and lets the objective complete it."""
-        target, number = device(), batch["micro_batch"]
-        moved = map_values(
-            batch, lambda value: value if value is number else value.to(target, non_blocking=True)
-        )
-        return moved if prepare is None else prepare(moved)
+
+def _to_device(batch: Batch) -> Batch:
+    target, number = device(), batch.get("micro_batch")
+
+    def move(value: Tensor) -> Tensor:
+        # The number of the micro-batch stays on the host: it seeds generators.
+        return value if value is number else value.to(target, non_blocking=True)
+
+    return map_values(batch, move)
+
+
+def _without_loss(measure: Measure[Outputs, Result]) -> Measure[Outputs, tuple[Tensor, Result]]:
+    """What the schedule wants of a forward pass without a backward one: some loss, too."""
+    return lambda batch, outputs: (torch.zeros(1, device=device()), measure(batch, outputs))

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
-from megatron_vlmoe.train.objective import Losses, Objective
+from megatron_vlmoe.train.objective import BatchSource, Losses, Objective
 from megatron_vlmoe.train.profiling import StepProfiler
 from megatron_vlmoe.train.resume import resume
 from megatron_vlmoe.train.setup import TrainingParts
@@ -38,7 +38,7 @@ class Trainer:
         config: the run, with vocabulary sizes and data-derived numbers.
         parts: model chunks, optimizer and schedule.
         ranks: where this process stands.
-        data: source of batches: `loader(split, first_micro_batch, num_micro_batches)`.
+        data: source of batches.
         num_micro_batches: micro-batches of a step on each data-parallel rank.
         precision: resolved precision.
         objective: what is trained and how it is judged.
@@ -49,7 +49,7 @@ class Trainer:
         config: RunConfig,
         parts: TrainingParts,
         ranks: Ranks,
-        data: Any,
+        data: BatchSource,
         num_micro_batches: int,
         precision: Precision,
         objective: Objective,
@@ -132,7 +132,7 @@ class Trainer:
 
     def _train_step(self, clock: DataClock) -> float:
         self.runner.start_step()
-        results = self.objective.train_step(self.runner, iter(clock), self.num_micro_batches)
+        results = self.runner.train(iter(clock), self.num_micro_batches, self.objective)
         updated, grad_norm, _ = self.parts.optimizer.step()
         if updated:
             self.parts.scheduler.step(increment=1)
@@ -150,7 +150,7 @@ class Trainer:
         self.throughput.step()
         return grad_norm
 
-    def _add_losses(self, results: Losses) -> None:
+    def _add_losses(self, results: Sequence[Losses]) -> None:
         """Sums losses on the last stage's first tensor rank; read at the next report."""
         if self.ranks.tensor != 0:
             return

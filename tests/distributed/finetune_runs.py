@@ -63,7 +63,7 @@ def finetune(
     report: dict[str, Any] = {"start": shards(parts), "steps": []}
     for step in range(steps):
         runner.start_step()
-        results = objective.train_step(runner, batches, count)
+        results = runner.train(batches, count, objective)
         if step == 0:
             report["gradients"] = shards(parts, gradients=True)
         updated, norm, _ = parts.optimizer.step()

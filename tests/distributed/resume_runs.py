@@ -64,7 +64,7 @@ class Run:
         """Takes some steps."""
         for _ in range(number):
             self.runner.start_step()
-            self.objective.train_step(self.runner, self.batches, self.count)
+            self.runner.train(self.batches, self.count, self.objective)
             updated, _, _ = self.parts.optimizer.step()
             assert updated
             self.parts.scheduler.step(increment=1)
@@ -173,7 +173,7 @@ def adam_step_by_hand(
         for p in parameters
     ]
     run.runner.start_step()
-    run.objective.train_step(run.runner, run.batches, run.count)
+    run.runner.train(run.batches, run.count, run.objective)
     updated, norm, _ = run.parts.optimizer.step()
     assert updated
     worst = 0.0

@@ -119,7 +119,7 @@ def micro_batches_counted(where: Layout, prefix: str, tokenizer: str) -> dict[st
     batches = iter(data.loader("train", 0, None))
     for _ in range(2):
         runner.start_step()
-        objective.train_step(runner, batches, 2)
+        runner.train(batches, 2, objective)
     counters = collect(parts.chunks, config)
     place = HEADER.index("micro_batches")
     return {f"{block} {pool}": float(vector[place]) for (block, pool), vector in counters.items()}
@@ -171,7 +171,7 @@ def optimizer_size(
     config = task_config(task, prefix, tokenizer, where, *arguments)
     config, _, data, parts, objective, runner = start(config, where)
     runner.start_step()
-    objective.train_step(runner, iter(data.loader("train", 0, None)), 2)
+    runner.train(iter(data.loader("train", 0, None)), 2, objective)
     parts.optimizer.step()
     optimizers = getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])
     state = sum(

@@ -103,7 +103,7 @@ def compare(where: Layout) -> dict[str, Any]:
         found[dispatcher] = outcome([output.squeeze(1) for output in outputs], leaves)
 
     whole = [{name: gathered(w) for name, w in weights.items()} for weights in experts]
-    masks = [torch.cat([torch.ones(2 * 16).bool(), stream.slot_mask("pair_texts").reshape(-1)])]
+    masks = [torch.cat([torch.ones(2 * 16).bool(), stream.sample_mask("pair_texts").reshape(-1)])]
     masks.append(torch.ones(len(inputs[1])).bool())
     plain = [plain_pool(*args) for args in zip(inputs, masks, routers, whole)]
     expected = outcome(
@@ -149,7 +149,7 @@ def one_step(run: tuple[Any, Any, Any, Any], batch: Any, **counts: int) -> Any:
     config = replace(config, data=replace(config.data, **counts))
     runner = StepRunner(config, parts, ranks)
     runner.start_step()
-    losses = MaskedObjective(config, ranks).train_step(runner, iter([batch]), 1)[0]
+    losses = runner.train(iter([batch]), 1, MaskedObjective(config, ranks))[0]
     return {name: float(loss) for name, loss in losses.items()}, gradients(parts)
 
 

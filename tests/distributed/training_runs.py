@@ -127,7 +127,7 @@ class Recorder:
 
         self.numbers.clear()
         self.runner.start_step()
-        results = self.objective.train_step(self.runner, self.batches, self.count)
+        results = self.runner.train(self.batches, self.count, self.objective)
         report: dict[str, Any] = {
             "losses": {
                 f"{number}/{name}": float(value)

@@ -40,7 +40,7 @@ def _losses(steps: int, *arguments: str, repeat_batch: bool = False) -> list[flo
         for step in range(steps):
             batches: Any = data.loader("train", 0 if repeat_batch else 4 * step, None)
             runner.start_step()
-            results = objective.train_step(runner, batches, 4)
+            results = runner.train(iter(batches), 4, objective)
             losses.append(sum(float(result["total"]) for result in results) / len(results))
             updated, _, _ = parts.optimizer.step()
             if updated:

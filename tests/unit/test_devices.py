@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from prepared_tasks import Prepared
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 # The batch goes to the device, and the update waits for the gradient norm.
-BATCH = "copy: megatron_vlmoe/train/step.py _prepare"
+BATCH = "copy: megatron_vlmoe/train/step.py move"
 NORM = "read: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
 SIMILARITY = "copy: megatron_vlmoe/losses/contrastive.py hard_negatives"
 DRAWN = "copy: megatron_vlmoe/finetune/retrieval.py _draw"
@@ -50,7 +51,7 @@ def _pretrain(where: Layout, precision: Any, *arguments: str) -> dict[str, int]:
     with stand_in.mode, stand_in.watch:
         stand_in.watch.waits.clear()
         runner.start_step()
-        results = objective.train_step(runner, stand_in.batches(batches), 2)
+        results = runner.train(stand_in.batches(batches), 2, objective)
         parts.optimizer.step()
         return _check(parts, results, stand_in.watch.waits)
 
@@ -63,7 +64,7 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
 
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.finetune.data import TaskData
-    from megatron_vlmoe.finetune.retrieval import CachedGradients, Negatives, _Pool
+    from megatron_vlmoe.finetune.retrieval import CachedGradients, Negatives, StepCache, _Pool
     from megatron_vlmoe.finetune.run import build_objective
     from megatron_vlmoe.model.task_heads import build_task_heads
     from megatron_vlmoe.train.step import StepRunner
@@ -87,7 +88,7 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
         stand_in.watch.waits.clear()
         runner.start_step()
         if task != "retrieval":
-            results = objective.train_step(runner, stand_in.batches(paired), 2)
+            results = runner.train(stand_in.batches(paired), 2, objective)
         else:
             # The step itself, without the decoding of what was drawn.
             pools = objective._features(runner, list(stand_in.batches(batches)))
@@ -96,10 +97,13 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
             for pool in pools:
                 objective._draw(0, pool, whole)
 
-            def finish(batch: Any, heads: Any) -> Any:
-                return objective._loss(batch, heads, cache, 0, 2)
-
-            results = runner.train(stand_in.batches(paired), 2, finish)
+            objective._cache = StepCache(cache, {0: 0, 1: 1})
+            step: Any = SimpleNamespace(
+                prepare_step=lambda runner, batches: batches,
+                prepare=objective.prepare,
+                loss=objective.loss,
+            )
+            results = runner.train(stand_in.batches(paired), 2, step)
         parts.optimizer.step()
         return _check(parts, results, stand_in.watch.waits)
 
