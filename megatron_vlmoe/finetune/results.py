@@ -25,7 +25,7 @@ from megatron_vlmoe.finetune.predictions import (
 from megatron_vlmoe.finetune.report import Example, write_report
 from megatron_vlmoe.prepare.vqa_answers import official_accuracy
 from megatron_vlmoe.runtime.distributed import Ranks
-from megatron_vlmoe.train.setup import TrainingParts
+from megatron_vlmoe.train.setup import ModelParts
 from megatron_vlmoe.train.step import StepRunner
 
 log = logging.getLogger("megatron_vlmoe")
@@ -49,7 +49,7 @@ class Evaluated:
 
 def evaluate_all(
     config: FinetuneConfig,
-    parts: TrainingParts,
+    parts: ModelParts,
     ranks: Ranks,
     data: TaskData,
     objective: TaskObjective,

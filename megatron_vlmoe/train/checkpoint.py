@@ -46,7 +46,7 @@ from megatron_vlmoe.train.optimizer_state import (
     drop_requested_groups,
     tensor_keys,
 )
-from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
+from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -91,7 +91,7 @@ class CheckpointWriter:
         self,
         state: TrainState,
         config: RunConfig,
-        parts: TrainingParts,
+        parts: ModelParts,
         with_optimizer: bool = True,
     ) -> Path:
         """Writes a checkpoint, with `with_optimizer` one that training can go on from.
@@ -201,7 +201,7 @@ class CheckpointWriter:
 
 
 def load_checkpoint(
-    path: Path, config: RunConfig, parts: TrainingParts, with_optimizer: bool = True
+    path: Path, config: RunConfig, parts: ModelParts, with_optimizer: bool = True
 ) -> TrainState:
     """Loads weights, and with `with_optimizer` also the optimizer's state and the step.
 
@@ -235,9 +235,10 @@ def load_checkpoint(
     for index, chunk in enumerate(parts.chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     if not with_optimizer:
-        if parts.optimizer is not None:
+        if isinstance(parts, TrainingParts):
             parts.optimizer.reload_model_params()
         return TrainState()
+    assert isinstance(parts, TrainingParts)
     adopt_groups(parts.optimizer, loaded["optimizer"], common["optimizer"])
     parts.optimizer.load_state_dict(loaded["optimizer"])
     first_scale = saved.get("optim", {}).get("initial_loss_scale", config.optim.initial_loss_scale)
@@ -291,9 +292,9 @@ def load_common(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def gather_parameters(config: RunConfig, parts: TrainingParts) -> None:
+def gather_parameters(config: RunConfig, parts: ModelParts) -> None:
     """Completes the parameters that the next forward pass would still have gathered."""
-    if config.parallel.overlap_param_gather and parts.optimizer is not None:
+    if config.parallel.overlap_param_gather and isinstance(parts, TrainingParts):
         for chunk in parts.wrapped:
             chunk.disable_forward_pre_hook(param_sync=True)
             chunk.enable_forward_pre_hook()
@@ -364,7 +365,7 @@ def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig)
 def _state_dict(
     state: TrainState,
     config: RunConfig,
-    parts: TrainingParts,
+    parts: ModelParts,
     is_loading: bool,
     with_optimizer: bool = True,
 ) -> dict[str, Any]:
@@ -374,6 +375,7 @@ def _state_dict(
         for index, chunk in enumerate(parts.chunks)
     }
     if with_optimizer:
+        assert isinstance(parts, TrainingParts)
         models = {key: value for key, value in content.items() if key.startswith("model")}
         if len(models) == 1:
             models = {"model": models["model0"]}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 
 GROUPS = "param_groups"
 
@@ -27,7 +28,9 @@ def drop_requested_groups(requested: dict[str, Any]) -> None:
         _inner(member).pop(GROUPS, None)
 
 
-def adopt_groups(optimizer: Any, loaded: dict[str, Any], common: Mapping[str, Any]) -> None:
+def adopt_groups(
+    optimizer: MegatronOptimizer, loaded: dict[str, Any], common: Mapping[str, Any]
+) -> None:
     """Puts the optimizer's own groups, with the saved step count, into a state dict that it is to load.
 
     Args:
@@ -60,7 +63,7 @@ def tensor_keys(requested: Any) -> Iterator[str]:
             yield from tensor_keys(value)
 
 
-def bound_loss_scale(optimizer: Any, starts_anew: bool) -> None:
+def bound_loss_scale(optimizer: MegatronOptimizer, starts_anew: bool) -> None:
     """Brings a loaded loss scale of fp16 within the bounds of this run; without fp16 there is none.
 
     megatron-core doubles the scale when its count of good steps *equals* the window: a saved count above a smaller
@@ -82,7 +85,7 @@ def bound_loss_scale(optimizer: Any, starts_anew: bool) -> None:
         scaler._hysteresis_tracker = min(scaler._hysteresis_tracker, scaler.hysteresis)
 
 
-def _optimizers(optimizer: Any) -> list[Any]:
+def _optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 

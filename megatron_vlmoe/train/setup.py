@@ -12,13 +12,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import (
     ParamKey,
     ParamPredicate,
     ParamWithNamePredicate,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlmoe.config.errors import ConfigError
@@ -33,23 +34,35 @@ from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
 
 
 @dataclass
-class TrainingParts:
-    """What a step works on.
+class ModelParts:
+    """The model of this rank.
 
     Args:
         transformer_config: megatron-core's configuration; schedules read their hooks from it.
         chunks: the bare model chunks of this rank, one per virtual pipeline stage.
         wrapped: the chunks inside megatron-core's DDP; the bare ones for a forward-only run.
-        optimizer: megatron-core's optimizer; None for a forward-only run.
-        scheduler: learning-rate schedule; None for a forward-only run.
-        frozen: names of modules that the run never reaches.
     """
 
     transformer_config: TransformerConfig
     chunks: list[VLMoEModel]
-    wrapped: list[Any]
-    optimizer: Any
-    scheduler: Any
+    wrapped: list[MegatronModule]
+
+
+@dataclass
+class TrainingParts(ModelParts):
+    """What a training step works on.
+
+    Args:
+        transformer_config: see `ModelParts`.
+        chunks: see `ModelParts`.
+        wrapped: see `ModelParts`.
+        optimizer: megatron-core's optimizer.
+        scheduler: learning-rate schedule.
+        frozen: names of modules that the run never reaches.
+    """
+
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
     frozen: list[str]
 
 
@@ -126,14 +139,14 @@ def build_training(
 
 def build_forward_only(
     config: RunConfig, precision: Precision, build_heads: BuildHeads
-) -> TrainingParts:
+) -> ModelParts:
     """The model alone, for evaluation and prediction: no gradients, no optimizer."""
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
     for chunk in chunks:
         chunk.requires_grad_(False)
         chunk.eval()
-    return TrainingParts(transformer_config, chunks, list(chunks), None, None, [])
+    return ModelParts(transformer_config, chunks, list(chunks))
 
 
 def _check_savable(chunks: list[VLMoEModel], config: RunConfig, precision: Precision) -> None:
@@ -304,7 +317,7 @@ def _has_factor(factor: float) -> Callable[[torch.nn.Parameter], bool]:
     return lambda parameter: getattr(parameter, "learning_rate_factor", 1.0) == factor
 
 
-def _scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+def _scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     optim = config.optim
     decay = optim.lr_decay_steps or config.train.steps
     return OptimizerParamScheduler(

@@ -16,7 +16,7 @@ from megatron_vlmoe.stream.batch import Batch, StreamBatch, TextSegment, map_val
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.objective import Losses, StepObjective
-from megatron_vlmoe.train.setup import TrainingParts
+from megatron_vlmoe.train.setup import ModelParts, TrainingParts
 
 Outputs = TypeVar("Outputs")
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ class StepRunner:
         ranks: where this process stands.
     """
 
-    def __init__(self, config: RunConfig, parts: TrainingParts, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, parts: ModelParts, ranks: Ranks) -> None:
         self.config = config
         self.parts = parts
         self.ranks = ranks
@@ -43,6 +43,7 @@ class StepRunner:
 
     def start_step(self) -> None:
         """Zeroes the gradients of a training step that begins."""
+        assert isinstance(self.parts, TrainingParts), "the model was built forward-only"
         for chunk in self.parts.wrapped:
             chunk.zero_grad_buffer()
         self.parts.optimizer.zero_grad()

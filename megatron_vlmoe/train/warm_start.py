@@ -22,7 +22,7 @@ from megatron_vlmoe.model.positions import resize_image_positions, resize_text_p
 from megatron_vlmoe.runtime.distributed import is_rank_zero, union_over_ranks
 from megatron_vlmoe.train.checkpoint import check_architecture, load_common, warn_of_other_gates
 from megatron_vlmoe.train.checkpoint_files import one_line
-from megatron_vlmoe.train.setup import TrainingParts, checkpoint_metadata
+from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -128,7 +128,7 @@ class CheckpointWeights:
 
 
 def warm_start(
-    source: WeightSource, config: RunConfig, parts: TrainingParts, with_heads: bool
+    source: WeightSource, config: RunConfig, parts: ModelParts, with_heads: bool
 ) -> WarmStart:
     """Loads weights, of pretraining or of a task, into the model of this run.
 
@@ -169,7 +169,7 @@ def warm_start(
         warn_of_other_gates(path, source.sections, config)
     for entry, whole in resized.values():
         _resize(entry, whole)
-    if parts.optimizer is not None:
+    if isinstance(parts, TrainingParts):
         parts.optimizer.reload_model_params()
     all_known, all_new = union_over_ranks(known), union_over_ranks(new)
     taken = all_known - all_new - union_over_ranks(resized)
