@@ -210,7 +210,7 @@ class TaskSamples:
         per_sample = len(rows[0].images)
         documents = [document for row in rows for document in row.images]
         texts = [row.texts for row in rows for _ in row.images]
-        # SampleRngs of their own for each picture of a sample.
+        # Every picture of a sample has random numbers of its own.
         own = [
             SampleRef(ref.dataset, ref.epoch, ref.index * per_sample + number)
             for ref in refs
