@@ -411,6 +411,14 @@ def test_the_two_views_show_the_same_thing(corpus: Corpus) -> None:
             assert (model.mean((3, 5)).flip(3) - means).abs().mean() > 5
 
 
+def test_views_of_equal_size_are_one_tensor(corpus: Corpus) -> None:
+    data = PretrainData.open(corpus.config(), image_tokenizer=BrightnessTokenizer(64, 8))
+    batch = batches(data, 1)[0]
+    for segment in VISION_SEGMENTS:
+        images = batch[segment]
+        assert images["pixels"].data_ptr() == images["tokenizer_pixels"].data_ptr()
+
+
 def test_flips_and_jitter_follow_their_options(corpus: Corpus) -> None:
     def pixels(**options: float) -> torch.Tensor:
         config = corpus.config(crop_scale_min=0.5, color_jitter=0.0, **options)
