@@ -31,11 +31,9 @@ def did_you_mean_option(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_name(name: str, names: Iterable[str]) -> str:
-    """`unknown; did you mean X? Choose one of X, Y, Z`."""
+    """`unknown; choose one of X, Y, Z; did you mean X?`."""
     names = list(names)
-    hint = did_you_mean(name, names)
-    start = f"unknown{hint} Choose" if hint else "unknown; choose"
-    return f"{start} one of {', '.join(names)}"
+    return f"unknown; choose one of {', '.join(names)}{did_you_mean(name, names)}"
 
 
 def near_multiples(value: int, unit: int) -> str:
