@@ -14,6 +14,7 @@ from megatron_vlmoe.stream.block_plan import block_plans, has_experts, moe_layer
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import (
     VOCAB_MULTIPLE,
+    check_parallel_sizes,
     data_parallel_size,
     num_micro_batches,
     padded_vocab_size,
@@ -172,14 +173,7 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     tensor = parallel.tensor_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "expert_model_parallel_size",
-    ):
-        value = getattr(parallel, name)
-        _require(value >= 1, f"parallel.{name}={value} must be at least 1")
+    check_parallel_sizes(parallel)
     _require(
         parallel.context_parallel_size == 1,
         f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "

@@ -50,12 +50,26 @@ def check_top_k(k: int, num_experts: int) -> None:
         raise ValueError(f"k must be in 1..{num_experts} (the number of experts), got {k}")
 
 
+def check_parallel_sizes(parallel: ParallelConfig) -> None:
+    """Raises ConfigError unless TP, PP, virtual PP and EP are at least 1."""
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+    ):
+        value = getattr(parallel, name)
+        if value < 1:
+            raise ConfigError(f"parallel.{name}={value} must be at least 1")
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Data-parallel ranks of the layout.
 
     Raises:
         ConfigError: if the layout does not fit the number of processes.
     """
+    check_parallel_sizes(parallel)
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size
     # Both TP and EP divide the ranks of a pipeline stage.

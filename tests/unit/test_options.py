@@ -480,3 +480,10 @@ def test_the_batch_sizes_that_are_advised_fit(words: str) -> None:
 )
 def test_numbers_of_processes_that_fit_are_named(words: str, ranks: int, advised: str) -> None:
     assert advised in message(f"pretrain {words}", ranks)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune --preset vqa"])
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "expert"])
+def test_no_parallel_size_is_zero(command: str, name: str) -> None:
+    option = f"parallel.{name}_model_parallel_size"
+    assert message(f"{command} --{option} 0") == f"{option}=0 must be at least 1"
