@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Callable
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import unknown_name
 from megatron_vlmoe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -273,5 +274,5 @@ def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
         ConfigError: if there is no such recipe.
     """
     if name not in RECIPES:
-        raise ConfigError(f"--preset {name}: unknown; choose one of {', '.join(recipe_names())}")
+        raise ConfigError(f"--preset {name}: {unknown_name(name, RECIPES)}")
     return RECIPES[name](base)

@@ -55,7 +55,7 @@ class TaskConfig:
     """A downstream task (paper sections 4.2 and 4.3).
 
     Args:
-        name: vqa, nlvr2, retrieval, imagenet or mnli.
+        name: which downstream task.
         data: prefix P of a dataset that tools/prepare_task.py wrote.
         train_split: split to train on.
         eval_splits: splits to evaluate on, the first of which chooses the best checkpoint; empty takes the task's own.
@@ -143,8 +143,8 @@ class FinetuneConfig(RunConfig):
     """A fine-tuning or evaluation run.
 
     Args:
-        task: the downstream task.
-        contrastive: retrieval only.
+        task: Downstream task
+        contrastive: Losses of image-text retrieval
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)

@@ -17,6 +17,7 @@ from megatron_vlmoe.config.command_line import (
     parse_options,
 )
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import unknown_name
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.recipes import DEFAULT_RECIPES, apply_recipe, recipe_names
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
@@ -42,7 +43,7 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
     if not recipe and not task and not asks:
         raise ConfigError(f"--task is missing: one of {', '.join(TASKS)}")
     if task and task not in TASKS:
-        raise ConfigError(f"--task {task}: unknown; choose one of {', '.join(TASKS)}")
+        raise ConfigError(f"--task {task}: {unknown_name(task, TASKS)}")
     if asks:
         return parse_options(
             "finetune", words, apply_recipe(recipe or "vqa", RunConfig()), recipe_names()
@@ -125,7 +126,7 @@ def _architecture(load: str, name: str, step: str) -> RunConfig:
         raise ConfigError(
             "--load is missing: the checkpoint to start from (or --task.architecture PRESET for initial weights)"
         )
-    return preset(name)
+    return preset(name, "--task.architecture")
 
 
 def saved_run(location: str, step: Optional[str] = None) -> RunConfig:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import near_multiples
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.planning.validate import check_exit_signals
-from megatron_vlmoe.stream.sizes import data_parallel_size
+from megatron_vlmoe.planning.validate import (
+    check_dataset_prefixes,
+    check_exit_signals,
+    check_ranges,
+)
+from megatron_vlmoe.stream.sizes import batch_sizes_that_fit, data_parallel_size
 
 
 def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
@@ -20,6 +25,8 @@ def validate_task(config: FinetuneConfig, world_size: int, training: bool = True
         ConfigError: on the first contradiction.
     """
     check_exit_signals(config.train.exit_signals)
+    check_ranges(config)
+    check_dataset_prefixes("task.data", [config.task.data])
     data_size = data_parallel_size(config.parallel, world_size)
     _check_batches(config, data_size, training)
     for name in ("seeds", "eval_splits"):
@@ -48,14 +55,18 @@ def _check_batches(config: FinetuneConfig, data_size: int, training: bool) -> No
         _require(size >= 1, f"task.{name}={size} must be at least 1")
         _require(
             size % tensor == 0,
-            f"task.{name}={size} is not divisible by parallel.tensor_model_parallel_size={tensor}",
+            f"task.{name}={size} is not divisible by parallel.tensor_model_parallel_size={tensor}: "
+            f"--task.{name} {near_multiples(size, tensor)} fits",
         )
-    unit = task.micro_batch_size * data_size
-    _require(
-        not training or (task.global_batch_size >= unit and task.global_batch_size % unit == 0),
-        f"task.global_batch_size={task.global_batch_size} is not a multiple of "
-        f"task.micro_batch_size={task.micro_batch_size} x {data_size} data-parallel rank(s)",
-    )
+    if not training:
+        return
+    micro, total = task.micro_batch_size, task.global_batch_size
+    if total < 1 or total % (micro * data_size):
+        options = {("task.micro_batch_size", "task.global_batch_size"): (micro, total)}
+        raise ConfigError(
+            f"task.global_batch_size={total} is not a multiple of task.micro_batch_size={micro} x "
+            f"{data_size} data-parallel rank(s){batch_sizes_that_fit(options, data_size, tensor)}"
+        )
 
 
 def _check_training(config: FinetuneConfig) -> None:
