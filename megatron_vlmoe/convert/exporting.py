@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from megatron_vlmoe.convert.name_table import FP32_KEYS, Entry, name_table
 from megatron_vlmoe.convert.safetensors_files import Group, write_folder
 from megatron_vlmoe.convert.tensors import LazyTensor, check_tensors, with_progress
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.runtime.files import sync_tree
+from megatron_vlmoe.runtime.files import folder_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
@@ -79,22 +78,14 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
     tokenizer = _tokenizer(reader, options.text_tokenizer)
     labels = _labels(reader)
     groups = [_group(entry, reader, options.dtype) for entry in table]
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        written = write_folder(temporary, groups, options.max_shard_bytes)
-        for _ in with_progress(written, len(groups), "export"):
-            pass
-        _write_texts(temporary, reader, tokenizer, labels, options)
-        sync_tree(temporary)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(temporary, output)
+        with folder_atomic(output) as temporary:
+            written = write_folder(temporary, groups, options.max_shard_bytes)
+            for _ in with_progress(written, len(groups), "export"):
+                pass
+            _write_texts(temporary, reader, tokenizer, labels, options)
     except OSError as error:
         raise ConvertError(f"{output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 

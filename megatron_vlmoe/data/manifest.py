@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.runtime.files import StagedFile
 
 FORMAT_VERSION = 2
 """Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
@@ -157,33 +158,16 @@ def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
     return result | {"max": len(histogram) - 1}
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames inside the directory ``path`` durable."""
-    handle = os.open(path, os.O_RDONLY)
+def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> StagedFile:
+    """The complete manifest under its temporary name. Raises FileError; nothing is left behind then."""
+    staged = StagedFile(manifest_path(prefix), "w")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> Path:
-    """Writes the manifest under a temporary name beside its place, synced; returns that name.
-
-    Raises:
-        DataError: it cannot be written; nothing is left behind.
-    """
-    path = manifest_path(prefix)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(manifest), file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: {error.strerror}") from error
-    return temporary
+        staged.write(json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
+        staged.finish()
+    except BaseException:
+        staged.abort()
+        raise
+    return staged
 
 
 def unknown_line(manifest: DatasetManifest) -> str:
@@ -198,10 +182,8 @@ def unknown_line(manifest: DatasetManifest) -> str:
 
 
 def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Writes ``PREFIX.json`` atomically. Raises DataError if it cannot."""
-    temporary = stage_manifest(prefix, manifest)
-    os.replace(temporary, manifest_path(prefix))
-    sync_directory(manifest_path(prefix).parent)
+    """Writes ``PREFIX.json``. Raises FileError."""
+    stage_manifest(prefix, manifest).publish()
 
 
 def check_replaceable(prefix: str | Path) -> None:

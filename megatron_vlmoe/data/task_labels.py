@@ -89,9 +89,5 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 
 
 def write_labels(prefix: str | Path, labels: Labels) -> None:
-    """Writes ``PREFIX_labels.json`` atomically. Raises DataError if it cannot."""
-    path = labels_path(prefix)
-    try:
-        write_text_atomic(path, labels.to_json())
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+    """Writes ``PREFIX_labels.json``. Raises FileError."""
+    write_text_atomic(labels_path(prefix), labels.to_json())

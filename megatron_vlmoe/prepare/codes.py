@@ -21,11 +21,10 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, draw_crop
 from megatron_vlmoe.data.codes import HEADER_LENGTH, CodesManifest, codes_prefix
 from megatron_vlmoe.data.indexed import IndexedWriter
-from megatron_vlmoe.data.manifest import sync_directory
 from megatron_vlmoe.data.order import Purpose, keyed_rng
 from megatron_vlmoe.prepare.crops import ImageSource, IndexedImages, to_tensor, worker_loader
+from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
-from megatron_vlmoe.tokenizers.vqkd.files import write_atomically
 
 _PROGRESS_SECONDS = 10.0
 
@@ -158,9 +157,5 @@ def write_codes(
         # From here on the old codes, if any, are gone: their manifest must not vouch for new files.
         Path(f"{prefix}.json").unlink(missing_ok=True)
     content = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
-    try:
-        write_atomically(Path(f"{prefix}.json"), content.encode())
-    except OSError as error:
-        raise DataError(f"{prefix}.json: {error.strerror}") from error
-    sync_directory(Path(prefix).parent)
+    write_text_atomic(f"{prefix}.json", content)
     return manifest

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any, Mapping, Protocol
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.runtime.files import write_bytes_atomic
 from megatron_vlmoe.train.checkpoint_files import SET_ASIDE
 
 log = logging.getLogger("megatron_vlmoe")
@@ -53,9 +53,7 @@ class JsonlWriter:
             log.info("%s: %d later line(s) are now in %s", path, len(moved), aside.name)
         content = b"".join(line + b"\n" for line in kept)
         if content != before:
-            replacement = path.with_name(f"{path.name}.tmp")
-            replacement.write_bytes(content)
-            os.replace(replacement, path)
+            write_bytes_atomic(path, content)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from megatron_vlmoe.tokenizers.vqkd.files import write_atomically
+from megatron_vlmoe.runtime.files import write_parts_atomic
 from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
 
 
@@ -71,7 +71,7 @@ class MetricsLog:
         self.active = active
         if active:
             kept = [line for line in read_lines(path) if 0 < first_step >= line_step(line)]
-            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+            write_parts_atomic(path, [f"{line}\n" for line in kept])
 
     def write(self, step: int, values: dict[str, float], total: int | None = None) -> None:
         """Append `{"step": step, ...}` and print it in short."""
