@@ -1,4 +1,4 @@
-"""What the preprocessing tools share: worker processes, rejects, progress, publishing.
+"""What the preprocessing tools share: worker processes, rejects, publishing.
 
 A tool is a reader (records in order), a `Work` (done to a chunk of records in a worker) and a sink
 (results, in the order of the input, into a `DatasetOutput`).
@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -55,7 +54,6 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 _CHUNKS_IN_FLIGHT_PER_WORKER = 3
-_PROGRESS_SECONDS = 5.0
 _UNKNOWN_SHARE = 0.01
 
 
@@ -222,35 +220,10 @@ def chunked(records: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
         yield chunk
 
 
-class Progress:
-    """A line to stderr every few seconds: records done and records per second."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._count = 0
-        self._start = time.monotonic()
-        self._next = self._start + _PROGRESS_SECONDS
-
-    def add(self, records: int) -> None:
-        """Counts records and prints a line if it is time."""
-        self._count += records
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _PROGRESS_SECONDS
-            self._print("...")
-
-    def finish(self, rejects: int, kept: int | None = None) -> None:
-        """Prints the last line; ``kept`` where records are what is kept and rejected."""
-        shown = "" if kept is None else f", {kept} kept"
-        self._print(f"{shown}, {rejects} rejected" if rejects else "")
-
-    def _print(self, end: str) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = self._count / seconds
-        print(
-            f"{self._name}: {self._count} records in {seconds:.1f} s, {rate:.1f} records/s{end}",
-            file=sys.stderr,
-            flush=True,
-        )
+def rejected_words(rejected: int, kept: int | None = None) -> str:
+    """The end of a line of progress; ``kept`` where records are what is kept and rejected."""
+    shown = "" if kept is None else f", {kept} kept"
+    return f"{shown}, {rejected} rejected" if rejected else ""
 
 
 def report_unknown(name: str, manifest: DatasetManifest) -> None:
