@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.runtime.json_files import read_versioned
 
 FORMAT_VERSION = 2
 """Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
@@ -207,26 +208,16 @@ def load_manifest(prefix: str | Path) -> DatasetManifest:
     Raises:
         DataError: the file is missing, damaged, or of a newer format; the message names it.
     """
-    path = manifest_path(prefix)
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found (no dataset, or preprocessing did not end)") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: damaged: {error}") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version} is newer than this program's {FORMAT_VERSION}"
-        )
-    try:
-        files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-        manifest = DatasetManifest(**{**raw, "files": files})
-        _check_fields(manifest)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"{path}: damaged: not a dataset manifest ({error})") from error
+    missing = "not found (no dataset, or preprocessing did not end)"
+    path, what = manifest_path(prefix), "a dataset manifest"
+    return read_versioned(path, FORMAT_VERSION, what, missing, _manifest_of)
+
+
+def _manifest_of(raw: Any) -> DatasetManifest:
+    """Raises ValueError, TypeError, KeyError or AttributeError."""
+    files = {name: FileRecord(**record) for name, record in raw["files"].items()}
+    manifest = DatasetManifest(**{**raw, "files": files})
+    _check_fields(manifest)
     return manifest
 
 
