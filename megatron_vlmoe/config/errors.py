@@ -25,6 +25,13 @@ class DataError(UserError, ValueError):
     """Bad input or a damaged file; the message names the file and, where known, the record."""
 
 
+class FileError(OSError, DataError):
+    """A file or folder that cannot be written; made of error number, reason and name, as the system's own errors."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
 class ConvertError(UserError, ValueError):
     """Something that cannot be converted; the message names the file or tensor."""
 

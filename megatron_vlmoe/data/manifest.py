@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.runtime.json_files import read_versioned
 
 FORMAT_VERSION = 2
 """Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
@@ -157,33 +159,16 @@ def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
     return result | {"max": len(histogram) - 1}
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames inside the directory ``path`` durable."""
-    handle = os.open(path, os.O_RDONLY)
+def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> StagedFile:
+    """The complete manifest under its temporary name. Raises FileError; nothing is left behind then."""
+    staged = StagedFile(manifest_path(prefix), "w")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> Path:
-    """Writes the manifest under a temporary name beside its place, synced; returns that name.
-
-    Raises:
-        DataError: it cannot be written; nothing is left behind.
-    """
-    path = manifest_path(prefix)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(manifest), file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: {error.strerror}") from error
-    return temporary
+        staged.write(json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
+        staged.finish()
+    except BaseException:
+        staged.abort()
+        raise
+    return staged
 
 
 def unknown_line(manifest: DatasetManifest) -> str:
@@ -198,10 +183,8 @@ def unknown_line(manifest: DatasetManifest) -> str:
 
 
 def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Writes ``PREFIX.json`` atomically. Raises DataError if it cannot."""
-    temporary = stage_manifest(prefix, manifest)
-    os.replace(temporary, manifest_path(prefix))
-    sync_directory(manifest_path(prefix).parent)
+    """Writes ``PREFIX.json``. Raises FileError."""
+    stage_manifest(prefix, manifest).publish()
 
 
 def check_replaceable(prefix: str | Path) -> None:
@@ -225,26 +208,16 @@ def load_manifest(prefix: str | Path) -> DatasetManifest:
     Raises:
         DataError: the file is missing, damaged, or of a newer format; the message names it.
     """
-    path = manifest_path(prefix)
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found (no dataset, or preprocessing did not end)") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: damaged: {error}") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version} is newer than this program's {FORMAT_VERSION}"
-        )
-    try:
-        files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-        manifest = DatasetManifest(**{**raw, "files": files})
-        _check_fields(manifest)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"{path}: damaged: not a dataset manifest ({error})") from error
+    missing = "not found (no dataset, or preprocessing did not end)"
+    path, what = manifest_path(prefix), "a dataset manifest"
+    return read_versioned(path, FORMAT_VERSION, what, missing, _manifest_of)
+
+
+def _manifest_of(raw: Any) -> DatasetManifest:
+    """Raises ValueError, TypeError, KeyError or AttributeError."""
+    files = {name: FileRecord(**record) for name, record in raw["files"].items()}
+    manifest = DatasetManifest(**{**raw, "files": files})
+    _check_fields(manifest)
     return manifest
 
 

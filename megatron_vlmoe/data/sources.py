@@ -164,11 +164,13 @@ class VisualTargets:
         num_codes: size of the visual vocabulary.
         tokenizer_size: side in pixels of the image tokenizer's view; None with stored codes.
         codes: for each objective and split, one reader per dataset; empty if computed from pixels.
+        tokenizer: what computes codes from pixels; None with stored codes.
     """
 
     num_codes: int
     tokenizer_size: int | None
     codes: dict[tuple[str, Split], tuple[CodesReader, ...]]
+    tokenizer: ImageTokenizer | None = None
 
     @property
     def stored(self) -> bool:
@@ -206,7 +208,12 @@ def open_targets(
     if data.codes == "stored" and without:
         raise ConfigError(f"data.codes is stored, but {codes_prefix(without[0])}.json is missing")
     if tokenizer is None and data.image_tokenizer:
-        tokenizer = _load_image_tokenizer(data.image_tokenizer)
+        from megatron_vlmoe.tokenizers.image import ImageTokenizer
+
+        try:
+            tokenizer = ImageTokenizer.from_pretrained(data.image_tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"data.image_tokenizer: {error}") from error
     if tokenizer is not None and tokenizer.grid != grid:
         raise ConfigError(
             f"data.image_tokenizer {data.image_tokenizer}: {tokenizer.grid}x{tokenizer.grid} "
@@ -219,7 +226,7 @@ def open_targets(
             raise ConfigError(
                 f"data.image_tokenizer is not set: data.micro_{name}={count} needs it"
             )
-        return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {})
+        return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {}, tokenizer)
     return _open_codes(data, visual, grid, tokenizer.fingerprint if tokenizer else None)
 
 
@@ -250,15 +257,6 @@ def _open_codes(
             num_codes = reader.manifest.num_codes
         codes[key] = tuple(readers)
     return VisualTargets(num_codes, None, codes)
-
-
-def _load_image_tokenizer(path: str) -> ImageTokenizer:
-    from megatron_vlmoe.tokenizers.image import ImageTokenizer
-
-    try:
-        return ImageTokenizer.from_pretrained(path)
-    except ValueError as error:
-        raise ConfigError(f"data.image_tokenizer: {error}") from error
 
 
 def resolve_sizes(

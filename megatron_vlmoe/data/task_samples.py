@@ -8,11 +8,10 @@ with ``scores``; for VQA also ``answers``, what the annotators said, and ``answe
 from __future__ import annotations
 
 import bisect
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +21,8 @@ from megatron_vlmoe.data.manifest import (
     FileRecord,
     file_sha256,
     samples_path,
-    sync_directory,
 )
+from megatron_vlmoe.runtime.files import StagedFile, naming
 
 _BATCH_ROWS = 4096
 
@@ -107,25 +106,23 @@ class SamplesWriter:
     """Writes ``PREFIX_samples.arrow`` under a temporary name until `publish`.
 
     Raises:
-        DataError: the file cannot be written.
+        FileError: the file cannot be written.
     """
 
     def __init__(self, prefix: str, task: str) -> None:
         import pyarrow as pa
 
-        self._path = samples_path(prefix)
-        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
         self._names = _columns(task)
         self._schema = _schema(task)
         self._rows: list[TaskRow] = []
-        self._file: IO[bytes] | None = None
         self.num_rows = 0
+        self._staged = StagedFile(samples_path(prefix))
         try:
-            self._file = open(self._temporary, "wb")
-            self._writer = pa.ipc.new_file(self._file, self._schema)
-        except OSError as error:
+            with naming(self._staged.path):
+                self._writer = pa.ipc.new_file(self._staged.file, self._schema)
+        except BaseException:
             self.abort()
-            raise DataError(f"{self._path}: {error.strerror or error}") from error
+            raise
 
     def add(self, row: TaskRow) -> None:
         """Adds one sample."""
@@ -143,37 +140,26 @@ class SamplesWriter:
             for values, field in zip(columns, self._schema, strict=True)
         ]
         self._rows.clear()
-        try:
+        with naming(self._staged.path):
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-        except OSError as error:
-            raise DataError(f"{self._path}: {error.strerror or error}") from error
 
     def finish(self) -> FileRecord:
         """Completes and syncs the file under its temporary name; returns its record."""
-        assert self._file is not None
         if self._rows:
             self._flush()
-        try:
+        with naming(self._staged.path):
             self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise DataError(f"{self._path}: {error.strerror or error}") from error
-        self._file.close()
-        return FileRecord(os.path.getsize(self._temporary), file_sha256(self._temporary))
+        self._staged.finish()
+        temporary = self._staged.temporary
+        return FileRecord(os.path.getsize(temporary), file_sha256(temporary))
 
     def publish(self) -> None:
         """Gives the finished file its name."""
-        os.replace(self._temporary, self._path)
-        sync_directory(self._path.parent)
+        self._staged.publish()
 
     def abort(self) -> None:
         """Deletes the temporary file; a published one stays."""
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
+        self._staged.abort()
 
 
 class SamplesReader:

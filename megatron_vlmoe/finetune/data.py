@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.batches import Loader
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber
+from megatron_vlmoe.data.loading import Loader, Numbers
 from megatron_vlmoe.data.order import Place, SampleOrder
 from megatron_vlmoe.data.samples import Draws
 from megatron_vlmoe.data.sources import open_text_tokenizer
@@ -51,14 +51,11 @@ class TrainingMicroBatches(Dataset[Any]):
         """The samples with these numbers, counted over the run."""
         return [Place(0, *self.order.locate(number)) for number in numbers]
 
-    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
-        """The batch; an error in the data is returned, for `Loader` to raise."""
+    def __getitem__(self, local: int) -> dict[str, Tensor]:
+        """The batch. Raises DataError."""
         number = MicroBatchNumber.locate(local, self.per_step, self.share)
         numbers = number.samples(self.micro, self.whole)
-        try:
-            batch = self.samples.batch(self.places(numbers))
-        except DataError as error:
-            return error
+        batch = self.samples.batch(self.places(numbers))
         batch |= {
             "micro_batch": np.array(number.in_run),
             "sample_numbers": np.asarray(numbers, dtype=np.int64),
@@ -172,7 +169,8 @@ class TaskData:
     def loader(self, split: str, first: int, count: int | None) -> Loader:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
-        return Loader(self.train, first, count, self.config.data)
+        data = self.config.data
+        return Loader(self.train, Numbers(first, count), data.num_workers, data.prefetch)
 
     def plan(self, sweep: Sweep) -> SweepPlan:
         """How a sweep is cut for this layout."""
@@ -187,7 +185,8 @@ class TaskData:
 
     def sweep_loader(self, sweep: Sweep, plan: SweepPlan) -> Loader:
         """Its micro-batches on this process."""
-        return Loader(SweepMicroBatches(sweep, plan, self.share), 0, plan.count, self.config.data)
+        dataset, data = SweepMicroBatches(sweep, plan, self.share), self.config.data
+        return Loader(dataset, range(plan.count), data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
         """Lines for the log."""

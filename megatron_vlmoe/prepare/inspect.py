@@ -21,6 +21,7 @@ from megatron_vlmoe.data.manifest import (
     unknown_line,
 )
 from megatron_vlmoe.prepare.readers.records import passed_over_line
+from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 _COUNTED = ("records", "images", "captions")
@@ -206,10 +207,7 @@ class View(Protocol):
 
 
 def save_contact_sheet(view: View, path: Path, count: int) -> None:
-    """Writes `View.contact_sheet` as PNG. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        view.contact_sheet(count).save(temporary, "PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes `View.contact_sheet` as PNG. Raises FileError."""
+    sheet = view.contact_sheet(count)
+    with open_atomic(path) as file:
+        sheet.save(file, "PNG")

@@ -30,7 +30,6 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
 from megatron_vlmoe.prepare.readers.tasks.task_formats import open_task
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
-    Progress,
     Run,
     TokenizerLike,
     checked_text,
@@ -38,8 +37,10 @@ from megatron_vlmoe.prepare.tool import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    rejected_words,
     report_unknown,
 )
+from megatron_vlmoe.runtime.progress import Progress
 
 _MAX_CHARACTERS = 1 << 16
 _IMAGE_CHUNK = 16
@@ -351,12 +352,14 @@ class _Job:
         task, run = self.work.task, self.run
         shape = TASK_SHAPES[task]
         omitted: Counter[str] = Counter()
-        progress = Progress(f"{task} {split}")
         dtypes: Sequence[np.dtype] = [np.dtype(np.uint8)] if shape.images else []
         if self.tokenizer is not None:
             dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
         prefix = f"{run.output_prefix}_{split}"
-        with DatasetOutput(prefix, task, dtypes, run.on_error) as output:
+        with (
+            Progress(f"{task} {split}") as progress,
+            DatasetOutput(prefix, task, dtypes, run.on_error) as output,
+        ):
             sink = SampleSink(output, task, self.tokenizer)
             size = _IMAGE_CHUNK if shape.images else _TEXT_CHUNK
             chunks = sample_chunks(_without(stream, omitted), size, shape.shared_images)
@@ -369,7 +372,7 @@ class _Job:
             if self.labels is not None:
                 write_labels(run.output_prefix, self.labels)
             output.commit(manifest)
-        progress.finish(manifest.rejects)
+        progress.finish(rejected_words(manifest.rejects))
         if manifest.unknown_tokens is not None:
             report_unknown(f"{task} {split}", manifest)
         for reason, count in sorted(omitted.items()):

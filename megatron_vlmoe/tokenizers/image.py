@@ -56,6 +56,11 @@ class ImageTokenizer:
         tokenizer.import_report = report
         return tokenizer
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves it."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
+
     @property
     def image_size(self) -> int:
         """Side S of the square input in pixels."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
 from megatron_vlmoe.tokenizers.text import (
     BOS_PIECE,
     EOS_PIECE,
@@ -86,8 +86,8 @@ def train_text_tokenizer(training: TextTokenizerTraining, texts: Iterable[str]) 
     )
     prefix = str(training.output_prefix)
     # The model last: where it exists, its vocabulary listing does too.
-    _write_atomically(Path(prefix + ".vocab"), vocab.encode())
-    _write_atomically(Path(prefix + ".model"), model)
+    write_text_atomic(prefix + ".vocab", vocab)
+    write_bytes_atomic(prefix + ".model", model)
     return size
 
 
@@ -176,19 +176,3 @@ def _cut(line: str) -> Iterator[str]:
         line = line[end:].lstrip()
     if line:
         yield line
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

@@ -78,17 +78,8 @@ def _train(config: RunConfig, ranks: Ranks, precision: Any, open_data: Optional[
     parts = build_training(config, precision)
     if parts.frozen:
         log.info("frozen, never reached by this run: %s", ", ".join(parts.frozen))
-    objective = MaskedObjective(
-        config, ranks, data, micro_batches, _image_tokenizer(config, ranks, data)
-    )
+    tokenizer = data.image_tokenizer
+    if tokenizer is not None:
+        tokenizer.to(device())
+    objective = MaskedObjective(config, ranks, data, micro_batches, tokenizer)
     Trainer(config, parts, ranks, data, micro_batches, precision, objective).run()
-
-
-def _image_tokenizer(config: RunConfig, ranks: Ranks, data: Any) -> Optional[Any]:
-    """The frozen tokenizer, where visual tokens are computed on the fly (last stage only)."""
-    uses_images = config.data.micro_images or config.data.micro_pairs
-    if data.stored_codes or not uses_images or not ranks.is_last_stage:
-        return None
-    from megatron_vlmoe.tokenizers.image import ImageTokenizer
-
-    return ImageTokenizer.from_pretrained(config.data.image_tokenizer, device=device())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import pickle
 import runpy
 import shutil
@@ -199,10 +200,14 @@ def test_an_old_manifest_never_vouches_for_new_codes(
 ) -> None:
     write_codes(prefix, tokenizer, CodesOptions(num_views=1))
 
-    def full_disk(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
+    real = os.fsync
 
-    monkeypatch.setattr("megatron_vlmoe.prepare.codes.write_atomically", full_disk)
+    def full_disk(handle: int) -> None:
+        if "set_codes.json.tmp" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(DataError, match="set_codes.json: No space left on device"):
         write_codes(prefix, tokenizer, CodesOptions(num_views=1, seed=1))
     with pytest.raises(DataError, match="not found"):

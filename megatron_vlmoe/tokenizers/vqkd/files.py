@@ -1,14 +1,12 @@
-"""Whole-file writes (a reader sees the old file or the new one, never a part) and safe reads."""
+"""Safe reads of files that torch wrote."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -24,29 +22,6 @@ UNREADABLE = (
     AttributeError,
     TypeError,
 )
-
-
-@contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name in the same folder; synced and renamed over `path` at the end.
-
-    After an error the temporary file is gone and `path` is as it was.
-    """
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` as a whole."""
-    with open_atomically(path) as stream:
-        stream.write(content)
 
 
 def read_torch_file(path: Path, device: torch.device | str, allowed: Sequence[type] = ()) -> Any:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
 from megatron_vlmoe.tokenizers.vqkd.config import FORMAT_VERSION, VQKDConfig
-from megatron_vlmoe.tokenizers.vqkd.files import write_atomically
 from megatron_vlmoe.tokenizers.vqkd.quantizer import Quantized, Quantizer
 from megatron_vlmoe.tokenizers.vqkd.vit import PatchTransformer, initialize_linear
 
@@ -167,7 +167,7 @@ def save_vqkd(folder: Path, model: VQKD, training: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS_FILE, save(weights))
+    write_bytes_atomic(folder / WEIGHTS_FILE, save(weights))
     config = {
         "format_version": FORMAT_VERSION,
         "kind": "vqkd",
@@ -175,7 +175,7 @@ def save_vqkd(folder: Path, model: VQKD, training: dict[str, Any]) -> None:
         "fingerprint": compute_fingerprint(model),
         "training": training,
     }
-    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_text_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> VQKDConfig:

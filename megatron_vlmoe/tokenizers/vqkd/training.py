@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
-from megatron_vlmoe.tokenizers.vqkd.files import open_atomically, read_torch_file
+from megatron_vlmoe.tokenizers.vqkd.files import read_torch_file
 from megatron_vlmoe.tokenizers.vqkd.model import VQKD, compute_fingerprint, save_vqkd
 from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
 from megatron_vlmoe.tokenizers.vqkd.statistics import CodeStatistics, MetricsLog, RunningMeans
@@ -266,7 +267,7 @@ class Trainer:
     def save(self) -> None:
         """Write the training state (alone enough to go on), then the tokenizer for its users."""
         if self.rank == 0:
-            with open_atomically(self.folder / STATE_FILE) as stream:
+            with open_atomic(self.folder / STATE_FILE) as stream:
                 torch.save(
                     {
                         "model": self.model.state_dict(),
