@@ -16,7 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MANY = """
 import json, os, runpy, signal, sys, tempfile
 import torch
-import megatron_vlmoe.train.pretrain
+from megatron_vlmoe.runtime.lazy import load
+load("megatron_vlmoe.train.pretrain")
 
 def child(words, folder, out, err):
     signal.alarm(100)

@@ -32,6 +32,8 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class ExportOptions:

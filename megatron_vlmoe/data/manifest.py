@@ -198,7 +198,7 @@ def check_replaceable(prefix: str | Path) -> None:
         raw = None
     if not isinstance(raw, dict) or not {"format_version", "files", "kind"} <= raw.keys():
         raise DataError(
-            f"{path}: is no manifest of a dataset, and would be overwritten: choose another --output-prefix"
+            f"{path}: is no manifest of a dataset, and would be overwritten: choose another --output"
         )
 
 

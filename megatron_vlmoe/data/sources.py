@@ -7,18 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import DataConfig, RunConfig
+from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import DatasetManifest, check_dataset, part_prefix
 from megatron_vlmoe.data.order import Blend, BlendedOrder, SampleOrder, parse_blend
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from megatron_vlmoe.data.codes import CodesReader
-    from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -196,8 +194,6 @@ def open_targets(
         ConfigError: no tokenizer, one of another grid, or `codes: stored` without codes.
         DataError: codes of another tokenizer.
     """
-    from megatron_vlmoe.data.codes import codes_prefix
-
     data, grid = config.data, config.model.patch_grid
     visual = {key: value for key, value in sources.items() if key[0] != "texts"}
     if not visual:
@@ -237,8 +233,6 @@ def _open_codes(
     fingerprint: str | None,
 ) -> VisualTargets:
     """Verifies the stored codes of every dataset; without a fingerprint all must share one."""
-    from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
-
     codes: dict[tuple[str, Split], tuple[CodesReader, ...]] = {}
     num_codes = 0
     for key, value in visual.items():

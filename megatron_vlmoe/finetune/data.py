@@ -126,9 +126,7 @@ class TaskData:
         """
         task = config.task
         if not task.data:
-            raise ConfigError(
-                "--task.data is missing: the --output-prefix of tools/prepare_task.py"
-            )
+            raise ConfigError("--task.data is missing: the --output of tools/prepare_task.py")
         tokenizer = None
         if task.name != "imagenet":
             if not config.data.text_tokenizer:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.finetune.predictions import class_probabilities
+from megatron_vlmoe.finetune.samples import TextFormat
+from megatron_vlmoe.finetune.sweeps import sweep_layout
 from megatron_vlmoe.inference.answers import Answer, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
     Item,
@@ -27,9 +31,6 @@ from megatron_vlmoe.inference.inputs import (
     unknown_share,
 )
 from megatron_vlmoe.inference.loading import LoadedModel, load_model
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Array = npt.NDArray[Any]
 
@@ -276,8 +277,6 @@ class VLMoE:
 
     def _laid_out(self, texts: Sequence[Sequence[Item]], shape: SampleShape) -> tuple[Array, Array]:
         """Token slots ``[n, L]`` and lengths ``[n]`` of n texts, each of one or two parts."""
-        from megatron_vlmoe.finetune.samples import TextFormat
-
         tokenizer, model = self._loaded.tokenizer, self._loaded.config.model
         assert tokenizer is not None
         length = model.pair_text_length if shape.pairs else model.text_length
@@ -290,10 +289,6 @@ class VLMoE:
         self, batch: Mapping[str, Array], count: int, shape: SampleShape, output: str
     ) -> Array:
         """An output of the heads ``[count, ...]`` for one batch of so many samples."""
-        import torch
-
-        from megatron_vlmoe.finetune.sweeps import sweep_layout
-
         config = self._loaded.config
         config = replace(config, task=replace(config.task, eval_micro_batch_size=count))
         layout = sweep_layout(config, shape)

@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
 from megatron_vlmoe.inference.inputs import UNKNOWN_SHARE
-from megatron_vlmoe.inference.model import VLMoE
 from megatron_vlmoe.prepare.readers.file_kinds import DAMAGE, check_characters, open_binary
+
+if TYPE_CHECKING:
+    from megatron_vlmoe.inference.model import VLMoE
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "vqa": ("image", "question"),

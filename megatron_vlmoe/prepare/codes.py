@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, draw_crop
 from megatron_vlmoe.data.codes import HEADER_LENGTH, CodesManifest, codes_prefix
 from megatron_vlmoe.data.indexed import IndexedWriter
@@ -47,13 +48,13 @@ class CodesOptions:
     def __post_init__(self) -> None:
         for name in ("num_views", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 < self.min_scale <= 1.0:
-            raise ValueError(f"min_scale must be in (0, 1], not {self.min_scale}")
+            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
         if not 0.0 <= self.flip_probability <= 1.0:
-            raise ValueError(f"flip_probability must be in [0, 1], not {self.flip_probability}")
+            raise ConfigError(f"flip_probability must be in [0, 1], not {self.flip_probability}")
         if self.workers < 0:
-            raise ValueError(f"workers must not be negative, not {self.workers}")
+            raise ConfigError(f"workers must not be negative, not {self.workers}")
 
 
 def draw_view(width: int, height: int, image: int, view: int, options: CodesOptions) -> list[int]:
@@ -100,6 +101,15 @@ def _encoded_batches(
     for headers, crops in Loader(dataset, batches, options.workers):
         codes = tokenizer.encode(crops.to(tokenizer.device).float().div_(255.0))
         yield torch.cat((headers, codes.to("cpu", torch.int32)), dim=1).numpy()
+
+
+def open_encoder(path: str, bf16: bool) -> ImageTokenizer:
+    """The tokenizer that encodes, on the GPU where there is one. Raises DataError."""
+    return ImageTokenizer.from_pretrained(
+        path,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
 
 
 def write_codes(

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, read_image_file
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -147,9 +147,9 @@ class CropOptions:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.min_scale <= 1.0:
-            raise ValueError(f"min_scale must be in (0, 1], not {self.min_scale}")
+            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
         if self.workers < 0:
-            raise ValueError(f"workers must not be negative, not {self.workers}")
+            raise ConfigError(f"workers must not be negative, not {self.workers}")
 
 
 class _TrainingCrops(Dataset[Any]):

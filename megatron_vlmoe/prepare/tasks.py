@@ -323,7 +323,7 @@ def prepare_task(
         ValueError: the tokenizer cannot be loaded.
     """
     if TASK_SHAPES[source.task].texts and options.tokenizer_model is None:
-        raise DataError(f"task {source.task} needs --tokenizer-model")
+        raise DataError(f"task {source.task} needs --text-tokenizer")
     raw = open_task(source)
     splits = tuple(dict.fromkeys(options.splits)) or raw.splits()
     streams = {split: raw.read(split) for split in splits}

@@ -7,7 +7,6 @@ A tool is a reader (records in order), a `Work` (done to a chunk of records in a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -45,6 +44,7 @@ from megatron_vlmoe.data.manifest import (
 from megatron_vlmoe.data.task_samples import SamplesWriter
 from megatron_vlmoe.prepare.readers.records import PassedOver, Reject, kinds_of, passed_over_line
 from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 OnError = Literal["stop", "skip"]
 Chunk = TypeVar("Chunk")
@@ -112,8 +112,6 @@ class Run:
 
 def load_tokenizer(model_path: str) -> TokenizerLike:
     """The text tokenizer of a SentencePiece model file. Raises ValueError."""
-    from megatron_vlmoe.tokenizers.text import TextTokenizer
-
     return TextTokenizer(model_path)
 
 
@@ -419,23 +417,3 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
-
-
-def run_tool(function: Callable[[], object]) -> int:
-    """Calls a tool's work and returns its exit status; an error is one line on stderr."""
-    previous = None
-    with contextlib.suppress(ValueError):  # not the main thread
-        # The usual death by SIGTERM would leave the temporary files.
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        function()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-    return 0

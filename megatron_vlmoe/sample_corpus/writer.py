@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.sample_corpus.captions import coco_file, coco_id, coco_texts, make_flickr30k
 from megatron_vlmoe.sample_corpus.imagenet import CLASS_NAMES, make_imagenet, synset_of
 from megatron_vlmoe.sample_corpus.mnli import make_mnli
@@ -72,12 +73,12 @@ class SampleCorpus:
     def validate(self) -> None:
         """Raises ValueError on values that cannot work."""
         if self.num_images < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"num_images must be at least 2 (one to train, one to validate), "
                 f"got {self.num_images}"
             )
         if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+            raise ConfigError(f"workers must be at least 1, got {self.workers}")
 
     def description(self) -> dict[str, int]:
         """What the marker file holds."""
@@ -106,7 +107,7 @@ def make_sample_corpus(corpus: SampleCorpus) -> bool:
             (staging / MARKER).write_text(json_text(corpus.description()))
     except OSError as error:
         where = error.filename or corpus.output
-        raise ValueError(f"cannot write {where}: {error.strerror or error}") from error
+        raise DataError(f"cannot write {where}: {error.strerror or error}") from error
     return True
 
 
@@ -115,15 +116,15 @@ def _is_complete(corpus: SampleCorpus) -> bool:
     if not corpus.output.exists() or (corpus.output.is_dir() and not any(corpus.output.iterdir())):
         return False
     if not corpus.output.is_dir():
-        raise ValueError(f"{corpus.output} is not a directory")
+        raise DataError(f"{corpus.output} is not a directory")
     if not marker.exists():
-        raise ValueError(f"{corpus.output} is not empty and holds no sample corpus")
+        raise DataError(f"{corpus.output} is not empty and holds no sample corpus")
     try:
         found = json.loads(marker.read_text())
     except ValueError as error:
-        raise ValueError(f"{marker} is not valid JSON: delete {corpus.output}") from error
+        raise DataError(f"{marker} is not valid JSON: delete {corpus.output}") from error
     if found != corpus.description():
-        raise ValueError(
+        raise DataError(
             f"{corpus.output} holds another sample corpus ({json.dumps(found)}, asked for "
             f"{json.dumps(corpus.description())}): delete it or choose another directory"
         )

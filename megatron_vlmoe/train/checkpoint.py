@@ -16,6 +16,7 @@ from typing import Any, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
@@ -31,7 +32,7 @@ from megatron_vlmoe.runtime.distributed import (
     union_over_ranks,
 )
 from megatron_vlmoe.runtime.files import publish_folder, write_text_atomic
-from megatron_vlmoe.runtime.helper_processes import install_results_queue
+from megatron_vlmoe.runtime.results_queue import install_results_queue
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
@@ -383,8 +384,6 @@ def _state_dict(
 
 def _local_bytes(content: Any) -> float:
     """Bytes that this rank would write at most."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
     total = 0.0
     stack: list[Any] = [content]
     while stack:

@@ -221,7 +221,7 @@ def test_tool(prefix: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPat
             runpy.run_path(str(ROOT / "tools" / "encode_images.py"), run_name="__main__")
         return int(caught.value.code or 0)
 
-    common = ("--images", prefix, "--views", "2", "--tokenizer")
+    common = ("--images", prefix, "--views", "2", "--image-tokenizer")
     assert run(*common, str(tokenizer_folder)) == 0
     assert "2 views of 7 images, 4x4 codes each" in capsys.readouterr().out
     assert CodesReader(prefix).num_views == 2

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_vlmoe.config.errors import DataError
+
 # What torch's unpickler raises for bytes that are cut off or were never a checkpoint.
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -30,10 +32,10 @@ def read_torch_file(path: Path, device: torch.device | str, allowed: Sequence[ty
     Raises ValueError (one line) naming the path if it is missing, damaged or holds anything else.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location=device, weights_only=True)
     except UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+        raise DataError(f"{path}: cannot be read as a checkpoint: {reason}") from error

@@ -8,14 +8,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, get_args
 
+from megatron_vlmoe.commands.options import CommandParser, add_image_rules
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import TASKS
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.inputs import UnknownTextWarning
-from megatron_vlmoe.inference.loading import PRECISIONS, read_run
-from megatron_vlmoe.inference.model import VLMoE
 from megatron_vlmoe.inference.records import (
     FIELDS,
     IMAGE_FIELDS,
@@ -25,36 +25,32 @@ from megatron_vlmoe.inference.records import (
     text_lines,
     unknown_texts,
 )
-from megatron_vlmoe.prepare.tool_options import add_image_rules
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.lazy import load
+
+if TYPE_CHECKING:
+    from megatron_vlmoe.inference.model import VLMoE
 
 INPUTS = tuple(dict.fromkeys(name for fields in FIELDS.values() for name in fields))
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are those of every other command."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def main(arguments: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> None:
     """`predict`: prints what the model says, or writes it to a file."""
-    options = parse_arguments(arguments)
+    options = parse_arguments(words)
     records = _records(options)
     if options.task:
         _check(records, options.task)
     if options.output:
         _check_output(Path(options.output))
-    checkpoint, config = read_run(options.load)
+    checkpoint, config = load("megatron_vlmoe.inference.loading").read_run(options.load)
     task = config.task.name
     if options.task not in (None, task):
         raise ConfigError(f"--load {options.load}: was fine-tuned on {task}, not on {options.task}")
     _check(records, task)
-    model = VLMoE.from_checkpoint(
+    model = load("megatron_vlmoe.inference.model").VLMoE.from_checkpoint(
         checkpoint,
         precision=options.precision,
-        tokenizer=options.tokenizer,
+        tokenizer=options.text_tokenizer,
         labels=options.labels,
         batch_size=options.batch_size,
         capacity_factor=options.capacity_factor,
@@ -67,13 +63,10 @@ def main(arguments: Sequence[str]) -> int:
         _report(options, records, _rows(model, records, options.top_k))
     if line := unknown_texts(model, records):
         print(f"warning: {line}", file=sys.stderr)
-    from megatron_vlmoe.runtime.distributed import destroy
-
-    destroy()
-    return 0
+    load("megatron_vlmoe.runtime.distributed").destroy()
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Reads the command line.
 
     Raises:
@@ -83,10 +76,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     inputs = "; ".join(
         f"{task}: {' '.join(f'--{name}' for name in names)}" for task, names in FIELDS.items()
     )
-    parser = _Parser(
-        prog="python -m megatron_vlmoe predict",
-        allow_abbrev=False,
-        description=f"Asks a fine-tuned checkpoint. Inputs by task: {inputs}.",
+    parser = CommandParser(
+        "predict",
+        f"Asks a fine-tuned checkpoint. Inputs by task: {inputs}.",
+        {"--tokenizer": "--text-tokenizer"},
     )
     parser.add_argument(
         "--load", required=True, metavar="DIR", help="run, checkpoint or Hugging Face folder"
@@ -94,7 +87,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, help="checks that the checkpoint is of this task")
     group = parser.add_argument_group("inputs")
     for name in INPUTS:
-        group.add_argument(f"--{name}", metavar="FILE" if name in IMAGE_FIELDS else "TEXT")
+        tasks = ", ".join(task for task, names in FIELDS.items() if name in names)
+        kind = "FILE" if name in IMAGE_FIELDS else "TEXT"
+        group.add_argument(f"--{name}", metavar=kind, help=f"of {tasks}")
     group.add_argument(
         "--input",
         metavar="FILE",
@@ -108,7 +103,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--top-k", type=int, default=5, metavar="K", help="answers or classes to name (%(default)s)"
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto")
+    group.add_argument(
+        "--precision",
+        choices=("auto", *get_args(Precision)),
+        default="auto",
+        help="of the model's arithmetic; auto is bf16 on GPU, else fp32 (%(default)s)",
+    )
     group.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="inputs at a time (%(default)s)"
     )
@@ -119,9 +119,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="X",
         help="capacity of experts; 0 drops no token (%(default)s), the paper has 1.0",
     )
-    group.add_argument("--tokenizer", metavar="FILE", help="text.model, if not in the run folder")
+    group.add_argument(
+        "--text-tokenizer", metavar="FILE", help="text.model, if not in the run folder"
+    )
     group.add_argument("--labels", metavar="FILE", help="labels.json, if not in the run folder")
-    options = parser.parse_args(list(arguments))
+    options = parser.parse_args(words)
     for name in ("top_k", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
