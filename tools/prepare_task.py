@@ -7,34 +7,24 @@ python tools/prepare_task.py --task vqa --raw raw/vqa --output-prefix data/vqa \
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.data.manifest import TASKS
-from megatron_vlmoe.data.task_samples import TASK_SHAPES
 from megatron_vlmoe.prepare.readers.tasks.records import TaskInput
 from megatron_vlmoe.prepare.tasks import TaskOptions, prepare_task
 from megatron_vlmoe.prepare.tool import positive_int, run_tool
 from megatron_vlmoe.prepare.tool_options import add_image_rules, add_options, run_of
 
-# Options that only some tasks have: fields of `TaskInput`.
-TASK_OPTIONS = {
-    "seed": ("vqa", "imagenet"),
-    "num_val_images": ("vqa",),
-    "min_answer_count": ("vqa",),
-    "annotations": ("retrieval",),
-    "val_fraction": ("imagenet",),
-    "val_labels": ("imagenet",),
-    "words": ("imagenet",),
-    "sentence1": ("mnli",),
-    "sentence2": ("mnli",),
-    "label": ("mnli",),
-    "class_names": ("mnli", "nlvr2", "imagenet"),
-}
+# Options that only some tasks have.
+READER_OPTIONS = tuple(
+    field.name for field in dataclasses.fields(TaskInput) if field.name not in ("task", "raw")
+)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,7 +33,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Prepare the splits S of a task; writes P_S_image.*, P_S_text.*, "
         "P_S_samples.arrow and P_S.json for each, and P_labels.json."
     )
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=task_names(), required=True)
     parser.add_argument("--raw", required=True, metavar="DIR", help="folder of the raw data")
     parser.add_argument(
         "--splits", nargs="+", default=[], metavar="S", help="splits to prepare (all)"
@@ -58,10 +48,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_image_rules(parser)
     add_task_options(parser)
     options = parser.parse_args(argv)
-    if TASK_SHAPES[options.task].texts and options.tokenizer_model is None:
+    spec = find_task(options.task)
+    if spec.texts and options.tokenizer_model is None:
         parser.error(f"--task {options.task} needs --tokenizer-model")
-    for name, tasks in TASK_OPTIONS.items():
-        if getattr(options, name) is not None and options.task not in tasks:
+    for name in READER_OPTIONS:
+        if getattr(options, name) is not None and name not in spec.reader_options:
             parser.error(f"--{name.replace('_', '-')} is no option of --task {options.task}")
     return options
 
@@ -127,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepares; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(arguments)
-    given = {name: value for name in TASK_OPTIONS if (value := getattr(options, name)) is not None}
+    given = {
+        name: value for name in READER_OPTIONS if (value := getattr(options, name)) is not None
+    }
     if "class_names" in given:
         given["class_names"] = tuple(given["class_names"])
     source = TaskInput(options.task, options.raw, **given)

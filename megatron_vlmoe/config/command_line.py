@@ -215,10 +215,9 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
             raise ConfigError(f"{where}: unknown option {name}")
     parser = build_parser("config", start)
     try:
-        parsed = parser.parse_object(_nest(flat))
+        return _to_config(parser.parse_object(_nest(flat)), type(start))
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-    return _to_config(parsed, type(start))
 
 
 def to_yaml(config: RunConfig) -> str:
