@@ -271,8 +271,8 @@ def recipe_names() -> tuple[str, ...]:
 
 def default_recipe(task: str) -> str:
     """The name of a task's recipe. Raises ConfigError if there is no such task."""
-    recipe = find_task(task).recipe
-    return recipe if recipe in RECIPES else task
+    spec = find_task(task)
+    return spec.recipe if task in TASKS else task
 
 
 def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
