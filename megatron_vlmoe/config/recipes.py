@@ -24,7 +24,7 @@ from megatron_vlmoe.config.task_schema import (
     FinetuneConfig,
     TaskConfig,
 )
-from megatron_vlmoe.config.tasks import TASKS, find_task, load, task_names
+from megatron_vlmoe.config.tasks import TASKS, find_task, load_code, task_names
 
 # Tokens of a question, sentence or caption (VLMo).
 TEXT_LENGTH = 40
@@ -292,5 +292,5 @@ def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
     recipe = find_task(name).recipe
     if not recipe:
         return plain(base, name)
-    config: FinetuneConfig = (RECIPES[recipe] if recipe in RECIPES else load(recipe))(base)
+    config: FinetuneConfig = (RECIPES[recipe] if recipe in RECIPES else load_code(recipe))(base)
     return replace(config, task=replace(config.task, name=name))

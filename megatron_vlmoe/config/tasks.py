@@ -314,7 +314,7 @@ def find_task(name: str) -> TaskSpec:
     return spec
 
 
-def load(path: str) -> Any:
+def load_code(path: str) -> Any:
     """What a row names as ``module:name``.
 
     Raises:

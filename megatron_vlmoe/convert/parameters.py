@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.tasks import load
+from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
 from megatron_vlmoe.stream.sizes import padded_vocab_size
 
@@ -103,7 +103,7 @@ def _heads(config: RunConfig) -> dict[str, Shape]:
             if size:
                 heads |= _linear(f"{name}.linear", width, padded_vocab_size(size))
         return heads
-    shapes: Callable[[int, int], dict[str, Shape]] = load(config.task.spec.head.shapes)
+    shapes: Callable[[int, int], dict[str, Shape]] = load_code(config.task.spec.head.shapes)
     return shapes(width, config.task.num_classes)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.tasks import find_task, load
+from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics, to_numpy
 from megatron_vlmoe.finetune.data import SplitData, TaskData
@@ -101,7 +101,7 @@ def classification_scores(
         split: the samples.
         labels: the classes; those of VQA are its answers.
     """
-    named: Mapping[str, Score] = load(find_task(task).scores)(found, split, labels)
+    named: Mapping[str, Score] = load_code(find_task(task).scores)(found, split, labels)
     first = next(iter(named.values()))
     if not first.count:
         return {"unlabelled": float(first.unlabelled)}

@@ -11,7 +11,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.tasks import find_task, load
+from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
 from megatron_vlmoe.finetune.collect import Found
@@ -89,7 +89,7 @@ def _write(
     rows = (row for table, own in zip(tables, kept) for row in own.rows(table))
     write_jsonl(folder / "predictions.jsonl", rows)
     for table, own in zip(tables, kept) if task.spec.submission else ():
-        submission = load(task.spec.submission)(own.answers)
+        submission = load_code(task.spec.submission)(own.answers)
         suffix = "" if len(tables) == 1 else f"_{table.split.name}"
         write_json(folder / f"{task.name}_submission{suffix}.json", submission)
     left_out = {table.split.name: len(table.left_out) for table in tables}

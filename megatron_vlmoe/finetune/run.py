@@ -13,7 +13,7 @@ from megatron_vlmoe.config.command_line import ParsedCommand, to_yaml
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.tasks import load
+from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.finetune.options import (
     checkpoint_of,
     parse_evaluate,
@@ -219,7 +219,7 @@ def _finish() -> None:
 
 def build_objective(config: FinetuneConfig, ranks: Ranks, data: TaskData) -> TaskObjective:
     """The objective of a run's task."""
-    objective: TaskObjective = load(config.task.spec.objective)(config, ranks, data)
+    objective: TaskObjective = load_code(config.task.spec.objective)(config, ranks, data)
     return objective
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.tasks import TASKS, find_task, load
+from megatron_vlmoe.config.tasks import TASKS, find_task, load_code
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
 
 STARTS = ("scratch", "dense", "moe")
@@ -26,7 +26,7 @@ def guessing_rate(task: str, prefix: str, split: str) -> float:
     """
     spec = find_task(task)
     dataset = TaskDataset.open(f"{prefix}_{split}", task, None)
-    guess: Callable[[TaskDataset, Labels | None], float] = load(spec.guess)
+    guess: Callable[[TaskDataset, Labels | None], float] = load_code(spec.guess)
     return guess(dataset, load_labels(prefix) if spec.has_labels else None)
 
 

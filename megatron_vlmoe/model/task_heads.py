@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.tasks import load
+from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.model.heads import Heads
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.stream.batch import StreamBatch
@@ -218,5 +218,5 @@ class RetrievalHeads(TaskHeads):
 def build_task_heads(transformer_config: TransformerConfig, config: RunConfig) -> Heads:
     """The heads of the task of a run."""
     assert isinstance(config, FinetuneConfig)
-    heads: Heads = load(config.task.spec.head.build)(transformer_config, config)
+    heads: Heads = load_code(config.task.spec.head.build)(transformer_config, config)
     return heads

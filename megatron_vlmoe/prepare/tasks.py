@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.config.tasks import TaskSpec, find_task
-from megatron_vlmoe.config.tasks import load as load_code
+from megatron_vlmoe.config.tasks import TaskSpec, find_task, load_code
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles

@@ -15,7 +15,7 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.recipes import apply_recipe, default_recipe, recipe_names
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import TaskConfig
-from megatron_vlmoe.config.tasks import PAIR_HEAD, TASKS, TaskSpec, find_task, load, task_names
+from megatron_vlmoe.config.tasks import PAIR_HEAD, TASKS, TaskSpec, find_task, load_code, task_names
 from megatron_vlmoe.convert.hf_files import architecture
 from megatron_vlmoe.finetune.options import parse_finetune
 
@@ -65,7 +65,7 @@ def test_what_a_row_names_is_there(name: str) -> None:
     spec = find_task(name)
     code = (spec.reader, spec.objective, spec.scores, spec.guess, spec.submission)
     for path in (*filter(None, code), spec.head.build, spec.head.shapes):
-        assert callable(load(path)), path
+        assert callable(load_code(path)), path
     assert spec.recipe in recipe_names()
     assert (spec.table_split or spec.splits[0]) in spec.splits
 
@@ -110,7 +110,7 @@ def test_packages_add_tasks(install: Install) -> None:
     with pytest.raises(
         ConfigError, match="^birds:Heads: named by a task's plug-in, but does not load"
     ):
-        load(find_task("birds").head.build)
+        load_code(find_task("birds").head.build)
     with pytest.raises(ValueError, match="^task birds: its head names no class of transformers"):
         architecture("birds")
 
