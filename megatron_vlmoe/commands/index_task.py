@@ -7,6 +7,7 @@ vlmoe index-task --task vqa --raw raw/vqa --output data/vqa \
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 from megatron_vlmoe.commands.options import (
@@ -18,27 +19,16 @@ from megatron_vlmoe.commands.options import (
     run_of,
 )
 from megatron_vlmoe.config.errors import user_files
+from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.data.manifest import TASKS
-from megatron_vlmoe.data.task_samples import TASK_SHAPES
 from megatron_vlmoe.prepare.readers.tasks.records import TaskInput
 from megatron_vlmoe.prepare.tasks import TaskOptions, prepare_task
 from megatron_vlmoe.prepare.tool import positive_int
 
-# Options that only some tasks have: fields of `TaskInput`.
-TASK_OPTIONS = {
-    "seed": ("vqa", "imagenet"),
-    "num_val_images": ("vqa",),
-    "min_answer_count": ("vqa",),
-    "annotations": ("retrieval",),
-    "val_fraction": ("imagenet",),
-    "val_labels": ("imagenet",),
-    "words": ("imagenet",),
-    "sentence1": ("mnli",),
-    "sentence2": ("mnli",),
-    "label": ("mnli",),
-    "class_names": ("mnli", "nlvr2", "imagenet"),
-}
+# Options that only some tasks have.
+READER_OPTIONS = tuple(
+    field.name for field in dataclasses.fields(TaskInput) if field.name not in ("task", "raw")
+)
 
 
 def build_parser() -> CommandParser:
@@ -50,7 +40,7 @@ def build_parser() -> CommandParser:
         OUTPUT_PREFIX | TEXT_TOKENIZER,
     )
     parser.add_argument(
-        "--task", choices=TASKS, required=True, help="which task the raw data is of"
+        "--task", choices=task_names(), required=True, help="which task the raw data is of"
     )
     parser.add_argument("--raw", required=True, metavar="DIR", help="folder of the raw data")
     parser.add_argument(
@@ -72,10 +62,11 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Reads the command line. Raises ConfigError on options that do not go together."""
     parser = build_parser()
     options = parser.parse_args(words)
-    if TASK_SHAPES[options.task].texts and options.text_tokenizer is None:
+    spec = find_task(options.task)
+    if spec.texts and options.text_tokenizer is None:
         parser.error(f"--task {options.task} needs --text-tokenizer")
-    for name, tasks in TASK_OPTIONS.items():
-        if getattr(options, name) is not None and options.task not in tasks:
+    for name in READER_OPTIONS:
+        if getattr(options, name) is not None and name not in spec.reader_options:
             parser.error(f"--{name.replace('_', '-')} is no option of --task {options.task}")
     return options
 
@@ -141,7 +132,9 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
 def main(words: Sequence[str]) -> None:
     """Prepares."""
     options = parse_arguments(words)
-    given = {name: value for name in TASK_OPTIONS if (value := getattr(options, name)) is not None}
+    given = {
+        name: value for name in READER_OPTIONS if (value := getattr(options, name)) is not None
+    }
     if "class_names" in given:
         given["class_names"] = tuple(given["class_names"])
     source = TaskInput(options.task, options.raw, **given)

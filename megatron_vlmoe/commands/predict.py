@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from megatron_vlmoe.commands.options import CommandParser, add_image_rules
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
-from megatron_vlmoe.config.task_schema import TASKS
+from megatron_vlmoe.config.tasks import task_names, working_tasks
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.inputs import UnknownTextWarning
 from megatron_vlmoe.inference.records import (
-    FIELDS,
-    IMAGE_FIELDS,
     Record,
     predict,
     read_records,
@@ -30,8 +28,6 @@ from megatron_vlmoe.runtime.lazy import load
 
 if TYPE_CHECKING:
     from megatron_vlmoe.inference.model import VLMoE
-
-INPUTS = tuple(dict.fromkeys(name for fields in FIELDS.values() for name in fields))
 
 
 def main(words: Sequence[str]) -> None:
@@ -73,8 +69,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         ConfigError: unknown options or wrong values.
         SystemExit: after --help.
     """
+    specs = working_tasks()
     inputs = "; ".join(
-        f"{task}: {' '.join(f'--{name}' for name in names)}" for task, names in FIELDS.items()
+        f"{spec.name}: {' '.join(f'--{name}' for name in (*spec.images, *spec.texts))}"
+        for spec in specs
     )
     parser = CommandParser(
         "predict",
@@ -84,11 +82,14 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--load", required=True, metavar="DIR", help="run, checkpoint or Hugging Face folder"
     )
-    parser.add_argument("--task", choices=TASKS, help="checks that the checkpoint is of this task")
+    parser.add_argument(
+        "--task", choices=task_names(), help="checks that the checkpoint is of this task"
+    )
     group = parser.add_argument_group("inputs")
-    for name in INPUTS:
-        tasks = ", ".join(task for task, names in FIELDS.items() if name in names)
-        kind = "FILE" if name in IMAGE_FIELDS else "TEXT"
+    images = {name for spec in specs for name in spec.images}
+    for name in _input_names():
+        tasks = ", ".join(spec.name for spec in specs if name in (*spec.images, *spec.texts))
+        kind = "FILE" if name in images else "TEXT"
         group.add_argument(f"--{name}", metavar=kind, help=f"of {tasks}")
     group.add_argument(
         "--input",
@@ -130,9 +131,17 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _input_names() -> tuple[str, ...]:
+    """The inputs of all tasks, each once."""
+    found = (name for spec in working_tasks() for name in (*spec.images, *spec.texts))
+    return tuple(dict.fromkeys(found))
+
+
 def _records(options: argparse.Namespace) -> list[Record]:
     """What is asked."""
-    given = {name: value for name in INPUTS if (value := getattr(options, name)) is not None}
+    given = {
+        name: value for name in _input_names() if (value := getattr(options, name)) is not None
+    }
     if not options.input:
         if not given:
             raise ConfigError("no input: give --input FILE or the inputs of a task; see --help")

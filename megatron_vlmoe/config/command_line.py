@@ -352,7 +352,7 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
             raise ConfigError(f"{where}: {_unknown(name, types, sections)}")
     parser = build_parser("config", start)
     try:
-        parsed = parser.parse_object(_nest(flat))
+        return _to_config(parser.parse_object(_nest(flat)), type(start))
     except (ArgumentError, TypeError, ValueError) as error:
         for name, value in flat.items():
             if not _fits(types[name], value):
@@ -360,7 +360,6 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
                     f"{where}: {name}={value}: {_wrong(types[name], value)}"
                 ) from None
         raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-    return _to_config(parsed, type(start))
 
 
 def _unknown(name: str, types: Mapping[str, Any], sections: set[str]) -> str:

@@ -127,7 +127,7 @@ def _tokenizer(folder: Path, config: RunConfig) -> Optional[Path]:
 
 def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Optional[Labels]:
     """Of `labels.json`, or where a library wrote the folder, of `id2label`."""
-    if not isinstance(config, FinetuneConfig) or config.task.name == "retrieval":
+    if not isinstance(config, FinetuneConfig) or not config.task.spec.has_labels:
         return None
     given = content.get("id2label")
     if not isinstance(given, Mapping) or set(given) != {str(i) for i in range(len(given))}:

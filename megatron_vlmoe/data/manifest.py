@@ -17,26 +17,19 @@ from typing import Any
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.runtime.files import StagedFile
 from megatron_vlmoe.runtime.json_files import read_versioned
 
 FORMAT_VERSION = 2
 """Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
 
-DATASET_PARTS: Mapping[str, tuple[str, ...]] = {
+_PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("text_document",),
     "images": ("image",),
     "pairs": ("image", "text"),
-    "vqa": ("image", "text"),
-    "nlvr2": ("image", "text"),
-    "retrieval": ("image", "text"),
-    "imagenet": ("image",),
-    "mnli": ("text",),
 }
-"""The indexed files of each kind of dataset: ``PREFIX_PART.bin`` and ``PREFIX_PART.idx``."""
-
-TASKS = ("vqa", "nlvr2", "retrieval", "imagenet", "mnli")
-"""Kinds that are a split of a downstream task; they have ``PREFIX_samples.arrow`` besides."""
+"""The indexed files of each kind of dataset for pretraining."""
 
 SAMPLES_SUFFIX = "_samples.arrow"
 
@@ -57,7 +50,7 @@ class DatasetManifest:
     """Contents of ``PREFIX.json``."""
 
     kind: str
-    """``text``, ``images``, ``pairs`` or one of `TASKS`."""
+    """``text``, ``images``, ``pairs``, or the name of a task, of which it is a split."""
     documents: int
     """Documents: texts, images, or (for pairs) images with their captions. Of a task with images
     the images, else its samples."""
@@ -110,6 +103,23 @@ class DatasetManifest:
     """Ground of transparent pixels, ``white`` or ``black``; ``drop`` (and, as above, None) for the
     colours under them; or ``mixed``."""
     format_version: int = FORMAT_VERSION
+
+
+def is_task(kind: str) -> bool:
+    """Whether datasets of a kind are splits of a downstream task; they have ``PREFIX_samples.arrow`` besides."""
+    return kind not in _PARTS
+
+
+def dataset_parts(kind: str) -> tuple[str, ...]:
+    """The indexed files of a kind of dataset: ``PREFIX_PART.bin`` and ``PREFIX_PART.idx``.
+
+    Raises:
+        ConfigError: it is of a task that is unknown, or whose plug-in does not load.
+    """
+    if not is_task(kind):
+        return _PARTS[kind]
+    spec = find_task(kind)
+    return ("image",) * bool(spec.images) + ("text",) * bool(spec.texts)
 
 
 def part_prefix(prefix: str | Path, part: str) -> str:
@@ -222,8 +232,10 @@ def _manifest_of(raw: Any) -> DatasetManifest:
 
 
 def _check_fields(manifest: DatasetManifest) -> None:
-    if manifest.kind not in DATASET_PARTS:
-        raise ValueError(f"unknown kind {manifest.kind!r}")
+    if is_task(manifest.kind) and manifest.kind not in task_names():
+        raise ValueError(
+            f"unknown kind {manifest.kind!r}: of a task whose plug-in is not installed?"
+        )
     counts = ("documents", "sequences", "tokens", "bytes", "rejects", "format_version")
     numbers = {name: getattr(manifest, name) for name in counts}
     numbers |= {name: record.size for name, record in manifest.files.items()}
@@ -234,9 +246,9 @@ def _check_fields(manifest: DatasetManifest) -> None:
     if unknown is not None and not (isinstance(unknown, int) and 0 <= unknown <= manifest.tokens):
         raise ValueError(f"unknown_tokens is {unknown!r} of {manifest.tokens}")
     expected = {
-        f"_{part}{suffix}" for part in DATASET_PARTS[manifest.kind] for suffix in (".bin", ".idx")
+        f"_{part}{suffix}" for part in dataset_parts(manifest.kind) for suffix in (".bin", ".idx")
     }
-    if manifest.kind in TASKS:
+    if is_task(manifest.kind):
         expected.add(SAMPLES_SUFFIX)
         if not isinstance(manifest.samples, int) or manifest.samples < 0:
             raise ValueError(f"samples is {manifest.samples!r}")
@@ -255,7 +267,7 @@ def check_dataset(
 
     Args:
         prefix: path prefix of the dataset.
-        kind: the kind that is wanted: a key of `DATASET_PARTS`.
+        kind: the kind that is wanted, as in `DatasetManifest`.
         tokenizer_fingerprint: fingerprint of the tokenizer in use; None: any.
         checksums: also read every file and compare its SHA-256.
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.manifest import (
-    TASKS,
     FileRecord,
     file_sha256,
     samples_path,
@@ -25,35 +24,6 @@ from megatron_vlmoe.data.manifest import (
 from megatron_vlmoe.runtime.files import StagedFile, naming
 
 _BATCH_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class TaskShape:
-    """What every sample of a task has.
-
-    Attributes:
-        images: number of images.
-        texts: number of texts.
-        captions: an image's texts are its captions: one text document per image, one sample each.
-        shared_images: several samples may be about one image.
-        has_answers: raw answers of annotators belong to a sample.
-    """
-
-    images: int
-    texts: int
-    captions: bool = False
-    shared_images: bool = False
-    has_answers: bool = False
-
-
-TASK_SHAPES: Mapping[str, TaskShape] = {
-    "vqa": TaskShape(1, 1, shared_images=True, has_answers=True),
-    "nlvr2": TaskShape(2, 1, shared_images=True),
-    "retrieval": TaskShape(1, 1, captions=True),
-    "imagenet": TaskShape(1, 0),
-    "mnli": TaskShape(0, 2),
-}
-"""By the name of the task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +53,7 @@ class TaskRow:
 
 def _columns(task: str) -> list[str]:
     names = ["id", "images", "texts", "raw", "labels", "scores"]
-    return [*names, "answers", "answer_type"] if TASK_SHAPES[task].has_answers else names
+    return [*names, "answers", "answer_type"] if find_task(task).has_answers else names
 
 
 def _schema(task: str) -> Any:
@@ -167,7 +137,7 @@ class SamplesReader:
 
     Args:
         prefix: path prefix of the split.
-        task: one of `TASKS`.
+        task: name of the task.
 
     Raises:
         DataError: missing, damaged, or the table of another task.
@@ -219,12 +189,13 @@ class SamplesReader:
         Raises:
             DataError: a wrong number of images or texts, or one that does not exist.
         """
-        shape = TASK_SHAPES[self.task]
+        spec = find_task(self.task)
+        images, texts = len(spec.images), len(spec.texts)
         for batch in self._batches()[0]:
             for name, per_row, limit in (
-                ("images", shape.images, num_images),
-                ("texts", shape.texts, num_texts),
-                ("raw", shape.texts, None),
+                ("images", images, num_images),
+                ("texts", texts, num_texts),
+                ("raw", texts, None),
             ):
                 column = batch.column(name)
                 lengths = column.value_lengths().to_numpy(zero_copy_only=False)
@@ -270,5 +241,5 @@ def _damaged(prefix: str, reason: object) -> DataError:
 
 def check_task(task: str) -> None:
     """Raises DataError unless there is a task of this name."""
-    if task not in TASKS:
-        raise DataError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+    if task not in task_names():
+        raise DataError(f"unknown task {task!r}: one of {', '.join(task_names())}")

@@ -128,13 +128,13 @@ class TaskData:
         if not task.data:
             raise ConfigError("--task.data is missing: the --output of tools/prepare_task.py")
         tokenizer = None
-        if task.name != "imagenet":
+        if task.spec.texts:
             if not config.data.text_tokenizer:
                 raise ConfigError(
                     f"--data.text_tokenizer is missing: --task {task.name} reads text"
                 )
             tokenizer = open_text_tokenizer(config.data)
-        labels = None if task.name == "retrieval" else load_labels(task.data)
+        labels = load_labels(task.data) if task.spec.has_labels else None
         fingerprint = tokenizer.fingerprint if tokenizer else None
 
         def open_split(name: str) -> TaskDataset:
@@ -157,9 +157,8 @@ class TaskData:
 
     def _samples(self, dataset: TaskDataset, stream: int) -> TaskSamples:
         model = self.config.model
-        length = model.text_length
-        if self.config.task.name in ("vqa", "nlvr2"):
-            length = model.pair_text_length
+        alone = self.config.task.spec.stream.texts
+        length = model.text_length if alone else model.pair_text_length
         text = TextFormat.of(self.tokenizer, length) if self.tokenizer else None
         draws = Draws(self.config.train.seed, stream, stream == TRAIN_STREAM)
         return TaskSamples(dataset, self.config, text, draws, self.share)
@@ -200,7 +199,7 @@ class TaskData:
         lines += [f"{task.name} {s.name}: {len(s.dataset):,} samples" for s in self.splits]
         if self.labels is not None:
             lines.append(f"{task.name}: {len(self.labels.labels):,} classes")
-        if task.name == "retrieval" and self.train is not None:
+        if task.spec.target == "match" and self.train is not None:
             lines.append(self._pool_line())
         return lines
 
@@ -209,7 +208,7 @@ class TaskData:
         task = self.config.task
         pool = task.micro_batch_size * self.share.data_size
         if self.config.contrastive.cache:
-            line = f"retrieval: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
+            line = f"{task.name}: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
             if self.config.moe.capacity_factor > 0.0 and has_experts(self.config.moe):
                 line += (
                     "; with moe.capacity_factor > 0 the two passes may drop different tokens, and the gradients are "
@@ -217,7 +216,7 @@ class TaskData:
                 )
             return line
         line = (
-            f"retrieval: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
+            f"{task.name}: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
         )
         if pool < task.global_batch_size:
             line += (

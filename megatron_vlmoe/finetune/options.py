@@ -18,9 +18,10 @@ from megatron_vlmoe.config.command_line import (
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.hints import unknown_name
 from megatron_vlmoe.config.presets import preset
-from megatron_vlmoe.config.recipes import DEFAULT_RECIPES, apply_recipe, recipe_names
+from megatron_vlmoe.config.recipes import apply_recipe, default_recipe, recipe_names
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
-from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import task_names
 from megatron_vlmoe.runtime.lazy import load
 
 
@@ -40,15 +41,15 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
     recipe = option_value(words, "--preset")
     asks = bool({"--help", "-h"} & set(words))
     if not recipe and not task and not asks:
-        raise ConfigError(f"--task is missing: one of {', '.join(TASKS)}")
-    if task and task not in TASKS:
-        raise ConfigError(f"--task {task}: {unknown_name(task, TASKS)}")
+        raise ConfigError(f"--task is missing: one of {', '.join(task_names())}")
+    if task and task not in task_names():
+        raise ConfigError(f"--task {task}: {unknown_name(task, task_names())}")
     if asks:
         return parse_options(
             "finetune", words, apply_recipe(recipe or "vqa", RunConfig()), recipe_names()
         )
     base = _architecture(words, file)
-    start = apply_recipe(recipe or DEFAULT_RECIPES.get(task, task or "vqa"), base)
+    start = apply_recipe(recipe or default_recipe(task), base)
     if task and start.task.name != task:
         raise ConfigError(f"--preset {recipe} is a recipe of {start.task.name}, not of {task}")
     return parse_options("finetune", words, start, recipe_names())

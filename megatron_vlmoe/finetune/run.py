@@ -12,14 +12,13 @@ from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.data.collate import BatchShare
-from megatron_vlmoe.finetune.classification import ClassificationObjective
 from megatron_vlmoe.finetune.data import TaskData
 from megatron_vlmoe.finetune.metrics import mean_and_std
 from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import write_json
 from megatron_vlmoe.finetune.results import Evaluated, evaluate_all, evaluation_settings
-from megatron_vlmoe.finetune.retrieval import RetrievalObjective
 from megatron_vlmoe.finetune.saved import checkpoint_of, saved_run
 from megatron_vlmoe.finetune.weights import load_weights, weight_source
 from megatron_vlmoe.model.task_heads import build_task_heads
@@ -181,9 +180,8 @@ def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
 
 def build_objective(config: FinetuneConfig, ranks: Ranks, data: TaskData) -> TaskObjective:
     """The objective of a run's task."""
-    if config.task.name == "retrieval":
-        return RetrievalObjective(config, ranks, data)
-    return ClassificationObjective(config, ranks, data)
+    objective: TaskObjective = load_code(config.task.spec.objective)(config, ranks, data)
+    return objective
 
 
 def _load_best(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, FinetuneConfig, SampleShape
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import SampleShape
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.order import Place
 from megatron_vlmoe.finetune.samples import TaskSamples
@@ -48,7 +49,7 @@ class SampleSweep:
     @property
     def shape(self) -> SampleShape:
         """That of the task."""
-        return SAMPLE_SHAPES[self.samples.task]
+        return self.samples.spec.stream
 
     def __len__(self) -> int:
         return len(self.samples)

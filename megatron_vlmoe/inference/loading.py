@@ -123,7 +123,7 @@ def _in_one_process(config: FinetuneConfig, capacity_factor: float) -> FinetuneC
 def _open_tokenizer(
     checkpoint: Path, config: FinetuneConfig, given: str | Path | None
 ) -> Optional[TextTokenizer]:
-    if config.task.name == "imagenet":
+    if not config.task.spec.texts:
         return None
     path = given or run_file(checkpoint, TOKENIZER_FILE)
     if path is None and is_hugging_face(checkpoint):
@@ -136,7 +136,7 @@ def _open_tokenizer(
 def _open_labels(
     checkpoint: Path, config: FinetuneConfig, given: str | Path | None
 ) -> Optional[Labels]:
-    if config.task.name == "retrieval":
+    if not config.task.spec.has_labels:
         return None
     path = given or run_file(checkpoint, LABELS_FILE)
     if path is None and is_hugging_face(checkpoint):

@@ -99,15 +99,15 @@ def _check_training(config: FinetuneConfig) -> None:
         f"task.label_smoothing={task.label_smoothing} is not in [0, 1)",
     )
     _require(
-        task.label_smoothing == 0.0 or task.name in ("imagenet", "nlvr2", "mnli"),
+        task.label_smoothing == 0.0 or task.spec.target == "class",
         f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over",
     )
     for name in ("mixup", "cutmix"):
         alpha = getattr(task, name)
         _require(alpha >= 0.0, f"task.{name}={alpha} must not be negative")
         _require(
-            alpha == 0.0 or task.name == "imagenet",
-            f"task.{name}={alpha}: only imagenet mixes images",
+            alpha == 0.0 or task.spec.mixes_images,
+            f"task.{name}={alpha}: {task.name} does not mix images, only tasks of one image and its class do",
         )
     _require(
         0.0 <= task.random_erase <= 1.0, f"task.random_erase={task.random_erase} is not in [0, 1]"
@@ -116,10 +116,11 @@ def _check_training(config: FinetuneConfig) -> None:
 
 def _check_retrieval(config: FinetuneConfig) -> None:
     options, model = config.contrastive, config.model
+    matches = config.task.spec.target == "match"
     _require(
-        config.task.name != "retrieval" or model.text_length == model.pair_text_length,
+        not matches or model.text_length == model.pair_text_length,
         f"model.text_length={model.text_length} and model.pair_text_length={model.pair_text_length}: "
-        "retrieval reads the same captions alone and in pairs",
+        f"{config.task.name} reads the same captions alone and in pairs",
     )
     _require(
         options.contrastive_weight > 0.0,
@@ -133,7 +134,7 @@ def _check_retrieval(config: FinetuneConfig) -> None:
         options.temperature > 0.0, f"contrastive.temperature={options.temperature} must be positive"
     )
     _require(
-        not options.cache or config.task.name == "retrieval",
+        not options.cache or matches,
         f"contrastive.cache=true is for retrieval, not for {config.task.name}",
     )
     _require(

@@ -12,9 +12,9 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import decode_pixels, open_image
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import (
-    DATASET_PARTS,
     DatasetManifest,
     check_dataset,
+    dataset_parts,
     length_percentiles,
     load_manifest,
     part_prefix,
@@ -61,7 +61,7 @@ class DatasetView:
             prefix, kind, fingerprint, checksums=checksums
         )
         self.readers = {
-            part: IndexedReader(part_prefix(prefix, part)) for part in DATASET_PARTS[kind]
+            part: IndexedReader(part_prefix(prefix, part)) for part in dataset_parts(kind)
         }
 
     def summary(self) -> Iterator[str]:

@@ -29,12 +29,12 @@ import numpy.typing as npt
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedWriter
 from megatron_vlmoe.data.manifest import (
-    DATASET_PARTS,
     SAMPLES_SUFFIX,
-    TASKS,
     DatasetManifest,
     FileRecord,
     check_replaceable,
+    dataset_parts,
+    is_task,
     manifest_path,
     part_prefix,
     rejects_path,
@@ -318,8 +318,8 @@ class DatasetOutput:
 
     Args:
         prefix: path prefix of the dataset; its folder is made if need be.
-        kind: a key of `DATASET_PARTS`; a task also gets a table of samples.
-        dtypes: the dtype of each part of this kind (`DATASET_PARTS`), in order.
+        kind: as in `DatasetManifest`; a task also gets a table of samples.
+        dtypes: the dtype of each part of this kind (`dataset_parts`), in order.
         on_error: what a reject does.
     """
 
@@ -340,9 +340,9 @@ class DatasetOutput:
         except OSError as error:
             raise DataError(f"{Path(prefix).parent}: {error.strerror}") from error
         try:
-            for part, dtype in zip(DATASET_PARTS[kind], dtypes, strict=True):
+            for part, dtype in zip(dataset_parts(kind), dtypes, strict=True):
                 self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype)
-            if kind in TASKS:
+            if is_task(kind):
                 self.samples = SamplesWriter(prefix, kind)
         except BaseException:
             self._abort()

@@ -18,6 +18,7 @@ from megatron_vlmoe.config.command_line import ALIASES, _flatten, merge_file
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.recipes import recipe_names
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import TASKS
 from megatron_vlmoe.planning.validate import validate
 from megatron_vlmoe.runtime.lazy import HEAVY
 
@@ -42,6 +43,10 @@ WITHOUT_MEGATRON = (
 # Files that travel with an export: nothing of this package is there where they run.
 TRAVELLING = PACKAGE / "convert" / "hf"
 TRAVELLING_IMPORTS = {"torch", "transformers", "numpy", "PIL", "sentencepiece"}
+# Where a task may be called by its name: its row, its readers, recipes, and the corpus that makes a sample of it.
+TASK_FILES = ("config/tasks.py", "config/recipes.py", "prepare/readers/tasks/", "sample_corpus/")
+# The same word for something else: how pixels are normalised.
+OTHER_WORDS = {"convert/public/beit2.py": {"imagenet"}, "tools/import_public.py": {"imagenet"}}
 MUTATORS = {
     *("append", "extend", "insert", "remove", "pop", "clear", "update", "setdefault"),
     *("popitem", "add", "discard", "appendleft", "popleft"),
@@ -314,6 +319,45 @@ def test_state_check_finds_state():
     assert state_problems(ast.parse("A = {}\ndef f():\n    A['x'] = 1"))
     assert state_problems(ast.parse("def f():\n    global n\n    n = 1"))
     assert not state_problems(ast.parse("A = {1: 2}\ndef f():\n    return A[1]"))
+
+
+def compared_tasks(tree: ast.AST) -> list[str]:
+    """Names of tasks that something is compared with, matched with, or looked up by in a table of several tasks."""
+    found: list[ast.AST | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            found += [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            found.append(node.value)
+        elif isinstance(node, ast.Dict) and len(node.keys) > 1:
+            found += node.keys
+    names = []
+    for value in found:
+        items = value.elts if isinstance(value, (ast.Tuple, ast.List, ast.Set)) else [value]
+        names += [item.value for item in items if isinstance(item, ast.Constant)]
+    return sorted(name for name in names if isinstance(name, str) and name in TASKS)
+
+
+def test_no_task_is_called_by_its_name_outside_its_own_files():
+    """What tasks differ in stands in their rows (config/tasks.py), so that a package can add one."""
+    found = {}
+    for path in (*SOURCES, *TOOLS):
+        name = name_of(path).removeprefix("megatron_vlmoe/")
+        wrong = set(compared_tasks(parse(path))) - OTHER_WORDS.get(name, set())
+        if wrong and not name.startswith(TASK_FILES):
+            found[name] = wrong
+    assert not found
+
+
+def test_task_check_finds_names():
+    for code in (
+        "if task.name == 'vqa': pass",
+        "x = name in ('nlvr2', 'vqa')",
+        "match task:\n    case 'mnli': pass",
+        "SHAPES = {'imagenet': 1, 'other': 2}",
+    ):
+        assert compared_tasks(ast.parse(code)), code
+    assert not compared_tasks(ast.parse("usage = load('vqa')\nx = {'task': 'vqa', 'n': 1}"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
