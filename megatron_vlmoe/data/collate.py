@@ -21,7 +21,7 @@ from megatron_vlmoe.data.samples import (
     SampleRngs,
     TextSamples,
 )
-from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.stream.batch import Batch, map_values
 
 Array = npt.NDArray[Any]

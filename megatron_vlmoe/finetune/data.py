@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.batches import Loader
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber, to_tensors
+from megatron_vlmoe.data.loading import Loader, Numbers
 from megatron_vlmoe.data.order import SampleOrder, SampleRef
 from megatron_vlmoe.data.samples import SampleRngs
 from megatron_vlmoe.data.sources import open_text_tokenizer
@@ -30,7 +30,7 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 TRAIN_STREAM, EVAL_STREAM = 101, 102
 
 
-class TrainingMicroBatches(Dataset[Batch | DataError]):
+class TrainingMicroBatches(Dataset[Batch]):
     """Local micro-batch number to batch, in a shuffled order that changes with every epoch.
 
     Args:
@@ -50,14 +50,11 @@ class TrainingMicroBatches(Dataset[Batch | DataError]):
         """The samples with these numbers, counted over the run."""
         return [SampleRef(0, *self.order.locate(number)) for number in numbers]
 
-    def __getitem__(self, local: int) -> Batch | DataError:
-        """The batch; an error in the data is returned, for `Loader` to raise."""
+    def __getitem__(self, local: int) -> Batch:
+        """The batch. Raises DataError."""
         number = MicroBatchNumber.locate(local, self.per_step, self.share)
         numbers = number.samples(self.micro, self.whole)
-        try:
-            batch = self.samples.batch(self.refs(numbers))
-        except DataError as error:
-            return error
+        batch = self.samples.batch(self.refs(numbers))
         batch |= {
             "micro_batch": np.array(number.in_run),
             "sample_numbers": np.asarray(numbers, dtype=np.int64),
@@ -128,17 +125,15 @@ class TaskData:
         """
         task = config.task
         if not task.data:
-            raise ConfigError(
-                "--task.data is missing: the --output-prefix of tools/prepare_task.py"
-            )
+            raise ConfigError("--task.data is missing: the --output of tools/prepare_task.py")
         tokenizer = None
-        if task.name != "imagenet":
+        if task.spec.texts:
             if not config.data.text_tokenizer:
                 raise ConfigError(
                     f"--data.text_tokenizer is missing: --task {task.name} reads text"
                 )
             tokenizer = open_text_tokenizer(config.data)
-        labels = None if task.name == "retrieval" else load_labels(task.data)
+        labels = load_labels(task.data) if task.spec.has_labels else None
         fingerprint = tokenizer.fingerprint if tokenizer else None
 
         def open_split(name: str) -> TaskDataset:
@@ -161,9 +156,8 @@ class TaskData:
 
     def _samples(self, dataset: TaskDataset, stream: int) -> TaskSamples:
         model = self.config.model
-        length = model.text_length
-        if self.config.task.name in ("vqa", "nlvr2"):
-            length = model.pair_text_length
+        alone = self.config.task.spec.stream.texts
+        length = model.text_length if alone else model.pair_text_length
         text = TextFormat.of(self.tokenizer, length) if self.tokenizer else None
         rngs = SampleRngs(self.config.train.seed, stream, stream == TRAIN_STREAM)
         return TaskSamples(dataset, self.config, text, rngs, self.share)
@@ -171,7 +165,8 @@ class TaskData:
     def loader(self, split: str, first_micro_batch: int, num_micro_batches: int | None) -> Loader:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
-        return Loader(self.train, first_micro_batch, num_micro_batches, self.config.data)
+        keys, data = Numbers(first_micro_batch, num_micro_batches), self.config.data
+        return Loader(self.train, keys, data.num_workers, data.prefetch)
 
     def plan(self, items: EvalItems) -> EvalPlan:
         """How evaluation items are cut into micro-batches for this layout."""
@@ -186,7 +181,8 @@ class TaskData:
 
     def eval_loader(self, items: EvalItems, plan: EvalPlan) -> Loader:
         """Its micro-batches on this process."""
-        return Loader(EvalMicroBatches(items, plan, self.share), 0, plan.count, self.config.data)
+        dataset, data = EvalMicroBatches(items, plan, self.share), self.config.data
+        return Loader(dataset, range(plan.count), data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
         """Lines for the log."""
@@ -202,7 +198,7 @@ class TaskData:
         lines += [f"{task.name} {s.name}: {len(s.dataset):,} samples" for s in self.splits]
         if self.labels is not None:
             lines.append(f"{task.name}: {len(self.labels.labels):,} classes")
-        if task.name == "retrieval" and self.train is not None:
+        if task.spec.target == "match" and self.train is not None:
             lines.append(self._pool_line())
         return lines
 
@@ -211,7 +207,7 @@ class TaskData:
         task = self.config.task
         pool = task.micro_batch_size * self.share.data_size
         if self.config.contrastive.cache:
-            line = f"retrieval: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
+            line = f"{task.name}: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
             if self.config.moe.capacity_factor > 0.0 and has_experts(self.config.moe):
                 line += (
                     "; with moe.capacity_factor > 0 the two passes may drop different tokens, and the gradients are "
@@ -219,7 +215,7 @@ class TaskData:
                 )
             return line
         line = (
-            f"retrieval: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
+            f"{task.name}: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
         )
         if pool < task.global_batch_size:
             line += (

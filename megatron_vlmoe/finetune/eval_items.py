@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, FinetuneConfig, SampleShape
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import SampleShape
 from megatron_vlmoe.data.collate import BatchShare, to_tensors
 from megatron_vlmoe.data.order import SampleRef
 from megatron_vlmoe.finetune.samples import TaskSamples
@@ -48,7 +48,7 @@ class SampleItems:
     @property
     def shape(self) -> SampleShape:
         """That of the task."""
-        return SAMPLE_SHAPES[self.samples.task]
+        return self.samples.spec.stream
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -157,22 +157,17 @@ class EvalPlan:
         return range(first, first + self.micro_batch)
 
 
-class EvalMicroBatches(Dataset[Batch | DataError]):
+class EvalMicroBatches(Dataset[Batch]):
     """Local micro-batch number to batch, for `Loader`."""
 
     def __init__(self, items: EvalItems, plan: EvalPlan, share: BatchShare) -> None:
         self.items, self.plan, self.share = items, plan, share
 
-    def __getitem__(self, local: int) -> Batch | DataError:
-        """The batch with ``valid [n]``, False for copies; an error in the data is returned for `Loader` to raise."""
+    def __getitem__(self, local: int) -> Batch:
+        """The batch with ``valid [n]``, False for copies. Raises DataError."""
         numbers = self.plan.numbers(local, self.share)
         real = np.array([number < self.plan.items for number in numbers])
-        try:
-            batch = self.items.batch(
-                [number if number < self.plan.items else 0 for number in numbers]
-            )
-        except DataError as error:
-            return error
+        batch = self.items.batch([number if number < self.plan.items else 0 for number in numbers])
         batch |= {"valid": real, "micro_batch": np.array(local)}
         return to_tensors(batch)
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: metrics.json, predictions, the VQA submission file and the HTML report."""
+"""What an evaluation leaves: metrics.json, predictions, the file for an evaluation server and the HTML report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
 from megatron_vlmoe.finetune.collect import Found
@@ -18,7 +19,6 @@ from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import (
     MOST_LIKELY,
-    vqa_submission,
     write_json,
     write_jsonl,
 )
@@ -88,9 +88,10 @@ def _write(
     kept = [Kept() for _ in tables]
     rows = (row for table, own in zip(tables, kept) for row in own.rows(table))
     write_jsonl(folder / "predictions.jsonl", rows)
-    for table, own in zip(tables, kept) if task.name == "vqa" else ():
+    for table, own in zip(tables, kept) if task.spec.submission else ():
+        submission = load_code(task.spec.submission)(own.answers)
         suffix = "" if len(tables) == 1 else f"_{table.split.name}"
-        write_json(folder / f"vqa_submission{suffix}.json", vqa_submission(own.answers))
+        write_json(folder / f"{task.name}_submission{suffix}.json", submission)
     left_out = {table.split.name: len(table.left_out) for table in tables}
     content = {"task": task.name, "metrics": metrics, "settings": settings, "left_out": left_out}
     write_json(folder / "metrics.json", content)
@@ -121,7 +122,7 @@ def left_out_lines(task: str, split: str, manifest: DatasetManifest) -> Iterator
     if lost:
         names = ", ".join(itertools.islice(lost, _NAMED)) + (", ..." if len(lost) > _NAMED else "")
         answer = ""
-        if task == "vqa":
+        if find_task(task).submission:
             answer = f"; the submission answers them with {manifest.fallback_answer or ''!r}"
         yield (
             f"{split}: {len(lost)} samples were rejected when the split was prepared and do not count "
@@ -185,10 +186,10 @@ class Predictions:
     def left_out(self) -> list[dict[str, Any]]:
         """A line of predictions.jsonl for every sample that was rejected when the split was prepared.
 
-        `left_out` is the reason; `prediction` is what a submission says of it (vqa) or null.
+        `left_out` is the reason; `prediction` is what a submission says of it, or null.
         """
         manifest = self.split.dataset.manifest
-        answer = (manifest.fallback_answer or "") if self.task == "vqa" else None
+        answer = (manifest.fallback_answer or "") if find_task(self.task).submission else None
         entry: dict[str, Any] = {"split": self.split.name, "texts": [], "prediction": answer}
         return [
             entry | {"id": name, "left_out": reason}
@@ -199,7 +200,7 @@ class Predictions:
         """A line of predictions.jsonl; `gained` is what the prediction scores, where the truth is known."""
         row = self.split.dataset.row(number)
         entry: dict[str, Any] = {"split": self.split.name, "id": row.id, "texts": list(row.raw)}
-        if self.task == "retrieval":
+        if self.labels is None:
             return entry | self._retrieved(row)
         return entry | self._classified(number, row)
 
@@ -245,7 +246,7 @@ class Kept:
     """What the submission and the report need of a split's predictions, noted while they are written.
 
     Args:
-        answers: `question_id` and `answer` of every sample of vqa, also of those left out.
+        answers: `question_id` and `answer` of every sample of a task with a submission, also of those left out.
         gained: what every prediction scores; 0 where the truth is unknown.
     """
 
@@ -258,7 +259,7 @@ class Kept:
         for number, row in enumerate(itertools.chain(present, table.left_out)):
             if number < len(table):
                 self.gained.append(row.get("gained", 0.0))
-            if table.task == "vqa":
+            if find_task(table.task).submission:
                 self.answers.append({"question_id": row["id"], "answer": row["prediction"]})
             yield row
 
@@ -284,10 +285,9 @@ def _example(entry: Mapping[str, Any], number: int, split: SplitData) -> Example
     dataset = split.dataset
     row = dataset.row(number)
     fields = [("split", split.name), ("id", row.id)]
-    text_names = {"vqa": ("question",), "nlvr2": ("sentence",), "mnli": ("premise", "hypothesis")}
-    names = text_names.get(dataset.task, ("caption",))
-    fields += list(zip(names, row.raw))
-    if dataset.task == "retrieval":
+    spec = find_task(dataset.task)
+    fields += list(zip(spec.texts if spec.has_labels else ("caption",), row.raw))
+    if not spec.has_labels:
         shown = [entry["images"][0], row.images[0]]
         fields += [("pictures", "the one found first, then the right one")]
     else:

@@ -5,7 +5,7 @@ Letters: n samples, L tokens with padding, S pixels along a side, A answers of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -92,12 +92,12 @@ class TaskSamples:
         share: BatchShare,
     ) -> None:
         self.dataset, self.text, self.rngs, self.share = dataset, text, rngs, share
-        self.task, self.options = config.task.name, config.task
+        self.spec, self.options = config.task.spec, config.task
         self.size = config.model.image_size
         self.views: ImageViews | None = None
         if dataset.num_images:
             flip = config.data.flip_probability
-            if self.task != "imagenet":
+            if self.spec.texts:
                 flip = config.data.pair_flip_probability
             augmentation = Augmentation(
                 config.data.crop_scale_min,
@@ -117,36 +117,36 @@ class TaskSamples:
     def batch(self, refs: Sequence[SampleRef]) -> dict[str, Any]:
         """What the task reads of these samples.
 
-        - vqa, nlvr2: the segments `pair_texts` and `pair_images`;
-        - retrieval: `texts`, `images`, ``image_documents [n]``;
-        - imagenet: `images`, in training with mixup or cutmix ``partner_labels [n]`` and ``own_share [n]``;
-        - mnli: `texts`;
+        - pairs (vqa, nlvr2): the segments `pair_texts` and `pair_images`;
+        - texts (retrieval, mnli): the segment `texts`;
+        - images (retrieval, imagenet): the segment `images`; of retrieval ``image_documents [n]``; in training with
+          mixup or cutmix ``partner_labels [n]`` and ``own_share [n]``;
         - ``labels [n]`` (-1 where unknown), for vqa ``answers [n, A]`` and ``scores [n, A]``; ``samples [n]``.
         """
         rows = [self.dataset.row(ref.index) for ref in refs]
         batch: dict[str, Any] = {"samples": np.array([ref.index for ref in refs], dtype=np.int64)}
-        if self.task in ("vqa", "nlvr2"):
-            batch |= self._pairs(refs, rows)
-        elif self.task == "retrieval":
+        batch |= _answers(rows) if self.spec.has_answers else _labels(rows)
+        if self.spec.stream.texts:
+            batch["texts"] = self.texts([row.texts for row in rows])
+        if self.spec.stream.images:
             documents = [row.images[0] for row in rows]
-            batch["texts"] = self.texts([row.texts for row in rows])
             batch["images"] = self.images(refs, documents)
-            batch["image_documents"] = np.array(documents, dtype=np.int64)
-        elif self.task == "imagenet":
-            return batch | self._classified_images(refs, rows)
-        else:
-            batch["texts"] = self.texts([row.texts for row in rows])
-        return batch | (_answers(rows) if self.task == "vqa" else _labels(rows))
+            if self.spec.mixes_images and self.rngs.train:
+                batch |= self._mixed(refs, documents, batch)
+            if self.spec.target == "match":
+                # Pairs are made of the texts and images that are here, once it is known which are alike.
+                return batch | {"image_documents": np.array(documents, dtype=np.int64)}
+        if self.spec.stream.pairs:
+            batch |= self._pairs(refs, rows)
+        return batch
 
-    def _classified_images(
-        self, refs: Sequence[SampleRef], rows: Sequence[TaskRow]
+    def _mixed(
+        self, refs: Sequence[SampleRef], documents: Sequence[int], batch: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Images and classes, mixed with those of the micro-batch in reverse where that is on."""
-        documents = [row.images[0] for row in rows]
-        images = self.images(refs, documents)
-        batch: dict[str, Any] = _labels(rows) | {"images": images}
-        if not self.rngs.train or max(self.options.mixup, self.options.cutmix) <= 0.0:
-            return batch
+        """What mixup and cutmix change: every image is mixed with that of the micro-batch in reverse."""
+        if max(self.options.mixup, self.options.cutmix) <= 0.0:
+            return {}
+        images = batch["images"]
         rng = self.rngs.rng(Purpose.MIX, refs[0])
         mix = draw_mix(rng, self.size, self.options.mixup, self.options.cutmix)
         if "pixels" in images:
@@ -155,10 +155,12 @@ class TaskSamples:
             if self.share.tensor_size > 1:
                 # They belong to other ranks.
                 partners = self.images(refs[::-1], documents[::-1])["pixels"]
-            images["pixels"] = mix_pixels(own, partners, mix)
-        batch["partner_labels"] = batch["labels"][::-1].copy()
-        batch["own_share"] = np.full(len(rows), mix.lam, dtype=np.float32)
-        return batch
+            images = images | {"pixels": mix_pixels(own, partners, mix)}
+        return {
+            "images": images,
+            "partner_labels": batch["labels"][::-1].copy(),
+            "own_share": np.full(len(refs), mix.lam, dtype=np.float32),
+        }
 
     def texts(self, sequences: Sequence[Sequence[int]]) -> dict[str, Array]:
         """A text segment of texts that are given by the sequences of each: `ids` and `lengths`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.sources import Split
 from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
 if TYPE_CHECKING:
     from megatron_vlmoe.train.step import StepRunner
@@ -47,8 +48,10 @@ class PretrainSource(BatchSource, Protocol):
     config: RunConfig
     """The run's configuration with all sizes filled in."""
 
-    stored_codes: bool
-    """Whether visual tokens come with the batches."""
+    @property
+    def image_tokenizer(self) -> Optional[ImageTokenizer]:
+        """Computes the visual tokens of the last stage; None where they come with the batches."""
+        ...
 
     def summary(self) -> list[str]:
         """Lines for the log."""
