@@ -204,10 +204,10 @@ def test_sparse_model_computes_the_same(tmp_path: Path, workers: Workers) -> Non
     no_ids = np.zeros((0, 10), dtype=np.int64)
     pixels = generator.integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
     batch = {
-        "text_ids": no_ids,
-        "pair_ids": no_ids,
-        "pair_pixels": pixels[:0],
-        "image_pixels": pixels,
+        "texts": {"ids": no_ids},
+        "pair_texts": {"ids": no_ids},
+        "pair_images": {"pixels": pixels[:0]},
+        "images": {"pixels": pixels},
     }
     (found,) = workers.run(1, encode_with_checkpoint, str(tmp_path / "out"), batch)
     model = VLMoReference(state, SMALL)

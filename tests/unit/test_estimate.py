@@ -324,21 +324,26 @@ def real_batch(config):
     def ids(*shape):
         return torch.zeros(shape, dtype=torch.long)
 
+    def texts_segment(count, length, predicted):
+        return {
+            "ids": ids(count, length),
+            "positions": ids(count, predicted),
+            "labels": ids(count, predicted),
+        }
+
+    def images_segment(count):
+        return {
+            "pixels": ids(count, 3, side, side).byte(),
+            "mask": ids(count, model.num_patches).bool(),
+            "positions": ids(count, patches),
+            "labels": ids(count, patches),
+        }
+
     batch = {
-        "text_ids": ids(texts, model.text_length),
-        "text_positions": ids(texts, text),
-        "text_labels": ids(texts, text),
-        "pair_ids": ids(pairs, model.pair_text_length),
-        "pair_text_positions": ids(pairs, caption),
-        "pair_text_labels": ids(pairs, caption),
-        "pair_pixels": ids(pairs, 3, side, side).byte(),
-        "pair_image_mask": ids(pairs, model.num_patches).bool(),
-        "pair_image_positions": ids(pairs, patches),
-        "pair_image_codes": ids(pairs, patches),
-        "image_pixels": ids(images, 3, side, side).byte(),
-        "image_mask": ids(images, model.num_patches).bool(),
-        "image_positions": ids(images, patches),
-        "image_codes": ids(images, patches),
+        "texts": texts_segment(texts, model.text_length, text),
+        "pair_texts": texts_segment(pairs, model.pair_text_length, caption),
+        "pair_images": images_segment(pairs),
+        "images": images_segment(images),
     }
     lengths = torch.full((pairs,), model.pair_text_length)
     return batch, StreamBatch(layout, pair_lengths=lengths)
