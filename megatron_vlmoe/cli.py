@@ -6,9 +6,11 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from typing import Callable, Optional, Sequence
 
 from megatron_vlmoe.runtime.helper_processes import take_signals
+from megatron_vlmoe.train.run_log import write_to_run_log
 
 COMMANDS = {
     "pretrain": ("megatron_vlmoe.train.pretrain:main", "train a VL-MoE from indexed datasets"),
@@ -64,6 +66,7 @@ def run_guarded(action: Callable[[], int]) -> int:
     except Exception as error:
         if type(error).__module__.startswith("megatron_vlmoe."):
             return _fail(error, 1)
+        write_to_run_log(traceback.format_exc().rstrip())
         raise
 
 
@@ -72,6 +75,7 @@ def _fail(error: Exception, status: int) -> int:
     # Every rank finds the same error in the configuration; one line is enough.
     if rank == 0 or status != 2:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        write_to_run_log(str(error))
     return status
 
 

@@ -200,9 +200,12 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
     from megatron_vlmoe.runtime.distributed import initialize
     from megatron_vlmoe.runtime.precision import resolve_precision
-    from megatron_vlmoe.train.startup import quiet_imports, report_packages
+    from megatron_vlmoe.train.startup import make_run_folder, quiet_imports, report_packages
 
     lead_helpers(config.train.exit_signals)
+    if config.checkpoint.save:
+        # Also the folder of several seeds, whose log has all of them.
+        make_run_folder(config)
     report_packages()
     quiet_imports()
     precision = resolve_precision(config.train)
