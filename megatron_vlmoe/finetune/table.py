@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.data.task_dataset import TaskDataset, load_labels
+from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
+from megatron_vlmoe.data.task_samples import TASK_SHAPES
 from megatron_vlmoe.finetune.metrics import majority_rate, random_recall, vqa_majority
 
 STARTS = ("scratch", "dense", "moe")
@@ -36,9 +37,7 @@ ROWS = (
 
 
 def guessing_rate(task: str, prefix: str, split: str) -> float:
-    """What guessing scores on a split, in percent.
-
-    The best answer that is the same for all samples; for retrieval the expectation of a ranking at random.
+    """`guess_of` a split by its files.
 
     Args:
         task: name of the task.
@@ -46,12 +45,24 @@ def guessing_rate(task: str, prefix: str, split: str) -> float:
         split: one of them.
     """
     dataset = TaskDataset.open(f"{prefix}_{split}", task, None)
-    if task == "retrieval":
+    return guess_of(dataset, None if dataset.labels_sha256 is None else load_labels(prefix))
+
+
+def guess_of(dataset: TaskDataset, labels: Labels | None) -> float:
+    """What guessing scores on the labelled samples of a split, in percent.
+
+    The best answer that is the same for all samples; for retrieval the expectation of a ranking at random.
+
+    Args:
+        dataset: the split.
+        labels: the classes; None for retrieval.
+    """
+    if labels is None:
         recalls = random_recall(dataset.image_of_text(), dataset.num_images)
         return float(np.mean(list(recalls.values())))
-    if task == "vqa":
-        return vqa_majority(load_labels(prefix).labels, [row.answers for row in dataset.rows()])
-    return majority_rate(np.array([row.labels[0] for row in dataset.rows()]))
+    if TASK_SHAPES[dataset.task].has_answers:
+        return vqa_majority(labels.labels, [row.answers for row in dataset.rows()])
+    return majority_rate(np.array([row.labels[0] if row.labels else -1 for row in dataset.rows()]))
 
 
 def downstream_table(runs: Path, data: Path) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,15 @@ import pytest
 from PIL import Image
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.finetune.report import LONGER_SIDE, Example, write_report
+from megatron_vlmoe.finetune.report import (
+    LONGER_SIDE,
+    Counts,
+    CountRow,
+    Example,
+    Headline,
+    Report,
+    write_report,
+)
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 NASTY = '<script>alert("x")</script> & \'quoted\' "double"'
@@ -72,13 +80,13 @@ def page(tmp_path: Path) -> tuple[str, Page]:
         Example((encoded(40, 40, mode="P"),), (("premise", "ünïcode"),), None),
         Example((), (("premise", "No picture."),), True),
     ]
-    write_report(
-        path,
-        f"VQA {NASTY}",
-        [("checkpoint", "runs/a/iter_0000100"), ("note", NASTY)],
-        {"accuracy": 71.2345, "samples": 1000, "open": float("nan")},
-        examples,
+    report = Report(
+        title=f"VQA {NASTY}",
+        facts=[("checkpoint", "runs/a/iter_0000100"), ("note", NASTY)],
+        metrics={"accuracy": 71.2345, "samples": 1000.0, "open": float("nan")},
+        examples=examples,
     )
+    write_report(path, report)
     source = path.read_text(encoding="utf-8")
     return source, Page(source)
 
@@ -127,12 +135,12 @@ def test_nothing_is_fetched_from_elsewhere(page: tuple[str, Page]) -> None:
 
 
 def test_a_page_may_be_empty(tmp_path: Path) -> None:
-    write_report(tmp_path / "a.html", "nothing", [], {}, [])
+    write_report(tmp_path / "a.html", Report(title="nothing"))
     assert Page((tmp_path / "a.html").read_text()).texts == ["nothing", "nothing"]
 
 
 def test_a_broken_picture_is_named_and_nothing_written(tmp_path: Path) -> None:
     examples = [Example((encoded(9, 9),), (), None), Example((encoded(9, 9), b"no"), (), None)]
     with pytest.raises(DataError, match="Picture 2 of example 2: not a readable image"):
-        write_report(tmp_path / "a.html", "t", [], {}, examples)
+        write_report(tmp_path / "a.html", Report(title="t", examples=examples))
     assert not list(tmp_path.iterdir())
