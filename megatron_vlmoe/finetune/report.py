@@ -1,4 +1,4 @@
-"""A page about one evaluation: scores, answers and sample predictions, in a single HTML file that needs nothing else."""
+"""A page about one evaluation: scores, answers and sample predictions, in one HTML file that needs nothing else."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from megatron_vlmoe.finetune.predictions import (
     write_jsonl,
 )
 from megatron_vlmoe.finetune.report import (
-    Counts,
     CountRow,
+    Counts,
     Example,
     Headline,
     Report,
@@ -359,8 +359,8 @@ class Kept:
     def rows(self, table: Predictions) -> Iterator[dict[str, Any]]:
         """The lines of a split, each made once; those of the samples left out come last."""
         present = (table.row(number) for number in range(len(table)))
-        for number, row in enumerate(itertools.chain(present, table.left_out)):
-            if number < len(table):
+        for place, row in enumerate(itertools.chain(present, table.left_out)):
+            if place < len(table):
                 self.gained.append(row.get("gained"))
                 if "gained" in row:
                     self._count(table, row)
@@ -391,7 +391,7 @@ def _examples(
     if not any(by_kind.values()):
         chosen = _spread(range(len(gained)), count)
         sentence = (
-            f"{split} has no labels: {len(chosen)} of {len(gained):,} samples at even distances."
+            f"{split} has no labels: {len(chosen)} of {len(gained):,} samples, evenly spread."
         )
     else:
         shares = _shares([len(numbers) for numbers in by_kind.values()], count)
@@ -402,7 +402,10 @@ def _examples(
             for (kind, numbers), own in zip(by_kind.items(), picked)
             if numbers
         ]
-        sentence = f"{split}: {', '.join(parts)}, at even distances. Each kind has its share of the split, but at least one."
+        sentence = (
+            f"{split}: {', '.join(parts)}, evenly spread. "
+            "Each kind has its share of the split, but at least one."
+        )
     return [_example(table, table.row(place), place) for place in chosen], sentence
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.finetune.report import (
     LONGER_SIDE,
-    Counts,
     CountRow,
+    Counts,
     Example,
     Headline,
     Report,
@@ -115,6 +115,33 @@ def test_right_and_wrong_are_said_in_words(page: tuple[str, Page]) -> None:
     assert marks == ["✓ right", "✗ wrong", "not scored", "✓ right"]
     classes = [value for tag, name, value in page[1].attributes if (tag, name) == ("p", "class")]
     assert classes == ["mark right", "mark wrong", "mark open", "mark right"]
+
+
+def test_what_a_reader_wants_first_comes_first(tmp_path: Path) -> None:
+    """Score, guess and model before the answers, these before the examples; settings are folded."""
+    rows = [CountRow("yes", 3, 1), CountRow("a <b>", 0, 2)]
+    report = Report(
+        title="vqa",
+        headlines=[Headline("val/vqa_official, percent", 9.98, "guessing: 11.37; 500 samples")],
+        notes=["Model: runs/vqa/best"],
+        counts=[Counts("Answers of val", "How often.", ("predicted", "true"), rows)],
+        chosen=["val: 1 of 3 right."],
+        examples=[Example((encoded(9, 9),), (("question", "Is it?"),), 0.3, ("left",))],
+        metrics={"val/samples": 500.0},
+        facts=[("seed", "1234")],
+    )
+    write_report(tmp_path / "a.html", report)
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert page.texts == [
+        *("vqa", "vqa", "val/vqa_official, percent", "9.98", "guessing: 11.37; 500 samples"),
+        *("Model: runs/vqa/best", "Answers of val", "How often.", "predicted", "true"),
+        *("yes", "3 / 1", "a <b>", "0 / 2", "Examples (1)", "val: 1 of 3 right."),
+        *("left", "question", "Is it?", "0.3 of 1", "All scores", "val/samples", "500"),
+        *("Settings", "seed", "1234"),
+    ]
+    widths = [value for _, name, value in page.attributes if name == "style"]
+    assert widths == ["width: 100.0%", "width: 33.3%", "width: 66.7%"], "no bar where nothing is"
+    assert page.tags.count("details") == 2
 
 
 def test_pictures_are_inside_and_small(page: tuple[str, Page]) -> None:
