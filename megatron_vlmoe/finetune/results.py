@@ -191,7 +191,7 @@ def _counts(table: Predictions, kept: Kept) -> Counts:
             f"Place of a caption's own picture among the {table.split.dataset.num_images:,} pictures of the "
             f"split, by the similarity of their features; {samples:,} captions."
         )
-        return Counts(f"Where {split} finds the right picture", note, ("captions", ""), rows)
+        return Counts(f"Place of the right picture in {split}", note, ("captions", ""), rows)
     size = {name: max(kept.predicted[name], kept.true[name]) for name in kept.predicted | kept.true}
     names = sorted(size, key=lambda name: (-size[name], name))
     rows = [CountRow(name, kept.predicted[name], kept.true[name]) for name in names[:_COUNTED]]

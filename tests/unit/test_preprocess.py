@@ -577,6 +577,9 @@ def test_unknown_tokens_are_counted_reported_and_add_up(
     merge = tool("merge_datasets")
     assert merge(["--input", str(out), f"{out}_b", "--output-prefix", merged]) == 0
     assert load_manifest(merged).unknown_tokens == 2
+    counts = [load_manifest(prefix).documents for prefix in (str(out), f"{out}_b", merged)]
+    said_of_merging = "{}: text, {} + {} = {} documents, ".format(merged, *counts)
+    assert capfd.readouterr().err.startswith(said_of_merging) and counts[0] + counts[1] == counts[2]
     assert tool("inspect_dataset")([str(out)]) == 0
     assert f"  {said}" in capfd.readouterr().out.splitlines()
     # A dataset made before they were counted stays readable, and makes no count of others wrong.

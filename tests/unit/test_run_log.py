@@ -14,6 +14,7 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.train.run_log import RunLog, open_run_log
 from megatron_vlmoe.train.startup import make_run_folder
+from megatron_vlmoe.train.writers import progress_line
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -100,6 +101,14 @@ def test_a_seed_is_logged_in_its_folder_and_in_that_of_all(tmp_path: Path) -> No
     assert lines(tmp_path)[1:] == ["INFO seed 1", "INFO seed 2"]
     for seed in (1, 2):
         assert lines(tmp_path / f"seed_{seed}")[1:] == [f"INFO seed {seed}"]
+
+
+def test_a_progress_line_names_the_pools_that_drop_tokens() -> None:
+    metrics = {"loss/total": 2.0, "loss/mlm": 1.5, "grad_norm": 1.0, "lr": 1e-3}
+    metrics |= {"moe/text/dropped_fraction": 0.0, "moe/vision/dropped_fraction": 0.107}
+    metrics |= {"tokens_per_second": 10.0, "data_wait_fraction": 0.0}
+    line = progress_line(3, 9, metrics, 60.0)
+    assert "| drop % text 0.0 vision 10.7 |" in line
 
 
 def test_a_log_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
