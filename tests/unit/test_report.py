@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -171,3 +172,13 @@ def test_a_broken_picture_is_named_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Picture 2 of example 2: not a readable image"):
         write_report(tmp_path / "a.html", Report(title="t", examples=examples))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_installed_package_has_the_template() -> None:
+    root = Path(__file__).resolve().parents[2]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
+    folder = root / "megatron_vlmoe" / "finetune"
+    files = {path for pattern in data["megatron_vlmoe.finetune"] for path in folder.glob(pattern)}
+    assert folder / "report.html.j2" in files
