@@ -446,6 +446,9 @@ def _example(table: Predictions, entry: Mapping[str, Any], place: int) -> Exampl
         best = entry["most_likely"][0]
         answer = f"{table.name_of(best['label'])} (probability {best['score']:.2f})"
         fields += [("answer", answer), ("truth", _truth(table, entry))]
+        if row.answers:
+            said = Counter(row.answers).most_common()
+            fields += [("annotators said", ", ".join(f"{text} x {n}" for text, n in said))]
     images = tuple(bytes(dataset.image_bytes(document)) for document in shown)
     return Example(images, tuple(fields), entry.get("gained"), tuple(captions))
 
