@@ -164,10 +164,10 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def number(value: float) -> str:
-    """Whole numbers as they are, others to two places, a dash where there is none."""
+    """Counts (int) as they are, scores (float) to two places, a dash where there is none."""
     if not math.isfinite(value):
         return "\N{EN DASH}"
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.2f}"
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def _pictures(example: Example, place: int) -> Iterator[_Picture]:

@@ -177,7 +177,11 @@ def _report(
         counts=counts,
         chosen=chosen,
         examples=examples,
-        metrics={k: v for k, v in metrics.items() if not k.endswith("unlabelled")},
+        metrics={
+            name: int(value) if name.endswith("/samples") else value
+            for name, value in metrics.items()
+            if not name.endswith("/unlabelled")
+        },
         facts=[(name, str(value)) for name, value in settings.items()],
     )
 

@@ -302,6 +302,8 @@ def test_the_answers_of_a_split_without_labels_are_named(bench: Bench, vqa: Run)
     assert len(read_json(submission)) == len(rows) > 0
     page = (save / "report.html").read_text()
     assert f"test-dev: no labels; its {len(rows)} answers are in {submission.name}." in page
+    samples = int(read_json(save / "metrics.json")["metrics"]["val/samples"])
+    assert f'val/samples</th><td class="number">{samples}</td>' in page
     assert page.count("<img ") == 6 and " of val</dd>" in page and "of test-dev</dd>" not in page
     log = (save / "log.txt").read_text()
     assert f"INFO test-dev: no labels, {len(rows)} answers" in log and "INFO torch " in log

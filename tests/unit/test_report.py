@@ -84,7 +84,7 @@ def page(tmp_path: Path) -> tuple[str, Page]:
     report = Report(
         title=f"VQA {NASTY}",
         facts=[("checkpoint", "runs/a/iter_0000100"), ("note", NASTY)],
-        metrics={"accuracy": 71.2345, "samples": 1000.0, "open": float("nan")},
+        metrics={"accuracy": 71.2345, "samples": 1000, "open": float("nan")},
         examples=examples,
     )
     write_report(path, report)
@@ -128,7 +128,7 @@ def test_what_a_reader_wants_first_comes_first(tmp_path: Path) -> None:
         counts=[Counts("Answers of val", "How often.", ("predicted", "true"), rows)],
         chosen=["val: 1 of 3 right."],
         examples=[Example((encoded(9, 9),), (("question", "Is it?"),), 0.3, ("left",))],
-        metrics={"val/samples": 500.0},
+        metrics={"val/samples": 500},
         facts=[("seed", "1234")],
     )
     write_report(tmp_path / "a.html", report)
