@@ -32,10 +32,10 @@ say "1/3 the five tasks"
 prepare() {
     local task="$1" raw="$2"; shift 2
     [ -e "$TASKS/$task.prepared" ] && { echo "have $TASKS/$task"; return; }
-    python tools/prepare_task.py --task "$task" --raw "$CORPUS/tasks/$raw" --output-prefix "$TASKS/$task" "$@"
+    python tools/prepare_task.py --task "$task" --raw "$CORPUS/tasks/$raw" --output "$TASKS/$task" "$@"
     touch "$TASKS/$task.prepared"
 }
-TOKENIZER=(--tokenizer-model "$INDEXED/text.model")
+TOKENIZER=(--text-tokenizer "$INDEXED/text.model")
 prepare vqa vqa "${TOKENIZER[@]}"
 prepare nlvr2 nlvr2 "${TOKENIZER[@]}"
 prepare retrieval flickr30k "${TOKENIZER[@]}"

@@ -24,13 +24,13 @@ OPTIONS=(
     --parallel.expert_model_parallel_size "${EP:-1}"
 )
 READS_TEXT=(--data.text_tokenizer "$TEXT_TOKENIZER")
-TOKENIZER=(--tokenizer-model "$TEXT_TOKENIZER")
+TOKENIZER=(--text-tokenizer "$TEXT_TOKENIZER")
 [ "$TASK" != imagenet ] || READS_TEXT=() TOKENIZER=()
 
 # Written after the last split, by hand too if the task was prepared elsewhere.
 if [ "$NODE_RANK" = 0 ] && [ ! -e "$DATA.prepared" ] && ! given --task.data "$@"; then
     [ -n "${RAW:-}" ] || die "$DATA.prepared is not there, and RAW is not set (see the head of $COMMON)"
-    python tools/prepare_task.py --task "$TASK" --raw "$RAW" --output-prefix "$DATA" "${TOKENIZER[@]}" \
+    python tools/prepare_task.py --task "$TASK" --raw "$RAW" --output "$DATA" "${TOKENIZER[@]}" \
         --workers "${WORKERS:-$(nproc)}" --on-error skip
     touch "$DATA.prepared"
 fi

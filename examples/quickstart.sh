@@ -32,19 +32,19 @@ python tools/make_sample_corpus.py --output "$CORPUS" --num-images "$NUM_IMAGES"
 say "2/7 text tokenizer (SentencePiece)"
 once "$INDEXED/text.model" python tools/train_text_tokenizer.py \
     --input "$CORPUS/text/train.jsonl" "$CORPUS/coco/annotations/captions_train2014.json" \
-    --vocab-size 320 --output-prefix "$INDEXED/text"
+    --vocab-size 320 --output "$INDEXED/text"
 
 say "3/7 indexed datasets"
 for SPLIT in train val; do
     once "$INDEXED/text_$SPLIT.json" python tools/preprocess_text.py \
-        --input "$CORPUS/text/$SPLIT.jsonl" --output-prefix "$INDEXED/text_$SPLIT" \
-        --tokenizer-model "$INDEXED/text.model" --workers 2
+        --input "$CORPUS/text/$SPLIT.jsonl" --output "$INDEXED/text_$SPLIT" \
+        --text-tokenizer "$INDEXED/text.model" --workers 2
     once "$INDEXED/images_$SPLIT.json" python tools/preprocess_images.py \
-        --input "$CORPUS/images/$SPLIT" --output-prefix "$INDEXED/images_$SPLIT" --workers 2
+        --input "$CORPUS/images/$SPLIT" --output "$INDEXED/images_$SPLIT" --workers 2
     once "$INDEXED/pairs_$SPLIT.json" python tools/preprocess_pairs.py \
         --format coco --annotations "$CORPUS/coco/annotations/captions_${SPLIT}2014.json" \
-        --images "$CORPUS/coco/${SPLIT}2014" --output-prefix "$INDEXED/pairs_$SPLIT" \
-        --tokenizer-model "$INDEXED/text.model" --workers 2
+        --images "$CORPUS/coco/${SPLIT}2014" --output "$INDEXED/pairs_$SPLIT" \
+        --text-tokenizer "$INDEXED/text.model" --workers 2
 done
 
 say "4/7 image tokenizer (VQ-KD)"

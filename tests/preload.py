@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 install_cpu_runtime()
 
 import megatron_vlmoe.train.trainer  # noqa: E402, F401  (after the CPU runtime is in place)
-from megatron_vlmoe.runtime.helper_processes import install_results_queue  # noqa: E402
+from megatron_vlmoe.runtime.results_queue import install_results_queue  # noqa: E402
 
 # The manager of checkpoint writers would start by importing all anew.
 install_results_queue("forkserver")

@@ -36,8 +36,8 @@ class Desk:
 
     def prepare(self, task: str, *options: str) -> int:
         """Runs the tool; its exit status."""
-        words = ["--task", task, "--raw", str(self.raw), "--output-prefix", str(self.out)]
-        words += [] if task == "imagenet" else ["--tokenizer-model", self.model]
+        words = ["--task", task, "--raw", str(self.raw), "--output", str(self.out)]
+        words += [] if task == "imagenet" else ["--text-tokenizer", self.model]
         return tool("prepare_task")([*words, *options])
 
     def opened(self, split: str, task: str) -> TaskDataset:

@@ -1,145 +1,14 @@
-"""Prepare a downstream task from the raw data of its publishers.
+"""Prepare a downstream task from the raw data of its publishers: the same as `vlmoe index-task`."""
 
-python tools/prepare_task.py --task vqa --raw raw/vqa --output-prefix data/vqa \
-    --tokenizer-model tokenizers/text.model --resize-short 480 --workers 16
-"""
-
-from __future__ import annotations
-
-import argparse
+import functools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.data.manifest import TASKS
-from megatron_vlmoe.data.task_samples import TASK_SHAPES
-from megatron_vlmoe.prepare.readers.tasks.records import TaskInput
-from megatron_vlmoe.prepare.tasks import TaskOptions, prepare_task
-from megatron_vlmoe.prepare.tool import positive_int, run_tool
-from megatron_vlmoe.prepare.tool_options import add_image_rules, add_options, run_of
+from megatron_vlmoe.commands.main import run
 
-# Options that only some tasks have: fields of `TaskInput`.
-TASK_OPTIONS = {
-    "seed": ("vqa", "imagenet"),
-    "num_val_images": ("vqa",),
-    "min_answer_count": ("vqa",),
-    "annotations": ("retrieval",),
-    "val_fraction": ("imagenet",),
-    "val_labels": ("imagenet",),
-    "words": ("imagenet",),
-    "sentence1": ("mnli",),
-    "sentence2": ("mnli",),
-    "label": ("mnli",),
-    "class_names": ("mnli", "nlvr2", "imagenet"),
-}
-
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description="Prepare the splits S of a task; writes P_S_image.*, P_S_text.*, "
-        "P_S_samples.arrow and P_S.json for each, and P_labels.json."
-    )
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--raw", required=True, metavar="DIR", help="folder of the raw data")
-    parser.add_argument(
-        "--splits", nargs="+", default=[], metavar="S", help="splits to prepare (all)"
-    )
-    add_options(
-        parser,
-        *("--output-prefix", "--tokenizer-model", "--workers", "--resize-short", "--on-error"),
-        rejects="samples",
-        prefix="P_S",
-        tokenizer="needed but for imagenet",
-    )
-    add_image_rules(parser)
-    add_task_options(parser)
-    options = parser.parse_args(argv)
-    if TASK_SHAPES[options.task].texts and options.tokenizer_model is None:
-        parser.error(f"--task {options.task} needs --tokenizer-model")
-    for name, tasks in TASK_OPTIONS.items():
-        if getattr(options, name) is not None and options.task not in tasks:
-            parser.error(f"--{name.replace('_', '-')} is no option of --task {options.task}")
-    return options
-
-
-def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that only some tasks have; None stands for the default of `TaskInput`."""
-    group = parser.add_argument_group("options of some tasks")
-    group.add_argument(
-        "--seed", type=int, help="vqa, imagenet: chooses what is held out of training (0)"
-    )
-    group.add_argument(
-        "--num-val-images",
-        type=positive_int,
-        metavar="N",
-        help="vqa: images of val2014 that make the split val; at most half of them (1000)",
-    )
-    group.add_argument(
-        "--min-answer-count",
-        type=positive_int,
-        metavar="N",
-        help="vqa: how often an answer must occur to be a class (9)",
-    )
-    group.add_argument(
-        "--annotations",
-        metavar="F",
-        help="retrieval: Karpathy's JSON file, or a list of ALBEF or BLIP "
-        "with those of its other splits beside it (what there is in --raw)",
-    )
-    group.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="X",
-        help="imagenet: make val from this share of each class of train (0)",
-    )
-    group.add_argument(
-        "--val-labels",
-        metavar="F",
-        help="imagenet: classes of images that lie in val without folders: a class id, or a file name and "
-        "a class id, per line, LOC_val_solution.csv, or the development kit's ground truth with its meta.mat",
-    )
-    group.add_argument("--words", metavar="F", help="imagenet: class ids and their words")
-    group.add_argument(
-        "--sentence1", metavar="NAME", help="mnli: column of the premise (sentence1 or premise)"
-    )
-    group.add_argument(
-        "--sentence2",
-        metavar="NAME",
-        help="mnli: column of the hypothesis (sentence2 or hypothesis)",
-    )
-    group.add_argument(
-        "--label", metavar="NAME", help="mnli: column of the class (gold_label or label)"
-    )
-    group.add_argument(
-        "--class-names",
-        nargs="+",
-        metavar="NAME",
-        help="mnli, nlvr2, imagenet: what the class numbers of a table stand for where its schema does "
-        "not tell; for mnli also the classes of another task (entailment neutral contradiction)",
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prepares; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    options = parse_arguments(arguments)
-    given = {name: value for name in TASK_OPTIONS if (value := getattr(options, name)) is not None}
-    if "class_names" in given:
-        given["class_names"] = tuple(given["class_names"])
-    source = TaskInput(options.task, options.raw, **given)
-    run = run_of(options, "prepare_task.py", arguments, [options.raw])
-    store = TaskOptions(
-        options.tokenizer_model,
-        options.resize_short,
-        tuple(options.splits),
-        ImageRules(options.exif, options.alpha),
-    )
-    return run_tool(lambda: prepare_task(source, run, store))
-
+main = functools.partial(run, "index-task")
 
 if __name__ == "__main__":
     sys.exit(main())

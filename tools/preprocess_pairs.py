@@ -1,124 +1,14 @@
-"""Put images with their captions into an indexed dataset.
+"""Put images with their captions into an indexed dataset: the same as `vlmoe index-pairs`."""
 
-python tools/preprocess_pairs.py --format karpathy --annotations dataset_coco.json --images coco \
-    --output-prefix data/coco --tokenizer-model tokenizers/text.model --workers 16
-"""
-
-from __future__ import annotations
-
-import argparse
+import functools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.prepare.pairs import DEFAULT_MAX_CAPTION_TOKENS, PairOptions, preprocess_pairs
-from megatron_vlmoe.prepare.readers.pair_formats import (
-    FORMATS_WITH_KEYS,
-    FORMATS_WITH_SPLITS,
-    PAIR_READERS,
-    check_options,
-)
-from megatron_vlmoe.prepare.readers.pairs import SPLIT_KEY, PairInput
-from megatron_vlmoe.prepare.tool import positive_int, run_tool
-from megatron_vlmoe.prepare.tool_options import add_image_rules, add_options, run_of
+from megatron_vlmoe.commands.main import run
 
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description="Index captioned images; writes P_image.*, P_text.* and P.json."
-    )
-    parser.add_argument(
-        "--format",
-        choices=["auto", *PAIR_READERS],
-        default="auto",
-        help="layout of the annotations; auto: by what they hold",
-    )
-    parser.add_argument(
-        "--annotations",
-        nargs="+",
-        default=[],
-        metavar="F",
-        help="annotation files; for webdataset tars or folders of tars, for files folders",
-    )
-    parser.add_argument("--images", metavar="DIR", help="folder of the images")
-    keyed = ", ".join(FORMATS_WITH_KEYS)
-    parser.add_argument(
-        "--split",
-        nargs="+",
-        metavar="S",
-        help=f"{', '.join(FORMATS_WITH_SPLITS)}: splits to take, where the records name theirs "
-        "(train restval)",
-    )
-    parser.add_argument(
-        "--split-key",
-        default=SPLIT_KEY,
-        metavar="K",
-        help=f"{keyed}: key of the split (%(default)s)",
-    )
-    parser.add_argument("--image-key", metavar="K", help=f"{keyed}: key or column of the image")
-    parser.add_argument(
-        "--caption-key", metavar="K", help=f"{keyed}, webdataset, files: key of the caption(s)"
-    )
-    parser.add_argument(
-        "--separator",
-        metavar="C",
-        help="csv: what separates the columns (tab, else the one that the first line has)",
-    )
-    parser.add_argument(
-        "--max-caption-tokens",
-        type=positive_int,
-        default=DEFAULT_MAX_CAPTION_TOKENS,
-        metavar="N",
-        help="reject longer captions (%(default)s)",
-    )
-    add_options(
-        parser,
-        *("--output-prefix", "--tokenizer-model", "--workers", "--resize-short", "--on-error"),
-        rejects="captions and images",
-    )
-    add_image_rules(parser)
-    options = parser.parse_args(argv)
-    if not options.annotations and options.images is None:
-        parser.error("neither --annotations nor --images is given")
-    if options.format != "auto":
-        try:
-            check_options(input_of(options))
-        except DataError as error:
-            parser.error(str(error))
-    return options
-
-
-def input_of(options: argparse.Namespace) -> PairInput:
-    """Which files to read, and how."""
-    return PairInput(
-        options.format,
-        tuple(options.annotations),
-        options.images,
-        tuple(options.split) if options.split else None,
-        options.image_key,
-        options.caption_key,
-        options.split_key,
-        None if options.separator is None else options.separator.replace("\\t", "\t"),
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Preprocesses; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    options = parse_arguments(arguments)
-    inputs = [*options.annotations, *([options.images] if options.images else [])]
-    run = run_of(options, "preprocess_pairs.py", arguments, inputs)
-    rules = ImageRules(options.exif, options.alpha)
-    store = PairOptions(options.resize_short, options.max_caption_tokens, rules)
-    return run_tool(
-        lambda: preprocess_pairs(input_of(options), options.tokenizer_model, run, store)
-    )
-
+main = functools.partial(run, "index-pairs")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,9 +52,9 @@ need_tokenizer() { need "$TEXT_TOKENIZER" "train it first with examples/prepare/
 once() {
     local name="$1"; shift
     if [ -e "$DATA/$name.json" ]; then echo "have $DATA/$name"; return; fi
-    "$@" --output-prefix "$DATA/$name" --workers "$WORKERS" --on-error "$ON_ERROR"
+    "$@" --output "$DATA/$name" --workers "$WORKERS" --on-error "$ON_ERROR"
 }
 
-text() { local name="$1"; shift; need_tokenizer; once "$name" python tools/preprocess_text.py --tokenizer-model "$TEXT_TOKENIZER" "$@"; }
+text() { local name="$1"; shift; need_tokenizer; once "$name" python tools/preprocess_text.py --text-tokenizer "$TEXT_TOKENIZER" "$@"; }
 images() { local name="$1"; shift; once "$name" python tools/preprocess_images.py "${SHRINK[@]}" "$@"; }
-pairs() { local name="$1"; shift; need_tokenizer; once "$name" python tools/preprocess_pairs.py --tokenizer-model "$TEXT_TOKENIZER" "${SHRINK[@]}" "$@"; }
+pairs() { local name="$1"; shift; need_tokenizer; once "$name" python tools/preprocess_pairs.py --text-tokenizer "$TEXT_TOKENIZER" "${SHRINK[@]}" "$@"; }

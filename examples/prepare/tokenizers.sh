@@ -43,7 +43,7 @@ train_text() {
     fi
     mkdir -p "$(dirname "$TEXT_TOKENIZER")"
     python tools/train_text_tokenizer.py --input "${files[@]}" --vocab-size "${VOCAB_SIZE:-64000}" \
-        --output-prefix "${TEXT_TOKENIZER%.model}" --on-error "$ON_ERROR" --max-sentences "${SENTENCES:-10000000}"
+        --output "${TEXT_TOKENIZER%.model}" --on-error "$ON_ERROR" --max-sentences "${SENTENCES:-10000000}"
 }
 
 train_image() {

@@ -12,10 +12,13 @@ import contextlib
 import ctypes
 import gc
 import json
+import logging
 import os
 import platform
 import statistics
+import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Optional, Sequence
@@ -23,10 +26,18 @@ from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Optional
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.runtime.distributed import Ranks, barrier
+from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.data.random_batches import RandomData
+from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.runtime.distributed import Ranks, barrier, destroy, initialize, is_rank_zero
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.precision import resolve_precision
 from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+from megatron_vlmoe.train.setup import build_training
+from megatron_vlmoe.train.step import StepRunner
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -98,8 +109,6 @@ def bench_config(
     Raises:
         ConfigError: if the preset or an option is unknown.
     """
-    from megatron_vlmoe.config.command_line import parse_run
-
     config = parse_run("pretrain", ["--preset", name, *extra]).config
     data = replace(
         config.data,
@@ -134,11 +143,6 @@ class PresetBench:
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        from megatron_vlmoe.runtime.precision import resolve_precision
-        from megatron_vlmoe.train.pretrain_objective import MaskedObjective
-        from megatron_vlmoe.train.setup import build_training
-        from megatron_vlmoe.train.step import StepRunner
-
         self.objective = MaskedObjective(config, ranks)
         self.parts = build_training(config, resolve_precision(config.train))
         self.runner = StepRunner(config, self.parts, ranks)
@@ -193,6 +197,38 @@ class PresetBench:
                     recorder.take()
 
 
+def bench(
+    wanted: BenchOptions, extra: Sequence[str], threads: int = 0, output: Optional[Path] = None
+) -> None:
+    """Runs, prints the table, writes the JSON after every round.
+
+    Args:
+        wanted: what to measure.
+        extra: command line options for every preset.
+        threads: of the CPU; 0 leaves torch's.
+        output: JSON file.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    configs = [bench_config(wanted, name, extra, 1) for name in wanted.presets]
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    ranks = initialize(configs[0].parallel, configs[0].train.seed)
+
+    def progress(line: str) -> None:
+        if is_rank_zero():
+            print(line, file=sys.stderr, flush=True)
+
+    def after_round(times: Mapping[str, PresetTimes]) -> None:
+        if is_rank_zero() and output:
+            write_json(summarize(wanted, times, configs[0]), output)
+
+    times = run_bench(wanted, extra, ranks, progress, after_round)
+    if is_rank_zero():
+        print("\n".join(table(summarize(wanted, times, configs[0]))))
+    destroy()
+
+
 def run_bench(
     options: BenchOptions,
     extra: Sequence[str],
@@ -210,10 +246,6 @@ def run_bench(
         after_round: takes what has been measured after every full round, so that a run that is cut off leaves
             its finished rounds.
     """
-    from megatron_vlmoe.data.collate import BatchShare
-    from megatron_vlmoe.data.random_batches import RandomData
-    from megatron_vlmoe.planning.validate import validate
-
     configs = {n: bench_config(options, n, extra, ranks.data_size) for n in options.presets}
     for config in configs.values():
         validate(config, ranks.world_size)
@@ -259,8 +291,6 @@ def _turn(
 
 def summarize(options: BenchOptions, times: Mapping[str, PresetTimes], config: RunConfig) -> dict:
     """Medians and ratios to the first preset, as JSON types."""
-    from megatron_vlmoe.runtime.precision import resolve_precision
-
     tokens = StreamLayout.from_config(config.model, config.data).num_tokens
     first = times[options.presets[0]]
     presets = {}

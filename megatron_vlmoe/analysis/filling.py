@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from megatron_vlmoe.analysis.figures import save_figure
 from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -184,9 +185,7 @@ def draw_filled(filled: Filled, output: Path) -> None:
         axis.axis("off")
     guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in filled.guesses)
     figure.suptitle(f"{filled.text}\n{guesses}   (truth: {filled.truth})", fontsize=11)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    save_figure(figure, output)
 
 
 def open_tokenizer(folder: str) -> VQKD:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
 
+from megatron_vlmoe.analysis.losses import read_metrics
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.errors import ConfigError
 
@@ -122,21 +122,20 @@ def run_layout(
         said = next((line for line in lines if line.startswith("error: ")), "")
         reason = said.removeprefix("error: ") or f"exit status {status}, see {folder}/output.log"
         raise ConfigError(f"layout {layout.name}: {reason}")
-    return read_metrics(folder / "metrics.jsonl")
+    return step_metrics(folder)
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Losses and gradient norm of every training step."""
-    steps: Metrics = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if "grad_norm" in entry:
-            steps[entry["step"]] = {
-                key: math.nan if value is None else value
-                for key, value in entry.items()
-                if key.startswith("loss/") or key == "grad_norm"
-            }
-    return steps
+def step_metrics(run: Path) -> Metrics:
+    """Losses and gradient norm of every training step of a run folder. Raises MetricsError."""
+    return {
+        row["step"]: {
+            key: math.nan if value is None else value
+            for key, value in row.items()
+            if key.startswith("loss/") or key == "grad_norm"
+        }
+        for row in read_metrics(run)
+        if "grad_norm" in row
+    }
 
 
 def largest_difference(actual: Metrics, reference: Metrics) -> tuple[float, str]:

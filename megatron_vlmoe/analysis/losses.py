@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
+from megatron_vlmoe.analysis.figures import save_figure
 from megatron_vlmoe.config.errors import MetricsError
 
 LOSSES = {
@@ -76,9 +77,7 @@ def draw_losses(runs: Mapping[str, Sequence[Row]], output: Path) -> None:
         axis.legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    save_figure(figure, output)
 
 
 def last_evaluation_table(run: str, rows: Sequence[Row]) -> str:

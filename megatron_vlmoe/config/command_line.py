@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import typing
+from argparse import SUPPRESS, Action
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Literal, Mapping, Sequence
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import did_you_mean, did_you_mean_option
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.schema import RunConfig
 
@@ -28,7 +31,17 @@ ALIASES = {
     "--keep-last": "--checkpoint.keep_last",
     "--task": "--task.name",
     "--seeds": "--task.seeds",
+    "-h": "--help",
 }
+PROGRAM_OPTIONS = {
+    "--preset": str,
+    "--config": str,
+    "--dry-run": None,
+    "--dry-run-world-size": int,
+    "--dry-run-gpus-per-node": int,
+    "--help": None,
+}
+"""What is not an option of the configuration, with its type; None is a flag."""
 DEFAULT_PRESET = "base-32e"
 
 
@@ -49,84 +62,159 @@ class ParsedCommand:
     dry_run_gpus_per_node: int = 8
 
 
-def _option_types(root: type[RunConfig]) -> dict[str, Any]:
-    """Every `--section.option` of a run with its type."""
-    sections = typing.get_type_hints(root)
-    return {
-        f"--{section.name}.{name}": kind
-        for section in dataclasses.fields(root)
-        for name, kind in typing.get_type_hints(sections[section.name]).items()
-    }
-
-
-def sequence_options(root: type[RunConfig] = RunConfig) -> dict[str, str]:
-    """Options that take several values, with the name of their element type."""
-    return {
-        name: typing.get_args(kind)[0].__name__
-        for name, kind in _option_types(root).items()
-        if typing.get_origin(kind) is tuple
-    }
+def option_types(root: type) -> dict[str, Any]:
+    """Every option of a configuration, as `section.option` without hyphens, with its type."""
+    types: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(root).items():
+        if dataclasses.is_dataclass(kind):
+            nested = option_types(typing.cast(type, kind))
+            types.update({f"{name}.{option}": value for option, value in nested.items()})
+        else:
+            types[name] = kind
+    return types
 
 
 def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunConfig) -> list[str]:
-    """Spells aliases out, gathers several values into one and lets a bare boolean mean true."""
-    sequences = sequence_options(root)
-    booleans = {name for name, kind in _option_types(root).items() if kind is bool}
+    """Spells aliases out, gathers several values into one and lets a bare boolean mean true.
+
+    Args:
+        arguments: the command line.
+        root: class of the configuration; decides which options there are.
+
+    Returns:
+        Option names and values in turn; a flag has no value.
+
+    Raises:
+        ConfigError: on unknown options, and on options with too many or too few values.
+    """
+    types = {**PROGRAM_OPTIONS, **{f"--{name}": kind for name, kind in option_types(root).items()}}
     result: list[str] = []
     index = 0
     while index < len(arguments):
-        name, equals, inline = arguments[index].partition("=")
-        name = ALIASES.get(name, name)
+        word = arguments[index]
+        given, equals, inline = word.partition("=")
+        name = ALIASES.get(given, given)
         index += 1
         if not name.startswith("--"):
-            raise ConfigError(f"{arguments[index - 1]!r} is not an option; see --help")
+            hint = _with_hyphens(word, types) or "; see --help"
+            raise ConfigError(f"{word!r} is not an option{hint}")
+        # A whole section, `--model FILE`, is read by the parser.
+        if name not in types and not any(option.startswith(f"{name}.") for option in types):
+            raise ConfigError(f"unknown option {given}{_hint_for_option(name, types)}")
+        kind = types.get(name, str)
         values = [inline] if equals else []
         while not equals and index < len(arguments) and not arguments[index].startswith("--"):
+            hint = _with_hyphens(arguments[index], types)
+            if hint or kind is None:
+                hint = hint or ", but takes no value"
+                raise ConfigError(f"{given} is followed by {arguments[index]!r}{hint}")
             values.append(arguments[index])
             index += 1
-        if name in sequences:
-            result += [name, _as_list(values, sequences[name])]
+        if kind is None:
+            if values:
+                raise ConfigError(f"{given} takes no value, got {values[0]}")
+            result += [name]
+        elif typing.get_origin(kind) is tuple:
+            result += [name, _as_list(values, typing.get_args(kind)[0])]
+        elif not values and kind is bool:
+            result += [name, "true"]
         elif not values:
-            result += [name, "true"] if name in booleans else [name]
+            what = "a value" if kind is str else _expected(kind)
+            raise ConfigError(f"{given} needs {what} after it")
         elif len(values) > 1:
-            raise ConfigError(f"{name} takes one value, got {' '.join(values)}")
+            raise ConfigError(f"{given} takes one value, got {' '.join(values)}")
         else:
             result += [name, values[0]]
     return result
 
 
-def _as_list(values: list[str], element: str) -> str:
+def _with_hyphens(word: str, known: Mapping[str, Any]) -> str:
+    """A hint if a word is an option that lacks its hyphens, as `train.steps=5` or `-train.steps`."""
+    option = f"--{word.lstrip('-')}"
+    name = option.partition("=")[0]
+    return f"; did you mean {option}?" if name in known or name in ALIASES else ""
+
+
+def _hint_for_option(name: str, known: Mapping[str, Any]) -> str:
+    if name.startswith(("--task.", "--contrastive.")) and "--task.name" not in known:
+        return ", which finetune and evaluate have"
+    shorts = [short for short, full in ALIASES.items() if full in known]
+    return did_you_mean_option(name, [*known, *shorts]) or "; see --help"
+
+
+def _as_list(values: list[str], element: type) -> str:
     if len(values) == 1 and values[0].startswith("["):
         return values[0]
-    if element == "str":
+    if element is str:
         return json.dumps(values)
     return "[" + ", ".join(values) + "]"
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Options as they are typed, with their short form; a description and the default in a line below."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(100, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=8, width=width)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shorts = [short for short, full in ALIASES.items() if full in action.option_strings]
+        names = ", ".join(dict.fromkeys([*shorts, *action.option_strings]))
+        return f"{names} {self._format_args(action, '')}" if action.metavar else names
+
+    def _get_help_string(self, action: Action) -> str:
+        text = (action.help or "").strip().removesuffix(".")
+        default = action.default
+        if default in (None, SUPPRESS, "", (), []) or action.nargs == 0:
+            return text
+        if isinstance(default, (tuple, list)):
+            shown = " ".join(map(str, default))
+        else:
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+        return f"{text} (default: {shown})"
 
 
 def build_parser(
     command: str, start: RunConfig, presets: Sequence[str] = preset_names()
 ) -> ArgumentParser:
-    """The parser of a command whose defaults are a preset's; the options are those of the class of `start`."""
+    """The parser of a command whose defaults are a preset's; the options are those of the class of `start`.
+
+    Descriptions and headings come from the docstrings of the configuration's classes.
+    """
+    program = f"python -m megatron_vlmoe {command}"
     parser = ArgumentParser(
-        prog=f"python -m megatron_vlmoe {command}",
+        prog=program,
+        usage=f"{program} [--preset NAME] [--config FILE] [--section.option VALUE ...]",
+        formatter_class=_HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
-        description="Options are --section.option VALUE; later sources win: preset, --config, options. "
-        "Short forms: "
-        + ", ".join(
-            f"{short} = {full}"
-            for short, full in ALIASES.items()
-            if full in _option_types(type(start))
-        ),
+        description="Later sources of an option win: first the preset, then the file of --config, then the command "
+        "line. An option with several values takes them one after another, as in `--moe.layers 2 4 6`. The same "
+        "names stand in YAML files, as in `moe: {layers: [2, 4, 6]}`.",
     )
-    parser.add_argument("--preset", default="", help=", ".join(presets))
-    parser.add_argument("--config", default="", help="YAML file with sections")
-    parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="print, do not run")
+    parser.add_argument(
+        "--preset",
+        default="",
+        metavar="NAME",
+        help=f"what the other options start from: {', '.join(presets)}"
+        if presets
+        else "not for this command, which starts from the options of the checkpoint",
+    )
+    parser.add_argument(
+        "--config", default="", metavar="FILE", help="YAML file with sections of options"
+    )
+    parser.add_argument(
+        "--dry-run",
+        dest="dry_run",
+        action="store_true",
+        help="print the resolved options and what they need, then stop",
+    )
     parser.add_argument(
         "--dry-run-world-size",
         dest="dry_run_world_size",
         type=int,
         default=0,
+        metavar="N",
         help="number of ranks that --dry-run plans for; 0 takes those of this launch",
     )
     parser.add_argument(
@@ -134,11 +222,29 @@ def build_parser(
         dest="dry_run_gpus_per_node",
         type=int,
         default=8,
-        help="ranks of a machine in that plan",
+        metavar="N",
+        help="ranks on a machine in that plan",
     )
     parser.add_class_arguments(type(start), None, as_group=False)
     parser.set_defaults(_flatten(dataclasses.asdict(start)))
+    types = option_types(type(start))
+    for action in parser._actions:
+        if action.dest in types:
+            action.metavar = _metavar(types[action.dest])
+        elif any(name.startswith(f"{action.dest}.") for name in types):
+            action.help = SUPPRESS  # `--model FILE`: a section of --config in a file of its own
     return parser
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value in --help: `N`, `X`, `TEXT` or the choices; `N ...` for several."""
+    if typing.get_origin(kind) is tuple:
+        elements = typing.get_args(kind)
+        name = _metavar(elements[0])
+        return f"{name} ..." if elements[-1] is Ellipsis else " ".join([name] * len(elements))
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    return {int: "N", float: "X", bool: "{true,false}"}.get(kind, "TEXT")
 
 
 def parse_run(command: str, arguments: Sequence[str]) -> ParsedCommand:
@@ -178,7 +284,19 @@ def parse_options(
     try:
         parsed = parser.parse_args(list(normalized))
     except (ArgumentError, TypeError, ValueError) as error:
+        types = {f"--{name}": kind for name, kind in option_types(type(start)).items()}
+        types.update({name: kind for name, kind in PROGRAM_OPTIONS.items() if kind})
+        for name, value in zip(normalized, normalized[1:]):
+            if name in types and not _fits(types[name], value):
+                several = typing.get_origin(types[name]) is tuple
+                shown = value.strip("[]").replace(",", "") if several else value
+                raise ConfigError(f"{name} {shown}: {_wrong(types[name], value)}") from None
         raise ConfigError(_one_line(str(error))) from None
+    for name in ("world_size", "gpus_per_node"):
+        size, least = getattr(parsed, f"dry_run_{name}"), int(name == "gpus_per_node")
+        if size < least:
+            option = f"--dry-run-{name.replace('_', '-')}"
+            raise ConfigError(f"{option} {size}: must be at least {least}")
     return ParsedCommand(
         _to_config(parsed, type(start)),
         bool(parsed.dry_run),
@@ -195,8 +313,16 @@ def merge_file(start: RunConfig, path: Path) -> RunConfig:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {_one_line(str(error))}") from None
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: not a text file in UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"--config {path}: not valid YAML: {where}{error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {_one_line(str(error))}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected sections such as `model:`")
     return from_dict(content, start, where=f"--config {path}")
@@ -208,17 +334,91 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
     Raises:
         ConfigError: naming `where` and the section or option that is unknown or of the wrong type.
     """
-    known = _flatten(dataclasses.asdict(start))
-    flat = _flatten(content)
-    for name in flat:
-        if name not in known:
-            raise ConfigError(f"{where}: unknown option {name}")
+    types = option_types(type(start))
+    sections = {name.rpartition(".")[0] for name in types}
+    # A section whose every line is commented out is None.
+    flat = {
+        name: value
+        for name, value in _flatten(content).items()
+        if not (value is None and name in sections)
+    }
+    for name, value in flat.items():
+        if name in types:
+            if value is None:
+                raise ConfigError(f"{where}: {name} is empty: {_wrong(types[name], value)}")
+        elif name in sections:
+            raise ConfigError(f"{where}: {name} is a section of options, got {value}")
+        else:
+            raise ConfigError(f"{where}: {_unknown(name, types, sections)}")
     parser = build_parser("config", start)
     try:
-        parsed = parser.parse_object(_nest(flat))
+        return _to_config(parser.parse_object(_nest(flat)), type(start))
     except (ArgumentError, TypeError, ValueError) as error:
+        for name, value in flat.items():
+            if not _fits(types[name], value):
+                raise ConfigError(
+                    f"{where}: {name}={value}: {_wrong(types[name], value)}"
+                ) from None
         raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-    return _to_config(parsed, type(start))
+
+
+def _unknown(name: str, types: Mapping[str, Any], sections: set[str]) -> str:
+    """What is wrong with a name in a YAML file: the option, a section above it, or a value where none belongs."""
+    parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
+    for parent in parents:
+        if parent in types:
+            return f"{parent}: {_expected(types[parent])} is expected there, not a section"
+    if parents and parents[0] not in sections:
+        tops = [section for section in sections if "." not in section]
+        return f"unknown section {parents[0]} ({name}){did_you_mean(parents[0], tops)}"
+    return f"unknown option {name}{did_you_mean_option(name, [*types, *sections])}"
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether the parser takes a value, as a word or from YAML, for an option of a type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        if isinstance(value, str):
+            parser.parse_args([f"--value={value}"])
+        parser.parse_object({"value": value})
+    except (ArgumentError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _wrong(kind: Any, value: Any) -> str:
+    """What is expected instead of a value that does not fit, and what was probably meant."""
+    message = f"expected {_expected(kind)}"
+    if typing.get_origin(kind) is Literal:
+        return message + did_you_mean(str(value), typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        items = yaml.safe_load(value) if isinstance(value, str) and value[:1] == "[" else value
+        if not isinstance(items, list):
+            return f"{message} as a list" + (f", as in [{items}]" if items is not None else "")
+        element = typing.get_args(kind)[0]
+        bad = [item for item in items if not _fits(element, item)]
+        return f"{message}, got {bad[0]}" if bad else f"{message}, got {len(items)}"
+    if kind is int:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return message
+        return f"{message}, such as {round(number)}" if abs(number) < 1e15 else message
+    if kind is str and not isinstance(value, str):
+        return f"{message}, as in {str(value)!r}"
+    return message
+
+
+def _expected(kind: Any) -> str:
+    """The values of a type, in words."""
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    if typing.get_origin(kind) is tuple:
+        elements = typing.get_args(kind)
+        number = "" if elements[-1] is Ellipsis else f"{len(elements)} "
+        return number + {int: "whole numbers", float: "numbers"}.get(elements[0], "texts")
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a text")
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """What is wrong with a user's options, files or data; the message is one line that names it.
@@ -25,6 +28,13 @@ class DataError(UserError, ValueError):
     """Bad input or a damaged file; the message names the file and, where known, the record."""
 
 
+class FileError(OSError, DataError):
+    """A file or folder that cannot be written; made of error number, reason and name, as the system's own errors."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
 class ConvertError(UserError, ValueError):
     """Something that cannot be converted; the message names the file or tensor."""
 
@@ -43,3 +53,16 @@ class FillingError(UserError, ValueError):
 
 class MetricsError(UserError, ValueError):
     """Metrics that cannot be read; the message names the file."""
+
+
+@contextlib.contextmanager
+def user_files() -> Iterator[None]:
+    """Around work on files that a user named: where one cannot be read or written, that is a DataError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        named = f"{error.filename}: {reason}" if error.filename else reason
+        raise DataError(named) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import unknown_name
 from megatron_vlmoe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -98,15 +99,19 @@ def preset_names() -> tuple[str, ...]:
     return tuple(f"{size}-{experts}" for size in SIZES for experts in EXPERTS)
 
 
-def preset(name: str) -> RunConfig:
+def preset(name: str, option: str = "--preset") -> RunConfig:
     """The run configuration of a preset.
+
+    Args:
+        name: the preset.
+        option: where the name comes from, for the message.
 
     Raises:
         ConfigError: if there is no such preset.
     """
     size, _, experts = name.partition("-")
     if size not in SIZES or experts not in EXPERTS:
-        raise ConfigError(f"--preset {name}: unknown; choose one of {', '.join(preset_names())}")
+        raise ConfigError(f"{option} {name}: {unknown_name(name, preset_names())}")
     config = SIZES[size]()
     count = EXPERTS[experts]
     return replace(config, moe=MoEConfig(num_vision_experts=count, num_text_experts=count))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Callable
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import unknown_name
 from megatron_vlmoe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -23,14 +24,14 @@ from megatron_vlmoe.config.task_schema import (
     ContrastiveConfig,
     FinetuneConfig,
     TaskConfig,
-    TaskName,
 )
+from megatron_vlmoe.config.tasks import TASKS, find_task, load_code, task_names
 
 # Tokens of a question, sentence or caption (VLMo).
 TEXT_LENGTH = 40
 
 
-def _recipe(
+def finetune_recipe(
     base: RunConfig,
     task: TaskConfig,
     *,
@@ -87,18 +88,20 @@ def _recipe(
 def _vqa(base: RunConfig) -> FinetuneConfig:
     """VQA v2: 480 pixels, 10 epochs of 128, lr 3e-5 (paper A.2); the rest as VLMo."""
     task = TaskConfig(name="vqa", rand_augment="vl")
-    return _recipe(base, task, lr=3e-5, image_size=480, drop_path=0.15, head_lr_multiplier=20.0)
+    return finetune_recipe(
+        base, task, lr=3e-5, image_size=480, drop_path=0.15, head_lr_multiplier=20.0
+    )
 
 
 def _nlvr2(base: RunConfig) -> FinetuneConfig:
     """NLVR2: 384 pixels, 10 epochs of 128, lr 5e-5 (paper A.2)."""
-    return _recipe(base, TaskConfig(name="nlvr2", rand_augment="vl"), lr=5e-5)
+    return finetune_recipe(base, TaskConfig(name="nlvr2", rand_augment="vl"), lr=5e-5)
 
 
 def _nlvr2_ablation(base: RunConfig) -> FinetuneConfig:
     """NLVR2 of Table 3: 224 pixels, lr 5e-5 or 1e-4, mean of three runs (paper A.2)."""
     task = TaskConfig(name="nlvr2", rand_augment="vl", seeds=(1, 2, 3))
-    return _recipe(base, task, lr=1e-4, image_size=224)
+    return finetune_recipe(base, task, lr=1e-4, image_size=224)
 
 
 def _retrieval(epochs: float, batch: int) -> TaskConfig:
@@ -118,18 +121,18 @@ def _with_cache(config: FinetuneConfig) -> FinetuneConfig:
 
 def _coco(base: RunConfig) -> FinetuneConfig:
     """COCO retrieval: 384 pixels, 20 epochs of 2,048, lr 2e-5 (paper A.2)."""
-    return _with_cache(_recipe(base, _retrieval(20.0, 2048), lr=2e-5, drop_path=0.2))
+    return _with_cache(finetune_recipe(base, _retrieval(20.0, 2048), lr=2e-5, drop_path=0.2))
 
 
 def _flickr30k(base: RunConfig) -> FinetuneConfig:
     """Flickr30K retrieval from the COCO-fine-tuned model: 384 pixels, 40 epochs of 2,048, lr 1e-5 (paper A.2)."""
-    return _with_cache(_recipe(base, _retrieval(40.0, 2048), lr=1e-5, drop_path=0.15))
+    return _with_cache(finetune_recipe(base, _retrieval(40.0, 2048), lr=1e-5, drop_path=0.15))
 
 
 def _flickr30k_ablation(base: RunConfig) -> FinetuneConfig:
     """Flickr30K of Table 3: 224 pixels, 10 epochs of 1,024, lr 5e-5 (paper A.2)."""
     return _with_cache(
-        _recipe(base, _retrieval(10.0, 1024), lr=5e-5, image_size=224, drop_path=0.15)
+        finetune_recipe(base, _retrieval(10.0, 1024), lr=5e-5, image_size=224, drop_path=0.15)
     )
 
 
@@ -144,7 +147,9 @@ def _imagenet(base: RunConfig) -> FinetuneConfig:
         rand_augment="imagenet",
         random_erase=0.25,
     )
-    return _recipe(base, task, lr=3e-5, layer_decay=0.85, weight_decay=0.05, crop_scale_min=0.08)
+    return finetune_recipe(
+        base, task, lr=3e-5, layer_decay=0.85, weight_decay=0.05, crop_scale_min=0.08
+    )
 
 
 def _imagenet22k(base: RunConfig) -> FinetuneConfig:
@@ -160,7 +165,7 @@ def _imagenet22k(base: RunConfig) -> FinetuneConfig:
         rand_augment="imagenet",
         random_erase=0.25,
     )
-    return _recipe(
+    return finetune_recipe(
         base,
         task,
         lr=3e-3,
@@ -181,7 +186,7 @@ def _imagenet_ablation(base: RunConfig) -> FinetuneConfig:
 def _mnli(base: RunConfig) -> FinetuneConfig:
     """MNLI: 10 epochs of 32, lr 3e-5 (paper A.2); texts of the pretraining length."""
     task = TaskConfig(name="mnli", global_batch_size=32)
-    return _recipe(
+    return finetune_recipe(
         base, task, lr=3e-5, image_size=base.model.image_size, text_length=base.model.text_length
     )
 
@@ -199,7 +204,7 @@ def _sample(
     """
 
     def recipe(base: RunConfig) -> FinetuneConfig:
-        config = _recipe(
+        config = finetune_recipe(
             base,
             task,
             lr=lr,
@@ -221,7 +226,7 @@ def _sample(
     return recipe
 
 
-def _sample_task(name: TaskName, batch: int, epochs: float, micro: int = 16) -> TaskConfig:
+def _sample_task(name: str, batch: int, epochs: float, micro: int = 16) -> TaskConfig:
     """Evaluates at the end alone."""
     return TaskConfig(
         name=name,
@@ -253,13 +258,22 @@ RECIPES: dict[str, Callable[[RunConfig], FinetuneConfig]] = {
     "sample-imagenet": _sample(_sample_task("imagenet", 32, 12.0), lr=1e-3),
     "sample-mnli": _sample(_sample_task("mnli", 32, 1.5), lr=5e-4, text_length=44),
 }
-DEFAULT_RECIPES = {"retrieval": "coco"}
-"""The recipe of a task whose name is not a recipe's."""
+
+
+def plain(base: RunConfig, name: str) -> FinetuneConfig:
+    """The recipe of a task that has none of its own: as NLVR2's, at the image size of pretraining."""
+    return finetune_recipe(base, TaskConfig(name=name), lr=5e-5, image_size=base.model.image_size)
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Every fine-tuning recipe."""
-    return tuple(RECIPES)
+    """Every fine-tuning recipe; that of a plug-in's task is named as the task."""
+    return (*RECIPES, *(name for name in task_names() if name not in TASKS))
+
+
+def default_recipe(task: str) -> str:
+    """The name of a task's recipe. Raises ConfigError if there is no such task."""
+    spec = find_task(task)
+    return spec.recipe if task in TASKS else task
 
 
 def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
@@ -270,8 +284,14 @@ def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
         base: the pretraining run, or a preset, whose architecture is fine-tuned.
 
     Raises:
-        ConfigError: if there is no such recipe.
+        ConfigError: if there is no such recipe, or it does not load.
     """
-    if name not in RECIPES:
-        raise ConfigError(f"--preset {name}: unknown; choose one of {', '.join(recipe_names())}")
-    return RECIPES[name](base)
+    if name in RECIPES:
+        return RECIPES[name](base)
+    if name not in recipe_names():
+        raise ConfigError(f"--preset {name}: {unknown_name(name, recipe_names())}")
+    recipe = find_task(name).recipe
+    if not recipe:
+        return plain(base, name)
+    config: FinetuneConfig = (RECIPES[recipe] if recipe in RECIPES else load_code(recipe))(base)
+    return replace(config, task=replace(config.task, name=name))

@@ -17,7 +17,7 @@ class ModelConfig:
 
     Args:
         num_layers: number of blocks, L.
-        hidden_size: width D.
+        hidden_size: width of the token stream, D.
         num_attention_heads: heads of the shared self-attention.
         ffn_hidden_size: inner width of every FFN and every expert.
         num_vl_layers: F, the last blocks in which tokens of pairs use the VL-FFN.
@@ -25,8 +25,8 @@ class ModelConfig:
         patch_size: side of a patch in pixels.
         text_length: tokens of a packed text, [T_CLS] and [T_SEP] included.
         pair_text_length: token slots of a caption, [T_CLS] and [T_SEP] included; shorter ones are padded.
-        vocab_size: 0 takes it from the text tokenizer.
-        visual_vocab_size: 0 takes it from the image tokenizer.
+        vocab_size: text tokens; 0 takes their number from the text tokenizer.
+        visual_vocab_size: visual tokens; 0 takes their number from the image tokenizer.
         layernorm_epsilon: epsilon of every LayerNorm.
         layer_scale_init: initial LayerScale; 0 builds the model without LayerScale.
         drop_path: stochastic depth of the last block; earlier blocks grow linearly from 0.
@@ -105,13 +105,14 @@ class MoEConfig:
         num_vision_experts: experts of a V-MoE layer; 0 keeps the dense V-FFN.
         num_text_experts: experts of a T-MoE layer; 0 keeps the dense T-FFN.
         num_vl_experts: experts on the VL-FFN (with `vl`).
-        layers: block numbers counted from 1; empty means the even blocks of the first L - F.
-        modalities: which of the two pools exist.
+        layers: blocks with experts, counted from 1, as `2 4 6`; empty means the even blocks of the first L - F.
+        modalities: which tokens have experts: those of text, of images, both or none.
         vl: experts on the VL-FFN of the listed blocks too (the paper's future work).
         shared_router: one pool for tokens of both modalities (LIMoE, V-MoE); its size is num_vision_experts.
         topk: experts per token, k.
-        capacity_factor: expert capacity in training; 0 or less drops nothing.
-        eval_capacity_factor: expert capacity in evaluation; 0 or less drops nothing.
+        capacity_factor: slots of an expert in training, as a multiple of an equal share of the tokens; 0 or less
+            drops nothing.
+        eval_capacity_factor: the same in evaluation.
         capacity_multiple_of: rounds a capacity up to a multiple of this.
         noise_std: standard deviation of the router noise in training; negative means 1 / E.
         batch_priority: Batch Priority Routing: tokens with a larger gate take their place first.
@@ -119,8 +120,8 @@ class MoEConfig:
         dispatcher: `fixed_capacity` (static shapes), `alltoall` (megatron-core's) or `dropless`.
         route_padding: sends padding tokens of captions to experts (as the paper did).
         aux_loss_coefficient: weight of the auxiliary losses in the total.
-        text_aux: auxiliary losses of the T-router.
-        vision_aux: auxiliary losses of the V-router, of a shared router and of the VL-router.
+        text_aux: Auxiliary losses of the text routers
+        vision_aux: Auxiliary losses of the vision routers, of shared routers and of the VL routers
         train_experts: false freezes experts and routers (fine-tuning): no noise and no auxiliary loss.
     """
 
@@ -185,19 +186,19 @@ class DataConfig:
         images: prefixes of image datasets, or a blend.
         pairs: prefixes of image-text datasets, or a blend.
         eval_text: held-out texts; empty holds out the last `eval_fraction` of each of `text`.
-        eval_images: held-out images, likewise.
-        eval_pairs: held-out pairs, likewise.
+        eval_images: held-out images; empty holds out the last `eval_fraction` of each of `images`.
+        eval_pairs: held-out pairs; empty holds out the last `eval_fraction` of each of `pairs`.
         eval_fraction: share of the documents that is held out where no eval dataset is given.
         text_tokenizer: SentencePiece model file.
         image_tokenizer: folder of a VQ-KD tokenizer, or the official BEiT v2 file.
         codes: `auto` reads visual tokens from PREFIX_codes where every image dataset has them, else computes
             them on the fly; `stored` demands them; `compute` ignores them.
         micro_texts: texts in a micro-batch of one data-parallel rank.
-        micro_images: images in a micro-batch.
-        micro_pairs: pairs in a micro-batch.
+        micro_images: images in a micro-batch of one data-parallel rank.
+        micro_pairs: pairs in a micro-batch of one data-parallel rank.
         global_texts: texts in a step over all ranks and micro-batches.
-        global_images: images in a step.
-        global_pairs: pairs in a step.
+        global_images: images in a step over all ranks and micro-batches.
+        global_pairs: pairs in a step over all ranks and micro-batches.
         pair_unit: `caption` makes an epoch run over all (image, caption) pairs; `image` draws one caption per image.
         reset_attention: restarts attention at every document inside a packed text.
         crop_scale_min: smallest share of the image that a random crop keeps.
@@ -255,9 +256,9 @@ class OptimConfig:
             LayerNorm have the full rate, the embeddings `layer_decay ** (L + 1)`; 1 is the same rate for all.
         head_lr_multiplier: factor of the learning rate of the heads but the pooler (VLMo: 20 for question answering).
         weight_decay: decoupled weight decay of matrices; vectors, positions and special embeddings have none.
-        adam_beta1: first moment decay.
-        adam_beta2: second moment decay.
-        adam_eps: Adam's epsilon.
+        adam_beta1: decay of Adam's first moment.
+        adam_beta2: decay of Adam's second moment.
+        adam_eps: epsilon in the denominator of Adam.
         sgd_momentum: momentum of `sgd`.
         clip_grad: largest gradient norm; 0 does not clip.
         initial_loss_scale: first loss scale of fp16.
@@ -292,11 +293,11 @@ class ParallelConfig:
 
     Args:
         tensor_model_parallel_size: TP; sequence parallelism is on whenever it is above 1.
-        pipeline_model_parallel_size: PP.
+        pipeline_model_parallel_size: PP; pipeline stages over which the blocks are spread.
         virtual_pipeline_model_parallel_size: model chunks per pipeline stage (interleaved schedule); 1 is 1F1B.
         expert_model_parallel_size: EP; each rank owns E / EP experts of each pool.
-        expert_tensor_parallel_size: only 1 is supported.
-        context_parallel_size: only 1 is supported (a pair has 325 tokens).
+        expert_tensor_parallel_size: ETP; only 1 is supported.
+        context_parallel_size: CP; only 1 is supported (a pair has 325 tokens).
         use_distributed_optimizer: shards optimizer state over data parallel ranks.
         overlap_grad_reduce: reduces gradients while the backward pass runs.
         overlap_param_gather: gathers updated parameters while the forward pass runs.
@@ -331,7 +332,7 @@ class TrainConfig:
         eval_steps: evaluation steps (each of the global batch size); 0 turns evaluation off.
         exit_interval: saves and exits when the step is a multiple of this; 0 never.
         exit_duration_minutes: saves and exits after this time; 0 never.
-        exit_signals: signals that save and exit cleanly.
+        exit_signals: signals at which the run saves and exits cleanly.
         stop_on_nan: ends the run with an error when gradients are not finite (fp16 overflow steps are skipped).
     """
 
@@ -360,8 +361,8 @@ class CheckpointConfig:
         save_interval: steps between checkpoints; 0 saves only at the end.
         keep_last: checkpoints that are kept; 0 keeps all.
         save_initial: writes the weights before the first step (iter_0000000) as a seed for other layouts.
-        load_optimizer: false takes only the weights and starts at step 0.
-        async_save: writes in the background.
+        load_optimizer: takes optimizer and step from `load` too; false takes only the weights and starts at step 0.
+        async_save: writes checkpoints in the background while training goes on.
         require: fails if there is nothing to resume from.
     """
 
@@ -400,7 +401,7 @@ class ProfileConfig:
     """Torch profiler.
 
     Args:
-        steps: first and last step to record, as `[10, 12]`; empty records nothing.
+        steps: first and last step to record, as `10 12`; empty records nothing.
         ranks: ranks that write a trace.
         with_memory: records allocations too.
     """
@@ -412,19 +413,19 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run.
+    """A whole run. The descriptions of its sections are the headings of `--help`.
 
     Args:
-        model: architecture.
-        moe: sparse experts.
-        objectives: losses and masks.
-        data: datasets and batch.
-        optim: optimizer.
-        parallel: layout over ranks.
-        train: run length and precision.
-        checkpoint: saving and loading.
-        log: reporting.
-        profile: profiler.
+        model: Model
+        moe: Mixture of experts
+        objectives: Pretraining losses and masks
+        data: Data, batch sizes and augmentation
+        optim: Optimizer and learning rate
+        parallel: Parallel layout over processes
+        train: Length, precision and evaluation of the run
+        checkpoint: Checkpoints: saving, loading and resuming
+        log: Logging
+        profile: Profiling
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -6,48 +6,11 @@ Fields that the paper (arXiv 2303.07226, sections 4.2, 4.3 and A.2) leaves open 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
-
-TaskName = Literal["vqa", "nlvr2", "retrieval", "imagenet", "mnli"]
-TASKS: tuple[TaskName, ...] = get_args(TaskName)
-
-
-@dataclass(frozen=True)
-class SampleShape:
-    """What one sample of a task puts into the token stream: numbers of texts, images and pairs."""
-
-    texts: int = 0
-    images: int = 0
-    pairs: int = 0
-
-
-SAMPLE_SHAPES: dict[str, SampleShape] = {
-    "vqa": SampleShape(pairs=1),
-    # The sentence with either picture.
-    "nlvr2": SampleShape(pairs=2),
-    # Caption and image apart, and the matching pair, one with a wrong image, one with a wrong caption.
-    "retrieval": SampleShape(texts=1, images=1, pairs=3),
-    "imagenet": SampleShape(images=1),
-    "mnli": SampleShape(texts=1),
-}
-
-DEFAULT_EVAL_SPLITS: dict[str, tuple[str, ...]] = {
-    "vqa": ("val",),
-    "nlvr2": ("dev", "test"),
-    "retrieval": ("val", "test"),
-    "imagenet": ("val",),
-    "mnli": ("dev_matched", "dev_mismatched"),
-}
-
-BEST_METRICS: dict[str, str] = {
-    "vqa": "vqa_official",
-    "nlvr2": "accuracy",
-    "retrieval": "mean_recall",
-    "imagenet": "top1",
-    "mnli": "accuracy",
-}
+from megatron_vlmoe.config.tasks import SampleShape, TaskSpec, find_task, task_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +18,7 @@ class TaskConfig:
     """A downstream task (paper sections 4.2 and 4.3).
 
     Args:
-        name: vqa, nlvr2, retrieval, imagenet or mnli.
+        name: vqa, nlvr2, retrieval, imagenet, mnli, or the task of an installed plug-in.
         data: prefix P of a dataset that tools/prepare_task.py wrote.
         train_split: split to train on.
         eval_splits: splits to evaluate on, the first of which chooses the best checkpoint; empty takes the task's own.
@@ -70,7 +33,7 @@ class TaskConfig:
         save_best: keeps the checkpoint with the best result of the first evaluation split in SAVE/best.
         num_classes: classes of the head; 0 takes them from the prepared labels.
         labels_sha256: fingerprint of the class names; filled in from the prepared labels.
-        label_smoothing: share of the target spread over all classes (imagenet, nlvr2, mnli).
+        label_smoothing: share of the target spread over all classes (tasks whose samples have one class each).
         mixup: alpha of mixup (imagenet); 0 turns it off.
         cutmix: alpha of cutmix (imagenet); 0 turns it off.
         rand_augment: RandAugment recipe of training images.
@@ -79,7 +42,7 @@ class TaskConfig:
         report_examples: examples in the HTML report; 0 writes none.
     """
 
-    name: TaskName = "vqa"
+    name: str = "vqa"
     data: str = ""
     train_split: str = "train"
     eval_splits: tuple[str, ...] = ()
@@ -102,15 +65,27 @@ class TaskConfig:
     seeds: tuple[int, ...] = ()
     report_examples: int = 24
 
+    def __post_init__(self) -> None:
+        if self.name not in task_names():
+            known = ", ".join(task_names())
+            raise ConfigError(
+                f"task.name={self.name}: unknown; choose one of {known}, or install its plug-in"
+            )
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The row of the task. Raises ConfigError if its plug-in does not load."""
+        return find_task(self.name)
+
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits to evaluate on."""
-        return self.eval_splits or DEFAULT_EVAL_SPLITS[self.name]
+        return self.eval_splits or self.spec.splits
 
     @property
     def best_metric(self) -> str:
         """The metric that chooses the best checkpoint; larger is better."""
-        return BEST_METRICS[self.name]
+        return self.spec.best_metric
 
     @property
     def eval_batch(self) -> int:
@@ -143,8 +118,8 @@ class FinetuneConfig(RunConfig):
     """A fine-tuning or evaluation run.
 
     Args:
-        task: the downstream task.
-        contrastive: retrieval only.
+        task: Downstream task
+        contrastive: Losses of image-text retrieval
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -153,7 +128,7 @@ class FinetuneConfig(RunConfig):
     @property
     def sample_shape(self) -> SampleShape:
         """What a training sample puts into the stream."""
-        shape = SAMPLE_SHAPES[self.task.name]
-        if self.task.name == "retrieval" and self.contrastive.matching_weight == 0.0:
-            return replace(shape, pairs=0)
-        return shape
+        spec = self.task.spec
+        if spec.target == "match" and self.contrastive.matching_weight == 0.0:
+            return replace(spec.stream, pairs=0)
+        return spec.stream

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,11 +15,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.config.errors import ConvertError, FileError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.checkpoint_reader import COMMON_FILE
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.runtime.files import sync_tree, write_text_atomic
+from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
     TRACKER,
@@ -72,29 +70,22 @@ def write_checkpoint(
     state = state or TrainState()
     target = root / iteration_name(state.step)
     check_output(root, overwrite)
-    temporary = target.with_name(target.name + ".tmp")
     common = {
         **(optimizer or {}),
         "train_state": dataclasses.asdict(state),
         "config": dataclasses.asdict(config),
         "content_metadata": dict(CONTENT_METADATA),
     }
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _write_tensors(temporary, tensors, extra_states)
-        torch.save(common, temporary / COMMON_FILE)
-        (temporary / MARKER_FILE).write_text(json.dumps(MARKER))
-        sync_tree(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        with folder_atomic(target) as temporary:
+            _write_tensors(temporary, tensors, extra_states)
+            torch.save(common, temporary / COMMON_FILE)
+            (temporary / MARKER_FILE).write_text(json.dumps(MARKER))
         write_text_atomic(root / TRACKER, f"{state.step}\n")
-    except ConvertError:
+    except (ConvertError, FileError):
         raise
     except (OSError, RuntimeError, CheckpointException) as error:
         raise ConvertError(f"{target}: {one_line(error)}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
-from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, export_config
@@ -28,12 +25,14 @@ from megatron_vlmoe.convert.hf_files import (
 from megatron_vlmoe.convert.model_card import CardOptions, model_card
 from megatron_vlmoe.convert.name_table import FP32_KEYS, Entry, name_table
 from megatron_vlmoe.convert.safetensors_files import Group, write_folder
-from megatron_vlmoe.convert.tensors import LazyTensor, check_tensors, with_progress
+from megatron_vlmoe.convert.tensors import check_tensors, with_progress
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.runtime.files import sync_tree
+from megatron_vlmoe.runtime.files import folder_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -79,22 +78,14 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
     tokenizer = _tokenizer(reader, options.text_tokenizer)
     labels = _labels(reader)
     groups = [_group(entry, reader, options.dtype) for entry in table]
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        written = write_folder(temporary, groups, options.max_shard_bytes)
-        for _ in with_progress(written, len(groups), "export"):
-            pass
-        _write_texts(temporary, reader, tokenizer, labels, options)
-        sync_tree(temporary)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(temporary, output)
+        with folder_atomic(output) as temporary:
+            written = write_folder(temporary, groups, options.max_shard_bytes)
+            for _ in with_progress(written, len(groups), "export"):
+                pass
+            _write_texts(temporary, reader, tokenizer, labels, options)
     except OSError as error:
         raise ConvertError(f"{output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 
@@ -102,12 +93,11 @@ def _group(entry: Entry, reader: CheckpointReader, dtype: Optional[torch.dtype])
     tensor = reader.tensors[entry.ours]
     wanted = torch.float32 if FP32_KEYS.search(entry.ours) else dtype or tensor.dtype
     shapes = entry.their_shapes(reader.config.model)
-    read = partial(_split, entry, tensor, reader.config.model)
+
+    def read() -> tuple[Tensor, ...]:
+        return entry.transform.split(tensor.read(), reader.config.model)
+
     return Group(tuple(shapes), tuple(shapes.values()), wanted, read)
-
-
-def _split(entry: Entry, tensor: LazyTensor, model: ModelConfig) -> tuple[Tensor, ...]:
-    return entry.transform.split(tensor.read(), model)
 
 
 def _tokenizer(reader: CheckpointReader, given: str) -> Optional[TextTokenizer]:
@@ -152,7 +142,15 @@ def _write_texts(
     content = export_config(config, architecture(task), auto_map(task), tokenizer, labels)
     content["custom_pipelines"] = custom_pipelines()
     _write_json(folder / CONFIG_FILE, content)
-    for name, values in _processing(config, tokenizer).items():
+    processing = processor_files(
+        image_size=config.model.image_size,
+        image_mean=config.data.pixel_mean,
+        image_std=config.data.pixel_std,
+        text_length=config.model.text_length,
+        pair_text_length=config.model.pair_text_length,
+        with_text=tokenizer is not None,
+    )
+    for name, values in processing.items():
         _write_json(folder / name, values)
     if tokenizer is not None:
         shutil.copyfile(tokenizer.model_path, folder / SPM_FILE)
@@ -163,18 +161,6 @@ def _write_texts(
     for source in hf_source_files():
         shutil.copyfile(source, folder / source.name)
     (folder / "README.md").write_text(model_card(reader, content, options.card), encoding="utf-8")
-
-
-def _processing(config: RunConfig, tokenizer: Optional[TextTokenizer]) -> dict[str, dict[str, Any]]:
-    data = config.data
-    return processor_files(
-        image_size=config.model.image_size,
-        image_mean=data.pixel_mean,
-        image_std=data.pixel_std,
-        text_length=config.model.text_length,
-        pair_text_length=config.model.pair_text_length,
-        with_text=tokenizer is not None,
-    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from typing import Any, Optional
 from megatron_vlmoe.config.command_line import from_dict
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.schema import AuxLossConfig, RunConfig
-from megatron_vlmoe.config.task_schema import TASKS, FinetuneConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import task_names
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.stream.block_plan import moe_layer_numbers
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -111,10 +112,9 @@ def export_config(
             names = {str(index): name for index, name in enumerate(_distinct(shown, labels.labels))}
             content["id2label"] = names
             content["label2id"] = {name: int(index) for index, name in names.items()}
-        if config.task.name == "vqa":
-            content["problem_type"] = "multi_label_classification"
-        elif config.task.name != "retrieval":
-            content["problem_type"] = "single_label_classification"
+        kinds = {"answers": "multi_label_classification", "class": "single_label_classification"}
+        if config.task.spec.has_labels:
+            content["problem_type"] = kinds[config.task.spec.target]
     return content
 
 
@@ -171,8 +171,8 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
     """
     file = folder / CONFIG_FILE
     task = content.get("task") or ""
-    if task and task not in TASKS:
-        raise ConvertError(f"{file}: task is {task!r}; one of {', '.join(TASKS)}")
+    if task and task not in task_names():
+        raise ConvertError(f"{file}: task is {task!r}; one of {', '.join(task_names())}")
     root: RunConfig = FinetuneConfig() if task else RunConfig()
     sections: dict[str, Any] = {}
     training = content.get("training") or {}

@@ -5,18 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 
-from megatron_vlmoe.config.task_schema import TASKS
+from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.config.tasks import find_task
 
 SOURCE_FOLDER = Path(__file__).with_name("hf")
-
-ARCHITECTURES = {
-    "": "VLMoEForPreTraining",
-    "vqa": "VLMoEForVisualQuestionAnswering",
-    "nlvr2": "VLMoEForImagesAndTextClassification",
-    "retrieval": "VLMoEForImageAndTextRetrieval",
-    "imagenet": "VLMoEForImageClassification",
-    "mnli": "VLMoEForSequenceClassification",
-}
 
 AUTO_MODELS = {
     "AutoModel": "VLMoEModel",
@@ -56,22 +48,25 @@ def architecture(task: str = "") -> str:
     """Class of the model of a task; of pretraining without one.
 
     Raises:
-        ValueError: there is no such task.
+        ConvertError: its head has no class here.
+        ConfigError: there is no such task.
     """
-    if task not in ARCHITECTURES:
-        raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}")
-    return ARCHITECTURES[task]
+    if not task:
+        return "VLMoEForPreTraining"
+    found = find_task(task).head.hf_class
+    if not found:
+        raise ConvertError(f"task {task}: its head names no class of transformers (Head.hf_class)")
+    return found
 
 
 def auto_map(task: str = "") -> dict[str, str]:
     """The entry `auto_map` of `config.json`: Auto classes to ``module.Class``.
 
-    Transformers has no Auto class for two images and a text: in an export of that task (nlvr2)
-    `AutoModelForSequenceClassification` gives it.
+    In an export of a task the Auto class that its head names gives its model.
     """
     models = dict(AUTO_MODELS)
-    if task == "nlvr2":
-        models["AutoModelForSequenceClassification"] = architecture(task)
+    if task and (auto := find_task(task).head.hf_auto_class):
+        models[auto] = architecture(task)
     return {
         "AutoConfig": "configuration_vlmoe.VLMoEConfig",
         **{auto: f"modeling_vlmoe.{model}" for auto, model in models.items()},

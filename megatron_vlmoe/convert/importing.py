@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_vlmoe.convert.tensors import LazyTensor, check_tensors, counted
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE
+from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def import_checkpoint(
             output, tensors, extra_state_keys(config), config, overwrite=overwrite
         )
     if model.tokenizer is not None:
-        shutil.copyfile(model.tokenizer, output / TOKENIZER_FILE)
+        keep_file(model.tokenizer, output, TOKENIZER_FILE)
     if model.labels is not None:
         write_text_atomic(output / LABELS_FILE, model.labels.to_json())
     return path
@@ -128,7 +127,7 @@ def _tokenizer(folder: Path, config: RunConfig) -> Optional[Path]:
 
 def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Optional[Labels]:
     """Of `labels.json`, or where a library wrote the folder, of `id2label`."""
-    if not isinstance(config, FinetuneConfig) or config.task.name == "retrieval":
+    if not isinstance(config, FinetuneConfig) or not config.task.spec.has_labels:
         return None
     given = content.get("id2label")
     if not isinstance(given, Mapping) or set(given) != {str(i) for i in range(len(given))}:

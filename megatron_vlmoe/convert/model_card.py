@@ -14,7 +14,9 @@ from megatron_vlmoe import __version__
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import find_task
 from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+from megatron_vlmoe.convert.hf_files import architecture
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.data.order import parse_blend
 from megatron_vlmoe.planning.parameters import parameter_counts
@@ -22,43 +24,36 @@ from megatron_vlmoe.stream.block_plan import block_plan
 from megatron_vlmoe.train.run_files import run_file
 
 PAPER = "https://arxiv.org/abs/2303.07226"
-# What an export is: its task, or for pretraining what it reads.
-PIPELINE_TAGS = {
-    "": "feature-extraction",
-    "images": "image-feature-extraction",
-    "vqa": "visual-question-answering",
-    "nlvr2": "visual-question-answering",
-    "retrieval": "zero-shot-image-classification",
-    "imagenet": "image-classification",
-    "mnli": "text-classification",
-}
+# Of pretraining, by what it reads: everything, or images alone.
+_PRETRAINING_TAGS = {"": "feature-extraction", "images": "image-feature-extraction"}
+# By the class of the model; the names of a task's images and texts are put in.
 _USES = {
-    "": """\
+    "VLMoEForPreTraining": """\
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 model = AutoModelForPreTraining.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 outputs = model(**processor(text="a [MASK] circle", images=image, return_tensors="pt"))""",
-    "images": """\
+    "VLMoEModel": """\
 from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
 hidden = model(**processor(image, return_tensors="pt")).image_hidden_state""",
-    "vqa": """\
+    "VLMoEForVisualQuestionAnswering": """\
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 model = AutoModelForVisualQuestionAnswering.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**processor(text=question, images=image, return_tensors="pt")).logits
+logits = model(**processor(text={texts}, images={images}, return_tensors="pt")).logits
 answer = model.config.id2label[int(logits[0].argmax())]""",
-    "nlvr2": """\
+    "VLMoEForImagesAndTextClassification": """\
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 
 model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**processor(text=sentence, images=[[left, right]], return_tensors="pt")).logits""",
-    "retrieval": """\
+logits = model(**processor(text={texts}, images=[[{images}]], return_tensors="pt")).logits""",
+    "VLMoEForImageAndTextRetrieval": """\
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 model = AutoModelForZeroShotImageClassification.from_pretrained("{name}", trust_remote_code=True).eval()
@@ -66,18 +61,18 @@ processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 texts = model.get_text_features(**processor(text=captions, return_tensors="pt")).pooler_output
 images = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
 similarity = texts @ images.T""",
-    "imagenet": """\
+    "VLMoEForImageClassification": """\
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained("{name}", trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**processor(image, return_tensors="pt")).logits""",
-    "mnli": """\
+logits = model(**processor({images}, return_tensors="pt")).logits""",
+    "VLMoEForSequenceClassification": """\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**tokenizer(premise, hypothesis, truncation=True, return_tensors="pt")).logits""",
+logits = model(**tokenizer({texts}, truncation=True, return_tensors="pt")).logits""",
 }
 
 _IMAGES = """
@@ -117,11 +112,12 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
     config = reader.config
     task = config.task.name if isinstance(config, FinetuneConfig) else ""
     metrics = run_metrics(reader)
+    reads_images = not task or bool(find_task(task).images)
     kind = task or ("" if config.model.vocab_size else "images")
     front = yaml.safe_dump(_metadata(kind, config, card, metrics), sort_keys=False)
     sections = (
         _introduction(config, kind, card),
-        f"## Use\n\n```python\n{usage(kind, card.name)}\n```" + ("" if kind == "mnli" else _IMAGES),
+        f"## Use\n\n```python\n{usage(kind, card.name)}\n```" + (_IMAGES if reads_images else ""),
         _architecture(config, config_json),
         "\n".join(["## Training data", "", *training_data(config)]),
         _training(reader),
@@ -135,9 +131,10 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
 def _metadata(
     kind: str, config: RunConfig, card: CardOptions, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
+    tag = _PRETRAINING_TAGS.get(kind) or find_task(kind).head.hf_tag
     content: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": PIPELINE_TAGS[kind],
+        "pipeline_tag": tag,
         "tags": ["vlmoe", "vision-language", "mixture-of-experts", "arxiv:2303.07226"],
         "language": card.language,
     }
@@ -149,7 +146,7 @@ def _metadata(
             {"type": name, "name": name, "value": round(value, 4)}
             for name, value in metrics.items()
         ]
-        task = {"name": kind, "type": PIPELINE_TAGS[kind]}
+        task = {"name": kind, "type": tag}
         entry = {
             "name": card.name,
             "results": [{"task": task, "dataset": data, "metrics": results}],
@@ -176,7 +173,12 @@ def usage(kind: str, name: str) -> str:
         kind: its task, or "" for pretraining, or "images" for pretraining on images alone.
         name: of the model, or its folder.
     """
-    return _USES[kind].replace("{name}", name)
+    code = _USES["VLMoEModel" if kind == "images" else architecture(kind)].replace("{name}", name)
+    if kind not in _PRETRAINING_TAGS:
+        spec = find_task(kind)
+        code = code.replace("{images}", ", ".join(spec.images))
+        code = code.replace("{texts}", ", ".join(spec.texts))
+    return code
 
 
 def _architecture(config: RunConfig, config_json: Mapping[str, Any]) -> str:

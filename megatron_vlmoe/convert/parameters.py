@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
 from megatron_vlmoe.stream.sizes import padded_vocab_size
 
@@ -100,23 +103,44 @@ def _heads(config: RunConfig) -> dict[str, Shape]:
             if size:
                 heads |= _linear(f"{name}.linear", width, padded_vocab_size(size))
         return heads
-    task, classes = config.task.name, config.task.num_classes
-    pooler = _linear("pooler.dense", width, width)
-    if task == "imagenet":
-        return _linear("classifier", width, classes)
-    if task == "mnli":
-        return pooler | _linear("classifier", width, classes)
-    if task == "retrieval":
-        return {
-            "text_projection.weight": (width, width),
-            "image_projection.weight": (width, width),
-            "logit_scale": (1,),
-            **pooler,
-            **_linear("matching", width, 2),
-        }
-    inputs = 2 * width if task == "nlvr2" else width
+    shapes: Callable[[int, int], dict[str, Shape]] = load_code(config.task.spec.head.shapes)
+    return shapes(width, config.task.num_classes)
+
+
+def pair_classifier(width: int, classes: int) -> dict[str, Shape]:
+    """Tensors of `PairClassifier`."""
+    return _two_layer_classifier(width, width, classes)
+
+
+def two_image_classifier(width: int, classes: int) -> dict[str, Shape]:
+    """Tensors of `TwoImageClassifier`."""
+    return _two_layer_classifier(width, 2 * width, classes)
+
+
+def image_classifier(width: int, classes: int) -> dict[str, Shape]:
+    """Tensors of `ImageClassifier`."""
+    return _linear("classifier", width, classes)
+
+
+def text_classifier(width: int, classes: int) -> dict[str, Shape]:
+    """Tensors of `TextClassifier`."""
+    return _linear("pooler.dense", width, width) | _linear("classifier", width, classes)
+
+
+def retrieval_heads(width: int, classes: int) -> dict[str, Shape]:
+    """Tensors of `RetrievalHeads`, which has no classes."""
     return {
-        **pooler,
+        "text_projection.weight": (width, width),
+        "image_projection.weight": (width, width),
+        "logit_scale": (1,),
+        **_linear("pooler.dense", width, width),
+        **_linear("matching", width, 2),
+    }
+
+
+def _two_layer_classifier(width: int, inputs: int, classes: int) -> dict[str, Shape]:
+    return {
+        **_linear("pooler.dense", width, width),
         **_linear("classifier.dense", inputs, 2 * width),
         **_norm("classifier.norm", 2 * width),
         **_linear("classifier.output", 2 * width, classes),

@@ -1,4 +1,4 @@
-"""Which part of the model a tensor belongs to; the parts are those of config/estimate/parameters.py."""
+"""Which part of the model a tensor belongs to; the parts are those of planning/parameters.py."""
 
 from __future__ import annotations
 

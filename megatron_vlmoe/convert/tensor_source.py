@@ -169,7 +169,7 @@ def _hugging_face(folder: Path) -> TensorSource:
     content = read_config(folder)
     config = import_config(folder, content)
     names = content.get("id2label")
-    if isinstance(config, FinetuneConfig) and config.task.name != "retrieval" and names:
+    if isinstance(config, FinetuneConfig) and config.task.spec.has_labels and names:
         task = dataclasses.replace(config.task, num_classes=len(names))
         config = dataclasses.replace(config, task=task)
     files = SafetensorsFolder(folder)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.runtime.progress import Progress
 
 Item = TypeVar("Item")
 
@@ -75,29 +74,23 @@ def check_tensors(
 
 
 def with_progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """The items, with a bar on the error stream: redrawn on a terminal, otherwise a line at the end."""
-    start, terminal, done = time.monotonic(), sys.stderr.isatty(), 0
-    for item in items:
-        yield item
-        done += 1
-        if terminal:
-            filled = 30 * done // max(total, 1)
-            print(f"\r{what} [{'#' * filled:<30}] {done}/{total}", end="", file=sys.stderr)
-    seconds = time.monotonic() - start
-    ending = "\n" if terminal else ""
-    print(f"{ending}{what}: {done} tensors in {seconds:.1f} s", file=sys.stderr)
+    """The items; one is done when the next is asked for."""
+    with Progress(what, "tensors", total) as progress:
+        for item in items:
+            yield item
+            progress.add()
+        progress.finish()
 
 
 @contextlib.contextmanager
 def counted(tensors: Mapping[str, LazyTensor], what: str) -> Iterator[dict[str, LazyTensor]]:
-    """The tensors with a bar that moves when one is read; for a writer that has a loop of its own."""
-    progress = iter(with_progress(tensors, len(tensors), what))
+    """The tensors, which are done when they are read; for a writer that has a loop of its own."""
+    with Progress(what, "tensors", len(tensors)) as progress:
 
-    def read(tensor: LazyTensor) -> Tensor:
-        value = tensor.read()
-        next(progress, None)
-        return value
+        def read(tensor: LazyTensor) -> Tensor:
+            value = tensor.read()
+            progress.add()
+            return value
 
-    yield {key: replace(tensor, read=partial(read, tensor)) for key, tensor in tensors.items()}
-    # The line at the end.
-    next(progress, None)
+        yield {key: replace(tensor, read=partial(read, tensor)) for key, tensor in tensors.items()}
+        progress.finish()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import ModelConfig
+from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 Shape = tuple[int, ...]
 
@@ -106,8 +107,6 @@ class VocabularyRows:
 
     def join(self, theirs: Sequence[Tensor], model: ModelConfig) -> Tensor:
         """Pads with zeros."""
-        from megatron_vlmoe.stream.sizes import padded_vocab_size
-
         (rows,) = theirs
         missing = padded_vocab_size(len(rows)) - len(rows)
         # `pad` counts axes from the last.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import ConfigError, DataError
-from megatron_vlmoe.config.schema import DataConfig, RunConfig
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import (
     BatchShare,
     ImageBatches,
@@ -22,6 +21,7 @@ from megatron_vlmoe.data.collate import (
     PixelBatches,
     TextBatches,
 )
+from megatron_vlmoe.data.loading import Loader, Numbers
 from megatron_vlmoe.data.packing import PackedTexts
 from megatron_vlmoe.data.samples import (
     Augmentation,
@@ -80,69 +80,18 @@ class MicroBatches(Dataset[Any]):
             for name in parts
         }
 
-    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
-        """The batch; an error in the data is returned, for `Loader` to raise."""
+    def __getitem__(self, local: int) -> dict[str, Tensor]:
+        """The batch. Raises DataError."""
         number = MicroBatchNumber.locate(local, self.per_step, self.share)
         batch: dict[str, Any] = {
             "micro_batch": np.int64(number.in_run),
             "step": np.int64(number.step),
         }
-        try:
-            for name, part in self.parts.items():
-                batch |= part.make(number.samples(*self.sizes[name]))
-        except DataError as error:
-            return error
+        for name, part in self.parts.items():
+            batch |= part.make(number.samples(*self.sizes[name]))
         # An array under two keys becomes one tensor, which a worker then sends once.
         tensors = {id(value): torch.as_tensor(value) for value in batch.values()}
         return {name: tensors[id(value)] for name, value in batch.items()}
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """Local micro-batch numbers from ``first`` on; endless if ``count`` is None."""
-
-    first: int
-    count: int | None
-
-    def __iter__(self) -> Iterator[int]:
-        if self.count is None:
-            return itertools.count(self.first)
-        return iter(range(self.first, self.first + self.count))
-
-
-class Loader:
-    """Batches in order, made ahead by worker processes; may be iterated over again.
-
-    A DataLoader would wrap a worker's error in a traceback; here it is raised as it was.
-    """
-
-    def __init__(
-        self, dataset: MicroBatches, first: int, count: int | None, data: DataConfig
-    ) -> None:
-        workers = data.num_workers
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=_Numbers(first, count),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            prefetch_factor=max(1, data.prefetch) if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_limit_threads,
-            # The base seed of workers would otherwise be drawn from the global generator.
-            generator=torch.Generator(),
-        )
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self._loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-
-
-def _limit_threads(worker: int) -> None:
-    del worker
-    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -307,6 +256,8 @@ class PretrainData:
         """M."""
         self.stored_codes = opened.targets is not None and opened.targets.stored
         """Whether visual codes are read from disk."""
+        self.image_tokenizer = opened.targets.tokenizer if opened.targets else None
+        """Computes the visual codes, on the CPU; None where they are stored, and on all stages but the last."""
         self._opened = opened
         train = opened.parts("train")
         self._datasets = {"train": MicroBatches(train, self.config, opened.share)}
@@ -342,6 +293,8 @@ class PretrainData:
                 if found is not None:
                     sources[name, split] = found
         targets = open_targets(config, sources, image_tokenizer)
+        if targets and not share.last_stage:
+            targets = replace(targets, tokenizer=None)
         config = resolve_sizes(
             config,
             tokenizer.size if tokenizer else None,
@@ -361,7 +314,8 @@ class PretrainData:
             first_micro_batch: number of the first among this process's own micro-batches.
             num_micro_batches: how many; None: endless.
         """
-        return Loader(self._dataset(split), first_micro_batch, num_micro_batches, self.config.data)
+        numbers, data = Numbers(first_micro_batch, num_micro_batches), self.config.data
+        return Loader(self._dataset(split), numbers, data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
         """Lines for the log: documents, samples and epochs of every dataset, and derived sizes."""

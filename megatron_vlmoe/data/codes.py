@@ -11,10 +11,10 @@ mirrored if `flip` gave the codes. `PREFIX_codes.json` is written last.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import CropBox
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import FileRecord, part_prefix
+from megatron_vlmoe.runtime.json_files import read_versioned
 
 FORMAT_VERSION = 1
 HEADER_LENGTH = 6
@@ -144,25 +145,14 @@ class CodesReader:
 
 def read_codes_manifest(prefix: str | Path) -> CodesManifest:
     """Reads `PREFIX_codes.json`. Raises DataError (one line) if it is missing or damaged."""
-    path = Path(f"{codes_prefix(prefix)}.json")
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found (no codes, or encoding did not end)") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: damaged: {error}") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version} is newer than this program's {FORMAT_VERSION}"
-        )
-    try:
+
+    def make(raw: Any) -> CodesManifest:
         files = {suffix: FileRecord(**record) for suffix, record in raw["files"].items()}
         return CodesManifest(**{**raw, "files": files})
-    except (TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: damaged: not a manifest of codes ({error})") from error
+
+    path, what = Path(f"{codes_prefix(prefix)}.json"), "a manifest of codes"
+    missing = "not found (no codes, or encoding did not end)"
+    return read_versioned(path, FORMAT_VERSION, what, missing, make)
 
 
 def check_codes(prefix: str | Path, fingerprint: str, num_images: int, grid: int) -> CodesReader:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megatron_vlmoe.data.masking import IGNORED_LABEL
 from megatron_vlmoe.data.order import BlendedOrder, Place
 from megatron_vlmoe.data.samples import CaptionSamples, Draws, ImageViews, PatchMasks, TextSamples
-from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.runtime.ranks import Ranks
 
 Array = npt.NDArray[Any]
 

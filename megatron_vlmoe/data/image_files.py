@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 
 EXIF = ("turn", "keep")
 """What to do with the orientation that a file gives: turn the picture upright, or leave it."""
@@ -69,7 +69,9 @@ class ImageRules:
     def __post_init__(self) -> None:
         for name, value, known in (("exif", self.exif, EXIF), ("alpha", self.alpha, ALPHA)):
             if value not in known:
-                raise ValueError(f"{name}={value!r} must be {', '.join(known[:-1])} or {known[-1]}")
+                raise ConfigError(
+                    f"{name}={value!r} must be {', '.join(known[:-1])} or {known[-1]}"
+                )
 
 
 DEFAULT_RULES = ImageRules()

@@ -15,17 +15,19 @@ import contextlib
 import hashlib
 import mmap
 import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.data.manifest import FileRecord, file_sha256, sync_directory
+from megatron_vlmoe.data.manifest import FileRecord, file_sha256
+from megatron_vlmoe.runtime.files import StagedFile, naming
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -73,33 +75,25 @@ class IndexedWriter:
         self.num_items = 0
         self._digest = hashlib.sha256()
         self._records: dict[str, FileRecord] | None = None
-        mark = f"tmp-{os.getpid()}"
-        self._bin_path = f"{self.path_prefix}.bin.{mark}"
-        self._idx_path = f"{self.path_prefix}.idx.{mark}"
-        # Document boundaries come last in the .idx; until their place is known they wait here.
-        self._documents_path = f"{self._idx_path}-documents"
-        self._handles: list[IO[bytes]] = []
-        self._bin, self._idx, self._documents = (
-            self._open(path) for path in (self._bin_path, self._idx_path, self._documents_path)
-        )
-        self._write(self._idx, self._idx_path, bytes(_HEADER.size))
-        self._write(self._documents, self._documents_path, np.zeros(1, "<i8").tobytes())
-
-    def _open(self, path: str) -> IO[bytes]:
+        self._files: list[StagedFile] = []
         try:
-            handle = open(path, "w+b", buffering=1 << 20)
-        except OSError as error:
-            self.abort()
-            raise DataError(f"{path}: {error.strerror}") from error
-        self._handles.append(handle)
-        return handle
+            for suffix in (".bin", ".idx"):
+                self._files.append(StagedFile(f"{self.path_prefix}{suffix}", "w+b"))
+            self._bin, self._idx = self._files
+            # Document boundaries come last in the .idx; until their place is known they wait in a file without a name.
+            with naming(self._idx.path):
+                self._documents = tempfile.TemporaryFile(
+                    buffering=1 << 20, dir=self._idx.path.parent
+                )
+        except BaseException:
+            self._abort_files()
+            raise
+        self._idx.write(bytes(_HEADER.size))
+        self._add_boundaries(np.zeros(1, np.int64))
 
-    @staticmethod
-    def _write(handle: IO[bytes], path: str, data: bytes | memoryview) -> None:
-        try:
-            handle.write(data)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
+    def _add_boundaries(self, ends: np.ndarray) -> None:
+        with naming(self._idx.path):
+            self._documents.write(ends.astype("<i8").tobytes())
 
     def _to_dtype(self, items: np.ndarray) -> np.ndarray:
         if items.dtype == self.dtype:
@@ -133,11 +127,10 @@ class IndexedWriter:
         if len(lengths) and lengths.max() > _MAX_SEQUENCE:
             raise DataError(f"{self.path_prefix}.bin: a sequence of {lengths.max()} items")
         data = self._to_dtype(items).data.cast("B") if len(items) else memoryview(b"")
-        self._write(self._bin, self._bin_path, data)
+        self._bin.write(data)
         self._digest.update(data)
-        self._write(self._idx, self._idx_path, lengths.astype("<i4").tobytes())
-        boundaries = (ends + self.num_sequences).astype("<i8")
-        self._write(self._documents, self._documents_path, boundaries.tobytes())
+        self._idx.write(lengths.astype("<i4").tobytes())
+        self._add_boundaries(ends + self.num_sequences)
         self.num_documents += len(ends)
         self.num_sequences += len(lengths)
         self.num_items += len(items)
@@ -147,13 +140,12 @@ class IndexedWriter:
         if reader.dtype != self.dtype:
             raise DataError(f"{reader.path_prefix}.idx: {reader.dtype}, not {self.dtype}")
         for block in reader.byte_blocks():
-            self._write(self._bin, self._bin_path, block)
+            self._bin.write(block)
             self._digest.update(block)
         for lengths in _blocks(reader.sequence_lengths):
-            self._write(self._idx, self._idx_path, lengths.tobytes())
+            self._idx.write(lengths.tobytes())
         for ends in _blocks(reader.document_indices[1:]):
-            moved = (ends + self.num_sequences).astype("<i8")
-            self._write(self._documents, self._documents_path, moved.tobytes())
+            self._add_boundaries(ends + self.num_sequences)
         self.num_documents += reader.num_documents
         self.num_sequences += reader.num_sequences
         self.num_items += reader.num_items
@@ -167,53 +159,52 @@ class IndexedWriter:
         if self._records is None:
             if not self.num_items:
                 raise DataError(f"{self.path_prefix}.bin: nothing to write")
-            try:
+            with naming(self._idx.path):
                 self._complete_index()
-                for handle in (self._bin, self._idx):
-                    handle.flush()
-                    os.fsync(handle.fileno())
-            except OSError as error:
-                raise DataError(f"{self.path_prefix}: {error.strerror}") from error
-            self._close_handles()
-            os.unlink(self._documents_path)
+            for staged in self._files:
+                staged.finish()
+            idx = self._idx.temporary
             self._records = {
                 ".bin": FileRecord(self.num_items * self.dtype.itemsize, self._digest.hexdigest()),
-                ".idx": FileRecord(os.path.getsize(self._idx_path), file_sha256(self._idx_path)),
+                ".idx": FileRecord(os.path.getsize(idx), file_sha256(idx)),
             }
         return self._records
 
     def staged_lengths(self) -> np.ndarray:
         """The sequence lengths before `publish`, int32 ``[N]``, mapped from the temporary file."""
         return np.memmap(
-            self._idx_path, dtype="<i4", mode="r", offset=_HEADER.size, shape=self.num_sequences
+            self._idx.temporary,
+            dtype="<i4",
+            mode="r",
+            offset=_HEADER.size,
+            shape=self.num_sequences,
         )
 
     def _complete_index(self) -> None:
         """Header, then (after the lengths already written) byte offsets and boundaries."""
-        self._idx.flush()
+        file = self._idx.file
+        file.flush()
         lengths = self.staged_lengths()
         offset = 0
-        self._idx.seek(0, os.SEEK_END)
+        file.seek(0, os.SEEK_END)
         for block in _blocks(lengths):
             sizes = block.astype("<i8") * self.dtype.itemsize
             ends = offset + np.cumsum(sizes)
-            self._idx.write((ends - sizes).tobytes())
+            file.write((ends - sizes).tobytes())
             offset = int(ends[-1])
         del lengths
-        self._documents.flush()
-        self._documents.seek(0)
-        while data := self._documents.read(_BLOCK_BYTES):
-            self._idx.write(data)
-        self._idx.seek(0)
+        with self._documents as documents:
+            documents.seek(0)
+            shutil.copyfileobj(documents, file, _BLOCK_BYTES)
+        file.seek(0)
         counts = (self.num_sequences, self.num_documents + 1)
-        self._idx.write(_HEADER.pack(_MAGIC, _VERSION, self._code, *counts))
+        file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, *counts))
 
     def publish(self) -> None:
         """Gives the finished files their names."""
         self.finish()
-        os.replace(self._bin_path, f"{self.path_prefix}.bin")
-        os.replace(self._idx_path, f"{self.path_prefix}.idx")
-        sync_directory(Path(self.path_prefix).parent)
+        for staged in self._files:
+            staged.publish()
 
     def close(self) -> None:
         """`finish` and `publish`."""
@@ -221,16 +212,13 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Deletes the temporary files; published ones stay."""
-        self._close_handles()
-        for path in (self._bin_path, self._idx_path, self._documents_path):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        with contextlib.suppress(OSError):
+            self._documents.close()
+        self._abort_files()
 
-    def _close_handles(self) -> None:
-        for handle in self._handles:
-            # Closing flushes, which fails again on a full disk; the first error is the one told.
-            with contextlib.suppress(OSError):
-                handle.close()
+    def _abort_files(self) -> None:
+        for staged in self._files:
+            staged.abort()
 
     def __enter__(self) -> Self:
         return self

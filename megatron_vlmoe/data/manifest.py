@@ -17,24 +17,19 @@ from typing import Any
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.tasks import find_task, task_names
+from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.runtime.json_files import read_versioned
 
 FORMAT_VERSION = 2
 """Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
 
-DATASET_PARTS: Mapping[str, tuple[str, ...]] = {
+_PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("text_document",),
     "images": ("image",),
     "pairs": ("image", "text"),
-    "vqa": ("image", "text"),
-    "nlvr2": ("image", "text"),
-    "retrieval": ("image", "text"),
-    "imagenet": ("image",),
-    "mnli": ("text",),
 }
-"""The indexed files of each kind of dataset: ``PREFIX_PART.bin`` and ``PREFIX_PART.idx``."""
-
-TASKS = ("vqa", "nlvr2", "retrieval", "imagenet", "mnli")
-"""Kinds that are a split of a downstream task; they have ``PREFIX_samples.arrow`` besides."""
+"""The indexed files of each kind of dataset for pretraining."""
 
 SAMPLES_SUFFIX = "_samples.arrow"
 
@@ -55,7 +50,7 @@ class DatasetManifest:
     """Contents of ``PREFIX.json``."""
 
     kind: str
-    """``text``, ``images``, ``pairs`` or one of `TASKS`."""
+    """``text``, ``images``, ``pairs``, or the name of a task, of which it is a split."""
     documents: int
     """Documents: texts, images, or (for pairs) images with their captions. Of a task with images
     the images, else its samples."""
@@ -110,6 +105,23 @@ class DatasetManifest:
     format_version: int = FORMAT_VERSION
 
 
+def is_task(kind: str) -> bool:
+    """Whether datasets of a kind are splits of a downstream task; they have ``PREFIX_samples.arrow`` besides."""
+    return kind not in _PARTS
+
+
+def dataset_parts(kind: str) -> tuple[str, ...]:
+    """The indexed files of a kind of dataset: ``PREFIX_PART.bin`` and ``PREFIX_PART.idx``.
+
+    Raises:
+        ConfigError: it is of a task that is unknown, or whose plug-in does not load.
+    """
+    if not is_task(kind):
+        return _PARTS[kind]
+    spec = find_task(kind)
+    return ("image",) * bool(spec.images) + ("text",) * bool(spec.texts)
+
+
 def part_prefix(prefix: str | Path, part: str) -> str:
     """Path prefix of one indexed file of a dataset: ``PREFIX_PART``."""
     return f"{prefix}_{part}"
@@ -157,33 +169,16 @@ def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
     return result | {"max": len(histogram) - 1}
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames inside the directory ``path`` durable."""
-    handle = os.open(path, os.O_RDONLY)
+def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> StagedFile:
+    """The complete manifest under its temporary name. Raises FileError; nothing is left behind then."""
+    staged = StagedFile(manifest_path(prefix), "w")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def stage_manifest(prefix: str | Path, manifest: DatasetManifest) -> Path:
-    """Writes the manifest under a temporary name beside its place, synced; returns that name.
-
-    Raises:
-        DataError: it cannot be written; nothing is left behind.
-    """
-    path = manifest_path(prefix)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(manifest), file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: {error.strerror}") from error
-    return temporary
+        staged.write(json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
+        staged.finish()
+    except BaseException:
+        staged.abort()
+        raise
+    return staged
 
 
 def unknown_line(manifest: DatasetManifest) -> str:
@@ -198,10 +193,8 @@ def unknown_line(manifest: DatasetManifest) -> str:
 
 
 def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Writes ``PREFIX.json`` atomically. Raises DataError if it cannot."""
-    temporary = stage_manifest(prefix, manifest)
-    os.replace(temporary, manifest_path(prefix))
-    sync_directory(manifest_path(prefix).parent)
+    """Writes ``PREFIX.json``. Raises FileError."""
+    stage_manifest(prefix, manifest).publish()
 
 
 def check_replaceable(prefix: str | Path) -> None:
@@ -215,7 +208,7 @@ def check_replaceable(prefix: str | Path) -> None:
         raw = None
     if not isinstance(raw, dict) or not {"format_version", "files", "kind"} <= raw.keys():
         raise DataError(
-            f"{path}: is no manifest of a dataset, and would be overwritten: choose another --output-prefix"
+            f"{path}: is no manifest of a dataset, and would be overwritten: choose another --output"
         )
 
 
@@ -225,32 +218,24 @@ def load_manifest(prefix: str | Path) -> DatasetManifest:
     Raises:
         DataError: the file is missing, damaged, or of a newer format; the message names it.
     """
-    path = manifest_path(prefix)
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found (no dataset, or preprocessing did not end)") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: damaged: {error}") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version} is newer than this program's {FORMAT_VERSION}"
-        )
-    try:
-        files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-        manifest = DatasetManifest(**{**raw, "files": files})
-        _check_fields(manifest)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"{path}: damaged: not a dataset manifest ({error})") from error
+    missing = "not found (no dataset, or preprocessing did not end)"
+    path, what = manifest_path(prefix), "a dataset manifest"
+    return read_versioned(path, FORMAT_VERSION, what, missing, _manifest_of)
+
+
+def _manifest_of(raw: Any) -> DatasetManifest:
+    """Raises ValueError, TypeError, KeyError or AttributeError."""
+    files = {name: FileRecord(**record) for name, record in raw["files"].items()}
+    manifest = DatasetManifest(**{**raw, "files": files})
+    _check_fields(manifest)
     return manifest
 
 
 def _check_fields(manifest: DatasetManifest) -> None:
-    if manifest.kind not in DATASET_PARTS:
-        raise ValueError(f"unknown kind {manifest.kind!r}")
+    if is_task(manifest.kind) and manifest.kind not in task_names():
+        raise ValueError(
+            f"unknown kind {manifest.kind!r}: of a task whose plug-in is not installed?"
+        )
     counts = ("documents", "sequences", "tokens", "bytes", "rejects", "format_version")
     numbers = {name: getattr(manifest, name) for name in counts}
     numbers |= {name: record.size for name, record in manifest.files.items()}
@@ -261,9 +246,9 @@ def _check_fields(manifest: DatasetManifest) -> None:
     if unknown is not None and not (isinstance(unknown, int) and 0 <= unknown <= manifest.tokens):
         raise ValueError(f"unknown_tokens is {unknown!r} of {manifest.tokens}")
     expected = {
-        f"_{part}{suffix}" for part in DATASET_PARTS[manifest.kind] for suffix in (".bin", ".idx")
+        f"_{part}{suffix}" for part in dataset_parts(manifest.kind) for suffix in (".bin", ".idx")
     }
-    if manifest.kind in TASKS:
+    if is_task(manifest.kind):
         expected.add(SAMPLES_SUFFIX)
         if not isinstance(manifest.samples, int) or manifest.samples < 0:
             raise ValueError(f"samples is {manifest.samples!r}")
@@ -282,7 +267,7 @@ def check_dataset(
 
     Args:
         prefix: path prefix of the dataset.
-        kind: the kind that is wanted: a key of `DATASET_PARTS`.
+        kind: the kind that is wanted, as in `DatasetManifest`.
         tokenizer_fingerprint: fingerprint of the tokenizer in use; None: any.
         checksums: also read every file and compare its SHA-256.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.data.order import Purpose, RecentCache, epoch_permutation
+from megatron_vlmoe.runtime.files import open_atomic
 
 
 class TokenReader(Protocol):
@@ -156,20 +156,7 @@ def _cached_index(
     built = build()
     # A cache that cannot be written (read-only folder, full disk) costs memory, nothing else.
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
         for path, array in zip(paths, (built.order, built.starts), strict=True):
-            _save_array(path, array)
+            with open_atomic(path) as file:
+                np.save(file, array, allow_pickle=False)
     return built
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array under a temporary name, then renames it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ class RandomData:
         share: which part of a batch this rank reads.
     """
 
-    stored_codes = True
+    image_tokenizer = None
 
     def __init__(self, config: RunConfig, share: BatchShare) -> None:
         self.config = config

@@ -7,18 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import DataConfig, RunConfig
+from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import DatasetManifest, check_dataset, part_prefix
 from megatron_vlmoe.data.order import Blend, BlendedOrder, SampleOrder, parse_blend
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from megatron_vlmoe.data.codes import CodesReader
-    from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -164,11 +162,13 @@ class VisualTargets:
         num_codes: size of the visual vocabulary.
         tokenizer_size: side in pixels of the image tokenizer's view; None with stored codes.
         codes: for each objective and split, one reader per dataset; empty if computed from pixels.
+        tokenizer: what computes codes from pixels; None with stored codes.
     """
 
     num_codes: int
     tokenizer_size: int | None
     codes: dict[tuple[str, Split], tuple[CodesReader, ...]]
+    tokenizer: ImageTokenizer | None = None
 
     @property
     def stored(self) -> bool:
@@ -194,8 +194,6 @@ def open_targets(
         ConfigError: no tokenizer, one of another grid, or `codes: stored` without codes.
         DataError: codes of another tokenizer.
     """
-    from megatron_vlmoe.data.codes import codes_prefix
-
     data, grid = config.data, config.model.patch_grid
     visual = {key: value for key, value in sources.items() if key[0] != "texts"}
     if not visual:
@@ -206,7 +204,12 @@ def open_targets(
     if data.codes == "stored" and without:
         raise ConfigError(f"data.codes is stored, but {codes_prefix(without[0])}.json is missing")
     if tokenizer is None and data.image_tokenizer:
-        tokenizer = _load_image_tokenizer(data.image_tokenizer)
+        from megatron_vlmoe.tokenizers.image import ImageTokenizer
+
+        try:
+            tokenizer = ImageTokenizer.from_pretrained(data.image_tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"data.image_tokenizer: {error}") from error
     if tokenizer is not None and tokenizer.grid != grid:
         raise ConfigError(
             f"data.image_tokenizer {data.image_tokenizer}: {tokenizer.grid}x{tokenizer.grid} "
@@ -219,7 +222,7 @@ def open_targets(
             raise ConfigError(
                 f"data.image_tokenizer is not set: data.micro_{name}={count} needs it"
             )
-        return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {})
+        return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {}, tokenizer)
     return _open_codes(data, visual, grid, tokenizer.fingerprint if tokenizer else None)
 
 
@@ -230,8 +233,6 @@ def _open_codes(
     fingerprint: str | None,
 ) -> VisualTargets:
     """Verifies the stored codes of every dataset; without a fingerprint all must share one."""
-    from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
-
     codes: dict[tuple[str, Split], tuple[CodesReader, ...]] = {}
     num_codes = 0
     for key, value in visual.items():
@@ -250,15 +251,6 @@ def _open_codes(
             num_codes = reader.manifest.num_codes
         codes[key] = tuple(readers)
     return VisualTargets(num_codes, None, codes)
-
-
-def _load_image_tokenizer(path: str) -> ImageTokenizer:
-    from megatron_vlmoe.tokenizers.image import ImageTokenizer
-
-    try:
-        return ImageTokenizer.from_pretrained(path)
-    except ValueError as error:
-        raise ConfigError(f"data.image_tokenizer: {error}") from error
 
 
 def resolve_sizes(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.tasks import find_task
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import (
     SAMPLES_SUFFIX,
@@ -19,7 +20,7 @@ from megatron_vlmoe.data.manifest import (
     samples_path,
 )
 from megatron_vlmoe.data.task_labels import Labels, load_labels
-from megatron_vlmoe.data.task_samples import TASK_SHAPES, SamplesReader, TaskRow, check_task
+from megatron_vlmoe.data.task_samples import SamplesReader, TaskRow, check_task
 
 __all__ = ["Labels", "TaskDataset", "TaskRow", "load_labels"]
 
@@ -32,7 +33,7 @@ class TaskDataset:
 
     Attributes:
         prefix: ``P_{split}``.
-        task: one of `manifest.TASKS`.
+        task: its name.
         manifest: contents of ``P_{split}.json``.
     """
 
@@ -58,15 +59,15 @@ class TaskDataset:
                 missing, truncated or damaged.
         """
         check_task(task)
-        shape = TASK_SHAPES[task]
-        manifest = check_dataset(prefix, task, tokenizer_fingerprint if shape.texts else None)
+        spec = find_task(task)
+        manifest = check_dataset(prefix, task, tokenizer_fingerprint if spec.texts else None)
         # Labels and numbers have no decoder that would notice a flipped bit; the table is small.
         path = samples_path(prefix)
         if file_sha256(path) != manifest.files[SAMPLES_SUFFIX].sha256:
             raise DataError(f"{path}: damaged: contents differ from the checksum in its manifest")
         samples = SamplesReader(prefix, task)
-        images = IndexedReader(part_prefix(prefix, "image")) if shape.images else None
-        texts = IndexedReader(part_prefix(prefix, "text")) if shape.texts else None
+        images = IndexedReader(part_prefix(prefix, "image")) if spec.images else None
+        texts = IndexedReader(part_prefix(prefix, "text")) if spec.texts else None
         if samples.num_rows != manifest.samples:
             raise DataError(
                 f"{manifest_path(prefix)}: {manifest.samples} samples, but the table has "
@@ -134,7 +135,7 @@ class TaskDataset:
         Raises:
             ValueError: texts of this task do not belong to one image each.
         """
-        if not TASK_SHAPES[self.task].captions:
+        if find_task(self.task).target != "match":
             raise ValueError(f"{self.prefix}: texts of task {self.task} are no captions")
         result = np.full(self.num_texts, -1, dtype=np.int64)
         result[self._samples.column("texts")] = self._samples.column("images")

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,7 @@ def read_labels(path: Path) -> Labels:
     Raises:
         DataError: the file is missing or damaged.
     """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found (made by tools/prepare_task.py)") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged: {error}") from error
+    value = read_json(path, "not found (made by tools/prepare_task.py)")
     if not (isinstance(value, dict) and isinstance(value.get("task"), str)):
         raise DataError(f"{path}: damaged: no task is named")
     labels, names = _texts(value.get("labels")), _texts(value.get("names"))
@@ -89,9 +83,5 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 
 
 def write_labels(prefix: str | Path, labels: Labels) -> None:
-    """Writes ``PREFIX_labels.json`` atomically. Raises DataError if it cannot."""
-    path = labels_path(prefix)
-    try:
-        write_text_atomic(path, labels.to_json())
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+    """Writes ``PREFIX_labels.json``. Raises FileError."""
+    write_text_atomic(labels_path(prefix), labels.to_json())

@@ -8,53 +8,22 @@ with ``scores``; for VQA also ``answers``, what the annotators said, and ``answe
 from __future__ import annotations
 
 import bisect
-import contextlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.manifest import (
-    TASKS,
     FileRecord,
     file_sha256,
     samples_path,
-    sync_directory,
 )
+from megatron_vlmoe.runtime.files import StagedFile, naming
 
 _BATCH_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class TaskShape:
-    """What every sample of a task has.
-
-    Attributes:
-        images: number of images.
-        texts: number of texts.
-        captions: an image's texts are its captions: one text document per image, one sample each.
-        shared_images: several samples may be about one image.
-        has_answers: raw answers of annotators belong to a sample.
-    """
-
-    images: int
-    texts: int
-    captions: bool = False
-    shared_images: bool = False
-    has_answers: bool = False
-
-
-TASK_SHAPES: Mapping[str, TaskShape] = {
-    "vqa": TaskShape(1, 1, shared_images=True, has_answers=True),
-    "nlvr2": TaskShape(2, 1, shared_images=True),
-    "retrieval": TaskShape(1, 1, captions=True),
-    "imagenet": TaskShape(1, 0),
-    "mnli": TaskShape(0, 2),
-}
-"""By the name of the task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +53,7 @@ class TaskRow:
 
 def _columns(task: str) -> list[str]:
     names = ["id", "images", "texts", "raw", "labels", "scores"]
-    return [*names, "answers", "answer_type"] if TASK_SHAPES[task].has_answers else names
+    return [*names, "answers", "answer_type"] if find_task(task).has_answers else names
 
 
 def _schema(task: str) -> Any:
@@ -107,25 +76,23 @@ class SamplesWriter:
     """Writes ``PREFIX_samples.arrow`` under a temporary name until `publish`.
 
     Raises:
-        DataError: the file cannot be written.
+        FileError: the file cannot be written.
     """
 
     def __init__(self, prefix: str, task: str) -> None:
         import pyarrow as pa
 
-        self._path = samples_path(prefix)
-        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
         self._names = _columns(task)
         self._schema = _schema(task)
         self._rows: list[TaskRow] = []
-        self._file: IO[bytes] | None = None
         self.num_rows = 0
+        self._staged = StagedFile(samples_path(prefix))
         try:
-            self._file = open(self._temporary, "wb")
-            self._writer = pa.ipc.new_file(self._file, self._schema)
-        except OSError as error:
+            with naming(self._staged.path):
+                self._writer = pa.ipc.new_file(self._staged.file, self._schema)
+        except BaseException:
             self.abort()
-            raise DataError(f"{self._path}: {error.strerror or error}") from error
+            raise
 
     def add(self, row: TaskRow) -> None:
         """Adds one sample."""
@@ -143,37 +110,26 @@ class SamplesWriter:
             for values, field in zip(columns, self._schema, strict=True)
         ]
         self._rows.clear()
-        try:
+        with naming(self._staged.path):
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-        except OSError as error:
-            raise DataError(f"{self._path}: {error.strerror or error}") from error
 
     def finish(self) -> FileRecord:
         """Completes and syncs the file under its temporary name; returns its record."""
-        assert self._file is not None
         if self._rows:
             self._flush()
-        try:
+        with naming(self._staged.path):
             self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise DataError(f"{self._path}: {error.strerror or error}") from error
-        self._file.close()
-        return FileRecord(os.path.getsize(self._temporary), file_sha256(self._temporary))
+        self._staged.finish()
+        temporary = self._staged.temporary
+        return FileRecord(os.path.getsize(temporary), file_sha256(temporary))
 
     def publish(self) -> None:
         """Gives the finished file its name."""
-        os.replace(self._temporary, self._path)
-        sync_directory(self._path.parent)
+        self._staged.publish()
 
     def abort(self) -> None:
         """Deletes the temporary file; a published one stays."""
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
+        self._staged.abort()
 
 
 class SamplesReader:
@@ -181,7 +137,7 @@ class SamplesReader:
 
     Args:
         prefix: path prefix of the split.
-        task: one of `TASKS`.
+        task: name of the task.
 
     Raises:
         DataError: missing, damaged, or the table of another task.
@@ -233,12 +189,13 @@ class SamplesReader:
         Raises:
             DataError: a wrong number of images or texts, or one that does not exist.
         """
-        shape = TASK_SHAPES[self.task]
+        spec = find_task(self.task)
+        images, texts = len(spec.images), len(spec.texts)
         for batch in self._batches()[0]:
             for name, per_row, limit in (
-                ("images", shape.images, num_images),
-                ("texts", shape.texts, num_texts),
-                ("raw", shape.texts, None),
+                ("images", images, num_images),
+                ("texts", texts, num_texts),
+                ("raw", texts, None),
             ):
                 column = batch.column(name)
                 lengths = column.value_lengths().to_numpy(zero_copy_only=False)
@@ -284,5 +241,5 @@ def _damaged(prefix: str, reason: object) -> DataError:
 
 def check_task(task: str) -> None:
     """Raises DataError unless there is a task of this name."""
-    if task not in TASKS:
-        raise DataError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+    if task not in task_names():
+        raise DataError(f"unknown task {task!r}: one of {', '.join(task_names())}")

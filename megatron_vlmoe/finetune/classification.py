@@ -1,17 +1,18 @@
-"""VQA, NLVR2, ImageNet and MNLI: one label per sample, or soft scores over answers."""
+"""Tasks with classes: one label per sample, or soft scores over answers."""
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional
 
 import numpy as np
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.collect import Found, run_sweep, share_metrics, to_numpy
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.metrics import Score, label_ranks, topk_accuracy, vqa_official
+from megatron_vlmoe.finetune.metrics import Score, label_ranks
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
 from megatron_vlmoe.finetune.sweeps import SampleSweep
@@ -21,9 +22,6 @@ from megatron_vlmoe.train.objective import Losses
 from megatron_vlmoe.train.step import Batch, StepRunner
 
 Array = np.ndarray[Any, Any]
-
-# Those that VQA v2 has, in the order in which they are reported.
-_ANSWER_TYPES = ("yes_no", "number", "other")
 
 
 class ClassificationObjective(TaskObjective):
@@ -58,7 +56,7 @@ class ClassificationObjective(TaskObjective):
 
     def _loss(self, batch: Batch, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         logits, task = heads["logits"], self.config.task
-        if task.name == "vqa":
+        if task.spec.has_answers:
             loss = soft_target_loss(logits, batch["answers"], batch["scores"])
         else:
             loss = class_loss(
@@ -103,29 +101,9 @@ def classification_scores(
         split: the samples.
         labels: the classes; those of VQA are its answers.
     """
-    if task == "vqa":
-        assert labels is not None
-        named = _vqa_scores([labels.labels[label] for label in found["classes"][:, 0]], split)
-    elif task == "imagenet":
-        named = {f"top{k}": topk_accuracy(found["ranks"], k) for k in (1, 5)}
-    else:
-        named = {"accuracy": topk_accuracy(found["ranks"], 1)}
+    named: Mapping[str, Score] = load_code(find_task(task).scores)(found, split, labels)
     first = next(iter(named.values()))
     if not first.count:
         return {"unlabelled": float(first.unlabelled)}
     scores = {name: score.percent for name, score in named.items()}
     return scores | {"samples": float(first.count), "unlabelled": float(first.unlabelled)}
-
-
-def _vqa_scores(predicted: Sequence[str], split: SplitData) -> dict[str, Score]:
-    """The official accuracy over all questions, then over those of each type of answer."""
-    rows = list(split.dataset.rows())
-    gained = vqa_official(predicted, [row.answers for row in rows])
-    known = ~np.isnan(gained)
-    scores = {"vqa_official": Score.of(gained[known], int((~known).sum()))}
-    types = np.array([row.answer_type.replace("/", "_") for row in rows])
-    for kind in dict.fromkeys((*_ANSWER_TYPES, *types[known].tolist())):
-        chosen = known & (types == kind)
-        if kind and chosen.any():
-            scores[f"vqa_official/{kind}"] = Score.of(gained[chosen], 0)
-    return scores

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.batches import Loader
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber
+from megatron_vlmoe.data.loading import Loader, Numbers
 from megatron_vlmoe.data.order import Place, SampleOrder
 from megatron_vlmoe.data.samples import Draws
 from megatron_vlmoe.data.sources import open_text_tokenizer
@@ -51,14 +51,11 @@ class TrainingMicroBatches(Dataset[Any]):
         """The samples with these numbers, counted over the run."""
         return [Place(0, *self.order.locate(number)) for number in numbers]
 
-    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
-        """The batch; an error in the data is returned, for `Loader` to raise."""
+    def __getitem__(self, local: int) -> dict[str, Tensor]:
+        """The batch. Raises DataError."""
         number = MicroBatchNumber.locate(local, self.per_step, self.share)
         numbers = number.samples(self.micro, self.whole)
-        try:
-            batch = self.samples.batch(self.places(numbers))
-        except DataError as error:
-            return error
+        batch = self.samples.batch(self.places(numbers))
         batch |= {
             "micro_batch": np.array(number.in_run),
             "sample_numbers": np.asarray(numbers, dtype=np.int64),
@@ -129,17 +126,15 @@ class TaskData:
         """
         task = config.task
         if not task.data:
-            raise ConfigError(
-                "--task.data is missing: the --output-prefix of tools/prepare_task.py"
-            )
+            raise ConfigError("--task.data is missing: the --output of tools/prepare_task.py")
         tokenizer = None
-        if task.name != "imagenet":
+        if task.spec.texts:
             if not config.data.text_tokenizer:
                 raise ConfigError(
                     f"--data.text_tokenizer is missing: --task {task.name} reads text"
                 )
             tokenizer = open_text_tokenizer(config.data)
-        labels = None if task.name == "retrieval" else load_labels(task.data)
+        labels = load_labels(task.data) if task.spec.has_labels else None
         fingerprint = tokenizer.fingerprint if tokenizer else None
 
         def open_split(name: str) -> TaskDataset:
@@ -162,9 +157,8 @@ class TaskData:
 
     def _samples(self, dataset: TaskDataset, stream: int) -> TaskSamples:
         model = self.config.model
-        length = model.text_length
-        if self.config.task.name in ("vqa", "nlvr2"):
-            length = model.pair_text_length
+        alone = self.config.task.spec.stream.texts
+        length = model.text_length if alone else model.pair_text_length
         text = TextFormat.of(self.tokenizer, length) if self.tokenizer else None
         draws = Draws(self.config.train.seed, stream, stream == TRAIN_STREAM)
         return TaskSamples(dataset, self.config, text, draws, self.share)
@@ -172,7 +166,8 @@ class TaskData:
     def loader(self, split: str, first: int, count: int | None) -> Loader:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
-        return Loader(self.train, first, count, self.config.data)
+        data = self.config.data
+        return Loader(self.train, Numbers(first, count), data.num_workers, data.prefetch)
 
     def plan(self, sweep: Sweep) -> SweepPlan:
         """How a sweep is cut for this layout."""
@@ -187,7 +182,8 @@ class TaskData:
 
     def sweep_loader(self, sweep: Sweep, plan: SweepPlan) -> Loader:
         """Its micro-batches on this process."""
-        return Loader(SweepMicroBatches(sweep, plan, self.share), 0, plan.count, self.config.data)
+        dataset, data = SweepMicroBatches(sweep, plan, self.share), self.config.data
+        return Loader(dataset, range(plan.count), data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
         """Lines for the log."""
@@ -203,7 +199,7 @@ class TaskData:
         lines += [f"{task.name} {s.name}: {len(s.dataset):,} samples" for s in self.splits]
         if self.labels is not None:
             lines.append(f"{task.name}: {len(self.labels.labels):,} classes")
-        if task.name == "retrieval" and self.train is not None:
+        if task.spec.target == "match" and self.train is not None:
             lines.append(self._pool_line())
         return lines
 
@@ -212,7 +208,7 @@ class TaskData:
         task = self.config.task
         pool = task.micro_batch_size * self.share.data_size
         if self.config.contrastive.cache:
-            line = f"retrieval: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
+            line = f"{task.name}: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
             if self.config.moe.capacity_factor > 0.0 and has_experts(self.config.moe):
                 line += (
                     "; with moe.capacity_factor > 0 the two passes may drop different tokens, and the gradients are "
@@ -220,7 +216,7 @@ class TaskData:
                 )
             return line
         line = (
-            f"retrieval: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
+            f"{task.name}: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
         )
         if pool < task.global_batch_size:
             line += (

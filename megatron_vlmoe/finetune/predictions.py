@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.tasks import find_task
 from megatron_vlmoe.runtime.files import write_parts_atomic, write_text_atomic
 
 Array = npt.NDArray[Any]
@@ -26,9 +27,9 @@ def best_classes(logits: Array, k: int) -> Array:
 
 
 def class_probabilities(task: str, logits: Array) -> Array:
-    """Of each answer alone for VQA, of one class among all for the others: ``[N, C]`` in double precision."""
+    """Of each answer alone (VQA), or of one class among all (the others): ``[N, C]`` in double precision."""
     wide = logits.astype(np.float64)
-    if task == "vqa":
+    if find_task(task).has_answers:
         return 1.0 / (1.0 + np.exp(-np.clip(wide, -60.0, 60.0)))
     shifted = np.exp(wide - wide.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)

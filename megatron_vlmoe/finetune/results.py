@@ -1,4 +1,4 @@
-"""What an evaluation leaves: metrics.json, predictions, the VQA submission file and the HTML report."""
+"""What an evaluation leaves: metrics.json, predictions, the file for an evaluation server and the HTML report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
 from megatron_vlmoe.finetune.collect import Found
@@ -19,7 +20,6 @@ from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import (
     MOST_LIKELY,
-    vqa_submission,
     write_json,
     write_jsonl,
 )
@@ -33,7 +33,6 @@ from megatron_vlmoe.finetune.report import (
     number,
     write_report,
 )
-from megatron_vlmoe.finetune.table import guess_of
 from megatron_vlmoe.prepare.vqa_answers import official_accuracy
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.train.setup import TrainingParts
@@ -107,10 +106,10 @@ def _is_labelled(split: SplitData, metrics: Mapping[str, float]) -> bool:
 def _answers_file(config: FinetuneConfig, split: str) -> Path:
     """Where the answers of a split are that somebody else has the labels of."""
     folder, task = Path(config.checkpoint.save), config.task
-    if task.name != "vqa":
+    if not task.spec.submission:
         return folder / "predictions.jsonl"
     suffix = "" if len(task.splits) == 1 else f"_{split}"
-    return folder / f"vqa_submission{suffix}.json"
+    return folder / f"{task.name}_submission{suffix}.json"
 
 
 def _write(
@@ -124,8 +123,9 @@ def _write(
     kept = [Kept() for _ in tables]
     rows = (row for table, own in zip(tables, kept) for row in own.rows(table))
     write_jsonl(folder / "predictions.jsonl", rows)
-    for table, own in zip(tables, kept) if task.name == "vqa" else ():
-        write_json(_answers_file(config, table.split.name), vqa_submission(own.answers))
+    for table, own in zip(tables, kept) if task.spec.submission else ():
+        submission = load_code(task.spec.submission)(own.answers)
+        write_json(_answers_file(config, table.split.name), submission)
     left_out = {table.split.name: len(table.left_out) for table in tables}
     content = {"task": task.name, "metrics": metrics, "settings": settings, "left_out": left_out}
     write_json(folder / "metrics.json", content)
@@ -148,7 +148,7 @@ def _report(
     for table, _ in labelled:
         split = table.split.name
         samples = metrics[f"{split}/samples"]
-        guess = number(guess_of(table.split.dataset, table.labels))
+        guess = number(load_code(task.spec.guess)(table.split.dataset, table.labels))
         name = f"{split}/{task.best_metric}"
         note = f"guessing: {guess}; {samples:,.0f} samples"
         headlines.append(Headline(f"{name}, percent", metrics[name], note))
@@ -218,7 +218,7 @@ def left_out_lines(task: str, split: str, manifest: DatasetManifest) -> Iterator
     if lost:
         names = ", ".join(itertools.islice(lost, _NAMED)) + (", ..." if len(lost) > _NAMED else "")
         answer = ""
-        if task == "vqa":
+        if find_task(task).submission:
             answer = f"; the submission answers them with {manifest.fallback_answer or ''!r}"
         yield (
             f"{split}: {len(lost)} samples were rejected when the split was prepared and do not count "
@@ -282,10 +282,10 @@ class Predictions:
     def left_out(self) -> list[dict[str, Any]]:
         """A line of predictions.jsonl for every sample that was rejected when the split was prepared.
 
-        `left_out` is the reason; `prediction` is what a submission says of it (vqa) or null.
+        `left_out` is the reason; `prediction` is what a submission says of it, or null.
         """
         manifest = self.split.dataset.manifest
-        answer = (manifest.fallback_answer or "") if self.task == "vqa" else None
+        answer = (manifest.fallback_answer or "") if find_task(self.task).submission else None
         entry: dict[str, Any] = {"split": self.split.name, "texts": [], "prediction": answer}
         return [
             entry | {"id": name, "left_out": reason}
@@ -302,7 +302,7 @@ class Predictions:
         """A line of predictions.jsonl; `gained` is what the prediction scores, where the truth is known."""
         row = self.split.dataset.row(number)
         entry: dict[str, Any] = {"split": self.split.name, "id": row.id, "texts": list(row.raw)}
-        if self.task == "retrieval":
+        if self.labels is None:
             return entry | self._retrieved(row)
         return entry | self._classified(number, row)
 
@@ -348,7 +348,7 @@ class Kept:
     """What the submission and the report need of a split's predictions, noted while they are written.
 
     Args:
-        answers: `question_id` and `answer` of every sample of vqa, also of those left out.
+        answers: `question_id` and `answer` of every sample of a task with a submission, also of those left out.
         gained: what every prediction scores; None where the truth is unknown.
         predicted: how often each class was predicted for a labelled sample; for retrieval, how often the right
             picture was found at each of `_PLACES`.
@@ -368,7 +368,7 @@ class Kept:
                 self.gained.append(row.get("gained"))
                 if "gained" in row:
                     self._count(table, row)
-            if table.task == "vqa":
+            if find_task(table.task).submission:
                 self.answers.append({"question_id": row["id"], "answer": row["prediction"]})
             yield row
 
@@ -439,14 +439,14 @@ def _example(table: Predictions, entry: Mapping[str, Any], place: int) -> Exampl
     dataset = table.split.dataset
     row = dataset.row(place)
     fields = [("sample", f"{row.id} of {table.split.name}")]
-    text_names = {"vqa": ("question",), "nlvr2": ("sentence",), "mnli": ("premise", "hypothesis")}
-    fields += list(zip(text_names.get(dataset.task, ("caption",)), row.raw))
+    spec = find_task(dataset.task)
+    fields += list(zip(spec.texts if spec.has_labels else ("caption",), row.raw))
     if table.labels is None:
         shown = [entry["images"][0], row.images[0]]
         captions = ["found first", "the right one"]
     else:
         shown = list(row.images)
-        captions = ["left", "right"] if len(shown) == 2 else [f"picture of {row.id}"] * len(shown)
+        captions = list(spec.images) if len(shown) > 1 else [f"picture of {row.id}"] * len(shown)
         best = entry["most_likely"][0]
         answer = f"{table.name_of(best['label'])} (probability {best['score']:.2f})"
         fields += [("answer", answer), ("truth", _truth(table, entry))]

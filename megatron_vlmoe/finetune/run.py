@@ -1,73 +1,68 @@
-"""The commands `finetune` and `evaluate`: from a command line to a fine-tuned model and its results."""
+"""Fine-tuning and evaluation: from a checked configuration to a fine-tuned model and its results."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional
 
-from megatron_vlmoe.config.command_line import ParsedCommand, to_yaml
+from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.finetune.options import (
-    checkpoint_of,
-    parse_evaluate,
-    parse_finetune,
-    saved_run,
-)
+from megatron_vlmoe.config.tasks import load_code
+from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.finetune.data import TaskData
+from megatron_vlmoe.finetune.metrics import mean_and_std
+from megatron_vlmoe.finetune.objective import TaskObjective
+from megatron_vlmoe.finetune.predictions import write_json
+from megatron_vlmoe.finetune.results import Evaluated, evaluate_all, evaluation_settings
+from megatron_vlmoe.finetune.saved import checkpoint_of, saved_run
+from megatron_vlmoe.finetune.weights import load_weights, weight_source
+from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.planning.dry_run import dry_run_text
 from megatron_vlmoe.planning.validate import validate
 from megatron_vlmoe.planning.validate_task import validate_task
-from megatron_vlmoe.runtime.distributed import Ranks, environment_world_size, is_rank_zero
+from megatron_vlmoe.runtime.distributed import (
+    destroy,
+    initialize,
+    is_rank_zero,
+    seed_everything,
+)
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
+from megatron_vlmoe.runtime.precision import resolve_precision
+from megatron_vlmoe.runtime.ranks import Ranks, environment_rank, environment_world_size
 from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
+from megatron_vlmoe.train.checkpoint import load_checkpoint
+from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
-
-if TYPE_CHECKING:
-    from megatron_vlmoe.finetune.data import TaskData
-    from megatron_vlmoe.finetune.objective import TaskObjective
-    from megatron_vlmoe.train.setup import TrainingParts
-    from megatron_vlmoe.train.trainer import Trainer
+from megatron_vlmoe.train.setup import TrainingParts, build_forward_only, build_training
+from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
+from megatron_vlmoe.train.trainer import Trainer
+from megatron_vlmoe.train.warm_start import warm_start
 
 log = logging.getLogger("megatron_vlmoe")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`finetune`: trains on a task, keeps the best weights, evaluates them on every split."""
-    command = parse_finetune(arguments)
-    config = _task_config(command)
-    if command.dry_run:
-        return _dry_run(command, config)
+def run_finetune(config: FinetuneConfig) -> None:
+    """Trains on a task, keeps the best weights, evaluates them on every split; once per seed of `task.seeds`."""
     validate_task(config, environment_world_size())
     ranks, precision = _start(config)
     if not config.task.seeds:
         finetune(config, ranks, precision)
     else:
         _several_seeds(config, ranks, precision)
-    _finish()
-    return 0
+    destroy()
 
 
-def evaluate_main(arguments: Sequence[str]) -> int:
-    """`evaluate`: runs a fine-tuned checkpoint on the splits of its task."""
-    command = parse_evaluate(arguments)
-    config = _task_config(command)
-    if command.dry_run:
-        raise ConfigError("--dry-run is for training; evaluate has nothing to plan")
+def run_evaluate(config: FinetuneConfig) -> None:
+    """Runs a fine-tuned checkpoint on the splits of its task."""
     validate_task(config, environment_world_size(), training=False)
     ranks, precision = _start(config)
     evaluate(config, ranks, precision)
-    _finish()
-    return 0
-
-
-def _task_config(command: ParsedCommand) -> FinetuneConfig:
-    assert isinstance(command.config, FinetuneConfig)
-    return command.config
+    destroy()
 
 
 def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
@@ -81,14 +76,6 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     Returns:
         Metrics of all splits by `SPLIT/NAME`, from the best weights.
     """
-    from megatron_vlmoe.data.collate import BatchShare
-    from megatron_vlmoe.finetune.data import TaskData
-    from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
-    from megatron_vlmoe.model.task_heads import build_task_heads
-    from megatron_vlmoe.train.setup import build_training
-    from megatron_vlmoe.train.startup import log_layout, make_run_folder
-    from megatron_vlmoe.train.trainer import Trainer
-
     make_run_folder(config)
     begun = _begun(config)
     data = TaskData.open(config, BatchShare.of(ranks))
@@ -124,8 +111,6 @@ def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
     Raises:
         ConfigError: if it is one of something else.
     """
-    from megatron_vlmoe.train.checkpoint_files import find_checkpoint
-
     save = config.checkpoint.save
     own = find_checkpoint(save, config.checkpoint.step) if save else None
     if own is None:
@@ -139,10 +124,6 @@ def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
 
 def _start_weights(config: FinetuneConfig, parts: Any) -> None:
     """Takes the weights of `--load` and says what became of every tensor."""
-    from megatron_vlmoe.finetune.predictions import write_json
-    from megatron_vlmoe.finetune.weights import weight_source
-    from megatron_vlmoe.train.warm_start import warm_start
-
     if not config.checkpoint.load:
         log.info("starting from initial weights: no --load")
         return
@@ -174,14 +155,6 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     Returns:
         Metrics by `SPLIT/NAME`.
     """
-    from megatron_vlmoe.data.collate import BatchShare
-    from megatron_vlmoe.finetune.data import TaskData
-    from megatron_vlmoe.finetune.results import Evaluated, evaluate_all
-    from megatron_vlmoe.finetune.weights import load_weights
-    from megatron_vlmoe.model.task_heads import build_task_heads
-    from megatron_vlmoe.train.setup import build_forward_only
-    from megatron_vlmoe.train.startup import log_layout, make_run_folder
-
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
@@ -198,45 +171,26 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
 
 
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
-    from megatron_vlmoe.runtime.distributed import initialize
-    from megatron_vlmoe.runtime.precision import resolve_precision
-    from megatron_vlmoe.train.startup import make_run_folder, quiet_imports, report_packages
-
     lead_helpers(config.train.exit_signals)
     if config.checkpoint.save:
         # Also the folder of several seeds, whose log has all of them.
         make_run_folder(config)
     report_packages()
-    quiet_imports()
     precision = resolve_precision(config.train)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
     return ranks, precision
 
 
-def _finish() -> None:
-    from megatron_vlmoe.runtime.distributed import destroy
-
-    destroy()
-
-
 def build_objective(config: FinetuneConfig, ranks: Ranks, data: TaskData) -> TaskObjective:
     """The objective of a run's task."""
-    if config.task.name == "retrieval":
-        from megatron_vlmoe.finetune.retrieval import RetrievalObjective
-
-        return RetrievalObjective(config, ranks, data)
-    from megatron_vlmoe.finetune.classification import ClassificationObjective
-
-    return ClassificationObjective(config, ranks, data)
+    objective: TaskObjective = load_code(config.task.spec.objective)(config, ranks, data)
+    return objective
 
 
 def _load_best(
     config: FinetuneConfig, parts: TrainingParts, trainer: Trainer, objective: TaskObjective
 ) -> str:
     """Loads the weights of the best evaluation, where there is one; returns the folder of what is in the model."""
-    from megatron_vlmoe.train.checkpoint import load_checkpoint
-    from megatron_vlmoe.train.checkpoint_files import find_checkpoint
-
     save, state = config.checkpoint.save, trainer.state
     best = find_checkpoint(Path(save) / "best") if save and config.task.save_best else None
     if best is None:
@@ -260,11 +214,6 @@ def _copy_assets(config: FinetuneConfig) -> None:
 
 def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> None:
     """One run per seed in SAVE/seed_N; mean and standard deviation in SAVE/metrics.json."""
-    from megatron_vlmoe.finetune.metrics import mean_and_std
-    from megatron_vlmoe.finetune.predictions import write_json
-    from megatron_vlmoe.finetune.results import Evaluated, evaluation_settings
-    from megatron_vlmoe.runtime.distributed import seed_everything
-
     save = config.checkpoint.save
     results: dict[int, Mapping[str, float]] = {}
     for seed in config.task.seeds:
@@ -296,17 +245,13 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
         write_json(Path(save) / "metrics.json", content | {"settings": settings})
 
 
-def _dry_run(command: ParsedCommand, config: FinetuneConfig) -> int:
-    from megatron_vlmoe.data.collate import BatchShare
-    from megatron_vlmoe.finetune.data import TaskData
-
-    world_size = command.dry_run_world_size or environment_world_size()
+def dry_run(config: FinetuneConfig, world_size: int, gpus_per_node: int) -> None:
+    """Prints what would run on so many ranks."""
     validate_task(config, world_size)
     data_size = data_parallel_size(config.parallel, world_size)
     data = TaskData.open(config, BatchShare(data_size=data_size))
     validate(data.config, world_size)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if environment_rank() == 0:
         print(to_yaml(data.config))
         print("\n".join(data.summary()))
-        print(dry_run_text(data.config, world_size, command.dry_run_gpus_per_node))
-    return 0
+        print(dry_run_text(data.config, world_size, gpus_per_node))

@@ -5,7 +5,7 @@ Letters: n samples, L token slots, S pixels along a side, A answers of a questio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -92,12 +92,12 @@ class TaskSamples:
         share: BatchShare,
     ) -> None:
         self.dataset, self.text, self.draws, self.share = dataset, text, draws, share
-        self.task, self.options = config.task.name, config.task
+        self.spec, self.options = config.task.spec, config.task
         self.size = config.model.image_size
         self.views: ImageViews | None = None
         if dataset.num_images:
             flip = config.data.flip_probability
-            if self.task != "imagenet":
+            if self.spec.texts:
                 flip = config.data.pair_flip_probability
             augmentation = Augmentation(
                 config.data.crop_scale_min,
@@ -117,34 +117,36 @@ class TaskSamples:
     def batch(self, places: Sequence[Place]) -> dict[str, Array]:
         """What the task reads of the samples at these places.
 
-        - vqa, nlvr2: ``pair_ids [pairs, L]``, ``pair_lengths``, ``pair_pixels [pairs / TP, 3, S, S]``;
-        - retrieval: ``text_ids``, ``text_lengths``, ``image_pixels``, ``image_documents [n]``;
-        - imagenet: ``image_pixels``, in training with mixup or cutmix ``partner_labels [n]`` and ``own_share [n]``;
-        - mnli: ``text_ids``, ``text_lengths``;
+        - pairs (vqa, nlvr2): ``pair_ids [pairs, L]``, ``pair_lengths``, ``pair_pixels [pairs / TP, 3, S, S]``;
+        - texts (retrieval, mnli): ``text_ids``, ``text_lengths``;
+        - images (retrieval, imagenet): ``image_pixels``; of retrieval ``image_documents [n]``; in training with mixup
+          or cutmix ``partner_labels [n]`` and ``own_share [n]``;
         - ``labels [n]`` (-1 where unknown), for vqa ``answers [n, A]`` and ``scores [n, A]``; ``samples [n]``.
         """
         rows = [self.dataset.row(place.index) for place in places]
         batch = {"samples": np.array([place.index for place in places], dtype=np.int64)}
-        if self.task in ("vqa", "nlvr2"):
+        batch |= _answers(rows) if self.spec.has_answers else _labels(rows)
+        if self.spec.stream.texts:
+            batch |= self.texts([row.texts for row in rows])
+        if self.spec.stream.images:
+            documents = [row.images[0] for row in rows]
+            batch |= self.images("image", places, documents)
+            if self.spec.mixes_images and self.draws.train:
+                batch |= self._mixed(places, documents, batch)
+            if self.spec.target == "match":
+                # Pairs are made of the texts and images that are here, once it is known which are alike.
+                return batch | {"image_documents": np.array(documents, dtype=np.int64)}
+        if self.spec.stream.pairs:
             batch |= self._pairs(places, rows)
-        elif self.task == "retrieval":
-            batch |= self.texts([row.texts for row in rows])
-            batch["image_documents"] = np.array([row.images[0] for row in rows], dtype=np.int64)
-            batch |= self.images("image", places, [row.images[0] for row in rows])
-        elif self.task == "imagenet":
-            return batch | self._classified_images(places, rows)
-        else:
-            batch |= self.texts([row.texts for row in rows])
-        return batch | (_answers(rows) if self.task == "vqa" else _labels(rows))
+        return batch
 
-    def _classified_images(
-        self, places: Sequence[Place], rows: Sequence[TaskRow]
+    def _mixed(
+        self, places: Sequence[Place], documents: Sequence[int], batch: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Images and classes, mixed with those of the micro-batch in reverse where that is on."""
-        documents = [row.images[0] for row in rows]
-        batch = _labels(rows) | self.images("image", places, documents)
-        if not self.draws.train or max(self.options.mixup, self.options.cutmix) <= 0.0:
-            return batch
+        """What mixup and cutmix change: every image is mixed with that of the micro-batch in reverse."""
+        if max(self.options.mixup, self.options.cutmix) <= 0.0:
+            return {}
+        changed: dict[str, Array] = {}
         rng = self.draws.rng(Purpose.MIX, places[0])
         mix = draw_mix(rng, self.size, self.options.mixup, self.options.cutmix)
         if "image_pixels" in batch:
@@ -153,10 +155,10 @@ class TaskSamples:
             if self.share.tensor_size > 1:
                 # They belong to other ranks.
                 partners = self.images("image", places[::-1], documents[::-1])["image_pixels"]
-            batch["image_pixels"] = mix_pixels(own, partners, mix)
-        batch["partner_labels"] = batch["labels"][::-1].copy()
-        batch["own_share"] = np.full(len(rows), mix.lam, dtype=np.float32)
-        return batch
+            changed["image_pixels"] = mix_pixels(own, partners, mix)
+        changed["partner_labels"] = batch["labels"][::-1].copy()
+        changed["own_share"] = np.full(len(places), mix.lam, dtype=np.float32)
+        return changed
 
     def texts(self, sequences: Sequence[Sequence[int]], prefix: str = "text") -> dict[str, Array]:
         """``{prefix}_ids`` and ``{prefix}_lengths`` of texts, given by the sequences of each."""

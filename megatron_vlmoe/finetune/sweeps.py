@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, FinetuneConfig, SampleShape
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import SampleShape
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.order import Place
 from megatron_vlmoe.finetune.samples import TaskSamples
@@ -49,7 +49,7 @@ class SampleSweep:
     @property
     def shape(self) -> SampleShape:
         """That of the task."""
-        return SAMPLE_SHAPES[self.samples.task]
+        return self.samples.spec.stream
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -159,16 +159,11 @@ class SweepMicroBatches(Dataset[Any]):
     def __init__(self, sweep: Sweep, plan: SweepPlan, share: BatchShare) -> None:
         self.sweep, self.plan, self.share = sweep, plan, share
 
-    def __getitem__(self, local: int) -> dict[str, Tensor] | DataError:
-        """The batch with ``valid [n]``, False for copies; an error in the data is returned for `Loader` to raise."""
+    def __getitem__(self, local: int) -> dict[str, Tensor]:
+        """The batch with ``valid [n]``, False for copies. Raises DataError."""
         numbers = self.plan.numbers(local, self.share)
         real = np.array([number < self.plan.items for number in numbers])
-        try:
-            batch = self.sweep.batch(
-                [number if number < self.plan.items else 0 for number in numbers]
-            )
-        except DataError as error:
-            return error
+        batch = self.sweep.batch([number if number < self.plan.items else 0 for number in numbers])
         batch |= {"valid": real, "micro_batch": np.array(local)}
         return {name: torch.as_tensor(value) for name, value in batch.items()}
 

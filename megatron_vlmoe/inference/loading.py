@@ -8,15 +8,24 @@ import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Optional, get_args
+from typing import Iterator, Optional, get_args
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.convert.importing import open_hugging_face
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
+from megatron_vlmoe.finetune.saved import checkpoint_of, saved_run
+from megatron_vlmoe.finetune.weights import load_weights
+from megatron_vlmoe.model.task_heads import build_task_heads
+from megatron_vlmoe.runtime import distributed
+from megatron_vlmoe.runtime.precision import resolve_precision
+from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
 from megatron_vlmoe.train.run_files import (
@@ -25,10 +34,8 @@ from megatron_vlmoe.train.run_files import (
     is_hugging_face,
     run_file,
 )
-
-if TYPE_CHECKING:
-    from megatron_vlmoe.runtime.distributed import Ranks
-    from megatron_vlmoe.train.step import StepRunner
+from megatron_vlmoe.train.setup import build_forward_only
+from megatron_vlmoe.train.step import StepRunner
 
 PRECISIONS = ("auto", *get_args(Precision))
 
@@ -93,12 +100,6 @@ def load_model(
     config = _in_one_process(config, capacity_factor)
     text_tokenizer = _open_tokenizer(checkpoint, config, tokenizer)
     classes = _open_labels(checkpoint, config, labels)
-    from megatron_vlmoe.finetune.weights import load_weights
-    from megatron_vlmoe.model.task_heads import build_task_heads
-    from megatron_vlmoe.runtime.precision import resolve_precision
-    from megatron_vlmoe.train.setup import build_forward_only
-    from megatron_vlmoe.train.step import StepRunner
-
     # As the command line does: it warns about our feed-forward spec once per block.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     _check_device(device)
@@ -122,7 +123,7 @@ def _in_one_process(config: FinetuneConfig, capacity_factor: float) -> FinetuneC
 def _open_tokenizer(
     checkpoint: Path, config: FinetuneConfig, given: str | Path | None
 ) -> Optional[TextTokenizer]:
-    if config.task.name == "imagenet":
+    if not config.task.spec.texts:
         return None
     path = given or run_file(checkpoint, TOKENIZER_FILE)
     if path is None and is_hugging_face(checkpoint):
@@ -135,13 +136,11 @@ def _open_tokenizer(
 def _open_labels(
     checkpoint: Path, config: FinetuneConfig, given: str | Path | None
 ) -> Optional[Labels]:
-    if config.task.name == "retrieval":
+    if not config.task.spec.has_labels:
         return None
     path = given or run_file(checkpoint, LABELS_FILE)
     if path is None and is_hugging_face(checkpoint):
         # A library wrote the folder: the classes are in its config.json.
-        from megatron_vlmoe.convert.importing import open_hugging_face
-
         return open_hugging_face(checkpoint, verify=False).labels
     if path is None:
         raise ConfigError(f"{checkpoint}: no {LABELS_FILE} beside it; name the file of its labels")
@@ -149,11 +148,9 @@ def _open_labels(
 
 
 def _check_device(wanted: Optional[str]) -> None:
-    from megatron_vlmoe.runtime.distributed import device
-
     if wanted not in (None, "cpu", "cuda"):
         raise ConfigError(f"device={wanted}: cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU")
-    here = device().type
+    here = distributed.device().type
     if wanted is not None and wanted != here:
         # megatron-core takes the GPU wherever it sees one.
         hint = "; hide its GPUs with CUDA_VISIBLE_DEVICES=''" if here == "cuda" else ""
@@ -166,29 +163,18 @@ def _only_rank() -> Ranks:
     Raises:
         ConfigError: other processes take part.
     """
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from megatron_vlmoe.runtime.distributed import (
-        current_ranks,
-        environment_world_size,
-        initialize,
-    )
-
     world = dist.get_world_size() if dist.is_initialized() else environment_world_size()
     if world > 1:
         raise ConfigError(f"a model is loaded by one process alone, not by {world}")
     if parallel_state.model_parallel_is_initialized():
-        return current_ranks()
+        return distributed.current_ranks()
     # Nothing is drawn: any seed will do.
-    return initialize(ParallelConfig(), seed=0)
+    return distributed.initialize(ParallelConfig(), seed=0)
 
 
 @contextlib.contextmanager
 def _unchanged_generators() -> Iterator[None]:
     """Puts the global random generators back: a script that loads a model goes on drawing as without it."""
-    import torch
-
     on_gpu = torch.cuda.is_available()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpu_state = torch.cuda.get_rng_state() if on_gpu else None

@@ -8,16 +8,20 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.task_schema import SAMPLE_SHAPES, SampleShape
+from megatron_vlmoe.config.tasks import SampleShape, TaskSpec, working_tasks
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.finetune.predictions import class_probabilities
-from megatron_vlmoe.inference.answers import Answer, decisions, ranked
+from megatron_vlmoe.finetune.samples import TextFormat
+from megatron_vlmoe.finetune.sweeps import sweep_layout
+from megatron_vlmoe.inference.answers import Answer, Scored, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
     Item,
     UnknownTextWarning,
@@ -28,14 +32,14 @@ from megatron_vlmoe.inference.inputs import (
 )
 from megatron_vlmoe.inference.loading import LoadedModel, load_model
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Array = npt.NDArray[Any]
 
 
 class VLMoE:
     """A fine-tuned model; made by `from_checkpoint`.
+
+    `answer`, `reason`, `classify`, `entail` and those of retrieval are each for one task; `rank` and `decide` are for
+    every task with classes, those of plug-ins too.
 
     Every method takes single items and returns one result, or takes lists (or tuples) of one length and returns a
     list. A single item beside lists goes with each of theirs. An image is a Pillow image, a path, the bytes of a
@@ -114,6 +118,11 @@ class VLMoE:
         return self._loaded.config.task.name
 
     @property
+    def spec(self) -> TaskSpec:
+        """The row of that task."""
+        return self._loaded.config.task.spec
+
+    @property
     def checkpoint(self) -> Path:
         """The checkpoint."""
         return self._loaded.checkpoint
@@ -127,58 +136,75 @@ class VLMoE:
     @property
     def has_matching(self) -> bool:
         """Whether the model was trained to tell matching pairs from others (retrieval)."""
-        config = self._loaded.config
-        return self.task == "retrieval" and config.contrastive.matching_weight != 0.0
+        weight = self._loaded.config.contrastive.matching_weight
+        return self.spec.target == "match" and weight != 0.0
+
+    def rank(self, top_k: int = 5, **inputs: Any) -> Any:
+        """The `top_k` most likely classes as `Scored`, best first; a list of such lists for lists.
+
+        Args:
+            top_k: most classes to name.
+            **inputs: what a sample of the task has, by the names that its row gives (`TaskSpec.images`, `texts`).
+
+        Raises:
+            ConfigError: the task has no classes, or reads something else.
+        """
+        single, found = self._ranked("rank", inputs, top_k)
+        return found[0] if single else found
+
+    def decide(self, **inputs: Any) -> Any:
+        """`Decision`, or a list of them: one of the classes, with the probabilities of all.
+
+        Args:
+            **inputs: as for `rank`.
+
+        Raises:
+            ConfigError: as for `rank`.
+        """
+        single, logits = self._logits("decide", inputs)
+        assert self._loaded.labels is not None
+        found = decisions(self.task, logits, self._loaded.labels)
+        return found[0] if single else found
 
     def answer(self, image: Any, question: Any, top_k: int = 1) -> Any:
         """vqa: `Answer`, or a list of them, with the `top_k` most likely answers."""
-        self._needs("answer", "vqa")
-        single, (images, questions) = aligned(image=image, question=question)
-        logits = self._run("logits", images, [questions])
-        found = [
-            Answer(best[0].label, best[0].score, tuple(best))
-            for best in self._ranked(logits, top_k)
-        ]
+        self._needs("answer")
+        single, rows = self._ranked("answer", {"image": image, "question": question}, top_k)
+        found = [Answer(best[0].label, best[0].score, tuple(best)) for best in rows]
         return found[0] if single else found
 
     def reason(self, left: Any, right: Any, sentence: Any) -> Any:
         """nlvr2: `Decision`, or a list of them, whether the sentence is true of the two images."""
-        self._needs("reason", "nlvr2")
-        single, (lefts, rights, sentences) = aligned(left=left, right=right, sentence=sentence)
-        images = [image for both in zip(lefts, rights) for image in both]
-        texts = [text for text in sentences for _ in range(2)]
-        return self._decided(self._run("logits", images, [texts]), single)
+        self._needs("reason")
+        return self.decide(left=left, right=right, sentence=sentence)
 
     def classify(self, image: Any, top_k: int = 5) -> Any:
         """imagenet: the `top_k` most likely classes as `Scored`, best first; a list of such lists for a list."""
-        self._needs("classify", "imagenet")
-        single, (images,) = aligned(image=image)
-        found = self._ranked(self._run("logits", images=images), top_k)
-        return found[0] if single else found
+        self._needs("classify")
+        return self.rank(top_k, image=image)
 
     def entail(self, premise: Any, hypothesis: Any) -> Any:
         """mnli: `Decision`, or a list of them, how the hypothesis relates to the premise."""
-        self._needs("entail", "mnli")
-        single, columns = aligned(premise=premise, hypothesis=hypothesis)
-        return self._decided(self._run("logits", texts=columns), single)
+        self._needs("entail")
+        return self.decide(premise=premise, hypothesis=hypothesis)
 
     def encode_image(self, image: Any) -> Array:
         """retrieval: unit vector ``[D]`` of an image, ``[n, D]`` of a list, float32."""
-        self._needs("encode_image", "retrieval")
+        self._needs("encode_image")
         single, (images,) = aligned(image=image)
         features = self._run("image_features", images=images, shape=SampleShape(images=1))
         return features[0] if single else features
 
     def encode_text(self, text: Any) -> Array:
         """retrieval: unit vector ``[D]`` of a text, ``[n, D]`` of a list, float32."""
-        self._needs("encode_text", "retrieval")
+        self._needs("encode_text")
         single, columns = aligned(text=text)
         features = self._run("text_features", texts=columns, shape=SampleShape(texts=1))
         return features[0] if single else features
 
     def score(self, image: Any, text: Any) -> Any:
         """retrieval: cosine similarity of image and text, -1 to 1, or a list of them."""
-        self._needs("score", "retrieval")
+        self._needs("score")
         single, _ = aligned(image=image, text=text)
         products = (self.encode_image(image) * self.encode_text(text)).sum(axis=-1)
         return float(products) if single else products.tolist()
@@ -189,7 +215,7 @@ class VLMoE:
         Raises:
             ConfigError: the model was trained without the matching head.
         """
-        self._needs("match", "retrieval")
+        self._needs("match")
         if not self.has_matching:
             raise ConfigError(
                 f"match: {self.checkpoint} was trained without the matching head "
@@ -215,22 +241,43 @@ class VLMoE:
             shares = [unknown_share(ids, tokenizer) for ids in tokens(texts, tokenizer)]
         return shares[0] if single else shares
 
-    def _needs(self, method: str, task: str) -> None:
-        if self.task != task:
+    def _needs(self, method: str) -> None:
+        if method not in self.spec.methods:
+            others = (spec.name for spec in working_tasks() if method in spec.methods)
             raise ConfigError(
-                f"{method} needs a checkpoint of {task}; {self.checkpoint} is of {self.task}"
+                f"{method} needs a checkpoint of {' or '.join(others)}; "
+                f"{self.checkpoint} is of {self.task}"
             )
 
-    def _ranked(self, logits: Array, top_k: int) -> Any:
+    def _ranked(
+        self, method: str, inputs: Mapping[str, Any], top_k: int
+    ) -> tuple[bool, list[list[Scored]]]:
+        """Whether single items were given, and the most likely classes of each, best first."""
         if top_k < 1:
             raise ConfigError(f"top_k={top_k} must be at least 1")
+        single, logits = self._logits(method, inputs)
         assert self._loaded.labels is not None
-        return ranked(self.task, logits, self._loaded.labels, top_k)
+        return single, ranked(self.task, logits, self._loaded.labels, top_k)
 
-    def _decided(self, logits: Array, single: bool) -> Any:
-        assert self._loaded.labels is not None
-        found = decisions(self.task, logits, self._loaded.labels)
-        return found[0] if single else found
+    def _logits(self, method: str, inputs: Mapping[str, Any]) -> tuple[bool, Array]:
+        """Whether single items were given, and the logits ``[n, C]``."""
+        spec = self.spec
+        names = (*spec.images, *spec.texts)
+        if not spec.has_labels:
+            raise ConfigError(
+                f"{method}: {self.checkpoint} is of {self.task}, which has no classes"
+            )
+        if set(inputs) != set(names):
+            given = ", ".join(inputs) or "nothing"
+            raise ConfigError(f"{method}: {self.task} reads {', '.join(names)}; given {given}")
+        single, columns = aligned(**{name: inputs[name] for name in names})
+        count = len(spec.images)
+        # The images of a sample follow each other, each with the sample's texts.
+        images = [image for row in zip(*columns[:count]) for image in row] if count else None
+        texts = [
+            [text for text in column for _ in range(max(count, 1))] for column in columns[count:]
+        ]
+        return single, self._run("logits", images, texts or None)
 
     def _run(
         self,
@@ -250,7 +297,7 @@ class VLMoE:
         Returns:
             ``[n, ...]``, float32.
         """
-        shape = shape or SAMPLE_SHAPES[self.task]
+        shape = shape or self.spec.stream
         text_prefix, image_prefix = ("pair", "pair") if shape.pairs else ("text", "image")
         per_sample = max(shape.pairs, 1)
         config = self._loaded.config
@@ -276,8 +323,6 @@ class VLMoE:
 
     def _laid_out(self, texts: Sequence[Sequence[Item]], shape: SampleShape) -> tuple[Array, Array]:
         """Token slots ``[n, L]`` and lengths ``[n]`` of n texts, each of one or two parts."""
-        from megatron_vlmoe.finetune.samples import TextFormat
-
         tokenizer, model = self._loaded.tokenizer, self._loaded.config.model
         assert tokenizer is not None
         length = model.pair_text_length if shape.pairs else model.text_length
@@ -290,10 +335,6 @@ class VLMoE:
         self, batch: Mapping[str, Array], count: int, shape: SampleShape, output: str
     ) -> Array:
         """An output of the heads ``[count, ...]`` for one batch of so many samples."""
-        import torch
-
-        from megatron_vlmoe.finetune.sweeps import sweep_layout
-
         config = self._loaded.config
         config = replace(config, task=replace(config.task, eval_micro_batch_size=count))
         layout = sweep_layout(config, shape)

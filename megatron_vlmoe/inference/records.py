@@ -6,24 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.config.tasks import find_task
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
 from megatron_vlmoe.inference.inputs import UNKNOWN_SHARE
-from megatron_vlmoe.inference.model import VLMoE
 from megatron_vlmoe.prepare.readers.file_kinds import DAMAGE, check_characters, open_binary
 
-FIELDS: Mapping[str, tuple[str, ...]] = {
-    "vqa": ("image", "question"),
-    "nlvr2": ("left", "right", "sentence"),
-    "retrieval": ("image", "text"),
-    "imagenet": ("image",),
-    "mnli": ("premise", "hypothesis"),
-}
-"""What a record of a task has."""
-IMAGE_FIELDS = frozenset({"image", "left", "right"})
+if TYPE_CHECKING:
+    from megatron_vlmoe.inference.model import VLMoE
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Record:
 
     Args:
         where: file and line, for errors; empty for the command line.
-        content: by the names of `FIELDS`; other keys of a file are handed on.
+        content: by the names of the task's inputs (`TaskSpec`); other keys of a file are handed on.
     """
 
     where: str
@@ -45,14 +38,15 @@ class Record:
             ConfigError: for the command line.
             DataError: for a file.
         """
-        wanted = FIELDS[task]
+        spec = find_task(task)
+        wanted = (*spec.images, *spec.texts)
         for name in wanted:
             value = self.content.get(name)
             if value is None:
                 raise self._error(name, f"missing: {task} reads {', '.join(wanted)}")
             if not isinstance(value, str) or not value.strip():
                 raise self._error(name, "empty" if isinstance(value, str) else "not a string")
-            if name in IMAGE_FIELDS and not Path(value).is_file():
+            if name in spec.images and not Path(value).is_file():
                 raise self._error(name, f"{value}: no such file")
         if not self.where and (extra := sorted(set(self.content) - set(wanted))):
             raise self._error(extra[0], f"no input of {task}, which reads {', '.join(wanted)}")
@@ -117,29 +111,26 @@ def predict(model: VLMoE, records: Sequence[Record], top_k: int) -> list[dict[st
 
 
 def _predict(model: VLMoE, records: Sequence[Record], top_k: int) -> list[dict[str, Any]]:
+    spec = model.spec
     # The methods have arguments of the same names.
     given: dict[str, Any] = {
-        name: [record.content[name] for record in records] for name in FIELDS[model.task]
+        name: [record.content[name] for record in records] for name in (*spec.images, *spec.texts)
     }
-    if model.task == "retrieval":
+    if not spec.has_labels:
         rows: list[dict[str, Any]] = [{"score": score} for score in model.score(**given)]
         if model.has_matching:
             rows = [row | {"match": p} for row, p in zip(rows, model.match(**given), strict=True)]
         return rows
-    if model.task == "vqa":
-        return [_classified(answer.most_likely) for answer in model.answer(**given, top_k=top_k)]
-    if model.task == "imagenet":
-        return [_classified(best) for best in model.classify(**given, top_k=top_k)]
-    ask = model.reason if model.task == "nlvr2" else model.entail
-    return [_classified(_sorted(decision)) for decision in ask(**given)]
+    if spec.decides:
+        return [_classified(_sorted(decision)) for decision in model.decide(**given)]
+    return [_classified(best) for best in model.rank(top_k, **given)]
 
 
 def unknown_texts(model: VLMoE, records: Sequence[Record]) -> str:
     """A line about the records with texts that the tokenizer does not know; empty if there are none."""
     poor: list[str] = []
-    names = [name for name in FIELDS[model.task] if name not in IMAGE_FIELDS]
     for record in records:
-        shares = {name: model.unknown_share(record.content[name]) for name in names}
+        shares = {name: model.unknown_share(record.content[name]) for name in model.spec.texts}
         name = max(shares, key=lambda name: shares[name], default="")
         if name and shares[name] > UNKNOWN_SHARE:
             where = f"{record.where}: {name}" if record.where else name

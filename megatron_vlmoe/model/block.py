@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -133,8 +134,6 @@ class MoMEBlock(TransformerBlock):
 
 def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
     """The spec of one block: swap attention, norms, FFNs, routers or experts here."""
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-
     attention = ModuleSpec(
         module=StreamSelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},

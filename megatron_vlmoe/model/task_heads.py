@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.model.heads import Heads
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.stream.batch import StreamBatch
@@ -112,12 +113,12 @@ class TaskHeads(Heads):
 
 
 class PairClassifier(TaskHeads):
-    """VQA: the final vector of [T_CLS] of question and image, pooled, to the answers."""
+    """VQA and other pairs: the final vector of [T_CLS] of text and image, pooled, to the classes."""
 
-    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(config)
-        self.classifier = TwoLayerClassifier(config, config.hidden_size, num_classes)
+        self.classifier = TwoLayerClassifier(config, config.hidden_size, run.task.num_classes)
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
@@ -130,10 +131,10 @@ class PairClassifier(TaskHeads):
 class TwoImageClassifier(TaskHeads):
     """NLVR2: pooled [T_CLS] of (sentence, left) and (sentence, right), concatenated, to the two classes."""
 
-    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(config)
-        self.classifier = TwoLayerClassifier(config, 2 * config.hidden_size, num_classes)
+        self.classifier = TwoLayerClassifier(config, 2 * config.hidden_size, run.task.num_classes)
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
@@ -147,9 +148,9 @@ class TwoImageClassifier(TaskHeads):
 class ImageClassifier(TaskHeads):
     """ImageNet: the final vectors of the patches, averaged, to the classes (paper section 4.3, BEiT)."""
 
-    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
         super().__init__(config)
-        self.classifier = OutputLinear(config, config.hidden_size, num_classes)
+        self.classifier = OutputLinear(config, config.hidden_size, run.task.num_classes)
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
@@ -162,10 +163,10 @@ class ImageClassifier(TaskHeads):
 class TextClassifier(TaskHeads):
     """MNLI and other sentence pairs: pooled [T_CLS] to the classes."""
 
-    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(config)
-        self.classifier = OutputLinear(config, config.hidden_size, num_classes)
+        self.classifier = OutputLinear(config, config.hidden_size, run.task.num_classes)
 
     def forward(
         self, hidden: Tensor, batch: Mapping[str, Tensor], stream: StreamBatch
@@ -178,14 +179,16 @@ class TextClassifier(TaskHeads):
 class RetrievalHeads(TaskHeads):
     """Retrieval: projections of [T_CLS] and [I_CLS], a learned temperature, and the matching head (VLMo)."""
 
-    def __init__(self, config: TransformerConfig, temperature: float) -> None:
+    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
         self.text_projection = Linear(config, width, width, bias=False)
         self.image_projection = Linear(config, width, width, bias=False)
         # Part of the loss, which every tensor-parallel rank computes whole: its gradient is not summed over them.
         # fp32: in bf16 it would move in steps of 1/64.
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1.0 / temperature)))
+        self.logit_scale = nn.Parameter(
+            torch.full((1,), math.log(1.0 / run.contrastive.temperature))
+        )
         self.pooler = Pooler(config)
         self.matching = OutputLinear(config, width, 2)
 
@@ -212,17 +215,8 @@ class RetrievalHeads(TaskHeads):
         )
 
 
-CLASSIFIERS = {
-    "vqa": PairClassifier,
-    "nlvr2": TwoImageClassifier,
-    "imagenet": ImageClassifier,
-    "mnli": TextClassifier,
-}
-
-
 def build_task_heads(transformer_config: TransformerConfig, config: RunConfig) -> Heads:
     """The heads of the task of a run."""
     assert isinstance(config, FinetuneConfig)
-    if config.task.name == "retrieval":
-        return RetrievalHeads(transformer_config, config.contrastive.temperature)
-    return CLASSIFIERS[config.task.name](transformer_config, config.task.num_classes)
+    heads: Heads = load_code(config.task.spec.head.build)(transformer_config, config)
+    return heads

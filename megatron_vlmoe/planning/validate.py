@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import did_you_mean, near_divisors, near_multiples
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.stream.block_plan import block_plans, has_experts, moe_layer_numbers
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import (
     VOCAB_MULTIPLE,
+    check_parallel_sizes,
     data_parallel_size,
     num_micro_batches,
     padded_vocab_size,
@@ -32,6 +36,9 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_objectives(config)
     _check_parallel(config, world_size)
     _check_train(config)
+    check_ranges(config)
+    for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
+        check_dataset_prefixes(f"data.{name}", getattr(config.data, name))
     num_micro_batches(config, data_parallel_size(config.parallel, world_size))
 
 
@@ -54,11 +61,13 @@ def _check_model(config: RunConfig) -> None:
     _require(
         model.hidden_size % model.num_attention_heads == 0,
         f"model.hidden_size={model.hidden_size} is not divisible by "
-        f"model.num_attention_heads={model.num_attention_heads}",
+        f"model.num_attention_heads={model.num_attention_heads}: "
+        f"{near_divisors(model.num_attention_heads, model.hidden_size)} heads fit",
     )
     _require(
         model.image_size % model.patch_size == 0 and model.image_size > 0,
-        f"model.image_size={model.image_size} is not a multiple of model.patch_size={model.patch_size}",
+        f"model.image_size={model.image_size} is not a multiple of model.patch_size={model.patch_size}: "
+        f"--model.image_size {near_multiples(model.image_size, model.patch_size)} fits",
     )
     _require(
         0 <= model.num_vl_layers <= model.num_layers,
@@ -119,7 +128,8 @@ def _check_moe(config: RunConfig) -> None:
             _require(moe.topk <= pool.num_experts, f"moe.topk={moe.topk}, but {where}")
             _require(
                 pool.num_experts % expert_parallel == 0,
-                f"{where}, not divisible by parallel.expert_model_parallel_size={expert_parallel}",
+                f"{where}, not divisible by parallel.expert_model_parallel_size={expert_parallel}: "
+                f"{near_divisors(expert_parallel, pool.num_experts)} fits",
             )
 
 
@@ -163,14 +173,7 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     tensor = parallel.tensor_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "expert_model_parallel_size",
-    ):
-        value = getattr(parallel, name)
-        _require(value >= 1, f"parallel.{name}={value} must be at least 1")
+    check_parallel_sizes(parallel)
     _require(
         parallel.context_parallel_size == 1,
         f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
@@ -184,7 +187,8 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     _require(
         model.num_attention_heads % tensor == 0,
         f"parallel.tensor_model_parallel_size={tensor} does not divide "
-        f"model.num_attention_heads={model.num_attention_heads}",
+        f"model.num_attention_heads={model.num_attention_heads}: "
+        f"{near_divisors(tensor, model.num_attention_heads)} fits",
     )
     for name in ("vocab_size", "visual_vocab_size"):
         # Rows are padded to a multiple of 128, whatever the layout; an unknown size could be any of them.
@@ -211,7 +215,8 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     _require(
         model.num_layers % (pipeline * virtual) == 0,
         f"model.num_layers={model.num_layers} is not divisible by "
-        f"parallel.pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size={virtual}",
+        f"parallel.pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size={virtual}: "
+        f"a product of {near_divisors(pipeline * virtual, model.num_layers)} fits",
     )
     _require(
         not parallel.overlap_param_gather or parallel.use_distributed_optimizer,
@@ -229,8 +234,63 @@ def check_exit_signals(names: Sequence[str]) -> None:
     for name in names:
         _require(
             name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
-            f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)",
+            f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)"
+            f"{did_you_mean(name, signal.Signals.__members__)}",
         )
+
+
+# What follows a prefix in the names of a dataset's files.
+_PART = re.compile(
+    r"(_(text_document|image|text|codes|samples))?\.(bin|idx|arrow|json)$|_text_document$"
+)
+
+
+def check_dataset_prefixes(option: str, values: Sequence[str]) -> None:
+    """Checks that the values of an option are prefixes of datasets, not one of their files.
+
+    Args:
+        option: as `data.text`.
+        values: prefixes, or weights and prefixes in turn.
+
+    Raises:
+        ConfigError: naming the prefix that was probably meant.
+    """
+    for value in values:
+        prefix = _PART.sub("", value)
+        # A prefix may end like a part; then its manifest says so.
+        if prefix != value and not Path(f"{value}.json").is_file():
+            raise ConfigError(
+                f"--{option} {value}: is one file of a dataset; give the prefix of all its files: --{option} {prefix}"
+            )
+
+
+_AT_LEAST_ZERO = (
+    *("data.num_workers", "data.color_jitter", "objectives.caption_mask_slots"),
+    *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
+    *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
+    *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
+)
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Checks numbers that any run may have, pretraining or not, one by one.
+
+    Raises:
+        ConfigError: on the first that is out of its range.
+    """
+
+    def value(name: str) -> float:
+        section, _, option = name.partition(".")
+        return float(getattr(getattr(config, section), option))
+
+    for name in _AT_LEAST_ZERO:
+        _require(value(name) >= 0, f"{name}={value(name):g} must not be negative")
+    for name in ("data.flip_probability", "data.pair_flip_probability"):
+        _require(0.0 <= value(name) <= 1.0, f"{name}={value(name):g} is not in [0, 1]")
+    for name in ("data.eval_fraction", "optim.adam_beta1", "optim.adam_beta2"):
+        _require(0.0 <= value(name) < 1.0, f"{name}={value(name):g} is not in [0, 1)")
+    smallest = config.data.crop_scale_min
+    _require(0.0 < smallest <= 1.0, f"data.crop_scale_min={smallest} is not in (0, 1]")
 
 
 def _check_train(config: RunConfig) -> None:

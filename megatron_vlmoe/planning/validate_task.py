@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import near_multiples
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.planning.validate import check_exit_signals
-from megatron_vlmoe.stream.sizes import data_parallel_size
+from megatron_vlmoe.planning.validate import (
+    check_dataset_prefixes,
+    check_exit_signals,
+    check_ranges,
+)
+from megatron_vlmoe.stream.sizes import batch_sizes_that_fit, data_parallel_size
 
 
 def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
@@ -20,6 +25,8 @@ def validate_task(config: FinetuneConfig, world_size: int, training: bool = True
         ConfigError: on the first contradiction.
     """
     check_exit_signals(config.train.exit_signals)
+    check_ranges(config)
+    check_dataset_prefixes("task.data", [config.task.data])
     data_size = data_parallel_size(config.parallel, world_size)
     _check_batches(config, data_size, training)
     for name in ("seeds", "eval_splits"):
@@ -48,14 +55,18 @@ def _check_batches(config: FinetuneConfig, data_size: int, training: bool) -> No
         _require(size >= 1, f"task.{name}={size} must be at least 1")
         _require(
             size % tensor == 0,
-            f"task.{name}={size} is not divisible by parallel.tensor_model_parallel_size={tensor}",
+            f"task.{name}={size} is not divisible by parallel.tensor_model_parallel_size={tensor}: "
+            f"--task.{name} {near_multiples(size, tensor)} fits",
         )
-    unit = task.micro_batch_size * data_size
-    _require(
-        not training or (task.global_batch_size >= unit and task.global_batch_size % unit == 0),
-        f"task.global_batch_size={task.global_batch_size} is not a multiple of "
-        f"task.micro_batch_size={task.micro_batch_size} x {data_size} data-parallel rank(s)",
-    )
+    if not training:
+        return
+    micro, total = task.micro_batch_size, task.global_batch_size
+    if total < 1 or total % (micro * data_size):
+        options = {("task.micro_batch_size", "task.global_batch_size"): (micro, total)}
+        raise ConfigError(
+            f"task.global_batch_size={total} is not a multiple of task.micro_batch_size={micro} x "
+            f"{data_size} data-parallel rank(s){batch_sizes_that_fit(options, data_size, tensor)}"
+        )
 
 
 def _check_training(config: FinetuneConfig) -> None:
@@ -88,15 +99,15 @@ def _check_training(config: FinetuneConfig) -> None:
         f"task.label_smoothing={task.label_smoothing} is not in [0, 1)",
     )
     _require(
-        task.label_smoothing == 0.0 or task.name in ("imagenet", "nlvr2", "mnli"),
+        task.label_smoothing == 0.0 or task.spec.target == "class",
         f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over",
     )
     for name in ("mixup", "cutmix"):
         alpha = getattr(task, name)
         _require(alpha >= 0.0, f"task.{name}={alpha} must not be negative")
         _require(
-            alpha == 0.0 or task.name == "imagenet",
-            f"task.{name}={alpha}: only imagenet mixes images",
+            alpha == 0.0 or task.spec.mixes_images,
+            f"task.{name}={alpha}: {task.name} does not mix images, only tasks of one image and its class do",
         )
     _require(
         0.0 <= task.random_erase <= 1.0, f"task.random_erase={task.random_erase} is not in [0, 1]"
@@ -105,10 +116,11 @@ def _check_training(config: FinetuneConfig) -> None:
 
 def _check_retrieval(config: FinetuneConfig) -> None:
     options, model = config.contrastive, config.model
+    matches = config.task.spec.target == "match"
     _require(
-        config.task.name != "retrieval" or model.text_length == model.pair_text_length,
+        not matches or model.text_length == model.pair_text_length,
         f"model.text_length={model.text_length} and model.pair_text_length={model.pair_text_length}: "
-        "retrieval reads the same captions alone and in pairs",
+        f"{config.task.name} reads the same captions alone and in pairs",
     )
     _require(
         options.contrastive_weight > 0.0,
@@ -122,7 +134,7 @@ def _check_retrieval(config: FinetuneConfig) -> None:
         options.temperature > 0.0, f"contrastive.temperature={options.temperature} must be positive"
     )
     _require(
-        not options.cache or config.task.name == "retrieval",
+        not options.cache or matches,
         f"contrastive.cache=true is for retrieval, not for {config.task.name}",
     )
     _require(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, draw_crop
 from megatron_vlmoe.data.codes import HEADER_LENGTH, CodesManifest, codes_prefix
 from megatron_vlmoe.data.indexed import IndexedWriter
-from megatron_vlmoe.data.manifest import sync_directory
+from megatron_vlmoe.data.loading import Loader
 from megatron_vlmoe.data.order import Purpose, keyed_rng
-from megatron_vlmoe.prepare.crops import ImageSource, IndexedImages, to_tensor, worker_loader
+from megatron_vlmoe.prepare.crops import ImageSource, IndexedImages, to_tensor
+from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.progress import Progress
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
-from megatron_vlmoe.tokenizers.vqkd.files import write_atomically
-
-_PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +48,13 @@ class CodesOptions:
     def __post_init__(self) -> None:
         for name in ("num_views", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 < self.min_scale <= 1.0:
-            raise ValueError(f"min_scale must be in (0, 1], not {self.min_scale}")
+            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
         if not 0.0 <= self.flip_probability <= 1.0:
-            raise ValueError(f"flip_probability must be in [0, 1], not {self.flip_probability}")
+            raise ConfigError(f"flip_probability must be in [0, 1], not {self.flip_probability}")
         if self.workers < 0:
-            raise ValueError(f"workers must not be negative, not {self.workers}")
+            raise ConfigError(f"workers must not be negative, not {self.workers}")
 
 
 def draw_view(width: int, height: int, image: int, view: int, options: CodesOptions) -> list[int]:
@@ -71,29 +69,23 @@ def draw_view(width: int, height: int, image: int, view: int, options: CodesOpti
 
 
 class _Views(Dataset[Any]):
-    """Image number -> headers int32 `[V, 6]` and crops uint8 `[V, 3, S, S]`."""
+    """Image numbers -> headers int32 `[N * V, 6]` and crops uint8 `[N * V, 3, S, S]`, image by image."""
 
     def __init__(self, source: ImageSource, size: int, options: CodesOptions) -> None:
         self.source = source
         self.size = size
         self.options = options
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | DataError:
-        try:
-            image = self.source.image(index)
-        except DataError as error:
-            return error
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         headers, crops = [], []
-        for view in range(self.options.num_views):
-            *box, flip = draw_view(*image.size, index, view, self.options)
-            crops.append(to_tensor(apply_crop(image, CropBox(*box), self.size, flip=bool(flip))))
-            headers.append([*box, flip, self.size])
+        for index in indices:
+            image = self.source.image(index)
+            for view in range(self.options.num_views):
+                *box, flip = draw_view(*image.size, index, view, self.options)
+                crop = apply_crop(image, CropBox(*box), self.size, flip=bool(flip))
+                crops.append(to_tensor(crop))
+                headers.append([*box, flip, self.size])
         return torch.tensor(headers, dtype=torch.int32), torch.stack(crops)
-
-
-def _join(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    headers, crops = zip(*items, strict=True)
-    return torch.cat(headers), torch.cat(crops)
 
 
 def _encoded_batches(
@@ -106,9 +98,18 @@ def _encoded_batches(
         for start in range(0, len(source), per_batch)
     )
     dataset = _Views(source, tokenizer.image_size, options)
-    for headers, crops in worker_loader(dataset, batches, _join, options.workers):
+    for headers, crops in Loader(dataset, batches, options.workers):
         codes = tokenizer.encode(crops.to(tokenizer.device).float().div_(255.0))
         yield torch.cat((headers, codes.to("cpu", torch.int32)), dim=1).numpy()
+
+
+def open_encoder(path: str, bf16: bool) -> ImageTokenizer:
+    """The tokenizer that encodes, on the GPU where there is one. Raises DataError."""
+    return ImageTokenizer.from_pretrained(
+        path,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
 
 
 def write_codes(
@@ -116,7 +117,6 @@ def write_codes(
     tokenizer: ImageTokenizer,
     options: CodesOptions,
     output_prefix: str | None = None,
-    progress: Callable[[str], None] = print,
 ) -> CodesManifest:
     """Encodes every image of `PREFIX_image` and writes `PREFIX_codes` (all of it or nothing).
 
@@ -129,8 +129,10 @@ def write_codes(
     source = IndexedImages(images_prefix)
     prefix = codes_prefix(output_prefix or images_prefix)
     length = HEADER_LENGTH + tokenizer.grid**2
-    started = last = time.monotonic()
-    with IndexedWriter(prefix, np.int32) as writer:
+    with (
+        Progress("encode", "images", len(source)) as progress,
+        IndexedWriter(prefix, np.int32) as writer,
+    ):
         for records in _encoded_batches(source, tokenizer, options):
             images = len(records) // options.num_views
             writer.add_documents(
@@ -138,10 +140,7 @@ def write_codes(
                 np.full(len(records), length),
                 np.full(images, options.num_views),
             )
-            now = time.monotonic()
-            if now - last > _PROGRESS_SECONDS:
-                last, rate = now, writer.num_documents / (now - started)
-                progress(f"encoded {writer.num_documents}/{len(source)} images, {rate:.1f} per s")
+            progress.add(images)
         manifest = CodesManifest(
             num_images=len(source),
             num_views=options.num_views,
@@ -158,9 +157,6 @@ def write_codes(
         # From here on the old codes, if any, are gone: their manifest must not vouch for new files.
         Path(f"{prefix}.json").unlink(missing_ok=True)
     content = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
-    try:
-        write_atomically(Path(f"{prefix}.json"), content.encode())
-    except OSError as error:
-        raise DataError(f"{prefix}.json: {error.strerror}") from error
-    sync_directory(Path(prefix).parent)
+    write_text_atomic(f"{prefix}.json", content)
+    progress.finish()
     return manifest

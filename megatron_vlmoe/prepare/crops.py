@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, read_image_file
 from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.loading import Loader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, keyed_rng
 from megatron_vlmoe.prepare.readers.images import read_images
@@ -129,36 +130,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def worker_loader(
-    dataset: Dataset[Any], batches: Any, collate: Callable[[list[Any]], Any], workers: int
-) -> Iterator[Any]:
-    """Batches made by `workers` processes (0: in this one); a worker's DataError is raised here.
-
-    The DataLoader would wrap an error of a worker in the text of its traceback; so datasets
-    return their errors as values (see `returning_errors`).
-    """
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_CollateUnlessError(collate),
-        pin_memory=torch.cuda.is_available(),
-    )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-@dataclass(frozen=True)
-class _CollateUnlessError:
-    collate: Callable[[list[Any]], Any]
-
-    def __call__(self, items: list[Any]) -> Any:
-        errors = [item for item in items if isinstance(item, DataError)]
-        return errors[0] if errors else self.collate(items)
-
-
 @dataclass(frozen=True)
 class CropOptions:
     """What is done to an image before the tokenizer sees it in training."""
@@ -176,43 +147,41 @@ class CropOptions:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.min_scale <= 1.0:
-            raise ValueError(f"min_scale must be in (0, 1], not {self.min_scale}")
+            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
         if self.workers < 0:
-            raise ValueError(f"workers must not be negative, not {self.workers}")
+            raise ConfigError(f"workers must not be negative, not {self.workers}")
 
 
 class _TrainingCrops(Dataset[Any]):
-    """Crop number `position` of the endless training order; positions count slots of all steps."""
+    """Crops at some positions of the endless training order; positions count slots of all steps."""
 
     def __init__(self, source: ImageSource, options: CropOptions) -> None:
         self.source = source
         self.options = options
         self.order = SampleOrder(len(source), options.seed)
 
-    def __getitem__(self, position: int) -> Tensor | DataError:
+    def __getitem__(self, positions: list[int]) -> Tensor:
+        return torch.stack([self._crop(position) for position in positions])
+
+    def _crop(self, position: int) -> Tensor:
         _, index = self.order.locate(position)
         rng = keyed_rng(self.options.seed, Purpose.AUGMENTATION, index=position)
-        try:
-            image = self.source.image(index)
-        except DataError as error:
-            return error
+        image = self.source.image(index)
         box = draw_crop(*image.size, rng, scale=(self.options.min_scale, 1.0))
         return to_tensor(apply_crop(image, box, self.options.size, flip=bool(rng.random() < 0.5)))
 
 
 class _WholeImages(Dataset[Any]):
-    """Image `index`, resized as a whole."""
+    """Images, each resized as a whole."""
 
     def __init__(self, source: ImageSource, size: int) -> None:
         self.source = source
         self.size = size
 
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        try:
-            image = self.source.image(index)
-        except DataError as error:
-            return error
-        return to_tensor(apply_crop(image, CropBox.whole(*image.size), self.size))
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        images = [self.source.image(index) for index in indices]
+        whole = [apply_crop(one, CropBox.whole(*one.size), self.size) for one in images]
+        return torch.stack([to_tensor(image) for image in whole])
 
 
 class TokenizerCrops:
@@ -231,7 +200,7 @@ class TokenizerCrops:
         share = self.options.batch_size // world_size
         batches = _Slots(first_step, self.options.batch_size, rank * share, share)
         dataset = _TrainingCrops(self.source, self.options)
-        return worker_loader(dataset, batches, torch.stack, self.options.workers)
+        return iter(Loader(dataset, batches, self.options.workers))
 
     def evaluation_batches(self) -> Iterator[Tensor]:
         """Up to 256 images, spread evenly over the corpus: uint8 `[n, 3, S, S]`."""
@@ -240,7 +209,7 @@ class TokenizerCrops:
         size = min(self.options.batch_size, 64)
         batches = [chosen[i : i + size].tolist() for i in range(0, count, size)]
         dataset = _WholeImages(self.source, self.options.size)
-        return worker_loader(dataset, batches, torch.stack, self.options.workers)
+        return iter(Loader(dataset, batches, self.options.workers))
 
 
 @dataclass(frozen=True)

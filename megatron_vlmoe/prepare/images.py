@@ -31,12 +31,13 @@ from megatron_vlmoe.prepare.readers.images import read_images
 from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, kinds_of, passed_over_line
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
-    Progress,
     Run,
     chunked,
     ordered_map,
     record_counts,
+    rejected_words,
 )
+from megatron_vlmoe.runtime.progress import Progress
 
 _KEPT_FORMATS = frozenset({"JPEG", "PNG", "WEBP"})
 _KEPT_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
@@ -208,8 +209,10 @@ def preprocess_images(
         DataError: bad input (with ``on_error`` "stop"), no usable image, or a full disk; nothing
             is left behind.
     """
-    progress = Progress("images")
-    with DatasetOutput(run.output_prefix, "images", [np.uint8], run.on_error) as output:
+    with (
+        Progress("images") as progress,
+        DatasetOutput(run.output_prefix, "images", [np.uint8], run.on_error) as output,
+    ):
         found: Iterator[ImageFile | Reject] = output.rejects.without_passed_over(
             read_images(inputs)
         )
@@ -235,7 +238,7 @@ def preprocess_images(
             alpha=rules.alpha,
         )
         output.commit(manifest)
-    progress.finish(manifest.rejects, manifest.documents)
+    progress.finish(rejected_words(manifest.rejects, manifest.documents))
     if manifest.passed_over:
         print(f"images: {passed_over_line(manifest.passed_over)}", file=sys.stderr)
     return manifest

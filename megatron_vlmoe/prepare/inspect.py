@@ -12,9 +12,9 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import decode_pixels, open_image
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import (
-    DATASET_PARTS,
     DatasetManifest,
     check_dataset,
+    dataset_parts,
     length_percentiles,
     load_manifest,
     part_prefix,
@@ -22,6 +22,7 @@ from megatron_vlmoe.data.manifest import (
 )
 from megatron_vlmoe.prepare.contact_sheet import Cell, draw_sheet
 from megatron_vlmoe.prepare.readers.records import passed_over_line
+from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 _COUNTED = ("records", "images", "captions")
@@ -55,7 +56,7 @@ class DatasetView:
             prefix, kind, fingerprint, checksums=checksums
         )
         self.readers = {
-            part: IndexedReader(part_prefix(prefix, part)) for part in DATASET_PARTS[kind]
+            part: IndexedReader(part_prefix(prefix, part)) for part in dataset_parts(kind)
         }
 
     def summary(self) -> Iterator[str]:
@@ -173,10 +174,7 @@ class View(Protocol):
 
 
 def save_contact_sheet(view: View, path: Path, count: int) -> None:
-    """Writes `View.contact_sheet` as PNG. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        view.contact_sheet(count).save(temporary, "PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes `View.contact_sheet` as PNG. Raises FileError."""
+    sheet = view.contact_sheet(count)
+    with open_atomic(path) as file:
+        sheet.save(file, "PNG")

@@ -9,8 +9,8 @@ from PIL import Image
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import decode_pixels, open_image
 from megatron_vlmoe.data.manifest import (
-    TASKS,
     check_dataset,
+    is_task,
     length_percentiles,
     load_manifest,
     unknown_line,
@@ -30,7 +30,7 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 def open_view(prefix: str, tokenizer_model: str | None, checksums: bool) -> View:
     """The view that fits the kind of a dataset; the arguments are those of `DatasetView`."""
-    if load_manifest(prefix).kind in TASKS:
+    if is_task(load_manifest(prefix).kind):
         return TaskView(prefix, tokenizer_model, checksums)
     return DatasetView(prefix, tokenizer_model, checksums)
 

@@ -11,11 +11,11 @@ from typing import Any
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import (
-    DATASET_PARTS,
-    TASKS,
     DatasetManifest,
     check_dataset,
     check_same_tokenizer,
+    dataset_parts,
+    is_task,
     length_percentiles,
     load_manifest,
     manifest_path,
@@ -40,11 +40,11 @@ def merge_datasets(
     if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in inputs}:
         raise DataError(f"{output_prefix}: is both an input and the output")
     kind = load_manifest(inputs[0]).kind
-    if kind in TASKS:
+    if is_task(kind):
         raise DataError(f"{manifest_path(inputs[0])}: splits of a task ({kind}) are not merged")
     manifests = [check_dataset(prefix, kind) for prefix in inputs]
     check_same_tokenizer(inputs, manifests)
-    parts = DATASET_PARTS[kind]
+    parts = dataset_parts(kind)
     dtypes = [IndexedReader(part_prefix(inputs[0], part)).dtype for part in parts]
     with DatasetOutput(output_prefix, kind, dtypes) as output:
         for prefix in inputs:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
@@ -38,7 +39,6 @@ from megatron_vlmoe.prepare.readers.records import (
 )
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
-    Progress,
     Run,
     TokenizerLike,
     checked_text,
@@ -48,6 +48,7 @@ from megatron_vlmoe.prepare.tool import (
     ordered_map,
     report_unknown,
 )
+from megatron_vlmoe.runtime.progress import Progress
 
 DEFAULT_MAX_CAPTION_TOKENS = 512
 _MAX_CHARACTERS_PER_TOKEN = 64
@@ -269,9 +270,12 @@ def preprocess_pairs(
     )
     check_inputs(source.annotations)
     chosen = with_format(source)
-    progress, counts = Progress("pairs"), PairCounts()
-    dtype = token_dtype(tokenizer.size)
-    with DatasetOutput(run.output_prefix, "pairs", [np.uint8, dtype], run.on_error) as output:
+    counts = PairCounts()
+    dtypes: list[npt.DTypeLike] = [np.uint8, token_dtype(tokenizer.size)]
+    with (
+        Progress("pairs") as progress,
+        DatasetOutput(run.output_prefix, "pairs", dtypes, run.on_error) as output,
+    ):
         records: Iterator[PairItem] = output.rejects.without_passed_over(read_pairs(chosen))
         chunks = chunked(records, _CHUNK)
         for result in ordered_map(work, chunks, run.workers):
@@ -289,7 +293,7 @@ def preprocess_pairs(
         files = output.finish(run.source.get("inputs", "the input"))
         manifest = pairs_manifest(output, files, run, tokenizer, counts, options.rules)
         output.commit(manifest)
-    progress.finish(0)  # what is rejected follows, kind by kind
+    progress.finish()  # what is rejected follows, kind by kind
     if source.format == "auto":
         print(f"pairs: read as --format {chosen.format}", file=sys.stderr)
     for line in _summary(counts, run.output_prefix, output.rejects.passed_over):

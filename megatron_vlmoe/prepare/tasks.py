@@ -6,6 +6,7 @@ sink numbers images and texts in order of first use.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +15,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.tasks import TaskSpec, find_task, load_code
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles
 from megatron_vlmoe.data.task_labels import Labels, write_labels
-from megatron_vlmoe.data.task_samples import TASK_SHAPES, TaskRow, TaskShape
+from megatron_vlmoe.data.task_samples import TaskRow, check_task
 from megatron_vlmoe.prepare.images import add_images, checked_image
 from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
 from megatron_vlmoe.prepare.readers.tasks.records import (
@@ -26,11 +28,10 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     SampleStream,
     TaskInput,
     TaskSample,
+    TaskSource,
 )
-from megatron_vlmoe.prepare.readers.tasks.task_formats import open_task
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
-    Progress,
     Run,
     TokenizerLike,
     checked_text,
@@ -38,8 +39,10 @@ from megatron_vlmoe.prepare.tool import (
     encode_all,
     load_tokenizer,
     ordered_map,
+    rejected_words,
     report_unknown,
 )
+from megatron_vlmoe.runtime.progress import Progress
 
 _MAX_CHARACTERS = 1 << 16
 _IMAGE_CHUNK = 16
@@ -103,17 +106,17 @@ class CheckSamples:
                     result.images[_key(image)] = data
                 except DataError as error:
                     result.images[_key(image)] = _named(image, error)
-        shape = TASK_SHAPES[self.task]
-        found = [item if isinstance(item, Reject) else _texts(item, shape) for item in chunk.items]
+        spec = find_task(self.task)
+        found = [item if isinstance(item, Reject) else _texts(item, spec) for item in chunk.items]
         raw = [text for one in found if not isinstance(one, Reject) for _, text in one[0]]
-        what = "caption" if shape.captions else "text"
+        what = "caption" if spec.target == "match" else "text"
         encoded = iter(encode_all(tokenizer, raw, what) if tokenizer is not None and raw else [])
         for item, one in zip(chunk.items, found, strict=True):
             if isinstance(one, Reject) or isinstance(item, Reject):
                 result.items += [one] if isinstance(one, Reject) else []
             else:
                 texts, rejects = one
-                result.items += _encoded(item, shape, texts, rejects, encoded)
+                result.items += _encoded(item, spec, texts, rejects, encoded)
         return result
 
 
@@ -127,7 +130,7 @@ TextsOfSample = tuple[list[tuple[int, str]], list[tuple[int, str]]]
 """Place and text of the usable ones; place of the others and what is wrong with them."""
 
 
-def _texts(sample: TaskSample, shape: TaskShape) -> TextsOfSample | Reject:
+def _texts(sample: TaskSample, spec: TaskSpec) -> TextsOfSample | Reject:
     """The texts of a sample before they are tokenized; a `Reject` if it has a name of no use."""
     try:
         for name in (sample.id, *sample.answers, sample.answer_type):
@@ -136,7 +139,7 @@ def _texts(sample: TaskSample, shape: TaskShape) -> TextsOfSample | Reject:
         reason = "invalid Unicode in its id or answers"
         lost = sample.id.encode("utf-8", "replace").decode()
         return Reject(sample.source, sample.record, reason, sample=lost)
-    what = "caption" if shape.captions else "text"
+    what = "caption" if spec.target == "match" else "text"
     usable, bad = list[tuple[int, str]](), list[tuple[int, str]]()
     for place, text in enumerate(sample.texts):
         try:
@@ -148,7 +151,7 @@ def _texts(sample: TaskSample, shape: TaskShape) -> TextsOfSample | Reject:
 
 def _encoded(
     sample: TaskSample,
-    shape: TaskShape,
+    spec: TaskSpec,
     usable: list[tuple[int, str]],
     bad: list[tuple[int, str]],
     encoded: Iterator[list[int] | str],
@@ -164,12 +167,14 @@ def _encoded(
         checked.raw.append(text)
         checked.ids.append(ids)
     rejects: list[CheckedSample | Reject] = []
+    # An image's captions are samples of their own.
+    captions = spec.target == "match"
     for place, reason in sorted(bad):
-        number = f", caption {place}" if shape.captions else f", text {place + 1}"
-        record = sample.record + (number if shape.captions or shape.texts > 1 else "")
-        name = f"{sample.id}#{place}" if shape.captions else sample.id
+        number = f", caption {place}" if captions else f", text {place + 1}"
+        record = sample.record + (number if captions or len(spec.texts) > 1 else "")
+        name = f"{sample.id}#{place}" if captions else sample.id
         rejects.append(Reject(sample.source, record, reason, sample=name))
-    if not shape.captions:
+    if not captions:
         # One line for a sample: a count of rejects is a count of samples.
         return rejects[:1] or [checked]
     if not checked.ids:
@@ -224,7 +229,7 @@ class SampleSink:
         self._output = output
         self._tokenizer = tokenizer
         self._samples = output.samples
-        self._shape = TASK_SHAPES[task]
+        self._spec = find_task(task)
         self._documents: dict[ImageKey, int] = {}
         # Checked images before their first use, and for good the bad ones with what is wrong.
         self._images: dict[ImageKey, bytes | str] = {}
@@ -245,7 +250,7 @@ class SampleSink:
                 self._reject(Reject(sample.source, sample.record, reason, sample=sample.id))
             else:
                 self._add_sample(item)
-        if not self._shape.shared_images:
+        if not self._spec.shared_images:
             self._images.clear()
 
     def _reject(self, reject: Reject) -> None:
@@ -259,7 +264,7 @@ class SampleSink:
         self.left_out.pop(sample.id, None)
         images = tuple(self._document(_key(image)) for image in sample.images)
         texts: tuple[int, ...] = ()
-        if self._shape.texts:
+        if self._spec.texts:
             writer = self._output.writers["text"]
             first = writer.num_sequences
             arrays = [np.asarray(ids) for ids in item.ids]
@@ -267,7 +272,7 @@ class SampleSink:
             self._output.count_unknown(np.concatenate(arrays), self._tokenizer)
             writer.add_document(arrays)
             texts = tuple(range(first, writer.num_sequences))
-        if self._shape.captions:
+        if self._spec.target == "match":
             for place, text, raw in zip(item.places, texts, item.raw, strict=True):
                 self._samples.add(TaskRow(f"{sample.id}#{place}", images, (text,), (raw,)))
             return
@@ -282,7 +287,7 @@ class SampleSink:
         data = self._images[key]
         assert isinstance(data, bytes)
         add_images(self._output, [data])
-        if self._shape.shared_images:
+        if self._spec.shared_images:
             self._documents[key] = number
             del self._images[key]
         return number
@@ -317,16 +322,20 @@ def prepare_task(
     names (``P_labels.json``) before the first. The result does not depend on ``run.workers``.
 
     Raises:
-        DataError: bad input (with ``on_error`` "stop"), a missing file, a split without a usable
+        DataError: an unknown task, bad input (with ``on_error`` "stop"), a missing file, a split without a usable
             sample, or a full disk; of the split in which it happens nothing is left behind.
         ValueError: the tokenizer cannot be loaded.
     """
-    if TASK_SHAPES[source.task].texts and options.tokenizer_model is None:
-        raise DataError(f"task {source.task} needs --tokenizer-model")
-    raw = open_task(source)
+    check_task(source.task)
+    spec = find_task(source.task)
+    if spec.texts and options.tokenizer_model is None:
+        raise DataError(f"task {source.task} needs --text-tokenizer")
+    if not os.path.isdir(source.raw):
+        raise DataError(f"{source.raw}: not a folder")
+    raw: TaskSource = load_code(spec.reader)(source)
     splits = tuple(dict.fromkeys(options.splits)) or raw.splits()
     streams = {split: raw.read(split) for split in splits}
-    model = options.tokenizer_model if TASK_SHAPES[source.task].texts else None
+    model = options.tokenizer_model if spec.texts else None
     tokenizer = None if model is None else load(model)
     labels = raw.labels
     if labels is not None:
@@ -349,17 +358,19 @@ class _Job:
     def prepare(self, split: str, stream: SampleStream) -> DatasetManifest:
         """Reads, checks and publishes one split."""
         task, run = self.work.task, self.run
-        shape = TASK_SHAPES[task]
+        spec = find_task(task)
         omitted: Counter[str] = Counter()
-        progress = Progress(f"{task} {split}")
-        dtypes: Sequence[np.dtype] = [np.dtype(np.uint8)] if shape.images else []
+        dtypes: Sequence[np.dtype] = [np.dtype(np.uint8)] if spec.images else []
         if self.tokenizer is not None:
             dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
         prefix = f"{run.output_prefix}_{split}"
-        with DatasetOutput(prefix, task, dtypes, run.on_error) as output:
+        with (
+            Progress(f"{task} {split}") as progress,
+            DatasetOutput(prefix, task, dtypes, run.on_error) as output,
+        ):
             sink = SampleSink(output, task, self.tokenizer)
-            size = _IMAGE_CHUNK if shape.images else _TEXT_CHUNK
-            chunks = sample_chunks(_without(stream, omitted), size, shape.shared_images)
+            size = _IMAGE_CHUNK if spec.images else _TEXT_CHUNK
+            chunks = sample_chunks(_without(stream, omitted), size, spec.shared_images)
             for result in ordered_map(self.work, chunks, run.workers):
                 sink.add(result)
                 progress.add(result.records)
@@ -369,7 +380,7 @@ class _Job:
             if self.labels is not None:
                 write_labels(run.output_prefix, self.labels)
             output.commit(manifest)
-        progress.finish(manifest.rejects)
+        progress.finish(rejected_words(manifest.rejects))
         if manifest.unknown_tokens is not None:
             report_unknown(f"{task} {split}", manifest)
         for reason, count in sorted(omitted.items()):

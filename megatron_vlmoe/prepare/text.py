@@ -15,15 +15,16 @@ from megatron_vlmoe.prepare.readers.records import Reject, TextBlock
 from megatron_vlmoe.prepare.readers.text import TextInput, block_texts, read_text
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
-    Progress,
     Run,
     TokenizerLike,
     encode_all,
     load_tokenizer,
     ordered_map,
     record_counts,
+    rejected_words,
     report_unknown,
 )
+from megatron_vlmoe.runtime.progress import Progress
 
 
 @dataclass
@@ -100,10 +101,11 @@ def preprocess_text(
         ValueError: the tokenizer cannot be loaded.
     """
     tokenizer = load(tokenizer_model)
-    progress, kept, rejected = Progress("text"), 0, 0
-    with DatasetOutput(
-        run.output_prefix, "text", [token_dtype(tokenizer.size)], run.on_error
-    ) as output:
+    dtype, kept, rejected = token_dtype(tokenizer.size), 0, 0
+    with (
+        Progress("text") as progress,
+        DatasetOutput(run.output_prefix, "text", [dtype], run.on_error) as output,
+    ):
         writer = output.writers["text_document"]
         work = TokenizeText(tokenizer_model, load)
         for result in ordered_map(work, read_text(source), run.workers):
@@ -128,7 +130,7 @@ def preprocess_text(
             unknown_tokens=output.unknown_tokens,
         )
         output.commit(manifest)
-    progress.finish(rejected, kept)
+    progress.finish(rejected_words(rejected, kept))
     if kept != manifest.documents:
         print(f"text: {kept} records in {manifest.documents} documents", file=sys.stderr)
     report_unknown("text", manifest)

@@ -1,4 +1,4 @@
-"""What the preprocessing tools share: worker processes, rejects, progress, publishing.
+"""What the preprocessing tools share: worker processes, rejects, publishing.
 
 A tool is a reader (records in order), a `Work` (done to a chunk of records in a worker) and a sink
 (results, in the order of the input, into a `DatasetOutput`).
@@ -7,14 +7,12 @@ A tool is a reader (records in order), a `Work` (done to a chunk of records in a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +21,7 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,21 +29,22 @@ import numpy.typing as npt
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedWriter
 from megatron_vlmoe.data.manifest import (
-    DATASET_PARTS,
     SAMPLES_SUFFIX,
-    TASKS,
     DatasetManifest,
     FileRecord,
     check_replaceable,
+    dataset_parts,
+    is_task,
     manifest_path,
     part_prefix,
     rejects_path,
     stage_manifest,
-    sync_directory,
     unknown_line,
 )
 from megatron_vlmoe.data.task_samples import SamplesWriter
 from megatron_vlmoe.prepare.readers.records import PassedOver, Reject, kinds_of, passed_over_line
+from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 OnError = Literal["stop", "skip"]
 Chunk = TypeVar("Chunk")
@@ -55,7 +54,6 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 _CHUNKS_IN_FLIGHT_PER_WORKER = 3
-_PROGRESS_SECONDS = 5.0
 _UNKNOWN_SHARE = 0.01
 
 
@@ -114,8 +112,6 @@ class Run:
 
 def load_tokenizer(model_path: str) -> TokenizerLike:
     """The text tokenizer of a SentencePiece model file. Raises ValueError."""
-    from megatron_vlmoe.tokenizers.text import TextTokenizer
-
     return TextTokenizer(model_path)
 
 
@@ -222,35 +218,10 @@ def chunked(records: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
         yield chunk
 
 
-class Progress:
-    """A line to stderr every few seconds: records done and records per second."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._count = 0
-        self._start = time.monotonic()
-        self._next = self._start + _PROGRESS_SECONDS
-
-    def add(self, records: int) -> None:
-        """Counts records and prints a line if it is time."""
-        self._count += records
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _PROGRESS_SECONDS
-            self._print("...")
-
-    def finish(self, rejects: int, kept: int | None = None) -> None:
-        """Prints the last line; ``kept`` where records are what is kept and rejected."""
-        shown = "" if kept is None else f", {kept} kept"
-        self._print(f"{shown}, {rejects} rejected" if rejects else "")
-
-    def _print(self, end: str) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = self._count / seconds
-        print(
-            f"{self._name}: {self._count} records in {seconds:.1f} s, {rate:.1f} records/s{end}",
-            file=sys.stderr,
-            flush=True,
-        )
+def rejected_words(rejected: int, kept: int | None = None) -> str:
+    """The end of a line of progress; ``kept`` where records are what is kept and rejected."""
+    shown = "" if kept is None else f", {kept} kept"
+    return f"{shown}, {rejected} rejected" if rejected else ""
 
 
 def report_unknown(name: str, manifest: DatasetManifest) -> None:
@@ -281,8 +252,7 @@ class RejectLog:
     def __init__(self, prefix: str, on_error: OnError) -> None:
         self._on_error = on_error
         self._path = rejects_path(prefix)
-        self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
-        self._file: IO[str] | None = None
+        self._staged: StagedFile | None = None
         self.count = 0
         self.first: Reject | None = None
         self.passed_over: Counter[PassedOver] = Counter()
@@ -317,41 +287,30 @@ class RejectLog:
             raise DataError(f"{rejects_path(prefix)}: {error}") from error
 
     def _write(self, line: Mapping[str, str]) -> None:
-        try:
-            if self._file is None:
-                self._file = open(self._temporary, "w", encoding="ascii")
-            self._file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise DataError(f"{self._path}: {error.strerror}") from error
+        if self._staged is None:
+            self._staged = StagedFile(self._path, "w")
+        self._staged.write(json.dumps(line) + "\n")
 
     def finish(self) -> None:
-        """Adds what was passed over, and syncs the file. Raises DataError if the disk is full."""
+        """Adds what was passed over, and syncs the file. Raises FileError."""
         for item, count in sorted(self.passed_over.items(), key=lambda one: astuple(one[0])):
             reason = f"passed over: {item.kind} {count}"
             line = {"source": item.source, "record": "", "reason": reason, "unit": "files"}
             self._write(line)
-        if self._file is None:
-            return
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise DataError(f"{self._path}: {error.strerror}") from error
-        self._file.close()
+        if self._staged is not None:
+            self._staged.finish()
 
     def publish(self) -> None:
         """Gives the file its name; without rejects removes one of an earlier run."""
-        if self._file is None:
+        if self._staged is None:
             self._path.unlink(missing_ok=True)
         else:
-            os.replace(self._temporary, self._path)
+            self._staged.publish()
 
     def abort(self) -> None:
         """Deletes the temporary file."""
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        if self._staged is not None:
+            self._staged.abort()
 
 
 class DatasetOutput:
@@ -359,8 +318,8 @@ class DatasetOutput:
 
     Args:
         prefix: path prefix of the dataset; its folder is made if need be.
-        kind: a key of `DATASET_PARTS`; a task also gets a table of samples.
-        dtypes: the dtype of each part of this kind (`DATASET_PARTS`), in order.
+        kind: as in `DatasetManifest`; a task also gets a table of samples.
+        dtypes: the dtype of each part of this kind (`dataset_parts`), in order.
         on_error: what a reject does.
     """
 
@@ -381,9 +340,9 @@ class DatasetOutput:
         except OSError as error:
             raise DataError(f"{Path(prefix).parent}: {error.strerror}") from error
         try:
-            for part, dtype in zip(DATASET_PARTS[kind], dtypes, strict=True):
+            for part, dtype in zip(dataset_parts(kind), dtypes, strict=True):
                 self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype)
-            if kind in TASKS:
+            if is_task(kind):
                 self.samples = SamplesWriter(prefix, kind)
         except BaseException:
             self._abort()
@@ -428,10 +387,9 @@ class DatasetOutput:
             self.rejects.publish()
             for writer in self._all_writers():
                 writer.publish()
-            os.replace(staged, manifest_path(self.prefix))
+            staged.publish()
         finally:
-            staged.unlink(missing_ok=True)
-        sync_directory(manifest_path(self.prefix).parent)
+            staged.abort()
 
     def _all_writers(self) -> list[IndexedWriter | SamplesWriter]:
         return [*self.writers.values(), *([self.samples] if self.samples else [])]
@@ -459,23 +417,3 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
-
-
-def run_tool(function: Callable[[], object]) -> int:
-    """Calls a tool's work and returns its exit status; an error is one line on stderr."""
-    previous = None
-    with contextlib.suppress(ValueError):  # not the main thread
-        # The usual death by SIGTERM would leave the temporary files.
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        function()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-    return 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any, Callable, Iterable, Optional
 
 import torch
+from megatron.core import optimizer as chooser
+from megatron.core.optimizer import distrib_optimizer
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -81,9 +83,6 @@ def install_adam() -> str:
     Raises:
         RuntimeError: if megatron-core's optimizer modules do not have the expected names.
     """
-    from megatron.core import optimizer as chooser
-    from megatron.core.optimizer import distrib_optimizer
-
     for module, name in (
         (chooser, "Adam"),
         (chooser, "USING_PYTORCH_OPTIMIZER"),

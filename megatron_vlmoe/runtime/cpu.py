@@ -14,6 +14,8 @@ import sys
 from typing import Any, Callable, Iterator
 
 import torch
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import token_dispatcher
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
@@ -150,9 +152,6 @@ def _patch_tensor_type() -> None:
 
 
 def _patch_megatron() -> None:
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import token_dispatcher
-
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(
         random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -5,57 +5,20 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlmoe.config.schema import ParallelConfig
 from megatron_vlmoe.runtime.adam import install_adam
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
 from megatron_vlmoe.runtime.grad_norm import install_grad_norm
+from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.stream.sizes import data_parallel_size
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands in the layout (rank order tp-cp-ep-dp-pp).
-
-    Args:
-        rank: rank in the world.
-        world_size: processes.
-        local_rank: rank on this machine.
-        local_world_size: processes on this machine.
-        tensor: rank and size along TP, likewise the others.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    tensor: int
-    tensor_size: int
-    pipeline: int
-    pipeline_size: int
-    data: int
-    data_size: int
-    expert: int
-    expert_size: int
-    expert_data: int
-    expert_data_size: int
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embeddings."""
-        return self.pipeline == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank holds the heads."""
-        return self.pipeline == self.pipeline_size - 1
 
 
 def device() -> torch.device:
@@ -63,11 +26,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
-
-
-def environment_world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False) -> Ranks:
@@ -81,9 +39,6 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
     on_cpu = install_cpu_runtime()
     install_adam()
     install_grad_norm()
-    # megatron-core may only be imported after the CPU runtime is in place.
-    from megatron.core import parallel_state, tensor_parallel
-
     data_parallel_size(parallel, environment_world_size())
     if not dist.is_initialized():
         if not on_cpu:
@@ -124,30 +79,26 @@ def seed_everything(seed: int) -> None:
 
 def current_ranks() -> Ranks:
     """The ranks of this process in the initialized groups."""
-    from megatron.core import parallel_state as ps
-
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
-        tensor=ps.get_tensor_model_parallel_rank(),
-        tensor_size=ps.get_tensor_model_parallel_world_size(),
-        pipeline=ps.get_pipeline_model_parallel_rank(),
-        pipeline_size=ps.get_pipeline_model_parallel_world_size(),
-        data=ps.get_data_parallel_rank(),
-        data_size=ps.get_data_parallel_world_size(),
-        expert=ps.get_expert_model_parallel_rank(),
-        expert_size=ps.get_expert_model_parallel_world_size(),
-        expert_data=ps.get_expert_data_parallel_rank(),
-        expert_data_size=ps.get_expert_data_parallel_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        expert=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_data=parallel_state.get_expert_data_parallel_rank(),
+        expert_data_size=parallel_state.get_expert_data_parallel_world_size(),
     )
 
 
 def destroy() -> None:
     """Ends the process groups, so that another layout can be initialized in this process."""
-    from megatron.core import parallel_state
-
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,58 +1,171 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and that are still there after a power failure.
+
+Until it is complete and synced, what is written is called ``NAME.tmp-PID`` and lies beside its place. What stood at
+the place before stays as it was until then. A write that fails leaves nothing behind; its `FileError` names the place.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+from megatron_vlmoe.config.errors import FileError
+
+_BUFFER_BYTES = 1 << 20
 
 
-def write_text_atomic(path: Path, *parts: str) -> None:
-    """Writes a UTF-8 file; see `write_parts_atomic`."""
+class StagedFile:
+    """A file under its temporary name until `publish`; the folder is made where it is missing.
+
+    Several that belong together are all finished first and then published.
+
+    Args:
+        path: its place.
+        mode: as of `open`: for bytes ``wb`` or ``w+b``, for UTF-8 text ``w``.
+
+    Attributes:
+        temporary: its path before `publish`.
+        file: what to write to; errors that name the place are those of `write`.
+
+    Raises:
+        FileError: it cannot be written; so do the methods.
+    """
+
+    def __init__(self, path: str | Path, mode: str = "wb") -> None:
+        self.path = Path(path)
+        self.temporary = _temporary(self.path)
+        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file: IO[Any] = open(self.temporary, mode, _BUFFER_BYTES, **text)
+
+    def write(self, content: Any) -> None:
+        """Appends bytes or text."""
+        try:
+            self.file.write(content)
+        except OSError as error:
+            raise _named(error, self.path) from error
+
+    def finish(self) -> None:
+        """Syncs and closes the file, which keeps its temporary name."""
+        if not self.file.closed:
+            with naming(self.path):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+
+    def publish(self) -> None:
+        """Gives the finished file its name."""
+        self.finish()
+        with naming(self.path):
+            os.replace(self.temporary, self.path)
+            sync_folder(self.path.parent)
+
+    def abort(self) -> None:
+        """Deletes the file unless it is published."""
+        # Closing flushes, which fails again on a full disk; the first error is the one told.
+        with contextlib.suppress(OSError):
+            self.file.close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_atomic(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A stream to one file, which gets its name where the block ends without an error; see `StagedFile`."""
+    staged = StagedFile(path, mode)
+    try:
+        try:
+            yield staged.file
+        except OSError as error:
+            if error.filename:
+                raise  # about another file, which was read in the block
+            raise _named(error, staged.path) from error
+        staged.publish()
+    finally:
+        staged.abort()
+
+
+def write_text_atomic(path: str | Path, *parts: str) -> None:
+    """Writes a UTF-8 file. Raises FileError."""
     write_parts_atomic(path, parts)
 
 
-def write_parts_atomic(path: Path, parts: Iterable[str]) -> None:
-    """Writes a UTF-8 file, part by part, under a temporary name beside its place, synced, then renames it.
+def write_parts_atomic(path: str | Path, parts: Iterable[str]) -> None:
+    """Writes a UTF-8 file, part by part as they come. Raises FileError."""
+    with open_atomic(path, "w") as file:
+        file.writelines(parts)
 
-    Makes its folder where that is missing.
 
-    A file that stood there before stays as it was until the new one is complete.
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Writes a file of bytes. Raises FileError."""
+    with open_atomic(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def folder_atomic(path: Path) -> Iterator[Path]:
+    """A folder to fill, which replaces the one at ``path``, if any, where the block ends without an error.
+
+    Yields:
+        Its path before that.
 
     Raises:
-        OSError: it cannot be written; the message names ``path``, and nothing is left behind.
+        FileError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with naming(path):
+            temporary.mkdir(parents=True)
+        yield temporary
+        publish_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync_tree(folder: Path) -> None:
-    """Makes all files below a folder, and the folder's entries, durable."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Syncs a complete folder and gives it the name ``path``, in place of what stood there. Raises FileError."""
+    with naming(path):
+        for inside in sorted(temporary.rglob("*")):
+            if inside.is_dir():
+                sync_folder(inside)
+            else:
+                with inside.open("rb") as file:
+                    os.fsync(file.fileno())
+        sync_folder(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename inside the folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of the system in the block becomes a `FileError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise _named(error, path) from error
+
+
+def _named(error: OSError, path: str | Path) -> FileError:
+    return FileError(error.errno or 0, error.strerror or str(error), str(path))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any, Sequence
 
 import torch
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
 
@@ -33,9 +35,6 @@ def install_grad_norm() -> None:
     Raises:
         RuntimeError: if megatron-core has no such fallback.
     """
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads
-
     for module, name in ((utils, "local_multi_tensor_l2_norm"), (clip_grads, "l2_norm_impl")):
         if not hasattr(module, name):
             raise RuntimeError(f"megatron-core's {module.__name__} has no {name}; 0.16.1 is needed")

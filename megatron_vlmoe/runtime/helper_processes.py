@@ -12,18 +12,14 @@ import ctypes
 import functools
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
-_FOR_THE_RANK = {
+FOR_THE_RANK = {
     *(signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 }
 """Signals that helpers leave to their rank."""
@@ -47,7 +43,7 @@ def lead_helpers(exit_signals: Iterable[str] = ()) -> None:
     Args:
         exit_signals: names of signals that ask this process to leave, besides the usual ones.
     """
-    _FOR_THE_RANK.update(signal.Signals[name] for name in exit_signals)
+    FOR_THE_RANK.update(signal.Signals[name] for name in exit_signals)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _set_parent_death_signal(signal.SIGTERM)
     _register_hooks()
@@ -56,7 +52,7 @@ def lead_helpers(exit_signals: Iterable[str] = ()) -> None:
 @functools.cache
 def _register_hooks() -> None:
     _libc()  # a library must not be loaded in a forked child, whose locks may be held by nobody
-    os.register_at_fork(after_in_child=_become_helper)
+    os.register_at_fork(after_in_child=become_helper)
     # multiprocessing's own hook, which runs after this one, asks workers to end by a signal that they do not see.
     atexit.register(_end_workers)
 
@@ -71,9 +67,9 @@ def _set_parent_death_signal(number: signal.Signals) -> None:
         _libc().prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
-def _become_helper() -> None:
+def become_helper() -> None:
     """In a helper: blocks the rank's signals, whatever handlers a library sets later, and ends with its parent."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RANK)
+    signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RANK)
     _set_parent_death_signal(signal.SIGKILL)
 
 
@@ -83,44 +79,3 @@ def _end_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
-
-
-@dataclass(frozen=True)
-class _PickledQueue:
-    """A manager's queue that holds bytes: for results as they are the manager would import torch (250 MB, seconds)."""
-
-    queue: Any
-
-    def put(self, item: object) -> None:
-        self.queue.put(pickle.dumps(item))
-
-    def get_nowait(self) -> Any:
-        """Raises queue.Empty."""
-        return pickle.loads(self.queue.get_nowait())
-
-
-def install_results_queue(start_method: str = "spawn") -> None:
-    """Gives megatron-core's checkpoint writers a queue whose manager is a helper as described above.
-
-    The manager starts with the first save. A queue that was installed before stays.
-
-    Args:
-        start_method: how it is started (`multiprocessing.get_context`).
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    @functools.cache
-    def results_queue() -> Any:
-        manager = SyncManager(ctx=multiprocessing.get_context(start_method))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RANK)
-        try:
-            # What is blocked stays so in a program that is started; but starting the tracker unblocks SIGTERM.
-            resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RANK)
-            manager.start(_become_helper)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return _PickledQueue(manager.Queue())
-
-    if filesystem_async._get_write_results_queue.__module__ == filesystem_async.__name__:
-        filesystem_async._get_write_results_queue = results_queue

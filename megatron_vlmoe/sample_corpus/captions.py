@@ -1,14 +1,51 @@
-"""Captions: every one names all groups of a scene with colour, kind, texture and where they are."""
+"""Captions in the layouts of COCO and Flickr30K, each also as a Karpathy split.
+
+Every caption names all groups of a scene with colour, kind, texture and where they are.
+"""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from megatron_vlmoe.sample_corpus import language
-from megatron_vlmoe.sample_corpus.scene import Group, Scene, generator_for, relation_between
+from megatron_vlmoe.sample_corpus.language import (
+    DRAWN_WORDS,
+    PICTURE_WORDS,
+    be,
+    indefinite,
+    inflected,
+    listed,
+    place_phrase,
+    relation_phrase,
+    sentence,
+    with_article,
+)
+from megatron_vlmoe.sample_corpus.scene import (
+    VALIDATION_PERIOD,
+    Group,
+    Relation,
+    Scene,
+    ShapeName,
+    generator_for,
+    relation_between,
+    split_of,
+)
+from megatron_vlmoe.sample_corpus.task_files import (
+    FreshScenes,
+    Picture,
+    TaskFiles,
+    json_text,
+    percent,
+)
 
 CAPTIONS_PER_IMAGE = 5
+MAX_FLICKR30K_EVALUATION = 1000
+"""Pictures of val and of test, as in the real split: more could not be kept distinct."""
 
 SINGLE_TEMPLATES = (
     "{a} {place}",
@@ -40,6 +77,13 @@ PAIR_TEMPLATES = (
 as part of the relation ("a star is left of a square, as well as a circle" would be)."""
 LIST_CONNECTIVES = ("along with", "as well as", "together with")
 CLAUSE_CONNECTIVES = ("and", "while")
+SIDE_PHRASES: dict[Relation, tuple[str, ...]] = {
+    "left": ("to {} left", "on {} left"),
+    "right": ("to {} right", "on {} right"),
+    "above": ("above {}",),
+    "below": ("below {}", "under {}"),
+}
+"""Where a group stands, for one that was named before: "to its left", "above them"."""
 
 
 def write_captions(scene: Scene, seed: int, index: int, purpose: str = "captions") -> list[str]:
@@ -48,7 +92,7 @@ def write_captions(scene: Scene, seed: int, index: int, purpose: str = "captions
     groups = scene.groups
     templates = SINGLE_TEMPLATES if len(groups) == 1 else PAIR_TEMPLATES
     return [
-        language.sentence(template.format(**_slots(scene, rng.sample(groups, len(groups)), rng)))
+        sentence(template.format(**_slots(scene, rng.sample(groups, len(groups)), rng)))
         for template in rng.sample(templates, CAPTIONS_PER_IMAGE)
     ]
 
@@ -58,26 +102,29 @@ def _slots(scene: Scene, groups: Sequence[Group], rng: random.Random) -> dict[st
     # Sizes and letters of three or four groups would make a caption too long to read.
     full = len(groups) <= 2
     a = groups[0]
-    picture = rng.choice(language.PICTURE_WORDS)
+    picture = rng.choice(PICTURE_WORDS)
     slots = {
-        "a": language.indefinite(a, rng, full=full),
-        "is_a": language.be(a.count),
-        "place": language.place_phrase(a, rng),
+        "a": indefinite(a, rng, full=full),
+        "is_a": be(a.count),
+        "place": place_phrase(a, rng),
         "picture": picture,
-        "picture_of": language.with_article(picture) + " of",
-        "drawn": rng.choice(language.DRAWN_WORDS),
-        "shape": "shape" if a.count == 1 else "shapes",
-        "background": language.with_article(scene.background) + " background",
+        "picture_of": with_article(picture) + " of",
+        "drawn": rng.choice(DRAWN_WORDS),
+        "shape": inflected("shape", a.count),
+        "background": with_article(scene.background) + " background",
     }
     if len(groups) > 1:
         b = groups[1]
         relation = relation_between(a, b)
         assert relation is not None
+        its, it = ("its", "it") if b.count == 1 else ("their", "them")
         slots |= {
-            "b": language.indefinite(b, rng, full=full),
-            "is_b": language.be(b.count),
-            "relation": language.relation_phrase(relation, rng),
-            "side_of_b": language.side_phrase(relation, b, rng),
+            "b": indefinite(b, rng, full=full),
+            "is_b": be(b.count),
+            "relation": relation_phrase(relation, rng),
+            "side_of_b": rng.choice(SIDE_PHRASES[relation]).format(
+                its if relation in ("left", "right") else it
+            ),
             "rest": _rest(groups[2:], rng.choice(LIST_CONNECTIVES), rng),
             "rest_with": _rest(groups[2:], "with", rng),
             "rest_clause": _rest(groups[2:], rng.choice(CLAUSE_CONNECTIVES), rng),
@@ -90,7 +137,133 @@ def _rest(groups: Sequence[Group], connective: str, rng: random.Random) -> str:
         return ""
     items = []
     for group in groups:
-        phrase = language.indefinite(group, rng, full=False)
-        verb = f" {language.be(group.count)}" if connective in CLAUSE_CONNECTIVES else ""
-        items.append(f"{phrase}{verb} {language.place_phrase(group, rng)}")
-    return f", {connective} {language.listed(items)}"
+        phrase = indefinite(group, rng, full=False)
+        verb = f" {be(group.count)}" if connective in CLAUSE_CONNECTIVES else ""
+        items.append(f"{phrase}{verb} {place_phrase(group, rng)}")
+    return f", {connective} {listed(items)}"
+
+
+def coco_id(index: int) -> int:
+    """COCO's image id; with gaps, as the real ones, so that nobody takes it for a position."""
+    return 100 + 3 * index
+
+
+def coco_file(index: int) -> Path:
+    """Path of a picture below the corpus."""
+    folder = f"{split_of(index)}2014"
+    return Path("coco", folder, f"COCO_{folder}_{coco_id(index):012d}.jpg")
+
+
+def coco_texts(scenes: Iterable[Scene], seed: int) -> dict[Path, str]:
+    """The files of COCO's captions, and of the same captions as a Karpathy split, by path."""
+    contents: dict[str, dict[str, Any]] = {
+        split: {
+            "info": {"description": "sample corpus", "year": 2014, "version": "1.0"},
+            "licenses": [],
+            "images": [],
+            "annotations": [],
+        }
+        for split in ("train", "val")
+    }
+    karpathy = []
+    for index, scene in enumerate(scenes):
+        file, image_id, split = coco_file(index), coco_id(index), split_of(index)
+        sentences = _sentences(index, write_captions(scene, seed, index), first_id=1)
+        contents[split]["images"].append(
+            {
+                "id": image_id,
+                "file_name": file.name,
+                "height": scene.height,
+                "width": scene.width,
+            }
+        )
+        contents[split]["annotations"] += [
+            {"id": s["sentid"], "image_id": image_id, "caption": s["raw"]} for s in sentences
+        ]
+        # Of val2014, Karpathy's split gives a part to each of val, test and further training.
+        parts = ("val", "test", "val", "test", "restval")
+        karpathy.append(
+            {
+                "filepath": file.parent.name,
+                "sentids": [s["sentid"] for s in sentences],
+                "filename": file.name,
+                "imgid": index,
+                "split": parts[index // VALIDATION_PERIOD % 5] if split == "val" else split,
+                "sentences": sentences,
+                "cocoid": image_id,
+            }
+        )
+    for content in contents.values():
+        # As in the original, the captions of a picture do not stand together.
+        content["annotations"].sort(key=lambda a: ((a["id"] - 1) % CAPTIONS_PER_IMAGE, a["id"]))
+    texts = {
+        Path("coco", "annotations", f"captions_{split}2014.json"): json.dumps(content)
+        for split, content in contents.items()
+    }
+    whole = {"images": karpathy, "dataset": "coco"}
+    return texts | {Path("coco", "dataset_coco.json"): json.dumps(whole)}
+
+
+def _sentences(index: int, captions: Sequence[str], first_id: int) -> list[dict[str, Any]]:
+    """The captions of picture ``index`` as Karpathy's splits have them."""
+    return [
+        {
+            "tokens": re.findall(r"\w+", caption.lower()),
+            "raw": caption,
+            "imgid": index,
+            "sentid": number,
+        }
+        for number, caption in enumerate(captions, start=CAPTIONS_PER_IMAGE * index + first_id)
+    ]
+
+
+def make_flickr30k(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
+    """Half as many pictures as ``num_images`` to train, a tenth of that for each of val and test."""
+    evaluation = min(MAX_FLICKR30K_EVALUATION, max(10, num_images // 20))
+    numbers = {"train": max(20, num_images // 2), "val": evaluation, "test": evaluation}
+    pictures: list[Picture] = []
+    entries = []
+    for split, number in numbers.items():
+        named: list[set[ShapeName]] = []
+        for _ in range(number):
+            if split == "train":
+                scene = fresh.take("flickr30k-train")
+            else:
+                scene = fresh.take(f"flickr30k-{split}", accept=partial(_is_distinct, named))
+                named.append({shape.name for shape in scene.shapes})
+            index = len(pictures)
+            file = Path("flickr30k", "flickr30k-images", f"{1_000_000_000 + 7919 * index}.jpg")
+            pictures.append(Picture(split=split, file=file, scene=scene))
+            captions = write_captions(scene, seed, index, "flickr30k-captions")
+            sentences = _sentences(index, captions, first_id=0)
+            entries.append(
+                {
+                    "sentids": [s["sentid"] for s in sentences],
+                    "imgid": index,
+                    "sentences": sentences,
+                    "split": split,
+                    "filename": file.name,
+                }
+            )
+    content = {"images": entries, "dataset": "flickr30k"}
+    truth = {
+        "samples": evaluation * CAPTIONS_PER_IMAGE,
+        "images": evaluation,
+        # In either direction: one of ``evaluation`` pictures is right.
+        "guess_percent": percent(1 / evaluation),
+    }
+    return TaskFiles(
+        pictures=tuple(pictures),
+        texts={Path("flickr30k", "dataset_flickr30k.json"): json_text(content)},
+        truth={"val": truth, "test": truth},
+    )
+
+
+def _is_distinct(others: Sequence[set[ShapeName]], scene: Scene) -> bool:
+    """Whether the scene names neither all that another one names nor only a part of that.
+
+    A caption names every group of its picture, so it can then be true of no other picture. A scene
+    of one group says too little for that.
+    """
+    names = {shape.name for shape in scene.shapes}
+    return len(names) > 1 and not any(names <= other or other <= names for other in others)

@@ -1,28 +1,33 @@
-"""The grammar that captions and paragraphs share: noun phrases, places, relations, agreement."""
+"""The grammar that all texts share: noun phrases, places, relations, agreement."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_vlmoe.sample_corpus.scene import Cell, Group, Relation
+from megatron_vlmoe.sample_corpus.scene import (
+    COLORS,
+    KINDS,
+    SHAPE_NAMES,
+    Cell,
+    Group,
+    Relation,
+    Scene,
+    Shape,
+)
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 PICTURE_WORDS = ("picture", "image", "drawing")
 DRAWN_WORDS = ("drawn", "placed", "painted", "shown")
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jonas")
 LETTER_PHRASES = ("with the letter {} on it", "marked with the letter {}")
 RELATION_PHRASES: dict[Relation, tuple[str, ...]] = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),
     "above": ("above", "over"),
     "below": ("below", "under", "beneath"),
-}
-SIDE_PHRASES: dict[Relation, tuple[str, ...]] = {
-    "left": ("to {} left", "on {} left"),
-    "right": ("to {} right", "on {} right"),
-    "above": ("above {}",),
-    "below": ("below {}", "under {}"),
 }
 CELL_PHRASES: dict[Cell, tuple[str, ...]] = {
     (0, 0): ("in the upper left corner", "at the top left"),
@@ -39,9 +44,16 @@ ROW_NAMES = ("top", "middle", "bottom")
 COLUMN_NAMES = ("left", "middle", "right")
 
 
-def plural(kind: str) -> str:
-    """Plural of a kind of shape."""
-    return kind + ("es" if kind.endswith("ss") else "s")
+def inflected(noun: str, count: int) -> str:
+    """Singular or plural of a noun, given the singular: "circle" and "red crosses"."""
+    if count == 1:
+        return noun
+    return noun + ("es" if noun.endswith("ss") else "s")
+
+
+def counted(count: int, noun: str) -> str:
+    """As in "one circle" and "three circles"."""
+    return f"{NUMBERS[count]} {inflected(noun, count)}"
 
 
 def be(count: int) -> str:
@@ -52,11 +64,6 @@ def be(count: int) -> str:
 def with_article(words: str) -> str:
     """``words`` behind "a" or "an"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def counted(count: int, noun: str, plural_noun: str | None = None) -> str:
-    """As in "one circle" and "three circles"."""
-    return f"{NUMBERS[count]} {noun if count == 1 else plural_noun or plural(noun)}"
 
 
 def listed(items: Sequence[str]) -> str:
@@ -79,10 +86,8 @@ def indefinite(group: Group, rng: random.Random, *, full: bool = True) -> str:
     words = [rng.choice(SIZE_WORDS[group.size])] if full else []
     if group.texture != "solid":
         words.append(group.texture)
-    words.append(group.color)
-    words.append(group.kind if group.count == 1 else plural(group.kind))
-    noun = " ".join(words)
-    phrase = with_article(noun) if group.count == 1 else f"{NUMBERS[group.count]} {noun}"
+    noun = " ".join([*words, *group.name])
+    phrase = with_article(noun) if group.count == 1 else counted(group.count, noun)
     if full and group.letter is not None:
         phrase += " " + rng.choice(LETTER_PHRASES).format(group.letter)
     return phrase
@@ -90,7 +95,7 @@ def indefinite(group: Group, rng: random.Random, *, full: bool = True) -> str:
 
 def definite(group: Group) -> str:
     """As in "the red circle" and "the blue stars": colour and kind single a group out."""
-    return f"the {group.color} {group.kind if group.count == 1 else plural(group.kind)}"
+    return f"the {inflected(' '.join(group.name), group.count)}"
 
 
 def relation_phrase(relation: Relation, rng: random.Random) -> str:
@@ -98,23 +103,42 @@ def relation_phrase(relation: Relation, rng: random.Random) -> str:
     return rng.choice(RELATION_PHRASES[relation])
 
 
-def side_phrase(relation: Relation, of: Group, rng: random.Random) -> str:
-    """An adverbial for what stands in ``relation`` to ``of``: "to its left", "above them"."""
-    horizontal = relation in ("left", "right")
-    singular, several = ("its", "their") if horizontal else ("it", "them")
-    return rng.choice(SIDE_PHRASES[relation]).format(singular if of.count == 1 else several)
-
-
 def place_phrase(group: Group, rng: random.Random) -> str:
     """Where on the grid: "in the upper left corner", "in the middle row"."""
+    row, column = group.cells[0]
     if group.count == 1:
-        return rng.choice(CELL_PHRASES[group.cells[0]])
-    rows = {row for row, _ in group.cells}
-    if len(rows) == 1:
-        return f"in the {ROW_NAMES[rows.pop()]} row"
-    return f"in the {COLUMN_NAMES[group.cells[0][1]]} column"
+        return rng.choice(CELL_PHRASES[row, column])
+    if all(cell[0] == row for cell in group.cells):
+        return f"in the {ROW_NAMES[row]} row"
+    return f"in the {COLUMN_NAMES[column]} column"
 
 
-def background_phrase(background: str) -> str:
-    """As in "on a white background"."""
-    return f"on {with_article(background)} background"
+@dataclass(frozen=True)
+class Thing:
+    """What a question or statement is about: the shapes of a colour, of a kind, or of both."""
+
+    color: str | None
+    """None leaves it open."""
+    kind: str | None
+    """None leaves it open."""
+
+    def found_in(self, scene: Scene) -> list[Shape]:
+        """The shapes of a scene that it names."""
+        return [
+            shape
+            for shape in scene.shapes
+            if self.color in (None, shape.color) and self.kind in (None, shape.kind)
+        ]
+
+    def noun(self, count: int = 1) -> str:
+        """As in "red circle", "stars" and "blue shapes"."""
+        return inflected(" ".join(filter(None, (self.color, self.kind or "shape"))), count)
+
+    def indefinite(self) -> str:
+        """As in "an orange circle"."""
+        return with_article(self.noun())
+
+
+KIND_THINGS = tuple(Thing(None, kind) for kind in KINDS)
+COLOR_THINGS = tuple(Thing(color, None) for color in COLORS)
+NAMED_THINGS = tuple(Thing(color, kind) for color, kind in SHAPE_NAMES)

@@ -1,28 +1,36 @@
-"""MultiNLI in GLUE's tables: every hypothesis three times, each time with another label."""
+"""MultiNLI in GLUE's tables: premises that tell part of a scene, and claims about it.
+
+A premise names every kind of shape of its scene once, with all shapes of that kind, and leaves out
+colours, sizes, places and more at random. What it leaves out may be either way: a claim is entailed
+if it holds in every picture of which the premise is true, contradicted if in none. Every hypothesis
+occurs three times, each time with another label.
+"""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_vlmoe.sample_corpus.entailment import (
-    LABELS,
-    Claim,
-    ClaimForm,
-    Label,
-    Mention,
-    Premise,
-    judge,
-)
-from megatron_vlmoe.sample_corpus.entailment_texts import (
-    MATCHED_GENRES,
-    MISMATCHED_GENRES,
-    write_hypothesis,
-    write_premise,
+from megatron_vlmoe.sample_corpus.language import (
+    CELL_PHRASES,
+    NAMES,
+    NUMBERS,
+    PICTURE_WORDS,
+    RELATION_PHRASES,
+    SIZE_WORDS,
+    be,
+    counted,
+    inflected,
+    listed,
+    relation_phrase,
+    sentence,
+    with_article,
 )
 from megatron_vlmoe.sample_corpus.scene import (
     BACKGROUNDS,
@@ -31,13 +39,28 @@ from megatron_vlmoe.sample_corpus.scene import (
     GRID,
     KINDS,
     SIZES,
+    Cell,
+    Relation,
     Scene,
     draw_scene,
     generator_for,
+    holds,
     relation_between,
 )
 from megatron_vlmoe.sample_corpus.task_files import TaskFiles, class_truth, guess_by
 
+Label = Literal["entailment", "neutral", "contradiction"]
+LABELS: tuple[Label, ...] = ("entailment", "neutral", "contradiction")
+FORMS_IN_TURN = (
+    *("background", "color", "size", "background", "color", "existence", "background", "color"),
+    *("size", "background", "color", "relation", "background", "color", "existence"),
+    *("background", "color", "size", "place", "number of shapes"),
+)
+"""As often as listed: mostly claims that name the colour of a shape or of the background.
+
+A model of a few million parameters learns first whether a premise tells of such a thing at all. With
+relations, places and denials in every other claim it does not even come that far in a few minutes.
+"""
 COLUMNS = (
     *("index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"),
     *("sentence1_parse", "sentence2_parse", "sentence1", "sentence2"),
@@ -52,16 +75,276 @@ MIN_PREMISES = 300
 """With fewer, some hypotheses would find no premise of every label."""
 MAX_LOOKED_AT = 500
 """Premises; a hypothesis that has not found all labels by then is given up."""
-FORMS: tuple[ClaimForm, ...] = (
-    *("background", "color", "size", "background", "color", "existence", "background", "color"),
-    *("size", "background", "color", "relation", "background", "color", "existence"),
-    *("background", "color", "size", "place", "number of shapes"),
-)
-"""In turn; as often as listed: mostly claims that name the colour of a shape or of the background.
 
-A model of a few million parameters learns first whether a premise tells of such a thing at all. With
-relations, places and denials in every other claim it does not even come that far in a few minutes.
-"""
+
+@dataclass(frozen=True)
+class Form:
+    """A sort of claim."""
+
+    values: Sequence[Any]
+    """What may be claimed. Of places all cells, of existence nothing but the kind of shape."""
+    clauses: tuple[str, ...]
+    wordings: Mapping[Any, Sequence[str]] = field(default_factory=dict)
+    """Of the values that are not words themselves, or have synonyms."""
+
+
+FORMS = {
+    "color": Form(COLORS, ("the {kind} {is_} {said}", "the color of the {kind} {is_} {said}")),
+    "size": Form(SIZES, ("the {kind} {is_} {said}",), SIZE_WORDS),
+    "place": Form((), ("the {kind} {is_} {said}",), CELL_PHRASES),
+    "relation": Form(tuple(CONVERSE), ("the {kind} {is_} {said} the {other}",), RELATION_PHRASES),
+    "background": Form(
+        BACKGROUNDS, ("the background {is_} {said}", "the color of the background {is_} {said}")
+    ),
+    "existence": Form((), ("there is {a} {kind}", "{one} shape is a {kind}")),
+    "number of shapes": Form(("two", "three"), ("the number of {kinds} {is_} {said}",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Genre:
+    """How premises and hypotheses are put."""
+
+    openings: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    closings: tuple[str, ...]
+    hypotheses: tuple[str, ...]
+
+
+MATCHED_GENRES = ("caption", "report")
+MISMATCHED_GENRES = ("letter", "verbatim")
+GENRES = {
+    "caption": Genre(
+        openings=("the {picture} shows {shapes}", "there {are} {shapes}"),
+        backgrounds=("the background is {background}",),
+        closings=("there is nothing else",),
+        hypotheses=("{clause}",),
+    ),
+    "report": Genre(
+        openings=(
+            "{name} made {a_picture} of {shapes}",
+            "in this {picture}, there {are} {shapes}",
+        ),
+        backgrounds=("the background is {background}", "{background} is the background"),
+        closings=("there is nothing else in the {picture}", "nothing else is there"),
+        hypotheses=("{clause}", "in the {picture}, {clause}"),
+    ),
+    "letter": Genre(
+        openings=("dear {name}, I drew {shapes}", "dear {name}, I send you {shapes}"),
+        backgrounds=("I made the background {background}",),
+        closings=("I drew nothing else",),
+        hypotheses=("you see that {clause}", "I know that {clause}"),
+    ),
+    "verbatim": Genre(
+        openings=("I see {shapes}", "look, {shapes}"),
+        backgrounds=("it has {a_background} background",),
+        closings=("I see nothing else",),
+        hypotheses=("it is true that {clause}", "look, {clause}"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mention:
+    """What a premise tells of all shapes of a kind; None is left open."""
+
+    kind: str
+    color: str | None
+    size: str | None
+    texture: str | None
+    cell: Cell | None
+    """Told of single shapes only."""
+    count: int | None
+    """None is "some": two or three."""
+
+    @property
+    def definite(self) -> str:
+        """As in "the circle" and "the stars"."""
+        return f"the {inflected(self.kind, self.count or 2)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Premise:
+    """What a premise says."""
+
+    mentions: tuple[Mention, ...]
+    relation: Relation | None
+    """Of the first mentioned to the second, where it is told."""
+    background: str | None
+    """Where it is told."""
+    closed: bool
+    """Whether it says that there is nothing else."""
+
+    def mention(self, kind: str) -> Mention | None:
+        """The mention of a kind, if there is one."""
+        return next((m for m in self.mentions if m.kind == kind), None)
+
+    @cached_property
+    def arrangements(self) -> tuple[dict[str, tuple[Cell, ...]], ...]:
+        """Every way to place the mentioned shapes that the premise allows: cells by kind."""
+        options = [[(m.cell,)] if m.cell else _lines(m.count) for m in self.mentions]
+        return tuple(
+            {m.kind: line for m, line in zip(self.mentions, lines, strict=True)}
+            for lines in product(*options)
+            if (self.relation is None or holds(self.relation, lines[0], lines[1]))
+            and len({cell for line in lines for cell in line}) == sum(map(len, lines))
+        )
+
+
+def _lines(count: int | None) -> list[tuple[Cell, ...]]:
+    """Where one, two or three shapes of a kind may stand; two or three if None."""
+    if count is None:
+        return _lines(2) + _lines(3)
+    rows = [[(row, column) for column in range(GRID)] for row in range(GRID)]
+    if count == 1:
+        return [(cell,) for row in rows for cell in row]
+    return [
+        line for whole in (*rows, *zip(*rows, strict=True)) for line in combinations(whole, count)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One thing that a hypothesis says, or, negated, denies."""
+
+    form: str
+    value: Any
+    """One of the form's values; for a place a cell, for existence None."""
+    kind: str
+    """What it is about, unless that is the background."""
+    other: str
+    """The kind of shape to which ``kind`` stands in a relation."""
+    negated: bool
+
+
+def judge(premise: Premise, claim: Claim) -> Label | None:
+    """What follows; None where a reader could argue, or where it takes several premises together."""
+    told: Label | None = None
+    mention = premise.mention(claim.kind)
+    if claim.form == "background":
+        told = _compare(premise.background, claim.value)
+    elif mention is not None:
+        told = _judge_mention(premise, mention, claim)
+    elif claim.form == "existence":
+        told = "contradiction" if premise.closed else "neutral"
+    if claim.negated and told in ("entailment", "contradiction"):
+        return "contradiction" if told == "entailment" else "entailment"
+    return told
+
+
+def _judge_mention(premise: Premise, mention: Mention, claim: Claim) -> Label | None:
+    if claim.form == "number of shapes":
+        told_count = NUMBERS[mention.count] if mention.count else None
+        return _compare(told_count, claim.value) if mention.count != 1 else None
+    if mention.count != 1:
+        # The hypothesis speaks of one.
+        return None
+    match claim.form:
+        case "existence":
+            return "entailment"
+        case "place":
+            if mention.cell is not None and _may_be_mistaken(mention.cell, claim.value):
+                return None
+            told = _compare(mention.cell, claim.value)
+            found = {cells[claim.kind] == (claim.value,) for cells in premise.arrangements}
+        case "relation":
+            other = premise.mention(claim.other)
+            if other is None or other.count != 1:
+                return None
+            told = _judge_relation(premise, claim)
+            found = {
+                holds(claim.value, cells[claim.kind], cells[claim.other])
+                for cells in premise.arrangements
+            }
+        case _:
+            return _compare(getattr(mention, claim.form), claim.value)
+    in_pictures: Label = "neutral"
+    if len(found) == 1:
+        in_pictures = "entailment" if True in found else "contradiction"
+    return told if told == in_pictures else None
+
+
+def _compare(told: object, claimed: object) -> Label:
+    if told is None:
+        return "neutral"
+    return "entailment" if told == claimed else "contradiction"
+
+
+def _may_be_mistaken(a: Cell, b: Cell) -> bool:
+    """Whether one is a corner and the other a side that it belongs to: "top left" and "top"."""
+    return (1, 1) not in (a, b) and abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1
+
+
+def _judge_relation(premise: Premise, claim: Claim) -> Label:
+    """What the relation that the premise states, if any, says of the claimed one."""
+    if premise.relation is not None:
+        a, b = (mention.kind for mention in premise.mentions[:2])
+        stated = {(a, b): premise.relation, (b, a): CONVERSE[premise.relation]}
+        told = stated.get((claim.kind, claim.other))
+        if told is not None and claim.value in (told, CONVERSE[told]):
+            return _compare(told, claim.value)
+    return "neutral"
+
+
+def write_premise(premise: Premise, genre: str, rng: random.Random) -> str:
+    """One to five sentences."""
+    mentions, words = premise.mentions, GENRES[genre]
+    picture = rng.choice(PICTURE_WORDS)
+    # All shapes in a list and then a relation, or the first two in a relation and then the rest.
+    phrases = [_indefinite(m, rng) for m in mentions]
+    shapes = listed(phrases)
+    more = []
+    if premise.relation is not None:
+        a, b = mentions[:2]
+        relation = relation_phrase(premise.relation, rng)
+        if genre == "caption":
+            shapes = f"{phrases[0]} {relation} " + ", and ".join(phrases[1:])
+        else:
+            more = [f"{a.definite} {be(a.count or 2)} {relation} {b.definite}"]
+    opening = rng.choice(words.openings).format(
+        shapes=shapes,
+        are=be(mentions[0].count or 2),
+        picture=picture,
+        a_picture=with_article(picture),
+        name=rng.choice(NAMES),
+    )
+    sentences = [opening, *more]
+    sentences += [f"{m.definite} is {rng.choice(CELL_PHRASES[m.cell])}" for m in mentions if m.cell]
+    if premise.background is not None:
+        told = rng.choice(words.backgrounds)
+        article = with_article(premise.background)
+        sentences.append(told.format(background=premise.background, a_background=article))
+    if premise.closed:
+        sentences.append(rng.choice(words.closings).format(picture=picture))
+    text = " ".join(map(sentence, sentences))
+    # A field that begins with a quotation mark, as many of the real ones do.
+    return f'"{text}"' if genre == "verbatim" else text
+
+
+def _indefinite(mention: Mention, rng: random.Random) -> str:
+    """As in "a large circle" and "some red stars": only what is told."""
+    size = rng.choice(SIZE_WORDS[mention.size]) if mention.size else None
+    words = (size, mention.texture, mention.color, mention.kind)
+    noun = " ".join(word for word in words if word)
+    if mention.count == 1:
+        return with_article(noun)
+    return counted(mention.count, noun) if mention.count else f"some {inflected(noun, 2)}"
+
+
+def write_hypothesis(claim: Claim, genre: str, rng: random.Random) -> str:
+    """One sentence."""
+    frame, form = rng.choice(GENRES[genre].hypotheses), FORMS[claim.form]
+    said = rng.choice(form.wordings[claim.value]) if form.wordings else claim.value
+    clause = rng.choice(form.clauses).format(
+        kind=claim.kind,
+        kinds=inflected(claim.kind, 2),
+        is_="is not" if claim.negated else "is",
+        a="no" if claim.negated else "a",
+        one="no" if claim.negated else "one",
+        said=said,
+        other=claim.other,
+    )
+    return sentence(frame.format(clause=clause, picture=rng.choice(PICTURE_WORDS)))
 
 
 @dataclass
@@ -81,6 +364,14 @@ class _Sample:
     hypothesis: str
     label: Label
 
+    @property
+    def missing_words(self) -> int:
+        """Number of words of the hypothesis that the premise does not have."""
+        premise, hypothesis = (
+            set(re.findall(r"\w+", text.lower())) for text in (self.told.text, self.hypothesis)
+        )
+        return len(hypothesis - premise)
+
 
 def make_mnli(seed: int, num_images: int) -> TaskFiles:
     """Twice ``num_images`` hypotheses to train; for either dev set a twentieth of ``num_images``.
@@ -90,36 +381,21 @@ def make_mnli(seed: int, num_images: int) -> TaskFiles:
     """
     evaluation = max(30, num_images // 20)
     texts = {}
-    drawn = {}
+    cues = {}
+    truth = {}
     for split, number, genres in (
         ("train", max(30, 2 * num_images), MATCHED_GENRES),
         ("dev_matched", evaluation, MATCHED_GENRES),
         ("dev_mismatched", evaluation, MISMATCHED_GENRES),
     ):
-        drawn[split] = _draw_samples(seed, split, number, genres)
-        texts[Path("mnli", f"{split}.tsv")] = _table(drawn[split], seed, split)
-    train = drawn.pop("train")
-    truth = {split: _truth(train, samples) for split, samples in drawn.items()}
+        samples = _draw_samples(seed, split, number, genres)
+        texts[Path("mnli", f"{split}.tsv")] = _table(samples, seed, split)
+        cues[split] = [(sample.missing_words, sample.label) for sample in samples]
+        if split != "train":
+            truth[split] = class_truth(sample.label for sample in samples) | {
+                "guess_by_missing_words_percent": guess_by(cues["train"], cues[split])
+            }
     return TaskFiles(pictures=(), texts=texts, truth=truth)
-
-
-def _truth(train: Sequence[_Sample], held_out: Sequence[_Sample]) -> dict[str, Any]:
-    """Another guess: by how many words of the hypothesis the premise does not have."""
-    train_cues, cues = (
-        [(_missing_words(sample), sample.label) for sample in samples]
-        for samples in (train, held_out)
-    )
-    return {
-        **class_truth(sample.label for sample in held_out),
-        "guess_by_missing_words_percent": guess_by(train_cues, cues),
-    }
-
-
-def _missing_words(sample: _Sample) -> int:
-    premise, hypothesis = (
-        set(re.findall(r"\w+", text.lower())) for text in (sample.told.text, sample.hypothesis)
-    )
-    return len(hypothesis - premise)
 
 
 def _draw_samples(seed: int, split: str, number: int, genres: Sequence[str]) -> list[_Sample]:
@@ -129,7 +405,7 @@ def _draw_samples(seed: int, split: str, number: int, genres: Sequence[str]) -> 
     samples: list[_Sample] = []
     tries = 0
     while len(samples) < len(LABELS) * number:
-        claim = _draw_claim(FORMS[tries % len(FORMS)], rng)
+        claim = _draw_claim(FORMS_IN_TURN[tries % len(FORMS_IN_TURN)], rng)
         tries += 1
         found = _find_premises(claim, pool, rng)
         if len(found) < len(LABELS):
@@ -182,12 +458,12 @@ def _draw_premise(scene: Scene, rng: random.Random) -> Premise:
     return Premise(
         mentions=tuple(
             Mention(
-                group=group,
-                color=rng.random() < 0.6,
-                size=rng.random() < 0.35,
-                texture=group.texture != "solid" and rng.random() < 0.2,
-                place=group.count == 1 and rng.random() < 0.25,
-                count=group.count == 1 or rng.random() < 0.6,
+                kind=group.kind,
+                color=group.color if rng.random() < 0.6 else None,
+                size=group.size if rng.random() < 0.35 else None,
+                texture=group.texture if group.texture != "solid" and rng.random() < 0.2 else None,
+                cell=group.cells[0] if group.count == 1 and rng.random() < 0.25 else None,
+                count=group.count if group.count == 1 or rng.random() < 0.6 else None,
             )
             for group in groups
         ),
@@ -197,26 +473,15 @@ def _draw_premise(scene: Scene, rng: random.Random) -> Premise:
     )
 
 
-def _draw_claim(form: ClaimForm, rng: random.Random) -> Claim:
+def _draw_claim(form: str, rng: random.Random) -> Claim:
     kind, other = rng.sample(KINDS, 2)
     negated = rng.random() < NEGATED_SHARE
-    match form:
-        case "color":
-            return Claim(form=form, kind=kind, word=rng.choice(COLORS), negated=negated)
-        case "size":
-            return Claim(form=form, kind=kind, word=rng.choice(SIZES), negated=negated)
-        case "place":
-            cell = (rng.randrange(GRID), rng.randrange(GRID))
-            return Claim(form=form, kind=kind, cell=cell, negated=negated)
-        case "relation":
-            relation = rng.choice(tuple(CONVERSE))
-            return Claim(form=form, kind=kind, relation=relation, other=other, negated=negated)
-        case "background":
-            return Claim(form=form, word=rng.choice(BACKGROUNDS), negated=negated)
-        case "existence":
-            return Claim(form=form, kind=kind, negated=negated)
-        case "number of shapes":
-            return Claim(form=form, kind=kind, number=rng.choice((2, 3)), negated=negated)
+    value: Any = None
+    if form == "place":
+        value = (rng.randrange(GRID), rng.randrange(GRID))
+    elif form != "existence":
+        value = rng.choice(FORMS[form].values)
+    return Claim(form=form, value=value, kind=kind, other=other, negated=negated)
 
 
 def _table(samples: Sequence[_Sample], seed: int, split: str) -> str:

@@ -1,26 +1,27 @@
 """Paragraphs of plain text: descriptions of one scene, and what follows from them.
 
-Each function from ``_relations`` on lists true sentences of one sort; a paragraph opens, names every
-group, and then adds sentences of mixed sorts.
+A paragraph opens, names every group, and then adds sentences of mixed sorts. Each function from
+``_relations`` on lists true sentences of one sort.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 from megatron_vlmoe.sample_corpus.language import (
     DRAWN_WORDS,
+    NAMES,
     NUMBERS,
     PICTURE_WORDS,
-    background_phrase,
     be,
     counted,
     definite,
     indefinite,
+    inflected,
     listed,
     place_phrase,
-    plural,
     relation_phrase,
     sentence,
     with_article,
@@ -39,7 +40,6 @@ from megatron_vlmoe.sample_corpus.scene import (
 )
 
 MIN_WORDS, MAX_WORDS = 40, 120
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jonas")
 OCCASIONS = (
     "yesterday",
     "on Monday",
@@ -75,7 +75,8 @@ def write_paragraph(seed: int, index: int) -> str:
     rng = generator_for(seed, "paragraph", index)
     picture = rng.choice(PICTURE_WORDS)
     sentences = [sentence(_opening(scene, picture, rng))]
-    sentences += [sentence(_description(group, rng)) for group in _shuffled(scene.groups, rng)]
+    groups = rng.sample(scene.groups, len(scene.groups))
+    sentences += [sentence(_description(group, rng)) for group in groups]
     num_words = sum(len(s.split()) for s in sentences)
     wanted = rng.randint(MIN_WORDS + 10, MAX_WORDS - 20)
     for words in _mixed(scene, picture, rng):
@@ -88,13 +89,9 @@ def write_paragraph(seed: int, index: int) -> str:
     return " ".join(sentences)
 
 
-def _shuffled(groups: tuple[Group, ...], rng: random.Random) -> list[Group]:
-    return rng.sample(groups, len(groups))
-
-
 def _mixed(scene: Scene, picture: str, rng: random.Random) -> Iterator[str]:
     """All further sentences about a scene: one of each sort in turn, relations before the rest."""
-    sorts = [
+    *sorts, relations = (
         [*dict.fromkeys(facts)]
         for facts in (
             _counts(scene, picture),
@@ -103,9 +100,9 @@ def _mixed(scene: Scene, picture: str, rng: random.Random) -> Iterator[str]:
             _absences(scene, picture, rng),
             _questions(scene, rng),
             _knowledge(scene, rng),
+            _relations(scene, rng),
         )
-    ]
-    relations = [*dict.fromkeys(_relations(scene, rng))]
+    )
     for facts in (relations, *sorts):
         rng.shuffle(facts)
     rng.shuffle(sorts)
@@ -119,7 +116,7 @@ def _mixed(scene: Scene, picture: str, rng: random.Random) -> Iterator[str]:
 def _opening(scene: Scene, picture: str, rng: random.Random) -> str:
     number = len(scene.shapes)
     shapes, is_are = counted(number, "shape"), be(number)
-    background = background_phrase(scene.background)
+    background = f"on {with_article(scene.background)} background"
     name, occasion, drawn = rng.choice(NAMES), rng.choice(OCCASIONS), rng.choice(DRAWN_WORDS)
     return rng.choice(
         (
@@ -149,52 +146,43 @@ def _description(group: Group, rng: random.Random) -> str:
 
 def _relations(scene: Scene, rng: random.Random) -> Iterator[str]:
     """A relation and its converse; three in a line."""
-    for a in scene.groups:
-        for b in scene.groups:
-            relation = relation_between(a, b)
-            if relation is None:
-                continue
-            first = _states(a, relation, b, rng)
-            second = _states(b, CONVERSE[relation], a, rng)
-            yield rng.choice(
-                (
-                    f"{first}, so {second}",
-                    f"{first}, and therefore {second}",
-                    f"because {first}, {second}",
-                    f"if {first}, then {second}",
-                    f"{first}, which means that {second}",
-                )
+
+    def states(a: Group, relation: Relation, b: Group) -> str:
+        return f"{definite(a)} {be(a.count)} {relation_phrase(relation, rng)} {definite(b)}"
+
+    for a, relation, b in scene.relations():
+        first, second = states(a, relation, b), states(b, CONVERSE[relation], a)
+        yield rng.choice(
+            (
+                f"{first}, so {second}",
+                f"{first}, and therefore {second}",
+                f"because {first}, {second}",
+                f"if {first}, then {second}",
+                f"{first}, which means that {second}",
             )
-            for c in scene.groups:
-                if relation_between(b, c) == relation and holds(relation, a.cells, c.cells):
-                    yield (
-                        f"{first} and {_states(b, relation, c, rng)}, "
-                        f"so {_states(a, relation, c, rng)}"
-                    )
-
-
-def _states(a: Group, relation: Relation, b: Group, rng: random.Random) -> str:
-    return f"{definite(a)} {be(a.count)} {relation_phrase(relation, rng)} {definite(b)}"
+        )
+        for c in scene.groups:
+            if relation_between(b, c) == relation and holds(relation, a.cells, c.cells):
+                yield f"{first} and {states(b, relation, c)}, so {states(a, relation, c)}"
 
 
 def _counts(scene: Scene, picture: str) -> Iterator[str]:
-    total = len(scene.shapes)
-    by_kind = [(kind, sum(s.kind == kind for s in scene.shapes)) for kind in KINDS]
-    parts = [(kind, count) for kind, count in by_kind if count]
-    if len(parts) > 1:
+    shapes = counted(len(scene.shapes), "shape")
+    kinds = Counter(shape.kind for shape in scene.shapes)
+    colors = Counter(shape.color for shape in scene.shapes)
+    letters = sum(shape.letter is not None for shape in scene.shapes)
+    if len(kinds) > 1:
+        parts = [(kind, kinds[kind]) for kind in KINDS if kind in kinds]
         listing = listed([counted(count, kind) for kind, count in parts])
-        yield f"there {be(parts[0][1])} {listing}, so there are {counted(total, 'shape')} in total"
-        yield f"{listing} make {counted(total, 'shape')}"
+        yield f"there {be(parts[0][1])} {listing}, so there are {shapes} in total"
+        yield f"{listing} make {shapes}"
     for color in COLORS:
-        count = sum(s.color == color for s in scene.shapes)
-        if 0 < count < total:
-            yield f"{NUMBERS[count]} of the {counted(total, 'shape')} {be(count)} {color}"
-        elif count == total > 1:
-            yield f"all {counted(total, 'shape')} are {color}"
-    letters = [s.letter for s in scene.shapes if s.letter is not None]
+        if 0 < colors[color] < len(scene.shapes):
+            yield f"{NUMBERS[colors[color]]} of the {shapes} {be(colors[color])} {color}"
+        elif colors[color] > 1:
+            yield f"all {shapes} are {color}"
     if letters:
-        noun = "letter" if len(letters) == 1 else "letters"
-        yield f"the {picture} has {counted(len(letters), noun, noun)} in it"
+        yield f"the {picture} has {counted(letters, 'letter')} in it"
 
 
 def _changes(scene: Scene, rng: random.Random) -> Iterator[str]:
@@ -213,28 +201,23 @@ def _changes(scene: Scene, rng: random.Random) -> Iterator[str]:
 def _contrasts(scene: Scene) -> Iterator[str]:
     """Size, texture and letter, between two groups."""
     for number, a in enumerate(scene.groups):
+        the_a, is_a = definite(a), be(a.count)
         for b in scene.groups[:number]:
-            pair = f"{definite(a)} and {definite(b)}"
+            the_b, is_b = definite(b), be(b.count)
             if a.size == b.size:
-                yield f"{pair} have the same size, for both are {a.size}"
+                yield f"{the_a} and {the_b} have the same size, for both are {a.size}"
+            elif a.size == "large":
+                yield f"{the_a} {is_a} larger than {the_b}, so {the_b} {is_b} smaller"
             else:
-                large, small = (a, b) if a.size == "large" else (b, a)
-                yield (
-                    f"{definite(large)} {be(large.count)} larger than {definite(small)}, "
-                    f"so {definite(small)} {be(small.count)} smaller"
-                )
+                yield f"{the_b} {is_b} larger than {the_a}, so {the_a} {is_a} smaller"
             if a.texture == b.texture:
-                yield f"{pair} are {a.texture}"
+                yield f"{the_a} and {the_b} are {a.texture}"
             else:
-                yield (
-                    f"{definite(a)} {be(a.count)} {a.texture}, "
-                    f"but {definite(b)} {be(b.count)} {b.texture}"
-                )
+                yield f"{the_a} {is_a} {a.texture}, but {the_b} {is_b} {b.texture}"
         if a.letter is not None:
-            yield f"the letter {a.letter} is written on {definite(a)}"
-    if len(scene.groups) == 1:
-        group = scene.groups[0]
-        yield f"{definite(group)} {be(group.count)} {group.size} and {group.texture}"
+            yield f"the letter {a.letter} is written on {the_a}"
+        if len(scene.groups) == 1:
+            yield f"{the_a} {is_a} {a.size} and {a.texture}"
 
 
 def _absences(scene: Scene, picture: str, rng: random.Random) -> Iterator[str]:
@@ -253,22 +236,16 @@ def _absences(scene: Scene, picture: str, rng: random.Random) -> Iterator[str]:
 
 def _questions(scene: Scene, rng: random.Random) -> Iterator[str]:
     for kind in KINDS:
-        count = sum(s.kind == kind for s in scene.shapes)
-        if count:
-            yield f"How many {plural(kind)} are there? {sentence(_there_are(count))}"
-        if (colors := {s.color for s in scene.shapes if s.kind == kind}) and len(colors) == 1:
-            verb, it = ("is", "it is") if count == 1 else ("are", "they are")
-            noun = kind if count == 1 else plural(kind)
-            yield f"What color {verb} the {noun}? {sentence(f'{it} {colors.pop()}')}"
-    for a in scene.groups:
-        for b in scene.groups:
-            if (relation := relation_between(a, b)) is not None:
-                where = relation_phrase(relation, rng)
-                yield f"What is {where} {definite(b)}? {sentence(f'{definite(a)} {be(a.count)}')}"
-
-
-def _there_are(count: int) -> str:
-    return f"there {be(count)} {NUMBERS[count]}"
+        colors = [shape.color for shape in scene.shapes if shape.kind == kind]
+        noun, is_are = inflected(kind, len(colors)), be(len(colors))
+        if colors:
+            yield f"How many {inflected(kind, 2)} are there? There {is_are} {NUMBERS[len(colors)]}."
+        if len(set(colors)) == 1:
+            answer = "It is" if len(colors) == 1 else "They are"
+            yield f"What color {is_are} the {noun}? {answer} {colors[0]}."
+    for a, relation, b in scene.relations():
+        where, answer = relation_phrase(relation, rng), sentence(f"{definite(a)} {be(a.count)}")
+        yield f"What is {where} {definite(b)}? {answer}"
 
 
 def _knowledge(scene: Scene, rng: random.Random) -> Iterator[str]:

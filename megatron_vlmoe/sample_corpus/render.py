@@ -31,8 +31,26 @@ BACKGROUND_VALUES: dict[str, Rgb] = {
 }
 RADII = {"small": 0.29, "large": 0.44}
 """As a fraction of the smaller side of a grid cell."""
+ARM = 0.32
+"""Half the width of a cross's arm."""
+CORNERS: dict[str, Sequence[Point]] = {
+    # In the box from (-1, -1), top left, to (1, 1).
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
+    "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
+    "cross": [
+        (x * c - y * s, x * s + y * c)
+        # Each arm is the one before turned by 90 degrees.
+        for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))
+        for x, y in ((ARM, -1.0), (ARM, -ARM), (1.0, -ARM))
+    ],
+    "star": [
+        (length * math.cos(math.pi * (k / 5 - 0.5)), length * math.sin(math.pi * (k / 5 - 0.5)))
+        for k, length in enumerate((1.0, 0.42) * 5)
+    ],
+}
 LETTER_STROKES: dict[str, Sequence[tuple[Point, Point]]] = {
-    # In a box from (-1, -1), top left, to (1, 1); drawn here so that no font file decides.
+    # In the same box; drawn here so that no font file decides.
     "A": (((-0.9, 1), (0, -1)), ((0, -1), (0.9, 1)), ((-0.5, 0.3), (0.5, 0.3))),
     "E": (((-0.7, -1), (-0.7, 1)), ((-0.7, -1), (0.8, -1)), ((-0.7, 0), (0.6, 0)))
     + (((-0.7, 1), (0.8, 1)),),
@@ -43,17 +61,17 @@ LETTER_STROKES: dict[str, Sequence[tuple[Point, Point]]] = {
 }
 
 
-def render_jpeg(scene: Scene) -> bytes:
-    """The picture as an encoded JPEG, ``scene.width`` x ``scene.height`` pixels."""
-    buffer = io.BytesIO()
-    render_picture(scene).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
+def encode_picture(scene: Scene, suffix: str) -> bytes:
+    """The picture as a PNG where ``suffix`` is ".png", as a JPEG otherwise.
 
-
-def render_png(scene: Scene) -> bytes:
-    """The picture as an encoded PNG, ``scene.width`` x ``scene.height`` pixels."""
+    It has ``scene.width`` x ``scene.height`` pixels.
+    """
     buffer = io.BytesIO()
-    render_picture(scene).save(buffer, format="PNG")
+    picture = render_picture(scene)
+    if suffix == ".png":
+        picture.save(buffer, format="PNG")
+    else:
+        picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 
@@ -74,45 +92,18 @@ def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
     radius = RADII[shape.size] * unit
     side = 2 * math.ceil(radius) + 1
     mask = Image.new("1", (side, side))
-    _draw_outline(ImageDraw.Draw(mask), shape.kind, side / 2, radius)
+    center = side / 2
+    if shape.kind == "circle":
+        box = [center - radius, center - radius, center + radius, center + radius]
+        ImageDraw.Draw(mask).ellipse(box, fill=1)
+    else:
+        points = [(center + x * radius, center + y * radius) for x, y in CORNERS[shape.kind]]
+        ImageDraw.Draw(mask).polygon(points, fill=1)
     fill = Image.new("RGB", (side, side), COLOR_VALUES[shape.color])
     _draw_texture(ImageDraw.Draw(fill), shape, side)
     if shape.letter is not None:
-        _draw_letter(ImageDraw.Draw(fill), shape.letter, shape.kind, side / 2, radius)
-    canvas.paste(fill, (round(center_x - side / 2), round(center_y - side / 2)), mask)
-
-
-def _draw_outline(draw: ImageDraw.ImageDraw, kind: str, center: float, radius: float) -> None:
-    if kind == "circle":
-        box = [center - radius, center - radius, center + radius, center + radius]
-        draw.ellipse(box, fill=1)
-        return
-    points = [(center + x * radius, center + y * radius) for x, y in _outline(kind)]
-    draw.polygon(points, fill=1)
-
-
-def _outline(kind: str) -> list[Point]:
-    """Corners in the box from (-1, -1), top left, to (1, 1)."""
-    match kind:
-        case "square":
-            return [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
-        case "triangle":
-            return [(0, -0.95), (1, 0.85), (-1, 0.85)]
-        case "diamond":
-            return [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)]
-        case "cross":
-            arm = 0.32
-            quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
-            # Each arm is the one before turned by 90 degrees.
-            turns = ((1, 0), (0, 1), (-1, 0), (0, -1))
-            return [(x * c - y * s, x * s + y * c) for c, s in turns for x, y in quarter]
-        case "star":
-            angles = [math.pi * (k / 5 - 0.5) for k in range(10)]
-            lengths = [1.0 if k % 2 == 0 else 0.42 for k in range(10)]
-            return [
-                (r * math.cos(t), r * math.sin(t)) for r, t in zip(lengths, angles, strict=True)
-            ]
-    raise ValueError(f"unknown kind of shape: {kind}")
+        _draw_letter(ImageDraw.Draw(fill), shape.letter, shape.kind, center, radius)
+    canvas.paste(fill, (round(center_x - center), round(center_y - center)), mask)
 
 
 def _draw_texture(draw: ImageDraw.ImageDraw, shape: Shape, side: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, permutations
 from typing import Literal
 
 Stream = Literal["pair", "image", "text"]
@@ -38,14 +39,23 @@ SHAPE_NAMES: tuple[ShapeName, ...] = tuple((color, kind) for color in COLORS for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One shape of a picture."""
-
+class _Looks:
     kind: str
     color: str
     size: str
     texture: str
     letter: str | None
+
+    @property
+    def name(self) -> ShapeName:
+        """Colour and kind: what singles a group out."""
+        return self.color, self.kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(_Looks):
+    """One shape of a picture."""
+
     row: int
     column: int
     shift: tuple[float, float]
@@ -58,14 +68,9 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(_Looks):
     """All shapes of a scene that share colour and kind; they share everything but the place."""
 
-    kind: str
-    color: str
-    size: str
-    texture: str
-    letter: str | None
     cells: tuple[Cell, ...]
 
     @property
@@ -87,21 +92,28 @@ class Scene:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The shapes by (colour, kind), in order of first appearance."""
-        members: dict[tuple[str, str], list[Shape]] = {}
+        """The shapes by name, in order of first appearance."""
+        members: dict[ShapeName, list[Shape]] = {}
         for shape in self.shapes:
-            members.setdefault((shape.color, shape.kind), []).append(shape)
+            members.setdefault(shape.name, []).append(shape)
         return tuple(
             Group(
-                kind=kind,
-                color=color,
+                kind=shapes[0].kind,
+                color=shapes[0].color,
                 size=shapes[0].size,
                 texture=shapes[0].texture,
                 letter=shapes[0].letter,
                 cells=tuple(shape.cell for shape in shapes),
             )
-            for (color, kind), shapes in members.items()
+            for shapes in members.values()
         )
+
+    def relations(self) -> Iterator[tuple[Group, Relation, Group]]:
+        """Of every two groups, both ways round, how the first stands to the second."""
+        for a, b in permutations(self.groups, 2):
+            relation = relation_between(a, b)
+            assert relation is not None, "groups are placed apart"
+            yield a, relation, b
 
 
 def holds(relation: Relation, a: Sequence[Cell], b: Sequence[Cell]) -> bool:
@@ -152,25 +164,29 @@ def sample_scene(seed: int, stream: Stream, index: int) -> Scene:
 
 def draw_scene(rng: random.Random, names: Sequence[ShapeName] = SHAPE_NAMES) -> Scene:
     """One to four shapes, each group with another of ``names``, of which there are at least four."""
-    width, height = rng.choice(PICTURE_SIZES)
-    counts = _group_counts(rng)
-    return _compose(rng, width, height, rng.sample(names, len(counts)), counts)
+    picture_size = rng.choice(PICTURE_SIZES)
+    total = rng.choices((1, 2, 3, 4), weights=(2, 5, 4, 2))[0]
+    counts = [1] * total
+    if total > 1 and rng.random() >= 0.7:
+        several = rng.randint(2, min(3, total))
+        counts = [several] + [1] * (total - several)
+        rng.shuffle(counts)
+    return _compose(rng, picture_size, rng.sample(names, len(counts)), counts)
 
 
 def draw_object_scene(rng: random.Random, main: ShapeName | None = None) -> Scene:
     """One large shape, of name ``main`` or any, and up to three small ones of other names."""
-    width, height = rng.choice(PICTURE_SIZES)
-    counts = _image_counts(rng)
-    names = rng.sample(SHAPE_NAMES, len(counts))
+    picture_size = rng.choice(PICTURE_SIZES)
+    total = rng.choices((1, 2, 3, 4), weights=(3, 3, 3, 2))[0]
+    names = rng.sample(SHAPE_NAMES, total)
     if main is not None:
-        names = [main, *(name for name in names if name != main)][: len(counts)]
-    return _compose(rng, width, height, names, counts, first_is_main=True)
+        names = [main, *(name for name in names if name != main)][:total]
+    return _compose(rng, picture_size, names, [1] * total, first_is_main=True)
 
 
 def _compose(
     rng: random.Random,
-    width: int,
-    height: int,
+    picture_size: tuple[int, int],
     names: Sequence[ShapeName],
     counts: Sequence[int],
     *,
@@ -201,29 +217,16 @@ def _compose(
             )
             for row, column in cells
         )
+    width, height = picture_size
     background = rng.choice(BACKGROUNDS)
     return Scene(width=width, height=height, background=background, shapes=tuple(shapes))
-
-
-def _image_counts(rng: random.Random) -> list[int]:
-    return [1] * rng.choices((1, 2, 3, 4), weights=(3, 3, 3, 2))[0]
-
-
-def _group_counts(rng: random.Random) -> list[int]:
-    total = rng.choices((1, 2, 3, 4), weights=(2, 5, 4, 2))[0]
-    if total == 1 or rng.random() < 0.7:
-        return [1] * total
-    several = rng.randint(2, min(3, total))
-    counts = [several] + [1] * (total - several)
-    rng.shuffle(counts)
-    return counts
 
 
 def _place(rng: random.Random, counts: Sequence[int]) -> list[tuple[Cell, ...]]:
     """Cells of each group such that any two groups are apart along a row or a column."""
     while True:
         placed = [_line(rng, count) for count in counts]
-        if all(_apart(a, b) for i, a in enumerate(placed) for b in placed[:i]):
+        if all(any(holds(r, a, b) for r in CONVERSE) for a, b in combinations(placed, 2)):
             return placed
 
 
@@ -233,7 +236,3 @@ def _line(rng: random.Random, count: int) -> tuple[Cell, ...]:
     if rng.random() < 0.5:
         return tuple((fixed, place) for place in along)
     return tuple((place, fixed) for place in along)
-
-
-def _apart(a: Sequence[Cell], b: Sequence[Cell]) -> bool:
-    return any(holds(relation, a, b) for relation in CONVERSE)

@@ -12,9 +12,6 @@ from typing import Any
 
 from megatron_vlmoe.sample_corpus.scene import Scene, draw_scene, generator_for
 
-Look = Scene
-"""A scene whose shapes all stand in the middle of their cells."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -46,7 +43,7 @@ class FreshScenes:
 
     def __init__(self, seed: int, known: Iterable[Scene] = ()) -> None:
         self._seed = seed
-        self._looks: set[Look] = set(map(_look, known))
+        self._given: set[Scene] = set(map(_centered, known))
         self._drawn: Counter[str] = Counter()
 
     def take(
@@ -59,13 +56,14 @@ class FreshScenes:
         while True:
             scene = draw(generator_for(self._seed, f"{stream}-scene", self._drawn[stream]))
             self._drawn[stream] += 1
-            look = _look(scene)
-            if look not in self._looks and accept(scene):
-                self._looks.add(look)
+            centered = _centered(scene)
+            if centered not in self._given and accept(scene):
+                self._given.add(centered)
                 return scene
 
 
-def _look(scene: Scene) -> Look:
+def _centered(scene: Scene) -> Scene:
+    """The same with all shapes in the middle of their cells."""
     shapes = tuple(replace(shape, shift=(0.0, 0.0)) for shape in scene.shapes)
     return replace(scene, shapes=shapes)
 

@@ -1,79 +1,250 @@
-"""Visual question answering in the layout of VQA v2: balanced questions, ten annotators each."""
+"""Visual question answering in the layout of VQA v2: balanced questions, ten annotators each.
+
+A form is a way to ask whose answers are all equally good guesses: which of them is right only the
+picture tells.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.coco import coco_id
-from megatron_vlmoe.sample_corpus.language import NUMBERS
-from megatron_vlmoe.sample_corpus.questions import FORMS, Question, questions_about
-from megatron_vlmoe.sample_corpus.scene import generator_for
+from megatron_vlmoe.sample_corpus.captions import coco_id
+from megatron_vlmoe.sample_corpus.language import (
+    CELL_PHRASES,
+    COLOR_THINGS,
+    KIND_THINGS,
+    NAMED_THINGS,
+    PICTURE_WORDS,
+    Thing,
+    be,
+    definite,
+    inflected,
+    relation_phrase,
+)
+from megatron_vlmoe.sample_corpus.scene import (
+    BACKGROUNDS,
+    COLORS,
+    CONVERSE,
+    KINDS,
+    SIZES,
+    Cell,
+    Scene,
+    Shape,
+    generator_for,
+)
 from megatron_vlmoe.sample_corpus.task_files import (
     FreshScenes,
     Picture,
     TaskFiles,
     json_text,
+    most_frequent,
     percent,
 )
 
 QUESTIONS_PER_IMAGE = 5
 ANNOTATORS = 10
-SUBSETS: Mapping[str, str] = MappingProxyType(
-    {"train": "train2014", "val": "val2014", "test": "test2015"}
-)
+SUBSETS: Mapping[str, str] = {"train": "train2014", "val": "val2014", "test": "test2015"}
 TEST_DEV = "test-dev2015"
 """The questions about the first half of the test pictures."""
-TEST_ANSWERS = Path("vqa", "answers_test2015.json")
-"""Question id to true answer; the real data set keeps these secret."""
 QUESTION_TYPES = (
     *("what color is the", "what color are the", "what is the color of the", "what is the"),
     *("what is", "what", "which", "how many", "is there a", "is there", "are there any"),
     *("can you", "is the", "are the", "where is the"),
 )
 """VQA's own: how a question begins. The first that fits counts."""
-NEAR_ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "red": ("orange", "dark red"),
-        "green": ("dark green", "blue"),
-        "blue": ("purple", "dark blue"),
-        "yellow": ("orange", "gold"),
-        "orange": ("red", "yellow"),
-        "purple": ("blue", "violet"),
-        "white": ("gray", "off white"),
-        "gray": ("grey", "white"),
-        "black": ("dark", "dark gray"),
-        "beige": ("tan", "cream"),
-        "circle": ("round", "ball"),
-        "square": ("box", "diamond"),
-        "triangle": ("pyramid", "arrow"),
-        "diamond": ("square", "rhombus"),
-        "star": ("star shape", "5 pointed star"),
-        "cross": ("plus", "plus sign"),
-        "yes": ("no", "i think so"),
-        "no": ("yes", "not sure"),
-        "top left": ("upper left", "top"),
-        "top": ("top center", "above"),
-        "top right": ("upper right", "top"),
-        "left": ("left side", "middle left"),
-        "center": ("middle", "in middle"),
-        "right": ("right side", "middle right"),
-        "bottom left": ("lower left", "bottom"),
-        "bottom": ("bottom center", "below"),
-        "bottom right": ("lower right", "bottom"),
-        "large": ("big", "medium"),
-        "small": ("little", "tiny"),
-    }
-    | {
-        str(number): (NUMBERS[number] if number else "none", str(number + 1))
-        for number in range(len(NUMBERS) - 1)
-    }
-)
+PLACE_NAMES: Mapping[Cell, str] = {
+    (0, 0): "top left",
+    (0, 1): "top",
+    (0, 2): "top right",
+    (1, 0): "left",
+    (1, 1): "center",
+    (1, 2): "right",
+    (2, 0): "bottom left",
+    (2, 1): "bottom",
+    (2, 2): "bottom right",
+}
+YES_NO = ("yes", "no")
+NEAR_ANSWERS: Mapping[str, tuple[str, ...]] = {
+    "red": ("orange", "dark red"),
+    "green": ("dark green", "blue"),
+    "blue": ("purple", "dark blue"),
+    "yellow": ("orange", "gold"),
+    "orange": ("red", "yellow"),
+    "purple": ("blue", "violet"),
+    "white": ("gray", "off white"),
+    "gray": ("grey", "white"),
+    "black": ("dark", "dark gray"),
+    "beige": ("tan", "cream"),
+    "circle": ("round", "ball"),
+    "square": ("box", "diamond"),
+    "triangle": ("pyramid", "arrow"),
+    "diamond": ("square", "rhombus"),
+    "star": ("star shape", "5 pointed star"),
+    "cross": ("plus", "plus sign"),
+    "yes": ("no", "i think so"),
+    "no": ("yes", "not sure"),
+    "top left": ("upper left", "top"),
+    "top": ("top center", "above"),
+    "top right": ("upper right", "top"),
+    "left": ("left side", "middle left"),
+    "center": ("middle", "in middle"),
+    "right": ("right side", "middle right"),
+    "bottom left": ("lower left", "bottom"),
+    "bottom": ("bottom center", "below"),
+    "bottom right": ("lower right", "bottom"),
+    "large": ("big", "medium"),
+    "small": ("little", "tiny"),
+    "0": ("none", "1"),
+    "1": ("one", "2"),
+    "2": ("two", "3"),
+    "3": ("three", "4"),
+    "4": ("four", "5"),
+}
 """What an annotator says who words the answer differently or looks badly."""
+
+Asking = Iterator[tuple[str, str]]
+"""Questions and their true answers."""
+
+
+def _color_of_kind(scene: Scene, rng: random.Random) -> Asking:
+    for thing in KIND_THINGS:
+        shapes = thing.found_in(scene)
+        if len({shape.color for shape in shapes}) == 1:
+            noun = thing.noun(len(shapes))
+            yield f"What color {be(len(shapes))} the {noun}?", shapes[0].color
+
+
+def _kind_of_color(scene: Scene, rng: random.Random) -> Asking:
+    for thing in COLOR_THINGS:
+        if len(shapes := thing.found_in(scene)) == 1:
+            texts = (
+                f"What shape is {thing.color}?",
+                f"Which shape is {thing.color}?",
+                f"What is the {thing.noun()}?",
+            )
+            yield rng.choice(texts), shapes[0].kind
+
+
+def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Shape]]:
+    """Places that cannot be mistaken: "at the top" only where both upper corners are empty."""
+    filled = {shape.cell for shape in scene.shapes}
+    for shape in scene.shapes:
+        row, column = shape.cell
+        corners: set[Cell] = set()
+        if row == 1 != column:
+            corners = {(0, column), (2, column)}
+        elif column == 1 != row:
+            corners = {(row, 0), (row, 2)}
+        if not filled & corners:
+            yield rng.choice(CELL_PHRASES[shape.cell]), shape
+
+
+def _kind_at_place(scene: Scene, rng: random.Random) -> Asking:
+    for place, shape in _places(scene, rng):
+        yield rng.choice((f"What shape is {place}?", f"What is {place}?")), shape.kind
+
+
+def _color_at_place(scene: Scene, rng: random.Random) -> Asking:
+    for place, shape in _places(scene, rng):
+        yield f"What color is the shape {place}?", shape.color
+
+
+def _count(things: Sequence[Thing], scene: Scene, rng: random.Random) -> Asking:
+    for thing in things:
+        count = len(thing.found_in(scene))
+        # Four shapes of one colour are too rare to be asked about.
+        if count < 4 or thing.color is None:
+            where = rng.choice(("there", f"in the {rng.choice(PICTURE_WORDS)}"))
+            yield f"How many {thing.noun(2)} are {where}?", str(count)
+
+
+def _existence(scene: Scene, rng: random.Random) -> Asking:
+    """Of kind, colour and both, one that is there and one that is not."""
+    chosen = []
+    for things in (KIND_THINGS, COLOR_THINGS, NAMED_THINGS):
+        present = [thing for thing in things if thing.found_in(scene)]
+        absent = [thing for thing in things if not thing.found_in(scene)]
+        if things is NAMED_THINGS and rng.random() < 0.5:
+            # Colour or kind is there, but not together.
+            parts = {part for shape in scene.shapes for part in shape.name}
+            absent = [thing for thing in absent if parts & {thing.color, thing.kind}]
+        chosen += [(rng.choice(present), "yes"), (rng.choice(absent), "no")]
+    for thing, answer in chosen:
+        picture = rng.choice(PICTURE_WORDS)
+        texts = (
+            f"Is there {thing.indefinite()}?",
+            f"Is there {thing.indefinite()} in the {picture}?",
+            f"Are there any {thing.noun(2)}?",
+            f"Can you see {thing.indefinite()}?",
+        )
+        yield rng.choice(texts), answer
+
+
+def _relation(scene: Scene, rng: random.Random) -> Asking:
+    """No is the answer where the converse holds."""
+    for a, relation, b in scene.relations():
+        for asked, answer in ((relation, "yes"), (CONVERSE[relation], "no")):
+            where = f"{relation_phrase(asked, rng)} {definite(b)}"
+            yield f"{be(a.count).capitalize()} {definite(a)} {where}?", answer
+
+
+def _place(scene: Scene, rng: random.Random) -> Asking:
+    for thing in KIND_THINGS + NAMED_THINGS:
+        if len(shapes := thing.found_in(scene)) == 1:
+            yield f"Where is the {thing.noun()}?", PLACE_NAMES[shapes[0].cell]
+
+
+def _background(scene: Scene, rng: random.Random) -> Asking:
+    texts = ("What color is the background?", "What is the color of the background?")
+    yield rng.choice(texts), scene.background
+
+
+def _size(scene: Scene, rng: random.Random) -> Asking:
+    kinds = Counter(group.kind for group in scene.groups)
+    for group in scene.groups:
+        unique = kinds[group.kind] == 1
+        noun = f"the {inflected(group.kind, group.count)}" if unique else definite(group)
+        yield f"{be(group.count).capitalize()} {noun} large or small?", group.size
+
+
+@dataclass(frozen=True)
+class Form:
+    """How often a form is asked, what may be the answer, and what it asks of a scene."""
+
+    weight: int
+    answers: tuple[str, ...]
+    ask: Callable[[Scene, random.Random], Asking]
+
+
+FORMS: Mapping[str, Form] = {
+    "color of kind": Form(4, COLORS, _color_of_kind),
+    "color at place": Form(2, COLORS, _color_at_place),
+    "kind of color": Form(4, KINDS, _kind_of_color),
+    "kind at place": Form(2, KINDS, _kind_at_place),
+    "count all": Form(2, ("1", "2", "3", "4"), partial(_count, [Thing(None, None)])),
+    "count kind": Form(2, ("0", "1", "2", "3"), partial(_count, KIND_THINGS)),
+    "count color": Form(1, ("0", "1", "2", "3"), partial(_count, COLOR_THINGS)),
+    "existence": Form(4, YES_NO, _existence),
+    "relation": Form(2, YES_NO, _relation),
+    "place": Form(3, tuple(PLACE_NAMES.values()), _place),
+    "background": Form(2, BACKGROUNDS, _background),
+    "size": Form(2, SIZES, _size),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its true answer."""
+
+    form: str
+    text: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -138,17 +309,20 @@ def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
             file = Path("vqa", SUBSETS[split], f"COCO_{SUBSETS[split]}_{image_id:012d}.jpg")
             pictures.append(Picture(split=split, file=file, scene=scene))
             rng = generator_for(seed, "vqa-questions", image_id)
-            candidates = questions_about(scene, rng)
+            candidates = [
+                Question(name, text, answer)
+                for name, form in FORMS.items()
+                for text, answer in form.ask(scene, rng)
+            ]
+            rng.shuffle(candidates)
             for place, question in enumerate(balance.choose(candidates)):
                 # As in VQA v2, where three digits count the questions of an image.
                 question_id = 1000 * image_id + place
                 answers = _annotate(question.answer, seed, question_id)
                 asked[split].append(Asked(question_id, image_id, question, answers))
     asked["test-dev"] = asked["test"][: len(asked["test"]) // 2]
-    train = asked.pop("train")
-    truth = {split: _truth(questions, train) for split, questions in asked.items()}
-    texts = _files(asked | {"train": train})
-    return TaskFiles(pictures=tuple(pictures), texts=texts, truth=truth)
+    truth = {s: _truth(asked[s], asked["train"]) for s in ("val", "test", "test-dev")}
+    return TaskFiles(pictures=tuple(pictures), texts=_files(asked), truth=truth)
 
 
 def _annotate(answer: str, seed: int, question_id: int) -> tuple[str, ...]:
@@ -161,50 +335,37 @@ def _annotate(answer: str, seed: int, question_id: int) -> tuple[str, ...]:
     return tuple(said)
 
 
-def question_type(text: str) -> str:
-    """How a question begins, in VQA's terms."""
-    lower = text.lower()
-    return next((t for t in QUESTION_TYPES if lower.startswith(f"{t} ")), "none of the above")
-
-
-def soft_score(answer: str, said: Sequence[str]) -> float:
-    """VQA's accuracy of an answer to a question: 0.3 for each annotator who gave it, at most 1."""
-    return min(1.0, 0.3 * said.count(answer))
-
-
-def _mean_score(guesses: Iterable[str], questions: Sequence[Asked]) -> float:
-    scores = [soft_score(g, asked.answers) for g, asked in zip(guesses, questions, strict=True)]
-    return percent(sum(scores) / len(scores))
-
-
 def _truth(questions: Sequence[Asked], train: Sequence[Asked]) -> dict[str, Any]:
     """Two guesses: one answer to everything, and the most frequent one to each form of question."""
-    guess = _most_frequent(asked.question.answer for asked in train)
-    by_form = {
-        form: _most_frequent(a.question.answer for a in train if a.question.form == form)
-        for form in {asked.question.form for asked in train}
-    }
-    labels = Counter(asked.question.answer for asked in questions)
+    answers: dict[str | None, Counter[str]] = {None: Counter()}
+    for asked in train:
+        for form in (None, asked.question.form):
+            answers.setdefault(form, Counter())[asked.question.answer] += 1
+    guesses = {form: most_frequent(counts) for form, counts in answers.items()}
+
+    def score(said: Iterable[str]) -> float:
+        """VQA's: 0.3 for each annotator who gave the answer, at most 1."""
+        scores = [
+            min(1.0, 0.3 * asked.answers.count(answer))
+            for answer, asked in zip(said, questions, strict=True)
+        ]
+        return percent(sum(scores) / len(scores))
+
     return {
         "samples": len(questions),
-        "labels": dict(sorted(labels.items())),
-        "guess": guess,
-        "guess_percent": _mean_score([guess] * len(questions), questions),
-        "guess_by_form_percent": _mean_score(
-            (by_form.get(asked.question.form, guess) for asked in questions), questions
+        "labels": dict(sorted(Counter(asked.question.answer for asked in questions).items())),
+        "guess": guesses[None],
+        "guess_percent": score([guesses[None]] * len(questions)),
+        "guess_by_form_percent": score(
+            guesses.get(asked.question.form, guesses[None]) for asked in questions
         ),
     }
 
 
-def _most_frequent(answers: Iterable[str]) -> str:
-    counts = Counter(answers)
-    return min(counts, key=lambda answer: (-counts[answer], answer))
-
-
-def _files(asked: Mapping[str, Sequence[Asked]]) -> dict[Path, str]:
+def _files(splits: Mapping[str, Sequence[Asked]]) -> dict[Path, str]:
     """Question and annotation files by path; the test splits have questions only."""
     texts: dict[Path, str] = {}
-    for split, questions in asked.items():
+    for split, questions in splits.items():
         subset = SUBSETS.get(split, TEST_DEV)
         header: dict[str, Any] = {
             "info": {"description": "sample corpus", "version": "2.0"},
@@ -223,15 +384,17 @@ def _files(asked: Mapping[str, Sequence[Asked]]) -> dict[Path, str]:
             texts[Path("vqa", f"v2_mscoco_{subset}_annotations.json")] = json_text(
                 header | {"annotations": [_annotation(question) for question in questions]}
             )
-    answers = {str(a.question_id): a.question.answer for a in asked["test"]}
-    texts[TEST_ANSWERS] = json_text(answers)
+    # The real data set keeps these secret.
+    answers = {str(a.question_id): a.question.answer for a in splits["test"]}
+    texts[Path("vqa", "answers_test2015.json")] = json_text(answers)
     return texts
 
 
 def _annotation(asked: Asked) -> dict[str, Any]:
     truth = asked.question.answer
+    beginnings = (t for t in QUESTION_TYPES if asked.question.text.lower().startswith(f"{t} "))
     return {
-        "question_type": question_type(asked.question.text),
+        "question_type": next(beginnings),
         "multiple_choice_answer": truth,
         "answers": [
             {
@@ -242,6 +405,6 @@ def _annotation(asked: Asked) -> dict[str, Any]:
             for number, answer in enumerate(asked.answers, start=1)
         ],
         "image_id": asked.image_id,
-        "answer_type": FORMS[asked.question.form].answer_type,
+        "answer_type": "yes/no" if truth in YES_NO else "number" if truth.isdigit() else "other",
         "question_id": asked.question_id,
     }

@@ -1,7 +1,4 @@
-"""The sample corpus on disk, in the raw layouts of COCO, Karpathy's split, ImageNet and JSONL text.
-
-The downstream tasks, in layouts of their own, are in ``tasks.py``.
-"""
+"""The sample corpus on disk, in the raw layouts of COCO, Karpathy's split, ImageNet, text and tasks."""
 
 from __future__ import annotations
 
@@ -9,19 +6,23 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-from megatron_vlmoe.sample_corpus.coco import coco_file, coco_id, write_caption_files
-from megatron_vlmoe.sample_corpus.imagenet import class_names, synset_of
+from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.sample_corpus.captions import coco_file, coco_id, coco_texts, make_flickr30k
+from megatron_vlmoe.sample_corpus.imagenet import CLASS_NAMES, make_imagenet, synset_of
+from megatron_vlmoe.sample_corpus.mnli import make_mnli
+from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
 from megatron_vlmoe.sample_corpus.paragraphs import write_paragraph
-from megatron_vlmoe.sample_corpus.render import render_jpeg, render_png
+from megatron_vlmoe.sample_corpus.render import encode_picture
 from megatron_vlmoe.sample_corpus.scene import Scene, Stream, sample_scene, split_of
-from megatron_vlmoe.sample_corpus.tasks import make_tasks
+from megatron_vlmoe.sample_corpus.task_files import FreshScenes, json_text
+from megatron_vlmoe.sample_corpus.vqa import make_vqa
 
 MARKER = "corpus.json"
 """Written last; holds what the corpus was made with."""
@@ -52,8 +53,11 @@ tasks/truth.json    samples, labels and the score of guessing, by task and evalu
 tasks/scenes.jsonl  what each picture shows
 """
 
+
 PictureFile = tuple[Scene, Path]
 """What to draw, and the file; the suffix says whether JPEG or PNG."""
+Files = tuple[list[PictureFile], dict[Path, str]]
+"""Pictures, and the content of every other file by path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +73,12 @@ class SampleCorpus:
     def validate(self) -> None:
         """Raises ValueError on values that cannot work."""
         if self.num_images < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"num_images must be at least 2 (one to train, one to validate), "
                 f"got {self.num_images}"
             )
         if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+            raise ConfigError(f"workers must be at least 1, got {self.workers}")
 
     def description(self) -> dict[str, int]:
         """What the marker file holds."""
@@ -99,14 +103,11 @@ def make_sample_corpus(corpus: SampleCorpus) -> bool:
         if _is_complete(corpus):
             return False
         with _staging_directory(corpus.output) as staging:
-            _write_pictures_and_captions(corpus, staging)
-            _write_texts(corpus, staging)
-            readme = README.format(num_images=corpus.num_images, seed=corpus.seed)
-            (staging / "README.txt").write_text(readme)
-            (staging / MARKER).write_text(json.dumps(corpus.description()) + "\n")
+            _write_files(corpus, staging)
+            (staging / MARKER).write_text(json_text(corpus.description()))
     except OSError as error:
         where = error.filename or corpus.output
-        raise ValueError(f"cannot write {where}: {error.strerror or error}") from error
+        raise DataError(f"cannot write {where}: {error.strerror or error}") from error
     return True
 
 
@@ -115,15 +116,15 @@ def _is_complete(corpus: SampleCorpus) -> bool:
     if not corpus.output.exists() or (corpus.output.is_dir() and not any(corpus.output.iterdir())):
         return False
     if not corpus.output.is_dir():
-        raise ValueError(f"{corpus.output} is not a directory")
+        raise DataError(f"{corpus.output} is not a directory")
     if not marker.exists():
-        raise ValueError(f"{corpus.output} is not empty and holds no sample corpus")
+        raise DataError(f"{corpus.output} is not empty and holds no sample corpus")
     try:
         found = json.loads(marker.read_text())
     except ValueError as error:
-        raise ValueError(f"{marker} is not valid JSON: delete {corpus.output}") from error
+        raise DataError(f"{marker} is not valid JSON: delete {corpus.output}") from error
     if found != corpus.description():
-        raise ValueError(
+        raise DataError(
             f"{corpus.output} holds another sample corpus ({json.dumps(found)}, asked for "
             f"{json.dumps(corpus.description())}): delete it or choose another directory"
         )
@@ -147,36 +148,71 @@ def _staging_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_pictures_and_captions(corpus: SampleCorpus, root: Path) -> None:
-    files: list[PictureFile] = []
-    truth: list[dict[str, Any]] = []
-    coco: list[tuple[int, Path, Scene]] = []
-    for index in range(corpus.num_images):
-        scene = sample_scene(corpus.seed, "pair", index)
-        file = coco_file(index)
-        coco.append((index, file, scene))
-        files.append((scene, root / file))
-        truth.append(_truth("pair", index, file, scene) | {"image_id": coco_id(index)})
-    for index in range(corpus.num_images):
-        scene = sample_scene(corpus.seed, "image", index)
-        synset = synset_of(scene.shapes[0].color, scene.shapes[0].kind)
-        file = Path("images", split_of(index), synset, f"{synset}_{index}.JPEG")
-        files.append((scene, root / file))
-        truth.append(_truth("image", index, file, scene) | {"class": synset})
+def _write_files(corpus: SampleCorpus, root: Path) -> None:
+    seed, num_images = corpus.seed, corpus.num_images
+    pictures, texts = pretraining_files(seed, num_images)
+    task_pictures, task_texts = task_files(seed, num_images, [scene for scene, _ in pictures])
+    readme = README.format(num_images=num_images, seed=seed)
+    _draw([(scene, root / file) for scene, file in pictures + task_pictures], corpus.workers)
+    for file, text in {**texts, **task_texts, Path("README.txt"): readme}.items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
+
+
+def pretraining_files(seed: int, num_images: int) -> Files:
+    """Pictures with captions, pictures in class folders, paragraphs, and what the pictures show."""
+    pictures: list[PictureFile] = []
+    truth = []
+    streams: tuple[Stream, ...] = ("pair", "image")
+    for stream, index in product(streams, range(num_images)):
+        scene, split = sample_scene(seed, stream, index), split_of(index)
+        more: dict[str, object]
+        if stream == "pair":
+            file, more = coco_file(index), {"image_id": coco_id(index)}
+        else:
+            synset = synset_of(scene.shapes[0].name)
+            file = Path("images", split, synset, f"{synset}_{index}.JPEG")
+            more = {"class": synset}
+        pictures.append((scene, file))
+        known = {"file": file.as_posix(), "stream": stream, "index": index, "split": split}
+        truth.append({**known, "scene": asdict(scene), **more})
+    texts = coco_texts((scene for scene, _ in pictures[:num_images]), seed)
+    texts[Path("images", "words.txt")] = CLASS_NAMES
     for split in ("train", "val"):
-        (root / "images" / split).mkdir(parents=True)
-    tasks = make_tasks(corpus.seed, corpus.num_images, [scene for scene, _ in files])
-    files += [(picture.scene, root / "tasks" / picture.file) for picture in tasks.pictures]
-    _draw(files, corpus.workers)
-    write_caption_files(root / "coco", coco, corpus.seed)
-    (root / "images" / "words.txt").write_text(class_names())
-    _write_jsonl(root / "scenes.jsonl", truth)
-    for path, text in tasks.texts.items():
-        (root / "tasks" / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / "tasks" / path).write_text(text)
+        indices = (i for i in range(PARAGRAPHS_PER_IMAGE * num_images) if split_of(i) == split)
+        paragraphs = ({"text": write_paragraph(seed, index)} for index in indices)
+        texts[Path("text", f"{split}.jsonl")] = "".join(map(json_text, paragraphs))
+    texts[Path("scenes.jsonl")] = "".join(map(json_text, truth))
+    return pictures, texts
 
 
-def _draw(files: list[PictureFile], workers: int) -> None:
+def task_files(seed: int, num_images: int, known: Sequence[Scene]) -> Files:
+    """All downstream tasks, in scenes of their own: none looks like one of ``known``."""
+    fresh = FreshScenes(seed, known)
+    tasks = {
+        "vqa": make_vqa(fresh, seed, num_images),
+        "nlvr2": make_nlvr2(fresh, seed, num_images),
+        "flickr30k": make_flickr30k(fresh, seed, num_images),
+        "imagenet": make_imagenet(fresh, seed, num_images),
+        "mnli": make_mnli(seed, num_images),
+    }
+    root = Path("tasks")
+    pictures: list[PictureFile] = []
+    texts: dict[Path, str] = {}
+    scenes = []
+    for name, task in tasks.items():
+        texts |= {root / file: text for file, text in task.texts.items()}
+        for picture in task.pictures:
+            pictures.append((picture.scene, root / picture.file))
+            about = {"file": picture.file.as_posix(), "task": name, "split": picture.split}
+            scenes.append({**about, "scene": asdict(picture.scene)})
+    truth = {name: task.truth for name, task in tasks.items()}
+    texts[root / "truth.json"] = json.dumps(truth, indent=1) + "\n"
+    texts[root / "scenes.jsonl"] = "".join(map(json_text, scenes))
+    return pictures, texts
+
+
+def _draw(files: Sequence[PictureFile], workers: int) -> None:
     for directory in {path.parent for _, path in files}:
         directory.mkdir(parents=True, exist_ok=True)
     if workers == 1 or len(files) < POOL_THRESHOLD:
@@ -192,30 +228,4 @@ def _draw(files: list[PictureFile], workers: int) -> None:
 
 def _draw_one(file: PictureFile) -> None:
     scene, path = file
-    path.write_bytes(render_png(scene) if path.suffix == ".png" else render_jpeg(scene))
-
-
-def _truth(stream: Stream, index: int, file: Path, scene: Scene) -> dict[str, Any]:
-    return {
-        "file": file.as_posix(),
-        "stream": stream,
-        "index": index,
-        "split": split_of(index),
-        "scene": asdict(scene),
-    }
-
-
-def _write_texts(corpus: SampleCorpus, root: Path) -> None:
-    indices = range(PARAGRAPHS_PER_IMAGE * corpus.num_images)
-    for split in ("train", "val"):
-        chosen = (i for i in indices if split_of(i) == split)
-        _write_jsonl(
-            root / "text" / f"{split}.jsonl",
-            ({"text": write_paragraph(corpus.seed, i)} for i in chosen),
-        )
-
-
-def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    path.write_bytes(encode_picture(scene, path.suffix))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Mapping
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import near_multiples
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -69,10 +70,12 @@ class StreamLayout:
             ConfigError: if a count is not divisible.
         """
         for name in ("texts", "pairs", "images"):
-            if getattr(self, name) % tensor_parallel_size:
+            count = getattr(self, name)
+            if count % tensor_parallel_size:
                 raise ConfigError(
-                    f"data.micro_{name}={getattr(self, name)} is not divisible by "
-                    f"parallel.tensor_model_parallel_size={tensor_parallel_size}"
+                    f"data.micro_{name}={count} is not divisible by "
+                    f"parallel.tensor_model_parallel_size={tensor_parallel_size}: "
+                    f"--data.micro_{name} {near_multiples(count, tensor_parallel_size)} fits"
                 )
         return StreamLayout(
             texts=self.texts // tensor_parallel_size,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import near_multiples
 from megatron_vlmoe.config.schema import ParallelConfig, RunConfig
 
 VOCAB_MULTIPLE = 128
@@ -48,25 +50,54 @@ def check_top_k(k: int, num_experts: int) -> None:
         raise ValueError(f"k must be in 1..{num_experts} (the number of experts), got {k}")
 
 
+def check_parallel_sizes(parallel: ParallelConfig) -> None:
+    """Raises ConfigError unless TP, PP, virtual PP and EP are at least 1."""
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+    ):
+        value = getattr(parallel, name)
+        if value < 1:
+            raise ConfigError(f"parallel.{name}={value} must be at least 1")
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Data-parallel ranks of the layout.
 
     Raises:
         ConfigError: if the layout does not fit the number of processes.
     """
+    check_parallel_sizes(parallel)
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    expert = parallel.expert_model_parallel_size
+    # Both TP and EP divide the ranks of a pipeline stage.
+    unit = pipeline * math.lcm(tensor, expert)
     if world_size % (tensor * pipeline):
         raise ConfigError(
-            f"{world_size} process(es) cannot hold parallel.tensor_model_parallel_size={tensor} x "
-            f"parallel.pipeline_model_parallel_size={pipeline}"
+            f"{_processes(world_size)} cannot hold parallel.tensor_model_parallel_size={tensor} x "
+            f"parallel.pipeline_model_parallel_size={pipeline}: {_start(world_size, unit)}"
         )
-    expert = parallel.expert_model_parallel_size
-    if (world_size // pipeline) % expert:
+    stage = world_size // pipeline
+    if stage % expert:
+        of_a_stage = " of a pipeline stage" if pipeline > 1 else ""
         raise ConfigError(
-            f"parallel.expert_model_parallel_size={expert} does not divide the "
-            f"{world_size // pipeline} rank(s) of a pipeline stage"
+            f"parallel.expert_model_parallel_size={expert} does not divide {_processes(stage)}{of_a_stage}: "
+            f"{_start(world_size, unit)}, or use --parallel.expert_model_parallel_size {math.gcd(stage, expert)}"
         )
     return world_size // (tensor * pipeline)
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" if number == 1 else f"{number} processes"
+
+
+def _start(world_size: int, unit: int) -> str:
+    """How to start a number of processes that is a multiple of `unit`."""
+    if world_size == 1:
+        return f"start with torchrun --nproc-per-node {unit} (or plan with --dry-run-world-size {unit})"
+    return f"start {near_multiples(world_size, unit)} processes"
 
 
 def num_micro_batches(config: RunConfig, data_size: int) -> int:
@@ -75,29 +106,81 @@ def num_micro_batches(config: RunConfig, data_size: int) -> int:
     Raises:
         ConfigError: if a global batch is not made of whole micro-batches, or the objectives disagree.
     """
+    sizes = {
+        name: (getattr(config.data, f"micro_{name}"), getattr(config.data, f"global_{name}"))
+        for name in ("texts", "images", "pairs")
+        if getattr(config.data, f"micro_{name}") > 0
+    }
+    parallel = config.parallel
+    pipeline = parallel.pipeline_model_parallel_size
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
+    advice = batch_sizes_that_fit(
+        {(f"data.micro_{n}", f"data.global_{n}"): size for n, size in sizes.items()},
+        data_size,
+        parallel.tensor_model_parallel_size,
+        pipeline if interleaved else 1,
+    )
     counts: dict[str, int] = {}
-    for name in ("texts", "images", "pairs"):
-        micro = getattr(config.data, f"micro_{name}")
-        total = getattr(config.data, f"global_{name}")
-        if micro == 0:
-            continue
+    for name, (micro, total) in sizes.items():
         if total == 0 or total % (micro * data_size):
             raise ConfigError(
                 f"data.global_{name}={total} is not a multiple of data.micro_{name}={micro} x "
-                f"{data_size} data-parallel rank(s)"
+                f"{data_size} data-parallel rank(s){advice}"
             )
         counts[name] = total // (micro * data_size)
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
         raise ConfigError(
             f"data.global_* / data.micro_* give different numbers of micro-batches ({listed}); "
-            "every micro-batch carries all objectives"
+            f"every micro-batch carries all objectives{advice}"
         )
     count = next(iter(counts.values()))
-    pipeline = config.parallel.pipeline_model_parallel_size
-    if config.parallel.virtual_pipeline_model_parallel_size > 1 and count % pipeline:
+    if interleaved and count % pipeline:
         raise ConfigError(
             f"{count} micro-batch(es) per step are not divisible by "
-            f"parallel.pipeline_model_parallel_size={pipeline}, which interleaving needs"
+            f"parallel.pipeline_model_parallel_size={pipeline}, which interleaving needs{advice}"
         )
     return count
+
+
+def batch_sizes_that_fit(
+    sizes: Mapping[tuple[str, str], tuple[int, int]],
+    data_size: int,
+    tensor_size: int = 1,
+    count_multiple: int = 1,
+) -> str:
+    """The end of an error message: options that make whole micro-batches, the same number for all objectives.
+
+    Smaller micro-batches come first, which leave the global batch and so the training as it is; where none fits,
+    larger global batches.
+
+    Args:
+        sizes: (option of the micro-batch, option of the global batch) to their sizes.
+        data_size: data-parallel ranks.
+        tensor_size: TP, which divides a micro-batch.
+        count_multiple: what divides the number of micro-batches.
+
+    Returns:
+        `; use --data.micro_texts 8`.
+    """
+    largest = max(total for _, total in sizes.values())
+    for count in range(count_multiple, largest + 1, count_multiple):
+        ranks = data_size * count
+        if all(
+            total > 0 and total % (ranks * tensor_size) == 0 and total // ranks <= micro
+            for micro, total in sizes.values()
+        ):
+            options = {
+                option: (micro, total // ranks) for (option, _), (micro, total) in sizes.items()
+            }
+            break
+    else:
+        # Every micro-batch stays; as many of them as the largest global batch needs.
+        needed = max(-(-total // (micro * data_size)) for micro, total in sizes.values())
+        count = max(1, -(-needed // count_multiple)) * count_multiple
+        options = {
+            option: (total, micro * data_size * count)
+            for (_, option), (micro, total) in sizes.items()
+        }
+    changed = [f"--{option} {new}" for option, (old, new) in options.items() if new != old]
+    return f"; use {' '.join(changed)}" if changed else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.tokenizers.vqkd.model import VQKD, compute_fingerprint, load_vqkd
 from megatron_vlmoe.tokenizers.vqkd.official import ImportReport, load_official
 
@@ -50,11 +51,16 @@ class ImageTokenizer:
         if path.is_dir():
             return cls(load_vqkd(path), device=device, dtype=dtype)
         if not path.is_file():
-            raise ValueError(f"{path}: no such image tokenizer folder or file")
+            raise DataError(f"{path}: no such image tokenizer folder or file")
         model, report = load_official(path)
         tokenizer = cls(model, device=device, dtype=dtype)
         tokenizer.import_report = report
         return tokenizer
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves it."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
 
     @property
     def image_size(self) -> int:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_vlmoe.config.errors import DataError
+
 BOS_PIECE = "<s>"
 PAD_PIECE = "<pad>"
 EOS_PIECE = "</s>"
@@ -37,7 +39,7 @@ class TextTokenizer:
             self._model = self.model_path.read_bytes()
         except OSError as error:
             reason = error.strerror or error
-            raise ValueError(f"cannot read text tokenizer {self.model_path}: {reason}") from error
+            raise DataError(f"cannot read text tokenizer {self.model_path}: {reason}") from error
         self._check_special_pieces()
 
     def __getstate__(self) -> dict[str, object]:
@@ -54,18 +56,18 @@ class TextTokenizer:
                 raise RuntimeError("empty file")
             return sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise ValueError(f"{self.model_path} is not a SentencePiece model") from error
+            raise DataError(f"{self.model_path} is not a SentencePiece model") from error
 
     def _check_special_pieces(self) -> None:
         processor = self._processor
         missing = [p for p in SPECIAL_PIECES if self._find(p) is None]
         if missing:
-            raise ValueError(
+            raise DataError(
                 f"text tokenizer {self.model_path} has no piece {', '.join(missing)}: "
                 "train it with tools/train_text_tokenizer.py"
             )
         if not processor.is_unknown(self.unk_id):
-            raise ValueError(
+            raise DataError(
                 f"text tokenizer {self.model_path}: {UNK_PIECE} is not its unknown piece"
             )
         # SentencePiece matches user-defined and normal pieces in raw text, control pieces never.
@@ -73,7 +75,7 @@ class TextTokenizer:
             p for p in SPECIAL_PIECES if p != UNK_PIECE and not processor.is_control(self._id(p))
         ]
         if spelled:
-            raise ValueError(
+            raise DataError(
                 f"text tokenizer {self.model_path}: {', '.join(spelled)} must be control pieces, "
                 "or plain text could spell special tokens"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
 from megatron_vlmoe.tokenizers.text import (
     BOS_PIECE,
     EOS_PIECE,
@@ -50,15 +51,17 @@ class TextTokenizerTraining:
     def validate(self) -> None:
         """Raises ValueError on values that cannot work."""
         if self.vocab_size <= len(SPECIAL_PIECES):
-            raise ValueError(
+            raise ConfigError(
                 f"vocab_size must be above {len(SPECIAL_PIECES)} (the special pieces), "
                 f"got {self.vocab_size}"
             )
         if not 0.0 < self.character_coverage <= 1.0:
-            raise ValueError(f"character_coverage must be in (0, 1], got {self.character_coverage}")
+            raise ConfigError(
+                f"character_coverage must be in (0, 1], got {self.character_coverage}"
+            )
         for name in ("max_sentences", "num_threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def train_text_tokenizer(training: TextTokenizerTraining, texts: Iterable[str]) -> int:
@@ -77,7 +80,7 @@ def train_text_tokenizer(training: TextTokenizerTraining, texts: Iterable[str]) 
     training.validate()
     sentences = sample_sentences(iterate_sentences(texts), training.max_sentences, training.seed)
     if not sentences:
-        raise ValueError("no text to train on")
+        raise DataError("no text to train on")
     model = _fit(sentences + whole_word_hints(sentences), training)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     size = int(processor.get_piece_size())
@@ -86,8 +89,8 @@ def train_text_tokenizer(training: TextTokenizerTraining, texts: Iterable[str]) 
     )
     prefix = str(training.output_prefix)
     # The model last: where it exists, its vocabulary listing does too.
-    _write_atomically(Path(prefix + ".vocab"), vocab.encode())
-    _write_atomically(Path(prefix + ".model"), model)
+    write_text_atomic(prefix + ".vocab", vocab)
+    write_bytes_atomic(prefix + ".model", model)
     return size
 
 
@@ -119,7 +122,7 @@ def _fit(sentences: list[str], training: TextTokenizerTraining) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(_explain(error, training)) from error
+        raise DataError(_explain(error, training)) from error
     return writer.getvalue()
 
 
@@ -176,19 +179,3 @@ def _cut(line: str) -> Iterator[str]:
         line = line[end:].lstrip()
     if line:
         yield line
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

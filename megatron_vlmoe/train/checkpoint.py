@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
@@ -31,7 +31,8 @@ from megatron_vlmoe.runtime.distributed import (
     is_rank_zero,
     union_over_ranks,
 )
-from megatron_vlmoe.runtime.helper_processes import install_results_queue
+from megatron_vlmoe.runtime.files import publish_folder, write_text_atomic
+from megatron_vlmoe.runtime.results_queue import install_results_queue
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
@@ -179,14 +180,8 @@ class CheckpointWriter:
     def _publish(self, temporary: Path, target: Path, step: int) -> None:
         barrier()
         if is_rank_zero():
-            _sync_folder(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-            _sync_folder(self.root)
-            replacement = self.root / f"{TRACKER}.tmp"
-            replacement.write_text(f"{step}\n")
-            os.replace(replacement, self.root / TRACKER)
+            publish_folder(temporary, target)
+            write_text_atomic(self.root / TRACKER, f"{step}\n")
             self._delete_old(step)
         barrier()
 
@@ -389,8 +384,6 @@ def _state_dict(
 
 def _local_bytes(content: Any) -> float:
     """Bytes that this rank would write at most."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
     total = 0.0
     stack: list[Any] = [content]
     while stack:
@@ -415,16 +408,3 @@ def _raise_together(problem: str, path: Path) -> None:
         if is_rank_zero():
             shutil.rmtree(path, ignore_errors=True)
         raise CheckpointError(f"{path}: {problem or 'another rank failed to write'}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes files of a folder and its entries durable."""
-    for path in folder.iterdir():
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

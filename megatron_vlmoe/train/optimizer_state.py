@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 GROUPS = "param_groups"
 
@@ -48,8 +49,6 @@ def adopt_groups(optimizer: Any, loaded: dict[str, Any], common: Mapping[str, An
 
 def tensor_keys(requested: Any) -> Iterator[str]:
     """Checkpoint keys of the tensors in a nested sharded state dict."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
     if isinstance(requested, ShardedTensor):
         yield requested.key
     elif isinstance(requested, Mapping):

@@ -1,19 +1,15 @@
-"""The `pretrain` command on batches of random numbers: `python -m megatron_vlmoe.train.random_pretrain ...`.
-
-Takes the options of `python -m megatron_vlmoe pretrain` and needs no files; for comparing layouts and for
-trying a cluster out before the data is there.
-"""
+"""Pretraining on batches of random numbers, which needs no files: the command `pretrain-random`."""
 
 from __future__ import annotations
 
 import dataclasses
+import runpy
 import sys
 
-from megatron_vlmoe.cli import configure_logging, run_guarded
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
-from megatron_vlmoe.train.pretrain import main
+from megatron_vlmoe.train.pretrain import pretrain
 
 # Stand in for what tokenizers and captions decide, where the options leave it open.
 TEXT_VOCABULARY, VISUAL_VOCABULARY = 1000, 512
@@ -36,6 +32,12 @@ def open_random(config: RunConfig, share: BatchShare) -> RandomData:
     return RandomData(dataclasses.replace(config, model=model, objectives=objectives), share)
 
 
+def pretrain_random(config: RunConfig) -> None:
+    """Trains; `config` is checked by `validate`."""
+    pretrain(config, open_random)
+
+
 if __name__ == "__main__":
-    configure_logging()
-    sys.exit(run_guarded(lambda: main(sys.argv[1:], open_random)))
+    # The former spelling of `vlmoe pretrain-random`.
+    sys.argv.insert(1, "pretrain-random")
+    runpy.run_module("megatron_vlmoe", run_name="__main__", alter_sys=True)

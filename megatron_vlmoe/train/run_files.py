@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Optional
+
+from megatron_vlmoe.runtime.files import write_bytes_atomic
 
 TOKENIZER_FILE, LABELS_FILE = "text.model", "labels.json"
 HUGGING_FACE_FILE = "config.json"
@@ -23,9 +23,7 @@ def keep_file(source: str | Path, run: str | Path, name: str) -> None:
     """Copies a file into a run folder; a source that is empty, missing or the copy itself leaves all as it is."""
     target = Path(run) / name
     if str(source) and Path(source).is_file() and Path(source).resolve() != target.resolve():
-        temporary = target.with_name(f"{name}.tmp")
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+        write_bytes_atomic(target, Path(source).read_bytes())
 
 
 def is_hugging_face(location: str | Path) -> bool:

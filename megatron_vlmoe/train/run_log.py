@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_vlmoe import __version__
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.runtime.ranks import environment_rank
 
 LOG_FILE = "log.txt"
 
@@ -35,7 +36,7 @@ def open_run_log(folder: Path) -> None:
             log.removeHandler(other)
             other.close()
     try:
-        handler = RunLog(place, int(os.environ.get("RANK", 0)))
+        handler = RunLog(place, environment_rank())
     except OSError as error:
         raise ConfigError(f"--save {folder}: {LOG_FILE}: {error.strerror}") from None
     log.addHandler(handler)

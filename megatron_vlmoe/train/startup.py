@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Sequence
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.dry_run import nodes_crossed
-from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
+from megatron_vlmoe.runtime.ranks import Ranks, environment_rank
 from megatron_vlmoe.train.run_log import open_run_log
 
 log = logging.getLogger("megatron_vlmoe")
-
-
-def quiet_imports() -> None:
-    """Silences warnings that no user can act on."""
-    # megatron-core warns on import about packages that are optional here.
-    warnings.filterwarnings("ignore", module="megatron")
-    # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def make_run_folder(config: RunConfig) -> None:
     """Finds out before anything is loaded whether the run can write its files, and opens its log."""
     save = config.checkpoint.save
     if not save:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if environment_rank() == 0:
             log.warning("no --save: nothing of this run will be kept")
         return
     try:
@@ -45,9 +37,7 @@ def make_run_folder(config: RunConfig) -> None:
 
 def report_packages() -> None:
     """One line about optional packages; an unusable one is an error."""
-    from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
-
-    if int(os.environ.get("RANK", 0)) == 0:
+    if environment_rank() == 0:
         log.info(accelerator_report())
     problems = unusable_packages()
     if problems:

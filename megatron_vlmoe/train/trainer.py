@@ -16,6 +16,7 @@ from megatron_vlmoe.config.errors import TrainingError
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.flops import flops_per_step
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
+from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
@@ -270,7 +271,7 @@ class Trainer:
         resolved = dataclasses.asdict(self.config)
         if self.config.checkpoint.save:
             folder = Path(self.config.checkpoint.save)
-            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            write_text_atomic(folder / "config.yaml", to_yaml(self.config))
         self.outputs = build_writers(self.config, resolved, self.state.step)
 
     def _save(self) -> None:

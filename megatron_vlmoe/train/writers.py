@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any, Mapping, Protocol
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.runtime.files import write_bytes_atomic
+from megatron_vlmoe.runtime.json_files import logged_step
 from megatron_vlmoe.train.checkpoint_files import SET_ASIDE
 
 log = logging.getLogger("megatron_vlmoe")
@@ -45,7 +46,7 @@ class JsonlWriter:
         kept: list[bytes] = []
         moved: list[bytes] = []
         for line in before.splitlines():
-            (kept if 0 < resume_step and _step_of(line) <= resume_step else moved).append(line)
+            (kept if 0 < resume_step and logged_step(line) <= resume_step else moved).append(line)
         if moved:
             aside = path.with_name(f"{path.stem}.{SET_ASIDE}{path.suffix}")
             with aside.open("ab") as file:
@@ -53,9 +54,7 @@ class JsonlWriter:
             log.info("%s: %d later line(s) are now in %s", path, len(moved), aside.name)
         content = b"".join(line + b"\n" for line in kept)
         if content != before:
-            replacement = path.with_name(f"{path.name}.tmp")
-            replacement.write_bytes(content)
-            os.replace(replacement, path)
+            write_bytes_atomic(path, content)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -67,14 +66,6 @@ class JsonlWriter:
     def close(self) -> None:
         """Closes the file."""
         self.file.close()
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a line; infinite for one that a killed run left half-written."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 class TensorBoardWriter:

@@ -239,8 +239,8 @@ def loss_scale_after_loading(
 
 def command(name: str, words: tuple[str, ...]) -> str:
     """Runs `finetune` or `evaluate` in this process; what it logged, or the line with which it refused."""
+    from megatron_vlmoe.commands.finetune import evaluate_main, main
     from megatron_vlmoe.config.errors import CheckpointError, ConfigError
-    from megatron_vlmoe.finetune.run import evaluate_main, main
 
     lines: list[str] = []
     handler = logging.Handler(logging.INFO)

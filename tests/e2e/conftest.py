@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contracts"))
-
 from commands import Outcome, run, tool
 
 SMALL_MODEL = """

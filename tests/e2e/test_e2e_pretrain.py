@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import environment, run_many, tool
+from commands import environment, run, run_many, tool
 from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
 
 pytestmark = pytest.mark.e2e
@@ -210,6 +210,23 @@ def test_stored_codes(unbroken: Run, corpus: Corpus) -> None:
     assert first[0]["loss/mim"] != first[1]["loss/mim"], "stored views are other crops"
     assert first[0]["loss/mlm"] == first[1]["loss/mlm"], "texts have nothing to do with it"
     outcomes[3].refused("codes")
+
+
+COUNT_READINGS = """
+import sys
+from megatron_vlmoe import cli
+from megatron_vlmoe.tokenizers import image
+
+read = image.load_vqkd
+image.load_vqkd = lambda folder: print("reads", folder) or read(folder)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_the_image_tokenizer_is_read_once(corpus: Corpus) -> None:
+    words = corpus.words(corpus.folder / "runs" / "one-reading", 1, *ROOMY)
+    outcome = run("-c", COUNT_READINGS, *words, cwd=corpus.folder, timeout=150).succeeded()
+    assert outcome.stdout.count("reads image_tokenizer") == 1
 
 
 def test_seed_checkpoint(unbroken: Run, corpus: Corpus) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -10,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_parsers import parser_of
 
+from megatron_vlmoe.commands.table import COMMANDS
 from megatron_vlmoe.config.command_line import ALIASES, _flatten, merge_file
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.recipes import recipe_names
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import TASKS
 from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.runtime.lazy import HEAVY
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_vlmoe"
@@ -29,6 +34,7 @@ CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
 ORDER = (
     *("config", "stream", "runtime", "tokenizers", "sample_corpus", "moe", "planning", "model"),
     *("data", "losses", "train", "prepare", "convert", "analysis", "finetune", "inference"),
+    "commands",
 )
 WITHOUT_MEGATRON = (
     *("config", "stream", "tokenizers", "sample_corpus", "planning", "data", "losses"),
@@ -37,6 +43,10 @@ WITHOUT_MEGATRON = (
 # Files that travel with an export: nothing of this package is there where they run.
 TRAVELLING = PACKAGE / "convert" / "hf"
 TRAVELLING_IMPORTS = {"torch", "transformers", "numpy", "PIL", "sentencepiece"}
+# Where a task may be called by its name: its row, its readers, recipes, and the corpus that makes a sample of it.
+TASK_FILES = ("config/tasks.py", "config/recipes.py", "prepare/readers/tasks/", "sample_corpus/")
+# The same word for something else: how pixels are normalised.
+OTHER_WORDS = {"convert/public/beit2.py": {"imagenet"}, "tools/import_public.py": {"imagenet"}}
 MUTATORS = {
     *("append", "extend", "insert", "remove", "pop", "clear", "update", "setdefault"),
     *("popitem", "add", "discard", "appendleft", "popleft"),
@@ -48,6 +58,7 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -111,6 +122,98 @@ def test_rooms_without_megatron_core(home):
         and any(module.split(".")[0] == "megatron" for module in imported_modules(parse(path)))
     ]
     assert not found
+
+
+def late_imports(tree: ast.AST) -> list[str]:
+    """Modules of this package and of megatron-core that are imported inside a function."""
+    return [
+        module
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for module in imported_modules(function)
+        if module.split(".")[0] in ("megatron_vlmoe", "megatron")
+    ]
+
+
+def test_imports_stand_at_the_top():
+    found = {
+        name_of(path): late
+        for path in (*SOURCES, *TOOLS)
+        if path.parent != TRAVELLING and (late := late_imports(parse(path)))
+    }
+    assert not found, "what is slow to import goes through runtime/lazy.py"
+
+
+def test_check_of_late_imports_finds_them():
+    assert late_imports(ast.parse("def f():\n    from megatron_vlmoe.train import step"))
+    assert late_imports(ast.parse("class A:\n    def f(self):\n        import megatron.core"))
+    assert not late_imports(ast.parse("import megatron.core\ndef f():\n    import transformers"))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package that a file imports when it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in list(ast.walk(tree)):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    return {name for module in imported_modules(tree, relative=True) if (name := known(module))}
+
+
+def known(module: str) -> str | None:
+    return module if module in MODULES else None
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in SOURCES if path.parent != TRAVELLING}
+
+
+def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """Everything that importing a module imports, itself only if it comes back to it."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for name in graph.get(waiting.pop(), set()) - found:
+            found.add(name)
+            waiting.append(name)
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves, through others."""
+    return sorted(name for name in graph if name in reachable(name, graph))
+
+
+@pytest.fixture(scope="module")
+def import_graph() -> dict[str, set[str]]:
+    return {
+        module_of(path): imports_of(path) - {module_of(path)}
+        for path in SOURCES
+        if path.parent != TRAVELLING
+    }
+
+
+def test_no_imports_in_a_circle(import_graph):
+    assert not circles(import_graph)
+
+
+def test_circle_check_finds_a_circle():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_the_lazy_table_says_what_needs_megatron_core(import_graph):
+    uses_it = {
+        module_of(path)
+        for path in SOURCES
+        if path.parent != TRAVELLING
+        and any(name.split(".")[0] == "megatron" for name in imported_modules(parse(path)))
+    }
+    assert HEAVY == {
+        module: bool((reachable(module, import_graph) | {module}) & uses_it) for module in HEAVY
+    }
 
 
 @pytest.mark.parametrize("package", ["torchvision", "timm", "apex", "deepspeed"])
@@ -218,6 +321,45 @@ def test_state_check_finds_state():
     assert not state_problems(ast.parse("A = {1: 2}\ndef f():\n    return A[1]"))
 
 
+def compared_tasks(tree: ast.AST) -> list[str]:
+    """Names of tasks that something is compared with, matched with, or looked up by in a table of several tasks."""
+    found: list[ast.AST | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            found += [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            found.append(node.value)
+        elif isinstance(node, ast.Dict) and len(node.keys) > 1:
+            found += node.keys
+    names = []
+    for value in found:
+        items = value.elts if isinstance(value, (ast.Tuple, ast.List, ast.Set)) else [value]
+        names += [item.value for item in items if isinstance(item, ast.Constant)]
+    return sorted(name for name in names if isinstance(name, str) and name in TASKS)
+
+
+def test_no_task_is_called_by_its_name_outside_its_own_files():
+    """What tasks differ in stands in their rows (config/tasks.py), so that a package can add one."""
+    found = {}
+    for path in (*SOURCES, *TOOLS):
+        name = name_of(path).removeprefix("megatron_vlmoe/")
+        wrong = set(compared_tasks(parse(path))) - OTHER_WORDS.get(name, set())
+        if wrong and not name.startswith(TASK_FILES):
+            found[name] = wrong
+    assert not found
+
+
+def test_task_check_finds_names():
+    for code in (
+        "if task.name == 'vqa': pass",
+        "x = name in ('nlvr2', 'vqa')",
+        "match task:\n    case 'mnli': pass",
+        "SHAPES = {'imagenet': 1, 'other': 2}",
+    ):
+        assert compared_tasks(ast.parse(code)), code
+    assert not compared_tasks(ast.parse("usage = load('vqa')\nx = {'task': 'vqa', 'n': 1}"))
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_scripts_parse(path):
     result = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
@@ -258,6 +400,16 @@ def commands(text: str) -> Iterator[str]:
     yield from text.replace("\\\n", " ").splitlines()
 
 
+@functools.cache
+def options_of_tool(tool: str) -> set[str]:
+    """Options of the commands that a tool runs; some hand what they do not know on to pretraining."""
+    names = re.findall(r'"([a-z-]+)"', (ROOT / "tools" / tool).read_text())
+    parsers = [parser_of(name) for name in names if name in COMMANDS]
+    known = {option for parser in parsers for option in parser._option_string_actions}
+    passes_on = {"compare-layouts", "bench", "upcycle"} & set(names)
+    return known | (PROGRAM_OPTIONS if passes_on else set())
+
+
 def unknown_options(text: str) -> list[str]:
     """Options in a document or script that neither the program nor the named tool has."""
     found = [
@@ -267,19 +419,12 @@ def unknown_options(text: str) -> list[str]:
     ]
     for line in commands(text):
         for tool, rest in re.findall(r"tools/(\w+\.py)([^`|;&]*)", line):
-            path = ROOT / "tools" / tool
-            if not path.exists():
+            if not (ROOT / "tools" / tool).exists():
                 found.append(f"tools/{tool}")
                 continue
-            source = path.read_text()
+            known = options_of_tool(tool)
             options = re.findall(r"(?<=[\s[])--[a-z][a-z0-9-]*(?=[\s=\]]|$)", rest)
-            # Some tools hand what they do not know on to the program.
-            known = PROGRAM_OPTIONS if "parse_known_args" in source else set()
-            found += [
-                f"tools/{tool} {name}"
-                for name in options
-                if f'"{name}"' not in source and name not in known
-            ]
+            found += [f"tools/{tool} {name}" for name in options if name not in known]
         for rest in re.findall(r"-m megatron_vlmoe pretrain([^`|;&]*)", line):
             options = re.findall(r"(?<=\s)--[a-z][a-z0-9-]*(?=[\s=\]]|$)", rest)
             found += [name for name in options if name not in PROGRAM_OPTIONS]

@@ -5,6 +5,7 @@ independent derivation; the LIMoE ones from the definition of entropy.
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -138,6 +139,13 @@ def test_golden_values_of_a_modality(
         assert close(vloss(logits, noisy, 1, SIGMA, mask=kept), vloss_1)
         assert close(vloss(logits, noisy, 2, SIGMA, mask=kept), vloss_2)
         assert close(z_loss(logits, mask=kept), z)
+    # What padding holds has no influence.
+    huge = torch.where(mask[:, None], LOGITS, torch.full_like(LOGITS, 300.0))
+    for k in (1, 2):
+        for loss, expected in zip(
+            every_loss(huge, NOISE, k, mask), every_loss(LOGITS, NOISE, k, mask)
+        ):
+            assert close(loss, expected.item(), 1e-8)
 
 
 def test_golden_entropy_losses() -> None:
@@ -206,9 +214,48 @@ def test_gradients_by_finite_differences(k: int, mask: Tensor | None) -> None:
         )
 
 
-def test_load_gradient_reaches_noisy_logits() -> None:
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("loss", [load_loss, vloss])
+def test_load_gradient_reaches_noisy_logits(loss: Callable[..., Tensor], k: int) -> None:
     clean, noisy = LOGITS.clone().requires_grad_(), NOISY.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, n: load_loss(a, n, 2, SIGMA), (clean, noisy))
+    assert torch.autograd.gradcheck(lambda a, n: loss(a, n, k, SIGMA), (clean, noisy))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_mask_of_all_tokens_is_no_mask(k: int) -> None:
+    every = torch.ones(6, dtype=torch.bool)
+    for masked, plain in zip(every_loss(LOGITS, NOISE, k, every), every_loss(LOGITS, NOISE, k)):
+        torch.testing.assert_close(masked, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_only_tokens_that_count_get_a_gradient(k: int) -> None:
+    for index in range(len(every_loss(LOGITS, NOISE, k))):
+        logits = LOGITS.clone().requires_grad_()
+        every_loss(logits, NOISE, k, VISION)[index].backward()
+        assert logits.grad is not None
+        assert (logits.grad[TEXT] == 0).all()
+        assert (logits.grad[VISION] != 0).any()
+
+
+@pytest.mark.parametrize("sigma", [1 / 32, 0.5])
+def test_noise_std_is_the_standard_deviation_itself(sigma: float) -> None:
+    """The load of an expert: probability that its logit with fresh noise is among the k largest."""
+    k, load = 2, [0.0] * 4
+    for clean, noisy in zip(LOGITS.tolist(), NOISY.tolist()):
+        threshold = sorted(noisy)[-k]
+        for expert, logit in enumerate(clean):
+            load[expert] += 0.5 * (1 + math.erf((logit - threshold) / sigma / math.sqrt(2)))
+    mean = sum(load) / 4
+    expected = sum((v - mean) ** 2 for v in load) / 4 / mean**2
+    assert load_loss(LOGITS, NOISY, k, sigma).item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_gshard_of_a_collapsed_router_is_the_number_of_experts() -> None:
+    experts = 8
+    collapsed = torch.zeros(16, experts, dtype=torch.float64)
+    collapsed[:, 3] = 50.0
+    assert gshard_loss(collapsed, 1).item() == pytest.approx(experts)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -240,14 +287,14 @@ def test_masked_rows_do_not_spread_nan() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_perfect_balance_has_a_finite_gradient(k: int) -> None:
+@pytest.mark.parametrize("row", [[1.0, 0.5, -0.25, 0.0], [2.0, 0.0, 0.0, 0.0]])
+def test_perfect_balance_has_a_finite_gradient(k: int, row: list[float]) -> None:
     # Each row is a rotation of the first: all experts get equal gates, loads and choices.
-    row = torch.tensor([1.0, 0.5, -0.25, 0.0])
-    logits = torch.stack([row.roll(shift) for shift in range(4)]).requires_grad_()
+    first = torch.tensor(row)
+    logits = torch.stack([first.roll(shift) for shift in range(4)]).requires_grad_()
     losses = every_loss(logits, torch.zeros(4, 4), k)
-    importance, load, _, _, gshard, *_ = losses
-    assert importance.item() < 1e-13
-    assert load.item() < 1e-13
+    importance, load, both, _, gshard, *_ = losses
+    assert max(importance.item(), load.item(), both.item()) < 1e-13
     assert abs(gshard.item() - 1) < 1e-6
     torch.stack(losses).sum().backward()
     assert logits.grad is not None
@@ -271,6 +318,11 @@ def test_low_precision_input_computes_in_float32(dtype: torch.dtype) -> None:
     for loss, expected in zip(every_loss(logits, noise, 2), exact, strict=True):
         assert loss.dtype == torch.float32
         assert close(loss, expected.item(), 1e-6)
+    # The inputs are rounded alike; what is left is the arithmetic, which must not be done in 8 bits.
+    noisy = (logits + noise).double()
+    doubles = every_loss(logits.double(), noisy - logits.double(), 2)
+    for loss, expected in zip(every_loss(logits, noise, 2), doubles, strict=True):
+        assert loss.item() == pytest.approx(expected.item(), rel=5e-3, abs=1e-4)
     assert importance_loss(LOGITS).dtype == torch.float64
 
 

@@ -419,7 +419,7 @@ def coded(corpus: Corpus) -> Corpus:
     for name, flips in (("images", 0.5), ("pairs", 0.0)):
         options = CodesOptions(num_views=3, flip_probability=flips, min_scale=0.3)
         tokenizer = BrightnessTokenizer()
-        write_codes(str(root / name), tokenizer, options, progress=lambda line: None)  # type: ignore[arg-type]
+        write_codes(str(root / name), tokenizer, options)  # type: ignore[arg-type]
     return Corpus(root, corpus.tokenizer)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import pickle
 import runpy
 import shutil
@@ -199,10 +200,14 @@ def test_an_old_manifest_never_vouches_for_new_codes(
 ) -> None:
     write_codes(prefix, tokenizer, CodesOptions(num_views=1))
 
-    def full_disk(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
+    real = os.fsync
 
-    monkeypatch.setattr("megatron_vlmoe.prepare.codes.write_atomically", full_disk)
+    def full_disk(handle: int) -> None:
+        if "set_codes.json.tmp" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(DataError, match="set_codes.json: No space left on device"):
         write_codes(prefix, tokenizer, CodesOptions(num_views=1, seed=1))
     with pytest.raises(DataError, match="not found"):
@@ -216,7 +221,7 @@ def test_tool(prefix: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPat
             runpy.run_path(str(ROOT / "tools" / "encode_images.py"), run_name="__main__")
         return int(caught.value.code or 0)
 
-    common = ("--images", prefix, "--views", "2", "--tokenizer")
+    common = ("--images", prefix, "--views", "2", "--image-tokenizer")
     assert run(*common, str(tokenizer_folder)) == 0
     assert "2 views of 7 images, 4x4 codes each" in capsys.readouterr().out
     assert CodesReader(prefix).num_views == 2

@@ -287,7 +287,7 @@ def test_loss_of_answers_is_the_trainers():
     target = torch.zeros(4, 5)
     for row, answer in (answers >= 0).nonzero().tolist():
         target[row, answers[row, answer]] = scores[row, answer]
-    found = losses_vlmoe.answer_loss(logits, target)
+    found = losses_vlmoe.answer_loss(logits, target, config())
     torch.testing.assert_close(found, soft_target_loss(logits, answers, scores))
 
 

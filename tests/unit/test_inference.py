@@ -270,7 +270,7 @@ def test_rules_for_images_are_known_ones(option: dict[str, str], message: str) -
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom megatron_vlmoe.cli import main\n"
+        "import sys\nfrom megatron_vlmoe.commands.main import main\n"
         "try: main(['predict', '--help'])\nexcept SystemExit as end: assert not end.code\n"
         "assert 'torch' not in sys.modules"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,26 +22,33 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("height,width", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (8, 8), (14, 14)])
+@pytest.mark.parametrize(
+    "height,width",
+    [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (5, 3), (4, 4), (8, 8), (14, 14)],
+)
 def test_blockwise_mask_has_exactly_the_count(height: int, width: int) -> None:
-    cells = height * width
-    for num_masked in sorted({0, 1, cells // 3, cells // 2, cells - 1, cells}):
+    for num_masked in range(height * width + 1):
         for seed in range(5):
             mask = blockwise_mask(height, width, num_masked, rng(seed))
             assert mask.dtype == np.bool_ and mask.shape == (height, width)
             assert mask.sum() == num_masked
 
 
-@pytest.mark.parametrize("num_masked", [-1, 197])
+@pytest.mark.parametrize("num_masked", [-1, 197, 1000])
 def test_blockwise_mask_refuses_impossible_counts(num_masked: int) -> None:
-    with pytest.raises(ValueError, match="0..196"):
+    with pytest.raises(ValueError, match=rf"={num_masked} .*0\.\.196"):
         blockwise_mask(14, 14, num_masked, rng())
 
 
 def test_blockwise_mask_is_a_function_of_the_generator() -> None:
     first, second = (blockwise_mask(14, 14, 78, rng(3)) for _ in range(2))
     assert np.array_equal(first, second)
-    assert not np.array_equal(first, blockwise_mask(14, 14, 78, rng(4)))
+    assert len({blockwise_mask(14, 14, 78, rng(seed)).tobytes() for seed in range(200)}) == 200
+
+
+def test_mask_tokens_is_a_function_of_the_generator() -> None:
+    first, second = (mask_tokens(np.arange(5, 39), 0.3, Vocabulary(), rng(3)) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(first, second))
 
 
 def neighbours_share(mask: np.ndarray) -> float:
@@ -83,6 +91,16 @@ def test_mask_tokens_count(length: int, fraction: float, expected: int) -> None:
     assert (labels != -100).sum() == expected
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.15, 0.25, 0.5, 1.0])
+def test_special_tokens_do_not_count(fraction: float) -> None:
+    for n in (0, 1, 2, 3, 6, 10, 18, 126):
+        # At both ends and in the middle.
+        ids = np.array([0, *([7] * (n // 2)), 1, *([8] * (n - n // 2)), 1])
+        _, labels = mask_tokens(ids, fraction, Vocabulary(), rng(n))
+        expected = min(n, max(1, math.floor(n * fraction + 0.5))) if n else 0
+        assert (labels != -100).sum() == expected, (n, fraction)
+
+
 def test_mask_tokens_fixed_count_is_clamped() -> None:
     ids = np.array([0, 5, 6, 7, 1])
     for wanted, expected in [(0, 0), (2, 2), (3, 3), (9, 3)]:
@@ -113,6 +131,9 @@ def test_specials_are_never_chosen_and_the_rest_is_untouched() -> None:
     chosen = labels != -100
     assert np.array_equal(labels[chosen], ids[chosen])
     assert np.array_equal(inputs[~chosen], ids[~chosen])
+    replaced = chosen & (inputs != ids) & (inputs != vocab.mask_id)
+    assert not np.isin(inputs[replaced], list(vocab.special_ids)).any()
+    assert (inputs >= 0).all() and (inputs < vocab.size).all()
 
 
 def test_replacement_frequencies() -> None:

@@ -440,8 +440,8 @@ def test_weights_in_lists_are_shares_of_the_annotators(
     put(raw / "vqa_val.json", as_list("val2014", VAL_QUESTIONS))
     for name in ("train2014", "val2014"):
         (desk.raw / name).rename(raw / name)
-    words = ["--task", "vqa", "--raw", str(raw), "--output-prefix", str(desk.out), *VQA_OPTIONS]
-    words += ["--splits", "train", "--on-error", "skip", "--tokenizer-model", desk.model]
+    words = ["--task", "vqa", "--raw", str(raw), "--output", str(desk.out), *VQA_OPTIONS]
+    words += ["--splits", "train", "--on-error", "skip", "--text-tokenizer", desk.model]
     assert tool("prepare_task")(words) == 0
     by_id = {row.id: row for row in rows(desk.opened("train", "vqa"))}
     assert by_id["90"].answers == ("yes",) * 7 + ("star",) * 3

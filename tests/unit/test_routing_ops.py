@@ -132,7 +132,11 @@ def test_golden_keep_masks(
 def test_golden_keep_masks_with_more_tokens_and_ties(
     gates: Tensor, k: int, capacity: int, expected: str
 ) -> None:
-    assert bits(batch_priority_route(gates, k, capacity)[0]) == expected
+    keep, position = batch_priority_route(gates, k, capacity)
+    assert bits(keep) == expected
+    assert keep.dtype is torch.bool and keep.shape == position.shape == gates.shape
+    assert not position.is_floating_point()
+    assert ((position >= 0) == keep).all() and (position[~keep] == -1).all()
 
 
 def test_golden_positions() -> None:
@@ -188,8 +192,8 @@ def test_dropped_rates_of_the_golden_case() -> None:
 
 
 def random_case(rng: random.Random) -> tuple[list[list[float]], int, int, list[bool]]:
-    num_tokens, num_experts = rng.randint(1, 12), rng.randint(1, 6)
-    k = rng.randint(1, min(3, num_experts))
+    num_tokens, num_experts = rng.randint(1, 40), rng.randint(1, 8)
+    k = rng.randint(1, num_experts)
     # A few levels only, so that ties within and between tokens are common. Multiples of 1/8 are
     # exact in every dtype; negative ones show that gates need not come from a softmax.
     levels = rng.choice([2, 4, 40])
@@ -329,12 +333,16 @@ def test_nothing_is_read_back_to_the_host() -> None:
 
 
 def test_masked_tokens_take_no_place() -> None:
+    mask = torch.tensor([False, True, True])
     gates = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]])
-    keep, position = batch_priority_route(gates, 1, 1, torch.tensor([False, True, True]))
+    keep, position = batch_priority_route(gates, 1, 1, mask)
     assert bits(keep) == "00 00 10"
     assert position.tolist() == [[-1, -1], [-1, -1], [0, -1]]
-    keep, _ = batch_priority_route(gates, 2, 3, torch.zeros(3, dtype=torch.bool))
-    assert not keep.any()
+    keep, position = batch_priority_route(gates.sort(dim=0, descending=True).values, 1, 1, mask)
+    assert bits(keep) == "00 10 00"
+    assert position.tolist() == [[-1, -1], [0, -1], [-1, -1]]
+    for k in (1, 2):
+        assert not batch_priority_route(gates, k, 3, torch.zeros(3, dtype=torch.bool))[0].any()
 
 
 @pytest.mark.parametrize(
@@ -352,6 +360,11 @@ def test_masked_tokens_take_no_place() -> None:
         (197, 1.05, 4, 8),
         (128, 1.05, 1, 5),
         (128, 1.05, 4, 8),
+        (1, 1.05, 1, 1),
+        (3, 0.1, 1, 1),
+        (20, 64.0, 1, 20),
+        (20, 0.0, 1, 20),
+        (20, -1.0, 1, 20),
     ],
 )
 def test_capacity_table_for_32_experts(
@@ -372,6 +385,16 @@ def test_capacity_limits() -> None:
     assert expert_capacity(10, 4, 1, 1.0, multiple_of=16) == 10
     assert expert_capacity(10, 4, 1, 0.0) == 10
     assert expert_capacity(10, 4, 1, -1.0, multiple_of=4) == 10
+
+
+def test_capacity_is_the_float_formula() -> None:
+    for tokens in (1, 5, 96, 197, 400, 1000):
+        for experts in (1, 4, 6, 8):
+            for k in range(1, min(2, experts) + 1):
+                for factor in (0.5, 1.0, 1.05, 1.1, 2.0):
+                    expected = max(1, min(tokens, math.ceil(tokens * k * factor / experts)))
+                    value = expert_capacity(tokens, experts, k, factor)
+                    assert value == expected and isinstance(value, int)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlmoe.cli import run_guarded
+from megatron_vlmoe.commands.run_command import run_command
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.train.run_log import RunLog, open_run_log
@@ -76,7 +76,7 @@ def test_the_line_that_a_run_ends_with_is_there(
         start(tmp_path)
         raise ConfigError("train.steps=0: no")
 
-    assert run_guarded(fail) == 2
+    assert run_command(fail) == 2
     assert lines(tmp_path)[1:] == ["ERROR train.steps=0: no"]
     assert capsys.readouterr().err == "error: train.steps=0: no\n"
 
@@ -87,7 +87,7 @@ def test_a_programming_error_leaves_its_traceback(tmp_path: Path) -> None:
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError):
-        run_guarded(fail)
+        run_command(fail)
     text = (tmp_path / "log.txt").read_text()
     assert "ERROR Traceback" in text and text.endswith("ZeroDivisionError: a bug\n")
 

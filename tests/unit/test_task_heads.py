@@ -18,9 +18,10 @@ def test_logits_of_a_16_bit_model_do_not_tie() -> None:
         sequence_parallel=False,
         layernorm_epsilon=1e-6,
     )
+    run: Any = SimpleNamespace(task=SimpleNamespace(num_classes=1000))
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(32, 64, generator=generator).bfloat16()
-    heads = (TwoLayerClassifier(config, 64, 1000), ImageClassifier(config, 1000).classifier)
+    heads = (TwoLayerClassifier(config, 64, 1000), ImageClassifier(config, run).classifier)
     for head in heads:
         for parameter in head.parameters():
             if parameter.dim() == 2:

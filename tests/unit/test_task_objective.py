@@ -13,7 +13,7 @@ from megatron_vlmoe.config.task_schema import TaskConfig
 @pytest.fixture
 def objective() -> Any:
     """Judges two splits and notes whatever it does."""
-    from megatron_vlmoe.finetune.options import prepare_megatron
+    from megatron_vlmoe.runtime.lazy import prepare_megatron
 
     prepare_megatron()
     from megatron_vlmoe.finetune.objective import Measured, TaskObjective

@@ -225,7 +225,7 @@ def test_bad_options(tmp_path: Path) -> None:
 def test_tool_lowers_vocab_size_with_a_warning(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("\n".join(corpus()))
     result = run_tool(
-        "--input", tmp_path / "c.txt", "--vocab-size", "64000", "--output-prefix", tmp_path / "p"
+        "--input", tmp_path / "c.txt", "--vocab-size", "64000", "--output", tmp_path / "p"
     )
     assert result.returncode == 0, result.stderr
     size = TextTokenizer(tmp_path / "p.model").size
@@ -236,7 +236,7 @@ def test_tool_lowers_vocab_size_with_a_warning(tmp_path: Path) -> None:
 
 def test_tool_prints_one_line_of_error(tmp_path: Path) -> None:
     result = run_tool(
-        "--input", tmp_path / "gone.txt", "--vocab-size", "99", "--output-prefix", tmp_path / "p"
+        "--input", tmp_path / "gone.txt", "--vocab-size", "99", "--output", tmp_path / "p"
     )
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path}/gone.txt: not found\n"
@@ -249,7 +249,7 @@ def test_tool_stops_at_bad_records_or_lists_them(
     lines = [json.dumps({"body": line}) for line in corpus(50)]
     path.write_text("\n".join([lines[0], '{"body": 3}', "{", *lines[1:]]))
     arguments = ["--input", str(path), "--text-key", "body", "--vocab-size", "90"]
-    arguments += ["--output-prefix", str(prefix)]
+    arguments += ["--output", str(prefix)]
     assert tool("train_text_tokenizer")(arguments) == 1
     assert capfd.readouterr().err == f"error: {path}: line 2: not a string\n"
     assert files_of(tmp_path) == ["c.jsonl"]

@@ -78,7 +78,8 @@ class VLMoEConfig(PretrainedConfig):
         router_noise_std: standard deviation of the normal noise on the logits of routers while they are trained:
             in training mode, unless their weights are frozen. Negative means 1 / experts, as in the paper.
         logit_scale_init_value: initial logarithm of the inverse temperature of contrastive retrieval.
-        task: what the model was fine-tuned on: "", "vqa", "nlvr2", "retrieval", "imagenet" or "mnli".
+        task: what the model was fine-tuned on: "", "vqa", "nlvr2", "retrieval", "imagenet", "mnli",
+            or a task of the program's own that `training` names too.
         training: options of the training program, kept as they are.
         **kwargs: see [`PretrainedConfig`], for instance `id2label`.
 
@@ -234,8 +235,13 @@ class VLMoEConfig(PretrainedConfig):
         self._check_sizes()
         self._check_tokens()
         self._check_experts()
-        _require(self.task in TASKS, f"task={self.task!r} is not one of {TASKS}")
         _require(isinstance(self.training, dict), "training must be a dictionary")
+        # An export of a task that a plug-in added names it there too.
+        trained = self.training.get("task") or {}
+        _require(
+            self.task in TASKS or (isinstance(trained, dict) and trained.get("name") == self.task),
+            f"task={self.task!r} is not one of {TASKS}",
+        )
         _require(
             not self.tie_word_embeddings, "tie_word_embeddings must be false: the heads are untied"
         )

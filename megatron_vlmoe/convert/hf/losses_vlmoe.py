@@ -42,10 +42,15 @@ def masked_loss(logits: Optional[Tensor], labels: Optional[Tensor]) -> Optional[
     return F.cross_entropy(logits.float(), labels, reduction="sum") / count
 
 
-def answer_loss(logits: Tensor, labels: Optional[Tensor]) -> Optional[Tensor]:
-    """Binary cross entropy of logits ``[n, C]`` against scores ``[n, C]``, summed over the answers (VQA)."""
+def answer_loss(logits: Tensor, labels: Optional[Tensor], config: VLMoEConfig) -> Optional[Tensor]:
+    """Binary cross entropy of logits ``[n, C]`` against scores ``[n, C]``, summed over the answers (VQA).
+
+    Where `config.problem_type` is `single_label_classification`, cross entropy against classes ``[n]``.
+    """
     if labels is None:
         return None
+    if config.problem_type == "single_label_classification":
+        return classification_loss(logits, labels, config)
     if labels.shape != logits.shape:
         raise ValueError(
             f"labels are {list(labels.shape)}, not {list(logits.shape)}: a score for every answer"

@@ -301,7 +301,7 @@ class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
 
 
 class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
-    """Chooses the answer to a question about an image (VQAv2)."""
+    """Chooses the answer to a question about an image (VQAv2), or the class of an image with a text."""
 
     input_kinds = ("pairs",)
 
@@ -321,12 +321,12 @@ class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
         labels: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> VLMoESequenceClassifierOutput:
-        """Logits ``[n, C]``; `labels` are the scores of all answers, 0 to 1 ``[n, C]``."""
+        """Logits ``[n, C]``; `labels`: scores of all answers, 0 to 1 ``[n, C]``, or classes (see `answer_loss`)."""
         outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
         needed(outputs.image_hidden_state, "pixel_values")
         pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
-        loss = answer_loss(logits, labels)
+        loss = answer_loss(logits, labels, self.config)
         return VLMoESequenceClassifierOutput(
             self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
         )

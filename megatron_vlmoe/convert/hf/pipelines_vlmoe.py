@@ -98,9 +98,12 @@ class VLMoEVisualQuestionAnsweringPipeline(Pipeline):
 
     def postprocess(self, outputs: Any, top_k: int = 5) -> list[dict[str, Any]]:
         """The likeliest answers."""
-        scores = outputs.logits[0].float().sigmoid()
+        logits, config = outputs.logits[0].float(), self.model.config
+        # Of classes one is right; of answers several may be.
+        one = config.problem_type == "single_label_classification"
+        scores = logits.softmax(dim=-1) if one else logits.sigmoid()
         found = scores.topk(min(top_k, len(scores)))
-        names = self.model.config.id2label
+        names = config.id2label
         return [
             {"score": score, "answer": names[index]}
             for score, index in zip(found.values.tolist(), found.indices.tolist())

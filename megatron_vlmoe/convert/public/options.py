@@ -16,12 +16,11 @@ from megatron_vlmoe.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from megatron_vlmoe.convert.public.families import FamilyName
 from megatron_vlmoe.convert.public.torch_files import PublicState
 from megatron_vlmoe.convert.public.vocabulary import RowMap
 from megatron_vlmoe.planning.validate import validate
 
-FamilyName = Literal["vlmo", "beit3", "beit2"]
-FAMILY_NAMES: tuple[FamilyName, ...] = ("vlmo", "beit3", "beit2")
 HEAD_WIDTH = 64
 DEFAULT_IMAGE_SIZE = 224
 DEFAULT_VISUAL_VOCABULARY = 8192

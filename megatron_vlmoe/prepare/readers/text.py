@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from megatron_vlmoe.prepare.readers.lines import Payload, numbered_lines, too_lo
 from megatron_vlmoe.prepare.readers.pairs import load_json
 from megatron_vlmoe.prepare.readers.parquet import read_columns
 from megatron_vlmoe.prepare.readers.records import Reject, TextBlock, check_inputs
+from megatron_vlmoe.runtime.json_files import parse_json
 
 _BLOCK_BYTES = 1 << 17
 _BLOCK_DOCUMENTS = 1024
@@ -128,16 +128,12 @@ def block_texts(block: TextBlock) -> tuple[list[TextDocument], list[tuple[int, s
 
 def _parse(payload: bytes, json_key: str | None) -> str:
     """The text of one payload. Raises DataError with the reason why there is none."""
+    if json_key is not None:
+        return text_of_object(parse_json(payload), json_key)
     try:
-        text = payload.decode("utf-8")
-        if json_key is None:
-            return text
-        value = json.loads(text)
+        return payload.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"invalid UTF-8 at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"invalid JSON: {error}") from error
-    return text_of_object(value, json_key)
 
 
 def text_of_object(value: object, key: str) -> str:
@@ -198,12 +194,9 @@ def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]] | Reject]:
             continue
         record = f"line {number}"
         try:
-            row = json.loads(payload.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield Reject(path, record, f"invalid UTF-8 at byte {error.start}")
-            continue
-        except (ValueError, RecursionError) as error:
-            yield Reject(path, record, f"invalid JSON: {error}")
+            row = parse_json(payload)
+        except DataError as error:
+            yield Reject(path, record, str(error))
             continue
         yield (number, row) if isinstance(row, dict) else Reject(path, record, "not a JSON object")
 

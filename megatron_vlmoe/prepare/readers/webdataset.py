@@ -8,7 +8,6 @@ img2dataset's ``webdataset`` and ``files`` outputs are of this form.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from megatron_vlmoe.prepare.readers.records import (
     passed_over_line,
     walk_files,
 )
+from megatron_vlmoe.runtime.json_files import parse_json
 
 
 class Member(Protocol):
@@ -117,10 +117,7 @@ class _CaptionKeys:
 
     def captions(self, content: str) -> tuple[object, ...]:
         """The captions in a JSON text; none without the key. Raises DataError."""
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"invalid JSON: {error}") from error
+        value = parse_json(content)
         key = find_key(value, self.wanted, CAPTION_KEYS) if isinstance(value, dict) else None
         self._found = self._found or key is not None
         return as_captions(value[key]) if key is not None else ()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_vlmoe.config.errors import ConfigError
 
 FORMAT_VERSION = 1
 
@@ -53,23 +56,23 @@ class VQKDConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "num_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.image_size % self.patch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
         if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+            raise ConfigError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.decoder_depth < 0:
-            raise ValueError(f"decoder_depth must not be negative, not {self.decoder_depth}")
+            raise ConfigError(f"decoder_depth must not be negative, not {self.decoder_depth}")
         if self.num_codes < 2 or self.code_dim < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"num_codes and code_dim must be at least 2, not {self.num_codes}, {self.code_dim}"
             )
         if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}")
+            raise ConfigError(f"ema_decay must be in [0, 1), not {self.ema_decay}")
         if not 0.0 <= self.restart_threshold < 1.0:
-            raise ValueError(f"restart_threshold must be in [0, 1), not {self.restart_threshold}")
+            raise ConfigError(f"restart_threshold must be in [0, 1), not {self.restart_threshold}")
 
     @property
     def grid(self) -> int:
@@ -104,28 +107,31 @@ def pixel_teacher_dim(patch_size: int) -> int:
     return 3 * patch_size**2 + 1
 
 
+_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "base": {},
+    "tiny": {
+        "image_size": 64,
+        "patch_size": 8,
+        "width": 64,
+        "depth": 2,
+        "num_heads": 4,
+        "decoder_depth": 1,
+        "num_codes": 256,
+        "code_dim": 16,
+        "restart_threshold": 0.3,
+    },
+}
+PRESET_NAMES = tuple(_PRESETS)
+
+
 def build_preset(name: str, **overrides: Any) -> VQKDConfig:
     """`base` (published) or `tiny` (quick start, tests), with `overrides` that are not None.
 
     The target is set to pixels unless `teacher` / `teacher_dim` say otherwise.
     """
-    presets: dict[str, dict[str, Any]] = {
-        "base": {},
-        "tiny": {
-            "image_size": 64,
-            "patch_size": 8,
-            "width": 64,
-            "depth": 2,
-            "num_heads": 4,
-            "decoder_depth": 1,
-            "num_codes": 256,
-            "code_dim": 16,
-            "restart_threshold": 0.3,
-        },
-    }
-    if name not in presets:
-        raise ValueError(f"no image tokenizer preset {name!r}; there are {sorted(presets)}")
-    values = presets[name] | {k: v for k, v in overrides.items() if v is not None}
+    if name not in _PRESETS:
+        raise ConfigError(f"no image tokenizer preset {name!r}; there are {sorted(_PRESETS)}")
+    values = dict(_PRESETS[name]) | {k: v for k, v in overrides.items() if v is not None}
     patch_size = values.get("patch_size", VQKDConfig.patch_size)
     values.setdefault("teacher_dim", pixel_teacher_dim(patch_size))
     return VQKDConfig(**values)

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
 from megatron_vlmoe.tokenizers.vqkd.config import FORMAT_VERSION, VQKDConfig
-from megatron_vlmoe.tokenizers.vqkd.files import write_atomically
 from megatron_vlmoe.tokenizers.vqkd.quantizer import Quantized, Quantizer
 from megatron_vlmoe.tokenizers.vqkd.vit import PatchTransformer, initialize_linear
 
@@ -167,7 +168,7 @@ def save_vqkd(folder: Path, model: VQKD, training: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS_FILE, save(weights))
+    write_bytes_atomic(folder / WEIGHTS_FILE, save(weights))
     config = {
         "format_version": FORMAT_VERSION,
         "kind": "vqkd",
@@ -175,14 +176,14 @@ def save_vqkd(folder: Path, model: VQKD, training: dict[str, Any]) -> None:
         "fingerprint": compute_fingerprint(model),
         "training": training,
     }
-    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_text_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> VQKDConfig:
     """Architecture of a saved tokenizer; ValueError if the folder holds none or another format."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_FILE}: not an image tokenizer folder")
+        raise DataError(f"{folder}: no {CONFIG_FILE}: not an image tokenizer folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind, version = content.get("kind"), content.get("format_version")
@@ -190,7 +191,7 @@ def read_config(folder: Path) -> VQKDConfig:
             raise ValueError(f"kind {kind!r} version {version!r}, expected vqkd {FORMAT_VERSION}")
         return VQKDConfig.from_dict(content["model"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not an image tokenizer config: {error}") from error
+        raise DataError(f"{path}: not an image tokenizer config: {error}") from error
 
 
 def load_vqkd(folder: Path) -> VQKD:
@@ -202,15 +203,15 @@ def load_vqkd(folder: Path) -> VQKD:
     config = read_config(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: no {WEIGHTS_FILE}: the image tokenizer is incomplete")
+        raise DataError(f"{folder}: no {WEIGHTS_FILE}: the image tokenizer is incomplete")
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{path}: cannot be read: {error}") from error
     model = build_without_initialization(config)
     problems = describe_mismatch(weights, model.state_dict())
     if problems:
-        raise ValueError(f"{path}: does not fit {CONFIG_FILE}: {problems}")
+        raise DataError(f"{path}: does not fit {CONFIG_FILE}: {problems}")
     model.load_state_dict(weights)
     return model
 

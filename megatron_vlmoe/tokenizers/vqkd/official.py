@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
 from megatron_vlmoe.tokenizers.vqkd.files import read_torch_file
 from megatron_vlmoe.tokenizers.vqkd.model import (
@@ -73,7 +74,7 @@ def load_official(path: Path, *, num_heads: int | None = None) -> tuple[VQKD, Im
         config = infer_config(weights, arguments, num_heads)
     except (KeyError, ValueError) as error:
         reason = f"no tensor {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: not a BEiT v2 VQ-KD checkpoint: {reason}") from error
+        raise DataError(f"{path}: not a BEiT v2 VQ-KD checkpoint: {reason}") from error
     model = build_without_initialization(config)
     own = model.state_dict()
     sources = {name: source_name(name, weights) for name in own if name != OURS_ONLY}
@@ -84,12 +85,12 @@ def load_official(path: Path, *, num_heads: int | None = None) -> tuple[VQKD, Im
         {source: own[name] for name, source in sources.items()},
     )
     if problems:
-        raise ValueError(f"{path}: not a complete BEiT v2 VQ-KD checkpoint: {problems}")
+        raise DataError(f"{path}: not a complete BEiT v2 VQ-KD checkpoint: {problems}")
     for name, source in sources.items():
         own[name].copy_(weights[source])
     lengths = model.quantizer.codebook.norm(dim=1)
     if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-2):
-        raise ValueError(f"{path}: quantize.embedding.weight has rows that are not of unit length")
+        raise DataError(f"{path}: quantize.embedding.weight has rows that are not of unit length")
     model.quantizer.updates.fill_(1)  # a placed codebook: training goes on from it
     taken = tuple(sorted(sources.values()))
     return model, ImportReport(taken, tuple(sorted(set(weights) - set(taken))))
@@ -99,10 +100,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and recorded command-line arguments (empty if none) of a `.pth` file."""
     content = read_torch_file(path, "cpu", allowed=(argparse.Namespace,))
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint: holds a {type(content).__name__}, not a dict")
+        raise DataError(f"{path}: not a checkpoint: holds a {type(content).__name__}, not a dict")
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, dict):
-        raise ValueError(f"{path}: not a checkpoint: its model is a {type(weights).__name__}")
+        raise DataError(f"{path}: not a checkpoint: its model is a {type(weights).__name__}")
     arguments = content.get("args")
     recorded = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     return {k: v for k, v in weights.items() if isinstance(v, Tensor)}, recorded

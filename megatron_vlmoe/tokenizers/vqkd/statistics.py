@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from megatron_vlmoe.tokenizers.vqkd.files import write_atomically
+from megatron_vlmoe.runtime.files import write_parts_atomic
+from megatron_vlmoe.runtime.json_files import logged_step
 from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
 
 
@@ -70,8 +71,9 @@ class MetricsLog:
         self.path = path
         self.active = active
         if active:
-            kept = [line for line in read_lines(path) if 0 < first_step >= line_step(line)]
-            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in lines if 0 < first_step >= logged_step(line)]
+            write_parts_atomic(path, [f"{line}\n" for line in kept])
 
     def write(self, step: int, values: dict[str, float], total: int | None = None) -> None:
         """Append `{"step": step, ...}` and print it in short."""
@@ -86,16 +88,3 @@ class MetricsLog:
         """Print a line."""
         if self.active:
             print(line, flush=True)
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file, none if there is no file."""
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-
-def line_step(line: str) -> float:
-    """Step of a metrics line; infinity for a line that was cut off."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

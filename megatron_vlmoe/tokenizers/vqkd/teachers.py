@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, pixel_teacher_dim
 
 HF_PREFIX = "hf:"
@@ -66,7 +67,7 @@ class FeatureTeacher:
             self.input_size = grid * int(vision["patch_size"])
             self.native_size = int(vision["image_size"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder}: config.json names no patch_size and image_size") from error
+            raise DataError(f"{folder}: config.json names no patch_size and image_size") from error
         mean, std = read_pixel_constants(folder, self.is_clip)
         self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)
@@ -100,10 +101,10 @@ def build_teacher(spec: str, *, patch_size: int, grid: int, device: torch.device
     if spec == "pixels":
         return PixelTeacher(patch_size)
     if not spec.startswith(HF_PREFIX):
-        raise ValueError(f"unknown teacher {spec!r}: expected pixels or hf:DIR")
+        raise ConfigError(f"unknown teacher {spec!r}: expected pixels or hf:DIR")
     folder = Path(spec[len(HF_PREFIX) :])
     if not folder.is_dir():
-        raise ValueError(f"teacher {spec}: no such folder")
+        raise DataError(f"teacher {spec}: no such folder")
     return FeatureTeacher(folder, grid, device)
 
 
@@ -112,7 +113,7 @@ def load_hf_model(folder: Path, is_clip: bool) -> Any:
     try:
         import transformers  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise ValueError(
+        raise DataError(
             f"teacher {HF_PREFIX}{folder} needs the package transformers: pip install transformers"
         ) from error
     factory: Any = transformers.CLIPVisionModelWithProjection if is_clip else transformers.AutoModel
@@ -122,10 +123,10 @@ def load_hf_model(folder: Path, is_clip: bool) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"teacher {HF_PREFIX}{folder}: cannot be loaded: {reason}") from error
+        raise DataError(f"teacher {HF_PREFIX}{folder}: cannot be loaded: {reason}") from error
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
     if missing:
-        raise ValueError(f"teacher {HF_PREFIX}{folder}: weights are missing: {missing[:4]}")
+        raise DataError(f"teacher {HF_PREFIX}{folder}: weights are missing: {missing[:4]}")
     return model
 
 
@@ -134,9 +135,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise DataError(f"{path}: not a JSON object")
     return content
 
 
@@ -146,18 +147,18 @@ def read_pixel_constants(folder: Path, is_clip: bool) -> tuple[list[float], list
     if not path.is_file():
         if is_clip:
             return list(CLIP_MEAN), list(CLIP_STD)
-        raise ValueError(f"{folder}: no preprocessor_config.json with image_mean and image_std")
+        raise DataError(f"{folder}: no preprocessor_config.json with image_mean and image_std")
     content = read_json(path)
     mean, std = content.get("image_mean"), content.get("image_std")
     if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
-        raise ValueError(f"{path}: image_mean and image_std are not three numbers each")
+        raise DataError(f"{path}: image_mean and image_std are not three numbers each")
     return mean, std
 
 
 def check_teacher(teacher: Teacher, config: VQKDConfig) -> None:
     """ValueError unless the decoder predicts as many dimensions as the teacher gives."""
     if teacher.dim != config.teacher_dim:
-        raise ValueError(
+        raise DataError(
             f"teacher {config.teacher} gives {teacher.dim} dimensions, the decoder predicts "
             f"{config.teacher_dim}"
         )

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megatron_vlmoe.config.errors import ConfigError, DataError, TrainingError
+from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
-from megatron_vlmoe.tokenizers.vqkd.files import open_atomically, read_torch_file
+from megatron_vlmoe.tokenizers.vqkd.files import read_torch_file
 from megatron_vlmoe.tokenizers.vqkd.model import VQKD, compute_fingerprint, save_vqkd
 from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
 from megatron_vlmoe.tokenizers.vqkd.statistics import CodeStatistics, MetricsLog, RunningMeans
@@ -73,11 +75,11 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.lr <= 0 or self.min_lr < 0:
-            raise ValueError(f"lr must be positive, not {self.lr} (min_lr {self.min_lr})")
+            raise ConfigError(f"lr must be positive, not {self.lr} (min_lr {self.min_lr})")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps must be in 0..{self.steps}, not {self.warmup_steps}")
+            raise ConfigError(f"warmup_steps must be in 0..{self.steps}, not {self.warmup_steps}")
 
 
 def published_lr(batch_size: int) -> float:
@@ -133,7 +135,7 @@ class Trainer:
         self.rank = distributed.get_rank() if is_distributed() else 0
         self.world_size = distributed.get_world_size() if is_distributed() else 1
         if options.batch_size % self.world_size:
-            raise ValueError(
+            raise ConfigError(
                 f"batch size {options.batch_size} does not divide by {self.world_size} processes"
             )
         self.options = options
@@ -192,7 +194,7 @@ class Trainer:
                 self.save()
             if self.step == options.steps:
                 return
-        raise ValueError(f"the images ended before step {options.steps}")
+        raise DataError(f"the images ended before step {options.steps}")
 
     def _training_step(
         self, wrapped: nn.Module, pixels: Tensor
@@ -241,16 +243,16 @@ class Trainer:
         path = self.folder / STATE_FILE
         if not path.is_file():
             if (self.folder / "config.json").exists():
-                raise ValueError(f"{self.folder}: holds a tokenizer without {STATE_FILE}")
+                raise DataError(f"{self.folder}: holds a tokenizer without {STATE_FILE}")
             return
         state = read_torch_file(path, self.device)
         try:
             saved = json.loads(state["identity"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a training state of an image tokenizer") from error
+            raise DataError(f"{path}: not a training state of an image tokenizer") from error
         differing = [key for key in self.identity if saved.get(key) != self.identity[key]]
         if differing:
-            raise ValueError(
+            raise DataError(
                 f"{self.folder}: holds a run with another {', '.join(differing)}; "
                 "choose another output folder"
             )
@@ -266,7 +268,7 @@ class Trainer:
     def save(self) -> None:
         """Write the training state (alone enough to go on), then the tokenizer for its users."""
         if self.rank == 0:
-            with open_atomically(self.folder / STATE_FILE) as stream:
+            with open_atomic(self.folder / STATE_FILE) as stream:
                 torch.save(
                     {
                         "model": self.model.state_dict(),
@@ -300,5 +302,7 @@ class Trainer:
             distributed.all_reduce(tensor)
             values = dict(zip(values, (tensor / self.world_size).tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
-            raise ValueError(f"step {self.step}: the loss is not finite: lower the learning rate")
+            raise TrainingError(
+                f"step {self.step}: the loss is not finite: lower the learning rate"
+            )
         return values

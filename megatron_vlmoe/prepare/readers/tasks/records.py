@@ -20,7 +20,7 @@ class TaskInput:
     """Which raw data, and how to read it.
 
     Attributes:
-        task: one of `manifest.TASKS`.
+        task: its name.
         raw: folder of the raw data.
         seed: of what is held out of training (vqa, imagenet).
         num_val_images: vqa: images of val2014 that are held out; at most half of them are.

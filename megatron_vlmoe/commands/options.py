@@ -1,0 +1,132 @@
+"""The parser of the commands, and options that several of them have."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
+from megatron_vlmoe.prepare.tool import Run, positive_int
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of every other command, and which knows former spellings.
+
+    Args:
+        name: of the command.
+        description: one sentence for --help.
+        renamed: former spellings of options and those that took their place.
+        **more: options of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self, name: str, description: str, renamed: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
+        super().__init__(prog=f"vlmoe {name}", description=description, allow_abbrev=False, **more)
+        self._renamed = dict(renamed or {})
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(message)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parses, with a warning for each former spelling."""
+        words = [self._current(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
+
+    def _current(self, word: str) -> str:
+        option, equals, value = word.partition("=")
+        if option not in self._renamed:
+            return word
+        current = self._renamed[option]
+        print(
+            f"warning: {option} is now {current}; the former spelling goes with the next release",
+            file=sys.stderr,
+        )
+        return f"{current}{equals}{value}"
+
+
+OUTPUT_PREFIX = {"--output-prefix": "--output"}
+TEXT_TOKENIZER = {"--tokenizer-model": "--text-tokenizer"}
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    *names: str,
+    rejects: str,
+    prefix: str = "P",
+    tokenizer: str | None = None,
+) -> None:
+    """Adds the named ones of the shared options, in their order.
+
+    Args:
+        parser: of the tool.
+        names: such as ``--workers``.
+        rejects: what ``--on-error skip`` leaves out.
+        prefix: what the files with the rejects begin with.
+        tokenizer: when ``--text-tokenizer`` is needed; None: always.
+    """
+    known: dict[str, dict[str, Any]] = {
+        "--output": {
+            "required": True,
+            "metavar": "P",
+            "help": "path that the names of the dataset's files begin with",
+        },
+        "--text-tokenizer": {
+            "required": tokenizer is None,
+            "metavar": "FILE",
+            "help": "SentencePiece model of train-text-tokenizer"
+            + (f"; {tokenizer}" if tokenizer else ""),
+        },
+        "--workers": {"type": positive_int, "default": 1, "help": "processes (%(default)s)"},
+        "--resize-short": {
+            "type": positive_int,
+            "metavar": "N",
+            "help": "shrink images whose shorter side is over N pixels to it (JPEG quality 95)",
+        },
+        "--on-error": {
+            "choices": ["stop", "skip"],
+            "default": "stop",
+            "help": f"skip: leave bad {rejects} out and list them in {prefix}.rejects.jsonl",
+        },
+    }
+    for name in names:
+        parser.add_argument(name, **known[name])
+
+
+def add_image_rules(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds the options that make `ImageRules`, for image files that are read."""
+    parser.add_argument(
+        "--exif",
+        choices=EXIF,
+        default=DEFAULT_RULES.exif,
+        help="turn images upright by the orientation in their EXIF, or keep them (%(default)s)",
+    )
+    parser.add_argument(
+        "--alpha",
+        choices=ALPHA,
+        default=DEFAULT_RULES.alpha,
+        help="ground of transparent pixels; drop: the colours under them (%(default)s)",
+    )
+
+
+def run_of(
+    options: argparse.Namespace, command: str, arguments: Sequence[str], inputs: Sequence[str]
+) -> Run:
+    """The shared options as the work of a command takes them.
+
+    Args:
+        options: with ``output``, ``workers`` and ``on_error``.
+        command: its name.
+        arguments: its command line.
+        inputs: files and folders that it reads.
+    """
+    line = shlex.join(["vlmoe", command, *arguments])
+    source = {"command": line, "inputs": list(inputs)}
+    return Run(options.output, options.workers, options.on_error, source)

@@ -1,0 +1,345 @@
+"""The downstream tasks: one row each, here or in a plug-in.
+
+A plug-in is an installed package with an entry point in the group `megatron_vlmoe.tasks` that is named as the task
+and whose value is a `TaskSpec`, or a function that gives one. docs/architecture.md has an example.
+
+Code is named as ``module:name`` and imported when it is used, so that reading a row needs neither torch nor
+megatron-core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from megatron_vlmoe.config.errors import ConfigError
+
+GROUP = "megatron_vlmoe.tasks"
+"""Group of the entry points of plug-ins."""
+# Kinds of prepared datasets that are no task (data/manifest.py).
+_OTHER_KINDS = ("text", "images", "pairs")
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """What one sample of a task puts into the token stream: numbers of texts, images and pairs."""
+
+    texts: int = 0
+    images: int = 0
+    pairs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """How a model ends: several tasks may end alike.
+
+    Args:
+        build: ``module:name`` of a class or function that takes megatron-core's TransformerConfig and the
+            FinetuneConfig of the run, and gives the `Heads`.
+        shapes: ``module:name`` of a function that takes the width D and the number of classes C, and gives the key
+            and whole shape of every tensor that `build` makes, in its order.
+        hf_class: class of convert/hf/modeling_vlmoe.py with the same head; empty: the task cannot be exported.
+        hf_auto_class: Auto class of transformers that gives `hf_class` in an export.
+        hf_tag: the pipeline tag of an export: what the Hub calls such a task.
+    """
+
+    build: str
+    shapes: str
+    hf_class: str = ""
+    hf_auto_class: str = ""
+    hf_tag: str = "feature-extraction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """A downstream task.
+
+    Args:
+        name: of the task, as in ``--task``; also in prepared data and in checkpoints.
+        images: names of a sample's images, as ``predict`` and `VLMoE` take them; one at most where there is no text.
+        texts: names of a sample's texts, which become one: ``<s> A </s> B </s>``.
+        target: what is to be found of a sample: its ``class``, one of the ``answers`` that several annotators gave
+            (each with a score), or which image and caption ``match``.
+        shared_images: several samples may be about one image, which is then stored once.
+        reader: ``module:name`` of what makes a `TaskSource` of a `TaskInput`.
+        reader_options: which fields of `TaskInput` the reader knows, besides the folder.
+        recipe: name of a recipe of config/recipes.py, or ``module:name`` of a function that takes the RunConfig of
+            the pretrained model and gives the FinetuneConfig; empty: `recipes.plain`.
+        splits: evaluation splits unless others are named; the first chooses the best checkpoint.
+        best_metric: the metric that chooses it, without the name of the split; larger is better.
+        table_split: the split whose `best_metric` stands in a table of results; empty: the first of `splits`.
+        head: the end of the model.
+        objective: ``module:name`` of a `TaskObjective`.
+        scores: ``module:name`` of a function that takes what was found of every sample, the split and the labels,
+            and gives each metric's `Score` by name (the class `ClassificationObjective` asks for it).
+        guess: ``module:name`` of a function that takes a split and the labels, and gives what guessing scores by
+            `best_metric`, in percent.
+        submission: ``module:name`` of a function that makes the content of an evaluation server's JSON file from
+            `question_id` and `answer` of every sample; empty: there is no server.
+        methods: methods of `VLMoE` that are for this task alone.
+        decides: the classes are a few, and a prediction names all of them.
+
+    Raises:
+        ValueError: a row that contradicts itself.
+    """
+
+    name: str
+    images: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    target: Literal["class", "answers", "match"] = "class"
+    shared_images: bool = False
+    reader: str
+    reader_options: tuple[str, ...] = ()
+    recipe: str = ""
+    splits: tuple[str, ...]
+    best_metric: str = "accuracy"
+    table_split: str = ""
+    head: Head
+    objective: str = "megatron_vlmoe.finetune.classification:ClassificationObjective"
+    scores: str = "megatron_vlmoe.finetune.scores:accuracy"
+    guess: str = "megatron_vlmoe.finetune.scores:guess_class"
+    submission: str = ""
+    methods: tuple[str, ...] = ()
+    decides: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in _OTHER_KINDS:
+            raise ValueError(f"a task cannot be named {self.name!r}")
+        if not (self.images or self.texts) or not self.splits:
+            raise ValueError(f"task {self.name}: needs images or texts, and splits")
+        if bad := [name for name in (*self.images, *self.texts) if not name.isidentifier()]:
+            raise ValueError(f"task {self.name}: {bad[0]!r} cannot be the name of an argument")
+        if len(self.images) > 1 and not self.texts:
+            raise ValueError(f"task {self.name}: several images need a text that they go with")
+
+    @property
+    def stream(self) -> SampleShape:
+        """What a training sample puts into the token stream."""
+        if self.target == "match":
+            # Caption and image apart, and the matching pair, one with a wrong image, one with a wrong caption.
+            return SampleShape(texts=1, images=1, pairs=3)
+        if self.images and self.texts:
+            # The text with each of the images.
+            return SampleShape(pairs=len(self.images))
+        return SampleShape(images=1) if self.images else SampleShape(texts=1)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are classes with names; else image and caption are matched."""
+        return self.target != "match"
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a sample has answers of annotators, and labels with scores."""
+        return self.target == "answers"
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether mixup and cutmix make sense: a sample is one image and its class."""
+        return self.stream == SampleShape(images=1) and self.target == "class"
+
+
+_HEADS = "megatron_vlmoe.model.task_heads"
+_SHAPES = "megatron_vlmoe.convert.parameters"
+_READERS = "megatron_vlmoe.prepare.readers.tasks"
+_SCORES = "megatron_vlmoe.finetune.scores"
+
+PAIR_HEAD = Head(
+    build=f"{_HEADS}:PairClassifier",
+    shapes=f"{_SHAPES}:pair_classifier",
+    hf_class="VLMoEForVisualQuestionAnswering",
+    hf_auto_class="AutoModelForVisualQuestionAnswering",
+    hf_tag="visual-question-answering",
+)
+"""A text with an image, to classes."""
+TWO_IMAGE_HEAD = Head(
+    build=f"{_HEADS}:TwoImageClassifier",
+    shapes=f"{_SHAPES}:two_image_classifier",
+    hf_class="VLMoEForImagesAndTextClassification",
+    # Transformers has no Auto class for two images and a text.
+    hf_auto_class="AutoModelForSequenceClassification",
+    hf_tag="visual-question-answering",
+)
+"""A text with each of two images, to classes."""
+IMAGE_HEAD = Head(
+    build=f"{_HEADS}:ImageClassifier",
+    shapes=f"{_SHAPES}:image_classifier",
+    hf_class="VLMoEForImageClassification",
+    hf_auto_class="AutoModelForImageClassification",
+    hf_tag="image-classification",
+)
+"""An image, to classes."""
+TEXT_HEAD = Head(
+    build=f"{_HEADS}:TextClassifier",
+    shapes=f"{_SHAPES}:text_classifier",
+    hf_class="VLMoEForSequenceClassification",
+    hf_auto_class="AutoModelForSequenceClassification",
+    hf_tag="text-classification",
+)
+"""A text, or several in one, to classes."""
+RETRIEVAL_HEAD = Head(
+    build=f"{_HEADS}:RetrievalHeads",
+    shapes=f"{_SHAPES}:retrieval_heads",
+    hf_class="VLMoEForImageAndTextRetrieval",
+    hf_auto_class="AutoModelForZeroShotImageClassification",
+    hf_tag="zero-shot-image-classification",
+)
+"""Features of captions and images, and whether a pair matches."""
+
+_ROWS = (
+    TaskSpec(
+        name="vqa",
+        images=("image",),
+        texts=("question",),
+        target="answers",
+        shared_images=True,
+        reader=f"{_READERS}.vqa:VqaSource",
+        reader_options=("seed", "num_val_images", "min_answer_count"),
+        recipe="vqa",
+        splits=("val",),
+        best_metric="vqa_official",
+        head=PAIR_HEAD,
+        scores=f"{_SCORES}:vqa_scores",
+        guess=f"{_SCORES}:guess_answer",
+        submission="megatron_vlmoe.finetune.predictions:vqa_submission",
+        methods=("answer",),
+    ),
+    TaskSpec(
+        name="nlvr2",
+        images=("left", "right"),
+        texts=("sentence",),
+        shared_images=True,
+        reader=f"{_READERS}.nlvr2:Nlvr2Source",
+        reader_options=("class_names",),
+        recipe="nlvr2",
+        splits=("dev", "test"),
+        table_split="test",
+        head=TWO_IMAGE_HEAD,
+        methods=("reason",),
+        decides=True,
+    ),
+    TaskSpec(
+        name="retrieval",
+        images=("image",),
+        texts=("text",),
+        target="match",
+        reader=f"{_READERS}.retrieval:RetrievalSource",
+        reader_options=("annotations",),
+        recipe="coco",
+        splits=("val", "test"),
+        best_metric="mean_recall",
+        table_split="test",
+        head=RETRIEVAL_HEAD,
+        objective="megatron_vlmoe.finetune.retrieval:RetrievalObjective",
+        guess=f"{_SCORES}:guess_match",
+        methods=("encode_image", "encode_text", "score", "match"),
+    ),
+    TaskSpec(
+        name="imagenet",
+        images=("image",),
+        reader=f"{_READERS}.imagenet_tables:open_imagenet",
+        reader_options=("seed", "val_fraction", "val_labels", "words", "class_names"),
+        recipe="imagenet",
+        splits=("val",),
+        best_metric="top1",
+        head=IMAGE_HEAD,
+        scores=f"{_SCORES}:top1_and_top5",
+        methods=("classify",),
+    ),
+    TaskSpec(
+        name="mnli",
+        texts=("premise", "hypothesis"),
+        reader=f"{_READERS}.sentence_pairs:SentencePairSource",
+        reader_options=("sentence1", "sentence2", "label", "class_names"),
+        recipe="mnli",
+        splits=("dev_matched", "dev_mismatched"),
+        head=TEXT_HEAD,
+        methods=("entail",),
+        decides=True,
+    ),
+)
+
+TASKS: Mapping[str, TaskSpec] = {spec.name: spec for spec in _ROWS}
+"""The tasks of the paper, by name."""
+
+
+def task_names() -> tuple[str, ...]:
+    """Every task that ``--task`` takes: those of the paper, then those of plug-ins."""
+    return (*TASKS, *sorted(set(_plug_ins()) - set(TASKS)))
+
+
+def working_tasks() -> list[TaskSpec]:
+    """The rows of all tasks but of plug-ins that do not load, which must not be in the way of the others."""
+    found = []
+    for name in task_names():
+        with contextlib.suppress(ConfigError):
+            found.append(find_task(name))
+    return found
+
+
+@functools.cache
+def find_task(name: str) -> TaskSpec:
+    """The row of a task.
+
+    Raises:
+        ConfigError: there is no such task, its plug-in does not load, or two have the name.
+    """
+    points = _plug_ins().get(name, ())
+    if name in TASKS:
+        if points:
+            raise ConfigError(
+                f"task {name}: {_origin(points[0])} takes the name of a built-in task"
+            )
+        return TASKS[name]
+    if not points:
+        raise ConfigError(f"task {name}: unknown; one of {', '.join(task_names())}")
+    if len(points) > 1:
+        both = " and ".join(map(_origin, points[:2]))
+        raise ConfigError(f"task {name}: {both} have the same name; uninstall one of them")
+    try:
+        found = points[0].load()
+        spec = found if isinstance(found, TaskSpec) else found()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"task {name}: {_origin(points[0])} does not load: {reason}") from error
+    if not isinstance(spec, TaskSpec) or spec.name != name:
+        what = f"task {spec.name}" if isinstance(spec, TaskSpec) else f"a {type(spec).__name__}"
+        raise ConfigError(f"task {name}: {_origin(points[0])} gives {what}, not its TaskSpec")
+    return spec
+
+
+def load_code(path: str) -> Any:
+    """What a row names as ``module:name``.
+
+    Raises:
+        ConfigError: a plug-in names what is not there.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if module.startswith("megatron_vlmoe."):
+            raise
+        raise ConfigError(
+            f"{path}: named by a task's plug-in, but does not load: {error}"
+        ) from error
+
+
+@functools.cache
+def _plug_ins() -> Mapping[str, tuple[EntryPoint, ...]]:
+    """Entry points by name; one that two packages repeat word for word counts once."""
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, {}).setdefault(point.value, point)
+    return {name: tuple(points.values()) for name, points in found.items()}
+
+
+def _origin(point: EntryPoint) -> str:
+    package = f" of package {point.dist.name}" if point.dist is not None else ""
+    return f"plug-in {point.value}{package}"

@@ -1,0 +1,76 @@
+"""JSON that is read with checks: what is wrong with it is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_vlmoe.config.errors import DataError
+
+Content = TypeVar("Content")
+
+
+def parse_json(content: bytes | str) -> Any:
+    """One value. Raises DataError with the reason why there is none, which the caller puts after file and record."""
+    try:
+        return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"invalid JSON: {error}") from error
+
+
+def read_json(path: Path, missing: str = "not found") -> Any:
+    """The value in a file that this program wrote.
+
+    Args:
+        path: the file.
+        missing: what the error says if there is no such file.
+
+    Raises:
+        DataError: the file is missing or damaged; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: {missing}") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {error}") from error
+
+
+def read_versioned(
+    path: Path, version: int, what: str, missing: str, make: Callable[[Any], Content]
+) -> Content:
+    """What a file with a ``format_version`` holds.
+
+    Args:
+        path: the file.
+        version: the newest format that is known.
+        what: the kind of file, for errors.
+        missing: what the error says if there is no such file.
+        make: what the value stands for; it fails where the value has not the fields that it should have.
+
+    Raises:
+        DataError: the file is missing, damaged, or of a newer format; the message names it.
+    """
+    raw = read_json(path, missing)
+    found = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found > version:
+        raise DataError(f"{path}: format version {found} is newer than this program's {version}")
+    try:
+        return make(raw)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(f"{path}: damaged: not {what} ({error})") from error
+
+
+def logged_step(line: bytes | str) -> float:
+    """The step of a line of ``metrics.jsonl``; infinite for one that a killed run left half-written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,56 @@
+"""The queue through which megatron-core's checkpoint writers report to their rank."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import pickle
+import signal
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_vlmoe.runtime.helper_processes import FOR_THE_RANK, become_helper
+
+
+@dataclass(frozen=True)
+class _PickledQueue:
+    """A manager's queue that holds bytes: for results as they are the manager would import torch (250 MB, seconds)."""
+
+    queue: Any
+
+    def put(self, item: object) -> None:
+        self.queue.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        """Raises queue.Empty."""
+        return pickle.loads(self.queue.get_nowait())
+
+
+def install_results_queue(start_method: str = "spawn") -> None:
+    """Gives megatron-core's checkpoint writers a queue whose manager is a helper process.
+
+    The manager starts with the first save. A queue that was installed before stays.
+
+    Args:
+        start_method: how it is started (`multiprocessing.get_context`).
+    """
+
+    @functools.cache
+    def results_queue() -> Any:
+        manager = SyncManager(ctx=multiprocessing.get_context(start_method))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RANK)
+        try:
+            # What is blocked stays so in a program that is started; but starting the tracker unblocks SIGTERM.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RANK)
+            manager.start(become_helper)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return _PickledQueue(manager.Queue())
+
+    if filesystem_async._get_write_results_queue.__module__ == filesystem_async.__name__:
+        filesystem_async._get_write_results_queue = results_queue

@@ -1,0 +1,174 @@
+"""The command line as a user meets it: help, errors and their statuses, former spellings, tools, start-up time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_parsers import parser_of
+
+from megatron_vlmoe.commands.main import main, run
+from megatron_vlmoe.commands.table import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+# Their options are those of the configuration.
+TRAINING = ("pretrain", "pretrain-random", "finetune", "evaluate")
+OWN_PARSER = [name for name in COMMANDS if name not in TRAINING]
+
+
+def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
+        assert line.endswith(command.summary) and command.group in printed
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("name", OWN_PARSER)
+def test_every_option_is_explained(name: str) -> None:
+    parser = parser_of(name)
+    blank = [
+        action.option_strings or action.dest
+        for action in parser._actions
+        if not action.help or action.help is argparse.SUPPRESS
+    ]
+    assert not blank
+    assert parser._option_string_actions["-h"] is parser._option_string_actions["--help"]
+
+
+def test_every_tool_is_a_command() -> None:
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        source = path.read_text()
+        assert any(f'"{name}"' in source for name in COMMANDS), path.name
+        assert len(source.splitlines()) < 25, f"{path.name}: its work belongs into the package"
+
+
+def started(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "status"),
+    [
+        (["-m", "megatron_vlmoe", "nonsense"], "unknown command 'nonsense'", 2),
+        (["-m", "megatron_vlmoe", "index-images", "--inputt", "x"], "required: --input", 2),
+        (["-m", "megatron_vlmoe", "predict", "--load", "nowhere"], "no input", 2),
+        (["-m", "megatron_vlmoe", "plot-losses", "--run", "nowhere", "--output", "x.png"], "", 1),
+        ([ROOT / "tools" / "merge_datasets.py", "--input", "no", "--output", "x"], "no.json", 1),
+        ([ROOT / "tools" / "make_sample_corpus.py", "--output", "x", "--num-images", "1"], "2", 2),
+        ([ROOT / "tools" / "convert_checkpoint.py", "exprt"], "one of export, import", 2),
+    ],
+)
+def test_a_users_error_is_one_line(words: list[str | Path], message: str, status: int) -> None:
+    done = started(*words)
+    assert done.returncode == status, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+BROKEN = """
+import sys
+import megatron_vlmoe.prepare.merge as merge
+from megatron_vlmoe.commands.main import main, run
+def broken(*_):
+    raise ValueError("an invariant does not hold")
+merge.merge_datasets = broken
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "sys.exit(main(['merge-data', '--input', 'a', '--output', 'b']))",
+        "import runpy; sys.argv = ['merge', '--input', 'a', '--output', 'b']; "
+        f"runpy.run_path({str(ROOT / 'tools' / 'merge_datasets.py')!r}, run_name='__main__')",
+    ],
+    ids=["command", "tool"],
+)
+def test_a_mistake_in_the_program_keeps_its_traceback(start: str) -> None:
+    done = started("-c", BROKEN + start)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "in broken" in done.stderr
+    assert done.stderr.rstrip().endswith("ValueError: an invariant does not hold")
+
+
+def test_an_error_of_the_options_is_printed_by_one_rank() -> None:
+    words = ("-m", "megatron_vlmoe", "index-images")
+    assert started(*words, RANK="0").stderr and not started(*words, RANK="1").stderr
+
+
+def test_interrupted_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from unittest import mock
+
+    with mock.patch("megatron_vlmoe.commands.plot_losses.read_metrics") as read:
+        read.side_effect = KeyboardInterrupt
+        assert run("plot-losses", ["--run", "x", "--output", "y"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_former_spellings_work_for_one_release(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input", str(tmp_path / "no.txt"), "--output-prefix=x", "--tokenizer-model", "m"]
+    assert run("index-text", words) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        f"warning: {former} is now {current}; the former spelling goes with the next release"
+        for former, current in (
+            ("--output-prefix", "--output"),
+            ("--tokenizer-model", "--text-tokenizer"),
+        )
+    ]
+    assert len(lines) == 3 and lines[2].startswith("error: ")
+
+
+LIGHT = """
+import sys
+from megatron_vlmoe.commands.main import main
+try:
+    status = main({words!r})
+except SystemExit as end:
+    status = end.code or 0
+heavy = {{"torch", "megatron", "transformers"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else status)
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "--help"] for name in COMMANDS), ["pretrain", "--dry-run"]]
+)
+def test_help_and_dry_runs_start_at_once(words: list[str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = started("-c", LIGHT.format(words=words))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # 0.4 to 0.9 s on an idle core; torch alone takes 2.5 s.
+    assert used < 1.5
+
+
+def test_short_and_long_help_are_the_same() -> None:
+    short, long = (
+        started("-m", "megatron_vlmoe", "index-text", word).stdout for word in ("-h", "--help")
+    )
+    assert short == long != ""
+
+
+def test_a_command_is_recorded_with_what_it_made(tmp_path: Path) -> None:
+    from data_files import encoded, picture
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded(picture(1)))
+    words = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "set")]
+    assert run("index-images", words) == 0
+    command = json.loads((tmp_path / "set.json").read_text())["source"]["command"]
+    assert command == f"vlmoe index-images {' '.join(words)}"
