@@ -46,17 +46,27 @@ forward() {
 }
 
 # Signals reach this shell only, its process group or every process (Slurm's proctrack/cgroup): all must work. So torchrun
-# ignores them, and ends with its workers; these take no notice of what it ignores.
+# ignores them, and ends with its workers; these take no notice of what it ignores. torchrun ends a failed run with pages
+# of its own: the first line with `error:` is repeated below them.
 launch() {
-    local status=0
-    (trap '' USR1 TERM INT; exec torchrun --signals-to-handle SIGHUP,SIGQUIT "$@") &
+    local status=0 errors output copier
+    errors="$(mktemp)"
+    # Not a child of torchrun, whose children get the signals.
+    exec {output}> >(trap '' USR1 TERM INT HUP; exec tee >(grep --line-buffered '^error: ' > "$errors") >&2)
+    copier=$!
+    (trap '' USR1 TERM INT; exec torchrun --signals-to-handle SIGHUP,SIGQUIT "$@" 2>&"$output" {output}>&-) &
     TORCHRUN_PID=$!
+    exec {output}>&-
     trap 'forward USR1' USR1
     trap 'forward TERM' TERM INT
     while kill -0 "$TORCHRUN_PID" 2>/dev/null; do
         status=0
         wait "$TORCHRUN_PID" || status=$?
     done
+    # A process that outlives torchrun may hold its output open.
+    for _ in {1..20}; do kill -0 "$copier" 2>/dev/null || break; sleep 0.1; done
+    [ "$status" -eq 0 ] || head -n 1 "$errors" >&2
+    rm -f "$errors"
     return "$status"
 }
 
@@ -73,11 +83,14 @@ TP="${TP:-1}" PP="${PP:-1}"
 # start_workers PROGRAM ARGUMENTS...: torchrun on this node.
 start_workers() {
     local launcher=(--standalone)
+    if given --help "$@" || given -h "$@"; then exec python -m megatron_vlmoe "$@"; fi
     if [ "$NNODES" -gt 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES, but MASTER_ADDR (the host name of node 0) is not set"
         [ "$NODE_RANK" -lt "$NNODES" ] || die "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES"
         launcher=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
     fi
+    # In a second, with one line, and once: torchrun would have every worker find the same.
+    RANK=0 WORLD_SIZE="$RANKS" python -m megatron_vlmoe check-options "$@" || return
     # Threads of a process for what runs on the CPU; the machine's cores are shared by its processes.
     local threads=$(($(nproc) / GPUS_PER_NODE))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"

@@ -102,9 +102,7 @@ def run_layout(
     Raises:
         ConfigError: if the run fails; its own output has said why.
     """
-    module = ["megatron_vlmoe.train.random_pretrain"]
-    if not random_data:
-        module = ["megatron_vlmoe", "pretrain"]
+    module = ["megatron_vlmoe", "pretrain-random" if random_data else "pretrain"]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(layout.world_size), "-m", *module, *words, *layout.options),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 from megatron_vlmoe.analysis.figures import save_figure
 from megatron_vlmoe.config.errors import MetricsError
@@ -44,25 +45,31 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 
 
 def draw_losses(runs: Mapping[str, Sequence[Row]], output: Path) -> None:
-    """One panel per loss: training, evaluation and the unigram entropy."""
+    """One panel per loss: training, evaluation and what guessing by frequency would lose."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, constrained_layout=True)
+    names = [Path(run).name for run in runs]
+    figure.suptitle(f"Losses of {', '.join(names)}")
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for axis, (name, title) in zip(axes.flat, LOSSES.items()):
-        for color, (run, rows) in zip(colors, runs.items()):
-            label = Path(run).name
-            steps, values = series(rows, f"loss/{name}")
-            axis.plot(steps, values, color=color, alpha=0.45, linewidth=1)
-            steps, values = series(rows, f"eval/loss/{name}")
-            axis.plot(steps, values, "o-", color=color, markersize=4, label=f"{label}, held out")
-            _, entropy = series(rows, f"unigram/{name}")
-            if entropy:
-                axis.axhline(entropy[-1], color=color, linestyle="--", linewidth=1)
-        axis.plot([], [], "k--", linewidth=1, label="guessing by frequency")
+    for axis, (loss, title) in zip(axes.flat, LOSSES.items()):
+        for color, name, rows in zip(itertools.cycle(colors), names, runs.values()):
+            steps, values = series(rows, f"loss/{loss}")
+            axis.plot(
+                steps, values, color=color, alpha=0.45, linewidth=1, label=f"{name}, training"
+            )
+            steps, values = series(rows, f"eval/loss/{loss}")
+            axis.plot(steps, values, "o-", color=color, markersize=4, label=f"{name}, held out")
+        # Runs on the same data have the same line.
+        for entropy in dict.fromkeys(_last(rows, f"unigram/{loss}") for rows in runs.values()):
+            if entropy is not None:
+                label = "guessing by frequency"
+                known = axis.get_legend_handles_labels()[1]
+                label = "_nolegend_" if label in known else label
+                axis.axhline(entropy, color="black", linestyle="--", linewidth=1, label=label)
         axis.set_title(title)
         axis.set_ylabel("nats per masked position")
         axis.set_ylim(bottom=0)
@@ -74,15 +81,19 @@ def draw_losses(runs: Mapping[str, Sequence[Row]], output: Path) -> None:
 
 
 def last_evaluation_table(run: str, rows: Sequence[Row]) -> str:
-    """The last evaluation of a run as text: held-out loss, unigram entropy and accuracy."""
-    lines = [f"{run}: {'loss':>24} {'held out':>9} {'unigram':>8} {'accuracy':>9}"]
-    for name, title in LOSSES.items():
-        steps, values = series(rows, f"eval/loss/{name}")
-        if not values:
-            continue
-        entropy = series(rows, f"unigram/{name}")[1][-1]
-        accuracy = series(rows, f"acc/{name}")[1][-1]
-        lines.append(
-            f"{'':{len(run)}}  {title:>24} {values[-1]:9.3f} {entropy:8.3f} {accuracy:9.1%}"
-        )
+    """The last evaluation of a run as text: loss on held-out data, loss of guessing by frequency, and accuracy."""
+    lines = [
+        f"{run}, last evaluation",
+        f"  {'task':<26}{'held-out loss':>15}{'guessing by frequency':>24}{'accuracy':>10}",
+    ]
+    for loss, title in LOSSES.items():
+        value = _last(rows, f"eval/loss/{loss}")
+        if value is not None:
+            guess, accuracy = _last(rows, f"unigram/{loss}"), _last(rows, f"acc/{loss}")
+            lines.append(f"  {title:<26}{value:15.3f}{guess:24.3f}{accuracy:10.1%}")
     return "\n".join(lines)
+
+
+def _last(rows: Sequence[Row], key: str) -> Optional[float]:
+    """The last value of a metric; None where it was never logged."""
+    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)

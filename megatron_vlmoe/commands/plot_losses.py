@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vlmoe.analysis.experts import draw_experts, experts_of_pools
 from megatron_vlmoe.analysis.losses import draw_losses, last_evaluation_table, read_metrics
 from megatron_vlmoe.commands.options import CommandParser
 from megatron_vlmoe.config.errors import user_files
@@ -23,6 +24,9 @@ def build_parser() -> CommandParser:
         "--run", nargs="+", required=True, metavar="DIR", help="run folders (with metrics.jsonl)"
     )
     parser.add_argument("--output", required=True, metavar="PNG", help="picture to draw")
+    parser.add_argument(
+        "--experts", metavar="PNG", help="also draw load, drops and router entropy of the first run"
+    )
     return parser
 
 
@@ -35,3 +39,7 @@ def main(words: Sequence[str]) -> None:
     for path, rows in runs.items():
         print(last_evaluation_table(path, rows))
     print(f"wrote {options.output}")
+    if options.experts:
+        first = options.run[0]
+        draw_experts(first, runs[first], experts_of_pools(Path(first)), Path(options.experts))
+        print(f"wrote {options.experts}")

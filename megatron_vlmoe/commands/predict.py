@@ -191,3 +191,4 @@ def _report(
         write_text_atomic(Path(options.output), "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise ConfigError(f"--output {options.output}: {error.strerror}") from None
+    print(f"{len(records)} prediction(s) written to {options.output}", file=sys.stderr)

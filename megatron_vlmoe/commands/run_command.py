@@ -7,11 +7,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 from megatron_vlmoe.config.errors import UserError
 from megatron_vlmoe.runtime.helper_processes import take_signals
 from megatron_vlmoe.runtime.ranks import environment_rank
+from megatron_vlmoe.train.run_log import write_to_run_log
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit statuses after Ctrl-C and SIGTERM, as shells have them."""
@@ -41,11 +43,16 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
     except UserError as error:
         # Every rank finds the same error in the options; one line is enough.
         if error.exit_status != 2 or environment_rank() == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            line = " ".join(str(error).split())
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            write_to_run_log(line)
         return error.exit_status
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        write_to_run_log(traceback.format_exc().rstrip())
+        raise
     return status if isinstance(status, int) else 0
 
 

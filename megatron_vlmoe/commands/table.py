@@ -44,6 +44,11 @@ COMMANDS = MappingProxyType(
         "evaluate": Command(
             _TRAIN, "finetune:evaluate_main", "score a fine-tuned checkpoint", cleans_up=False
         ),
+        "check-options": Command(
+            _TRAIN,
+            "check_options:main",
+            "find wrong options of a training command, before torchrun",
+        ),
         "predict": Command(_TRAIN, "predict:main", "ask a fine-tuned checkpoint", cleans_up=False),
         "index-text": Command(_DATA, "index_text:main", "tokenize text files into a dataset"),
         "index-images": Command(_DATA, "index_images:main", "put images into a dataset"),

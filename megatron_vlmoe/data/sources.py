@@ -204,8 +204,6 @@ def open_targets(
     if data.codes == "stored" and without:
         raise ConfigError(f"data.codes is stored, but {codes_prefix(without[0])}.json is missing")
     if tokenizer is None and data.image_tokenizer:
-        from megatron_vlmoe.tokenizers.image import ImageTokenizer
-
         try:
             tokenizer = ImageTokenizer.from_pretrained(data.image_tokenizer)
         except ValueError as error:

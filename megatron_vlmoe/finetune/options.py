@@ -86,6 +86,18 @@ def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
     return parse_options("evaluate", words, start, ())
 
 
+def check_task_options(command: str, arguments: Sequence[str]) -> None:
+    """Checks names and types of the options of `finetune` or `evaluate`, without the checkpoint of `--load`.
+
+    Raises:
+        ConfigError: on unknown options, recipes, files or values.
+    """
+    words = normalize_arguments(arguments, FinetuneConfig)
+    recipe = option_value(words, "--preset") if command == "finetune" else ""
+    start = apply_recipe(recipe or "vqa", RunConfig())
+    parse_options(command, words, start, recipe_names())
+
+
 def _file_values(path: str) -> dict[str, str]:
     """What a `--config` file says of the task and of where the architecture comes from; errors are found later."""
     try:

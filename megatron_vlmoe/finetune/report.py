@@ -1,16 +1,16 @@
-"""A page about one evaluation: facts, scores and sample predictions, in a single HTML file that needs nothing else."""
+"""A page about one evaluation: scores, answers and sample predictions, in one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import jinja2
 from PIL import Image
 
 from megatron_vlmoe.data.augment import decode_image
@@ -20,34 +20,53 @@ LONGER_SIDE = 320
 """Pixels to which pictures are scaled down."""
 
 _JPEG_QUALITY = 85
+_TEMPLATE = "report.html.j2"
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --card: #f6f8fa; --page: #ffffff;
-  --right: #116329; --wrong: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa4af; --line: #373e47; --card: #1c2128;
-  --page: #0f1318; --right: #57d47a; --wrong: #ff8b82; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 76rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .75rem; }
-table { border-collapse: collapse; }
-th, td { padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; font-weight: 400;
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--soft); white-space: nowrap; }
-td.number { text-align: right; padding-right: 0; font-variant-numeric: tabular-nums; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; }
-article { display: flex; flex-direction: column; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; padding: .85rem; }
-.pictures { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .6rem; }
-.pictures img { flex: 1 1 6rem; min-width: 0; max-width: 100%; max-height: 14rem; object-fit: contain;
-  border-radius: 4px; }
-dl { margin: 0; }
-dt { color: var(--soft); font-size: .8rem; }
-dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-.mark { margin: auto 0 0; padding-top: .3rem; font-weight: 600; }
-.right { color: var(--right); } .wrong { color: var(--wrong); } .open { color: var(--soft); }
-""".strip()
+
+@dataclass(frozen=True)
+class Headline:
+    """A score that the page starts with.
+
+    Args:
+        name: such as "val/accuracy, percent".
+        value: shown large.
+        note: what it compares with, such as "guessing: 50".
+    """
+
+    name: str
+    value: float
+    note: str
+
+
+@dataclass(frozen=True)
+class CountRow:
+    """One bar, or a pair of bars, of `Counts`; `true` is None where there is nothing to compare with."""
+
+    name: str
+    predicted: int
+    true: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often something was said, and how often it is true, as bars.
+
+    Args:
+        title: heading.
+        note: what is counted.
+        names: of `predicted` and `true` in every row; the second may be empty.
+        rows: at least one.
+    """
+
+    title: str
+    note: str
+    names: tuple[str, str]
+    rows: Sequence[CountRow]
+
+    def percent(self, value: int) -> str:
+        """Length of a bar relative to the longest."""
+        longest = max(max(row.predicted, row.true or 0) for row in self.rows)
+        return f"{100.0 * value / max(longest, 1):.1f}"
 
 
 @dataclass(frozen=True)
@@ -57,97 +76,104 @@ class Example:
     Args:
         images: encoded JPEG, PNG or WebP pictures, shown side by side.
         fields: (name, text) in the order in which they are shown, such as ("question", "What colour ...?").
-        correct: whether the prediction is right; None: unknown.
+        gained: what the prediction scores, 0 (wrong) to 1 (right); None: there is no label.
+        labels: below the pictures, one for each; empty: none.
     """
 
     images: tuple[bytes, ...]
     fields: tuple[tuple[str, str], ...]
-    correct: Optional[bool]
+    gained: Optional[float]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """`right`, `partly`, `wrong` or `open`."""
+        return kind_of(self.gained)
+
+    @property
+    def mark(self) -> str:
+        """What the prediction is worth, in words."""
+        if self.gained is None:
+            return "not scored"
+        if self.kind == "partly":
+            return f"{self.gained:.2g} of 1"
+        return "\N{CHECK MARK} right" if self.kind == "right" else "\N{BALLOT X} wrong"
 
 
-def write_report(
-    path: Path,
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    metrics: Mapping[str, float],
-    examples: Sequence[Example],
-) -> None:
+@dataclass(frozen=True)
+class Report:
+    """What the page shows, from top to bottom.
+
+    Args:
+        title: heading.
+        headlines: the main score of every labelled split.
+        notes: sentences below them: the model, splits without labels.
+        counts: what was predicted how often.
+        chosen: sentences that say how the examples were chosen.
+        examples: in the order in which they are shown.
+        metrics: all scores, folded; name -> value; one that is not finite is shown as a dash.
+        facts: settings, folded; (name, text), such as ("seed", "1234").
+    """
+
+    title: str
+    headlines: Sequence[Headline] = ()
+    notes: Sequence[str] = ()
+    counts: Sequence[Counts] = ()
+    chosen: Sequence[str] = ()
+    examples: Sequence[Example] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    url: str
+    label: str
+
+
+def kind_of(gained: Optional[float]) -> str:
+    """`right` (1), `partly` (in between), `wrong` (0) or `open` (None)."""
+    if gained is None:
+        return "open"
+    return "right" if gained >= 1.0 else "partly" if gained > 0.0 else "wrong"
+
+
+def write_report(path: Path, report: Report) -> None:
     """Writes the page; the file appears whole or not at all.
 
     Args:
         path: an ``.html`` file; its folder is made.
-        title: heading.
-        facts: (name, text), such as ("checkpoint", "...").
-        metrics: name -> value; one that is not finite is shown as a dash.
-        examples: in the order in which they are shown.
+        report: what is shown; all texts are escaped.
 
     Raises:
         DataError: a picture that cannot be read; the message names the example.
         OSError: the file cannot be written; the message names it.
     """
-    write_text_atomic(path, "\n".join(_page(title, facts, metrics, examples)) + "\n")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    pictures = [list(_pictures(e, place)) for place, e in enumerate(report.examples, start=1)]
+    page = environment.get_template(_TEMPLATE).render(report=report, pictures=pictures)
+    write_text_atomic(path, page + "\n")
 
 
-def _page(
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    metrics: Mapping[str, float],
-    examples: Sequence[Example],
-) -> Iterator[str]:
-    yield "<!DOCTYPE html>"
-    yield '<html lang="en">'
-    yield '<head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>{html.escape(title)}</title>"
-    yield f"<style>\n{_STYLE}\n</style></head>"
-    yield f"<body><main><h1>{html.escape(title)}</h1>"
-    if facts:
-        yield from _table(((name, text) for name, text in facts), "")
-    if metrics:
-        yield "<h2>Scores</h2>"
-        yield from _table(((name, _number(value)) for name, value in metrics.items()), "number")
-    if examples:
-        yield f"<h2>Examples ({len(examples)})</h2>"
-        yield '<div class="examples">'
-        for number, example in enumerate(examples, start=1):
-            yield from _card(example, number)
-        yield "</div>"
-    yield "</main></body></html>"
-
-
-def _table(rows: Iterator[tuple[str, str]], kind: str) -> Iterator[str]:
-    cell = f'<td class="{kind}">' if kind else "<td>"
-    yield "<table>"
-    for name, text in rows:
-        yield f'<tr><th scope="row">{html.escape(name)}</th>{cell}{html.escape(text)}</td></tr>'
-    yield "</table>"
-
-
-def _number(value: float) -> str:
-    """Whole numbers as they are, others to two places."""
+def number(value: float) -> str:
+    """Counts (int) as they are, scores (float) to two places, a dash where there is none."""
     if not math.isfinite(value):
         return "\N{EN DASH}"
-    return str(int(value)) if isinstance(value, int) else f"{value:.2f}"
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def _card(example: Example, number: int) -> Iterator[str]:
-    kind, mark = {
-        True: ("right", "\N{CHECK MARK} right"),
-        False: ("wrong", "\N{BALLOT X} wrong"),
-        None: ("open", "not scored"),
-    }[example.correct]
-    yield "<article>"
-    if example.images:
-        yield '<div class="pictures">'
-        for index, data in enumerate(example.images, start=1):
-            name = f"Picture {index} of example {number}"
-            yield f'<img alt="{name}" src="{_embedded(data, name)}">'
-        yield "</div>"
-    yield "<dl>"
-    for name, text in example.fields:
-        yield f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>"
-    yield "</dl>"
-    yield f'<p class="mark {kind}">{mark}</p></article>'
+def _pictures(example: Example, place: int) -> Iterator[_Picture]:
+    for index, data in enumerate(example.images):
+        name = f"Picture {index + 1} of example {place}"
+        yield _Picture(name, _embedded(data, name), example.labels[index] if example.labels else "")
 
 
 def _embedded(data: bytes, where: str) -> str:

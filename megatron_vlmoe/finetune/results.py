@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence
@@ -22,7 +23,16 @@ from megatron_vlmoe.finetune.predictions import (
     write_json,
     write_jsonl,
 )
-from megatron_vlmoe.finetune.report import Example, write_report
+from megatron_vlmoe.finetune.report import (
+    CountRow,
+    Counts,
+    Example,
+    Headline,
+    Report,
+    kind_of,
+    number,
+    write_report,
+)
 from megatron_vlmoe.prepare.vqa_answers import official_accuracy
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.train.setup import ModelParts
@@ -32,6 +42,11 @@ log = logging.getLogger("megatron_vlmoe")
 
 # Samples left out that the log names; predictions.jsonl has them all.
 _NAMED = 10
+# Answers that the report counts one by one.
+_COUNTED = 10
+_NOT_LISTED = "not in the list of answers"
+_PLACES = ("first", f"2 to {MOST_LIKELY}", f"after {MOST_LIKELY}")
+_KINDS = {"right": "right", "partly": "partly right", "wrong": "wrong"}
 
 
 @dataclass(frozen=True)
@@ -66,15 +81,35 @@ def evaluate_all(
     for split in data.splits:
         own, found = objective.evaluate_split(runner, split)
         metrics |= own
-        log.info(objective.evaluation_line(own))
-        for line in left_out_lines(config.task.name, split.name, split.dataset.manifest):
-            log.warning(line)
+        if _is_labelled(split, own):
+            log.info(objective.evaluation_line(own))
+        if ranks.rank == 0:
+            for line in left_out_lines(config.task.name, split.name, split.dataset.manifest):
+                log.warning(line)
         if found is not None:
             tables.append(Predictions(config.task.name, found, split, data.labels))
     if config.checkpoint.save and ranks.rank == 0:
         settings = evaluation_settings(config, ranks, what)
         _write(Path(config.checkpoint.save), config, metrics, settings, tables)
+    for split in data.splits:
+        if not _is_labelled(split, metrics):
+            written = _answers_file(config, split.name) if config.checkpoint.save else "nothing"
+            log.info(f"{split.name}: no labels, {len(split.dataset)} answers written to {written}")
     return metrics
+
+
+def _is_labelled(split: SplitData, metrics: Mapping[str, float]) -> bool:
+    """Whether any sample of a split has a label: otherwise there are no scores."""
+    return f"{split.name}/samples" in metrics
+
+
+def _answers_file(config: FinetuneConfig, split: str) -> Path:
+    """Where the answers of a split are that somebody else has the labels of."""
+    folder, task = Path(config.checkpoint.save), config.task
+    if not task.spec.submission:
+        return folder / "predictions.jsonl"
+    suffix = "" if len(task.splits) == 1 else f"_{split}"
+    return folder / f"{task.name}_submission{suffix}.json"
 
 
 def _write(
@@ -90,24 +125,85 @@ def _write(
     write_jsonl(folder / "predictions.jsonl", rows)
     for table, own in zip(tables, kept) if task.spec.submission else ():
         submission = load_code(task.spec.submission)(own.answers)
-        suffix = "" if len(tables) == 1 else f"_{table.split.name}"
-        write_json(folder / f"{task.name}_submission{suffix}.json", submission)
+        write_json(_answers_file(config, table.split.name), submission)
     left_out = {table.split.name: len(table.left_out) for table in tables}
     content = {"task": task.name, "metrics": metrics, "settings": settings, "left_out": left_out}
     write_json(folder / "metrics.json", content)
-    share = -(-task.report_examples // len(tables))
-    pages = [
-        example
-        for table, own in zip(tables, kept)
-        for example in _examples(table, own.gained, share)
-    ]
-    if pages:
-        facts = [(name, str(value)) for name, value in settings.items()]
-        facts += [
-            (f"rejected samples of {name}", str(count)) for name, count in left_out.items() if count
-        ]
-        shown = {k: v for k, v in metrics.items() if not k.endswith("unlabelled")}
-        write_report(folder / "report.html", task.name, facts, shown, pages)
+    if task.report_examples:
+        report = _report(config, metrics, settings, list(zip(tables, kept)))
+        write_report(folder / "report.html", report)
+
+
+def _report(
+    config: FinetuneConfig,
+    metrics: Mapping[str, float],
+    settings: Mapping[str, Any],
+    every: Sequence[tuple[Predictions, Kept]],
+) -> Report:
+    """The page about an evaluation; examples come from splits with labels, if there is one."""
+    task = config.task
+    labelled = [(table, kept) for table, kept in every if _is_labelled(table.split, metrics)]
+    notes = [f"Model: {settings['checkpoint'] or 'weights that were not saved'}"]
+    headlines, counts, chosen, examples = [], [], [], []
+    for table, _ in labelled:
+        split = table.split.name
+        samples = metrics[f"{split}/samples"]
+        guess = number(load_code(task.spec.guess)(table.split.dataset, table.labels))
+        name = f"{split}/{task.best_metric}"
+        note = f"guessing: {guess}; {samples:,.0f} samples"
+        headlines.append(Headline(f"{name}, percent", metrics[name], note))
+        if unlabelled := metrics.get(f"{split}/unlabelled"):
+            notes.append(f"{split}: {unlabelled:,.0f} samples without labels do not count.")
+    for table, _ in every:
+        split, count = table.split.name, len(table)
+        if not _is_labelled(table.split, metrics):
+            file = _answers_file(config, split).name
+            notes.append(f"{split}: no labels; its {count:,} answers are in {file}.")
+        if table.left_out:
+            notes.append(
+                f"{split}: {len(table.left_out):,} samples were rejected when it was made."
+            )
+    shown = labelled or every
+    for table, kept in shown:
+        if kept.predicted:
+            counts.append(_counts(table, kept))
+        own, sentence = _examples(table, kept.gained, -(-task.report_examples // len(shown)))
+        examples += own
+        chosen.append(sentence)
+    return Report(
+        title=f"{task.name}: evaluation of {', '.join(table.split.name for table, _ in every)}",
+        headlines=headlines,
+        notes=notes,
+        counts=counts,
+        chosen=chosen,
+        examples=examples,
+        metrics={
+            name: int(value) if name.endswith("/samples") else value
+            for name, value in metrics.items()
+            if not name.endswith("/unlabelled")
+        },
+        facts=[(name, str(value)) for name, value in settings.items()],
+    )
+
+
+def _counts(table: Predictions, kept: Kept) -> Counts:
+    """What was predicted how often; for retrieval, at which place the right pictures were found."""
+    split, samples = table.split.name, sum(kept.predicted.values())
+    if table.labels is None:
+        rows = [CountRow(name, kept.predicted[name]) for name in _PLACES]
+        note = (
+            f"Place of a caption's own picture among the {table.split.dataset.num_images:,} pictures of the "
+            f"split, by the similarity of their features; {samples:,} captions."
+        )
+        return Counts(f"Place of the right picture in {split}", note, ("captions", ""), rows)
+    size = {name: max(kept.predicted[name], kept.true[name]) for name in kept.predicted | kept.true}
+    names = sorted(size, key=lambda name: (-size[name], name))
+    rows = [CountRow(name, kept.predicted[name], kept.true[name]) for name in names[:_COUNTED]]
+    if rest := names[_COUNTED:]:
+        predicted, true = (sum(c[name] for name in rest) for c in (kept.predicted, kept.true))
+        rows.append(CountRow(f"{len(rest):,} others", predicted, true))
+    note = f"How often each answer is predicted, and how often it is the right one: {samples:,} samples."
+    return Counts(f"Answers of {split}", note, ("predicted", "true"), rows)
 
 
 def left_out_lines(task: str, split: str, manifest: DatasetManifest) -> Iterator[str]:
@@ -196,6 +292,12 @@ class Predictions:
             for name, reason in (manifest.left_out or {}).items()
         ]
 
+    def name_of(self, label: str) -> str:
+        """What a label is called where it has a name besides (classes of ImageNet)."""
+        if self.labels is None or self.labels.names is None or label not in self.labels.labels:
+            return label
+        return self.labels.names[self.labels.labels.index(label)]
+
     def row(self, number: int) -> dict[str, Any]:
         """A line of predictions.jsonl; `gained` is what the prediction scores, where the truth is known."""
         row = self.split.dataset.row(number)
@@ -247,31 +349,83 @@ class Kept:
 
     Args:
         answers: `question_id` and `answer` of every sample of a task with a submission, also of those left out.
-        gained: what every prediction scores; 0 where the truth is unknown.
+        gained: what every prediction scores; None where the truth is unknown.
+        predicted: how often each class was predicted for a labelled sample; for retrieval, how often the right
+            picture was found at each of `_PLACES`.
+        true: how often each class is the right one (of several the best); nothing for retrieval.
     """
 
     answers: list[dict[str, Any]] = field(default_factory=list)
-    gained: list[float] = field(default_factory=list)
+    gained: list[Optional[float]] = field(default_factory=list)
+    predicted: Counter[str] = field(default_factory=Counter)
+    true: Counter[str] = field(default_factory=Counter)
 
     def rows(self, table: Predictions) -> Iterator[dict[str, Any]]:
         """The lines of a split, each made once; those of the samples left out come last."""
         present = (table.row(number) for number in range(len(table)))
-        for number, row in enumerate(itertools.chain(present, table.left_out)):
-            if number < len(table):
-                self.gained.append(row.get("gained", 0.0))
+        for place, row in enumerate(itertools.chain(present, table.left_out)):
+            if place < len(table):
+                self.gained.append(row.get("gained"))
+                if "gained" in row:
+                    self._count(table, row)
             if find_task(table.task).submission:
                 self.answers.append({"question_id": row["id"], "answer": row["prediction"]})
             yield row
 
+    def _count(self, table: Predictions, row: Mapping[str, Any]) -> None:
+        if table.labels is None:
+            places = {image: place for place, image in enumerate(row["images"])}
+            place = places.get(row["truth"], MOST_LIKELY)
+            self.predicted[_PLACES[min(place, 1) + (place >= MOST_LIKELY)]] += 1
+            return
+        self.predicted[row.get("prediction_name", row["prediction"])] += 1
+        best = max(row["truth"], key=lambda item: item["score"], default={"label": _NOT_LISTED})
+        self.true[table.name_of(best["label"])] += 1
 
-def _examples(table: Predictions, gained: Sequence[float], count: int) -> list[Example]:
-    """Samples spread over the split, as many wrong as right ones where there are."""
-    wrong = [number for number, score in enumerate(gained) if score <= 0.0]
-    right = [number for number, score in enumerate(gained) if score > 0.0]
-    half = max(count // 2, count - len(right))
-    chosen = _spread(wrong, half)
-    chosen += _spread(right, count - len(chosen))
-    return [_example(table.row(number), number, table.split) for number in sorted(chosen)]
+
+def _examples(
+    table: Predictions, gained: Sequence[Optional[float]], count: int
+) -> tuple[list[Example], str]:
+    """Samples spread over the split, of every kind as many as its share of the split, and how they were chosen."""
+    split = table.split.name
+    by_kind: dict[str, list[int]] = {"right": [], "partly": [], "wrong": []}
+    for place, score in enumerate(gained):
+        if score is not None:
+            by_kind[kind_of(score)].append(place)
+    if not any(by_kind.values()):
+        chosen = _spread(range(len(gained)), count)
+        sentence = (
+            f"{split} has no labels: {len(chosen)} of {len(gained):,} samples, evenly spread."
+        )
+    else:
+        shares = _shares([len(numbers) for numbers in by_kind.values()], count)
+        picked = [_spread(numbers, n) for numbers, n in zip(by_kind.values(), shares)]
+        chosen = sorted(itertools.chain(*picked))
+        parts = [
+            f"{len(own)} of {len(numbers):,} {_KINDS[kind]}"
+            for (kind, numbers), own in zip(by_kind.items(), picked)
+            if numbers
+        ]
+        sentence = (
+            f"{split}: {', '.join(parts)}, evenly spread. "
+            "Each kind has its share of the split, but at least one."
+        )
+    return [_example(table, table.row(place), place) for place in chosen], sentence
+
+
+def _shares(sizes: Sequence[int], count: int) -> list[int]:
+    """How many of `count` examples each kind gets: in proportion to its size, and at least one while there is room."""
+    total = sum(sizes)
+    count = min(count, total)
+    largest_first = sorted(range(len(sizes)), key=lambda kind: -sizes[kind])
+    shares = [0] * len(sizes)
+    for kind in largest_first[:count]:
+        shares[kind] = min(1, sizes[kind])
+    while sum(shares) < count:
+        open_kinds = [kind for kind in largest_first if shares[kind] < sizes[kind]]
+        most_short = max(open_kinds, key=lambda kind: sizes[kind] * count / total - shares[kind])
+        shares[most_short] += 1
+    return shares
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:
@@ -281,31 +435,33 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
     return [numbers[len(numbers) * i // count] for i in range(count)]
 
 
-def _example(entry: Mapping[str, Any], number: int, split: SplitData) -> Example:
-    dataset = split.dataset
-    row = dataset.row(number)
-    fields = [("split", split.name), ("id", row.id)]
+def _example(table: Predictions, entry: Mapping[str, Any], place: int) -> Example:
+    dataset = table.split.dataset
+    row = dataset.row(place)
+    fields = [("sample", f"{row.id} of {table.split.name}")]
     spec = find_task(dataset.task)
     fields += list(zip(spec.texts if spec.has_labels else ("caption",), row.raw))
-    if not spec.has_labels:
+    if table.labels is None:
         shown = [entry["images"][0], row.images[0]]
-        fields += [("pictures", "the one found first, then the right one")]
+        captions = ["found first", "the right one"]
     else:
         shown = list(row.images)
+        captions = list(spec.images) if len(shown) > 1 else [f"picture of {row.id}"] * len(shown)
         best = entry["most_likely"][0]
-        fields += [
-            ("answer", f"{entry.get('prediction_name', best['label'])} ({best['score']:.2f})")
-        ]
-        fields += [("truth", _truth(entry))]
-    correct = None if "gained" not in entry else entry["gained"] > 0.0
+        answer = f"{table.name_of(best['label'])} (probability {best['score']:.2f})"
+        fields += [("answer", answer), ("truth", _truth(table, entry))]
+        if row.answers:
+            said = Counter(row.answers).most_common()
+            fields += [("annotators said", ", ".join(f"{text} x {n}" for text, n in said))]
     images = tuple(bytes(dataset.image_bytes(document)) for document in shown)
-    return Example(images, tuple(fields), correct)
+    return Example(images, tuple(fields), entry.get("gained"), tuple(captions))
 
 
-def _truth(entry: Mapping[str, Any]) -> str:
-    """The right answers, with their scores where they are not 1."""
+def _truth(table: Predictions, entry: Mapping[str, Any]) -> str:
+    """The right answers, with what they score where that is not 1."""
     known = [
-        item["label"] if item["score"] == 1.0 else f"{item['label']} ({item['score']:.1f})"
+        table.name_of(item["label"])
+        + ("" if item["score"] == 1.0 else f" (scores {item['score']:.2g})")
         for item in entry["truth"]
     ]
-    return ", ".join(known) or "unknown"
+    return ", ".join(known) or (_NOT_LISTED if entry.get("answers") else "unknown")

@@ -172,6 +172,9 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
 
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
     lead_helpers(config.train.exit_signals)
+    if config.checkpoint.save:
+        # Also the folder of several seeds, whose log has all of them.
+        make_run_folder(config)
     report_packages()
     precision = resolve_precision(config.train)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)

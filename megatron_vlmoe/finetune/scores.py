@@ -57,7 +57,7 @@ def vqa_scores(found: Found, split: SplitData, labels: Labels) -> Mapping[str, S
 
 def guess_class(dataset: TaskDataset, labels: Optional[Labels]) -> float:
     """Accuracy of the most frequent class."""
-    return majority_rate(np.array([row.labels[0] for row in dataset.rows()]))
+    return majority_rate(np.array([row.labels[0] if row.labels else -1 for row in dataset.rows()]))
 
 
 def guess_answer(dataset: TaskDataset, labels: Optional[Labels]) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import decode_pixels, open_image
@@ -20,6 +20,7 @@ from megatron_vlmoe.data.manifest import (
     part_prefix,
     unknown_line,
 )
+from megatron_vlmoe.prepare.contact_sheet import Cell, draw_sheet
 from megatron_vlmoe.prepare.readers.records import passed_over_line
 from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -27,12 +28,6 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 _COUNTED = ("records", "images", "captions")
 _FATES = ("kept", "rejected", "lost", "left_out")
 _MAX_SHOWN = 200
-_CELL = 192
-_CAPTION_LINE = 12
-CAPTION_LINES = 4
-"""Lines of text below an image of a contact sheet."""
-
-_SHEET_COLUMNS = 6
 
 
 class DatasetView:
@@ -108,14 +103,14 @@ class DatasetView:
             raise DataError(f"{self.prefix}: a dataset of text has no images to draw")
         indices = spread(self.manifest.documents, count)
         has_text = "text" in self.readers
-        cells = (
-            (
-                decode_pixels(self._image(index), image_place(self.prefix, index)),
-                f"[{index}] {self._captions(index)[0] if has_text else ''}",
+        return draw_sheet(
+            Cell(
+                [decode_pixels(self._image(index), image_place(self.prefix, index))],
+                f"[{index}]",
+                self._captions(index)[:1] if has_text else (),
             )
             for index in indices
         )
-        return draw_sheet(cells, len(indices), CAPTION_LINES if has_text else 1)
 
     def _describe(self, index: int) -> list[str]:
         shown = []
@@ -156,38 +151,10 @@ def image_rules(manifest: DatasetManifest) -> Iterator[str]:
         yield f"  images: exif {manifest.exif}, alpha {manifest.alpha}"
 
 
-def draw_sheet(cells: Iterable[tuple[Image.Image, str]], count: int, lines: int) -> Image.Image:
-    """Draws images in rows, each with a text below it.
-
-    Args:
-        cells: RGB images and texts.
-        count: number of cells.
-        lines: lines of text for each; the rest is cut.
-    """
-    columns = min(_SHEET_COLUMNS, count)
-    height = _CELL + lines * _CAPTION_LINE + 4
-    sheet = Image.new("RGB", (columns * _CELL, -(-count // columns) * height), "white")
-    for place, (image, text) in enumerate(cells):
-        row, column = divmod(place, columns)
-        small = image.copy()
-        small.thumbnail((_CELL - 4, _CELL - 4))
-        left, top = column * _CELL, row * height
-        sheet.paste(small, (left + 2, top + 2))
-        label = _wrapped(text, lines)
-        ImageDraw.Draw(sheet).multiline_text((left + 2, top + _CELL), label, "black", spacing=1)
-    return sheet
-
-
 def shortened(text: str) -> str:
     """The text on one line, cut where it is long."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_SHOWN else f"{line[: _MAX_SHOWN - 3]}..."
-
-
-def _wrapped(text: str, lines: int) -> str:
-    width = _CELL // 6
-    text = " ".join(text.split())
-    return "\n".join(text[i * width : (i + 1) * width] for i in range(lines))
 
 
 class View(Protocol):

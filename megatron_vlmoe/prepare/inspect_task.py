@@ -16,19 +16,16 @@ from megatron_vlmoe.data.manifest import (
     unknown_line,
 )
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
+from megatron_vlmoe.prepare.contact_sheet import Cell, draw_sheet
 from megatron_vlmoe.prepare.inspect import (
-    CAPTION_LINES,
     DatasetView,
     View,
-    draw_sheet,
     image_place,
     image_rules,
     shortened,
     spread,
 )
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-
-_GAP = 4
 
 
 def open_view(prefix: str, tokenizer_model: str | None, checksums: bool) -> View:
@@ -105,22 +102,15 @@ class TaskView:
         """
         if not self.dataset.num_images:
             raise DataError(f"{self.dataset.prefix}: task {self.dataset.task} has no images")
-        indices = spread(len(self.dataset), count)
-        return draw_sheet(map(self._cell, indices), len(indices), CAPTION_LINES)
+        return draw_sheet(map(self._cell, spread(len(self.dataset), count)))
 
-    def _cell(self, index: int) -> tuple[Image.Image, str]:
+    def _cell(self, index: int) -> Cell:
         row = self.dataset.row(index)
         images = [
             decode_pixels(self._image(document), image_place(self.dataset.prefix, document))
             for document in row.images
         ]
-        width = sum(image.width + _GAP for image in images) - _GAP
-        joined = Image.new("RGB", (width, max(image.height for image in images)), "white")
-        left = 0
-        for image in images:
-            joined.paste(image, (left, 0))
-            left += image.width + _GAP
-        return joined, f"[{index}] " + " ".join(reversed(self._words(row)))
+        return Cell(images, f"[{index}] {row.id}", row.raw, self._targets(row))
 
     def _image(self, document: int) -> Image.Image:
         data = self.dataset.image_bytes(document)
@@ -128,10 +118,15 @@ class TaskView:
 
     def _words(self, row: TaskRow) -> list[str]:
         """Texts and targets of a sample."""
+        targets = self._targets(row)
+        return [*map(shortened, row.raw), *([targets] if targets else [])]
+
+    def _targets(self, row: TaskRow) -> str:
+        """Names of the classes of a sample, with their scores where these are not 1; empty if unknown."""
         targets = []
         for label, score in zip(row.labels, row.scores, strict=True):
             name = str(label)
             if self.labels is not None and label < len(self.labels.labels):
                 name = (self.labels.names or self.labels.labels)[label]
             targets.append(name if score == 1.0 else f"{name} ({score:.1f})")
-        return [*map(shortened, row.raw), *([", ".join(targets)] if targets else [])]
+        return ", ".join(targets)

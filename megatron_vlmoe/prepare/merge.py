@@ -76,6 +76,11 @@ def merge_datasets(
             alpha=_common(inputs, "alpha", [m.alpha for m in manifests]),
         )
         output.commit(manifest)
+    counted = " + ".join(f"{m.documents:,}" for m in manifests)
+    print(
+        f"{output_prefix}: {kind}, {counted} = {manifest.documents:,} documents, {manifest.sequences:,} sequences",
+        file=sys.stderr,
+    )
     return manifest
 
 

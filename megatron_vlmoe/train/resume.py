@@ -67,7 +67,7 @@ def resume(
     path = own or other
     state = TrainState()
     if path is not None:
-        if own is not None:
+        if own is not None and is_rank_zero():
             _tell_changes(own, config)
         state = load_checkpoint(path, config, parts, own is not None or checkpoint.load_optimizer)
         _check_length(path, state, config)

@@ -56,7 +56,8 @@ def agree_with_best(folder: Path, state: TrainState, metric: str) -> TrainState:
         _set_aside(folder, later_checkpoints(folder, -1))
     if state.best_value is None:
         return state
-    log.warning("the best result so far does not count any more: %s", why)
+    if is_rank_zero():
+        log.warning("the best result so far does not count any more: %s", why)
     return dataclasses.replace(
         state, best_value=None, best_step=0, worse_evaluations=0, best_metric=""
     )

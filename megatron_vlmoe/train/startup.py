@@ -12,15 +12,17 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.dry_run import nodes_crossed
 from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
 from megatron_vlmoe.runtime.ranks import Ranks, environment_rank
+from megatron_vlmoe.train.run_log import open_run_log
 
 log = logging.getLogger("megatron_vlmoe")
 
 
 def make_run_folder(config: RunConfig) -> None:
-    """Finds out before anything is loaded whether the run can write its files."""
+    """Finds out before anything is loaded whether the run can write its files, and opens its log."""
     save = config.checkpoint.save
     if not save:
-        log.warning("no --save: nothing of this run will be kept")
+        if environment_rank() == 0:
+            log.warning("no --save: nothing of this run will be kept")
         return
     try:
         Path(save).mkdir(parents=True, exist_ok=True)
@@ -30,6 +32,7 @@ def make_run_folder(config: RunConfig) -> None:
         raise ConfigError(f"--save {save}: {error.strerror}") from None
     if not os.access(save, os.W_OK):
         raise ConfigError(f"--save {save}: not writable")
+    open_run_log(Path(save))
 
 
 def report_packages() -> None:
@@ -44,10 +47,11 @@ def report_packages() -> None:
 def log_layout(
     config: RunConfig, ranks: Ranks, precision: str, micro_batches: int, summary: Sequence[str]
 ) -> None:
-    """The layout, a warning where experts span nodes, and the data."""
+    """The layout, a warning where experts span nodes, and the data; 0 micro-batches: a run without training."""
     parallel = config.parallel
+    steps = f", {micro_batches} micro-batch(es) per step" if micro_batches else ""
     log.info(
-        "layout: TP %d, PP %d (virtual %d), EP %d, DP %d on %d rank(s), %s, %d micro-batch(es) per step",
+        "layout: TP %d, PP %d (virtual %d), EP %d, DP %d on %d rank(s), %s%s",
         ranks.tensor_size,
         ranks.pipeline_size,
         parallel.virtual_pipeline_model_parallel_size,
@@ -55,9 +59,9 @@ def log_layout(
         ranks.data_size,
         ranks.world_size,
         precision,
-        micro_batches,
+        steps,
     )
-    if nodes_crossed(
+    if ranks.rank == 0 and nodes_crossed(
         ranks.expert_size, ranks.world_size, ranks.pipeline_size, ranks.local_world_size
     ):
         log.warning(

@@ -137,8 +137,8 @@ def progress_line(step: int, steps: int, metrics: Mapping[str, float], eta_secon
     # What is a sum of others, or said elsewhere in the line.
     names = [name for name in names if name not in ("total", "vlm") and "/" not in name]
     losses = " ".join(f"{short.get(name, name)} {metrics[f'loss/{name}']:.3f}" for name in names)
-    drops = "/".join(
-        f"{100 * metrics[key]:.1f}"
+    drops = " ".join(
+        f"{pool} {100 * metrics[key]:.1f}"
         for pool in ("text", "vision", "shared", "vl")
         if (key := f"moe/{pool}/dropped_fraction") in metrics
     )

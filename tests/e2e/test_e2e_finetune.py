@@ -290,6 +290,25 @@ def test_report_shows_examples(vqa: Run) -> None:
     assert f"{score:.2f}" in page
 
 
+def test_the_answers_of_a_split_without_labels_are_named(bench: Bench, vqa: Run) -> None:
+    save = bench.folder / "unlabelled"
+    splits = ["--task.eval_splits", "val", "test-dev"]
+    words = ["evaluate", "--load", str(vqa.folder / "best"), "--save", str(save), *splits]
+    said = bench.run(words).succeeded().stdout
+    rows = [row for row in read_rows(save / "predictions.jsonl") if row["split"] == "test-dev"]
+    submission = save / "vqa_submission_test-dev.json"
+    assert f"test-dev: no labels, {len(rows)} answers written to {submission}\n" in said
+    assert "evaluation | \n" not in said and "micro-batch(es) per step" not in said
+    assert len(read_json(submission)) == len(rows) > 0
+    page = (save / "report.html").read_text()
+    assert f"test-dev: no labels; its {len(rows)} answers are in {submission.name}." in page
+    samples = int(read_json(save / "metrics.json")["metrics"]["val/samples"])
+    assert f'val/samples</th><td class="number">{samples}</td>' in page
+    assert page.count("<img ") == 6 and " of val</dd>" in page and "of test-dev</dd>" not in page
+    log = (save / "log.txt").read_text()
+    assert f"INFO test-dev: no labels, {len(rows)} answers" in log and "INFO torch " in log
+
+
 def test_checkpoints(vqa: Run) -> None:
     for name in ("best", "checkpoints"):
         latest = (vqa.folder / name / "latest_checkpointed_iteration.txt").read_text().strip()

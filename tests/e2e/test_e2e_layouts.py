@@ -38,7 +38,13 @@ def test_three_steps_equal_one_process(unbroken: Run, corpus: Corpus, name: str)
     if name == "PP2":
         # Goes on from two stages at another layout, as one process would have.
         words = [*ROOMY, *LAYOUTS["EP2"], "--train.eval_interval", "3"]
-        corpus.pretrain(folder, 6, *words, processes=2).succeeded()
+        outcome = corpus.pretrain(folder, 6, *words, processes=2).succeeded()
         assert_same_metrics(
             comparable(metrics(folder)), comparable(unbroken.metrics), tolerance=5e-4
         )
+        said = f"going on in {folder}/checkpoints/iter_0000003 with other options"
+        assert outcome.stdout.count(said) == 1, "once, not once per rank"
+        log = (folder / "log.txt").read_text()
+        assert log.count(" started on ") == 2 and log.count(said) == 1
+        assert "stopped after step 3" in log and log.count("finished 6 steps") == 1
+        assert log.count("INFO step ") == 6 and "rank 1 " not in log

@@ -96,12 +96,15 @@ def test_plot(unbroken: Run, corpus: Corpus) -> None:
     from PIL import Image
 
     outcome = tool(
-        "plot_losses", "--run", unbroken.folder, "--output", "losses.png", cwd=corpus.folder
+        *("plot_losses", "--run", unbroken.folder, "--output", "losses.png"),
+        *("--experts", "experts.png"),
+        cwd=corpus.folder,
     )
     outcome.succeeded()
-    with Image.open(corpus.folder / "losses.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 200
-    for column in ("held out", "unigram", "accuracy"):
+    for name in ("losses.png", "experts.png"):
+        with Image.open(corpus.folder / name) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 200
+    for column in ("task", "held-out loss", "guessing by frequency", "accuracy"):
         assert column in outcome.stdout
     # The last losses of both patch objectives and both token objectives.
     last = unbroken.steps[-1]

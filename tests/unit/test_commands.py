@@ -18,7 +18,7 @@ from megatron_vlmoe.commands.table import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their options are those of the configuration.
-TRAINING = ("pretrain", "pretrain-random", "finetune", "evaluate")
+TRAINING = ("pretrain", "pretrain-random", "finetune", "evaluate", "check-options")
 OWN_PARSER = [name for name in COMMANDS if name not in TRAINING]
 
 
@@ -172,3 +172,76 @@ def test_a_command_is_recorded_with_what_it_made(tmp_path: Path) -> None:
     assert run("index-images", words) == 0
     command = json.loads((tmp_path / "set.json").read_text())["source"]["command"]
     assert command == f"vlmoe index-images {' '.join(words)}"
+
+
+NOISE = """#!/bin/bash
+touch "$STARTED"
+echo "starting" >&2
+echo "error: rank 1 ran out of data" >&2
+printf 'traceback of torchrun\\n=====\\n' >&2
+exit "${STATUS:-1}"
+"""
+
+
+def launched(
+    folder: Path, *words: str, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], bool]:
+    """What the example scripts do with their options, with a torchrun that fails; whether it was started."""
+    fake = folder / "bin" / "torchrun"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(NOISE)
+    fake.chmod(0o755)
+    started = folder / "started"
+    started.unlink(missing_ok=True)
+    line = 'set -euo pipefail; source "$0/examples/launch_common.sh"; start_workers "$@"'
+    path = f"{fake.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "STARTED": str(started)}
+    done = subprocess.run(
+        ["bash", "-c", line, str(ROOT), *words],
+        capture_output=True,
+        text=True,
+        env={**environment, **variables},
+        timeout=100,
+    )
+    return done, started.exists()
+
+
+def test_launcher_repeats_the_error_below_what_torchrun_prints(tmp_path: Path) -> None:
+    done, started = launched(tmp_path, "pretrain", "--preset", "tiny-8e", NPROC="2")
+    assert started and done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines == [
+        *("starting", "error: rank 1 ran out of data", "traceback of torchrun", "====="),
+        "error: rank 1 ran out of data",
+    ]
+    done, started = launched(tmp_path, "pretrain", "--preset", "tiny-8e", STATUS="0")
+    assert started and done.returncode == 0 and done.stderr.splitlines()[-1] == "====="
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain", "--train.stepz", "3"),
+        ("pretrain", "--preset", "tiny-8e", "--parallel.expert_model_parallel_size", "16"),
+        ("finetune", "--task", "vqa", "--load", "nowhere", "--optim.lr", "high"),
+        ("evaluate", "--load", "nowhere", "--nonsense.option", "1"),
+    ],
+)
+def test_launcher_finds_wrong_options_before_torchrun(tmp_path: Path, words: tuple[str]) -> None:
+    done, started = launched(tmp_path, *words, NPROC="2", RANK="3")
+    assert not started and done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_launcher_starts_what_only_other_nodes_make_whole(tmp_path: Path) -> None:
+    words = ("pretrain", "--preset", "tiny-8e", "--parallel.expert_model_parallel_size", "4")
+    words += tuple(f"--data.micro_{name}=8" for name in ("texts", "images", "pairs"))
+    nodes = {"NNODES": "2", "GPUS_PER_NODE": "2", "MASTER_ADDR": "host"}
+    assert launched(tmp_path, *words, **nodes)[1]
+    assert not launched(tmp_path, *words, NPROC="2")[1]
+
+
+def test_launcher_prints_help_without_torchrun(tmp_path: Path) -> None:
+    done, started = launched(tmp_path, "pretrain", "--help")
+    assert done.returncode == 0 and "--train.steps" in done.stdout and not started

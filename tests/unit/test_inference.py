@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vlmoe.commands import predict as command
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.inference import command
 from megatron_vlmoe.inference.answers import Scored, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
     Item,

@@ -573,6 +573,9 @@ def test_unknown_tokens_are_counted_reported_and_add_up(
     merge = tool("merge_datasets")
     assert merge(["--input", str(out), f"{out}_b", "--output", merged]) == 0
     assert load_manifest(merged).unknown_tokens == 2
+    counts = [load_manifest(prefix).documents for prefix in (str(out), f"{out}_b", merged)]
+    said_of_merging = "{}: text, {} + {} = {} documents, ".format(merged, *counts)
+    assert capfd.readouterr().err.startswith(said_of_merging) and counts[0] + counts[1] == counts[2]
     assert tool("inspect_dataset")([str(out)]) == 0
     assert f"  {said}" in capfd.readouterr().out.splitlines()
     # A dataset made before they were counted stays readable, and makes no count of others wrong.
@@ -616,7 +619,7 @@ def test_inspect(
     assert f"[40] JPEG 48x32 RGB | {sentence(39)}" in text
     sheet = np.asarray(Image.open(png).convert("L"), float)
     assert sheet[10:100, 10:150].std() > 10  # the first picture, which is noise
-    assert (sheet[195:215, :150] < 128).any()  # its caption
+    assert (sheet[168:183, :150] < 128).any()  # its caption, below its number
     assert main([str(out), "--num-samples", "1"]) == 0
     ids = sentencepiece.SentencePieceProcessor(model_file=model).encode(sentence(0))
     assert str(ids) in capfd.readouterr().out

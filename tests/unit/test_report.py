@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,15 @@ import pytest
 from PIL import Image
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.finetune.report import LONGER_SIDE, Example, write_report
+from megatron_vlmoe.finetune.report import (
+    LONGER_SIDE,
+    CountRow,
+    Counts,
+    Example,
+    Headline,
+    Report,
+    write_report,
+)
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 NASTY = '<script>alert("x")</script> & \'quoted\' "double"'
@@ -72,13 +81,13 @@ def page(tmp_path: Path) -> tuple[str, Page]:
         Example((encoded(40, 40, mode="P"),), (("premise", "ünïcode"),), None),
         Example((), (("premise", "No picture."),), True),
     ]
-    write_report(
-        path,
-        f"VQA {NASTY}",
-        [("checkpoint", "runs/a/iter_0000100"), ("note", NASTY)],
-        {"accuracy": 71.2345, "samples": 1000, "open": float("nan")},
-        examples,
+    report = Report(
+        title=f"VQA {NASTY}",
+        facts=[("checkpoint", "runs/a/iter_0000100"), ("note", NASTY)],
+        metrics={"accuracy": 71.2345, "samples": 1000, "open": float("nan")},
+        examples=examples,
     )
+    write_report(path, report)
     source = path.read_text(encoding="utf-8")
     return source, Page(source)
 
@@ -109,6 +118,33 @@ def test_right_and_wrong_are_said_in_words(page: tuple[str, Page]) -> None:
     assert classes == ["mark right", "mark wrong", "mark open", "mark right"]
 
 
+def test_what_a_reader_wants_first_comes_first(tmp_path: Path) -> None:
+    """Score, guess and model before the answers, these before the examples; settings are folded."""
+    rows = [CountRow("yes", 3, 1), CountRow("a <b>", 0, 2)]
+    report = Report(
+        title="vqa",
+        headlines=[Headline("val/vqa_official, percent", 9.98, "guessing: 11.37; 500 samples")],
+        notes=["Model: runs/vqa/best"],
+        counts=[Counts("Answers of val", "How often.", ("predicted", "true"), rows)],
+        chosen=["val: 1 of 3 right."],
+        examples=[Example((encoded(9, 9),), (("question", "Is it?"),), 0.3, ("left",))],
+        metrics={"val/samples": 500},
+        facts=[("seed", "1234")],
+    )
+    write_report(tmp_path / "a.html", report)
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert page.texts == [
+        *("vqa", "vqa", "val/vqa_official, percent", "9.98", "guessing: 11.37; 500 samples"),
+        *("Model: runs/vqa/best", "Answers of val", "How often.", "predicted", "true"),
+        *("yes", "3 / 1", "a <b>", "0 / 2", "Examples (1)", "val: 1 of 3 right."),
+        *("left", "question", "Is it?", "0.3 of 1", "All scores", "val/samples", "500"),
+        *("Settings", "seed", "1234"),
+    ]
+    widths = [value for _, name, value in page.attributes if name == "style"]
+    assert widths == ["width: 100.0%", "width: 33.3%", "width: 66.7%"], "no bar where nothing is"
+    assert page.tags.count("details") == 2
+
+
 def test_pictures_are_inside_and_small(page: tuple[str, Page]) -> None:
     assert [picture.size for picture in page[1].pictures()] == [
         (LONGER_SIDE, 200),
@@ -127,12 +163,22 @@ def test_nothing_is_fetched_from_elsewhere(page: tuple[str, Page]) -> None:
 
 
 def test_a_page_may_be_empty(tmp_path: Path) -> None:
-    write_report(tmp_path / "a.html", "nothing", [], {}, [])
+    write_report(tmp_path / "a.html", Report(title="nothing"))
     assert Page((tmp_path / "a.html").read_text()).texts == ["nothing", "nothing"]
 
 
 def test_a_broken_picture_is_named_and_nothing_written(tmp_path: Path) -> None:
     examples = [Example((encoded(9, 9),), (), None), Example((encoded(9, 9), b"no"), (), None)]
     with pytest.raises(DataError, match="Picture 2 of example 2: not a readable image"):
-        write_report(tmp_path / "a.html", "t", [], {}, examples)
+        write_report(tmp_path / "a.html", Report(title="t", examples=examples))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_installed_package_has_the_template() -> None:
+    root = Path(__file__).resolve().parents[2]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
+    folder = root / "megatron_vlmoe" / "finetune"
+    files = {path for pattern in data["megatron_vlmoe.finetune"] for path in folder.glob(pattern)}
+    assert folder / "report.html.j2" in files

@@ -100,7 +100,8 @@ def test_packages_add_tasks(install: Install) -> None:
         apply_recipe("imagenet", RunConfig()).task, name="fish"
     )
     with pytest.raises(
-        ConfigError, match="^--task bird: unknown; choose one of vqa, .*, birds, fish$"
+        ConfigError,
+        match=r"^--task bird: unknown; choose one of vqa, .*, birds, fish; did you mean birds\?$",
     ):
         parse_finetune(["--task", "bird"])
     with pytest.raises(

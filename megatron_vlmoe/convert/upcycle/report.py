@@ -8,14 +8,14 @@ from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions
 from megatron_vlmoe.convert.upcycle.run import Upcycled, router_start
 from megatron_vlmoe.convert.upcycle.tensors import GrownPool
-from megatron_vlmoe.convert.upcycle.values import GateRange, sampled_gates
+from megatron_vlmoe.convert.upcycle.values import SMALL_LOGIT_STD, GateRange, sampled_gates
 from megatron_vlmoe.planning.parameters import parameter_counts
 
 FFN_NAMES = {"vision": "V-FFN", "text": "T-FFN", "vl": "VL-FFN", "shared": "shared FFN"}
 # What fp32 rounding and a small router leave.
 EXACT = 1e-4
 ROUTERS = {
-    "small": "small random rows, all gates equal but for 1e-5",
+    "small": f"small random rows, logits of standard deviation {SMALL_LOGIT_STD:g}: all gates equal within 1e-5",
     "fresh": "those of a new run",
     "zero": "zero: all tokens tie, and evaluation sends them to expert 0, whose capacity then drops most; "
     "training spreads them by its noise",
@@ -61,7 +61,7 @@ def _pool_lines(made: Upcycled, options: UpcycleOptions) -> Iterator[str]:
     if any(not pool.plan.source_experts for pool in made.pools):
         yield f"  new routers: {ROUTERS[router_start(options, made.after)]}"
     if any(pool.plan.source_experts for pool in made.pools):
-        yield "  grown routers: the rows of copies are equal but for 1e-5 of a logit"
+        yield f"  grown routers: the rows of copies are equal but for {SMALL_LOGIT_STD:g} of a logit"
 
 
 def _gates(group: list[GrownPool], moe: MoEConfig) -> str:

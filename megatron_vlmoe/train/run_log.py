@@ -1,0 +1,99 @@
+"""RUN/log.txt: what a run has said, for the time when its console is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from pathlib import Path
+
+from megatron_vlmoe import __version__
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.runtime.ranks import environment_rank
+
+LOG_FILE = "log.txt"
+
+log = logging.getLogger("megatron_vlmoe")
+
+
+def open_run_log(folder: Path) -> None:
+    """Adds what this process logs from here on to FOLDER/log.txt: all of rank 0, warnings and errors of the others.
+
+    A run inside another one (a seed of several) is written to both files. Logs of other folders end.
+
+    Args:
+        folder: of the run; it exists.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    place = folder.resolve()
+    for other in _open_logs():
+        if other.folder == place:
+            return
+        if other.folder not in place.parents:
+            log.removeHandler(other)
+            other.close()
+    try:
+        handler = RunLog(place, environment_rank())
+    except OSError as error:
+        raise ConfigError(f"--save {folder}: {LOG_FILE}: {error.strerror}") from None
+    log.addHandler(handler)
+
+
+def write_to_run_log(text: str) -> None:
+    """Writes as an error what only stderr would have: the line or the traceback that a command ends with.
+
+    Nothing happens where no run has begun.
+    """
+    for handler in _open_logs():
+        handler.write(logging.ERROR, text)
+
+
+class RunLog(logging.Handler):
+    """Appends lines to a file that all ranks share.
+
+    Every record is one write to a file in append mode, so that lines of ranks on one file system do not mix.
+
+    Args:
+        folder: where log.txt is.
+        rank: of this process; lines of ranks other than 0 name it.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        super().__init__(logging.INFO if rank == 0 else logging.WARNING)
+        self.folder = folder
+        self._file = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        origin = f"rank {rank} " if rank else ""
+        layout = f"%(asctime)s {origin}%(levelname)s %(message)s"
+        self.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
+        if rank == 0:
+            ranks = os.environ.get("WORLD_SIZE", "1")
+            text = (
+                f"started on {socket.gethostname()}: {ranks} rank(s), megatron_vlmoe {__version__}"
+            )
+            self.write(logging.INFO, text)
+
+    def write(self, level: int, text: str) -> None:
+        """Writes text that is no record of a logger."""
+        self.handle(logging.LogRecord(log.name, level, "", 0, text, None, None))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record. One that cannot be written (full disk) is left to the console, and the run goes on."""
+        with contextlib.suppress(OSError):
+            os.write(self._file, f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        super().close()
+
+
+def _open_logs() -> list[RunLog]:
+    return [handler for handler in log.handlers if isinstance(handler, RunLog)]
