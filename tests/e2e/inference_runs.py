@@ -45,7 +45,7 @@ def command_lines(
     lines: Sequence[Sequence[str]], launched: bool = False
 ) -> list[tuple[int, str, str]]:
     """Runs command lines one after another; status, stdout and stderr of each."""
-    from megatron_vlmoe import cli
+    from megatron_vlmoe.commands.main import main
 
     if not launched:
         alone()
@@ -53,7 +53,7 @@ def command_lines(
     for words in lines:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli.main(list(words))
+            code = main(list(words))
         results.append((code, out.getvalue(), err.getvalue()))
     return results
 

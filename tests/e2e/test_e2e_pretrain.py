@@ -214,12 +214,12 @@ def test_stored_codes(unbroken: Run, corpus: Corpus) -> None:
 
 COUNT_READINGS = """
 import sys
-from megatron_vlmoe import cli
+from megatron_vlmoe.commands.main import main
 from megatron_vlmoe.tokenizers import image
 
 read = image.load_vqkd
 image.load_vqkd = lambda folder: print("reads", folder) or read(folder)
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
