@@ -466,10 +466,10 @@ def test_every_tool_applies_and_records_it(
             "--images",
             raw,
         ]
-        + ["--image-key", "image", "--caption-key", "caption", "--tokenizer-model", tiny_tokenizer],
+        + ["--image-key", "image", "--caption-key", "caption", "--text-tokenizer", tiny_tokenizer],
         "prepare_task": ["--task", "imagenet", "--raw", raw, "--splits", "train"],
     }[name]
-    assert tool(name)([*arguments, "--output-prefix", str(out), *options]) == 0
+    assert tool(name)([*arguments, "--output", str(out), *options]) == 0
     prefix = f"{out}_train" if name == "prepare_task" else str(out)
     rules = ImageRules(**{key[2:]: value for key, value in zip(options[::2], options[1::2])})
     manifest = load_manifest(prefix)
@@ -492,7 +492,7 @@ def test_merging_says_where_records_differ(
         options = [
             "--input",
             str(tmp_path / "in"),
-            "--output-prefix",
+            "--output",
             prefix,
             "--exif",
             exif_option,
@@ -504,17 +504,14 @@ def test_merging_says_where_records_differ(
     (tmp_path / "b.json").write_text(json.dumps(old))
     capsys.readouterr()
     merged = str(tmp_path / "m")
-    assert tool("merge_datasets")(["--input", *prefixes, "--output-prefix", merged]) == 0
+    assert tool("merge_datasets")(["--input", *prefixes, "--output", merged]) == 0
     notes = capsys.readouterr().err.splitlines()
     assert (
         f"note: images indexed with different --exif ({prefixes[0]}: turn, {prefixes[1]}: none)"
         in notes
     )
     assert (load_manifest(merged).exif, load_manifest(merged).alpha) == ("mixed", "mixed")
-    assert (
-        tool("merge_datasets")(["--input", prefixes[0], prefixes[0], "--output-prefix", merged])
-        == 0
-    )
+    assert tool("merge_datasets")(["--input", prefixes[0], prefixes[0], "--output", merged]) == 0
     assert (load_manifest(merged).exif, load_manifest(merged).alpha) == ("turn", "white")
     assert tool("inspect_dataset")([merged]) == 0
     out = capsys.readouterr()
@@ -542,7 +539,7 @@ def test_a_contact_sheet_names_a_damaged_image(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(encoded(picture(0), "PNG"))
     prefix, sheet = str(tmp_path / "p"), str(tmp_path / "sheet.png")
-    arguments = ["--input", str(tmp_path / "in"), "--output-prefix", prefix]
+    arguments = ["--input", str(tmp_path / "in"), "--output", prefix]
     assert tool("preprocess_images")(arguments) == 0
     stored_bytes = Path(f"{prefix}_image.bin")
     content = stored_bytes.read_bytes()

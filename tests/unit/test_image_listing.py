@@ -139,7 +139,7 @@ def test_what_is_passed_over_is_told(tmp_path: Path, capfd: pytest.CaptureFixtur
         put(tmp_path / "in" / name, b"none")
     out = tmp_path / "out"
     run = tool("preprocess_images")
-    assert run(["--input", str(tmp_path / "in"), "--output-prefix", str(out)]) == 0
+    assert run(["--input", str(tmp_path / "in"), "--output", str(out)]) == 0
     assert "images: passed over: .avi 1, .heic 2\n" in capfd.readouterr().err
     manifest = load_manifest(str(out))
     assert (manifest.documents, manifest.rejects) == (2, 0)
@@ -150,7 +150,7 @@ def test_what_is_passed_over_is_told(tmp_path: Path, capfd: pytest.CaptureFixtur
     ]
     assert IndexedReader(f"{out}_image").num_documents == 2
     put(tmp_path / "none" / "x.heic", b"none")
-    assert run(["--input", str(tmp_path / "none"), "--output-prefix", str(out)]) == 1
+    assert run(["--input", str(tmp_path / "none"), "--output", str(out)]) == 1
     assert "no usable record" in (text := capfd.readouterr().err) and "passed over: .heic 1" in text
 
 
@@ -183,8 +183,8 @@ def test_one_bad_member_spoils_its_sample_alone(
         },
     )
     out = tmp_path / "out"
-    arguments = ["--images", str(tar.parent), "--tokenizer-model", tiny_tokenizer]
-    arguments += ["--output-prefix", str(out), "--on-error", "skip"]
+    arguments = ["--images", str(tar.parent), "--text-tokenizer", tiny_tokenizer]
+    arguments += ["--output", str(out), "--on-error", "skip"]
     assert tool("preprocess_pairs")(arguments) == 0
     assert capfd.readouterr().err.splitlines()[2:7] == [
         "pairs: 10 records: 6 kept, 4 rejected",
@@ -201,8 +201,9 @@ def test_one_bad_member_spoils_its_sample_alone(
         ("", "passed over: no suffix 1"),
     ]
     # A merge lists, counts and shows it all.
-    merge = ["--input", str(out), str(out), "--output-prefix", f"{out}2"]
+    merge = ["--input", str(out), str(out), "--output", f"{out}2"]
     assert tool("merge_datasets")(merge) == 0
+    capfd.readouterr()
     assert rejects_of(f"{out}2") == 2 * rejects_of(out)
     assert tool("inspect_dataset")([f"{out}2"]) == 0
     assert capfd.readouterr().out.splitlines()[2:6] == [
