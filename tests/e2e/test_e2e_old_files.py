@@ -133,7 +133,7 @@ def test_predict_prints_the_same(old: Old) -> None:
 
 
 def test_scripts_get_the_same_answers(old: Old, tmp_path: Path) -> None:
-    """`VLMoE` on runs and on an export, and the export in transformers with the code that it brings."""
+    """`VLMoE`, imported alone by a fresh interpreter, on runs and an export; and the export in transformers."""
     modules = {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     outcome = run(FIXTURES / "ask.py", old.folder, environ=modules).succeeded()
     found, expected = json.loads(outcome.stdout), json.loads(old.recorded("answers.json"))
