@@ -56,8 +56,8 @@ finetune() {
     esac
     mkdir -p "$run"
     python -m megatron_vlmoe finetune --task "$task" --preset "sample-$task" "${from[@]}" \
-        --task.data "$TASKS/$task" --save "$run" --train.steps "$steps" --train.seed 1 "$@" > "$run/log.txt" 2>&1 \
-        || { echo "error: $run failed: $(tail -n 1 "$run/log.txt")" >&2; return 1; }
+        --task.data "$TASKS/$task" --save "$run" --train.steps "$steps" --train.seed 1 "$@" > "$run/console.txt" 2>&1 \
+        || { echo "error: $run failed: $(tail -n 1 "$run/console.txt")" >&2; return 1; }
     echo "$task from $start: $(grep -c '' "$run/metrics.jsonl") lines in $run/metrics.jsonl"
 }
 export -f finetune

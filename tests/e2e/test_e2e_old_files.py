@@ -186,3 +186,26 @@ def test_the_old_image_tokenizer_gives_the_same_codes(old: Old) -> None:
     assert again.size == before.size
     # A patch that lies between two codes may go to either on another processor.
     assert (again == before).mean() > 0.98
+
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "explore.ipynb"
+# The notebook names the runs of the quick starts; here it looks at those of the archive, without Jupyter.
+HERE = {
+    "from IPython.display import Image, display": "Image, display = lambda filename: filename.stat(), print",
+    'Path("runs/quickstart")': 'Path("pretrain")',
+    'Path("runs/downstream/vqa/moe")': 'Path("vqa")',
+    'sorted(Path("corpora/sample-2000/coco/val2014").glob("*.jpg"))[0]': 'Path("picture.jpg")',
+}
+
+
+def test_the_notebook_runs(old: Old) -> None:
+    """Its cells one after another."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert all(cell["cell_type"] in ("code", "markdown") for cell in cells)
+    program = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    for there, here in HERE.items():
+        assert program.count(there) == 1
+        program = program.replace(there, here)
+    outcome = run("-c", program, cwd=old.folder).succeeded()
+    assert "pretrain, last evaluation" in outcome.stdout
+    assert "how many squares are there? [(" in outcome.stdout
