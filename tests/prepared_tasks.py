@@ -37,11 +37,11 @@ class Prepared:
 def prepare_all(folder: Path, num_images: int = 20) -> Prepared:
     """Makes the corpus, a tokenizer and all tasks, in this process."""
     from megatron_vlmoe.prepare.readers.tasks.records import TaskInput
-    from megatron_vlmoe.prepare.readers.training_texts import read_training_texts
+    from megatron_vlmoe.prepare.readers.text import read_training_texts
     from megatron_vlmoe.prepare.tasks import TaskOptions, prepare_task
     from megatron_vlmoe.prepare.tool import Run
     from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
-    from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
+    from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer
 
     made, raw = Prepared(folder), folder / "raw"
     make_sample_corpus(SampleCorpus(output=raw, num_images=num_images, seed=3))

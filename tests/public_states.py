@@ -24,7 +24,7 @@ from megatron_vlmoe.convert.public.options import ImportOptions
 from megatron_vlmoe.convert.public.report import ImportReport
 from megatron_vlmoe.convert.public.torch_files import PublicState
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
+from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -61,8 +61,8 @@ def main(words: Sequence[str]) -> None:
     images, workers = values.pop("images"), values.pop("workers")
     rules = ImageRules(values.pop("exif"), values.pop("alpha"))
     launch, crops = (
-        load("megatron_vlmoe.tokenizers.vqkd.launch"),
-        load("megatron_vlmoe.prepare.crops"),
+        load("megatron_vlmoe.tokenizers.vqkd.training"),
+        load("megatron_vlmoe.prepare.codes"),
     )
     request = launch.TrainingRequest(**values)
     options = crops.CropOptions(

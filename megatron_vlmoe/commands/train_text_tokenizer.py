@@ -12,9 +12,9 @@ from pathlib import Path
 from megatron_vlmoe.commands.options import OUTPUT_PREFIX, CommandParser, add_options
 from megatron_vlmoe.config.errors import user_files
 from megatron_vlmoe.prepare.readers.records import Reject
-from megatron_vlmoe.prepare.readers.training_texts import read_training_texts
+from megatron_vlmoe.prepare.readers.text import read_training_texts
 from megatron_vlmoe.prepare.tool import RejectLog
-from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
+from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer
 
 
 def build_parser() -> CommandParser:

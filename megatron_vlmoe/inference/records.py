@@ -13,7 +13,7 @@ from megatron_vlmoe.config.tasks import find_task
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
 from megatron_vlmoe.inference.inputs import UNKNOWN_SHARE
-from megatron_vlmoe.prepare.readers.file_kinds import DAMAGE, check_characters, open_binary
+from megatron_vlmoe.prepare.readers.files import DAMAGE, check_characters, open_binary
 
 if TYPE_CHECKING:
     from megatron_vlmoe.inference.model import VLMoE

@@ -1,31 +1,241 @@
-"""Writes `PREFIX_codes`, the visual codes of indexed images; `megatron_vlmoe/data/codes.py` says what is in it."""
+"""Images for the image tokenizer: the random crops that it trains on, and the codes that it writes.
+
+`PREFIX_codes` holds the codes of indexed images; `megatron_vlmoe/data/codes.py` says what is in it.
+
+Letters: N images of a batch, S side in pixels.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.data.augment import CropBox, apply_crop, draw_crop
+from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
 from megatron_vlmoe.data.codes import HEADER_LENGTH, CodesManifest, codes_prefix
-from megatron_vlmoe.data.indexed import IndexedWriter
+from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, read_image_file
+from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.loading import Loader
-from megatron_vlmoe.data.order import Purpose, keyed_rng
-from megatron_vlmoe.prepare.crops import ImageSource, IndexedImages, to_tensor
+from megatron_vlmoe.data.manifest import part_prefix
+from megatron_vlmoe.data.order import Purpose, SampleOrder, keyed_rng
+from megatron_vlmoe.prepare.readers.images import read_images
+from megatron_vlmoe.prepare.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    kinds_of,
+    passed_over_line,
+)
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.progress import Progress
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
+
+_EVALUATION_IMAGES = 256
+
+
+class ImageSource(Protocol):
+    """Images by number; it pickles, so that workers can have it."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image:
+        """An image in RGB. Raises DataError, naming it, if it is damaged."""
+        ...
+
+
+class IndexedImages:
+    """The images of an indexed dataset, `PREFIX_image.bin` and `.idx`."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = part_prefix(prefix, "image")
+        self._reader = IndexedReader(self.prefix)
+
+    def __len__(self) -> int:
+        return self._reader.num_sequences
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in RGB."""
+        return decode_image(self._reader.sequence(index), f"{self.prefix}.bin: image {index}")
+
+
+class FolderImages:
+    """The images of a folder, at any depth, in sorted order; a damaged tar in it is an error."""
+
+    def __init__(self, folder: str, rules: ImageRules = DEFAULT_RULES) -> None:
+        self._rules = rules
+        files = list(read_images((folder,)))
+        self._files = [file for file in files if isinstance(file, ImageFile)]
+        rejects = [file for file in files if isinstance(file, Reject)]
+        if rejects:
+            raise DataError(str(rejects[0]))
+        others = kinds_of(Counter(file for file in files if isinstance(file, PassedOver)))
+        if others:
+            print(f"{folder}: {passed_over_line(others)}", file=sys.stderr)
+        if not self._files:
+            raise DataError(f"{folder}: holds no images")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in RGB."""
+        file = self._files[index]
+        try:
+            return read_image_file(file.read(), self._rules)
+        except DataError as error:
+            raise DataError(str(Reject(file.source, file.record, str(error)))) from error
+
+
+class ChainedImages:
+    """Several sources one after another."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self._sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in self._sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in RGB."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[number - 1]) if number else 0
+        return self._sources[number].image(index - start)
+
+
+def open_images(paths: Sequence[str], rules: ImageRules = DEFAULT_RULES) -> ImageSource:
+    """Indexed prefixes (`PREFIX_image.idx` exists) and image folders, in the given order.
+
+    Args:
+        paths: prefixes and folders.
+        rules: about orientation and transparency of images in folders; indexed ones have had theirs.
+    """
+    sources: list[ImageSource] = []
+    for path in paths:
+        if Path(f"{part_prefix(path, 'image')}.idx").is_file():
+            sources.append(IndexedImages(path))
+        elif Path(path).is_dir():
+            sources.append(FolderImages(path, rules))
+        else:
+            raise DataError(f"{path}: neither an image folder nor an indexed dataset's prefix")
+    return sources[0] if len(sources) == 1 else ChainedImages(sources)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 `[3, S, S]`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class CropOptions:
+    """What is done to an image before the tokenizer sees it in training."""
+
+    size: int
+    """S."""
+    batch_size: int
+    """Images per step over all ranks."""
+    min_scale: float = 0.08
+    """Smallest crop as a share of the image's area (0.08 as published)."""
+    seed: int = 0
+    """Of order and crops."""
+    workers: int = 0
+    """Decoding processes per rank."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_scale <= 1.0:
+            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, not {self.workers}")
+
+
+class _TrainingCrops(Dataset[Any]):
+    """Crops at some positions of the endless training order; positions count slots of all steps."""
+
+    def __init__(self, source: ImageSource, options: CropOptions) -> None:
+        self.source = source
+        self.options = options
+        self.order = SampleOrder(len(source), options.seed)
+
+    def __getitem__(self, positions: list[int]) -> Tensor:
+        return torch.stack([self._crop(position) for position in positions])
+
+    def _crop(self, position: int) -> Tensor:
+        _, index = self.order.locate(position)
+        rng = keyed_rng(self.options.seed, Purpose.AUGMENTATION, index=position)
+        image = self.source.image(index)
+        box = draw_crop(*image.size, rng, scale=(self.options.min_scale, 1.0))
+        return to_tensor(apply_crop(image, box, self.options.size, flip=bool(rng.random() < 0.5)))
+
+
+class _WholeImages(Dataset[Any]):
+    """Images, each resized as a whole."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source = source
+        self.size = size
+
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        images = [self.source.image(index) for index in indices]
+        whole = [apply_crop(one, CropBox.whole(*one.size), self.size) for one in images]
+        return torch.stack([to_tensor(image) for image in whole])
+
+
+class TokenizerCrops:
+    """Random resized crops with flips for training, whole images for evaluation."""
+
+    def __init__(self, source: ImageSource, options: CropOptions) -> None:
+        self.source = source
+        self.options = options
+        self.num_images = len(source)
+
+    def training_batches(self, first_step: int, rank: int, world_size: int) -> Iterator[Tensor]:
+        """Rank `rank`'s share uint8 `[N / world_size, 3, S, S]` of each batch; endless.
+
+        The batch of a step is the same at any number of ranks and workers.
+        """
+        share = self.options.batch_size // world_size
+        batches = _Slots(first_step, self.options.batch_size, rank * share, share)
+        dataset = _TrainingCrops(self.source, self.options)
+        return iter(Loader(dataset, batches, self.options.workers))
+
+    def evaluation_batches(self) -> Iterator[Tensor]:
+        """Up to 256 images, spread evenly over the corpus: uint8 `[n, 3, S, S]`."""
+        count = min(_EVALUATION_IMAGES, self.num_images)
+        chosen = np.linspace(0, self.num_images - 1, count).astype(int)
+        size = min(self.options.batch_size, 64)
+        batches = [chosen[i : i + size].tolist() for i in range(0, count, size)]
+        dataset = _WholeImages(self.source, self.options.size)
+        return iter(Loader(dataset, batches, self.options.workers))
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """One rank's positions of each step, endless."""
+
+    first_step: int
+    batch_size: int
+    offset: int
+    share: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.first_step * self.batch_size + self.offset
+        while True:
+            yield list(range(start, start + self.share))
+            start += self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

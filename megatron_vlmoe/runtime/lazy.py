@@ -27,9 +27,8 @@ HEAVY = {
     "megatron_vlmoe.inference.loading": True,
     "megatron_vlmoe.inference.model": True,
     "megatron_vlmoe.prepare.codes": False,
-    "megatron_vlmoe.prepare.crops": False,
     "megatron_vlmoe.runtime.distributed": True,
-    "megatron_vlmoe.tokenizers.vqkd.launch": False,
+    "megatron_vlmoe.tokenizers.vqkd.training": False,
     "megatron_vlmoe.train.pretrain": True,
     "megatron_vlmoe.train.random_pretrain": True,
 }

@@ -17,7 +17,7 @@ from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
 from megatron_vlmoe.convert.hf_files import architecture
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
+from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE
 
 pytest.importorskip("transformers")

@@ -549,7 +549,7 @@ def lacking(bench: Bench) -> str:
 
 def other_tokenizer(bench: Bench) -> str:
     """A tokenizer with as many tokens, trained on other texts."""
-    from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
+    from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer
 
     file = bench.prepared.folder / "raw" / "text" / "train.jsonl"
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]

@@ -9,7 +9,9 @@ from typing import Any
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.tasks import PAIR_HEAD, TaskSpec
 from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.prepare.readers.files import json_rows
 from megatron_vlmoe.prepare.readers.records import Reject
+from megatron_vlmoe.prepare.readers.tables import ListedImages
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
     SampleStream,
@@ -17,8 +19,6 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     TaskSample,
     find_file,
 )
-from megatron_vlmoe.prepare.readers.tasks.tables import ListedImages
-from megatron_vlmoe.prepare.readers.text import json_rows
 
 CLASSES = Classes(("entailment", "neutral", "contradiction"), numbered=None)
 SNLI_VE = TaskSpec(

@@ -24,8 +24,11 @@ from megatron_vlmoe.data.sources import split_documents
 from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
-from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.tokenizers.text_training import TextTokenizerTraining, train_text_tokenizer
+from megatron_vlmoe.tokenizers.text import (
+    TextTokenizer,
+    TextTokenizerTraining,
+    train_text_tokenizer,
+)
 
 NUM_IMAGES, NUM_PAIRS, NUM_TEXTS = 23, 20, 40
 MICRO = 4

@@ -21,8 +21,13 @@ from torch.nn import functional as F
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.codes import CodesReader, check_codes
 from megatron_vlmoe.data.indexed import IndexedWriter
-from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
-from megatron_vlmoe.prepare.crops import CropOptions, TokenizerCrops, open_images
+from megatron_vlmoe.prepare.codes import (
+    CodesOptions,
+    CropOptions,
+    TokenizerCrops,
+    open_images,
+    write_codes,
+)
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.vqkd.config import build_preset
 from megatron_vlmoe.tokenizers.vqkd.model import save_vqkd

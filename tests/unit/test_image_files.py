@@ -22,7 +22,7 @@ from megatron_vlmoe.data.image_files import ImageRules, quiet_pillow, read_image
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.inference.inputs import Item, pixels, read_image
-from megatron_vlmoe.prepare.crops import open_images
+from megatron_vlmoe.prepare.codes import open_images
 from megatron_vlmoe.prepare.images import checked_image
 
 Array = npt.NDArray[Any]

@@ -17,7 +17,7 @@ from data_files import encoded, picture, rejects_of, tool
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import load_manifest
-from megatron_vlmoe.prepare.readers.image_paths import ImageFinder, NoImageError
+from megatron_vlmoe.prepare.readers.images import ImageFinder, NoImageError
 from megatron_vlmoe.prepare.readers.pair_formats import read_pairs
 from megatron_vlmoe.prepare.readers.pairs import PairInput
 from megatron_vlmoe.prepare.readers.records import CaptionedImage, LeftOut, Reject

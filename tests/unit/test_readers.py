@@ -15,13 +15,13 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers import lines as lines_reader
+from megatron_vlmoe.prepare.readers import files as lines_reader
 from megatron_vlmoe.prepare.readers import text as text_reader
 from megatron_vlmoe.prepare.readers.images import read_images
 from megatron_vlmoe.prepare.readers.pair_formats import read_pairs
 from megatron_vlmoe.prepare.readers.pairs import PairInput
-from megatron_vlmoe.prepare.readers.parquet import column_names, read_columns
 from megatron_vlmoe.prepare.readers.records import CaptionedImage, ImageFile, PassedOver, Reject
+from megatron_vlmoe.prepare.readers.tables import column_names, read_columns
 from megatron_vlmoe.prepare.readers.text import TextInput, read_text
 
 

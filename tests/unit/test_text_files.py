@@ -22,13 +22,16 @@ import pytest
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.inference.records import read_records
-from megatron_vlmoe.prepare.readers import lines as lines_reader
+from megatron_vlmoe.prepare.readers import files as lines_reader
 from megatron_vlmoe.prepare.readers import text as text_reader
-from megatron_vlmoe.prepare.readers.lines import numbered_lines
-from megatron_vlmoe.prepare.readers.pairs import load_json
+from megatron_vlmoe.prepare.readers.files import json_rows, load_json, numbered_lines
 from megatron_vlmoe.prepare.readers.records import Reject
-from megatron_vlmoe.prepare.readers.text import TextInput, block_texts, json_rows, read_text
-from megatron_vlmoe.prepare.readers.training_texts import read_training_texts
+from megatron_vlmoe.prepare.readers.text import (
+    TextInput,
+    block_texts,
+    read_text,
+    read_training_texts,
+)
 
 
 def documents(path: Path, **options: Any) -> tuple[list[str], list[tuple[str, str]]]:

@@ -18,8 +18,8 @@ import pytest
 import sentencepiece
 from data_files import files_of, rejects_of, tool
 
-from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.tokenizers.text_training import (
+from megatron_vlmoe.tokenizers.text import (
+    TextTokenizer,
     TextTokenizerTraining,
     iterate_sentences,
     sample_sentences,

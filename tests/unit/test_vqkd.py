@@ -18,21 +18,22 @@ from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset
 from megatron_vlmoe.tokenizers.vqkd.model import (
     VQKD,
+    Attention,
+    PatchEmbedding,
     compute_fingerprint,
     load_vqkd,
     save_vqkd,
 )
 from megatron_vlmoe.tokenizers.vqkd.quantizer import Quantizer, nearest_codes, spherical_kmeans
-from megatron_vlmoe.tokenizers.vqkd.statistics import CodeStatistics
 from megatron_vlmoe.tokenizers.vqkd.teachers import PixelTeacher, build_teacher
 from megatron_vlmoe.tokenizers.vqkd.training import (
+    CodeStatistics,
     Trainer,
     TrainingOptions,
     build_model,
     build_optimizer,
     learning_rate,
 )
-from megatron_vlmoe.tokenizers.vqkd.vit import Attention, PatchEmbedding
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.tokenizers.vqkd.files import UNREADABLE
+from megatron_vlmoe.tokenizers.vqkd.model import UNREADABLE
 from megatron_vlmoe.train.checkpoint_files import one_line
 
 # In the order in which VLMo's own loader looks for them; a file without any of them is the state dict itself.

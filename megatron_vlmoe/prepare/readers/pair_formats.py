@@ -9,21 +9,27 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.coco import read_coco
-from megatron_vlmoe.prepare.readers.delimited import columns_of
-from megatron_vlmoe.prepare.readers.flickr30k import TOKEN_LINE, read_flickr30k
-from megatron_vlmoe.prepare.readers.karpathy import read_karpathy
-from megatron_vlmoe.prepare.readers.lines import numbered_lines
-from megatron_vlmoe.prepare.readers.pair_tables import (
+from megatron_vlmoe.prepare.readers.files import columns_of, load_json, numbered_lines
+from megatron_vlmoe.prepare.readers.pair_lists import (
+    first_character,
+    is_url,
+    read_coco,
+    read_karpathy,
+    read_path_captions,
+    read_visual_genome,
+)
+from megatron_vlmoe.prepare.readers.pair_records import (
+    TOKEN_LINE,
     find_keys,
     read_csv_pairs,
+    read_flickr30k,
     read_jsonl_pairs,
     read_object_list,
+    read_sample_files,
     read_table_pairs,
+    read_webdataset,
 )
-from megatron_vlmoe.prepare.readers.pairs import SPLIT_KEY, PairInput, PairReader, load_json
-from megatron_vlmoe.prepare.readers.parquet import table_format
-from megatron_vlmoe.prepare.readers.path_captions import first_character, is_url, read_path_captions
+from megatron_vlmoe.prepare.readers.pairs import SPLIT_KEY, PairInput, PairReader
 from megatron_vlmoe.prepare.readers.records import (
     PairItem,
     PassedOver,
@@ -33,8 +39,7 @@ from megatron_vlmoe.prepare.readers.records import (
     is_tar,
     walk_files,
 )
-from megatron_vlmoe.prepare.readers.visual_genome import read_visual_genome
-from megatron_vlmoe.prepare.readers.webdataset import read_sample_files, read_webdataset
+from megatron_vlmoe.prepare.readers.tables import table_format
 
 PAIR_READERS: Mapping[str, PairReader] = {
     "coco": read_coco,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,8 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.file_kinds import DAMAGE, check_characters, open_binary
-from megatron_vlmoe.prepare.readers.image_paths import ImageFinder, NoImageError
+from megatron_vlmoe.prepare.readers.images import ImageFinder, NoImageError
 from megatron_vlmoe.prepare.readers.records import (
     CaptionedImage,
     ImageFile,
@@ -24,6 +22,10 @@ from megatron_vlmoe.prepare.readers.records import (
 
 DEFAULT_SPLITS = ("train", "restval")
 SPLIT_KEY = "split"
+DOWNLOAD_FIRST = (
+    "lists URLs: download the images first, for example with img2dataset, whose output is read "
+    "with --format webdataset, files or parquet"
+)
 
 
 @dataclass(frozen=True)
@@ -205,43 +207,6 @@ IMAGE_KEYS = ("image", "image_path", "file_name", "filename", "filepath", "image
     "webp",
 )
 CAPTION_KEYS = ("caption", "captions", "text", "title", "comment", "sentences", "sentence")
-
-
-def load_json(path: str) -> Any:
-    """Parses a whole JSON file, compressed or not; memory is several times its size.
-
-    Raises:
-        DataError: unreadable, binary, invalid UTF-8 or invalid JSON; names the line.
-    """
-    try:
-        check_characters(path)
-        with open_binary(path) as file:
-            return json.loads(file.read().decode("utf-8-sig"))
-    except DAMAGE as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: invalid JSON: {error}") from error
-
-
-def json_list(path: str, value: Any, key: str = "") -> list[Any]:
-    """``value`` if it is a list. Raises DataError naming the file and the key of the list, if it has one."""
-    if not isinstance(value, list):
-        raise DataError(
-            f"{path}: {key} is missing or not a list" if key else f"{path}: not a JSON list"
-        )
-    return value
-
-
-def json_object(path: str) -> dict[str, Any]:
-    """`load_json` of a file that holds an object. Raises DataError."""
-    value = load_json(path)
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return value
 
 
 def as_captions(value: object) -> tuple[object, ...]:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
-from megatron_vlmoe.tokenizers.vqkd.files import read_torch_file
 from megatron_vlmoe.tokenizers.vqkd.model import (
     VQKD,
     build_without_initialization,
     describe_mismatch,
+    read_torch_file,
 )
 
 HEAD_DIM = 64

@@ -7,10 +7,13 @@ rate 5e-5 * batch / 128 after 10 epochs of linear warm-up, then a cosine down to
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,13 +23,95 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_vlmoe.config.errors import ConfigError, DataError, TrainingError
-from megatron_vlmoe.runtime.files import open_atomic
-from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
-from megatron_vlmoe.tokenizers.vqkd.files import read_torch_file
-from megatron_vlmoe.tokenizers.vqkd.model import VQKD, compute_fingerprint, save_vqkd
+from megatron_vlmoe.runtime.files import open_atomic, write_parts_atomic
+from megatron_vlmoe.runtime.json_files import logged_step
+from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset
+from megatron_vlmoe.tokenizers.vqkd.model import (
+    VQKD,
+    compute_fingerprint,
+    read_torch_file,
+    save_vqkd,
+)
 from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
-from megatron_vlmoe.tokenizers.vqkd.statistics import CodeStatistics, MetricsLog, RunningMeans
-from megatron_vlmoe.tokenizers.vqkd.teachers import Teacher, check_teacher
+from megatron_vlmoe.tokenizers.vqkd.teachers import Teacher, build_teacher, check_teacher
+
+
+class RunningMeans:
+    """Weighted means of named scalars; kept on their device until `values` is asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
+        """Add one observation of each scalar."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * weight
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def values(self) -> dict[str, float]:
+        """The means so far."""
+        return {name: float(total) / self._weights[name] for name, total in self._sums.items()}
+
+
+class CodeStatistics:
+    """How a set of codes spreads over the codebook."""
+
+    def __init__(self, num_codes: int) -> None:
+        self.num_codes = num_codes
+        self._counts: Tensor | None = None
+
+    def add(self, codes: Tensor) -> None:
+        """Count codes of any shape."""
+        counts = torch.bincount(codes.detach().flatten(), minlength=self.num_codes)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def values(self) -> dict[str, float]:
+        """`codebook/usage`, the share of codes seen, and `codebook/perplexity` = exp(entropy)."""
+        counts = self._counts if self._counts is not None else torch.zeros(self.num_codes)
+        share = counts.double() / counts.sum().clamp(min=1)
+        entropy = -torch.special.xlogy(share, share).sum()
+        return {
+            "codebook/usage": float((counts > 0).double().mean()),
+            "codebook/perplexity": float(entropy.exp()),
+        }
+
+    def reduced(self) -> dict[str, float]:
+        """`values` over the codes of all ranks."""
+        if is_distributed() and self._counts is not None:
+            distributed.all_reduce(self._counts)
+        return self.values()
+
+
+class MetricsLog:
+    """One JSON object per line, and a progress line; silent where not `active`.
+
+    Lines of steps after `first_step` (written by a run that was interrupted before its save) are
+    dropped; so is everything when a run starts at step 0.
+    """
+
+    def __init__(self, path: Path, *, first_step: int, active: bool) -> None:
+        self.path = path
+        self.active = active
+        if active:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in lines if 0 < first_step >= logged_step(line)]
+            write_parts_atomic(path, [f"{line}\n" for line in kept])
+
+    def write(self, step: int, values: dict[str, float], total: int | None = None) -> None:
+        """Append `{"step": step, ...}` and print it in short."""
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step} | values) + "\n")
+        shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"step {step}{f'/{total}' if total else ''} | {shown}")
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self.active:
+            print(line, flush=True)
+
 
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.jsonl"
@@ -306,3 +391,117 @@ class Trainer:
                 f"step {self.step}: the loss is not finite: lower the learning rate"
             )
         return values
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a preset trains with unless told otherwise."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup_share: float
+    """Warm-up steps divided by all steps."""
+    min_scale: float
+    """Smallest crop as a share of the image's area."""
+
+
+PRESETS: Mapping[str, Recipe] = {
+    # 100 epochs of ImageNet-1k (1,281,167 images) at batch 512; warm-up 10 epochs.
+    "base": Recipe(250_000, 512, published_lr(512), 0.1, 0.08),
+    "tiny": Recipe(300, 32, 1e-3, 0.05, 0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """Options of the command; None takes the preset's value."""
+
+    output: Path
+    preset: str = "base"
+    teacher: str = "pixels"
+    image_size: int | None = None
+    patch_size: int | None = None
+    num_codes: int | None = None
+    code_dim: int | None = None
+    restart_threshold: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    warmup_steps: int | None = None
+    min_scale: float | None = None
+    bf16: bool = False
+    deterministic: bool = False
+    seed: int = 0
+    log_interval: int = 20
+    save_interval: int = 500
+
+    def build_config(self, teacher_dim: int | None = None) -> VQKDConfig:
+        """The architecture. Raises ValueError for sizes that do not fit."""
+        names = ("image_size", "patch_size", "num_codes", "code_dim", "restart_threshold")
+        overrides: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return build_preset(self.preset, teacher=self.teacher, teacher_dim=teacher_dim, **overrides)
+
+    def build_options(self) -> TrainingOptions:
+        """Steps, batch and rates. Raises ValueError for values that make no sense."""
+        recipe = PRESETS[self.preset]
+        steps = recipe.steps if self.steps is None else self.steps
+        batch_size = recipe.batch_size if self.batch_size is None else self.batch_size
+        scaled = published_lr(batch_size) if self.preset == "base" else recipe.lr
+        warmup = round(steps * recipe.warmup_share)
+        return TrainingOptions(
+            steps=steps,
+            batch_size=batch_size,
+            lr=scaled if self.lr is None else self.lr,
+            warmup_steps=warmup if self.warmup_steps is None else self.warmup_steps,
+            seed=self.seed,
+            bf16=self.bf16,
+            log_interval=self.log_interval,
+            save_interval=self.save_interval,
+        )
+
+    @property
+    def smallest_crop(self) -> float:
+        """Smallest crop as a share of the image's area."""
+        return PRESETS[self.preset].min_scale if self.min_scale is None else self.min_scale
+
+
+def train_image_tokenizer(request: TrainingRequest, crops: CropStream) -> str:
+    """Train, or go on with, the tokenizer in `request.output`; returns its fingerprint.
+
+    Under torchrun every process takes its share of each batch. Raises ValueError (one line).
+    """
+    config, options = request.build_config(), request.build_options()
+    with process_group() as device:
+        if request.deterministic and device.type == "cuda":
+            use_deterministic_kernels()
+        teacher = build_teacher(
+            request.teacher, patch_size=config.patch_size, grid=config.grid, device=device
+        )
+        config = dataclasses.replace(config, teacher_dim=teacher.dim)
+        return Trainer(
+            config, options, teacher=teacher, crops=crops, folder=request.output, device=device
+        ).run()
+
+
+def use_deterministic_kernels() -> None:
+    """On a GPU the same seed then gives the same bits; call before the first matrix product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the other processes where torchrun started this one; yields the device to use."""
+    launched = distributed.is_torchelastic_launched()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", distributed.get_node_local_rank(fallback_rank=0))
+        torch.cuda.set_device(device)
+    if launched:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if launched:
+            distributed.destroy_process_group()

@@ -17,9 +17,18 @@ from functools import cached_property
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.pairs import json_list, load_json
-from megatron_vlmoe.prepare.readers.parquet import class_names, column_names
+from megatron_vlmoe.prepare.readers.files import json_list, json_rows, load_json
 from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
+from megatron_vlmoe.prepare.readers.tables import (
+    TABLE_SUFFIXES,
+    ListedImages,
+    TableFiles,
+    choose_columns,
+    class_names,
+    column_names,
+    row_name,
+    table_rows,
+)
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
     SampleStream,
@@ -29,15 +38,6 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     find_file,
     find_folder,
 )
-from megatron_vlmoe.prepare.readers.tasks.tables import (
-    TABLE_SUFFIXES,
-    ListedImages,
-    TableFiles,
-    choose_columns,
-    row_name,
-    table_rows,
-)
-from megatron_vlmoe.prepare.readers.text import json_rows
 
 _PARTS = {"train": "train", "dev": "dev", "test": "test1"}
 _CLASSES = ("False", "True")

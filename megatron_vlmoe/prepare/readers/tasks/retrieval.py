@@ -16,22 +16,23 @@ from functools import cached_property
 from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.karpathy import read_karpathy
-from megatron_vlmoe.prepare.readers.pairs import PairInput, json_list, load_json
-from megatron_vlmoe.prepare.readers.parquet import column_names
+from megatron_vlmoe.prepare.readers.files import json_list, load_json
+from megatron_vlmoe.prepare.readers.pair_lists import read_karpathy
+from megatron_vlmoe.prepare.readers.pairs import PairInput
 from megatron_vlmoe.prepare.readers.records import LeftOut, Reject, check_inputs
+from megatron_vlmoe.prepare.readers.tables import (
+    ListedImages,
+    TableFiles,
+    choose_columns,
+    column_names,
+    row_name,
+    table_rows,
+)
 from megatron_vlmoe.prepare.readers.tasks.records import (
     SampleStream,
     TaskInput,
     TaskSample,
     check_split,
-)
-from megatron_vlmoe.prepare.readers.tasks.tables import (
-    ListedImages,
-    TableFiles,
-    choose_columns,
-    row_name,
-    table_rows,
 )
 
 _ANNOTATIONS = ("dataset_coco.json", "dataset_flickr30k.json")

@@ -23,9 +23,16 @@ from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.lines import numbered_lines
-from megatron_vlmoe.prepare.readers.parquet import class_names, column_names
+from megatron_vlmoe.prepare.readers.files import json_rows, numbered_lines
 from megatron_vlmoe.prepare.readers.records import Reject
+from megatron_vlmoe.prepare.readers.tables import (
+    TableFiles,
+    choose_columns,
+    class_names,
+    column_names,
+    row_name,
+    table_rows,
+)
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
     Omitted,
@@ -33,13 +40,6 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     TaskInput,
     TaskSample,
 )
-from megatron_vlmoe.prepare.readers.tasks.tables import (
-    TableFiles,
-    choose_columns,
-    row_name,
-    table_rows,
-)
-from megatron_vlmoe.prepare.readers.text import json_rows
 
 _MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched")
 _SNLI_SPLITS = ("train", "dev", "test")

@@ -1,4 +1,7 @@
-"""VQAv2: splits, classes and targets, from whichever layout the folder has (`vqa_layouts`).
+"""VQAv2: splits, classes and targets, from the publishers' files, lists of ALBEF and BLIP, or tables of Hugging Face.
+
+Each layout gives the questions of a part (``train2014``, ``val2014``, ``test2015``, ``test-dev2015``) with
+their pictures and what the annotators said.
 
 Training uses train2014 and val2014 but for some images (``rest_val``), which make the split ``val``.
 Who published that way of splitting drew these images without a seed; here a hash of the seed and
@@ -7,12 +10,26 @@ the image id chooses them.
 
 from __future__ import annotations
 
+import os
+import re
+from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Protocol
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.records import Reject
+from megatron_vlmoe.prepare.readers.files import json_list, json_object, load_json
+from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
+from megatron_vlmoe.prepare.readers.tables import (
+    ListedImages,
+    TableFiles,
+    choose_columns,
+    column_names,
+    table_rows,
+)
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Omitted,
     SampleStream,
@@ -20,18 +37,484 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     TaskSample,
     check_split,
     chosen,
-)
-from megatron_vlmoe.prepare.readers.tasks.vqa_layouts import (
-    ANNOTATED,
-    TEST_PARTS,
-    Question,
-    find_layout,
+    find_file,
+    find_folder,
 )
 from megatron_vlmoe.prepare.vqa_answers import (
+    NUM_ANNOTATORS,
     build_answer_vocabulary,
     normalize_answer,
     soft_scores,
 )
+
+ANNOTATED = ("train2014", "val2014")
+TEST_PARTS = {"test": "test2015", "test-dev": "test-dev2015"}
+"""Part by split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its picture; ``answers`` is empty where none are published."""
+
+    source: str
+    record: str
+    id: int
+    image_id: str
+    text: object
+    image: ImageFile
+    answers: tuple[str, ...] = ()
+    main_answer: str = ""
+    answer_type: str = ""
+
+
+Questions = Iterator[tuple[str | None, Question | Omitted | Reject]]
+"""Each with the id of its image, which some rejects lack."""
+
+
+class VqaLayout(Protocol):
+    """One way in which the parts lie in a folder."""
+
+    def parts(self) -> tuple[str, ...]:
+        """The test parts that are there, besides the annotated ones."""
+        ...
+
+    def check(self, part: str) -> str:
+        """The file or folder that a part is read from. Raises DataError if something of it is missing."""
+        ...
+
+    def main_answers(self, part: str) -> list[str]:
+        """``multiple_choice_answer`` of every question of an annotated part, in order. Raises DataError."""
+        ...
+
+    def images(self, part: str) -> frozenset[str]:
+        """Ids of the pictures that a part asks about. Raises DataError."""
+        ...
+
+    def questions(self, part: str) -> Questions:
+        """The questions of a part in order."""
+        ...
+
+
+def find_layout(raw: str) -> VqaLayout:
+    """The layout of a folder: the first that has any part of VQAv2. Raises DataError if none has."""
+    parts = (*ANNOTATED, *TEST_PARTS.values())
+    for layout in (PublishedFiles, AnswerLists, AnswerTables):
+        opened = layout(raw)
+        if any(map(opened.has, parts)):
+            return opened
+    raise DataError(
+        f"{raw}: no VQAv2 in it: no v2_OpenEnded_mscoco_train2014_questions.json, no vqa_train.json and "
+        "no parquet or .arrow table of train"
+    )
+
+
+@dataclass
+class _Annotations:
+    """One annotation file, without what is not used."""
+
+    path: str
+    answers: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Raw answers by question id."""
+    answer_types: dict[int, str] = field(default_factory=dict)
+    """``answer_type`` by question id, where the file has one."""
+    main_answers: list[str] = field(default_factory=list)
+    """``multiple_choice_answer`` of every annotation, in order."""
+    rejects: list[Reject] = field(default_factory=list)
+    """Entries that tell of no question, or of one that has an annotation."""
+    bad: dict[int, Reject] = field(default_factory=dict)
+    """The others that cannot be used, by question id."""
+
+
+class PublishedFiles:
+    """The files of VQAv2's authors.
+
+    ``v2_OpenEnded_mscoco_{part}_questions.json`` hold ``questions`` ({image_id, question,
+    question_id}), ``v2_mscoco_{part}_annotations.json`` hold ``annotations`` ({question_id,
+    multiple_choice_answer, answers: [{answer}], answer_type}); each is read whole. Images are
+    ``train2014/COCO_train2014_%012d.jpg`` and so on; both test parts use ``test2015``.
+    """
+
+    def __init__(self, raw: str) -> None:
+        self._raw = raw
+        self._annotations: dict[str, _Annotations] = {}
+
+    def _question_file(self, part: str) -> str:
+        name = f"v2_OpenEnded_mscoco_{part}_questions.json"
+        return find_file(self._raw, ("", "questions"), name)
+
+    def _annotation_file(self, part: str) -> str:
+        return find_file(self._raw, ("", "annotations"), f"v2_mscoco_{part}_annotations.json")
+
+    def has(self, part: str) -> bool:
+        """Whether the questions or the annotations of a part are there."""
+        for find in (self._question_file, self._annotation_file):
+            try:
+                find(part)
+            except DataError:
+                continue
+            return True
+        return False
+
+    def parts(self) -> tuple[str, ...]:
+        """As `VqaLayout`."""
+        return tuple(part for part in TEST_PARTS.values() if self.has(part))
+
+    def check(self, part: str) -> str:
+        """As `VqaLayout`."""
+        path = self._question_file(part)
+        if part in ANNOTATED:
+            self._annotation_file(part)
+        self._image_folder(part)
+        return path
+
+    def _image_folder(self, part: str) -> str:
+        name = part if part in ANNOTATED else "test2015"
+        return find_folder(self._raw, (name, os.path.join("images", name)))
+
+    def _read_annotations(self, part: str) -> _Annotations:
+        if part not in self._annotations:
+            self._annotations[part] = _read_annotations(self._annotation_file(part))
+        return self._annotations[part]
+
+    def main_answers(self, part: str) -> list[str]:
+        """As `VqaLayout`, in the order of the annotations."""
+        self._question_file(part)
+        return self._read_annotations(part).main_answers
+
+    def images(self, part: str) -> frozenset[str]:
+        """As `VqaLayout`."""
+        questions = self._read_questions(part)
+        return frozenset(item.image_id for item in questions if isinstance(item, Question))
+
+    def questions(self, part: str) -> Questions:
+        """As `VqaLayout`. Every annotation must have its question, and the other way round."""
+        if part not in ANNOTATED:
+            for item in self._read_questions(part):
+                yield None, item
+            return
+        annotations = self._read_annotations(part)
+        for reject in annotations.rejects:
+            yield None, reject
+        path, bad = self._question_file(part), dict(annotations.bad)
+        left = set(annotations.answers)
+        for item in self._read_questions(part):
+            if isinstance(item, Reject):
+                yield None, item
+                continue
+            left.discard(item.id)
+            answers = annotations.answers.get(item.id)
+            if answers is None:
+                missing = Reject(path, item.record, f"no annotation in {annotations.path}")
+                lost = bad.pop(item.id, missing)
+                yield item.image_id, replace(lost, sample=str(item.id))
+                continue
+            kind = annotations.answer_types.get(item.id, "")
+            given = (item.source, item.record, item.id, item.image_id, item.text, item.image)
+            yield item.image_id, Question(*given, answers, answer_type=kind)
+        for reject in bad.values():
+            yield None, reject
+        for number in sorted(left):
+            record = f"annotation of question {number}"
+            yield None, Reject(annotations.path, record, f"no such question in {path}")
+
+    def _read_questions(self, part: str) -> Iterator[Question | Reject]:
+        path, folder = self._question_file(part), self._image_folder(part)
+        entries = json_list(path, json_object(path).get("questions"), '"questions"')
+        seen: set[int] = set()
+        for number, entry in enumerate(entries):
+            record = f"question entry {number}"
+            given = entry if isinstance(entry, dict) else {}
+            name, image = given.get("question_id"), given.get("image_id")
+            if type(name) is not int or type(image) is not int:
+                lost = str(name) if type(name) is int and name not in seen else ""
+                yield Reject(path, record, "no whole question_id and image_id", sample=lost)
+            elif name in seen:
+                yield Reject(path, record, f"question {name} came before")
+            else:
+                seen.add(name)
+                record = f"question {name}"
+                part_name = os.path.basename(folder)
+                file = os.path.join(folder, f"COCO_{part_name}_{image:012d}.jpg")
+                picture = ImageFile(path, record, file)
+                yield Question(path, record, name, str(image), given.get("question"), picture)
+
+
+def _read_annotations(path: str) -> _Annotations:
+    """The annotations of a file. Raises DataError."""
+    result = _Annotations(path)
+    known: dict[str, str] = {}  # equal answers share one string
+    entries = json_list(path, json_object(path).get("annotations"), '"annotations"')
+    for number, entry in enumerate(entries):
+        record = f"annotation entry {number}"
+        question = entry.get("question_id") if isinstance(entry, dict) else None
+        if type(question) is not int:
+            result.rejects.append(Reject(path, record, "no whole question_id"))
+            continue
+        if question in result.answers or question in result.bad:
+            reason = f"question {question} has one already"
+            result.rejects.append(Reject(path, record, reason))
+            continue
+        try:
+            main = entry.get("multiple_choice_answer")
+            if not isinstance(main, str):
+                raise DataError("multiple_choice_answer is not a string")
+            answers = _answers(entry.get("answers"))
+        except DataError as error:
+            result.bad[question] = Reject(path, record, str(error))
+            continue
+        result.main_answers.append(known.setdefault(main, main))
+        result.answers[question] = tuple(known.setdefault(a, a) for a in answers)
+        if isinstance(kind := entry.get("answer_type"), str):
+            result.answer_types[question] = known.setdefault(kind, kind)
+    return result
+
+
+def _answers(value: object) -> tuple[str, ...]:
+    """Raw answers from a list of objects with an ``answer``, or of texts. Raises DataError."""
+    if isinstance(value, dict):  # a table may have a list for each field of the objects
+        value = value.get("answer")
+    entries = list(value) if isinstance(value, list | tuple) else []
+    raw = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
+    texts = [answer for answer in raw if isinstance(answer, str)]
+    if not texts or len(texts) != len(raw):
+        raise DataError("answers are not a list of objects with an answer")
+    if len(texts) > NUM_ANNOTATORS:
+        # Soft scores are those of so many; more would not fit into a batch.
+        raise DataError(f"{len(texts)} answers, more than {NUM_ANNOTATORS}")
+    return tuple(texts)
+
+
+def _number(value: object) -> int | None:
+    """A whole number, also as text."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+class _WholeEntries(ABC):
+    """A layout whose entries hold question and answers, so that one way to read them answers everything."""
+
+    def main_answers(self, part: str) -> list[str]:
+        """As `VqaLayout`."""
+        items = (item for _, item in self._read(part, images=False))
+        return [item.main_answer for item in items if isinstance(item, Question)]
+
+    def images(self, part: str) -> frozenset[str]:
+        """As `VqaLayout`."""
+        found = self._read(part, images=False)
+        return frozenset(image for image, _ in found if image is not None)
+
+    def questions(self, part: str) -> Questions:
+        """As `VqaLayout`."""
+        return self._read(part, images=True)
+
+    @abstractmethod
+    def _read(self, part: str, images: bool) -> Questions:
+        """The questions of a part; without ``images`` these are not looked for."""
+
+
+class AnswerLists(_WholeEntries):
+    """The lists of ALBEF and BLIP: ``vqa_train.json``, ``vqa_val.json``, ``vqa_test.json``.
+
+    An object has ``question_id``, ``question``, ``image`` (a path) and, but for the test list,
+    ``answer``: what the annotators said, or shares of them by answer, or answers with a list of
+    shares under ``weight``. Objects of another ``dataset`` than "vqa" are left out. There is no
+    ``multiple_choice_answer``; the most frequent answer, of several the first, stands for it.
+    """
+
+    _NAMES: Mapping[str, tuple[str, ...]] = {
+        "train2014": ("vqa_train.json",),
+        "val2014": ("vqa_val.json",),
+        "test2015": ("vqa_test.json",),
+        "test-dev2015": ("vqa_test_dev.json", "vqa_testdev.json", "vqa_test-dev.json"),
+    }
+    _FOLDERS = ("", "annotation", "annotations", "data")
+
+    def __init__(self, raw: str) -> None:
+        self._raw = raw
+        self._images = ListedImages(raw)
+
+    def _file(self, part: str) -> str:
+        for name in self._NAMES[part]:
+            try:
+                return find_file(self._raw, self._FOLDERS, name)
+            except DataError:
+                continue
+        return find_file(self._raw, self._FOLDERS, self._NAMES[part][0])
+
+    def has(self, part: str) -> bool:
+        """Whether the list of a part is there."""
+        try:
+            self._file(part)
+        except DataError:
+            return False
+        return True
+
+    def parts(self) -> tuple[str, ...]:
+        """As `VqaLayout`."""
+        return tuple(part for part in TEST_PARTS.values() if self.has(part))
+
+    def check(self, part: str) -> str:
+        """As `VqaLayout`."""
+        return self._file(part)
+
+    def _read(self, part: str, images: bool) -> Questions:
+        path = self._file(part)
+        seen: set[int] = set()
+        for number, entry in enumerate(json_list(path, load_json(path))):
+            record = f"entry {number}"
+            given = entry if isinstance(entry, dict) else {}
+            if given.get("dataset", "vqa") != "vqa":
+                yield None, Omitted(f"of dataset {given['dataset']}")
+                continue
+            name, image = _number(given.get("question_id")), given.get("image")
+            if name is None or not isinstance(image, str) or not image:
+                lost = str(name) if name is not None and name not in seen else ""
+                yield (
+                    None,
+                    Reject(path, record, "no whole question_id and path of an image", sample=lost),
+                )
+                continue
+            if name in seen:
+                yield None, Reject(path, record, f"question {name} came before")
+                continue
+            seen.add(name)
+            record = f"question {name}"
+            digits = re.search(r"(\d+)\.\w+$", image)
+            image_id = str(int(digits[1])) if digits else image
+            picture = ImageFile(path, record)
+            try:
+                if images:
+                    picture = self._images.listed(path, record, image)
+            except DataError as error:
+                yield image_id, Reject(path, record, str(error), sample=str(name))
+                continue
+            fixed = (path, record, name, image_id, given.get("question"), picture)
+            if part not in ANNOTATED:
+                yield image_id, Question(*fixed)
+                continue
+            try:
+                answers = _listed_answers(given)
+            except DataError as error:
+                yield image_id, Reject(path, record, str(error), sample=str(name))
+                continue
+            kind = given.get("answer_type")
+            main = Counter(answers).most_common(1)[0][0]
+            yield image_id, Question(*fixed, answers, main, kind if isinstance(kind, str) else "")
+
+
+def _listed_answers(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the annotators said, from an object of a list. Raises DataError."""
+    value = entry.get("answer", entry.get("answers"))
+    weights = next((entry[key] for key in ("weight", "weights") if key in entry), None)
+    if isinstance(value, list) and isinstance(weights, list):
+        if len(value) != len(weights) or not all(isinstance(text, str) for text in value):
+            raise DataError("not one weight for each answer")
+        value = dict(zip(value, weights, strict=True))
+    if not isinstance(value, dict):
+        return _answers(value)
+    if not all(isinstance(share, int | float) for share in value.values()):
+        raise DataError("weights are not numbers")
+    counts = {text: round(NUM_ANNOTATORS * share) for text, share in value.items()}
+    exact = all(abs(NUM_ANNOTATORS * value[text] - count) < 0.01 for text, count in counts.items())
+    if not exact or sum(counts.values()) != NUM_ANNOTATORS or min(counts.values()) < 0:
+        raise DataError(
+            f"weights {', '.join(map(str, value.values()))} are no tenths that add up to 1: "
+            "give the ten answers, or the share of the annotators who gave each"
+        )
+    return tuple(text for text, count in counts.items() for _ in range(count))
+
+
+class AnswerTables(_WholeEntries):
+    """Tables of Hugging Face, as HuggingFaceM4/VQAv2 and lmms-lab/VQAv2 have them.
+
+    Columns: question_id, question, image_id, image, answers (objects with ``answer``, or texts),
+    multiple_choice_answer and answer_type.
+    """
+
+    _SPLITS: Mapping[str, tuple[str, ...]] = {
+        "train2014": ("train",),
+        "val2014": ("validation", "val"),
+        "test2015": ("test",),
+        "test-dev2015": ("testdev", "test_dev"),
+    }
+    _COLUMNS: Mapping[str, tuple[str, ...]] = {
+        "id": ("question_id",),
+        "image_id": ("image_id", "id_image"),
+        "text": ("question",),
+        "image": ("image",),
+        "answers": ("answers",),
+        "main": ("multiple_choice_answer",),
+        "type": ("answer_type",),
+    }
+
+    def __init__(self, raw: str) -> None:
+        self._raw = raw
+        self._tables = TableFiles(raw)
+        self._images = ListedImages(raw)
+
+    def has(self, part: str) -> bool:
+        """Whether there is a table of a part."""
+        return bool(self._tables.of(self._SPLITS[part]))
+
+    def parts(self) -> tuple[str, ...]:
+        """As `VqaLayout`."""
+        return tuple(part for part in TEST_PARTS.values() if self.has(part))
+
+    def check(self, part: str) -> str:
+        """As `VqaLayout`; every table of the part must have the columns."""
+        for path in self._tables.found(part, self._SPLITS[part]):
+            self._chosen(path, part, True)
+        return self._raw
+
+    def _chosen(self, path: str, part: str, images: bool) -> dict[str, str]:
+        optional = ("type",) if part in ANNOTATED else ("type", "answers", "main")
+        columns = choose_columns(path, column_names(path), self._COLUMNS, optional)
+        if not images:
+            del columns["image"]
+        return columns
+
+    def _read(self, part: str, images: bool) -> Questions:
+        seen: set[int] = set()
+        for path in self._tables.found(part, self._SPLITS[part]):
+            for item in table_rows(path, self._chosen(path, part, images)):
+                if isinstance(item, Reject):
+                    yield None, item
+                    continue
+                record, row = item
+                name = _number(row["id"])
+                if name is None or row["image_id"] is None:
+                    lost = str(name) if name is not None and name not in seen else ""
+                    yield (
+                        None,
+                        Reject(path, record, "no whole question_id and image_id", sample=lost),
+                    )
+                    continue
+                if name in seen:
+                    yield None, Reject(path, record, f"question {name} came before")
+                    continue
+                seen.add(name)
+                record, image_id = f"{record} (question {name})", str(row["image_id"])
+                try:
+                    yield image_id, self._question(path, record, row, name, image_id, part)
+                except DataError as error:
+                    yield image_id, Reject(path, record, str(error), sample=str(name))
+
+    def _question(
+        self, path: str, record: str, row: Mapping[str, Any], name: int, image_id: str, part: str
+    ) -> Question:
+        picture = ImageFile(path, record)
+        if "image" in row:
+            picture = self._images.cell(path, record, row["image"])
+        fixed = (path, record, name, image_id, row["text"], picture)
+        if part not in ANNOTATED:
+            return Question(*fixed)
+        if not isinstance(row["main"], str):
+            raise DataError("multiple_choice_answer is not a string")
+        kind = row.get("type")
+        answers = _answers(row["answers"])
+        return Question(*fixed, answers, row["main"], kind if isinstance(kind, str) else "")
+
 
 _SPLITS = ("train", "val", *TEST_PARTS)
 

@@ -1,11 +1,13 @@
-"""What a file of text is, by its content first and by its suffix where that leaves it open.
+"""Files of characters: what a file is, its lines, its JSON, and a column of its table.
 
-Every tool that reads text asks here. What is not read is refused by name, with what to do.
+What a file is, its content says first, and its suffix where that leaves it open. Every tool that reads text asks
+here; what is not read is refused by name, with what to do.
 """
 
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -14,11 +16,16 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import IO, Any, Literal, cast
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.parquet import TABLE_MAGIC, table_format
+from megatron_vlmoe.prepare.readers.records import (
+    Reject,
+)
+from megatron_vlmoe.prepare.readers.tables import TABLE_MAGIC, table_format
+from megatron_vlmoe.runtime.json_files import parse_json
 
 TextFormat = Literal["auto", "jsonl", "text", "parquet", "arrow"]
 """What the user may say a file is; ``auto``: find out."""
@@ -266,3 +273,215 @@ def _kind_of_characters(path: str, head: bytes) -> FileKind:
     if kind == "json" and not head.strip():
         return "text"  # without documents, which is no damage
     return kind
+
+
+_SKIP_BYTES = 1 << 17
+
+Payload = tuple[int, bytes]
+"""Number of a line, row or entry, and its bytes."""
+
+
+def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
+    """Lines with their numbers, from 1.
+
+    Args:
+        path: file to read, decompressed if need be.
+        strip: take white space off both ends, so that a blank line is ``b""``; else the line end
+            alone.
+
+    Raises:
+        DataError: the file cannot be opened, or is binary. What breaks off later is a `Reject`.
+    """
+    check_characters(path)
+    number = 0
+    try:
+        with open_binary(path) as file:
+            while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+                number += 1
+                if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+                    while (rest := file.readline(_SKIP_BYTES)) and not rest.endswith(b"\n"):
+                        pass
+                    yield too_long(path, "line", number)
+                    continue
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                yield number, line.strip() if strip else line.rstrip(b"\r\n")
+    except OSError as error:
+        if number == 0:
+            raise DataError(f"{path}: {error.strerror or error}") from error
+        yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
+    except (*DAMAGE, ValueError) as error:
+        yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
+
+
+def too_long(path: str, unit: str, number: int, why: str = "") -> Reject:
+    """The reject of a line or document over `MAX_DOCUMENT_BYTES`."""
+    return Reject(path, f"{unit} {number}", f"longer than {MAX_DOCUMENT_BYTES} bytes{why}")
+
+
+SEPARATORS = ("\t", ",", "|", ";")
+"""What may separate columns, in the order in which the first line is searched for it."""
+
+
+def columns_of(line: str, separator: str | None = None) -> tuple[str, list[str]]:
+    """The separator of a first line, if it is not given, and the cells of the line."""
+    separator = separator or next((one for one in SEPARATORS if one in line), SEPARATORS[0])
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    cells = next(csv.reader([line], delimiter=separator), [])
+    return separator, [cell.strip() for cell in cells]
+
+
+def wrong_number_of(cells: Sequence[str], columns: Sequence[str]) -> str:
+    """What is wrong with a row that has more or fewer cells than the first line; empty: nothing."""
+    if len(cells) == len(columns):
+        return ""
+    return f"{len(cells)} columns, not the {len(columns)} of the first line"
+
+
+class _DecodedLines(Iterator[str]):
+    """Decoded lines; ``first`` is the number of the first one since it was set to 0, ``last`` of the last."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._items = numbered_lines(path, strip=False)
+        self.first = self.last = 0
+        self.rejects: list[Reject] = []
+
+    def __next__(self) -> str:
+        for item in self._items:
+            if isinstance(item, Reject):
+                self.rejects.append(item)
+                continue
+            try:
+                line = item[1].decode("utf-8") + "\n"
+                self.first, self.last = self.first or item[0], item[0]
+                return line
+            except UnicodeDecodeError as error:
+                reason = f"invalid UTF-8 at byte {error.start}"
+                self.rejects.append(Reject(self._path, f"line {item[0]}", reason))
+        raise StopIteration
+
+
+def read_column(
+    path: str, names: Sequence[str], captions: bool = False
+) -> Iterator[tuple[int, str] | Reject]:
+    """Yields (number of the first line, cell) of one column, row by row.
+
+    Args:
+        path: the file.
+        names: what the column may be called in the header, the best first.
+        captions: also read the captions of files without a header, where they stand beside an
+            address or behind the name of an image.
+
+    Raises:
+        DataError: there is no such column.
+    """
+    lines = _DecodedLines(path)
+    first = next(lines, None)
+    if first is None:
+        yield from lines.rejects
+        return
+    delimiter, header = columns_of(first)
+    place = next((header.index(name) for name in names if name in header), None)
+    headless = place is None and captions
+    if headless:
+        header = first.strip().split(delimiter)
+        place = _place_of_caption(header)
+    if place is None:
+        yield from lines.rejects
+        what = f"a table of columns ({', '.join(header[:8])}) without {' or '.join(names)}"
+        advice = "name the column with --text-key, or write it as JSON lines"
+        raise refused(
+            path, what, f"{advice}; plain text: --format text" if not captions else advice
+        )
+    if headless:
+        strings = chain([first], lines)
+        rows = csv.reader(strings, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    cells: list[str] | None = []
+    while cells is not None:
+        bad, lines.first = "", 0
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            bad = f"not a row of the table: {error}"
+        yield from lines.rejects
+        lines.rejects.clear()
+        if cells and not bad:
+            bad = wrong_number_of(cells, header)
+        if bad:
+            begin = lines.first or 1
+            more = f" to {lines.last}" if lines.last > begin else ""
+            yield Reject(path, f"line {begin}{more}", bad)
+        elif cells:
+            yield lines.first or 1, cells[place]  # 1: that of ``first``, which is no header
+
+
+def _place_of_caption(cells: Sequence[str]) -> int | None:
+    """Which of two cells is a caption: that beside an address, or behind the name of an image."""
+    if len(cells) != 2:
+        return None
+    if re.match(r"https?://", cells[1]):
+        return 0
+    named = re.fullmatch(r"https?://\S+|\S+\.(?i:jpe?g|png|webp)(?:#\d)?", cells[0])
+    return 1 if named else None
+
+
+def load_json(path: str) -> Any:
+    """Parses a whole JSON file, compressed or not; memory is several times its size.
+
+    Raises:
+        DataError: unreadable, binary, invalid UTF-8 or invalid JSON; names the line.
+    """
+    try:
+        check_characters(path)
+        with open_binary(path) as file:
+            return json.loads(file.read().decode("utf-8-sig"))
+    except DAMAGE as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: invalid JSON: {error}") from error
+
+
+def json_list(path: str, value: Any, key: str = "") -> list[Any]:
+    """``value`` if it is a list. Raises DataError naming the file and the key of the list, if it has one."""
+    if not isinstance(value, list):
+        raise DataError(
+            f"{path}: {key} is missing or not a list" if key else f"{path}: not a JSON list"
+        )
+    return value
+
+
+def json_object(path: str) -> dict[str, Any]:
+    """`load_json` of a file that holds an object. Raises DataError."""
+    value = load_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return value
+
+
+def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]] | Reject]:
+    """Yields (line number, object) of a JSON-lines file, and a `Reject` for a line that is none.
+
+    Raises:
+        DataError: the file cannot be opened, or is binary.
+    """
+    for item in numbered_lines(path):
+        if isinstance(item, Reject):
+            yield item
+            continue
+        number, payload = item
+        if not payload:
+            continue
+        record = f"line {number}"
+        try:
+            row = parse_json(payload)
+        except DataError as error:
+            yield Reject(path, record, str(error))
+            continue
+        yield (number, row) if isinstance(row, dict) else Reject(path, record, "not a JSON object")
