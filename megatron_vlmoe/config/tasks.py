@@ -243,7 +243,7 @@ _ROWS = (
     TaskSpec(
         name="imagenet",
         images=("image",),
-        reader=f"{_READERS}.imagenet_tables:open_imagenet",
+        reader=f"{_READERS}.imagenet:open_imagenet",
         reader_options=("seed", "val_fraction", "val_labels", "words", "class_names"),
         recipe="imagenet",
         splits=("val",),

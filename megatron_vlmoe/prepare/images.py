@@ -28,7 +28,13 @@ from megatron_vlmoe.data.image_files import (
 )
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.prepare.readers.images import read_images
-from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, kinds_of, passed_over_line
+from megatron_vlmoe.prepare.readers.records import (
+    ImageFile,
+    PassedOver,
+    Reject,
+    kinds_of,
+    passed_over_line,
+)
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
     Run,
@@ -36,6 +42,7 @@ from megatron_vlmoe.prepare.tool import (
     ordered_map,
     record_counts,
     rejected_words,
+    without,
 )
 from megatron_vlmoe.runtime.progress import Progress
 
@@ -213,29 +220,18 @@ def preprocess_images(
         Progress("images") as progress,
         DatasetOutput(run.output_prefix, "images", [np.uint8], run.on_error) as output,
     ):
-        found: Iterator[ImageFile | Reject] = output.rejects.without_passed_over(
-            read_images(inputs)
-        )
+        passed_over = output.rejects.passed_over
+        found: Iterator[ImageFile | Reject] = without(read_images(inputs), PassedOver, passed_over)
         chunks = chunked(found, _CHUNK)
         for result in ordered_map(CheckImages(resize_short, rules), chunks, run.workers):
             output.rejects.add(result.rejects)
             add_images(output, result.images)
             progress.add(result.records)
-        files = output.finish(run.source.get("inputs", "the input"))
-        writer = output.writers["image"]
-        manifest = DatasetManifest(
-            kind="images",
-            documents=writer.num_documents,
-            sequences=writer.num_sequences,
-            tokens=0,
-            bytes=files["_image.bin"].size,
-            files=files,
-            source=run.source,
-            rejects=output.rejects.count,
-            counts=record_counts(writer.num_documents, output.rejects.count),
-            passed_over=kinds_of(output.rejects.passed_over),
-            exif=rules.exif,
-            alpha=rules.alpha,
+        manifest = output.manifest(
+            run.source,
+            rules=rules,
+            counts=record_counts(output.writers["image"].num_documents, output.rejects.count),
+            passed_over=kinds_of(passed_over),
         )
         output.commit(manifest)
     progress.finish(rejected_words(manifest.rejects, manifest.documents))

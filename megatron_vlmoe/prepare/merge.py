@@ -16,7 +16,6 @@ from megatron_vlmoe.data.manifest import (
     check_same_tokenizer,
     dataset_parts,
     is_task,
-    length_percentiles,
     load_manifest,
     manifest_path,
     part_prefix,
@@ -52,18 +51,9 @@ def merge_datasets(
         for part in parts:
             for prefix in inputs:
                 output.writers[part].add_dataset(IndexedReader(part_prefix(prefix, part)))
-        files = output.finish()
-        main = output.writers[parts[-1]]
         unknown = [m.unknown_tokens for m in manifests]
-        lengths = length_percentiles(main.staged_lengths()) if kind == "pairs" else None
-        manifest = DatasetManifest(
-            kind=kind,
-            documents=main.num_documents,
-            sequences=main.num_sequences,
-            tokens=0 if kind == "images" else main.num_items,
-            bytes=sum(record.size for name, record in files.items() if name.endswith(".bin")),
-            files=files,
-            source=source,
+        manifest = output.manifest(
+            source,
             rejects=sum(m.rejects for m in manifests),
             counts=_summed([m.counts for m in manifests]),
             passed_over=_total([m.passed_over for m in manifests]),
@@ -71,7 +61,6 @@ def merge_datasets(
             tokenizer_fingerprint=manifests[0].tokenizer_fingerprint,
             vocab_size=manifests[0].vocab_size,
             unknown_tokens=None if None in unknown else sum(filter(None, unknown)),
-            caption_lengths=lengths,
             exif=_common(inputs, "exif", [m.exif for m in manifests]),
             alpha=_common(inputs, "alpha", [m.alpha for m in manifests]),
         )

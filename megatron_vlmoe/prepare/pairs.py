@@ -20,8 +20,6 @@ from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pil
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import (
     DatasetManifest,
-    FileRecord,
-    length_percentiles,
     rejects_path,
 )
 from megatron_vlmoe.prepare.images import add_images, checked_image
@@ -40,15 +38,15 @@ from megatron_vlmoe.prepare.readers.records import (
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
     Run,
-    TokenizerLike,
     checked_text,
     chunked,
     encode_all,
-    load_tokenizer,
     ordered_map,
     report_unknown,
+    without,
 )
 from megatron_vlmoe.runtime.progress import Progress
+from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 DEFAULT_MAX_CAPTION_TOKENS = 512
 _MAX_CHARACTERS_PER_TOKEN = 64
@@ -99,11 +97,8 @@ class PairCounts:
 
     def add(self, other: PairCounts) -> None:
         """Adds those of another part."""
-        for mine, others in zip(self._all(), other._all(), strict=True):
-            mine.update(others)
-
-    def _all(self) -> list[Counter[str]]:
-        return [self.records, self.images, self.captions, self.left_out, self.listed]
+        for name, counts in vars(self).items():
+            counts.update(getattr(other, name))
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """For the manifest: each kind's total, ``read``, and what it is the sum of."""
@@ -142,21 +137,33 @@ def _named(item: CaptionedImage, error: DataError) -> str:
 
 
 @dataclass(frozen=True)
+class PairOptions:
+    """How images and captions are stored.
+
+    Attributes:
+        resize_short: shorter side in pixels after shrinking; None keeps the images.
+        max_caption_tokens: longer captions are rejected.
+        rules: about orientation and transparency of images.
+    """
+
+    resize_short: int | None = None
+    max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
+    rules: ImageRules = DEFAULT_RULES
+
+
+@dataclass(frozen=True)
 class CheckPairs:
     """The work on one chunk: tokenize the captions, decode the images."""
 
     tokenizer_model: str
-    resize_short: int | None = None
-    max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
-    rules: ImageRules = DEFAULT_RULES
-    load: Callable[[str], TokenizerLike] = load_tokenizer
+    options: PairOptions
 
     def build(self) -> Callable[[list[PairItem]], CheckedPairs]:
         """Loads the tokenizer."""
-        tokenizer = self.load(self.tokenizer_model)
+        tokenizer = TextTokenizer(self.tokenizer_model)
         return lambda chunk: self._check(tokenizer, chunk)
 
-    def _check(self, tokenizer: TokenizerLike, chunk: list[PairItem]) -> CheckedPairs:
+    def _check(self, tokenizer: TextTokenizer, chunk: list[PairItem]) -> CheckedPairs:
         result = CheckedPairs()
         with quiet_pillow():
             for item in chunk:
@@ -168,13 +175,13 @@ class CheckPairs:
                     self._add(tokenizer, item, result)
         return result
 
-    def _add(self, tokenizer: TokenizerLike, item: CaptionedImage, result: CheckedPairs) -> None:
+    def _add(self, tokenizer: TextTokenizer, item: CaptionedImage, result: CheckedPairs) -> None:
         """Adds an image with its usable captions, or one reject for all of it."""
         captions, bad = self._captions(tokenizer, item)
         try:
             if not captions:
                 raise DataError(_no_caption(item, bad))
-            image = checked_image(item.image.read(), self.resize_short, self.rules)
+            image = checked_image(item.image.read(), self.options.resize_short, self.options.rules)
         except DataError as error:
             reason = _named(item, error) if captions else str(error)
             lost = len(item.captions)
@@ -196,10 +203,10 @@ class CheckPairs:
             result.caption_lengths.append(len(ids))
 
     def _captions(
-        self, tokenizer: TokenizerLike, item: CaptionedImage
+        self, tokenizer: TextTokenizer, item: CaptionedImage
     ) -> tuple[list[list[int]], dict[int, str]]:
         """Ids of the usable captions, and by their numbers what is wrong with the others."""
-        longest = self.max_caption_tokens * _MAX_CHARACTERS_PER_TOKEN
+        longest = self.options.max_caption_tokens * _MAX_CHARACTERS_PER_TOKEN
         usable: list[tuple[int, str]] = []
         bad: dict[int, str] = {}
         for number, caption in enumerate(item.captions):
@@ -212,8 +219,10 @@ class CheckPairs:
         for (number, _), ids in zip(usable, encoded, strict=True):
             if isinstance(ids, str):
                 bad[number] = ids
-            elif len(ids) > self.max_caption_tokens:
-                bad[number] = f"caption of {len(ids)} tokens, more than {self.max_caption_tokens}"
+            elif len(ids) > self.options.max_caption_tokens:
+                bad[number] = (
+                    f"caption of {len(ids)} tokens, more than {self.options.max_caption_tokens}"
+                )
             else:
                 result.append(ids)
         return result, bad
@@ -230,27 +239,11 @@ def _no_caption(item: CaptionedImage, bad: Mapping[int, str]) -> str:
     return f"no usable caption: {'; '.join(reasons)}"
 
 
-@dataclass(frozen=True)
-class PairOptions:
-    """How images and captions are stored.
-
-    Attributes:
-        resize_short: shorter side in pixels after shrinking; None keeps the images.
-        max_caption_tokens: longer captions are rejected.
-        rules: about orientation and transparency of images.
-    """
-
-    resize_short: int | None = None
-    max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS
-    rules: ImageRules = DEFAULT_RULES
-
-
 def preprocess_pairs(
     source: PairInput,
     tokenizer_model: str,
     run: Run,
     options: PairOptions | None = None,
-    load: Callable[[str], TokenizerLike] = load_tokenizer,
 ) -> DatasetManifest:
     """Indexes a corpus of captioned images; returns the manifest.
 
@@ -264,10 +257,8 @@ def preprocess_pairs(
         ValueError: the tokenizer cannot be loaded.
     """
     options = options or PairOptions()
-    tokenizer = load(tokenizer_model)
-    work = CheckPairs(
-        tokenizer_model, options.resize_short, options.max_caption_tokens, options.rules, load
-    )
+    tokenizer = TextTokenizer(tokenizer_model)
+    work = CheckPairs(tokenizer_model, options)
     check_inputs(source.annotations)
     chosen = with_format(source)
     counts = PairCounts()
@@ -276,7 +267,8 @@ def preprocess_pairs(
         Progress("pairs") as progress,
         DatasetOutput(run.output_prefix, "pairs", dtypes, run.on_error) as output,
     ):
-        records: Iterator[PairItem] = output.rejects.without_passed_over(read_pairs(chosen))
+        passed_over = output.rejects.passed_over
+        records: Iterator[PairItem] = without(read_pairs(chosen), PassedOver, passed_over)
         chunks = chunked(records, _CHUNK)
         for result in ordered_map(work, chunks, run.workers):
             output.rejects.add(result.rejects)
@@ -290,8 +282,14 @@ def preprocess_pairs(
             )
             counts.add(result.counts)
             progress.add(result.counts.records.total())
-        files = output.finish(run.source.get("inputs", "the input"))
-        manifest = pairs_manifest(output, files, run, tokenizer, counts, options.rules)
+        manifest = output.manifest(
+            run.source,
+            tokenizer,
+            options.rules,
+            counts=counts.as_dict(),
+            passed_over=kinds_of(passed_over),
+            omitted=dict(counts.left_out),
+        )
         output.commit(manifest)
     progress.finish()  # what is rejected follows, kind by kind
     if source.format == "auto":
@@ -326,34 +324,3 @@ def _summary(counts: PairCounts, prefix: str, passed_over: Mapping[PassedOver, i
             f"{total} line{'s' * (total > 1)} in {rejects_path(prefix)}: {', '.join(units)}"
         )
     return lines
-
-
-def pairs_manifest(
-    output: DatasetOutput,
-    files: dict[str, FileRecord],
-    run: Run,
-    tokenizer: TokenizerLike,
-    counts: PairCounts,
-    rules: ImageRules,
-) -> DatasetManifest:
-    """The manifest of finished but not yet published pairs."""
-    text = output.writers["text"]
-    return DatasetManifest(
-        kind="pairs",
-        documents=text.num_documents,
-        sequences=text.num_sequences,
-        tokens=text.num_items,
-        bytes=files["_image.bin"].size + files["_text.bin"].size,
-        files=files,
-        source=run.source,
-        rejects=output.rejects.count,
-        counts=counts.as_dict(),
-        passed_over=kinds_of(output.rejects.passed_over),
-        omitted=dict(counts.left_out),
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.size,
-        unknown_tokens=output.unknown_tokens,
-        caption_lengths=length_percentiles(text.staged_lengths()),
-        exif=rules.exif,
-        alpha=rules.alpha,
-    )

@@ -18,7 +18,7 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.tasks import TaskSpec, find_task, load_code
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
-from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, length_percentiles
+from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_labels import Labels, write_labels
 from megatron_vlmoe.data.task_samples import TaskRow, check_task
 from megatron_vlmoe.prepare.images import add_images, checked_image
@@ -33,16 +33,16 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
     Run,
-    TokenizerLike,
     checked_text,
     chunked,
     encode_all,
-    load_tokenizer,
     ordered_map,
     rejected_words,
     report_unknown,
+    without,
 )
 from megatron_vlmoe.runtime.progress import Progress
+from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 _MAX_CHARACTERS = 1 << 16
 _IMAGE_CHUNK = 16
@@ -83,27 +83,43 @@ class CheckedChunk:
 
 
 @dataclass(frozen=True)
+class TaskOptions:
+    """How the samples are stored, and which.
+
+    Attributes:
+        tokenizer_model: SentencePiece model; None for a task without texts.
+        resize_short: shorter side of images in pixels after shrinking; None keeps the images.
+        splits: splits to prepare; empty: all that the task has.
+        rules: about orientation and transparency of images.
+    """
+
+    tokenizer_model: str | None = None
+    resize_short: int | None = None
+    splits: tuple[str, ...] = ()
+    rules: ImageRules = DEFAULT_RULES
+
+
+@dataclass(frozen=True)
 class CheckSamples:
     """The work on one chunk: decode the images, tokenize the texts."""
 
     task: str
-    tokenizer_model: str | None
-    resize_short: int | None = None
-    rules: ImageRules = DEFAULT_RULES
-    load: Callable[[str], TokenizerLike] = load_tokenizer
+    options: TaskOptions
 
     def build(self) -> Callable[[SampleChunk], CheckedChunk]:
         """Loads the tokenizer."""
-        tokenizer = None if self.tokenizer_model is None else self.load(self.tokenizer_model)
+        model = self.options.tokenizer_model
+        tokenizer = None if model is None else TextTokenizer(model)
         return lambda chunk: self._check(tokenizer, chunk)
 
-    def _check(self, tokenizer: TokenizerLike | None, chunk: SampleChunk) -> CheckedChunk:
+    def _check(self, tokenizer: TextTokenizer | None, chunk: SampleChunk) -> CheckedChunk:
         result = CheckedChunk(records=len(chunk.items))
         with quiet_pillow():
             for image in chunk.images:
                 try:
-                    data = checked_image(image.read(), self.resize_short, self.rules)
-                    result.images[_key(image)] = data
+                    result.images[_key(image)] = checked_image(
+                        image.read(), self.options.resize_short, self.options.rules
+                    )
                 except DataError as error:
                     result.images[_key(image)] = _named(image, error)
         spec = find_task(self.task)
@@ -224,7 +240,7 @@ class SampleSink:
         tokenizer: the one that made the ids; None for a task without texts.
     """
 
-    def __init__(self, output: DatasetOutput, task: str, tokenizer: TokenizerLike | None) -> None:
+    def __init__(self, output: DatasetOutput, task: str, tokenizer: TextTokenizer | None) -> None:
         assert output.samples is not None
         self._output = output
         self._tokenizer = tokenizer
@@ -293,28 +309,10 @@ class SampleSink:
         return number
 
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """How the samples are stored, and which.
-
-    Attributes:
-        tokenizer_model: SentencePiece model; None for a task without texts.
-        resize_short: shorter side of images in pixels after shrinking; None keeps the images.
-        splits: splits to prepare; empty: all that the task has.
-        rules: about orientation and transparency of images.
-    """
-
-    tokenizer_model: str | None = None
-    resize_short: int | None = None
-    splits: tuple[str, ...] = ()
-    rules: ImageRules = DEFAULT_RULES
-
-
 def prepare_task(
     source: TaskInput,
     run: Run,
     options: TaskOptions,
-    load: Callable[[str], TokenizerLike] = load_tokenizer,
 ) -> dict[str, DatasetManifest]:
     """Prepares splits of a task under ``run.output_prefix``; returns their manifests.
 
@@ -336,11 +334,11 @@ def prepare_task(
     splits = tuple(dict.fromkeys(options.splits)) or raw.splits()
     streams = {split: raw.read(split) for split in splits}
     model = options.tokenizer_model if spec.texts else None
-    tokenizer = None if model is None else load(model)
+    tokenizer = None if model is None else TextTokenizer(model)
     labels = raw.labels
     if labels is not None:
         print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
-    work = CheckSamples(source.task, model, options.resize_short, options.rules, load)
+    work = CheckSamples(source.task, replace(options, tokenizer_model=model))
     job = _Job(run, work, tokenizer, labels, raw.fallback_answer)
     return {split: job.prepare(split, stream) for split, stream in streams.items()}
 
@@ -351,7 +349,7 @@ class _Job:
 
     run: Run
     work: CheckSamples
-    tokenizer: TokenizerLike | None
+    tokenizer: TextTokenizer | None
     labels: Labels | None
     fallback_answer: str | None
 
@@ -359,7 +357,7 @@ class _Job:
         """Reads, checks and publishes one split."""
         task, run = self.work.task, self.run
         spec = find_task(task)
-        omitted: Counter[str] = Counter()
+        omitted: Counter[Omitted] = Counter()
         dtypes: Sequence[np.dtype] = [np.dtype(np.uint8)] if spec.images else []
         if self.tokenizer is not None:
             dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
@@ -370,61 +368,28 @@ class _Job:
         ):
             sink = SampleSink(output, task, self.tokenizer)
             size = _IMAGE_CHUNK if spec.images else _TEXT_CHUNK
-            chunks = sample_chunks(_without(stream, omitted), size, spec.shared_images)
+            kept: Iterator[TaskSample | Reject] = without(stream, Omitted, omitted)
+            chunks = sample_chunks(kept, size, spec.shared_images)
             for result in ordered_map(self.work, chunks, run.workers):
                 sink.add(result)
                 progress.add(result.records)
             inputs = ", ".join(map(str, run.source.get("inputs", ("the input",))))
-            files = output.finish(f"split {split} of {inputs}")
-            manifest = self._manifest(output, files, split, omitted, sink.left_out)
+            manifest = output.manifest(
+                {**run.source, "split": split},
+                self.tokenizer,
+                self.work.options.rules,
+                f"split {split} of {inputs}",
+                omitted={item.reason: count for item, count in omitted.items()},
+                left_out=sink.left_out,
+                fallback_answer=self.fallback_answer,
+                labels_sha256=None if self.labels is None else self.labels.sha256,
+            )
             if self.labels is not None:
                 write_labels(run.output_prefix, self.labels)
             output.commit(manifest)
         progress.finish(rejected_words(manifest.rejects))
         if manifest.unknown_tokens is not None:
             report_unknown(f"{task} {split}", manifest)
-        for reason, count in sorted(omitted.items()):
+        for reason, count in sorted((manifest.omitted or {}).items()):
             print(f"{task} {split}: {count} samples left out: {reason}", file=sys.stderr)
         return manifest
-
-    def _manifest(
-        self,
-        output: DatasetOutput,
-        files: dict[str, FileRecord],
-        split: str,
-        omitted: Counter[str],
-        left_out: dict[str, str],
-    ) -> DatasetManifest:
-        parts = list(output.writers.values())
-        text = output.writers.get("text")
-        assert output.samples is not None
-        return DatasetManifest(
-            kind=self.work.task,
-            documents=parts[0].num_documents,
-            sequences=parts[-1].num_sequences,
-            tokens=text.num_items if text is not None else 0,
-            bytes=sum(record.size for name, record in files.items() if name.endswith(".bin")),
-            files=files,
-            source={**self.run.source, "split": split},
-            rejects=output.rejects.count,
-            tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None,
-            vocab_size=self.tokenizer.size if self.tokenizer else None,
-            unknown_tokens=output.unknown_tokens if text is not None else None,
-            caption_lengths=length_percentiles(text.staged_lengths()) if text else None,
-            samples=output.samples.num_rows,
-            exif=self.work.rules.exif if "image" in output.writers else None,
-            alpha=self.work.rules.alpha if "image" in output.writers else None,
-            omitted=dict(omitted),
-            left_out=left_out,
-            fallback_answer=self.fallback_answer,
-            labels_sha256=self.labels.sha256 if self.labels is not None else None,
-        )
-
-
-def _without(stream: SampleStream, omitted: Counter[str]) -> Iterator[TaskSample | Reject]:
-    """What is to be checked; the omitted samples are counted by reason."""
-    for item in stream:
-        if isinstance(item, Omitted):
-            omitted[item.reason] += 1
-        else:
-            yield item

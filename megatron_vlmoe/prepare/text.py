@@ -16,15 +16,14 @@ from megatron_vlmoe.prepare.readers.text import TextInput, block_texts, read_tex
 from megatron_vlmoe.prepare.tool import (
     DatasetOutput,
     Run,
-    TokenizerLike,
     encode_all,
-    load_tokenizer,
     ordered_map,
     record_counts,
     rejected_words,
     report_unknown,
 )
 from megatron_vlmoe.runtime.progress import Progress
+from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
 @dataclass
@@ -47,17 +46,16 @@ class TokenizeText:
     """The work on one block: decode, parse, tokenize."""
 
     tokenizer_model: str
-    load: Callable[[str], TokenizerLike] = load_tokenizer
 
     def build(self) -> Callable[[TextBlock | Reject], TokenizedText]:
         """Loads the tokenizer."""
-        tokenizer = self.load(self.tokenizer_model)
+        tokenizer = TextTokenizer(self.tokenizer_model)
         dtype = token_dtype(tokenizer.size)
         return lambda block: _tokenize(tokenizer, dtype, block)
 
 
 def _tokenize(
-    tokenizer: TokenizerLike, dtype: np.dtype, block: TextBlock | Reject
+    tokenizer: TextTokenizer, dtype: np.dtype, block: TextBlock | Reject
 ) -> TokenizedText:
     if isinstance(block, Reject):
         return TokenizedText(np.empty(0, dtype), np.empty(0, np.int64), [block], rejected=1)
@@ -89,7 +87,6 @@ def preprocess_text(
     source: TextInput,
     tokenizer_model: str,
     run: Run,
-    load: Callable[[str], TokenizerLike] = load_tokenizer,
 ) -> DatasetManifest:
     """Tokenizes text files into an indexed dataset; returns its manifest.
 
@@ -100,35 +97,22 @@ def preprocess_text(
             is left behind.
         ValueError: the tokenizer cannot be loaded.
     """
-    tokenizer = load(tokenizer_model)
+    tokenizer = TextTokenizer(tokenizer_model)
     dtype, kept, rejected = token_dtype(tokenizer.size), 0, 0
     with (
         Progress("text") as progress,
         DatasetOutput(run.output_prefix, "text", [dtype], run.on_error) as output,
     ):
         writer = output.writers["text_document"]
-        work = TokenizeText(tokenizer_model, load)
+        work = TokenizeText(tokenizer_model)
         for result in ordered_map(work, read_text(source), run.workers):
             output.rejects.add(result.rejects)
             output.count_unknown(result.tokens, tokenizer)
             writer.add_documents(result.tokens, result.lengths, np.ones_like(result.lengths))
             kept, rejected = kept + result.kept, rejected + result.rejected
             progress.add(result.kept + result.rejected)
-        files = output.finish(run.source.get("inputs", "the input"))
-        manifest = DatasetManifest(
-            kind="text",
-            documents=writer.num_documents,
-            sequences=writer.num_sequences,
-            tokens=writer.num_items,
-            bytes=files["_text_document.bin"].size,
-            files=files,
-            source=run.source,
-            rejects=output.rejects.count,
-            counts=record_counts(kept, rejected),
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.size,
-            unknown_tokens=output.unknown_tokens,
-        )
+        counts = record_counts(kept, rejected)
+        manifest = output.manifest(run.source, tokenizer, counts=counts)
         output.commit(manifest)
     progress.finish(rejected_words(rejected, kept))
     if kept != manifest.documents:

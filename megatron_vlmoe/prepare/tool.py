@@ -21,12 +21,13 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.indexed import IndexedWriter
 from megatron_vlmoe.data.manifest import (
     SAMPLES_SUFFIX,
@@ -35,6 +36,7 @@ from megatron_vlmoe.data.manifest import (
     check_replaceable,
     dataset_parts,
     is_task,
+    length_percentiles,
     manifest_path,
     part_prefix,
     rejects_path,
@@ -49,6 +51,7 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 OnError = Literal["stop", "skip"]
 Chunk = TypeVar("Chunk")
 Item = TypeVar("Item")
+Other = TypeVar("Other")
 Chunk_contra = TypeVar("Chunk_contra", contravariant=True)
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -64,33 +67,6 @@ class Work(Protocol, Generic[Chunk_contra, Result_co]):
         """Loads what is needed and returns the function of one chunk."""
 
     def __hash__(self) -> int: ...
-
-
-class TokenizerLike(Protocol):
-    """What preprocessing needs of a tokenizer (`tokenizers.text.TextTokenizer` has it)."""
-
-    @property
-    def size(self) -> int:
-        """Number of pieces."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the model file."""
-        ...
-
-    @property
-    def unk_id(self) -> int:
-        """The token that stands for unknown characters."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text, without special tokens."""
-        ...
-
-    def is_unknown(self, ids: Sequence[int]) -> bool:
-        """Whether a text has unknown characters and no known word."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -110,13 +86,8 @@ class Run:
     source: Mapping[str, Any]
 
 
-def load_tokenizer(model_path: str) -> TokenizerLike:
-    """The text tokenizer of a SentencePiece model file. Raises ValueError."""
-    return TextTokenizer(model_path)
-
-
 def encode_all(
-    tokenizer: TokenizerLike, texts: Sequence[str], what: str = "text"
+    tokenizer: TextTokenizer, texts: Sequence[str], what: str = "text"
 ) -> list[list[int] | str]:
     """Ids of each text, at least one, or the reason why it is of no use.
 
@@ -218,6 +189,17 @@ def chunked(records: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
         yield chunk
 
 
+def without(
+    items: Iterable[Item | Other], kind: type[Other], counts: Counter[Other]
+) -> Iterator[Item]:
+    """The items, but for those of one kind: these are counted."""
+    for item in items:
+        if isinstance(item, kind):
+            counts[item] += 1
+        else:
+            yield cast(Item, item)
+
+
 def rejected_words(rejected: int, kept: int | None = None) -> str:
     """The end of a line of progress; ``kept`` where records are what is kept and rejected."""
     shown = "" if kept is None else f", {kept} kept"
@@ -256,14 +238,6 @@ class RejectLog:
         self.count = 0
         self.first: Reject | None = None
         self.passed_over: Counter[PassedOver] = Counter()
-
-    def without_passed_over(self, items: Iterable[Item | PassedOver]) -> Iterator[Item]:
-        """The items, but for what is passed over: that is counted."""
-        for item in items:
-            if isinstance(item, PassedOver):
-                self.passed_over[item] += 1
-            else:
-                yield item
 
     def add(self, rejects: Sequence[Reject]) -> None:
         """Takes rejects in order. Raises DataError if the run is to stop at errors."""
@@ -348,7 +322,7 @@ class DatasetOutput:
             self._abort()
             raise
 
-    def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: TokenizerLike) -> None:
+    def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: TextTokenizer) -> None:
         """Counts the unknown ones of token ids ``[N]`` that are stored."""
         self.unknown_tokens += int(np.count_nonzero(tokens == tokenizer.unk_id))
 
@@ -374,6 +348,47 @@ class DatasetOutput:
             for suffix, record in writer.finish().items()
         }
         return records | ({SAMPLES_SUFFIX: self.samples.finish()} if self.samples else {})
+
+    def manifest(
+        self,
+        source: Mapping[str, Any],
+        tokenizer: TextTokenizer | None = None,
+        rules: ImageRules | None = None,
+        inputs: object = None,
+        **known: Any,
+    ) -> DatasetManifest:
+        """Completes the files as `finish` does, and says what is in them.
+
+        Args:
+            source: as in the manifest.
+            tokenizer: the one that made the token ids, if there are any.
+            rules: about orientation and transparency of images, if there are any.
+            inputs: as for `finish`; None: those of ``source``.
+            known: further fields of the manifest, which count more than what is found here.
+        """
+        files = self.finish(inputs or source.get("inputs", "the input"))
+        first, last = list(self.writers.values())[0], list(self.writers.values())[-1]
+        has_text = last is not self.writers.get("image")
+        fields: dict[str, Any] = {
+            "kind": self.kind,
+            "documents": first.num_documents,
+            "sequences": last.num_sequences,
+            "tokens": last.num_items if has_text else 0,
+            "bytes": sum(record.size for name, record in files.items() if name.endswith(".bin")),
+            "files": files,
+            "source": source,
+            "rejects": self.rejects.count,
+            "unknown_tokens": self.unknown_tokens if has_text else None,
+        }
+        if tokenizer is not None:
+            fields |= {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.size}
+        if rules is not None and "image" in self.writers:
+            fields |= {"exif": rules.exif, "alpha": rules.alpha}
+        if "text" in self.writers:
+            fields["caption_lengths"] = length_percentiles(last.staged_lengths())
+        if self.samples is not None:
+            fields["samples"] = self.samples.num_rows
+        return DatasetManifest(**fields | known)
 
     def commit(self, manifest: DatasetManifest) -> None:
         """Publishes the finished files, the manifest last.

@@ -75,6 +75,23 @@ def class_names(path: str, column: str) -> tuple[str, ...] | None:
     return tuple(names)
 
 
+def told_classes(paths: Iterable[str], columns: Sequence[str]) -> tuple[str, ...] | None:
+    """`class_names` of the first of these columns that a table has; None if no table tells them.
+
+    Raises:
+        DataError: two tables tell different names, or one is no table.
+    """
+    told: dict[tuple[str, ...], str] = {}
+    for path in paths:
+        column = next((column for column in columns if column in column_names(path)), None)
+        names = class_names(path, column) if column is not None else None
+        if names is not None:
+            told.setdefault(names, path)
+    if len(told) > 1:
+        raise DataError(f"{' and '.join(list(told.values())[:2])} name different classes")
+    return next(iter(told), None)
+
+
 def read_columns(
     path: str, columns: Mapping[str, ColumnKind], batch_rows: int
 ) -> Iterator[tuple[int, dict[str, list[Any]] | Reject]]:
@@ -217,6 +234,10 @@ class TableFiles:
     def of(self, names: Sequence[str]) -> list[str]:
         """The tables of the split that has one of these names, in the order of their paths."""
         return [path for path, words in self._words.items() if not words.isdisjoint(names)]
+
+    def splits(self, names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """Those of the splits, given with their names, that have a table; ``train`` if none has."""
+        return tuple(split for split in names if self.of(names[split])) or ("train",)
 
     def found(self, split: str, names: Sequence[str]) -> list[str]:
         """As `of`. Raises DataError if there is none."""

@@ -33,10 +33,10 @@ from megatron_vlmoe.prepare.readers.tables import (
     ListedImages,
     TableFiles,
     choose_columns,
-    class_names,
     column_names,
     row_name,
     table_rows,
+    told_classes,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
@@ -381,21 +381,13 @@ class ImageNetTables:
 
     def splits(self) -> tuple[str, ...]:
         """Those that are there."""
-        found = (name for name, words in _TABLE_WORDS.items() if self._tables.of(words))
-        return tuple(found) or ("train",)
+        return self._tables.splits(_TABLE_WORDS)
 
     @cached_property
     def _classes(self) -> Classes:
         """The classes and what the numbers stand for, by the schema or ``--class-names``."""
-        told: dict[tuple[str, ...], str] = {}
-        for path in self._tables.paths:
-            column = next((c for c in _TABLE_COLUMNS["label"] if c in column_names(path)), None)
-            names = class_names(path, column) if column is not None else None
-            if names is not None:
-                told.setdefault(names, path)
-        if len(told) > 1:
-            raise DataError(f"{' and '.join(list(told.values())[:2])} name different classes")
-        names = self._source.class_names or next(iter(told), None)
+        told = told_classes(self._tables.paths, _TABLE_COLUMNS["label"])
+        names = self._source.class_names or told
         if names is None:
             raise DataError(
                 f"{self._source.raw}: no table's schema names the classes: give --class-names in the "

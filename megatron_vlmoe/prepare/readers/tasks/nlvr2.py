@@ -24,10 +24,10 @@ from megatron_vlmoe.prepare.readers.tables import (
     ListedImages,
     TableFiles,
     choose_columns,
-    class_names,
     column_names,
     row_name,
     table_rows,
+    told_classes,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
@@ -37,6 +37,7 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     check_split,
     find_file,
     find_folder,
+    first_file,
 )
 
 _PARTS = {"train": "train", "dev": "dev", "test": "test1"}
@@ -81,22 +82,23 @@ class Nlvr2Source:
         self._images = ListedImages(source.raw)
         names = source.class_names
         self._given = None if names is None else _true_and_false(names, "--class-names")
-        self._lists = {split: path for split in _PARTS if (path := _list_file(source.raw, split))}
+        self._published = {
+            s for s, p in _PARTS.items() if first_file(source.raw, _DATA_FOLDERS, f"{p}.json")
+        }
+        found = {s: first_file(source.raw, _LIST_FOLDERS, f"nlvr_{s}.json") for s in _PARTS}
+        self._lists = {split: path for split, path in found.items() if path is not None}
 
     @cached_property
     def _tables(self) -> TableFiles | None:
         """None where the publishers' files or lists are there."""
-        published = any(_published_file(self._source.raw, split) for split in _PARTS)
-        tables = None if published or self._lists else TableFiles(self._source.raw)
+        tables = None if self._published or self._lists else TableFiles(self._source.raw)
         return tables or None
 
     def splits(self) -> tuple[str, ...]:
         """All three; of lists and tables those that are there."""
         if self._tables is not None:
-            found = (name for name, words in _TABLE_WORDS.items() if self._tables.of(words))
-            return tuple(found) or ("train",)
-        published = any(_published_file(self._source.raw, split) for split in _PARTS)
-        return tuple(_PARTS) if published or not self._lists else tuple(self._lists)
+            return self._tables.splits(_TABLE_WORDS)
+        return tuple(_PARTS) if self._published or not self._lists else tuple(self._lists)
 
     def read(self, split: str) -> SampleStream:
         """The sentences of a split in order; of tables any split that their names tell. Raises DataError."""
@@ -107,10 +109,10 @@ class Nlvr2Source:
             files = [(path, self._table_pairs(path, columns)) for path, columns in read]
             return self._samples(split, files)
         check_split("nlvr2", split, tuple(_PARTS))
-        if split in self._lists and not _published_file(raw, split):
+        if split in self._lists and split not in self._published:
             path = self._lists[split]
             return self._samples(split, [(path, _list_pairs(path, self._images))])
-        if not any(_published_file(raw, name) for name in _PARTS) and not self._lists:
+        if not self._published and not self._lists:
             raise DataError(
                 f"{raw}: no NLVR2 in it: no data/{_PARTS[split]}.json, no nlvr_{split}.json and no "
                 "parquet or .arrow table"
@@ -166,16 +168,6 @@ class Nlvr2Source:
                 texts = (pair.sentence,)
                 scores = (1.0,) * len(labels)
                 yield TaskSample(path, pair.record, name, pair.images, texts, labels, scores)
-
-
-def _published_file(raw: str, split: str) -> str | None:
-    paths = (os.path.join(raw, folder, f"{_PARTS[split]}.json") for folder in _DATA_FOLDERS)
-    return next(filter(os.path.isfile, paths), None)
-
-
-def _list_file(raw: str, split: str) -> str | None:
-    paths = (os.path.normpath(os.path.join(raw, f, f"nlvr_{split}.json")) for f in _LIST_FOLDERS)
-    return next(filter(os.path.isfile, paths), None)
 
 
 def _published_pairs(path: str, folder: str) -> _Pairs:
@@ -244,8 +236,7 @@ def _told_names(path: str) -> tuple[str, ...] | None:
     """What the schema of a table says that the numbers of its labels stand for. Raises DataError."""
     if not path.endswith(TABLE_SUFFIXES):
         return None
-    column = next((c for c in _COLUMNS["label"] if c in column_names(path)), None)
-    told = class_names(path, column) if column is not None else None
+    told = told_classes((path,), _COLUMNS["label"])
     return _true_and_false(told, path) if told else None
 
 

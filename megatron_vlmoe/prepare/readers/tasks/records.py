@@ -158,10 +158,16 @@ def check_split(task: str, split: str, known: Sequence[str]) -> None:
         raise DataError(f"task {task} has no split {split!r}: one of {', '.join(known)}")
 
 
+def first_file(raw: str, folders: Sequence[str], name: str) -> str | None:
+    """Path of ``name`` in the first of the folders below ``raw`` that has it; None: none has."""
+    paths = (os.path.normpath(os.path.join(raw, folder, name)) for folder in folders)
+    return next(filter(os.path.isfile, paths), None)
+
+
 def find_file(raw: str, folders: Sequence[str], name: str) -> str:
-    """Path of ``name`` in the first of the folders below ``raw`` that has it. Raises DataError."""
+    """As `first_file`. Raises DataError if none of the folders has it."""
     paths = [os.path.normpath(os.path.join(raw, folder, name)) for folder in folders]
-    return next((path for path in paths if os.path.isfile(path)), "") or _missing(paths, "file")
+    return first_file(raw, folders, name) or _missing(paths, "file")
 
 
 def find_folder(raw: str, names: Sequence[str]) -> str:

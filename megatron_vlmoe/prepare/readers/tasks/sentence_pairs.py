@@ -28,10 +28,10 @@ from megatron_vlmoe.prepare.readers.records import Reject
 from megatron_vlmoe.prepare.readers.tables import (
     TableFiles,
     choose_columns,
-    class_names,
     column_names,
     row_name,
     table_rows,
+    told_classes,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
@@ -113,15 +113,7 @@ class SentencePairSource:
     def _told_names(self) -> tuple[str, ...] | None:
         """The classes that the schema of Hugging Face's tables names."""
         paths = [path for name in (*_MNLI_SPLITS, "dev") for path in self._table_files(name)]
-        told: dict[tuple[str, ...], str] = {}
-        for path in paths:
-            column = next((c for c in self._columns["label"] if c in column_names(path)), None)
-            names = class_names(path, column) if column is not None else None
-            if names is not None:
-                told.setdefault(names, path)
-        if len(told) > 1:
-            raise DataError(f"{' and '.join(list(told.values())[:2])} name different classes")
-        return next(iter(told), None)
+        return told_classes(paths, self._columns["label"])
 
     @property
     def labels(self) -> Labels:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
@@ -39,6 +39,7 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     chosen,
     find_file,
     find_folder,
+    first_file,
 )
 from megatron_vlmoe.prepare.vqa_answers import (
     NUM_ANNOTATORS,
@@ -71,28 +72,38 @@ Questions = Iterator[tuple[str | None, Question | Omitted | Reject]]
 """Each with the id of its image, which some rejects lack."""
 
 
-class VqaLayout(Protocol):
-    """One way in which the parts lie in a folder."""
+class VqaLayout(ABC):
+    """One way in which the parts lie in a folder, with entries that hold question and answers or in two files."""
+
+    def __init__(self, raw: str) -> None:
+        self._raw = raw
+        self._images = ListedImages(raw)
+
+    @abstractmethod
+    def check(self, part: str) -> str:
+        """The file or folder that a part is read from. Raises DataError if something of it is missing."""
+
+    @abstractmethod
+    def has(self, part: str) -> bool:
+        """Whether something of a part is there."""
+
+    @abstractmethod
+    def questions(self, part: str, images: bool = True) -> Questions:
+        """The questions of a part in order; without ``images`` these need not be looked for."""
 
     def parts(self) -> tuple[str, ...]:
         """The test parts that are there, besides the annotated ones."""
-        ...
-
-    def check(self, part: str) -> str:
-        """The file or folder that a part is read from. Raises DataError if something of it is missing."""
-        ...
+        return tuple(part for part in TEST_PARTS.values() if self.has(part))
 
     def main_answers(self, part: str) -> list[str]:
         """``multiple_choice_answer`` of every question of an annotated part, in order. Raises DataError."""
-        ...
+        items = (item for _, item in self.questions(part, images=False))
+        return [item.main_answer for item in items if isinstance(item, Question)]
 
-    def images(self, part: str) -> frozenset[str]:
+    def image_ids(self, part: str) -> frozenset[str]:
         """Ids of the pictures that a part asks about. Raises DataError."""
-        ...
-
-    def questions(self, part: str) -> Questions:
-        """The questions of a part in order."""
-        ...
+        found = self.questions(part, images=False)
+        return frozenset(image for image, _ in found if image is not None)
 
 
 def find_layout(raw: str) -> VqaLayout:
@@ -106,6 +117,10 @@ def find_layout(raw: str) -> VqaLayout:
         f"{raw}: no VQAv2 in it: no v2_OpenEnded_mscoco_train2014_questions.json, no vqa_train.json and "
         "no parquet or .arrow table of train"
     )
+
+
+_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
+_ANNOTATIONS = "v2_mscoco_{}_annotations.json"
 
 
 @dataclass
@@ -125,7 +140,7 @@ class _Annotations:
     """The others that cannot be used, by question id."""
 
 
-class PublishedFiles:
+class PublishedFiles(VqaLayout):
     """The files of VQAv2's authors.
 
     ``v2_OpenEnded_mscoco_{part}_questions.json`` hold ``questions`` ({image_id, question,
@@ -135,29 +150,19 @@ class PublishedFiles:
     """
 
     def __init__(self, raw: str) -> None:
-        self._raw = raw
+        super().__init__(raw)
         self._annotations: dict[str, _Annotations] = {}
 
     def _question_file(self, part: str) -> str:
-        name = f"v2_OpenEnded_mscoco_{part}_questions.json"
-        return find_file(self._raw, ("", "questions"), name)
+        return find_file(self._raw, ("", "questions"), _QUESTIONS.format(part))
 
     def _annotation_file(self, part: str) -> str:
-        return find_file(self._raw, ("", "annotations"), f"v2_mscoco_{part}_annotations.json")
+        return find_file(self._raw, ("", "annotations"), _ANNOTATIONS.format(part))
 
     def has(self, part: str) -> bool:
         """Whether the questions or the annotations of a part are there."""
-        for find in (self._question_file, self._annotation_file):
-            try:
-                find(part)
-            except DataError:
-                continue
-            return True
-        return False
-
-    def parts(self) -> tuple[str, ...]:
-        """As `VqaLayout`."""
-        return tuple(part for part in TEST_PARTS.values() if self.has(part))
+        kinds = (("questions", _QUESTIONS), ("annotations", _ANNOTATIONS))
+        return any(first_file(self._raw, ("", kind), name.format(part)) for kind, name in kinds)
 
     def check(self, part: str) -> str:
         """As `VqaLayout`."""
@@ -181,12 +186,12 @@ class PublishedFiles:
         self._question_file(part)
         return self._read_annotations(part).main_answers
 
-    def images(self, part: str) -> frozenset[str]:
+    def image_ids(self, part: str) -> frozenset[str]:
         """As `VqaLayout`."""
         questions = self._read_questions(part)
         return frozenset(item.image_id for item in questions if isinstance(item, Question))
 
-    def questions(self, part: str) -> Questions:
+    def questions(self, part: str, images: bool = True) -> Questions:
         """As `VqaLayout`. Every annotation must have its question, and the other way round."""
         if part not in ANNOTATED:
             for item in self._read_questions(part):
@@ -225,13 +230,11 @@ class PublishedFiles:
             record = f"question entry {number}"
             given = entry if isinstance(entry, dict) else {}
             name, image = given.get("question_id"), given.get("image_id")
-            if type(name) is not int or type(image) is not int:
-                lost = str(name) if type(name) is int and name not in seen else ""
-                yield Reject(path, record, "no whole question_id and image_id", sample=lost)
-            elif name in seen:
-                yield Reject(path, record, f"question {name} came before")
+            name, image = (one if type(one) is int else None for one in (name, image))
+            if (reject := _unusable(path, record, name, image, "image_id", seen)) is not None:
+                yield reject
             else:
-                seen.add(name)
+                assert name is not None
                 record = f"question {name}"
                 part_name = os.path.basename(folder)
                 file = os.path.join(folder, f"COCO_{part_name}_{image:012d}.jpg")
@@ -291,29 +294,20 @@ def _number(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-class _WholeEntries(ABC):
-    """A layout whose entries hold question and answers, so that one way to read them answers everything."""
-
-    def main_answers(self, part: str) -> list[str]:
-        """As `VqaLayout`."""
-        items = (item for _, item in self._read(part, images=False))
-        return [item.main_answer for item in items if isinstance(item, Question)]
-
-    def images(self, part: str) -> frozenset[str]:
-        """As `VqaLayout`."""
-        found = self._read(part, images=False)
-        return frozenset(image for image, _ in found if image is not None)
-
-    def questions(self, part: str) -> Questions:
-        """As `VqaLayout`."""
-        return self._read(part, images=True)
-
-    @abstractmethod
-    def _read(self, part: str, images: bool) -> Questions:
-        """The questions of a part; without ``images`` these are not looked for."""
+def _unusable(
+    path: str, record: str, name: int | None, image: object, what: str, seen: set[int]
+) -> Reject | None:
+    """Why an entry is no question: an id is missing, or came before; None, and ``seen`` grows: it is one."""
+    if name is None or image is None:
+        lost = str(name) if name is not None and name not in seen else ""
+        return Reject(path, record, f"no whole question_id and {what}", sample=lost)
+    if name in seen:
+        return Reject(path, record, f"question {name} came before")
+    seen.add(name)
+    return None
 
 
-class AnswerLists(_WholeEntries):
+class AnswerLists(VqaLayout):
     """The lists of ALBEF and BLIP: ``vqa_train.json``, ``vqa_val.json``, ``vqa_test.json``.
 
     An object has ``question_id``, ``question``, ``image`` (a path) and, but for the test list,
@@ -330,36 +324,21 @@ class AnswerLists(_WholeEntries):
     }
     _FOLDERS = ("", "annotation", "annotations", "data")
 
-    def __init__(self, raw: str) -> None:
-        self._raw = raw
-        self._images = ListedImages(raw)
-
-    def _file(self, part: str) -> str:
-        for name in self._NAMES[part]:
-            try:
-                return find_file(self._raw, self._FOLDERS, name)
-            except DataError:
-                continue
-        return find_file(self._raw, self._FOLDERS, self._NAMES[part][0])
+    def _found(self, part: str) -> str | None:
+        found = (first_file(self._raw, self._FOLDERS, name) for name in self._NAMES[part])
+        return next(filter(None, found), None)
 
     def has(self, part: str) -> bool:
         """Whether the list of a part is there."""
-        try:
-            self._file(part)
-        except DataError:
-            return False
-        return True
-
-    def parts(self) -> tuple[str, ...]:
-        """As `VqaLayout`."""
-        return tuple(part for part in TEST_PARTS.values() if self.has(part))
+        return self._found(part) is not None
 
     def check(self, part: str) -> str:
         """As `VqaLayout`."""
-        return self._file(part)
+        return self._found(part) or find_file(self._raw, self._FOLDERS, self._NAMES[part][0])
 
-    def _read(self, part: str, images: bool) -> Questions:
-        path = self._file(part)
+    def questions(self, part: str, images: bool = True) -> Questions:
+        """As `VqaLayout`."""
+        path = self.check(part)
         seen: set[int] = set()
         for number, entry in enumerate(json_list(path, load_json(path))):
             record = f"entry {number}"
@@ -368,17 +347,12 @@ class AnswerLists(_WholeEntries):
                 yield None, Omitted(f"of dataset {given['dataset']}")
                 continue
             name, image = _number(given.get("question_id")), given.get("image")
-            if name is None or not isinstance(image, str) or not image:
-                lost = str(name) if name is not None and name not in seen else ""
-                yield (
-                    None,
-                    Reject(path, record, "no whole question_id and path of an image", sample=lost),
-                )
+            image = image if isinstance(image, str) and image else None
+            reject = _unusable(path, record, name, image, "path of an image", seen)
+            if reject is not None:
+                yield None, reject
                 continue
-            if name in seen:
-                yield None, Reject(path, record, f"question {name} came before")
-                continue
-            seen.add(name)
+            assert name is not None and image is not None
             record = f"question {name}"
             digits = re.search(r"(\d+)\.\w+$", image)
             image_id = str(int(digits[1])) if digits else image
@@ -425,7 +399,7 @@ def _listed_answers(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(text for text, count in counts.items() for _ in range(count))
 
 
-class AnswerTables(_WholeEntries):
+class AnswerTables(VqaLayout):
     """Tables of Hugging Face, as HuggingFaceM4/VQAv2 and lmms-lab/VQAv2 have them.
 
     Columns: question_id, question, image_id, image, answers (objects with ``answer``, or texts),
@@ -449,17 +423,12 @@ class AnswerTables(_WholeEntries):
     }
 
     def __init__(self, raw: str) -> None:
-        self._raw = raw
+        super().__init__(raw)
         self._tables = TableFiles(raw)
-        self._images = ListedImages(raw)
 
     def has(self, part: str) -> bool:
         """Whether there is a table of a part."""
         return bool(self._tables.of(self._SPLITS[part]))
-
-    def parts(self) -> tuple[str, ...]:
-        """As `VqaLayout`."""
-        return tuple(part for part in TEST_PARTS.values() if self.has(part))
 
     def check(self, part: str) -> str:
         """As `VqaLayout`; every table of the part must have the columns."""
@@ -474,7 +443,8 @@ class AnswerTables(_WholeEntries):
             del columns["image"]
         return columns
 
-    def _read(self, part: str, images: bool) -> Questions:
+    def questions(self, part: str, images: bool = True) -> Questions:
+        """As `VqaLayout`."""
         seen: set[int] = set()
         for path in self._tables.found(part, self._SPLITS[part]):
             for item in table_rows(path, self._chosen(path, part, images)):
@@ -483,17 +453,11 @@ class AnswerTables(_WholeEntries):
                     continue
                 record, row = item
                 name = _number(row["id"])
-                if name is None or row["image_id"] is None:
-                    lost = str(name) if name is not None and name not in seen else ""
-                    yield (
-                        None,
-                        Reject(path, record, "no whole question_id and image_id", sample=lost),
-                    )
+                reject = _unusable(path, record, name, row["image_id"], "image_id", seen)
+                if reject is not None:
+                    yield None, reject
                     continue
-                if name in seen:
-                    yield None, Reject(path, record, f"question {name} came before")
-                    continue
-                seen.add(name)
+                assert name is not None
                 record, image_id = f"{record} (question {name})", str(row["image_id"])
                 try:
                     yield image_id, self._question(path, record, row, name, image_id, part)
@@ -562,7 +526,7 @@ class VqaSource:
     @cached_property
     def _held_out(self) -> frozenset[str]:
         """The images of ``rest_val``."""
-        images = self._layout.images("val2014")
+        images = self._layout.image_ids("val2014")
         count = min(self._source.num_val_images, len(images) // 2)
         return chosen(images, count, self._source.seed)
 
