@@ -23,7 +23,7 @@ from megatron_vlmoe.prepare.pairs import DEFAULT_MAX_CAPTION_TOKENS, PairOptions
 from megatron_vlmoe.prepare.readers.pair_formats import (
     FORMATS_WITH_KEYS,
     FORMATS_WITH_SPLITS,
-    PAIR_READERS,
+    PAIR_FORMATS,
     check_options,
 )
 from megatron_vlmoe.prepare.readers.pairs import SPLIT_KEY, PairInput
@@ -39,7 +39,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--format",
-        choices=["auto", *PAIR_READERS],
+        choices=["auto", *PAIR_FORMATS],
         default="auto",
         help="layout of the annotations; auto: by what they hold",
     )

@@ -31,7 +31,6 @@ from megatron_vlmoe.prepare.readers.records import (
     PairItem,
     PassedOver,
     Reject,
-    check_inputs,
     kinds_of,
     passed_over_line,
 )
@@ -259,7 +258,6 @@ def preprocess_pairs(
     options = options or PairOptions()
     tokenizer = TextTokenizer(tokenizer_model)
     work = CheckPairs(tokenizer_model, options)
-    check_inputs(source.annotations)
     chosen = with_format(source)
     counts = PairCounts()
     dtypes: list[npt.DTypeLike] = [np.uint8, token_dtype(tokenizer.size)]

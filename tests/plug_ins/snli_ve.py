@@ -49,8 +49,7 @@ class SnliVeSource:
             row if isinstance(row, Reject) else self.sample(path, *row) for row in json_rows(path)
         )
 
-    def sample(self, path: str, number: int, row: dict[str, Any]) -> TaskSample | Reject:
-        record = f"line {number}"
+    def sample(self, path: str, record: str, row: dict[str, Any]) -> TaskSample | Reject:
         try:
             images = (self.images.listed(path, record, row["image"]),)
             label = CLASSES.label(row["label"])

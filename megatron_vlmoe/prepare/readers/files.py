@@ -465,8 +465,8 @@ def json_object(path: str) -> dict[str, Any]:
     return value
 
 
-def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]] | Reject]:
-    """Yields (line number, object) of a JSON-lines file, and a `Reject` for a line that is none.
+def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]] | Reject]:
+    """Yields (``line N``, object) of a JSON-lines file, and a `Reject` for a line that is none.
 
     Raises:
         DataError: the file cannot be opened, or is binary.
@@ -484,4 +484,4 @@ def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]] | Reject]:
         except DataError as error:
             yield Reject(path, record, str(error))
             continue
-        yield (number, row) if isinstance(row, dict) else Reject(path, record, "not a JSON object")
+        yield (record, row) if isinstance(row, dict) else Reject(path, record, "not a JSON object")

@@ -13,7 +13,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any, Self, cast
 
@@ -56,27 +55,6 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A regular file in a tar: of an uncompressed one its place, else its contents.
-
-    The name of a file in a tar in the tar begins with that of the inner tar.
-    """
-
-    name: str
-    offset: int
-    size: int
-    data: bytes | None
-
-    def image(self, tar: str) -> ImageFile:
-        """The member as an image."""
-        return ImageFile(tar, self.name, tar, self.offset, self.size, self.data)
-
-    def contents(self, tar: str) -> bytes:
-        """The bytes of the member. Raises DataError."""
-        return self.image(tar).read()
-
-
 def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | PassedOver]:
     """Yields every image of folders, tars (WebDataset shards too) and single files, in order.
 
@@ -113,7 +91,7 @@ def _folder_images(folder: str) -> Iterator[ImageFile | Reject | PassedOver]:
 def tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
     """Yields the images of one tar in its order."""
     for member in tar_members(path):
-        yield member if isinstance(member, Reject) else as_image(member.image(path), member.name)
+        yield member if isinstance(member, Reject) else as_image(member, member.record)
 
 
 def as_image(file: ImageFile, name: str) -> ImageFile | PassedOver | Reject:
@@ -132,9 +110,11 @@ def is_image_file(file: ImageFile, name: str) -> bool:
     return begins_like_image(file.read(HEADER_BYTES)) and is_image_data(file.read())
 
 
-def tar_members(path: str) -> Iterator[TarMember | Reject]:
-    """Yields the regular files of a tar and of tars in it, in order.
+def tar_members(path: str) -> Iterator[ImageFile | Reject]:
+    """Yields the regular files of a tar and of tars in it, in order, whether they are images or not.
 
+    Of an uncompressed tar they are places in it, else contents. The name of a file in a tar in the tar begins with
+    that of the inner tar.
     Links are followed within an uncompressed tar. A `Reject` with its name stands for each that cannot be followed, a
     `BrokenTar` where an archive breaks off. Side files (`is_side_file`) are left out.
 
@@ -152,7 +132,7 @@ def tar_members(path: str) -> Iterator[TarMember | Reject]:
 
 def _members(
     path: str, inside: str, file: IO[bytes], in_file: bool = True
-) -> Iterator[TarMember | Reject]:
+) -> Iterator[ImageFile | Reject]:
     """The members of a tar that begins where the file stands.
 
     Args:
@@ -205,7 +185,7 @@ def _members(
                     stream = archive.extractfile(found)
                     data = stream.read() if stream is not None else b""
                 if not is_tar(name):
-                    yield TarMember(name, found.offset_data, found.size, data)
+                    yield ImageFile(path, name, path, found.offset_data, found.size, data)
                 elif data is not None:
                     yield from _members(path, f"{name}/", io.BytesIO(data), in_file=False)
                 else:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
@@ -20,13 +21,15 @@ from megatron_vlmoe.prepare.readers.pair_lists import (
 )
 from megatron_vlmoe.prepare.readers.pair_records import (
     TOKEN_LINE,
+    RowReader,
+    column_rows,
+    csv_rows,
     find_keys,
-    read_csv_pairs,
+    json_line_rows,
+    json_list_rows,
     read_flickr30k,
-    read_jsonl_pairs,
-    read_object_list,
+    read_records,
     read_sample_files,
-    read_table_pairs,
     read_webdataset,
 )
 from megatron_vlmoe.prepare.readers.pairs import SPLIT_KEY, PairInput, PairReader
@@ -41,43 +44,58 @@ from megatron_vlmoe.prepare.readers.records import (
 )
 from megatron_vlmoe.prepare.readers.tables import table_format
 
-PAIR_READERS: Mapping[str, PairReader] = {
-    "coco": read_coco,
-    "karpathy": read_karpathy,
-    "visual-genome": read_visual_genome,
-    "sbu": read_path_captions,
-    "cc3m": read_path_captions,
-    "flickr30k": read_flickr30k,
-    "albef": read_object_list,
-    "webdataset": read_webdataset,
-    "files": read_sample_files,
-    "jsonl": read_jsonl_pairs,
-    "csv": read_csv_pairs,
-    "parquet": read_table_pairs,
-    "arrow": read_table_pairs,
+
+@dataclasses.dataclass(frozen=True)
+class PairFormat:
+    """How a layout is read, and what its files have.
+
+    Attributes:
+        read: the reader.
+        keys: the records have keys or columns.
+        splits: the records may name their split.
+        lists: there are annotation files; else the images lie beside their captions.
+        pipe: an annotation file is read once, so that it may be a pipe.
+    """
+
+    read: PairReader
+    keys: bool = False
+    splits: bool = False
+    lists: bool = True
+    pipe: bool = False
+
+
+def _records(read_rows: RowReader, pipe: bool = False) -> PairFormat:
+    return PairFormat(partial(read_records, read_rows), keys=True, splits=True, pipe=pipe)
+
+
+PAIR_FORMATS: Mapping[str, PairFormat] = {
+    "coco": PairFormat(read_coco, pipe=True),
+    "karpathy": PairFormat(read_karpathy, splits=True, pipe=True),
+    "visual-genome": PairFormat(read_visual_genome, pipe=True),
+    "sbu": PairFormat(read_path_captions),
+    "cc3m": PairFormat(read_path_captions),
+    "flickr30k": PairFormat(read_flickr30k),
+    "albef": _records(json_list_rows, pipe=True),
+    "webdataset": PairFormat(read_webdataset, lists=False),
+    "files": PairFormat(read_sample_files, lists=False),
+    "jsonl": _records(json_line_rows, pipe=True),
+    "csv": _records(csv_rows, pipe=True),
+    "parquet": _records(column_rows),
+    "arrow": _records(column_rows),
 }
-"""Readers by the value of ``--format``."""
+"""Layouts by the value of ``--format``."""
 
-FORMATS_WITH_KEYS = ("albef", "jsonl", "csv", "parquet", "arrow")
-"""Formats whose records have keys or columns."""
-
-FORMATS_WITH_SPLITS = ("karpathy", *FORMATS_WITH_KEYS)
-"""Formats whose records may name their split."""
-
-FORMATS_WITHOUT_LISTS = ("webdataset", "files")
-"""Formats that need no annotation file."""
-
-
-_READ_ONCE = ("coco", "karpathy", "visual-genome", "albef", "jsonl", "csv")
-"""Formats of which a file may be a pipe."""
+FORMATS_WITH_KEYS = tuple(name for name, one in PAIR_FORMATS.items() if one.keys)
+FORMATS_WITH_SPLITS = tuple(name for name, one in PAIR_FORMATS.items() if one.splits)
 
 
 def with_format(source: PairInput) -> PairInput:
     """The options with a format that is known.
 
     Raises:
-        DataError: an unknown format, files of several, of none, or options that mean nothing in it.
+        DataError: a missing file, an unknown format, files of several, of none, or options that mean nothing in it.
     """
+    check_inputs(source.annotations)
     if source.format == "auto":
         inputs = source.annotations or ((source.images,) if source.images else ())
         found = {path: _format_of(source, path) for path in inputs}
@@ -94,13 +112,14 @@ def with_format(source: PairInput) -> PairInput:
 def check_options(source: PairInput) -> None:
     """Raises DataError for an unknown format, and for options that mean nothing in a known one."""
     format = source.format
-    if format not in PAIR_READERS:
-        raise DataError(f"unknown format {format!r}: one of auto, {', '.join(PAIR_READERS)}")
+    if format not in PAIR_FORMATS:
+        raise DataError(f"unknown format {format!r}: one of auto, {', '.join(PAIR_FORMATS)}")
+    without_lists = tuple(name for name, one in PAIR_FORMATS.items() if not one.lists)
     for option, value, formats in (
         ("--split", source.splits, FORMATS_WITH_SPLITS),
         ("--split-key", source.split_key != SPLIT_KEY, FORMATS_WITH_KEYS),
         ("--image-key", source.image_key, FORMATS_WITH_KEYS),
-        ("--caption-key", source.caption_key, (*FORMATS_WITH_KEYS, *FORMATS_WITHOUT_LISTS)),
+        ("--caption-key", source.caption_key, (*FORMATS_WITH_KEYS, *without_lists)),
         ("--separator", source.separator, ("csv", "flickr30k")),
     ):
         if value and format not in formats:
@@ -109,9 +128,9 @@ def check_options(source: PairInput) -> None:
             )
     if source.separator is not None and len(source.separator) != 1:
         raise DataError(f"--separator {source.separator!r}: is not one character")
-    if format not in FORMATS_WITHOUT_LISTS and not source.annotations:
+    if format not in without_lists and not source.annotations:
         raise DataError(f"--format {format} needs --annotations")
-    if format in FORMATS_WITHOUT_LISTS and bool(source.annotations) == (source.images is not None):
+    if format in without_lists and bool(source.annotations) == (source.images is not None):
         raise DataError(
             f"--format {format} needs either --annotations or --images, the files or folders"
         )
@@ -120,14 +139,14 @@ def check_options(source: PairInput) -> None:
 def _check_container(format: str, path: str) -> None:
     """Raises DataError if a file is of a kind that the format never is."""
     if not os.path.isfile(path) and not os.path.isdir(path):
-        if format not in _READ_ONCE:
+        if not PAIR_FORMATS[format].pipe:
             raise DataError(f"{path}: is no regular file, which --format {format} needs")
     elif os.path.isdir(path):
-        if format not in FORMATS_WITHOUT_LISTS:
+        if PAIR_FORMATS[format].lists:
             raise DataError(f"{path}: is a folder; --format {format} reads files: name those in it")
     elif is_tar(path) and format != "webdataset":
         raise DataError(f"{path}: is a tar, which --format webdataset reads, not {format}")
-    elif table_format(path) is not None and PAIR_READERS[format] is not read_table_pairs:
+    elif table_format(path) is not None and format not in ("parquet", "arrow"):
         raise DataError(f"{path}: is a table, which --format parquet or arrow reads, not {format}")
     elif format == "jsonl" and first_character(path) == b"[":
         raise DataError(f"{path}: is a JSON list, which --format albef reads, not lines of JSON")
@@ -180,7 +199,7 @@ def _format_of_json(source: PairInput, path: str, line: bytes) -> str | None:
         first = json.loads(line)
     except (ValueError, RecursionError):
         first = None  # one value on many lines
-    if isinstance(first, dict) and _kind_of_object(first) is None and _has_caption(source, first):
+    if isinstance(first, dict) and _kind_of_object(first) is None and find_keys(source, first)[1]:
         return "jsonl"
     content = load_json(path) if first is None or first == {} else first
     if isinstance(content, dict):
@@ -192,11 +211,7 @@ def _format_of_json(source: PairInput, path: str, line: bytes) -> str | None:
         return None
     if isinstance(entry.get("regions"), list):
         return "visual-genome"
-    return "albef" if _has_caption(source, entry) else None
-
-
-def _has_caption(source: PairInput, entry: dict[str, Any]) -> bool:
-    return find_keys(source, entry)[1] is not None
+    return "albef" if find_keys(source, entry)[1] else None
 
 
 def _format_of_folder(folder: str) -> str:
@@ -216,10 +231,8 @@ def _format_of_folder(folder: str) -> str:
     raise DataError(f"{folder}: has neither tars nor images with a .txt or .json of their name")
 
 
-def _kind_of_object(content: Any) -> str | None:
+def _kind_of_object(content: dict[str, Any]) -> str | None:
     """The format of a whole file that is this object."""
-    if not isinstance(content, dict):
-        return None
     images = content.get("images")
     if isinstance(images, list):
         first = images[0] if images else None
@@ -234,6 +247,5 @@ def read_pairs(source: PairInput) -> Iterator[PairItem | PassedOver]:
     Raises:
         DataError: an unknown format, a missing file, or annotations of another layout.
     """
-    check_inputs(source.annotations)
     source = with_format(source)
-    return PAIR_READERS[source.format](source)
+    return PAIR_FORMATS[source.format].read(source)

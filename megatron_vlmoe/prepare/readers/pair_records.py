@@ -25,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.files import (
@@ -61,54 +61,35 @@ from megatron_vlmoe.prepare.readers.records import (
     passed_over_line,
     walk_files,
 )
-from megatron_vlmoe.prepare.readers.tables import column_names, read_columns
+from megatron_vlmoe.prepare.readers.tables import column_names, table_rows
 from megatron_vlmoe.runtime.json_files import parse_json
-
-_BATCH_ROWS = 32
 
 NumberedRow = tuple[str, Mapping[str, Any]]
 """The name of a record and what it holds by key."""
-
-
-def read_jsonl_pairs(source: PairInput) -> Iterator[PairItem]:
-    """Yields the images of JSON-lines files in order. Raises DataError."""
-    return _read(source, _json_lines)
-
-
-def read_object_list(source: PairInput) -> Iterator[PairItem]:
-    """Yields the images of JSON lists of objects, as ALBEF, BLIP and LAVIS have them; DataError."""
-    return _read(source, _json_objects)
-
-
-def read_csv_pairs(source: PairInput) -> Iterator[PairItem]:
-    """Yields the images of tables of text with a line of column names. Raises DataError."""
-    return _read(source, _csv_rows)
-
-
-def read_table_pairs(source: PairInput) -> Iterator[PairItem]:
-    """Yields the images of parquet and Arrow files in order.
-
-    Raises:
-        DataError: no such table, or a column is missing.
-    """
-    return _read(source, _table_rows)
-
-
 RowReader = Callable[[PairInput, str], Iterator[NumberedRow | Reject]]
 
 
-def _read(source: PairInput, read_rows: RowReader) -> Iterator[PairItem]:
+def read_records(read_rows: RowReader, source: PairInput) -> Iterator[PairItem]:
+    """Yields the images of files of records in order.
+
+    Args:
+        read_rows: reads one file.
+        source: the files.
+
+    Raises:
+        DataError: a file is of another kind, or lacks a column.
+    """
     items, splits = PairItems(source), SplitChoice(source)
     for path in source.annotations:
         rows = (
-            item if isinstance(item, Reject) else _row(source, splits, path, *item)
+            item if isinstance(item, Reject) else _pair(source, splits, path, *item)
             for item in read_rows(source, path)
         )
         yield from items.grouped(rows)
     splits.finish(source.annotations[0])
 
 
-def _row(
+def _pair(
     source: PairInput, splits: SplitChoice, path: str, record: str, row: Mapping[str, Any]
 ) -> CaptionRow | Reject | LeftOut:
     refusal = splits.refusal(path, record, row.get(source.split_key))
@@ -164,31 +145,27 @@ def _check_columns(source: PairInput, path: str, names: Mapping[str, Any]) -> tu
     return image_key, caption_key
 
 
-def _json_lines(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
-    for item in json_rows(path):
-        yield item if isinstance(item, Reject) else (f"line {item[0]}", item[1])
+def json_line_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+    """The objects of JSON lines."""
+    return json_rows(path)
 
 
-def _json_objects(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+def json_list_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+    """The objects of a JSON list, as ALBEF, BLIP and LAVIS have them."""
     for number, entry in enumerate(json_list(path, load_json(path))):
         record = f"entry {number}"
         yield (record, entry) if isinstance(entry, dict) else Reject(path, record, "no JSON object")
 
 
-def _table_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+def column_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+    """The rows of parquet and Arrow files."""
     names = dict.fromkeys(column_names(path))
     wanted = {*_check_columns(source, path, names), source.split_key, "filepath"}
-    columns = [name for name in names if name in wanted]
-    for first, batch in read_columns(path, dict.fromkeys(columns, "any"), _BATCH_ROWS):
-        if isinstance(batch, Reject):
-            yield batch
-            continue
-        rows = zip(*(batch[name] for name in columns), strict=True)
-        for number, values in enumerate(rows, start=first):
-            yield f"row {number}", dict(zip(columns, values, strict=True))
+    return table_rows(path, {name: name for name in names if name in wanted})
 
 
-def _csv_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+def csv_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+    """The rows of a table of text with a line of column names."""
     rejects: list[Reject] = []
     lines = _decoded(path, rejects)
     head = next(lines, "")
@@ -265,7 +242,7 @@ def read_flickr30k(source: PairInput) -> Iterator[PairItem]:
         ):
             yield from PairItems(part).grouped(_token_rows(path))
         else:
-            yield from read_csv_pairs(part)
+            yield from read_records(csv_rows, part)
 
 
 def _token_rows(path: str) -> Iterator[CaptionRow | Reject]:
@@ -281,38 +258,6 @@ def _token_rows(path: str) -> Iterator[CaptionRow | Reject]:
             yield CaptionRow(path, record, match["image"], (match["caption"],))
         elif line.strip():
             yield Reject(path, f"line {item[0]}", "not NAME#NUMBER, tab, caption")
-
-
-class Member(Protocol):
-    """A file of a tar (`TarMember`) or of a folder (`FolderMember`)."""
-
-    @property
-    def name(self) -> str:
-        """Its path in the tar or folder."""
-        ...
-
-    def image(self, source: str) -> ImageFile:
-        """The file as an image of ``source``."""
-        ...
-
-    def contents(self, source: str) -> bytes:
-        """Its bytes. Raises DataError."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FolderMember:
-    """A file below a folder."""
-
-    name: str
-
-    def image(self, source: str) -> ImageFile:
-        """The file as an image."""
-        return ImageFile(source, self.name, os.path.join(source, self.name))
-
-    def contents(self, source: str) -> bytes:
-        """Its bytes. Raises DataError."""
-        return self.image(source).read()
 
 
 def read_webdataset(source: PairInput) -> Iterator[PairItem | PassedOver]:
@@ -350,12 +295,12 @@ def read_sample_files(source: PairInput) -> Iterator[PairItem | PassedOver]:
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: not a folder; --format files reads folders of samples")
         # Besides the samples img2dataset leaves tables of them and statistics.
-        names = (
-            os.path.relpath(file, folder)
+        members = (
+            ImageFile(folder, os.path.relpath(file, folder), file)
             for file in walk_files(folder)
             if not file.endswith(("_stats.json", ".parquet", ".tar"))
         )
-        yield from _samples(folder, map(FolderMember, names), keys)
+        yield from _samples(folder, members, keys)
     keys.finish(folders)
 
 
@@ -394,11 +339,11 @@ class _Sample:
     problem: str = ""
     """Why the sample is of no use: the first of its members that is not."""
 
-    def add(self, tar: str, member: Member, keys: _CaptionKeys) -> None:
-        """Takes one member. Raises DataError if it is unreadable."""
-        suffix = os.path.splitext(member.name)[1].lower()
+    def add(self, member: ImageFile, keys: _CaptionKeys) -> None:
+        """Takes one member, an image or not. Raises DataError if it is unreadable."""
+        suffix = os.path.splitext(member.record)[1].lower()
         if suffix not in (".txt", ".json"):
-            found = as_image(member.image(tar), member.name)
+            found = as_image(member, member.record)
             if isinstance(found, Reject):
                 raise DataError(found.reason)
             if isinstance(found, PassedOver):
@@ -409,7 +354,10 @@ class _Sample:
         if suffix in self.seen:
             raise DataError(f"a second {suffix} in the sample")
         self.seen.add(suffix)
-        content = _decode(member.contents(tar))
+        try:
+            content = member.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"invalid UTF-8 at byte {error.start}") from error
         if suffix == ".txt":
             self.text = (content,)
         else:
@@ -437,15 +385,8 @@ class _Sample:
             yield from self.others
 
 
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
-
-
 def _samples(
-    tar: str, members: Iterable[Member | Reject], keys: _CaptionKeys
+    tar: str, members: Iterable[ImageFile | Reject], keys: _CaptionKeys
 ) -> Iterator[PairItem | PassedOver]:
     """The samples of a tar or folder."""
     sample: _Sample | None = None
@@ -456,8 +397,7 @@ def _samples(
             yield replace(member, captions=lost)
             sample = None
             continue
-        name = member.record if isinstance(member, Reject) else member.name
-        folder, base = os.path.split(name)
+        folder, base = os.path.split(member.record)
         key = os.path.join(folder, base.split(".")[0])
         if sample is not None and sample.key != key:
             yield from sample.finish(tar, keys)
@@ -466,8 +406,8 @@ def _samples(
         try:
             if isinstance(member, Reject):
                 raise DataError(member.reason)
-            sample.add(tar, member, keys)
+            sample.add(member, keys)
         except DataError as error:
-            sample.problem = sample.problem or f"{name}: {error}"
+            sample.problem = sample.problem or f"{member.record}: {error}"
     if sample is not None:
         yield from sample.finish(tar, keys)

@@ -33,7 +33,7 @@ class PairInput:
     """Which files, and how to read them.
 
     Attributes:
-        format: a key of `PAIR_READERS`, or ``auto``: what the annotation files hold decides.
+        format: a key of `PAIR_FORMATS`, or ``auto``: what the annotation files hold decides.
         annotations: annotation files (for ``webdataset`` and ``files`` also folders).
         images: folder of the images; not needed where the annotation files hold them or name them
             by paths that are absolute and exist.

@@ -382,14 +382,14 @@ def _line_texts(path: str, keys: tuple[str, ...]) -> Found:
         if isinstance(item, Reject):
             yield item
             continue
-        number, row = item
+        record, row = item
         key = find_key(row, None, keys)
         if key is not None:
-            yield f"line {number}", row[key]
+            yield record, row[key]
         elif isinstance(row.get("annotations") or row.get("images"), list):
             yield from json_texts(path, row, keys)
         else:
-            yield Reject(path, f"line {number}", f"no key {' or '.join(keys)}{has_keys(row)}")
+            yield Reject(path, record, f"no key {' or '.join(keys)}{has_keys(row)}")
 
 
 def json_texts(path: str, value: object, keys: tuple[str, ...]) -> Found:

@@ -175,17 +175,14 @@ def _published_pairs(path: str, folder: str) -> _Pairs:
         if isinstance(item, Reject):
             yield item
             continue
-        number, row = item
-        record, identifier = f"line {number}", row.get("identifier")
+        record, row = item
+        identifier = row.get("identifier")
         if not isinstance(identifier, str) or "-" not in identifier:
             yield Reject(path, record, "no identifier of the form split-set-pair-sentence")
             continue
         record = f"{record} ({identifier})"
-        stem, where = (
-            identifier.rpartition("-")[0],
-            os.path.join(folder, str(row.get("directory", ""))),
-        )
-        names = (os.path.join(where, f"{stem}-img{side}.png") for side in (0, 1))
+        stem, where = identifier.rpartition("-")[0], str(row.get("directory", ""))
+        names = (os.path.join(folder, where, f"{stem}-img{side}.png") for side in (0, 1))
         images = tuple(ImageFile(path, record, name) for name in names)
         yield _Pair(record, identifier, row.get("sentence"), row.get("label"), images)
 

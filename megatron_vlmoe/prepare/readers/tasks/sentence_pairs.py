@@ -247,12 +247,12 @@ def _json_rows(path: str, columns: Mapping[str, str]) -> Rows:
         if isinstance(item, Reject):
             yield item
             continue
-        number, row = item
+        record, row = item
         missing = [column for column in columns.values() if column not in row]
         if missing:
-            yield Reject(path, f"line {number}", f"no key {missing[0]!r}")
+            yield Reject(path, record, f"no key {missing[0]!r}")
         else:
-            yield f"line {number}", {name: row[column] for name, column in columns.items()}
+            yield record, {name: row[column] for name, column in columns.items()}
 
 
 def _open_tsv(path: str) -> Opened:
