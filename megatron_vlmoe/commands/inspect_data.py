@@ -10,8 +10,7 @@ from pathlib import Path
 
 from megatron_vlmoe.commands.options import TEXT_TOKENIZER, CommandParser
 from megatron_vlmoe.config.errors import user_files
-from megatron_vlmoe.prepare.inspect import save_contact_sheet
-from megatron_vlmoe.prepare.inspect_task import open_view
+from megatron_vlmoe.prepare.inspect import open_view, save_contact_sheet
 from megatron_vlmoe.prepare.tool import positive_int
 
 

@@ -8,6 +8,7 @@ Letters: N images of a batch, S side in pixels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -140,6 +141,13 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def _check_crops(min_scale: float, workers: int) -> None:
+    if not 0.0 < min_scale <= 1.0:
+        raise ConfigError(f"min_scale must be in (0, 1], not {min_scale}")
+    if workers < 0:
+        raise ConfigError(f"workers must not be negative, not {workers}")
+
+
 @dataclass(frozen=True)
 class CropOptions:
     """What is done to an image before the tokenizer sees it in training."""
@@ -156,10 +164,7 @@ class CropOptions:
     """Decoding processes per rank."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.min_scale <= 1.0:
-            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
-        if self.workers < 0:
-            raise ConfigError(f"workers must not be negative, not {self.workers}")
+        _check_crops(self.min_scale, self.workers)
 
 
 class _TrainingCrops(Dataset[Any]):
@@ -208,7 +213,10 @@ class TokenizerCrops:
         The batch of a step is the same at any number of ranks and workers.
         """
         share = self.options.batch_size // world_size
-        batches = _Slots(first_step, self.options.batch_size, rank * share, share)
+        starts = itertools.count(
+            first_step * self.options.batch_size + rank * share, self.options.batch_size
+        )
+        batches = (list(range(start, start + share)) for start in starts)
         dataset = _TrainingCrops(self.source, self.options)
         return iter(Loader(dataset, batches, self.options.workers))
 
@@ -220,22 +228,6 @@ class TokenizerCrops:
         batches = [chosen[i : i + size].tolist() for i in range(0, count, size)]
         dataset = _WholeImages(self.source, self.options.size)
         return iter(Loader(dataset, batches, self.options.workers))
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """One rank's positions of each step, endless."""
-
-    first_step: int
-    batch_size: int
-    offset: int
-    share: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self.first_step * self.batch_size + self.offset
-        while True:
-            yield list(range(start, start + self.share))
-            start += self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,12 +251,9 @@ class CodesOptions:
         for name in ("num_views", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0.0 < self.min_scale <= 1.0:
-            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
         if not 0.0 <= self.flip_probability <= 1.0:
             raise ConfigError(f"flip_probability must be in [0, 1], not {self.flip_probability}")
-        if self.workers < 0:
-            raise ConfigError(f"workers must not be negative, not {self.workers}")
+        _check_crops(self.min_scale, self.workers)
 
 
 def draw_view(width: int, height: int, image: int, view: int, options: CodesOptions) -> list[int]:

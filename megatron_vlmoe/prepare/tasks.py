@@ -22,9 +22,8 @@ from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_labels import Labels, write_labels
 from megatron_vlmoe.data.task_samples import TaskRow, check_task
 from megatron_vlmoe.prepare.images import add_images, checked_image
-from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
+from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tasks.records import (
-    Omitted,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -357,7 +356,7 @@ class _Job:
         """Reads, checks and publishes one split."""
         task, run = self.work.task, self.run
         spec = find_task(task)
-        omitted: Counter[Omitted] = Counter()
+        omitted: Counter[LeftOut] = Counter()
         dtypes: Sequence[np.dtype] = [np.dtype(np.uint8)] if spec.images else []
         if self.tokenizer is not None:
             dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
@@ -368,7 +367,7 @@ class _Job:
         ):
             sink = SampleSink(output, task, self.tokenizer)
             size = _IMAGE_CHUNK if spec.images else _TEXT_CHUNK
-            kept: Iterator[TaskSample | Reject] = without(stream, Omitted, omitted)
+            kept: Iterator[TaskSample | Reject] = without(stream, LeftOut, omitted)
             chunks = sample_chunks(kept, size, spec.shared_images)
             for result in ordered_map(self.work, chunks, run.workers):
                 sink.add(result)

@@ -50,7 +50,7 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A good record that nobody asked for."""
+    """A good record or sample that nobody asked for."""
 
     reason: str
     """As ``split test``."""

@@ -363,7 +363,7 @@ def load_vqkd(folder: Path) -> VQKD:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    model = build_without_initialization(config)
+    model = build_model(config)
     problems = describe_mismatch(weights, model.state_dict())
     if problems:
         raise DataError(f"{path}: does not fit {CONFIG_FILE}: {problems}")
@@ -371,9 +371,14 @@ def load_vqkd(folder: Path) -> VQKD:
     return model
 
 
-def build_without_initialization(config: VQKDConfig) -> VQKD:
-    """A model whose weights are about to be loaded; draws nothing that the caller could notice."""
+def build_model(config: VQKDConfig, seed: int | None = None) -> VQKD:
+    """A model whose initial weights depend on the seed only.
+
+    Without a seed its weights are about to be loaded, and it draws nothing that the caller could notice.
+    """
     with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)  # also of every GPU
         return VQKD(config)
 
 

@@ -20,7 +20,7 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
 from megatron_vlmoe.tokenizers.vqkd.model import (
     VQKD,
-    build_without_initialization,
+    build_model,
     describe_mismatch,
     read_torch_file,
 )
@@ -75,7 +75,7 @@ def load_official(path: Path, *, num_heads: int | None = None) -> tuple[VQKD, Im
     except (KeyError, ValueError) as error:
         reason = f"no tensor {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a BEiT v2 VQ-KD checkpoint: {reason}") from error
-    model = build_without_initialization(config)
+    model = build_model(config)
     own = model.state_dict()
     sources = {name: source_name(name, weights) for name in own if name != OURS_ONLY}
     if sources[OPTIONAL] not in weights:

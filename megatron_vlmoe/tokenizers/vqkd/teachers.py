@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
-from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, pixel_teacher_dim
+from megatron_vlmoe.tokenizers.vqkd.config import pixel_teacher_dim
 
 HF_PREFIX = "hf:"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -153,12 +153,3 @@ def read_pixel_constants(folder: Path, is_clip: bool) -> tuple[list[float], list
     if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
         raise DataError(f"{path}: image_mean and image_std are not three numbers each")
     return mean, std
-
-
-def check_teacher(teacher: Teacher, config: VQKDConfig) -> None:
-    """ValueError unless the decoder predicts as many dimensions as the teacher gives."""
-    if teacher.dim != config.teacher_dim:
-        raise DataError(
-            f"teacher {config.teacher} gives {teacher.dim} dimensions, the decoder predicts "
-            f"{config.teacher_dim}"
-        )

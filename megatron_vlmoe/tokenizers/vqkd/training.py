@@ -28,12 +28,13 @@ from megatron_vlmoe.runtime.json_files import logged_step
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset
 from megatron_vlmoe.tokenizers.vqkd.model import (
     VQKD,
+    build_model,
     compute_fingerprint,
     read_torch_file,
     save_vqkd,
 )
 from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
-from megatron_vlmoe.tokenizers.vqkd.teachers import Teacher, build_teacher, check_teacher
+from megatron_vlmoe.tokenizers.vqkd.teachers import Teacher, build_teacher
 
 
 class RunningMeans:
@@ -182,13 +183,6 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
     return floor + 0.5 * (options.lr - floor) * (1.0 + math.cos(math.pi * progress))
 
 
-def build_model(config: VQKDConfig, seed: int) -> VQKD:
-    """A model whose initial weights depend on the seed only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VQKD(config)
-
-
 def build_optimizer(model: VQKD, options: TrainingOptions) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices, not on biases, norms, cls token and positions."""
     decayed: list[nn.Parameter] = []
@@ -216,7 +210,11 @@ class Trainer:
         folder: Path,
         device: torch.device,
     ) -> None:
-        check_teacher(teacher, config)
+        if teacher.dim != config.teacher_dim:
+            raise DataError(
+                f"teacher {config.teacher} gives {teacher.dim} dimensions, the decoder predicts "
+                f"{config.teacher_dim}"
+            )
         self.rank = distributed.get_rank() if is_distributed() else 0
         self.world_size = distributed.get_world_size() if is_distributed() else 1
         if options.batch_size % self.world_size:
@@ -474,7 +472,9 @@ def train_image_tokenizer(request: TrainingRequest, crops: CropStream) -> str:
     config, options = request.build_config(), request.build_options()
     with process_group() as device:
         if request.deterministic and device.type == "cuda":
-            use_deterministic_kernels()
+            # The same seed then gives the same bits; it comes before the first matrix product.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         teacher = build_teacher(
             request.teacher, patch_size=config.patch_size, grid=config.grid, device=device
         )
@@ -482,12 +482,6 @@ def train_image_tokenizer(request: TrainingRequest, crops: CropStream) -> str:
         return Trainer(
             config, options, teacher=teacher, crops=crops, folder=request.output, device=device
         ).run()
-
-
-def use_deterministic_kernels() -> None:
-    """On a GPU the same seed then gives the same bits; call before the first matrix product."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.prepare.readers.images import as_image, read_images
 from megatron_vlmoe.prepare.readers.records import (
     ImageFile,
+    LeftOut,
     PassedOver,
     Reject,
     check_inputs,
@@ -40,7 +41,6 @@ from megatron_vlmoe.prepare.readers.tables import (
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
-    Omitted,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -136,7 +136,7 @@ class ImageNetSource:
                 if isinstance(item, Reject):
                     yield item
                 elif isinstance(item, PassedOver):
-                    yield Omitted(f"passed over: {item.kind}")
+                    yield LeftOut(f"passed over: {item.kind}")
                 elif isinstance(item, ImageFile):
                     if is_tar(folder) and is_tar(item.record.partition("/")[0]):
                         raise DataError(f"{folder}: a tar of tars: unpack it into {self._train}")
@@ -169,7 +169,7 @@ class ImageNetSource:
         images = [file.record for file in found if isinstance(file, ImageFile)]
         yield from (item for item in found if isinstance(item, Reject))
         others = (item.kind for item in found if isinstance(item, PassedOver))
-        yield from (Omitted(f"passed over: {kind}") for kind in others)
+        yield from (LeftOut(f"passed over: {kind}") for kind in others)
         if isinstance(classes, list) and len(classes) != len(images):
             raise DataError(
                 f"{given}: {len(classes)} classes for {len(images)} images in {self._val}"

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
+from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
 
 Item = TypeVar("Item", int, str)
 
@@ -70,14 +70,8 @@ class TaskSample:
     answer_type: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Omitted:
-    """A good sample that the task itself leaves out."""
-
-    reason: str
-
-
-SampleStream = Iterator[TaskSample | Omitted | Reject]
+SampleStream = Iterator[TaskSample | LeftOut | Reject]
+"""What is `LeftOut` are good samples that the task itself does without."""
 
 
 @dataclass(frozen=True)

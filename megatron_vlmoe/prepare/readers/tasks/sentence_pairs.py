@@ -24,7 +24,7 @@ from typing import Any
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.prepare.readers.files import json_rows, numbered_lines
-from megatron_vlmoe.prepare.readers.records import Reject
+from megatron_vlmoe.prepare.readers.records import LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tables import (
     TableFiles,
     choose_columns,
@@ -35,7 +35,6 @@ from megatron_vlmoe.prepare.readers.tables import (
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
-    Omitted,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -134,7 +133,7 @@ class SentencePairSource:
     def _samples(self, split: str, files: Sequence[_File]) -> SampleStream:
         ids, told = set[str](), False
         for file in files:
-            for item in file.rows(file.columns):
+            for item in file.rows(file.path, file.columns):
                 if isinstance(item, Reject):
                     # Its id may be that of a sample that is there.
                     yield replace(item, sample="") if item.sample in ids else item
@@ -159,12 +158,12 @@ class SentencePairSource:
 
     def _sample(
         self, split: str, file: _File, record: str, name: str, row: Mapping[str, Any]
-    ) -> TaskSample | Omitted:
+    ) -> TaskSample | LeftOut:
         value = row.get("label")
         value = value.strip() if isinstance(value, str) else value
         is_test, unlabelled = split.startswith("test"), value in (-1, "-1")
         if value == _NO_CLASS or (unlabelled and not is_test):
-            return Omitted(f"{file.columns['label']} is {value}")
+            return LeftOut(f"{file.columns['label']} is {value}")
         hidden = is_test and (unlabelled or value in (None, _HIDDEN))
         labels = () if hidden else (self._classes.label(value),)
         texts, scores = (row["sentence1"], row["sentence2"]), (1.0,) * len(labels)
@@ -184,12 +183,12 @@ class _File:
     Attributes:
         path: the file.
         columns: column of "sentence1", "sentence2", "label" and "id", as far as it has them.
-        rows: reads it, given the columns.
+        rows: reads it, given the path and the columns.
     """
 
     path: str
     columns: Mapping[str, str]
-    rows: Callable[[Mapping[str, str]], Rows]
+    rows: Callable[[str, Mapping[str, str]], Rows]
 
 
 def _id_of(row: Mapping[str, Any]) -> str:
@@ -222,24 +221,19 @@ def _named_files(raw: str) -> dict[str, list[str]]:
 
 def _open(path: str, wanted: Mapping[str, Sequence[str]], optional: Sequence[str]) -> _File:
     """Finds the columns of a file. Raises DataError if one that is needed is missing."""
-    layouts = {".tsv": _open_tsv, ".txt": _open_tsv, ".jsonl": _open_jsonl}
-    names, rows = layouts.get(os.path.splitext(path)[1], _open_table)(path)
+    suffix = os.path.splitext(path)[1]
+    rows: Callable[[str, Mapping[str, str]], Rows]
+    if suffix == ".jsonl":
+        first = next((item for item in json_rows(path) if not isinstance(item, Reject)), None)
+        if first is None:
+            raise DataError(f"{path}: no JSON object in it")
+        names, rows = list(first[1]), _json_rows
+    elif suffix in (".tsv", ".txt"):
+        names, rows = _tsv_header(path), _tsv_rows
+    else:
+        names, rows = column_names(path), table_rows
     columns = choose_columns(path, names, {**wanted, "id": _IDS}, optional)
     return _File(path, columns, rows)
-
-
-Opened = tuple[Sequence[str], Callable[[Mapping[str, str]], Rows]]
-
-
-def _open_table(path: str) -> Opened:
-    return column_names(path), lambda columns: table_rows(path, columns)
-
-
-def _open_jsonl(path: str) -> Opened:
-    first = next((item for item in json_rows(path) if not isinstance(item, Reject)), None)
-    if first is None:
-        raise DataError(f"{path}: no JSON object in it")
-    return list(first[1]), lambda columns: _json_rows(path, columns)
 
 
 def _json_rows(path: str, columns: Mapping[str, str]) -> Rows:
@@ -255,25 +249,20 @@ def _json_rows(path: str, columns: Mapping[str, str]) -> Rows:
             yield record, {name: row[column] for name, column in columns.items()}
 
 
-def _open_tsv(path: str) -> Opened:
-    lines = numbered_lines(path, strip=False)
-    first = next(lines, None)
+def _tsv_header(path: str) -> list[str]:
+    first = next(numbered_lines(path, strip=False), None)
     if first is None or isinstance(first, Reject):
         raise DataError(f"{path}: {first.reason if first else 'empty file'}")
     try:
-        names = first[1].decode("utf-8").split("\t")
+        return first[1].decode("utf-8").split("\t")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: line 1: invalid UTF-8 at byte {error.start}") from error
-    return names, lambda columns: _tsv_rows(path, lines, names, columns)
 
 
-def _tsv_rows(
-    path: str,
-    lines: Iterator[tuple[int, bytes] | Reject],
-    names: Sequence[str],
-    columns: Mapping[str, str],
-) -> Rows:
+def _tsv_rows(path: str, columns: Mapping[str, str]) -> Rows:
     """The rows after the header."""
+    names, lines = _tsv_header(path), numbered_lines(path, strip=False)
+    next(lines)
     places = {name: names.index(column) for name, column in columns.items()}
     place = max(place for name, place in places.items() if name != "id")
     for item in lines:

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.prepare.readers.files import json_list, json_object, load_json
-from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
+from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tables import (
     ListedImages,
     TableFiles,
@@ -31,7 +31,6 @@ from megatron_vlmoe.prepare.readers.tables import (
     table_rows,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
-    Omitted,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -68,7 +67,7 @@ class Question:
     answer_type: str = ""
 
 
-Questions = Iterator[tuple[str | None, Question | Omitted | Reject]]
+Questions = Iterator[tuple[str | None, Question | LeftOut | Reject]]
 """Each with the id of its image, which some rejects lack."""
 
 
@@ -344,7 +343,7 @@ class AnswerLists(VqaLayout):
             record = f"entry {number}"
             given = entry if isinstance(entry, dict) else {}
             if given.get("dataset", "vqa") != "vqa":
-                yield None, Omitted(f"of dataset {given['dataset']}")
+                yield None, LeftOut(f"of dataset {given['dataset']}")
                 continue
             name, image = _number(given.get("question_id")), given.get("image")
             image = image if isinstance(image, str) and image else None
@@ -546,7 +545,7 @@ class VqaSource:
 
     def _val_samples(self) -> SampleStream:
         for image, item in self._layout.questions("val2014"):
-            if isinstance(item, Omitted):
+            if isinstance(item, LeftOut):
                 continue  # counted with ``train``
             if image is None or image in self._held_out:
                 # Kept without a label too: a question that cannot be answered rightly.
@@ -556,7 +555,7 @@ class VqaSource:
         seen: set[int] = set()
         for part in ANNOTATED:
             for image, item in self._layout.questions(part):
-                if isinstance(item, Omitted):
+                if isinstance(item, LeftOut):
                     yield item
                     continue
                 # What no image of val2014 can be held to account for is told with ``val``.
@@ -570,7 +569,7 @@ class VqaSource:
                 else:
                     seen.add(item.id)
                     sample = self._sample(item)
-                    yield sample if sample.labels else Omitted("no answer in the vocabulary")
+                    yield sample if sample.labels else LeftOut("no answer in the vocabulary")
 
     def _sample(self, question: Question) -> TaskSample:
         targets = sorted(soft_scores(question.answers, self._label_of).items())
