@@ -314,6 +314,11 @@ def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
         yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
 
 
+def filled_lines(path: str) -> Iterator[Payload | Reject]:
+    """`numbered_lines` without the blank ones."""
+    return (item for item in numbered_lines(path) if isinstance(item, Reject) or item[1])
+
+
 def too_long(path: str, unit: str, number: int, why: str = "") -> Reject:
     """The reject of a line or document over `MAX_DOCUMENT_BYTES`."""
     return Reject(path, f"{unit} {number}", f"longer than {MAX_DOCUMENT_BYTES} bytes{why}")
@@ -471,14 +476,11 @@ def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]] | Reject]:
     Raises:
         DataError: the file cannot be opened, or is binary.
     """
-    for item in numbered_lines(path):
+    for item in filled_lines(path):
         if isinstance(item, Reject):
             yield item
             continue
-        number, payload = item
-        if not payload:
-            continue
-        record = f"line {number}"
+        record, payload = f"line {item[0]}", item[1]
         try:
             row = parse_json(payload)
         except DataError as error:

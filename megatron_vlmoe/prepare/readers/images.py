@@ -68,7 +68,11 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
     check_inputs(inputs)
     for path in inputs:
         if os.path.isdir(path):
-            yield from _folder_images(path)
+            for file in walk_files(path):
+                if is_tar(file):
+                    yield from tar_images(file)
+                else:
+                    yield as_image(ImageFile(path, os.path.relpath(file, path), file), file)
         elif is_tar(path):
             yield from tar_images(path)
         elif is_image_file(ImageFile(path, "", path), path):
@@ -78,14 +82,6 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
                 f"{path}: neither a folder, a tar nor an image (unpack other archives; write the "
                 "images of tables as files)"
             )
-
-
-def _folder_images(folder: str) -> Iterator[ImageFile | Reject | PassedOver]:
-    for path in walk_files(folder):
-        if is_tar(path):
-            yield from tar_images(path)
-        else:
-            yield as_image(ImageFile(folder, os.path.relpath(path, folder), path), path)
 
 
 def tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.files import columns_of, load_json, numbered_lines
+from megatron_vlmoe.prepare.readers.files import columns_of, filled_lines, load_json
 from megatron_vlmoe.prepare.readers.pair_lists import (
     first_character,
     is_url,
@@ -163,8 +163,7 @@ def _format_of(source: PairInput, path: str) -> str:
     table = table_format(path)
     if table is not None:
         return "parquet" if table == "parquet" else "arrow"
-    lines = (item for item in numbered_lines(path) if isinstance(item, Reject) or item[1])
-    first = next(lines, None)
+    first = next(filled_lines(path), None)
     if first is None:
         raise DataError(f"{path}: the file is empty")
     if isinstance(first, Reject) or first[1][:1] in (b"[", b"{"):

@@ -31,7 +31,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.files import json_list, json_object, load_json, numbered_lines
+from megatron_vlmoe.prepare.readers.files import (
+    filled_lines,
+    json_list,
+    json_object,
+    load_json,
+    numbered_lines,
+)
 from megatron_vlmoe.prepare.readers.images import NoImageError, as_image
 from megatron_vlmoe.prepare.readers.pairs import (
     DOWNLOAD_FIRST,
@@ -327,10 +333,8 @@ def _url_rows(source: PairInput, file: str) -> Iterator[CaptionRow | Reject]:
 
 def first_character(file: str) -> bytes:
     """The first character of a file that is no white space; empty: it is not to be had."""
-    for item in numbered_lines(file):
-        if isinstance(item, Reject) or item[1]:
-            return b"" if isinstance(item, Reject) else item[1][:1]
-    return b""
+    first = next(filled_lines(file), None)
+    return b"" if first is None or isinstance(first, Reject) else first[1][:1]
 
 
 def _json_pairs(file: str, content: Any) -> Iterator[CaptionRow | Reject]:

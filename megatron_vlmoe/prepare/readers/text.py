@@ -18,6 +18,7 @@ from megatron_vlmoe.prepare.readers.files import (
     Payload,
     TextFormat,
     file_kind,
+    filled_lines,
     json_rows,
     load_json,
     numbered_lines,
@@ -93,12 +94,12 @@ def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
             advice = "unpack it (pairs of WebDataset: tools/preprocess_pairs.py)"
             raise refused(path, "a tar archive", advice)
         elif kind == "jsonl":
-            yield from _blocks(path, "line", key, _filled(numbered_lines(path)), join)
+            yield from _blocks(path, "line", key, filled_lines(path), join)
         else:
-            lines = numbered_lines(path)
+            lines = filled_lines(path)
             if source.documents == "blank-line":
-                lines = _paragraph_documents(path, lines)
-            yield from _blocks(path, "line", None, _watched(path, _filled(lines)), join)
+                lines = _paragraph_documents(path, numbered_lines(path))
+            yield from _blocks(path, "line", None, _watched(path, lines), join)
 
 
 class TextDocument(NamedTuple):
@@ -186,11 +187,6 @@ def _paragraph_documents(
     if first:
         document = (first, b"\n".join(parts))
         yield document if size <= MAX_DOCUMENT_BYTES else too_long(path, "line", first, why)
-
-
-def _filled(lines: Iterable[Payload | Reject]) -> Iterator[Payload | Reject]:
-    """Without the blank lines."""
-    return (item for item in lines if isinstance(item, Reject) or item[1])
 
 
 def _watched(path: str, documents: Iterable[Payload | Reject]) -> Iterator[Payload | Reject]:

@@ -48,6 +48,7 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     check_split,
     chosen,
     find_folder,
+    first_file,
 )
 
 _WORDS = ("words.txt", "LOC_synset_mapping.txt")
@@ -78,7 +79,7 @@ class ImageNetSource:
         self._val_labels: Mapping[str, str] | list[str] | None = None
         given = source.val_labels
         if given is None and has_val and not _class_folders(self._val):
-            given = _kit_file(source.raw)
+            given = first_file(source.raw, ("", *_KIT_FOLDERS), _GROUND_TRUTH)
         if given is not None:
             self._val_labels_file = given
             self._val_labels = read_val_labels(given, source.raw)
@@ -208,11 +209,6 @@ def _class_folders(folder: str) -> dict[str, str]:
     return dict(sorted((tars | folders).items()))
 
 
-def has_class_folders(folder: str) -> bool:
-    """Whether a folder is there and has classes in it."""
-    return os.path.isdir(folder) and bool(_class_folders(folder))
-
-
 def _flat_files(folder: str) -> list[ImageFile]:
     """The files of a folder by name, but for side files. Raises DataError."""
     try:
@@ -248,12 +244,6 @@ def read_words(source: TaskInput) -> dict[str, str] | None:
         if len(pair) == 2 and words.setdefault(*pair) != pair[1]:
             raise DataError(f"{path}: class {pair[0]} comes twice, with other words")
     return words
-
-
-def _kit_file(raw: str) -> str | None:
-    """The ground truth of the development kit, where the kit or the file lies in the raw folder."""
-    paths = (os.path.join(raw, name, _GROUND_TRUTH) for name in ("", *_KIT_FOLDERS))
-    return next(filter(os.path.isfile, paths), None)
 
 
 def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
@@ -353,7 +343,8 @@ def open_imagenet(source: TaskInput) -> TaskSource:
     Raises:
         DataError: neither, or options that contradict what is there.
     """
-    if has_class_folders(os.path.join(source.raw, "train")):
+    train = os.path.join(source.raw, "train")
+    if os.path.isdir(train) and _class_folders(train):
         return ImageNetSource(source)
     # Not looked for everywhere: there may be millions of images.
     for folder in (os.path.join(source.raw, name) for name in _TABLE_FOLDERS):

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.files import json_list, load_json
 from megatron_vlmoe.prepare.readers.pair_lists import read_karpathy
-from megatron_vlmoe.prepare.readers.pairs import PairInput
+from megatron_vlmoe.prepare.readers.pairs import PairInput, as_captions
 from megatron_vlmoe.prepare.readers.records import LeftOut, Reject, check_inputs
 from megatron_vlmoe.prepare.readers.tables import (
     ListedImages,
@@ -165,9 +165,7 @@ def _table_sample(
             image = images.listed(path, record, os.path.join(row.get("folder") or "", name))
     except DataError as error:
         return Reject(path, record, str(error), sample=name)
-    given = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
-    captions = tuple(one.get("raw") if isinstance(one, dict) else one for one in given)
-    return TaskSample(path, record, name or own, (image,), captions)
+    return TaskSample(path, record, name or own, (image,), as_captions(row["captions"]))
 
 
 def _find_annotations(raw: str) -> str | None:
