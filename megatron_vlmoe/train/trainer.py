@@ -21,12 +21,11 @@ from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
 from megatron_vlmoe.train.objective import BatchSource, Losses, Objective
-from megatron_vlmoe.train.profiling import StepProfiler
 from megatron_vlmoe.train.resume import resume
 from megatron_vlmoe.train.setup import TrainingParts
 from megatron_vlmoe.train.signals import ExitWatch
 from megatron_vlmoe.train.step import StepRunner
-from megatron_vlmoe.train.throughput import DataClock, Throughput
+from megatron_vlmoe.train.throughput import DataClock, StepProfiler, Throughput
 from megatron_vlmoe.train.writers import MetricsWriter, build_writers, progress_line
 
 log = logging.getLogger("megatron_vlmoe")
