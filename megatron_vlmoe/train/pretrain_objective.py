@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Iterator, Mapping, Optional, Protocol
+from typing import Iterable, Iterator, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -21,16 +21,9 @@ from megatron_vlmoe.model.heads import Predicted
 from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, SegmentName, StreamLayout
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.train.objective import BatchSource, Losses
 from megatron_vlmoe.train.step import StepRunner
-
-
-class ImageEncoder(Protocol):
-    """The frozen image tokenizer."""
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes ``[n, N]`` of pixels ``[n, 3, S, S]`` in 0..1."""
-        ...
 
 
 class MaskedObjective:
@@ -56,7 +49,7 @@ class MaskedObjective:
         ranks: Ranks,
         data: Optional[BatchSource] = None,
         num_micro_batches: int = 1,
-        image_tokenizer: Optional[ImageEncoder] = None,
+        image_tokenizer: Optional[ImageTokenizer] = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
