@@ -21,7 +21,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Optional, Sequence
+from typing import Any, Iterator, Literal, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -148,11 +148,6 @@ class PresetBench:
         self.parts = build_training(config, resolve_precision(config.train))
         self.runner = StepRunner(config, self.parts, ranks)
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of this rank."""
-        return sum(p.numel() for chunk in self.parts.chunks for p in chunk.parameters())
-
     def step(self, batch: Batch) -> tuple[float, float, float]:
         """One training step; every rank starts at the same time.
 
@@ -178,7 +173,9 @@ class PresetBench:
         self.runner.start_step()
         self.runner.train(iter([batch]), 1, self.objective)
         times.activation_bytes = memory.bytes()
-        times.resident_bytes = _storage_bytes(_state_tensors(self.parts))
+        # Storage that several tensors share counts once.
+        storages = [tensor.untyped_storage() for tensor in _state_tensors(self.parts)]
+        times.resident_bytes = sum({own.data_ptr(): own.nbytes() for own in storages}.values())
         self._discard_statistics()
 
     def release(self) -> None:
@@ -199,54 +196,24 @@ class PresetBench:
 
 
 def bench(
-    wanted: BenchOptions, extra: Sequence[str], threads: int = 0, output: Optional[Path] = None
+    options: BenchOptions, extra: Sequence[str], threads: int = 0, output: Optional[Path] = None
 ) -> None:
-    """Runs, prints the table, writes the JSON after every round.
+    """Gives every preset its turn, round after round; prints the table, writes the JSON after every round.
 
-    Args:
-        wanted: what to measure.
-        extra: command line options for every preset.
-        threads: of the CPU; 0 leaves torch's.
-        output: JSON file.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    configs = [bench_config(wanted, name, extra, 1) for name in wanted.presets]
-    warnings.filterwarnings("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    ranks = initialize(configs[0].parallel, configs[0].train.seed)
-
-    def progress(line: str) -> None:
-        if is_rank_zero():
-            print(line, file=sys.stderr, flush=True)
-
-    def after_round(times: Mapping[str, PresetTimes]) -> None:
-        if is_rank_zero() and output:
-            write_json(summarize(wanted, times, configs[0]), output)
-
-    times = run_bench(wanted, extra, ranks, progress, after_round)
-    if is_rank_zero():
-        print("\n".join(table(summarize(wanted, times, configs[0]))))
-    destroy()
-
-
-def run_bench(
-    options: BenchOptions,
-    extra: Sequence[str],
-    ranks: Ranks,
-    progress: Callable[[str], None],
-    after_round: Callable[[Mapping[str, PresetTimes]], None],
-) -> dict[str, PresetTimes]:
-    """Gives every preset its turn, round after round.
+    A run that is cut off leaves its finished rounds.
 
     Args:
         options: what to measure.
         extra: command line options for every preset.
-        ranks: where this process stands.
-        progress: takes a line for people.
-        after_round: takes what has been measured after every full round, so that a run that is cut off leaves
-            its finished rounds.
+        threads: of the CPU; 0 leaves torch's.
+        output: JSON file, which appears whole or not at all.
     """
+    if threads:
+        torch.set_num_threads(threads)
+    first = bench_config(options, options.presets[0], extra, 1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    ranks = initialize(first.parallel, first.train.seed)
     configs = {n: bench_config(options, n, extra, ranks.data_size) for n in options.presets}
     for config in configs.values():
         validate(config, ranks.world_size)
@@ -258,13 +225,19 @@ def run_bench(
         for name, config in configs.items():
             own = _turn(options, config, ranks, batches, times.get(name))
             times[name] = own
-            progress(
-                f"round {number + 1}/{options.rounds}: {name} ({own.parameters / 1e6:.1f} M parameters per "
-                f"rank) {own.forward_backward[-1]:.2f} s ({own.processor[-1]:.2f} s CPU), "
-                f"optimizer {own.optimizer[-1]:.2f} s"
-            )
-        after_round(times)
-    return times
+            if is_rank_zero():
+                print(
+                    f"round {number + 1}/{options.rounds}: {name} ({own.parameters / 1e6:.1f} M parameters per "
+                    f"rank) {own.forward_backward[-1]:.2f} s ({own.processor[-1]:.2f} s CPU), "
+                    f"optimizer {own.optimizer[-1]:.2f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if is_rank_zero() and output:
+            write_text_atomic(output, json.dumps(summarize(options, times, first), indent=2))
+    if is_rank_zero():
+        print("\n".join(table(summarize(options, times, first))))
+    destroy()
 
 
 def _turn(
@@ -276,9 +249,10 @@ def _turn(
 ) -> PresetTimes:
     """Builds a preset, measures its steps, and gives its memory back."""
     bench = PresetBench(config, ranks)
+    parameters = sum(p.numel() for chunk in bench.parts.chunks for p in chunk.parameters())
     seconds = [bench.step(batch) for batch in batches][options.warmup :]
     first = times is None
-    times = times or PresetTimes(parameters=bench.num_parameters)
+    times = times or PresetTimes(parameters)
     for column, values in zip(
         (times.forward_backward, times.optimizer, times.processor), zip(*seconds)
     ):
@@ -437,14 +411,3 @@ def _state_tensors(parts: Any) -> Iterator[Tensor]:
             yield from group["params"]
         for state in optimizer.optimizer.state.values():
             yield from (value for value in state.values() if torch.is_tensor(value))
-
-
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes behind the tensors; storage that several share counts once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def write_json(summary: Mapping[str, Any], path: Path) -> None:
-    """Writes the summary; the file appears whole or not at all."""
-    write_text_atomic(path, json.dumps(summary, indent=2))

@@ -9,19 +9,13 @@ from typing import Any, Mapping, Sequence
 
 import yaml
 
+from megatron_vlmoe.analysis.figures import save_figure
 from megatron_vlmoe.analysis.losses import Row, series
 from megatron_vlmoe.config.errors import MetricsError
 
 _KEY = re.compile(r"moe/(\w+)/layer_(\d+)/load_max")
 # The emptiest load that is drawn; below it, an expert that gets nothing would be infinitely far down.
 _LOWEST = 1 / 64
-
-
-def blocks_of_pools(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Numbers of the MoE blocks of every pool of experts (text, vision, ...) that a run has logged."""
-    found = {match.groups() for row in rows for key in row if (match := _KEY.fullmatch(key))}
-    pools = sorted({pool for pool, _ in found})
-    return {pool: sorted(int(block) for own, block in found if own == pool) for pool in pools}
 
 
 def experts_of_pools(run: Path) -> dict[str, int]:
@@ -50,7 +44,9 @@ def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], outp
     Raises:
         MetricsError: the run has no metrics of single blocks.
     """
-    pools = blocks_of_pools(rows)
+    found = {match.groups() for row in rows for key in row if (match := _KEY.fullmatch(key))}
+    names = sorted({pool for pool, _ in found})
+    pools = {pool: sorted(int(block) for own, block in found if own == pool) for pool in names}
     if not pools:
         raise MetricsError(
             f"{run}: metrics.jsonl has no loads of experts: a dense run, or one with log.moe_per_layer=false"
@@ -114,9 +110,7 @@ def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], outp
     lines.append(Line2D([], [], color="gray", label="fullest expert"))
     lines.append(Line2D([], [], color="gray", linestyle=":", label="emptiest expert"))
     figure.legend(handles=lines, loc="outside lower center", ncols=7, fontsize=9)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    save_figure(figure, output)
 
 
 def _label_loads(axis: Any) -> None:

@@ -97,10 +97,11 @@ def run_layout(
         random_data: needs no data options.
 
     Returns:
-        What was logged, by step.
+        Losses and gradient norm of every training step.
 
     Raises:
         ConfigError: if the run fails; its own output has said why.
+        MetricsError: if what it logged cannot be read.
     """
     module = ["megatron_vlmoe", "pretrain-random" if random_data else "pretrain"]
     command = [
@@ -120,18 +121,13 @@ def run_layout(
         said = next((line for line in lines if line.startswith("error: ")), "")
         reason = said.removeprefix("error: ") or f"exit status {status}, see {folder}/output.log"
         raise ConfigError(f"layout {layout.name}: {reason}")
-    return step_metrics(folder)
-
-
-def step_metrics(run: Path) -> Metrics:
-    """Losses and gradient norm of every training step of a run folder. Raises MetricsError."""
     return {
         row["step"]: {
             key: math.nan if value is None else value
             for key, value in row.items()
             if key.startswith("loss/") or key == "grad_norm"
         }
-        for row in read_metrics(run)
+        for row in read_metrics(folder)
         if "grad_norm" in row
     }
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from megatron_vlmoe.commands.options import CommandParser, add_image_rules
 from megatron_vlmoe.config.errors import ConfigError
@@ -26,23 +26,21 @@ from megatron_vlmoe.inference.records import (
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.lazy import load
 
-if TYPE_CHECKING:
-    from megatron_vlmoe.inference.model import VLMoE
-
 
 def main(words: Sequence[str]) -> None:
     """`predict`: prints what the model says, or writes it to a file."""
     options = parse_arguments(words)
     records = _records(options)
-    if options.task:
-        _check(records, options.task)
+    for record in records if options.task else ():
+        record.check(options.task)
     if options.output:
         _check_output(Path(options.output))
     checkpoint, config = load("megatron_vlmoe.inference.loading").read_run(options.load)
     task = config.task.name
     if options.task not in (None, task):
         raise ConfigError(f"--load {options.load}: was fine-tuned on {task}, not on {options.task}")
-    _check(records, task)
+    for record in records:
+        record.check(task)
     model = load("megatron_vlmoe.inference.model").VLMoE.from_checkpoint(
         checkpoint,
         precision=options.precision,
@@ -56,7 +54,12 @@ def main(words: Sequence[str]) -> None:
     with warnings.catch_warnings():
         # Said once, by record.
         warnings.simplefilter("ignore", UnknownTextWarning)
-        _report(options, records, _rows(model, records, options.top_k))
+        rows = (
+            row
+            for first in range(0, len(records), model.batch_size)
+            for row in predict(model, records[first : first + model.batch_size], options.top_k)
+        )
+        _report(options, records, rows)
     if line := unknown_texts(model, records):
         print(f"warning: {line}", file=sys.stderr)
     load("megatron_vlmoe.runtime.distributed").destroy()
@@ -151,11 +154,6 @@ def _records(options: argparse.Namespace) -> list[Record]:
     return read_records(Path(options.input))
 
 
-def _check(records: Sequence[Record], task: str) -> None:
-    for record in records:
-        record.check(task)
-
-
 def _check_output(path: Path) -> None:
     """Finds out before the model is loaded whether the file can be written."""
     try:
@@ -164,12 +162,6 @@ def _check_output(path: Path) -> None:
         raise ConfigError(f"--output {path}: {error.strerror}") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"--output {path}: {'is a folder' if path.is_dir() else 'not writable'}")
-
-
-def _rows(model: VLMoE, records: Sequence[Record], top_k: int) -> Iterator[dict[str, Any]]:
-    """What the model says about each record, batch by batch."""
-    for first in range(0, len(records), model.batch_size):
-        yield from predict(model, records[first : first + model.batch_size], top_k)
 
 
 def _report(

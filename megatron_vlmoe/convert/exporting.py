@@ -29,8 +29,13 @@ from megatron_vlmoe.convert.tensors import check_tensors, with_progress
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.runtime.files import folder_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
-from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, run_file
+from megatron_vlmoe.train.run_files import (
+    LABELS_FILE,
+    TOKENIZER_FILE,
+    open_labels,
+    open_text_tokenizer,
+    run_file,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

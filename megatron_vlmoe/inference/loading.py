@@ -27,11 +27,12 @@ from megatron_vlmoe.runtime import distributed
 from megatron_vlmoe.runtime.precision import resolve_precision
 from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.train.run_assets import open_labels, open_text_tokenizer
 from megatron_vlmoe.train.run_files import (
     LABELS_FILE,
     TOKENIZER_FILE,
     is_hugging_face,
+    open_labels,
+    open_text_tokenizer,
     run_file,
 )
 from megatron_vlmoe.train.setup import build_forward_only

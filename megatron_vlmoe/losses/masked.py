@@ -23,18 +23,7 @@ LOSSES = ("mlm", "mim", "vlm_text", "vlm_image")
 LOSS_SEGMENTS: Mapping[str, SegmentName] = MappingProxyType(
     {"mlm": "texts", "mim": "images", "vlm_text": "pair_texts", "vlm_image": "pair_images"}
 )
-_LOSS_OF = MappingProxyType({segment: name for name, segment in LOSS_SEGMENTS.items()})
-
-
-def loss_weights(objectives: ObjectivesConfig) -> dict[str, float]:
-    """Weight of every loss in the total."""
-    return {name: getattr(objectives, f"{name}_weight") for name in LOSSES}
-
-
-def masked_mean(losses: Tensor, labels: Tensor) -> Tensor:
-    """Mean of ``losses [S]`` over positions with a label; 0 with a graph if there is none."""
-    valid = (labels.reshape(-1) >= 0).sum()
-    return losses.sum() / valid.clamp(min=1)
+LOSS_OF = MappingProxyType({segment: name for name, segment in LOSS_SEGMENTS.items()})
 
 
 def total_loss(
@@ -47,9 +36,10 @@ def total_loss(
         predicted: what the model's heads say of every segment.
         objectives: weights.
     """
-    weights = loss_weights(objectives)
+    weights = {name: getattr(objectives, f"{name}_weight") for name in LOSSES}
+    # Where no position has a label, the mean is 0, with a graph.
     single = {
-        _LOSS_OF[segment]: masked_mean(own.losses, batch[segment]["labels"])
+        LOSS_OF[segment]: own.losses.sum() / (batch[segment]["labels"] >= 0).sum().clamp(min=1)
         for segment, own in predicted.items()
     }
     # A zero weight is left out, so that an unused head gets no gradient at all.
@@ -79,5 +69,5 @@ def evaluation_sums(
         assert correct is not None, "the heads tell correctness in evaluation only"
         labels = batch[segment]["labels"]
         counts = [losses.double().sum(), correct.double().sum(), (labels >= 0).sum().double()]
-        sums[_LOSS_OF[segment]] = MaskedSums(torch.stack(counts), labels)
+        sums[LOSS_OF[segment]] = MaskedSums(torch.stack(counts), labels)
     return sums

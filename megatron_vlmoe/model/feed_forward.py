@@ -117,11 +117,11 @@ class MoMEFeedForward(MegatronModule):
         stream: StreamBatch,
     ) -> dict[str, Tensor]:
         """Outputs of the named branches for their tokens ``[T, 1, D]``."""
-        outputs = {
-            branch.name: self._dense(branch, inputs[branch.name])
-            for branch in branches
-            if not branch.num_experts
-        }
+        outputs = {}
+        for branch in branches:
+            if not branch.num_experts:
+                output, bias = self.ffn(branch.name)(inputs[branch.name])
+                outputs[branch.name] = output if bias is None else output + bias
         if self.moe is not None:
             # Every pool takes part in every micro-batch, also without tokens: collectives must match.
             pools = self.plan.pools
@@ -129,10 +129,6 @@ class MoMEFeedForward(MegatronModule):
             for pool, output in zip(pools, self.moe(pool_inputs, stream)):
                 outputs[pool.name] = output
         return outputs
-
-    def _dense(self, branch: Branch, tokens: Tensor) -> Tensor:
-        output, bias = self.ffn(branch.name)(tokens)
-        return output if bias is None else output + bias
 
 
 def dense_ffn_spec() -> ModuleSpec:

@@ -12,12 +12,6 @@ from megatron_vlmoe.stream.block_plan import block_plans
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def largest_pool_union(config: RunConfig) -> int:
-    """Experts of the block with the most, over all its pools; 0 for a dense model."""
-    plans = block_plans(config.model, config.moe)
-    return max(sum(pool.num_experts for pool in plan.pools) for plan in plans)
-
-
 def build_transformer_config(config: RunConfig, precision: Precision) -> TransformerConfig:
     """megatron-core's configuration of a run.
 
@@ -26,8 +20,9 @@ def build_transformer_config(config: RunConfig, precision: Precision) -> Transfo
     """
     model, moe, parallel = config.model, config.moe, config.parallel
     virtual = parallel.virtual_pipeline_model_parallel_size
-    num_experts = largest_pool_union(config) or None
     plans = block_plans(model, moe)
+    # Of the block with the most, over all its pools; None for a dense model.
+    num_experts = max(sum(pool.num_experts for pool in plan.pools) for plan in plans) or None
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

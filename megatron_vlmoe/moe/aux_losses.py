@@ -7,9 +7,24 @@ non-linear happens:
     compute_router_statistics(...) -> vector of sums   (linear in the tokens)
     losses_from_statistics(...)    -> the losses       (scalars)
 
-The named losses (`importance_loss`, ...) are compositions of the two. All of them compute in at
-least float32 (float64 stays float64), take an optional `mask` [T] (bool, True = the token
-counts), return a scalar, and are exactly 0 with zero gradients if no token counts.
+All losses compute in at least float32 (float64 stays float64) over the tokens that a mask [T]
+(bool) leaves, and are exactly 0 with zero gradients if no token counts. CV^2 is the squared
+coefficient of variation over the experts, `var / mean^2` with the population variance.
+
+- importance (VL-MoE, A.3): CV^2 of the summed gates `sum_t softmax(A_t)_e`.
+- load (VL-MoE, A.3): CV^2 of the smooth load `sum_t 1 - Phi((eta_t - A_te) / sigma)`, where eta_t
+  is the k-th largest noisy logit of the token: the probability that the expert is among the top k
+  if only its noise is drawn again. The gradient also flows through eta, as in V-MoE
+  (google-research/vmoe). Half of it and half of importance are the paper's vloss.
+- z (VL-MoE, A.3; ST-MoE, arXiv 2202.08906): mean over tokens of `logsumexp(A_t)^2`.
+- gshard (GShard and Switch, arXiv 2101.03961, eq. 4): `E * sum_e f_e P_e`. f_e is the expert's
+  share of the T*k assignments (top k of the logits that choose the experts: the noisy ones where
+  there is noise, as in V-MoE and Tutel; ties to the lower expert; no gradient), P_e the mean of
+  its gate. 1 at perfect balance.
+- local_entropy (LIMoE, arXiv 2206.02770): mean over tokens of the entropy of `softmax(A_t)`, in
+  nats, over the tokens of one modality.
+- global_entropy (LIMoE): minus the entropy of the mean gate, in nats. With a threshold tau it is
+  `max(0, tau - entropy)`: tau = log S asks softly for at least S experts in use.
 
 Letters in shapes: T tokens, E experts. Clean logits A = W x; noisy logits = A + sigma * N(0, 1).
 """
@@ -20,101 +35,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.moe.routing_ops import check_mask, check_matrix, check_top_k, top_k_experts
+from megatron_vlmoe.moe.routing_ops import check_mask, check_matrix, top_k_experts
+from megatron_vlmoe.stream.sizes import check_top_k
 
 TERMS = ("importance", "load", "z", "gshard", "local_entropy", "global_entropy")
 """The losses that `compute_router_statistics` and `losses_from_statistics` know."""
-
-
-def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared coefficient of variation of the experts' summed gates (VL-MoE, A.3).
-
-    `imp_e = sum_t softmax(A_t)_e`, loss `= var(imp) / mean(imp)^2` with the population variance.
-
-    Args:
-        logits: [T, E] clean router logits.
-    """
-    return _single_loss("importance", logits, mask=mask)
-
-
-def load_loss(
-    logits: Tensor, noisy_logits: Tensor, k: int, noise_std: float, mask: Tensor | None = None
-) -> Tensor:
-    """Squared coefficient of variation of the experts' smooth load (VL-MoE, A.3).
-
-    `load_e = sum_t 1 - Phi((eta_t - A_te) / sigma)`, where eta_t is the k-th largest noisy logit
-    of the token: the probability that the expert is among the top k if only its noise is drawn
-    again. The gradient also flows through eta, as in V-MoE (google-research/vmoe).
-
-    Args:
-        logits: [T, E] clean router logits.
-        noisy_logits: [T, E] the logits that chose the experts.
-        noise_std: sigma itself, the standard deviation of the noise (the paper's 1/E).
-
-    Raises:
-        ValueError: if noise_std is not positive or k is not in 1..E.
-    """
-    return _single_loss("load", logits, noisy_logits, k, noise_std, mask)
-
-
-def vloss(
-    logits: Tensor, noisy_logits: Tensor, k: int, noise_std: float, mask: Tensor | None = None
-) -> Tensor:
-    """0.5 * importance loss + 0.5 * load loss (VL-MoE, A.3; arguments as `load_loss`)."""
-    terms = ("importance", "load")
-    stats = compute_router_statistics(logits, noisy_logits, k, noise_std, terms, mask)
-    losses = losses_from_statistics(stats, terms, logits.shape[1], k)
-    return 0.5 * losses["importance"] + 0.5 * losses["load"]
-
-
-def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of `logsumexp(A_t)^2` (VL-MoE, A.3; ST-MoE, arXiv 2202.08906).
-
-    Args:
-        logits: [T, E] clean router logits.
-    """
-    return _single_loss("z", logits, mask=mask)
-
-
-def gshard_loss(logits: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
-    """Load-balancing loss of GShard and Switch (arXiv 2101.03961, eq. 4): `E * sum_e f_e P_e`.
-
-    f_e is the expert's share of the T*k assignments (top k of the given logits, ties to the lower
-    expert; no gradient), P_e the mean of its gate `softmax(logits)`. 1 at perfect balance.
-
-    Args:
-        logits: [T, E] the logits that choose the experts: the noisy ones where there is noise, as in
-            V-MoE (google-research/vmoe) and Tutel.
-
-    Raises:
-        ValueError: if k is not in 1..E.
-    """
-    return _single_loss("gshard", logits, k=k, mask=mask)
-
-
-def local_entropy_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of the entropy of `softmax(A_t)`, in nats (LIMoE, arXiv 2206.02770).
-
-    Args:
-        logits: [T, E] router logits of one modality.
-    """
-    return _single_loss("local_entropy", logits, mask=mask)
-
-
-def global_entropy_loss(
-    logits: Tensor, threshold: float | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Minus the entropy of the mean gate, in nats (LIMoE, arXiv 2206.02770).
-
-    With a threshold tau the loss is `max(0, tau - entropy)`: tau = log S asks softly for at
-    least S experts in use.
-
-    Args:
-        logits: [T, E] router logits of one modality.
-    """
-    terms = ("global_entropy",)
-    stats = compute_router_statistics(logits, None, 1, 0.0, terms, mask)
-    return losses_from_statistics(stats, terms, logits.shape[1], 1, threshold)["global_entropy"]
 
 
 def statistics_size(terms: Sequence[str], num_experts: int) -> int:
@@ -199,7 +124,7 @@ def losses_from_statistics(
         stats: what `compute_router_statistics` returned for these terms, summed over the parts
             of the batch.
         k: choices per token; used by "gshard" only.
-        entropy_threshold: tau of "global_entropy" (see `global_entropy_loss`).
+        entropy_threshold: tau of "global_entropy"; None: no threshold.
 
     Returns:
         One scalar per term, in the order of `terms`; each exactly 0 if no token counted.
@@ -237,18 +162,6 @@ def losses_from_statistics(
         # Zero through multiplication keeps the graph: every rank must take part in the backward.
         losses[term] = loss * (num_tokens > 0)
     return losses
-
-
-def _single_loss(
-    term: str,
-    logits: Tensor,
-    noisy_logits: Tensor | None = None,
-    k: int = 1,
-    noise_std: float = 0.0,
-    mask: Tensor | None = None,
-) -> Tensor:
-    stats = compute_router_statistics(logits, noisy_logits, k, noise_std, (term,), mask)
-    return losses_from_statistics(stats, (term,), logits.shape[1], k)[term]
 
 
 def _section_sizes(terms: Sequence[str], num_experts: int) -> dict[str, int]:

@@ -24,10 +24,11 @@ from megatron_vlmoe.moe.aux_losses import (
     losses_from_statistics,
     statistics_size,
 )
-from megatron_vlmoe.moe.routing_ops import SlotRouting, expert_capacity, route_slots, top_k_experts
+from megatron_vlmoe.moe.routing_ops import SlotRouting, route_slots, top_k_experts
 from megatron_vlmoe.moe.stats import PoolRecord, RoutingRecorder
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
+from megatron_vlmoe.stream.sizes import expert_capacity
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.stream.sizes import check_top_k, expert_capacity
-
-__all__ = [
-    "SlotRouting",
-    "batch_priority_route",
-    "expert_capacity",
-    "route_slots",
-    "top_k_experts",
-]
+from megatron_vlmoe.stream.sizes import check_top_k
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,30 +144,6 @@ def route_slots(
         token_kept=token_slot >= 0,
         load=load,
     )
-
-
-def batch_priority_route(
-    gates: Tensor, k: int, capacity: int, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Batch Priority Routing in dense form (see `route_slots`, which it calls).
-
-    Args:
-        gates: [T, E].
-        mask: [T] bool; tokens with False are not routed and take no capacity.
-
-    Returns:
-        keep [T, E] bool and position [T, E] int64, the token's place in the expert's buffer;
-        -1 where not kept.
-
-    Raises:
-        ValueError: if k is not in 1..E, the capacity is negative or a shape does not fit.
-    """
-    gate, expert = top_k_experts(gates, k)
-    routing = route_slots(gate, expert, gates.shape[1], capacity, mask)
-    chosen_position = torch.where(routing.token_kept, routing.token_slot - expert * capacity, -1)
-    position = torch.full(gates.shape, -1, dtype=torch.int64, device=gates.device)
-    position.scatter_(1, expert, chosen_position)
-    return position >= 0, position
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:

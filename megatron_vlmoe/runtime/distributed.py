@@ -14,9 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vlmoe.config.schema import ParallelConfig
-from megatron_vlmoe.runtime.adam import install_adam
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
-from megatron_vlmoe.runtime.grad_norm import install_grad_norm
+from megatron_vlmoe.runtime.optimizer import install_adam, install_grad_norm
 from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.stream.sizes import data_parallel_size
 

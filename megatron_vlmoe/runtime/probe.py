@@ -8,15 +8,18 @@ import sys
 
 import torch
 
-PROBES = {
-    "transformer-engine": ("transformer_engine", "import transformer_engine.pytorch"),
-    # The `apex` on PyPI is an unrelated project; only NVIDIA's has this class.
-    "apex": ("apex", "from apex.optimizers import FusedAdam"),
-}
-ADVICE = {
-    "transformer-engine": "uninstall it or install `transformer-engine[pytorch]>=2.9,<2.12` built for this torch",
-    "apex": "uninstall it (PyPI's apex is another project) or build NVIDIA/apex from source",
-}
+# Name, module, statement that works where the package does, and advice where it does not.
+PROBES = (
+    (
+        *("transformer-engine", "transformer_engine", "import transformer_engine.pytorch"),
+        "uninstall it or install `transformer-engine[pytorch]>=2.9,<2.12` built for this torch",
+    ),
+    (
+        # The `apex` on PyPI is an unrelated project; only NVIDIA's has this class.
+        *("apex", "apex", "from apex.optimizers import FusedAdam"),
+        "uninstall it (PyPI's apex is another project) or build NVIDIA/apex from source",
+    ),
+)
 
 
 def accelerator_report() -> str:
@@ -25,24 +28,21 @@ def accelerator_report() -> str:
     if torch.cuda.is_available():
         where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     parts = [f"torch {torch.__version__}", where]
-    for name, (module, statement) in PROBES.items():
-        parts.append(f"{name}: {_state(name, module, statement)}")
+    for name, module, statement, advice in PROBES:
+        state = "not installed"
+        if importlib.util.find_spec(module) is not None:
+            state = "used" if _works(statement) else f"unusable ({advice})"
+        parts.append(f"{name}: {state}")
     return ", ".join(parts)
 
 
 def unusable_packages() -> list[str]:
     """Installed packages that fail to import, with advice; megatron-core itself cannot be imported beside them."""
     problems = []
-    for name, (module, statement) in PROBES.items():
+    for name, module, statement, advice in PROBES:
         if importlib.util.find_spec(module) is not None and not _works(statement):
-            problems.append(f"{name} is installed but unusable: {ADVICE[name]}")
+            problems.append(f"{name} is installed but unusable: {advice}")
     return problems
-
-
-def _state(name: str, module: str, statement: str) -> str:
-    if importlib.util.find_spec(module) is None:
-        return "not installed"
-    return "used" if _works(statement) else f"unusable ({ADVICE[name]})"
 
 
 def _works(statement: str) -> bool:

@@ -15,6 +15,7 @@ dimension over TP ranks is therefore one local stream after another.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Mapping
 
@@ -81,13 +82,11 @@ class StreamLayout:
                     f"parallel.tensor_model_parallel_size={tensor_parallel_size}: "
                     f"--data.micro_{name} {near_multiples(count, tensor_parallel_size)} fits"
                 )
-        return StreamLayout(
+        return dataclasses.replace(
+            self,
             texts=self.texts // tensor_parallel_size,
             pairs=self.pairs // tensor_parallel_size,
             images=self.images // tensor_parallel_size,
-            text_length=self.text_length,
-            pair_text_length=self.pair_text_length,
-            image_length=self.image_length,
         )
 
     def count(self, segment: str) -> int:

@@ -6,10 +6,11 @@ tracker file ``latest_checkpointed_iteration.txt`` is replaced. Format: megatron
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -51,16 +52,14 @@ from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_met
 
 log = logging.getLogger("megatron_vlmoe")
 
-# Weights of these two sections must fit the model that loads them.
+# Weights under these options must fit the model that loads them.
 ARCHITECTURE = (
-    (
-        "model",
-        ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_vl_layers"),
-    ),
-    ("model", ("image_size", "patch_size", "text_length", "pair_text_length", "vocab_size")),
-    ("model", ("visual_vocab_size", "token_type_embeddings")),
-    ("moe", ("num_vision_experts", "num_text_experts", "num_vl_experts", "layers", "modalities")),
-    ("moe", ("vl", "shared_router")),
+    *("model.num_layers", "model.hidden_size", "model.num_attention_heads"),
+    *("model.ffn_hidden_size", "model.num_vl_layers", "model.image_size", "model.patch_size"),
+    *("model.text_length", "model.pair_text_length", "model.vocab_size"),
+    *("model.visual_vocab_size", "model.token_type_embeddings", "moe.num_vision_experts"),
+    *("moe.num_text_experts", "moe.num_vl_experts", "moe.layers", "moe.modalities", "moe.vl"),
+    "moe.shared_router",
 )
 
 # Which parameters have optimizer state, and of what kind, is decided by these; of the batch sizes by which are 0.
@@ -103,7 +102,11 @@ class CheckpointWriter:
         self.finish()
         target = self.root / iteration_name(state.step)
         temporary = target.with_name(target.name + ".tmp")
-        gather_parameters(config, parts)
+        if config.parallel.overlap_param_gather and isinstance(parts, TrainingParts):
+            # The parameters that the next forward pass would still have gathered.
+            for chunk in parts.wrapped:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
         # Before the first step an optimizer has no state yet; weights are all that a seed is for.
         with_optimizer = with_optimizer and state.step > 0
         content = _state_dict(state, config, parts, is_loading=False, with_optimizer=with_optimizer)
@@ -128,7 +131,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Waits for a background save and ends its helper."""
-        self._finalize(blocking=True)
+        self.finish()
         if self.queue is not None:
             self.queue.close()
 
@@ -217,16 +220,9 @@ def load_checkpoint(
     if with_optimizer:
         drop_requested_groups(content["optimizer"])
         _check_optimizer_state(path, content["optimizer"], saved, config)
-    try:
-        loaded = dist_checkpointing.load(
-            content,
-            str(path),
-            strict=StrictHandling.RAISE_UNEXPECTED
-            if not with_optimizer
-            else StrictHandling.RAISE_ALL,
-        )
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path}: {one_line(error)}") from None
+    strict = StrictHandling.RAISE_ALL if with_optimizer else StrictHandling.RAISE_UNEXPECTED
+    with naming_checkpoint(path):
+        loaded = dist_checkpointing.load(content, str(path), strict=strict)
     for index, chunk in enumerate(parts.chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     if not with_optimizer:
@@ -250,10 +246,8 @@ def _check_optimizer_state(
     Raises:
         CheckpointError: on every rank.
     """
-    try:
+    with naming_checkpoint(path):
         stored = dist_checkpointing.load_tensors_metadata(str(path))
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path}: {one_line(error)}") from None
     theirs = {key for key in stored if key.startswith("optimizer.")}
     ours = union_over_ranks(tensor_keys(requested))
     if theirs == ours:
@@ -273,6 +267,15 @@ def _check_optimizer_state(
     )
 
 
+@contextlib.contextmanager
+def naming_checkpoint(path: Path) -> Iterator[None]:
+    """Whatever fails while a checkpoint is read becomes a CheckpointError that names it."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
+
+
 def load_common(path: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors: `config`, `train_state`, optimizer settings.
 
@@ -285,14 +288,6 @@ def load_common(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({type(error).__name__})"
         ) from None
-
-
-def gather_parameters(config: RunConfig, parts: ModelParts) -> None:
-    """Completes the parameters that the next forward pass would still have gathered."""
-    if config.parallel.overlap_param_gather and isinstance(parts, TrainingParts):
-        for chunk in parts.wrapped:
-            chunk.disable_forward_pre_hook(param_sync=True)
-            chunk.enable_forward_pre_hook()
 
 
 def check_architecture(
@@ -309,21 +304,14 @@ def check_architecture(
     Raises:
         CheckpointError: naming the first option that differs.
     """
-    ours = dataclasses.asdict(config)
-    for section, names in ARCHITECTURE:
-        for name in (name for name in names if name not in free):
-            theirs = saved.get(section, {}).get(name)
-            if theirs is None:
-                raise CheckpointError(
-                    f"{path}: holds no {section}.{name}; not a checkpoint of this project"
-                )
-            mine = ours[section][name]
-            if (list(theirs) if isinstance(theirs, (list, tuple)) else theirs) != (
-                list(mine) if isinstance(mine, (list, tuple)) else mine
-            ):
-                raise CheckpointError(
-                    f"{path}: is of another model: {section}.{name} is {theirs} there, {mine} here"
-                )
+    theirs, ours = flat_options(saved), flat_options(dataclasses.asdict(config))
+    for name in (name for name in ARCHITECTURE if name not in free):
+        if theirs.get(name) is None:
+            raise CheckpointError(f"{path}: holds no {name}; not a checkpoint of this project")
+        if theirs[name] != ours[name]:
+            raise CheckpointError(
+                f"{path}: is of another model: {name} is {theirs[name]} there, {ours[name]} here"
+            )
 
 
 def changed_options(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -362,7 +350,7 @@ def _state_dict(
     config: RunConfig,
     parts: ModelParts,
     is_loading: bool,
-    with_optimizer: bool = True,
+    with_optimizer: bool,
 ) -> dict[str, Any]:
     metadata = checkpoint_metadata()
     content: dict[str, Any] = {

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.losses.masked import LOSS_OF
 from megatron_vlmoe.model.block import MoMELayer
 from megatron_vlmoe.model.feed_forward import MoMEFeedForward
 from megatron_vlmoe.model.vlmoe import VLMoEModel
@@ -16,8 +17,7 @@ from megatron_vlmoe.moe.aux_losses import TERMS
 from megatron_vlmoe.moe.stats import HEADER, counter_size
 from megatron_vlmoe.runtime.distributed import device
 from megatron_vlmoe.stream.block_plan import block_plans
-
-TASKS = {"texts": "mlm", "pair_texts": "vlm_text", "pair_images": "vlm_image", "images": "mim"}
+from megatron_vlmoe.stream.layout import SEGMENTS
 
 
 def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, str], Tensor]:
@@ -32,7 +32,14 @@ def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, 
     ]
     if not slots:
         return {}
-    mine = _take(chunks)
+    mine: dict[tuple[int, str], Tensor] = {}
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            assert isinstance(layer, MoMELayer) and isinstance(layer.mlp, MoMEFeedForward)
+            if layer.mlp.moe is not None:
+                recorder = layer.mlp.moe.router.recorder  # type: ignore[attr-defined]
+                for name, vector in recorder.take().items():
+                    mine[layer.layer_number, name] = vector
     vectors = []
     for number, pool in slots:
         size = counter_size(pool.num_experts)
@@ -41,18 +48,6 @@ def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, 
     dist.all_reduce(flat)
     parts = flat.cpu().split([counter_size(pool.num_experts) for _, pool in slots])
     return {(number, pool.name): part for (number, pool), part in zip(slots, parts)}
-
-
-def _take(chunks: Sequence[VLMoEModel]) -> dict[tuple[int, str], Tensor]:
-    taken = {}
-    for chunk in chunks:
-        for layer in chunk.decoder.layers:
-            assert isinstance(layer, MoMELayer) and isinstance(layer.mlp, MoMEFeedForward)
-            if layer.mlp.moe is not None:
-                router = layer.mlp.moe.router
-                for name, vector in router.recorder.take().items():  # type: ignore[attr-defined]
-                    taken[layer.layer_number, name] = vector
-    return taken
 
 
 def metrics_from_counters(
@@ -103,11 +98,11 @@ def _ratios(prefix: str, vector: Tensor) -> dict[str, float]:
         f"{prefix}/effective_capacity_factor": _entry(vector, "slots") / assignments,
         f"{prefix}/router_entropy": _entry(vector, "entropy") / max(_entry(vector, "tokens"), 1.0),
     }
-    for segment, task in TASKS.items():
+    for segment in SEGMENTS:
         count = _entry(vector, f"assignments_{segment}")
         if count > 0:
             kept = _entry(vector, f"kept_{segment}")
-            metrics[f"{prefix}/dropped_fraction/{task}"] = 1.0 - kept / count
+            metrics[f"{prefix}/dropped_fraction/{LOSS_OF[segment]}"] = 1.0 - kept / count
     return metrics
 
 

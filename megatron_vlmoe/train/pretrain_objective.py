@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Mapping, Optional, Protocol
+from typing import Iterable, Iterator, Mapping, Optional
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -17,20 +18,12 @@ from megatron_vlmoe.losses.masked import (
     total_loss,
 )
 from megatron_vlmoe.model.heads import Predicted
-from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.stream.batch import Batch
-from megatron_vlmoe.stream.layout import VISION_SEGMENTS, SegmentName, StreamLayout
-from megatron_vlmoe.train.evaluate import evaluation_line, reduce_evaluation
+from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, SegmentName, StreamLayout
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.train.objective import BatchSource, Losses
 from megatron_vlmoe.train.step import StepRunner
-
-
-class ImageEncoder(Protocol):
-    """The frozen image tokenizer."""
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes ``[n, N]`` of pixels ``[n, 3, S, S]`` in 0..1."""
-        ...
 
 
 class MaskedObjective:
@@ -56,7 +49,7 @@ class MaskedObjective:
         ranks: Ranks,
         data: Optional[BatchSource] = None,
         num_micro_batches: int = 1,
-        image_tokenizer: Optional[ImageEncoder] = None,
+        image_tokenizer: Optional[ImageTokenizer] = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -96,8 +89,14 @@ class MaskedObjective:
         return reduce_evaluation(results if self.ranks.tensor == 0 else [], self.config)
 
     def evaluation_line(self, metrics: Mapping[str, float]) -> str:
-        """Losses beside the entropy of guessing, and accuracies."""
-        return evaluation_line(metrics)
+        """Loss, accuracy and the unigram entropy beside it."""
+        parts = [
+            f"{name} {metrics[f'eval/loss/{name}']:.3f} (unigram {metrics[f'unigram/{name}']:.3f}, "
+            f"acc {100 * metrics[f'acc/{name}']:.1f} %)"
+            for name in LOSSES
+            if f"eval/loss/{name}" in metrics
+        ]
+        return "evaluation | " + " | ".join(parts)
 
     def loss(self, batch: Batch, outputs: Mapping[SegmentName, Predicted]) -> tuple[Tensor, Losses]:
         """The weighted total of a micro-batch, and the single losses."""
@@ -126,5 +125,46 @@ class MaskedObjective:
             return codes
         parts = [torch.empty_like(codes) for _ in range(self.ranks.tensor_size)]
         group = parallel_state.get_tensor_model_parallel_group()
-        torch.distributed.all_gather(parts, codes.contiguous(), group=group)
+        dist.all_gather(parts, codes.contiguous(), group=group)
         return torch.cat(parts)
+
+
+def reduce_evaluation(
+    results: Iterable[Mapping[str, MaskedSums]], config: RunConfig
+) -> dict[str, float]:
+    """Exact averages over the micro-batches of all ranks; every rank must call it.
+
+    Args:
+        results: what is added up of this rank's micro-batches.
+        config: the run.
+
+    Returns:
+        On every rank `eval/loss/*` (nats per predicted position), `acc/*` (share of these whose most likely
+        class is right) and `unigram/*` (entropy in nats of guessing by the labels' own frequencies).
+    """
+    sizes = [
+        config.model.vocab_size
+        if LOSS_SEGMENTS[name] in TEXT_SEGMENTS
+        else config.model.visual_vocab_size
+        for name in LOSSES
+    ]
+    # Sums and label histograms of all losses lie in one tensor, for one all-reduce.
+    flat = torch.zeros(3 * len(LOSSES) + sum(sizes), dtype=torch.float64, device=device())
+    sums, *histograms = flat.split([3 * len(LOSSES), *sizes])
+    sums = sums.view(len(LOSSES), 3)
+    for result in results:
+        for row, name in enumerate(LOSSES):
+            if name in result:
+                sums[row] += result[name].sums
+                labels = result[name].labels.reshape(-1)
+                histograms[row].scatter_add_(0, labels.clamp(min=0), (labels >= 0).double())
+    dist.all_reduce(flat)
+    metrics: dict[str, float] = {}
+    for name, (loss, hits, count), histogram in zip(LOSSES, sums.tolist(), histograms):
+        # Losses over nothing are left out.
+        if count > 0:
+            metrics[f"eval/loss/{name}"] = loss / count
+            metrics[f"acc/{name}"] = hits / count
+            share = histogram / histogram.sum()
+            metrics[f"unigram/{name}"] = float(torch.special.entr(share).sum())
+    return metrics

@@ -1,21 +1,38 @@
-"""Where a run goes on from: its own checkpoint or that of `--load`, and with which of the options."""
+"""Where a run goes on from: its own checkpoint or that of `--load`, and with which of the options.
+
+What its folder holds of later steps is set aside: nothing reads it, nothing is lost. `checkpoints/set_aside/` and
+`best/set_aside/` have such checkpoints, `metrics.set_aside.jsonl` (see `JsonlWriter`) such metrics.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import barrier, is_rank_zero
+from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import (
     changed_options,
     load_checkpoint,
     load_common,
     warn_of_other_gates,
 )
-from megatron_vlmoe.train.checkpoint_files import NEWEST, TrainState, find_checkpoint
-from megatron_vlmoe.train.set_aside import agree_with_best, go_on_from
+from megatron_vlmoe.train.checkpoint_files import (
+    NEWEST,
+    SET_ASIDE,
+    TRACKER,
+    TrainState,
+    find_checkpoint,
+    is_complete,
+    is_tracked,
+    iteration_name,
+    later_checkpoints,
+)
 from megatron_vlmoe.train.setup import TrainingParts
 
 log = logging.getLogger("megatron_vlmoe")
@@ -70,7 +87,11 @@ def resume(
         if own is not None and is_rank_zero():
             _tell_changes(own, config)
         state = load_checkpoint(path, config, parts, own is not None or checkpoint.load_optimizer)
-        _check_length(path, state, config)
+        if state.step > config.train.steps:
+            raise ConfigError(
+                f"train.steps={config.train.steps}: {path} has {state.step} steps already; raise it, or go on from an "
+                "earlier checkpoint with --checkpoint.step N"
+            )
         if own is None and is_rank_zero():
             warn_of_other_gates(path, load_common(path).get("config", {}), config)
         log.info("loaded %s: starting after step %d", path, state.step)
@@ -93,9 +114,70 @@ def _tell_changes(own: Path, config: RunConfig) -> None:
         log.warning("no effect on a run that goes on from %s: %s", own, "; ".join(without_effect))
 
 
-def _check_length(path: Path, state: TrainState, config: RunConfig) -> None:
-    if state.step > config.train.steps:
-        raise ConfigError(
-            f"train.steps={config.train.steps}: {path} has {state.step} steps already; raise it, or go on from an "
-            "earlier checkpoint with --checkpoint.step N"
-        )
+def agree_with_best(folder: Path, state: TrainState, metric: str) -> TrainState:
+    """Forgets the best result so far if it is of another metric, or if SAVE/best does not have its weights.
+
+    What SAVE/best has then is of later steps, or of another metric, and is set aside. Every rank must call it.
+
+    Args:
+        folder: SAVE/best.
+        state: where the run goes on from.
+        metric: name of the metric that chooses the best checkpoint.
+
+    Returns:
+        The state, without a best result if there is none to compare with.
+    """
+    why = ""
+    if state.best_metric not in ("", metric):
+        why = f"it is one of {state.best_metric}, not of {metric}"
+    elif later_checkpoints(folder, state.step) or not is_complete(
+        folder / iteration_name(state.best_step)
+    ):
+        why = f"{folder} does not have the weights of step {state.best_step}"
+    barrier()
+    if state.best_value is not None and not why:
+        go_on_from(folder, state.best_step)
+        return state
+    if is_rank_zero():
+        _drop_tracker(folder)
+        _set_aside(folder, later_checkpoints(folder, -1))
+    if state.best_value is None:
+        return state
+    if is_rank_zero():
+        log.warning("the best result so far does not count any more: %s", why)
+    return dataclasses.replace(
+        state, best_value=None, best_step=0, worse_evaluations=0, best_metric=""
+    )
+
+
+def go_on_from(root: Path, step: int) -> None:
+    """Makes a step the last one of a checkpoint folder; later checkpoints are set aside. Every rank must call it."""
+    later = later_checkpoints(root, step)
+    barrier()
+    if not is_rank_zero():
+        return
+    if not is_tracked(root, step):
+        # First: a run that dies in between goes on from here too.
+        _drop_tracker(root)
+        write_text_atomic(root / TRACKER, f"{step}\n")
+    _set_aside(root, later)
+
+
+def _drop_tracker(root: Path) -> None:
+    tracker = root / TRACKER
+    if tracker.is_dir():
+        os.replace(tracker, root / f"{TRACKER}.{SET_ASIDE}")
+    else:
+        tracker.unlink(missing_ok=True)
+
+
+def _set_aside(root: Path, paths: Iterable[Path]) -> None:
+    """Moves checkpoints to a folder beside them that nothing reads."""
+    for path in paths:
+        target, number = root / SET_ASIDE / path.name, 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{path.name}.{number}")
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+        log.warning("%s is not what the run goes on from: it is now %s", path, target)

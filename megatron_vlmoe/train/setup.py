@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -27,7 +27,7 @@ from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.model.freezing import freeze_unreachable
 from megatron_vlmoe.model.heads import MaskedHeads
 from megatron_vlmoe.model.init import initialize_parameters
-from megatron_vlmoe.model.transformer_config import build_transformer_config
+from megatron_vlmoe.model.transformer_config import DTYPES, build_transformer_config
 from megatron_vlmoe.model.vlmoe import BuildHeads, VLMoEModel
 from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
@@ -211,9 +211,7 @@ def _optimizer_config(config: RunConfig, precision: Precision) -> OptimizerConfi
         clip_grad=optim.clip_grad,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        params_dtype=torch.float32
-        if precision == "fp32"
-        else getattr(torch, _TORCH_NAME[precision]),
+        params_dtype=DTYPES[precision],
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
         initial_loss_scale=optim.initial_loss_scale,
@@ -221,9 +219,6 @@ def _optimizer_config(config: RunConfig, precision: Precision) -> OptimizerConfi
         loss_scale_window=optim.loss_scale_window,
         hysteresis=optim.hysteresis,
     )
-
-
-_TORCH_NAME = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def _init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -302,7 +297,10 @@ def _group_overrides(chunks: list[VLMoEModel], config: RunConfig) -> dict[ParamK
         ParamKey(with_name_predicate=router): {"is_decoupled_lr": True},
     }
     for factor in sorted(_mark_learning_rates(chunks, config)):
-        key = ParamPredicate(name=f"learning_rate_{factor!r}", fn=_has_factor(factor))
+        key = ParamPredicate(
+            name=f"learning_rate_{factor!r}",
+            fn=lambda param, factor=factor: getattr(param, "learning_rate_factor", 1.0) == factor,
+        )
         rates = {
             # By this key, which has no other effect, groups are told apart: 0.16.1 does not look at rates.
             "lr_mult": factor,
@@ -311,10 +309,6 @@ def _group_overrides(chunks: list[VLMoEModel], config: RunConfig) -> dict[ParamK
         }
         overrides[ParamKey(predicate=key)] = rates
     return overrides
-
-
-def _has_factor(factor: float) -> Callable[[torch.nn.Parameter], bool]:
-    return lambda parameter: getattr(parameter, "learning_rate_factor", 1.0) == factor
 
 
 def _scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -21,12 +21,11 @@ from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
 from megatron_vlmoe.train.objective import BatchSource, Losses, Objective
-from megatron_vlmoe.train.profiling import StepProfiler
 from megatron_vlmoe.train.resume import resume
 from megatron_vlmoe.train.setup import TrainingParts
 from megatron_vlmoe.train.signals import ExitWatch
 from megatron_vlmoe.train.step import StepRunner
-from megatron_vlmoe.train.throughput import DataClock, Throughput
+from megatron_vlmoe.train.throughput import DataClock, StepProfiler, Throughput
 from megatron_vlmoe.train.writers import MetricsWriter, build_writers, progress_line
 
 log = logging.getLogger("megatron_vlmoe")
@@ -86,7 +85,11 @@ class Trainer:
         watch = ExitWatch(self.config.train)
         profiler = StepProfiler(self.config, self.ranks.rank)
         try:
-            self._first_step_duties()
+            if self.state.step == 0:
+                if self.config.train.eval_steps > 0 and self.objective.evaluates_at_start:
+                    self._write(0, self._evaluate())
+                if self.config.checkpoint.save_initial:
+                    self._save()
             reason = self._loop(watch, profiler)
             self._save()
             if self.writer is not None:
@@ -175,7 +178,9 @@ class Trainer:
         metrics["loss/total"] += sum(v for k, v in moe.items() if k.startswith("loss/aux/"))
         metrics.update(moe)
         metrics["grad_norm"] = grad_norm
-        metrics["lr"] = self._learning_rate()
+        # Of the parameters without a factor of their own, as the optimizer has it for the next step.
+        groups = self.parts.optimizer.param_groups
+        metrics["lr"] = float(next(group["lr"] for group in groups if group["default_config"]))
         metrics["skipped_steps"] = float(self.state.skipped_steps)
         if self.parts.transformer_config.fp16:
             metrics["loss_scale"] = float(self.parts.optimizer.get_loss_scale())
@@ -183,11 +188,6 @@ class Trainer:
         left = (self.config.train.steps - step) * metrics["step_seconds"]
         log.info(progress_line(step, self.config.train.steps, metrics, left))
         return metrics
-
-    def _learning_rate(self) -> float:
-        """Of the parameters without a factor of their own, as the optimizer has it for the next step."""
-        groups = self.parts.optimizer.param_groups
-        return float(next(group["lr"] for group in groups if group["default_config"]))
 
     def _evaluates(self, step: int) -> bool:
         train = self.config.train
@@ -234,15 +234,6 @@ class Trainer:
         if not patience or worse < patience:
             return ""
         return f"{worse} evaluations without a better {self.objective.best_metric}"
-
-    def _first_step_duties(self) -> None:
-        """Evaluation at step 0 and the seed checkpoint."""
-        if self.state.step > 0:
-            return
-        if self.config.train.eval_steps > 0 and self.objective.evaluates_at_start:
-            self._write(0, self._evaluate())
-        if self.config.checkpoint.save_initial:
-            self._save()
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:

@@ -14,14 +14,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
 from megatron_vlmoe.runtime.distributed import is_rank_zero, union_over_ranks
-from megatron_vlmoe.train.checkpoint import check_architecture, load_common, warn_of_other_gates
-from megatron_vlmoe.train.checkpoint_files import one_line
+from megatron_vlmoe.train.checkpoint import (
+    check_architecture,
+    load_common,
+    naming_checkpoint,
+    warn_of_other_gates,
+)
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
@@ -29,7 +32,10 @@ log = logging.getLogger("megatron_vlmoe")
 IMAGE_POSITIONS = "embedding.image.position"
 TEXT_POSITIONS = "embedding.text.position"
 # Options in which the two models may differ: only positions and heads depend on them.
-FREE = ("image_size", "text_length", "pair_text_length", "visual_vocab_size")
+FREE = (
+    *("model.image_size", "model.text_length", "model.pair_text_length"),
+    "model.visual_vocab_size",
+)
 HEADS = "heads."
 
 
@@ -106,22 +112,18 @@ class CheckpointWeights:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See `WeightSource`."""
-        try:
+        with naming_checkpoint(self.path):
             metadata = dist_checkpointing.load_tensors_metadata(str(self.path))
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{self.path}: {one_line(error)}") from None
         return {key: tuple(entry.global_shape) for key, entry in metadata.items()}
 
     @torch.no_grad()
     def load(self, wanted: Mapping[str, ShardedTensor]) -> None:
         """See `WeightSource`."""
         places = {name: entry.data for name, entry in wanted.items()}
-        try:
+        with naming_checkpoint(self.path):
             loaded = dist_checkpointing.load(
                 dict(wanted), str(self.path), strict=StrictHandling.RAISE_UNEXPECTED
             )
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{self.path}: {one_line(error)}") from None
         for name, place in places.items():
             value: Tensor = loaded[name]
             place.copy_(value.view_as(place))

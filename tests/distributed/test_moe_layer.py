@@ -11,8 +11,8 @@ from helpers import Layout, Workers, layout
 from torch import Tensor
 from training_runs import start
 
-from megatron_vlmoe.moe.routing_ops import expert_capacity
 from megatron_vlmoe.stream.layout import PAIR_SEGMENTS
+from megatron_vlmoe.stream.sizes import expert_capacity
 
 pytestmark = pytest.mark.dist
 

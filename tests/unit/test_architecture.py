@@ -1,4 +1,4 @@
-"""Rules that hold the whole repository together: imports, sizes, state, and what docs and examples say."""
+"""Rules that hold the whole repository together: imports, state, and what docs and examples say."""
 
 import ast
 import dataclasses
@@ -239,17 +239,6 @@ def test_travelling_files_need_nothing_of_this_package():
     }
     assert not found
     assert list(TRAVELLING.glob("modeling_*.py"))
-
-
-def test_functions_have_at_most_100_lines():
-    found = {}
-    for path in (*SOURCES, *TOOLS):
-        for node in ast.walk(parse(path)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
-                if length > 100:
-                    found[f"{name_of(path)}: {node.name}"] = length
-    assert not found
 
 
 def _is_mutable(value: ast.expr | None) -> bool:

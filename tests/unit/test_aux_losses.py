@@ -9,20 +9,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
-from megatron_vlmoe.moe.aux_losses import (
-    TERMS,
-    compute_router_statistics,
+from router_functions import (
     global_entropy_loss,
     gshard_loss,
     importance_loss,
     load_loss,
     local_entropy_loss,
-    losses_from_statistics,
-    statistics_size,
     vloss,
     z_loss,
+)
+from torch import Tensor
+
+from megatron_vlmoe.moe.aux_losses import (
+    TERMS,
+    compute_router_statistics,
+    losses_from_statistics,
+    statistics_size,
 )
 
 LOGITS = torch.tensor(

@@ -144,7 +144,7 @@ def test_a_step_of_a_task_waits_for_the_norm_alone(task: str, prepared: Prepared
 
 def test_the_norm_is_that_of_all_gradients_together() -> None:
     torch = pytest.importorskip("torch")
-    from megatron_vlmoe.runtime.grad_norm import l2_norm
+    from megatron_vlmoe.runtime.optimizer import l2_norm
 
     gradients = [torch.tensor([3.0, -4.0]), torch.tensor([[12.0], [84.0]])]
     norm, _ = l2_norm(0, torch.zeros(1), [gradients], False)

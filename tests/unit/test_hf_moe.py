@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+import router_functions
 import torch
 import torch.nn.functional as F
 from hf_folder import TINY
@@ -315,7 +316,7 @@ def test_noise_chooses_while_a_router_is_trained(monkeypatch):
     noisy = logits + drawn / 5
     expert = noisy.argmax(dim=1)
     assert not torch.equal(expert, logits.argmax(dim=1))
-    torch.testing.assert_close(router.loss, aux_losses.load_loss(logits, noisy, 1, 1 / 5))
+    torch.testing.assert_close(router.loss, router_functions.load_loss(logits, noisy, 1, 1 / 5))
     routing = branch.route(branch._with_noise(logits), None)
     assert torch.equal(routing.expert[:, 0], expert)
     # Neither in evaluation nor where the router is frozen; the load is of the same sigma.
@@ -323,7 +324,8 @@ def test_noise_chooses_while_a_router_is_trained(monkeypatch):
     for module in (branch, branch.eval()):
         assert module._with_noise(logits) is logits
         torch.testing.assert_close(
-            module(hidden, 0, None, True)[1].loss, aux_losses.load_loss(logits, logits, 1, 1 / 5)
+            module(hidden, 0, None, True)[1].loss,
+            router_functions.load_loss(logits, logits, 1, 1 / 5),
         )
         branch.router.weight.requires_grad_(True)
 

@@ -8,13 +8,13 @@ import json
 from typing import Any
 
 import pytest
+import router_functions
 import torch
 from test_hf_model import EVERYWHERE, HEADS, KINDS, build, inputs, of, task_inputs
 
 from megatron_vlmoe.config.schema import AuxLossConfig, MoEConfig, RunConfig
 from megatron_vlmoe.convert.hf_config import export_config, import_config
 from megatron_vlmoe.convert.hf_files import architecture, auto_map
-from megatron_vlmoe.moe import aux_losses
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,16 +59,16 @@ def test_aux_loss_is_the_sum_over_routers_without_padding():
     text, vision, pairs = output.router_logits
     tokens = batch["attention_mask"].bool()
     pair_mask = torch.cat([tokens.flatten(), torch.ones(VISION, dtype=torch.bool)])
-    expected = 0.5 * aux_losses.z_loss(text, tokens.flatten())
+    expected = 0.5 * router_functions.z_loss(text, tokens.flatten())
     for logits, mask in ((vision, None), (pairs, pair_mask)):
-        expected = expected + 0.25 * aux_losses.importance_loss(logits, mask)
-        expected = expected + 2.0 * aux_losses.gshard_loss(logits, 2, mask)
+        expected = expected + 0.25 * router_functions.importance_loss(logits, mask)
+        expected = expected + 2.0 * router_functions.gshard_loss(logits, 2, mask)
     torch.testing.assert_close(output.aux_loss, expected)
     # transformers' own function has the choices of a token, not their share: twice as much for two.
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     found = load_balancing_loss_func((pairs,), 4, 2, pair_mask)
-    torch.testing.assert_close(found, 2 * aux_losses.gshard_loss(pairs, 2, pair_mask))
+    torch.testing.assert_close(found, 2 * router_functions.gshard_loss(pairs, 2, pair_mask))
 
 
 @pytest.mark.parametrize("name", HEADS)

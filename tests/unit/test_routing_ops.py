@@ -5,15 +5,11 @@ import random
 
 import pytest
 import torch
+from router_functions import batch_priority_route
 from torch import Tensor
 
-from megatron_vlmoe.moe.routing_ops import (
-    SlotRouting,
-    batch_priority_route,
-    expert_capacity,
-    route_slots,
-    top_k_experts,
-)
+from megatron_vlmoe.moe.routing_ops import SlotRouting, route_slots, top_k_experts
+from megatron_vlmoe.stream.sizes import expert_capacity
 
 LOGITS = torch.tensor(
     [

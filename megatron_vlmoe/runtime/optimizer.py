@@ -1,17 +1,22 @@
-"""AdamW whose step count lives in the parameter group, for machines without TransformerEngine and apex.
+"""AdamW and the gradient norm for machines without TransformerEngine and apex, where megatron-core 0.16.1 falls short.
 
-megatron-core 0.16.1 falls back to torch's AdamW there, which keeps `step` per parameter; its distributed
-checkpoints then fail to load (KeyError 'step'). TransformerEngine's and apex's FusedAdam keep the step in the
-group, and so does this one. The update is torch's fused kernel, which runs on CPU and CUDA.
+It falls back to torch's AdamW, which keeps `step` per parameter; its distributed checkpoints then fail to load
+(KeyError 'step'). TransformerEngine's and apex's FusedAdam keep the step in the group, and so does this one. The
+update is torch's fused kernel, which runs on CPU and CUDA.
+
+For the norm it falls back to `torch.tensor` over the norms of all gradients, which copies every one of them to the host
+by itself: hundreds of synchronizations in every step.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import torch
 from megatron.core import optimizer as chooser
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from torch import Tensor
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -99,3 +104,31 @@ def install_adam() -> str:
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = True
     return "torch._fused_adamw_ (no transformer-engine, no apex)"
+
+
+def l2_norm(
+    chunk_size: int, no_op: Tensor, tensor_lists: Sequence[Sequence[Tensor]], *unused: Any
+) -> tuple[Tensor, None]:
+    """Norm ``[1]`` of all tensors together, on their device (megatron-core's signature, after apex).
+
+    Args:
+        chunk_size: without meaning here, as is `no_op`.
+        no_op: flag of apex.
+        tensor_lists: at least one tensor; all of one dtype on one device.
+        *unused: further options of apex.
+    """
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float32).reshape(1), None
+
+
+def install_grad_norm() -> None:
+    """Puts :func:`l2_norm` where megatron-core fell back to its own; TransformerEngine's and apex's stay.
+
+    Raises:
+        RuntimeError: if megatron-core has no such fallback.
+    """
+    for module, name in ((utils, "local_multi_tensor_l2_norm"), (clip_grads, "l2_norm_impl")):
+        if not hasattr(module, name):
+            raise RuntimeError(f"megatron-core's {module.__name__} has no {name}; 0.16.1 is needed")
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
