@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from megatron_vlmoe.config.errors import UserError
 from megatron_vlmoe.runtime.helper_processes import take_signals
 from megatron_vlmoe.runtime.ranks import environment_rank
-from megatron_vlmoe.train.run_log import write_to_run_log
+from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit statuses after Ctrl-C and SIGTERM, as shells have them."""
@@ -51,6 +51,7 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception:
+        begin_run_logs()
         write_to_run_log(traceback.format_exc().rstrip())
         raise
     return status if isinstance(status, int) else 0

@@ -38,6 +38,7 @@ from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
 from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
+from megatron_vlmoe.train.run_log import begin_run_logs
 from megatron_vlmoe.train.setup import TrainingParts, build_forward_only, build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
 from megatron_vlmoe.train.trainer import Trainer
@@ -166,6 +167,7 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     path = checkpoint_of(config.checkpoint.load, config.checkpoint.step)
     load_weights(path, config, parts)
     log.info("loaded %s", path)
+    begin_run_logs()
     objective = build_objective(config, ranks, data)
     return evaluate_all(config, parts, ranks, data, objective, Evaluated(str(path), precision))
 

@@ -20,7 +20,8 @@ log = logging.getLogger("megatron_vlmoe")
 def open_run_log(folder: Path) -> None:
     """Adds what this process logs from here on to FOLDER/log.txt: all of rank 0, warnings and errors of the others.
 
-    A run inside another one (a seed of several) is written to both files. Logs of other folders end.
+    Nothing is written before `begin_run_logs`, so that a run that is refused leaves no file. A run inside another
+    one (a seed of several) is written to both files. Logs of other folders end.
 
     Args:
         folder: of the run; it exists.
@@ -42,6 +43,12 @@ def open_run_log(folder: Path) -> None:
     log.addHandler(handler)
 
 
+def begin_run_logs() -> None:
+    """Writes what has been logged so far, and from here on every line at once."""
+    for handler in _open_logs():
+        handler.begin()
+
+
 def write_to_run_log(text: str) -> None:
     """Writes as an error what only stderr would have: the line or the traceback that a command ends with.
 
@@ -61,13 +68,16 @@ class RunLog(logging.Handler):
         rank: of this process; lines of ranks other than 0 name it.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: there is a file that cannot be opened.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
         self.folder = folder
-        self._file = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = -1
+        self._waiting: list[bytes] | None = []
+        if (folder / LOG_FILE).exists():
+            os.close(os.open(folder / LOG_FILE, os.O_WRONLY))
         origin = f"rank {rank} " if rank else ""
         layout = f"%(asctime)s {origin}%(levelname)s %(message)s"
         self.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
@@ -82,10 +92,27 @@ class RunLog(logging.Handler):
         """Writes text that is no record of a logger."""
         self.handle(logging.LogRecord(log.name, level, "", 0, text, None, None))
 
+    def begin(self) -> None:
+        """Writes the lines that have waited; later ones do not wait."""
+        waiting, self._waiting = self._waiting or [], None
+        for line in waiting:
+            self._append(line)
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record. One that cannot be written (full disk) is left to the console, and the run goes on."""
+        """Writes a record, or lets it wait for the run to begin."""
+        line = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+        if self._waiting is None:
+            self._append(line)
+        else:
+            self._waiting.append(line)
+
+    def _append(self, line: bytes) -> None:
+        # A line that cannot be written (full disk) is left to the console, and the run goes on.
         with contextlib.suppress(OSError):
-            os.write(self._file, f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
+            if self._file < 0:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._file = os.open(self.folder / LOG_FILE, flags, 0o644)
+            os.write(self._file, line)
 
     def close(self) -> None:
         """Closes the file."""

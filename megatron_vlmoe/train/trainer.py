@@ -22,6 +22,7 @@ from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, i
 from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
 from megatron_vlmoe.train.objective import BatchSource, Losses, Objective
 from megatron_vlmoe.train.resume import resume
+from megatron_vlmoe.train.run_log import begin_run_logs
 from megatron_vlmoe.train.setup import TrainingParts
 from megatron_vlmoe.train.signals import ExitWatch
 from megatron_vlmoe.train.step import StepRunner
@@ -257,6 +258,7 @@ class Trainer:
                 self.best = CheckpointWriter(Path(checkpoint.save) / "best", 1, False)
 
     def _open_outputs(self) -> None:
+        begin_run_logs()
         if not is_rank_zero():
             return
         resolved = dataclasses.asdict(self.config)

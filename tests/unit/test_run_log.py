@@ -12,7 +12,7 @@ import pytest
 from megatron_vlmoe.commands.run_command import run_command
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
-from megatron_vlmoe.train.run_log import RunLog, open_run_log
+from megatron_vlmoe.train.run_log import RunLog, begin_run_logs, open_run_log
 from megatron_vlmoe.train.startup import make_run_folder
 from megatron_vlmoe.train.writers import progress_line
 
@@ -40,6 +40,7 @@ def lines(folder: Path) -> list[str]:
 
 def start(folder: Path) -> None:
     make_run_folder(RunConfig(checkpoint=CheckpointConfig(save=str(folder))))
+    begin_run_logs()
 
 
 def leave() -> None:
@@ -81,9 +82,19 @@ def test_the_line_that_a_run_ends_with_is_there(
     assert capsys.readouterr().err == "error: train.steps=0: no\n"
 
 
+def test_a_refused_run_leaves_no_log(tmp_path: Path) -> None:
+    def refuse() -> int:
+        make_run_folder(RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path))))
+        log.info("layout")
+        raise ConfigError("task.data: of another task")
+
+    assert run_command(refuse) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_programming_error_leaves_its_traceback(tmp_path: Path) -> None:
     def fail() -> int:
-        start(tmp_path)
+        make_run_folder(RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path))))
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError):
