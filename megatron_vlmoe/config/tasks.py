@@ -70,7 +70,7 @@ class TaskSpec:
         reader: ``module:name`` of what makes a `TaskSource` of a `TaskInput`.
         reader_options: which fields of `TaskInput` the reader knows, besides the folder.
         recipe: name of a recipe of config/recipes.py, or ``module:name`` of a function that takes the RunConfig of
-            the pretrained model and gives the FinetuneConfig; empty: `recipes.plain`.
+            the pretrained model and gives the FinetuneConfig; empty: as NLVR2, at the image size of pretraining.
         splits: evaluation splits unless others are named; the first chooses the best checkpoint.
         best_metric: the metric that chooses it, without the name of the split; larger is better.
         table_split: the split whose `best_metric` stands in a table of results; empty: the first of `splits`.

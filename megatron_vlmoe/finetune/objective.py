@@ -39,7 +39,7 @@ class TaskObjective(ABC):
         self.ranks = ranks
         self.data = data
         self.loss_names = loss_names
-        best = f"{config.task.splits[0]}/{config.task.best_metric}"
+        best = f"{config.task.splits[0]}/{config.task.spec.best_metric}"
         self.best_metric = best if config.task.save_best else ""
         self.patience = config.task.early_stopping
         self._measured: Optional[Measured] = None

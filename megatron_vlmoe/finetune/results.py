@@ -149,7 +149,7 @@ def _report(
         split = table.split.name
         samples = metrics[f"{split}/samples"]
         guess = number(load_code(task.spec.guess)(table.split.dataset, table.labels))
-        name = f"{split}/{task.best_metric}"
+        name = f"{split}/{task.spec.best_metric}"
         note = f"guessing: {guess}; {samples:,.0f} samples"
         headlines.append(Headline(f"{name}, percent", metrics[name], note))
         if unlabelled := metrics.get(f"{split}/unlabelled"):

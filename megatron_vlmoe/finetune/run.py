@@ -23,8 +23,7 @@ from megatron_vlmoe.finetune.saved import checkpoint_of, saved_run
 from megatron_vlmoe.finetune.weights import load_weights, weight_source
 from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.planning.dry_run import dry_run_text
-from megatron_vlmoe.planning.validate import validate
-from megatron_vlmoe.planning.validate_task import validate_task
+from megatron_vlmoe.planning.validate import validate, validate_task
 from megatron_vlmoe.runtime.distributed import (
     destroy,
     initialize,
