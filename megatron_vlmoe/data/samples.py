@@ -29,7 +29,7 @@ from megatron_vlmoe.data.augment import (
 )
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.masking import (
-    MaskVocabulary,
+    Vocabulary,
     blockwise_mask,
     mask_tokens,
     maskable_positions,
@@ -76,15 +76,6 @@ class SampleRngs:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What masking needs of a text tokenizer, without its model: workers hold no more."""
-
-    size: int
-    mask_id: int
-    special_ids: frozenset[int]
-
-
-@dataclass(frozen=True)
 class TextSample:
     """A masked packed text; all ``[L]``.
 
@@ -113,7 +104,7 @@ class TextSamples:
     def __init__(
         self,
         texts: Sequence[PackedTexts],
-        vocab: MaskVocabulary,
+        vocab: Vocabulary,
         slots: int,
         fraction: float,
         rngs: SampleRngs,
@@ -196,7 +187,7 @@ class ImageViews:
         view = 0
         if self.rngs.train:
             rng = self.rngs.rng(Purpose.STORED_VIEW, ref)
-            view = int(rng.integers(reader.num_views))
+            view = int(rng.integers(reader.manifest.num_views))
         return reader.view(image, view)
 
     def draw(self, ref: SampleRef, image: int, width: int, height: int) -> ImageDraw:
@@ -308,7 +299,7 @@ class CaptionSamples:
         readers: Sequence[IndexedReader],
         documents: Sequence[range],
         unit: str,
-        vocab: MaskVocabulary,
+        vocab: Vocabulary,
         layout: CaptionFormat,
         rngs: SampleRngs,
     ) -> None:
