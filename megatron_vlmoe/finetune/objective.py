@@ -8,8 +8,8 @@ from typing import Iterator, Mapping, Optional
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.finetune.evaluation import Found
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.objective import Losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -125,13 +125,6 @@ class Report:
     facts: Sequence[tuple[str, str]] = ()
 
 
-@dataclass(frozen=True)
-class _Picture:
-    name: str
-    url: str
-    label: str
-
-
 def kind_of(gained: Optional[float]) -> str:
     """`right` (1), `partly` (in between), `wrong` (0) or `open` (None)."""
     if gained is None:
@@ -158,7 +151,13 @@ def write_report(path: Path, report: Report) -> None:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    pictures = [list(_pictures(e, place)) for place, e in enumerate(report.examples, start=1)]
+    # Of every picture of every example its name, its data URL and what stands below it.
+    pictures = []
+    for place, example in enumerate(report.examples, start=1):
+        names = [f"Picture {n} of example {place}" for n in range(1, len(example.images) + 1)]
+        urls = [_embedded(data, name) for data, name in zip(example.images, names)]
+        labels = example.labels or ("",) * len(names)
+        pictures.append(list(zip(names, urls, labels, strict=True)))
     page = environment.get_template(_TEMPLATE).render(report=report, pictures=pictures)
     write_text_atomic(path, page + "\n")
 
@@ -168,12 +167,6 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "\N{EN DASH}"
     return str(value) if isinstance(value, int) else f"{value:.2f}"
-
-
-def _pictures(example: Example, place: int) -> Iterator[_Picture]:
-    for index, data in enumerate(example.images):
-        name = f"Picture {index + 1} of example {place}"
-        yield _Picture(name, _embedded(data, name), example.labels[index] if example.labels else "")
 
 
 def _embedded(data: bytes, where: str) -> str:

@@ -22,9 +22,17 @@ from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.order import SampleRef
-from megatron_vlmoe.finetune.collect import Found, evaluate_items, output, share_metrics
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.eval_items import EvalItems, ImageItems, PairItems, TextItems
+from megatron_vlmoe.finetune.evaluation import (
+    EvalItems,
+    Found,
+    ImageItems,
+    PairItems,
+    TextItems,
+    evaluate_items,
+    output,
+    share_metrics,
+)
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.losses.contrastive import (
@@ -237,7 +245,7 @@ class RetrievalObjective(TaskObjective):
         """Recalls, and the features of all images and captions."""
 
         def encode(items: EvalItems, name: str) -> Optional[Found]:
-            return evaluate_items(runner, self.data, items, output(name), self.ranks, self.config)
+            return evaluate_items(runner, self.data, items, output(name), self.ranks)
 
         images = encode(ImageItems(split.samples), "image_features")
         texts = encode(TextItems(split.samples), "text_features")
@@ -265,8 +273,7 @@ class RetrievalObjective(TaskObjective):
             dist.broadcast_object_list(box, src=0)
         pairs = box[0]
         items = PairItems(split.samples, pairs)
-        reduce = output("match_logits")
-        matches = evaluate_items(runner, self.data, items, reduce, self.ranks, self.config)
+        matches = evaluate_items(runner, self.data, items, output("match_logits"), self.ranks)
         if found is None or matches is None:
             return None
         owner = split.dataset.image_of_text()

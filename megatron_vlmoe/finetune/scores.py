@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Optional
 import numpy as np
 
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset
-from megatron_vlmoe.finetune.collect import Found
+from megatron_vlmoe.finetune.evaluation import Found
 from megatron_vlmoe.finetune.metrics import (
     Score,
     majority_rate,

@@ -98,8 +98,8 @@ def test_jitter_steps_apply_in_order() -> None:
 
 def test_drawn_jitter_has_every_order_and_the_wanted_range() -> None:
     drawn = [draw_jitter(rng(seed), 0.4) for seed in range(200)]
-    assert len({tuple(name for name, _ in jitter.steps) for jitter in drawn}) == 6
-    factors = [factor for jitter in drawn for _, factor in jitter.steps]
+    assert len({tuple(name for name, _ in jitter) for jitter in drawn}) == 6
+    factors = [factor for jitter in drawn for _, factor in jitter]
     assert 0.6 <= min(factors) < 0.62 and 1.38 < max(factors) <= 1.4
     assert draw_jitter(rng(), 0.0) == NO_JITTER
 

@@ -13,7 +13,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.order import SampleRef
 from megatron_vlmoe.data.samples import ImageViews, SampleRngs
-from megatron_vlmoe.finetune.eval_items import PairItems
+from megatron_vlmoe.finetune.evaluation import PairItems
 from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
 
 # Image and caption; in order of the images, as re-ranking makes them.
