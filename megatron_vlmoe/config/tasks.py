@@ -102,8 +102,8 @@ class TaskSpec:
     table_split: str = ""
     head: Head
     objective: str = "megatron_vlmoe.finetune.classification:ClassificationObjective"
-    scores: str = "megatron_vlmoe.finetune.scores:accuracy"
-    guess: str = "megatron_vlmoe.finetune.scores:guess_class"
+    scores: str = "megatron_vlmoe.finetune.metrics:accuracy"
+    guess: str = "megatron_vlmoe.finetune.metrics:guess_class"
     submission: str = ""
     methods: tuple[str, ...] = ()
     decides: bool = False
@@ -148,7 +148,7 @@ class TaskSpec:
 _HEADS = "megatron_vlmoe.model.task_heads"
 _SHAPES = "megatron_vlmoe.convert.parameters"
 _READERS = "megatron_vlmoe.prepare.readers.tasks"
-_SCORES = "megatron_vlmoe.finetune.scores"
+_METRICS = "megatron_vlmoe.finetune.metrics"
 
 PAIR_HEAD = Head(
     build=f"{_HEADS}:PairClassifier",
@@ -205,8 +205,8 @@ _ROWS = (
         splits=("val",),
         best_metric="vqa_official",
         head=PAIR_HEAD,
-        scores=f"{_SCORES}:vqa_scores",
-        guess=f"{_SCORES}:guess_answer",
+        scores=f"{_METRICS}:vqa_scores",
+        guess=f"{_METRICS}:guess_answer",
         submission="megatron_vlmoe.finetune.predictions:vqa_submission",
         methods=("answer",),
     ),
@@ -237,7 +237,7 @@ _ROWS = (
         table_split="test",
         head=RETRIEVAL_HEAD,
         objective="megatron_vlmoe.finetune.retrieval:RetrievalObjective",
-        guess=f"{_SCORES}:guess_match",
+        guess=f"{_METRICS}:guess_match",
         methods=("encode_image", "encode_text", "score", "match"),
     ),
     TaskSpec(
@@ -249,7 +249,7 @@ _ROWS = (
         splits=("val",),
         best_metric="top1",
         head=IMAGE_HEAD,
-        scores=f"{_SCORES}:top1_and_top5",
+        scores=f"{_METRICS}:top1_and_top5",
         methods=("classify",),
     ),
     TaskSpec(

@@ -26,11 +26,11 @@ from megatron_vlmoe.data.order import BlendedOrder
 from megatron_vlmoe.data.packing import PackedTexts
 from megatron_vlmoe.data.samples import (
     Augmentation,
-    CaptionFormat,
     CaptionSamples,
     ImageViews,
     PatchMasks,
     SampleRngs,
+    TextFormat,
     TextSamples,
 )
 from megatron_vlmoe.data.sources import (
@@ -283,20 +283,14 @@ class PretrainData:
     def _pairs(self, split: Split) -> PairBatches:
         config = self.config
         sources, rngs = self._sources["pairs", split], self._rngs("pairs", split)
-        layout = CaptionFormat(
-            bos_id=self._tokenizer.bos_id,
-            eos_id=self._tokenizer.eos_id,
-            pad_id=self._tokenizer.pad_id,
-            length=config.model.pair_text_length,
-            fraction=config.objectives.caption_mask_fraction,
-            slots=config.objectives.caption_mask_slots,
-        )
         captions = CaptionSamples(
             [item.reader("text") for item in sources.items],
             [item.documents for item in sources.items],
             config.data.pair_unit,
             self._vocabulary,
-            layout,
+            TextFormat.of(self._tokenizer, config.model.pair_text_length),
+            config.objectives.caption_mask_fraction,
+            config.objectives.caption_mask_slots,
             rngs,
         )
         sizes = [captions.num_samples(number) for number in range(len(sources.items))]

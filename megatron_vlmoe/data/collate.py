@@ -236,7 +236,7 @@ class PairBatches:
         refs = [self.order.locate(number) for number in numbers]
         made = [self.captions.sample(ref) for ref in refs]
         labels = np.stack([sample.labels for sample in made])
-        positions, values = slot_positions(labels, self.captions.layout.slots)
+        positions, values = slot_positions(labels, self.captions.slots)
         sample_numbers = np.asarray(numbers, dtype=np.int64)
         images = self.pixels.make(refs, [sample.image for sample in made])
         return {

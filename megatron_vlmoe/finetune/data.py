@@ -16,10 +16,10 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber, to_tensors
 from megatron_vlmoe.data.loading import Loader, Numbers
 from megatron_vlmoe.data.order import SampleOrder, SampleRef
-from megatron_vlmoe.data.samples import SampleRngs
+from megatron_vlmoe.data.samples import SampleRngs, TextFormat
 from megatron_vlmoe.data.sources import open_text_tokenizer
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
-from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
+from megatron_vlmoe.finetune.samples import TaskSamples
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.stream.sizes import num_micro_batches

@@ -12,9 +12,9 @@ from raw_tasks import Desk, put
 from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.order import SampleRef
-from megatron_vlmoe.data.samples import ImageViews, SampleRngs
+from megatron_vlmoe.data.samples import ImageViews, SampleRngs, TextFormat
 from megatron_vlmoe.finetune.evaluation import PairItems
-from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
+from megatron_vlmoe.finetune.samples import TaskSamples
 
 # Image and caption; in order of the images, as re-ranking makes them.
 PAIRS = np.array([[0, 0], [0, 2], [0, 3], [1, 0], [1, 1], [2, 0], [2, 2], [2, 5]])
