@@ -12,8 +12,8 @@ from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.evaluation import (
+    EvalItems,
     Found,
-    SampleItems,
     evaluate_items,
     share_metrics,
     to_numpy,
@@ -44,7 +44,8 @@ class ClassificationObjective(TaskObjective):
 
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """Metrics, and what `digest` tells of all samples."""
-        items, task = SampleItems(split.samples), self.config.task.name
+        samples, task = split.samples, self.config.task.name
+        items = EvalItems(len(samples), samples.spec.stream, samples.sample_parts)
 
         def reduce(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
             labels = batch["labels"].cpu().numpy() if "labels" in batch else None

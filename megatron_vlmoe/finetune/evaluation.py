@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Optional
 
 import numpy as np
 import torch.distributed as dist
@@ -20,9 +20,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape
 from megatron_vlmoe.data.collate import BatchShare, to_tensors
 from megatron_vlmoe.data.loading import Loader
-from megatron_vlmoe.data.order import SampleRef
 from megatron_vlmoe.finetune.data import TaskData
-from megatron_vlmoe.finetune.samples import TaskSamples
 from megatron_vlmoe.runtime.distributed import Ranks, is_rank_zero
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
@@ -35,99 +33,19 @@ Reduce = Callable[[Batch, Mapping[str, Tensor]], Found]
 MOST_MICRO_BATCHES = 64
 
 
-class EvalItems(Protocol):
-    """What an evaluation runs over."""
-
-    @property
-    def shape(self) -> SampleShape:
-        """What an item puts into the stream."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """The parts of a micro-batch with these items."""
-        ...
-
-
 @dataclass(frozen=True)
-class SampleItems:
-    """The samples of a classification task."""
+class EvalItems:
+    """What an evaluation runs over.
 
-    samples: TaskSamples
-
-    @property
-    def shape(self) -> SampleShape:
-        """That of the task."""
-        return self.samples.spec.stream
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """As `TaskSamples.batch`."""
-        return self.samples.batch([SampleRef(0, 0, number) for number in numbers])
-
-
-@dataclass(frozen=True)
-class ImageItems:
-    """The distinct images of a retrieval split."""
-
-    samples: TaskSamples
-    shape: SampleShape = SampleShape(images=1)
-
-    def __len__(self) -> int:
-        return self.samples.dataset.num_images
-
-    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """The segment `images` and ``samples``, the documents."""
-        refs = [SampleRef(0, 0, number) for number in numbers]
-        return {
-            "samples": np.array(numbers, dtype=np.int64),
-            "images": self.samples.images(refs, list(numbers)),
-        }
-
-
-@dataclass(frozen=True)
-class TextItems:
-    """The captions of a retrieval split."""
-
-    samples: TaskSamples
-    shape: SampleShape = SampleShape(texts=1)
-
-    def __len__(self) -> int:
-        return self.samples.dataset.num_texts
-
-    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """The segment `texts` and ``samples``, the sequences."""
-        return {
-            "samples": np.array(numbers, dtype=np.int64),
-            "texts": self.samples.texts([(number,) for number in numbers]),
-        }
-
-
-@dataclass(frozen=True)
-class PairItems:
-    """Candidate pairs ``[n, 2]`` of (image document, caption sequence), for the matching head.
-
-    In order of the images: an image is decoded once for all its pairs in a micro-batch.
+    Args:
+        count: how many items there are.
+        shape: what an item puts into the stream.
+        batch: from the numbers of items to the parts of a micro-batch; pickles, so that loader workers can have it.
     """
 
-    samples: TaskSamples
-    pairs: Array
-    shape: SampleShape = SampleShape(pairs=1)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """The segments `pair_texts` and `pair_images`, and ``samples``, the rows of `pairs`."""
-        chosen = self.pairs[list(numbers)].tolist()
-        return {
-            "samples": np.array(numbers, dtype=np.int64),
-            "pair_texts": self.samples.texts([(text,) for _, text in chosen]),
-            "pair_images": self.samples.repeated_images([image for image, _ in chosen]),
-        }
+    count: int
+    shape: SampleShape
+    batch: Callable[[Sequence[int]], dict[str, Any]]
 
 
 class EvalMicroBatches(Dataset[Batch]):
@@ -135,19 +53,23 @@ class EvalMicroBatches(Dataset[Batch]):
 
     def __init__(self, items: EvalItems, config: FinetuneConfig, share: BatchShare) -> None:
         self.items, self.share, self.size = items, share, config.task.eval_batch
-        self.count = max(1, -(-len(items) // (self.size * share.data_size)))
+        self.count = max(1, -(-items.count // (self.size * share.data_size)))
         pipeline = config.parallel.pipeline_model_parallel_size
         if config.parallel.virtual_pipeline_model_parallel_size > 1:
             # Interleaving takes micro-batches in multiples of the stages.
             self.count = -(-self.count // pipeline) * pipeline
 
     def __getitem__(self, local: int) -> Batch:
-        """The batch with ``valid [n]``, False for copies. Raises DataError."""
+        """The batch with ``samples [n]``, numbers of items, and ``valid [n]``, False for copies. Raises DataError."""
         first = (local * self.share.data_size + self.share.data_rank) * self.size
-        numbers, total = range(first, first + self.size), len(self.items)
-        batch = self.items.batch([number if number < total else 0 for number in numbers])
-        real = np.array([number < total for number in numbers])
-        return to_tensors(batch | {"valid": real, "micro_batch": np.array(local)})
+        numbers, total = range(first, first + self.size), self.items.count
+        items = [number if number < total else 0 for number in numbers]
+        marks = {
+            "samples": np.array(items, dtype=np.int64),
+            "valid": np.array([number < total for number in numbers]),
+            "micro_batch": np.array(local),
+        }
+        return to_tensors(self.items.batch(items) | marks)
 
 
 def eval_layout(config: FinetuneConfig, shape: SampleShape) -> StreamLayout:
@@ -214,7 +136,7 @@ def evaluate_items(
     # All tensor-parallel ranks of the last stage hold the same; the first one speaks for them.
     mine = results if ranks.is_last_stage and ranks.tensor == 0 else []
     gathered = gather_to_first(mine)
-    return None if gathered is None else in_order(gathered, len(items))
+    return None if gathered is None else in_order(gathered, items.count)
 
 
 def output(name: str) -> Reduce:

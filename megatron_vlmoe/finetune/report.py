@@ -24,21 +24,6 @@ _TEMPLATE = "report.html.j2"
 
 
 @dataclass(frozen=True)
-class Headline:
-    """A score that the page starts with.
-
-    Args:
-        name: such as "val/accuracy, percent".
-        value: shown large.
-        note: what it compares with, such as "guessing: 50".
-    """
-
-    name: str
-    value: float
-    note: str
-
-
-@dataclass(frozen=True)
 class CountRow:
     """One bar, or a pair of bars, of `Counts`; `true` is None where there is nothing to compare with."""
 
@@ -106,7 +91,8 @@ class Report:
 
     Args:
         title: heading.
-        headlines: the main score of every labelled split.
+        headlines: the main score of every labelled split: its name, such as "val/accuracy, percent", the value, and
+            what it compares with, such as "guessing: 50".
         notes: sentences below them: the model, splits without labels.
         counts: what was predicted how often.
         chosen: sentences that say how the examples were chosen.
@@ -116,7 +102,7 @@ class Report:
     """
 
     title: str
-    headlines: Sequence[Headline] = ()
+    headlines: Sequence[tuple[str, float, str]] = ()
     notes: Sequence[str] = ()
     counts: Sequence[Counts] = ()
     chosen: Sequence[str] = ()

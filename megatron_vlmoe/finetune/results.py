@@ -28,7 +28,6 @@ from megatron_vlmoe.finetune.report import (
     CountRow,
     Counts,
     Example,
-    Headline,
     Report,
     kind_of,
     number,
@@ -149,7 +148,7 @@ def _report(
         guess = number(load_code(task.spec.guess)(table.split.dataset, table.labels))
         name = f"{split}/{task.spec.best_metric}"
         note = f"guessing: {guess}; {samples:,.0f} samples"
-        headlines.append(Headline(f"{name}, percent", metrics[name], note))
+        headlines.append((f"{name}, percent", metrics[name], note))
         if unlabelled := metrics.get(f"{split}/unlabelled"):
             notes.append(f"{split}: {unlabelled:,.0f} samples without labels do not count.")
     for table, _ in every:

@@ -94,6 +94,32 @@ class TaskSamples:
             batch |= self._pairs(refs, rows)
         return batch
 
+    def sample_parts(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """`batch` of the samples with these numbers, for evaluation."""
+        return self.batch([SampleRef(0, 0, number) for number in numbers])
+
+    def image_parts(self, documents: Sequence[int]) -> dict[str, Any]:
+        """The segment `images` of these images, for evaluation."""
+        return {"images": self.images([SampleRef(0, 0, n) for n in documents], documents)}
+
+    def text_parts(self, sequences: Sequence[int]) -> dict[str, Any]:
+        """The segment `texts` of these texts."""
+        return {"texts": self.texts([(sequence,) for sequence in sequences])}
+
+    def pair_parts(self, pairs: Array, numbers: Sequence[int]) -> dict[str, Any]:
+        """The segments `pair_texts` and `pair_images` of candidates, for the matching head.
+
+        Args:
+            pairs: ``[n, 2]`` of (image document, caption sequence), in order of the images: an image is decoded once
+                for all its pairs in a micro-batch.
+            numbers: rows of them.
+        """
+        chosen = pairs[list(numbers)].tolist()
+        return {
+            "pair_texts": self.texts([(text,) for _, text in chosen]),
+            "pair_images": self.repeated_images([image for image, _ in chosen]),
+        }
+
     def _mixed(
         self, refs: Sequence[SampleRef], documents: Sequence[int], batch: Mapping[str, Any]
     ) -> dict[str, Any]:
