@@ -205,13 +205,11 @@ def build_parser(
     )
     parser.add_argument(
         "--dry-run",
-        dest="dry_run",
         action="store_true",
         help="print the resolved options and what they need, then stop",
     )
     parser.add_argument(
         "--dry-run-world-size",
-        dest="dry_run_world_size",
         type=int,
         default=0,
         metavar="N",
@@ -219,7 +217,6 @@ def build_parser(
     )
     parser.add_argument(
         "--dry-run-gpus-per-node",
-        dest="dry_run_gpus_per_node",
         type=int,
         default=8,
         metavar="N",

@@ -21,9 +21,9 @@ from megatron_vlmoe.config.schema import (
 EXPERTS = {"dense": 0, "8e": 8, "16e": 16, "32e": 32}
 
 
-def _tiny() -> RunConfig:
-    """A model for the quick start and tests: minutes on two CPU cores."""
-    return RunConfig(
+SIZES = {
+    # A model for the quick start and tests: minutes on two CPU cores.
+    "tiny": RunConfig(
         model=ModelConfig(
             num_layers=6,
             hidden_size=128,
@@ -55,12 +55,9 @@ def _tiny() -> RunConfig:
         train=TrainConfig(steps=600, eval_interval=200, eval_steps=4),
         checkpoint=CheckpointConfig(save_interval=200),
         log=LogConfig(interval=10),
-    )
-
-
-def _small() -> RunConfig:
-    """SMALL of the paper: 8 blocks, 384 wide, VL-FFN in block 8."""
-    return RunConfig(
+    ),
+    # SMALL of the paper: 8 blocks, 384 wide, VL-FFN in block 8.
+    "small": RunConfig(
         model=ModelConfig(
             num_layers=8,
             hidden_size=384,
@@ -68,17 +65,11 @@ def _small() -> RunConfig:
             ffn_hidden_size=1536,
             num_vl_layers=1,
         )
-    )
-
-
-def _base() -> RunConfig:
-    """BASE of the paper: 12 blocks, 768 wide, VL-FFN from block 10."""
-    return RunConfig()
-
-
-def _large() -> RunConfig:
-    """ViT-L widths with VLMo's three VL blocks and BEiT's LayerScale for large models."""
-    return RunConfig(
+    ),
+    # BASE of the paper: 12 blocks, 768 wide, VL-FFN from block 10.
+    "base": RunConfig(),
+    # ViT-L widths with VLMo's three VL blocks and BEiT's LayerScale for large models.
+    "large": RunConfig(
         model=ModelConfig(
             num_layers=24,
             hidden_size=1024,
@@ -88,10 +79,8 @@ def _large() -> RunConfig:
             layer_scale_init=1e-5,
         ),
         data=DataConfig(micro_texts=32, micro_images=32, micro_pairs=32),
-    )
-
-
-SIZES = {"tiny": _tiny, "small": _small, "base": _base, "large": _large}
+    ),
+}
 
 
 def preset_names() -> tuple[str, ...]:
@@ -112,6 +101,5 @@ def preset(name: str, option: str = "--preset") -> RunConfig:
     size, _, experts = name.partition("-")
     if size not in SIZES or experts not in EXPERTS:
         raise ConfigError(f"{option} {name}: {unknown_name(name, preset_names())}")
-    config = SIZES[size]()
     count = EXPERTS[experts]
-    return replace(config, moe=MoEConfig(num_vision_experts=count, num_text_experts=count))
+    return replace(SIZES[size], moe=MoEConfig(num_vision_experts=count, num_text_experts=count))

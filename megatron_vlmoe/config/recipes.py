@@ -6,8 +6,9 @@ NLVR2 its batch sizes, epochs and learning rates are the paper's), for ImageNet 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Callable
+from functools import partial
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.hints import unknown_name
@@ -43,13 +44,17 @@ def finetune_recipe(
     head_lr_multiplier: float = 1.0,
     weight_decay: float = 0.01,
     crop_scale_min: float = 0.5,
+    cache: bool = False,
 ) -> FinetuneConfig:
-    """A recipe on an architecture: `model` and `moe` with changes; every other section starts anew."""
+    """A recipe on an architecture: `model` and `moe` with changes; every other section starts anew.
+
+    An `image_size` or `text_length` of 0 is that of pretraining.
+    """
     model = replace(
         base.model,
-        image_size=image_size,
-        text_length=text_length,
-        pair_text_length=text_length,
+        image_size=image_size or base.model.image_size,
+        text_length=text_length or base.model.text_length,
+        pair_text_length=text_length or base.model.text_length,
         drop_path=drop_path,
     )
     optim = OptimConfig(
@@ -82,26 +87,8 @@ def finetune_recipe(
         checkpoint=CheckpointConfig(save_interval=0, keep_last=1),
         log=LogConfig(),
         task=task,
+        contrastive=ContrastiveConfig(cache=cache),
     )
-
-
-def _vqa(base: RunConfig) -> FinetuneConfig:
-    """VQA v2: 480 pixels, 10 epochs of 128, lr 3e-5 (paper A.2); the rest as VLMo."""
-    task = TaskConfig(name="vqa", rand_augment="vl")
-    return finetune_recipe(
-        base, task, lr=3e-5, image_size=480, drop_path=0.15, head_lr_multiplier=20.0
-    )
-
-
-def _nlvr2(base: RunConfig) -> FinetuneConfig:
-    """NLVR2: 384 pixels, 10 epochs of 128, lr 5e-5 (paper A.2)."""
-    return finetune_recipe(base, TaskConfig(name="nlvr2", rand_augment="vl"), lr=5e-5)
-
-
-def _nlvr2_ablation(base: RunConfig) -> FinetuneConfig:
-    """NLVR2 of Table 3: 224 pixels, lr 5e-5 or 1e-4, mean of three runs (paper A.2)."""
-    task = TaskConfig(name="nlvr2", rand_augment="vl", seeds=(1, 2, 3))
-    return finetune_recipe(base, task, lr=1e-4, image_size=224)
 
 
 def _retrieval(epochs: float, batch: int) -> TaskConfig:
@@ -114,31 +101,9 @@ def _retrieval(epochs: float, batch: int) -> TaskConfig:
     )
 
 
-def _with_cache(config: FinetuneConfig) -> FinetuneConfig:
-    """Negatives from the whole batch on any number of GPUs."""
-    return replace(config, contrastive=ContrastiveConfig(cache=True))
-
-
-def _coco(base: RunConfig) -> FinetuneConfig:
-    """COCO retrieval: 384 pixels, 20 epochs of 2,048, lr 2e-5 (paper A.2)."""
-    return _with_cache(finetune_recipe(base, _retrieval(20.0, 2048), lr=2e-5, drop_path=0.2))
-
-
-def _flickr30k(base: RunConfig) -> FinetuneConfig:
-    """Flickr30K retrieval from the COCO-fine-tuned model: 384 pixels, 40 epochs of 2,048, lr 1e-5 (paper A.2)."""
-    return _with_cache(finetune_recipe(base, _retrieval(40.0, 2048), lr=1e-5, drop_path=0.15))
-
-
-def _flickr30k_ablation(base: RunConfig) -> FinetuneConfig:
-    """Flickr30K of Table 3: 224 pixels, 10 epochs of 1,024, lr 5e-5 (paper A.2)."""
-    return _with_cache(
-        finetune_recipe(base, _retrieval(10.0, 1024), lr=5e-5, image_size=224, drop_path=0.15)
-    )
-
-
-def _imagenet(base: RunConfig) -> FinetuneConfig:
-    """ImageNet-1K: 384 pixels, 15 epochs of 2,048, lr 3e-5 (paper A.2)."""
-    task = TaskConfig(
+_IMAGENET = partial(
+    finetune_recipe,
+    task=TaskConfig(
         name="imagenet",
         epochs=15.0,
         global_batch_size=2048,
@@ -146,84 +111,44 @@ def _imagenet(base: RunConfig) -> FinetuneConfig:
         label_smoothing=0.1,
         rand_augment="imagenet",
         random_erase=0.25,
-    )
-    return finetune_recipe(
-        base, task, lr=3e-5, layer_decay=0.85, weight_decay=0.05, crop_scale_min=0.08
-    )
-
-
-def _imagenet22k(base: RunConfig) -> FinetuneConfig:
-    """Intermediate step on ImageNet-22K before ImageNet-1K (paper 4.3; BEiT's values)."""
-    task = TaskConfig(
-        name="imagenet",
-        epochs=90.0,
-        global_batch_size=4096,
-        micro_batch_size=128,
-        label_smoothing=0.1,
-        mixup=0.8,
-        cutmix=1.0,
-        rand_augment="imagenet",
-        random_erase=0.25,
-    )
-    return finetune_recipe(
-        base,
-        task,
-        lr=3e-3,
-        image_size=224,
-        drop_path=0.2,
-        layer_decay=0.65,
-        weight_decay=0.05,
-        crop_scale_min=0.08,
-    )
-
-
-def _imagenet_ablation(base: RunConfig) -> FinetuneConfig:
-    """ImageNet-1K of Table 3: the recipe at 224 pixels."""
-    config = _imagenet(base)
-    return replace(config, model=replace(config.model, image_size=224))
-
-
-def _mnli(base: RunConfig) -> FinetuneConfig:
-    """MNLI: 10 epochs of 32, lr 3e-5 (paper A.2); texts of the pretraining length."""
-    task = TaskConfig(name="mnli", global_batch_size=32)
-    return finetune_recipe(
-        base, task, lr=3e-5, image_size=base.model.image_size, text_length=base.model.text_length
-    )
+    ),
+    lr=3e-5,
+    layer_decay=0.85,
+    weight_decay=0.05,
+    crop_scale_min=0.08,
+)
 
 
 def _sample(
-    task: TaskConfig, *, lr: float, text_length: int = 0, matching: bool = True
-) -> Callable[[RunConfig], FinetuneConfig]:
+    base: RunConfig, *, task: TaskConfig, lr: float, text_length: int = 0, matching: bool = True
+) -> FinetuneConfig:
     """A task of the sample corpus: a minute or two on one CPU core, from a tiny model.
 
     Args:
+        base: the pretraining run.
         task: batch and epochs.
         lr: peak learning rate.
         text_length: tokens of nearly all of the task's texts, longer ones are cut; 0 is the pretraining's.
         matching: whether retrieval trains with pairs.
     """
-
-    def recipe(base: RunConfig) -> FinetuneConfig:
-        config = finetune_recipe(
-            base,
-            task,
-            lr=lr,
-            image_size=base.model.image_size,
-            drop_path=0.0,
-            text_length=text_length or max(base.model.text_length, base.model.pair_text_length),
-            # A crop or a flip would make "at the top left" false.
-            crop_scale_min=1.0,
-        )
-        return replace(
-            config,
-            data=replace(config.data, flip_probability=0.0, pair_flip_probability=0.0),
-            optim=replace(config.optim, clip_grad=3.0, adam_beta2=0.999),
-            # Most patches of such a picture are plain background and go to the same expert: a capacity would drop them.
-            moe=replace(config.moe, capacity_factor=0.0, eval_capacity_factor=0.0),
-            contrastive=replace(config.contrastive, matching_weight=float(matching)),
-        )
-
-    return recipe
+    config = finetune_recipe(
+        base,
+        task,
+        lr=lr,
+        image_size=0,
+        drop_path=0.0,
+        text_length=text_length or max(base.model.text_length, base.model.pair_text_length),
+        # A crop or a flip would make "at the top left" false.
+        crop_scale_min=1.0,
+    )
+    return replace(
+        config,
+        data=replace(config.data, flip_probability=0.0, pair_flip_probability=0.0),
+        optim=replace(config.optim, clip_grad=3.0, adam_beta2=0.999),
+        # Most patches of such a picture are plain background and go to the same expert: a capacity would drop them.
+        moe=replace(config.moe, capacity_factor=0.0, eval_capacity_factor=0.0),
+        contrastive=replace(config.contrastive, matching_weight=float(matching)),
+    )
 
 
 def _sample_task(name: str, batch: int, epochs: float, micro: int = 16) -> TaskConfig:
@@ -238,31 +163,84 @@ def _sample_task(name: str, batch: int, epochs: float, micro: int = 16) -> TaskC
     )
 
 
+# Image sizes, epochs, batches and learning rates are those of paper A.2, of ImageNet-22K BEiT's.
 RECIPES: dict[str, Callable[[RunConfig], FinetuneConfig]] = {
-    "vqa": _vqa,
-    "nlvr2": _nlvr2,
-    "coco": _coco,
-    "flickr30k": _flickr30k,
-    "imagenet": _imagenet,
-    "imagenet22k": _imagenet22k,
-    "mnli": _mnli,
-    "nlvr2-ablation": _nlvr2_ablation,
-    "flickr30k-ablation": _flickr30k_ablation,
-    "imagenet-ablation": _imagenet_ablation,
-    "sample-vqa": _sample(_sample_task("vqa", 8, 1.2), lr=5e-4, text_length=16),
-    "sample-nlvr2": _sample(_sample_task("nlvr2", 16, 1.4), lr=5e-4, text_length=20),
-    # Pairs would take five times as long; recall without re-ranking comes from the dot products alone.
-    "sample-retrieval": _sample(
-        _sample_task("retrieval", 32, 1.2, micro=32), lr=1e-3, text_length=32, matching=False
+    "vqa": partial(
+        finetune_recipe,
+        task=TaskConfig(name="vqa", rand_augment="vl"),
+        lr=3e-5,
+        image_size=480,
+        drop_path=0.15,
+        head_lr_multiplier=20.0,
     ),
-    "sample-imagenet": _sample(_sample_task("imagenet", 32, 12.0), lr=1e-3),
-    "sample-mnli": _sample(_sample_task("mnli", 32, 1.5), lr=5e-4, text_length=44),
+    "nlvr2": partial(finetune_recipe, task=TaskConfig(name="nlvr2", rand_augment="vl"), lr=5e-5),
+    # Retrieval takes negatives from the whole batch on any number of GPUs.
+    "coco": partial(
+        finetune_recipe, task=_retrieval(20.0, 2048), lr=2e-5, drop_path=0.2, cache=True
+    ),
+    # From the model that was fine-tuned on COCO.
+    "flickr30k": partial(
+        finetune_recipe, task=_retrieval(40.0, 2048), lr=1e-5, drop_path=0.15, cache=True
+    ),
+    "imagenet": _IMAGENET,
+    # Intermediate step before ImageNet-1K (paper 4.3).
+    "imagenet22k": partial(
+        finetune_recipe,
+        task=TaskConfig(
+            name="imagenet",
+            epochs=90.0,
+            global_batch_size=4096,
+            micro_batch_size=128,
+            label_smoothing=0.1,
+            mixup=0.8,
+            cutmix=1.0,
+            rand_augment="imagenet",
+            random_erase=0.25,
+        ),
+        lr=3e-3,
+        image_size=224,
+        drop_path=0.2,
+        layer_decay=0.65,
+        weight_decay=0.05,
+        crop_scale_min=0.08,
+    ),
+    # Texts of the pretraining length.
+    "mnli": partial(
+        finetune_recipe,
+        task=TaskConfig(name="mnli", global_batch_size=32),
+        lr=3e-5,
+        image_size=0,
+        text_length=0,
+    ),
+    # Table 3: at 224 pixels; for NLVR2 lr 5e-5 or 1e-4, and the mean of three runs.
+    "nlvr2-ablation": partial(
+        finetune_recipe,
+        task=TaskConfig(name="nlvr2", rand_augment="vl", seeds=(1, 2, 3)),
+        lr=1e-4,
+        image_size=224,
+    ),
+    "flickr30k-ablation": partial(
+        finetune_recipe,
+        task=_retrieval(10.0, 1024),
+        lr=5e-5,
+        image_size=224,
+        drop_path=0.15,
+        cache=True,
+    ),
+    "imagenet-ablation": partial(_IMAGENET, image_size=224),
+    "sample-vqa": partial(_sample, task=_sample_task("vqa", 8, 1.2), lr=5e-4, text_length=16),
+    "sample-nlvr2": partial(_sample, task=_sample_task("nlvr2", 16, 1.4), lr=5e-4, text_length=20),
+    # Pairs would take five times as long; recall without re-ranking comes from the dot products alone.
+    "sample-retrieval": partial(
+        _sample,
+        task=_sample_task("retrieval", 32, 1.2, micro=32),
+        lr=1e-3,
+        text_length=32,
+        matching=False,
+    ),
+    "sample-imagenet": partial(_sample, task=_sample_task("imagenet", 32, 12.0), lr=1e-3),
+    "sample-mnli": partial(_sample, task=_sample_task("mnli", 32, 1.5), lr=5e-4, text_length=44),
 }
-
-
-def plain(base: RunConfig, name: str) -> FinetuneConfig:
-    """The recipe of a task that has none of its own: as NLVR2's, at the image size of pretraining."""
-    return finetune_recipe(base, TaskConfig(name=name), lr=5e-5, image_size=base.model.image_size)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -292,6 +270,7 @@ def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
         raise ConfigError(f"--preset {name}: {unknown_name(name, recipe_names())}")
     recipe = find_task(name).recipe
     if not recipe:
-        return plain(base, name)
+        # As NLVR2's, at the image size of pretraining.
+        return finetune_recipe(base, TaskConfig(name=name), lr=5e-5, image_size=0)
     config: FinetuneConfig = (RECIPES[recipe] if recipe in RECIPES else load_code(recipe))(base)
     return replace(config, task=replace(config.task, name=name))

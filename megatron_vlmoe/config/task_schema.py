@@ -83,11 +83,6 @@ class TaskConfig:
         return self.eval_splits or self.spec.splits
 
     @property
-    def best_metric(self) -> str:
-        """The metric that chooses the best checkpoint; larger is better."""
-        return self.spec.best_metric
-
-    @property
     def eval_batch(self) -> int:
         """Samples in a micro-batch of an evaluation."""
         return self.eval_micro_batch_size or self.micro_batch_size

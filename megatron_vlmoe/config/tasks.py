@@ -70,7 +70,7 @@ class TaskSpec:
         reader: ``module:name`` of what makes a `TaskSource` of a `TaskInput`.
         reader_options: which fields of `TaskInput` the reader knows, besides the folder.
         recipe: name of a recipe of config/recipes.py, or ``module:name`` of a function that takes the RunConfig of
-            the pretrained model and gives the FinetuneConfig; empty: `recipes.plain`.
+            the pretrained model and gives the FinetuneConfig; empty: as NLVR2, at the image size of pretraining.
         splits: evaluation splits unless others are named; the first chooses the best checkpoint.
         best_metric: the metric that chooses it, without the name of the split; larger is better.
         table_split: the split whose `best_metric` stands in a table of results; empty: the first of `splits`.
@@ -102,8 +102,8 @@ class TaskSpec:
     table_split: str = ""
     head: Head
     objective: str = "megatron_vlmoe.finetune.classification:ClassificationObjective"
-    scores: str = "megatron_vlmoe.finetune.scores:accuracy"
-    guess: str = "megatron_vlmoe.finetune.scores:guess_class"
+    scores: str = "megatron_vlmoe.finetune.metrics:accuracy"
+    guess: str = "megatron_vlmoe.finetune.metrics:guess_class"
     submission: str = ""
     methods: tuple[str, ...] = ()
     decides: bool = False
@@ -148,7 +148,7 @@ class TaskSpec:
 _HEADS = "megatron_vlmoe.model.task_heads"
 _SHAPES = "megatron_vlmoe.convert.parameters"
 _READERS = "megatron_vlmoe.prepare.readers.tasks"
-_SCORES = "megatron_vlmoe.finetune.scores"
+_METRICS = "megatron_vlmoe.finetune.metrics"
 
 PAIR_HEAD = Head(
     build=f"{_HEADS}:PairClassifier",
@@ -205,8 +205,8 @@ _ROWS = (
         splits=("val",),
         best_metric="vqa_official",
         head=PAIR_HEAD,
-        scores=f"{_SCORES}:vqa_scores",
-        guess=f"{_SCORES}:guess_answer",
+        scores=f"{_METRICS}:vqa_scores",
+        guess=f"{_METRICS}:guess_answer",
         submission="megatron_vlmoe.finetune.predictions:vqa_submission",
         methods=("answer",),
     ),
@@ -237,7 +237,7 @@ _ROWS = (
         table_split="test",
         head=RETRIEVAL_HEAD,
         objective="megatron_vlmoe.finetune.retrieval:RetrievalObjective",
-        guess=f"{_SCORES}:guess_match",
+        guess=f"{_METRICS}:guess_match",
         methods=("encode_image", "encode_text", "score", "match"),
     ),
     TaskSpec(
@@ -249,7 +249,7 @@ _ROWS = (
         splits=("val",),
         best_metric="top1",
         head=IMAGE_HEAD,
-        scores=f"{_SCORES}:top1_and_top5",
+        scores=f"{_METRICS}:top1_and_top5",
         methods=("classify",),
     ),
     TaskSpec(

@@ -89,7 +89,7 @@ def _origin_lines(inspection: Inspection) -> list[str]:
         lines[0] += f", {state.skipped_steps} steps skipped"
     if isinstance(config, FinetuneConfig) and state.best_value is not None:
         lines.append(
-            f"best {config.task.best_metric} {state.best_value:.4g} at step {state.best_step}"
+            f"best {config.task.spec.best_metric} {state.best_value:.4g} at step {state.best_step}"
         )
     return lines
 

@@ -34,18 +34,9 @@ class CropBox:
         return cls(0, 0, width, height)
 
 
-@dataclass(frozen=True)
-class Jitter:
-    """Colour changes in the order in which they are applied.
-
-    Args:
-        steps: (``brightness`` | ``contrast`` | ``saturation``, factor); a factor of 1 is no change.
-    """
-
-    steps: tuple[tuple[str, float], ...] = ()
-
-
-NO_JITTER = Jitter()
+Jitter = tuple[tuple[str, float], ...]
+"""Colour changes in the order in which they are applied: (``brightness`` | ``contrast`` | ``saturation``, factor)."""
+NO_JITTER: Jitter = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,7 @@ def draw_jitter(rng: np.random.Generator, strength: float) -> Jitter:
     names = ("brightness", "contrast", "saturation")
     low, high = max(0.0, 1.0 - strength), 1.0 + strength
     factors = (low + (high - low) * rng.random(3)).tolist()
-    return Jitter(tuple((names[i], factors[i]) for i in rng.permutation(3).tolist()))
+    return tuple((names[i], factors[i]) for i in rng.permutation(3).tolist())
 
 
 def apply_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
@@ -122,20 +113,16 @@ def apply_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
 
     Brightness and contrast act on each value alone, so they are looked up in a table.
     """
-    for name, factor in jitter.steps:
+    for name, factor in jitter:
         if name == "saturation":
             image = Image.blend(image.convert("L").convert("RGB"), image, factor)
         elif name == "contrast":
-            image = image.point(_blend_table(_mean_luma(image), factor) * 3)
+            histogram = np.asarray(image.convert("L").histogram(), dtype=np.int64)
+            mean = int(histogram @ np.arange(256) / histogram.sum() + 0.5)
+            image = image.point(_blend_table(mean, factor) * 3)
         else:
             image = image.point(_blend_table(0, factor) * 3)
     return image
-
-
-def _mean_luma(image: Image.Image) -> int:
-    """Mean grey value, rounded."""
-    histogram = np.asarray(image.convert("L").histogram(), dtype=np.int64)
-    return int(histogram @ np.arange(256) / histogram.sum() + 0.5)
 
 
 def _blend_table(grey: int, factor: float) -> list[int]:
@@ -208,20 +195,8 @@ def views(
     for size in sizes:
         if size not in made:
             view = apply_jitter(apply_crop(image, draw.box, size, draw.flip, resample), draw.jitter)
-            made[size] = _to_planes(then(view))
+            view = then(view)
+            # Pillow writes one plane at a time faster than numpy transposes.
+            planes = bytearray().join(view.tobytes("raw", band) for band in "RGB")
+            made[size] = np.frombuffer(planes, dtype=np.uint8).reshape(3, size, size)
     return [made[size] for size in sizes]
-
-
-def _to_planes(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Pixels of an RGB image, uint8 ``[3, height, width]``."""
-    # Pillow writes one plane at a time faster than numpy transposes.
-    planes = bytearray().join(image.tobytes("raw", band) for band in "RGB")
-    return np.frombuffer(planes, dtype=np.uint8).reshape(3, image.height, image.width)
-
-
-def two_views(
-    image: Image.Image, draw: ImageDraw, model_size: int, tokenizer_size: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """The model's view ``[3, S, S]`` and the image tokenizer's ``[3, S', S']``, patch-aligned."""
-    model_view, tokenizer_view = views(image, draw, (model_size, tokenizer_size))
-    return model_view, tokenizer_view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +21,17 @@ from megatron_vlmoe.data.collate import (
     to_tensors,
 )
 from megatron_vlmoe.data.loading import Loader, Numbers
+from megatron_vlmoe.data.masking import Vocabulary
+from megatron_vlmoe.data.order import BlendedOrder
 from megatron_vlmoe.data.packing import PackedTexts
 from megatron_vlmoe.data.samples import (
     Augmentation,
-    CaptionFormat,
     CaptionSamples,
     ImageViews,
     PatchMasks,
     SampleRngs,
+    TextFormat,
     TextSamples,
-    Vocabulary,
 )
 from megatron_vlmoe.data.sources import (
     OBJECTIVES,
@@ -44,10 +45,9 @@ from megatron_vlmoe.data.sources import (
     open_text_tokenizer,
     resolve_sizes,
 )
-from megatron_vlmoe.data.summary import describe_config, describe_sources, text_mask_slots
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
-from megatron_vlmoe.stream.sizes import num_micro_batches
+from megatron_vlmoe.stream.sizes import num_micro_batches, text_mask_slots
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class MicroBatches(Dataset[Batch]):
 
     def __init__(
         self,
-        parts: Mapping[str, TextBatches | ImageBatches | PairBatches],
+        parts: Mapping[str, Part],
         config: RunConfig,
         share: BatchShare,
     ) -> None:
@@ -92,157 +92,30 @@ class MicroBatches(Dataset[Batch]):
         return to_tensors(batch)
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """What the batches of both splits are built from."""
-
-    config: RunConfig
-    share: BatchShare
-    sources: Mapping[tuple[str, Split], Sources]
-    text_tokenizer: TextTokenizer | None
-    targets: VisualTargets | None
-
-    def rngs(self, objective: str, split: Split) -> SampleRngs:
-        """The randomness of an objective in a split; stream 0 is left to tools."""
-        stream = 1 + 2 * OBJECTIVES.index(objective) + SPLITS.index(split)
-        return SampleRngs(self.config.train.seed, stream, split == "train")
-
-    def parts(self, split: Split) -> dict[str, Part]:
-        """The batch parts of every objective that is on.
-
-        Raises:
-            ConfigError: an objective has nothing held out.
-        """
-        builders: dict[str, Callable[[Split], Part]] = {
-            "texts": self._texts,
-            "images": self._images,
-            "pairs": self._pairs,
-        }
-        parts: dict[str, Part] = {}
-        for name in enabled_objectives(self.config.data):
-            if (name, split) not in self.sources:
-                raise ConfigError(
-                    f"no {name} to evaluate on: data.eval_fraction is 0 and no eval dataset is set"
-                )
-            parts[name] = builders[name](split)
-        return parts
-
-    @property
-    def _tokenizer(self) -> TextTokenizer:
-        assert self.text_tokenizer is not None
-        return self.text_tokenizer
-
-    @property
-    def _vocabulary(self) -> Vocabulary:
-        tokenizer = self._tokenizer
-        return Vocabulary(tokenizer.size, tokenizer.mask_id, tokenizer.special_ids)
-
-    def _texts(self, split: Split) -> TextBatches:
-        data, objectives = self.config.data, self.config.objectives
-        sources, rngs = self.sources["texts", split], self.rngs("texts", split)
-        texts = [
-            PackedTexts(
-                item.reader("text_document"),
-                item.documents,
-                self.config.model.text_length,
-                bos_id=self._tokenizer.bos_id,
-                eos_id=self._tokenizer.eos_id,
-                seed=rngs.seed,
-                shuffle=rngs.train,
-                dataset=rngs.dataset_key(number),
-                cache_dir=data.cache_dir or None,
-                identity=item.manifest.files["_text_document.idx"].sha256,
-            )
-            for number, item in enumerate(sources.items)
-        ]
-        samples = TextSamples(
-            texts,
-            self._vocabulary,
-            text_mask_slots(self.config),
-            objectives.text_mask_fraction,
-            rngs,
-        )
-        sizes = [text.num_samples for text in texts]
-        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
-        return TextBatches(order, samples, data.reset_attention)
-
-    def _pixels(self, objective: str, split: Split) -> PixelBatches:
-        config, targets = self.config, self.targets
-        assert targets is not None
-        flips = {
-            "images": config.data.flip_probability,
-            "pairs": config.data.pair_flip_probability,
-        }
-        rngs = self.rngs(objective, split)
-        views = ImageViews(
-            [item.reader("image") for item in self.sources[objective, split].items],
-            targets.codes[objective, split] if targets.stored else None,
-            Augmentation(config.data.crop_scale_min, config.data.color_jitter, flips[objective]),
-            rngs,
-        )
-        masks = PatchMasks(
-            config.model.patch_grid,
-            config.objectives.num_masked_patches,
-            config.objectives.min_mask_block,
-        )
-        sizes = (config.model.image_size, targets.tokenizer_size)
-        return PixelBatches(views, masks, rngs, sizes, self.share)
-
-    def _images(self, split: Split) -> ImageBatches:
-        sources, rngs = self.sources["images", split], self.rngs("images", split)
-        sizes = [len(item.documents) for item in sources.items]
-        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
-        first = [item.documents.start for item in sources.items]
-        return ImageBatches(order, first, self._pixels("images", split))
-
-    def _pairs(self, split: Split) -> PairBatches:
-        config = self.config
-        sources, rngs = self.sources["pairs", split], self.rngs("pairs", split)
-        layout = CaptionFormat(
-            bos_id=self._tokenizer.bos_id,
-            eos_id=self._tokenizer.eos_id,
-            pad_id=self._tokenizer.pad_id,
-            length=config.model.pair_text_length,
-            fraction=config.objectives.caption_mask_fraction,
-            slots=config.objectives.caption_mask_slots,
-        )
-        captions = CaptionSamples(
-            [item.reader("text") for item in sources.items],
-            [item.documents for item in sources.items],
-            config.data.pair_unit,
-            self._vocabulary,
-            layout,
-            rngs,
-        )
-        sizes = [captions.num_samples(number) for number in range(len(sources.items))]
-        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
-        return PairBatches(order, captions, self._pixels("pairs", split))
-
-
 class PretrainData:
     """The datasets of a pretraining run, verified, as micro-batches.
 
     What is in one is documented at :class:`megatron_vlmoe.stream.batch.Batch`.
     """
 
-    def __init__(self, opened: _Opened) -> None:
-        self.config = opened.config
+    def __init__(
+        self,
+        config: RunConfig,
+        share: BatchShare,
+        sources: Mapping[tuple[str, Split], Sources],
+        text_tokenizer: TextTokenizer | None,
+        targets: VisualTargets | None,
+    ) -> None:
+        self.config = config
         """The run's configuration with all sizes filled in."""
-        self.text_tokenizer = opened.text_tokenizer
+        self.text_tokenizer = text_tokenizer
         """None if the run has neither texts nor pairs."""
-        self.text_slots = text_mask_slots(opened.config)
-        """Predicted positions of a text."""
-        self.caption_slots = opened.config.objectives.caption_mask_slots
-        """Predicted positions of a caption, at most."""
-        self.num_masked_patches = opened.config.objectives.num_masked_patches
-        """Predicted patches of an image."""
-        self.stored_codes = opened.targets is not None and opened.targets.stored
+        self.stored_codes = targets is not None and targets.stored
         """Whether visual codes are read from disk."""
-        self.image_tokenizer = opened.targets.tokenizer if opened.targets else None
+        self.image_tokenizer = targets.tokenizer if targets else None
         """Computes the visual codes, on the CPU; None where they are stored, and on all stages but the last."""
-        self._opened = opened
-        train = opened.parts("train")
-        self._datasets = {"train": MicroBatches(train, self.config, opened.share)}
+        self._share, self._sources, self._targets = share, sources, targets
+        self._datasets = {"train": MicroBatches(self._parts("train"), config, share)}
 
     @classmethod
     def open(
@@ -283,7 +156,7 @@ class PretrainData:
             targets.num_codes if targets else None,
             sources.get(("pairs", "train")),
         )
-        return cls(_Opened(config, share, sources, tokenizer, targets))
+        return cls(config, share, sources, tokenizer, targets)
 
     def loader(
         self, split: Split, first_micro_batch: int = 0, num_micro_batches: int | None = None
@@ -303,15 +176,173 @@ class PretrainData:
         """Lines for the log: documents, samples and epochs of every dataset, and derived sizes."""
         lines = describe_config(self.config, self.stored_codes)
         for split in SPLITS:
-            if all((name, split) in self._opened.sources for name in self._dataset("train").parts):
-                parts = self._dataset(split).parts
-                for name, part in parts.items():
-                    sources = self._opened.sources[name, split]
+            if all((name, split) in self._sources for name in self._dataset("train").parts):
+                for name, part in self._dataset(split).parts.items():
+                    sources = self._sources[name, split]
                     lines += describe_sources(self.config, name, split, sources, part.order)
         return lines
 
     def _dataset(self, split: Split) -> MicroBatches:
         if split not in self._datasets:
-            parts = self._opened.parts(split)
-            self._datasets[split] = MicroBatches(parts, self.config, self._opened.share)
+            self._datasets[split] = MicroBatches(self._parts(split), self.config, self._share)
         return self._datasets[split]
+
+    def _rngs(self, objective: str, split: Split) -> SampleRngs:
+        """The randomness of an objective in a split; stream 0 is left to tools."""
+        stream = 1 + 2 * OBJECTIVES.index(objective) + SPLITS.index(split)
+        return SampleRngs(self.config.train.seed, stream, split == "train")
+
+    def _parts(self, split: Split) -> dict[str, Part]:
+        """The batch parts of every objective that is on.
+
+        Raises:
+            ConfigError: an objective has nothing held out.
+        """
+        builders: dict[str, Callable[[Split], Part]] = {
+            "texts": self._texts,
+            "images": self._images,
+            "pairs": self._pairs,
+        }
+        parts: dict[str, Part] = {}
+        for name in enabled_objectives(self.config.data):
+            if (name, split) not in self._sources:
+                raise ConfigError(
+                    f"no {name} to evaluate on: data.eval_fraction is 0 and no eval dataset is set"
+                )
+            parts[name] = builders[name](split)
+        return parts
+
+    @property
+    def _tokenizer(self) -> TextTokenizer:
+        assert self.text_tokenizer is not None
+        return self.text_tokenizer
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        tokenizer = self._tokenizer
+        return Vocabulary(tokenizer.size, tokenizer.mask_id, tokenizer.special_ids)
+
+    def _texts(self, split: Split) -> TextBatches:
+        data, objectives = self.config.data, self.config.objectives
+        sources, rngs = self._sources["texts", split], self._rngs("texts", split)
+        texts = [
+            PackedTexts(
+                item.reader("text_document"),
+                item.documents,
+                self.config.model.text_length,
+                bos_id=self._tokenizer.bos_id,
+                eos_id=self._tokenizer.eos_id,
+                seed=rngs.seed,
+                shuffle=rngs.train,
+                dataset=rngs.dataset_key(number),
+                cache_dir=data.cache_dir or None,
+                identity=item.manifest.files["_text_document.idx"].sha256,
+            )
+            for number, item in enumerate(sources.items)
+        ]
+        samples = TextSamples(
+            texts,
+            self._vocabulary,
+            text_mask_slots(self.config),
+            objectives.text_mask_fraction,
+            rngs,
+        )
+        sizes = [text.num_samples for text in texts]
+        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
+        return TextBatches(order, samples, data.reset_attention)
+
+    def _pixels(self, objective: str, split: Split) -> PixelBatches:
+        config, targets = self.config, self._targets
+        assert targets is not None
+        flips = {
+            "images": config.data.flip_probability,
+            "pairs": config.data.pair_flip_probability,
+        }
+        rngs = self._rngs(objective, split)
+        views = ImageViews(
+            [item.reader("image") for item in self._sources[objective, split].items],
+            targets.codes[objective, split] if targets.stored else None,
+            Augmentation(config.data.crop_scale_min, config.data.color_jitter, flips[objective]),
+            rngs,
+        )
+        masks = PatchMasks(
+            config.model.patch_grid,
+            config.objectives.num_masked_patches,
+            config.objectives.min_mask_block,
+        )
+        sizes = (config.model.image_size, targets.tokenizer_size)
+        return PixelBatches(views, masks, rngs, sizes, self._share)
+
+    def _images(self, split: Split) -> ImageBatches:
+        sources, rngs = self._sources["images", split], self._rngs("images", split)
+        sizes = [len(item.documents) for item in sources.items]
+        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
+        first = [item.documents.start for item in sources.items]
+        return ImageBatches(order, first, self._pixels("images", split))
+
+    def _pairs(self, split: Split) -> PairBatches:
+        config = self.config
+        sources, rngs = self._sources["pairs", split], self._rngs("pairs", split)
+        captions = CaptionSamples(
+            [item.reader("text") for item in sources.items],
+            [item.documents for item in sources.items],
+            config.data.pair_unit,
+            self._vocabulary,
+            TextFormat.of(self._tokenizer, config.model.pair_text_length),
+            config.objectives.caption_mask_fraction,
+            config.objectives.caption_mask_slots,
+            rngs,
+        )
+        sizes = [captions.num_samples(number) for number in range(len(sources.items))]
+        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
+        return PairBatches(order, captions, self._pixels("pairs", split))
+
+
+def describe_config(config: RunConfig, stored_codes: bool) -> list[str]:
+    """The derived sizes of the objectives that are on."""
+    data, model, objectives = config.data, config.model, config.objectives
+    lines = []
+    if data.micro_texts:
+        lines.append(
+            f"texts: {text_mask_slots(config)} of {model.text_length - 2} tokens are predicted, "
+            f"vocabulary {model.vocab_size}"
+        )
+    if data.micro_pairs:
+        lines.append(
+            f"captions: at most {objectives.caption_mask_slots} of up to "
+            f"{model.pair_text_length - 2} tokens are predicted, vocabulary {model.vocab_size}"
+        )
+    if data.micro_images or data.micro_pairs:
+        origin = "stored" if stored_codes else "computed on the fly"
+        lines.append(
+            f"images: {objectives.num_masked_patches} of {model.num_patches} patches are "
+            f"predicted, {model.visual_vocab_size} visual codes, {origin}"
+        )
+    return lines
+
+
+def describe_sources(
+    config: RunConfig, objective: str, split: Split, sources: Sources, order: BlendedOrder
+) -> list[str]:
+    """One line for each dataset of an objective."""
+    steps = config.train.steps if split == "train" else config.train.eval_steps
+    wanted = steps * getattr(config.data, f"global_{objective}")
+    sizes = [one.num_samples for one in order.orders]
+    lines = []
+    for item, size, share in zip(sources.items, sizes, sources.shares(sizes), strict=True):
+        line = (
+            f"{split} {objective} {item.prefix}: {len(item.documents):,} documents, "
+            f"{size:,} samples per epoch"
+        )
+        if len(sources.items) > 1:
+            line += f", {float(share):.1%} of the blend"
+        line += f", {wanted * float(share) / size:.2f} epochs in {steps:,} steps"
+        if objective == "pairs":
+            reader = item.reader("text")
+            first = reader.document_indices
+            begin, end = int(first[item.documents.start]), int(first[item.documents.stop])
+            lengths = reader.sequence_lengths[begin:end]
+            cut = float(np.mean(lengths > config.model.pair_text_length - 2))
+            line += f", {cut:.2%} of the captions are cut"
+        lines.append(line)
+    return lines

@@ -101,35 +101,15 @@ class CodesReader:
         if reader.num_items != views * (HEADER_LENGTH + manifest.grid**2):
             raise DataError(f"{self.path}.bin: not {manifest.grid**2} codes in every view")
 
-    @property
-    def num_images(self) -> int:
-        """Images that have codes."""
-        return self.manifest.num_images
-
-    @property
-    def num_views(self) -> int:
-        """Views of every image."""
-        return self.manifest.num_views
-
-    @property
-    def grid(self) -> int:
-        """Codes per side of a view."""
-        return self.manifest.grid
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the image tokenizer that made the codes."""
-        return self.manifest.tokenizer_fingerprint
-
     def view(self, image: int, view: int) -> StoredView:
         """View `view` of image `image`; IndexError outside, DataError for a damaged record."""
-        if not (0 <= image < self.num_images and 0 <= view < self.num_views):
+        images, views = self.manifest.num_images, self.manifest.num_views
+        if not (0 <= image < images and 0 <= view < views):
             raise IndexError(
-                f"{self.path}: view {view} of image {image}; there are {self.num_views} views of "
-                f"{self.num_images} images"
+                f"{self.path}: view {view} of image {image}; there are {views} views of {images} images"
             )
-        record = self._reader.sequence(image * self.num_views + view)
-        if len(record) != HEADER_LENGTH + self.grid**2:
+        record = self._reader.sequence(image * views + view)
+        if len(record) != HEADER_LENGTH + self.manifest.grid**2:
             raise DataError(f"{self.path}.bin: image {image} view {view} has {len(record)} items")
         left, top, width, height, flip, resolution = record[:HEADER_LENGTH].tolist()
         codes = record[HEADER_LENGTH:].astype(np.int64)

@@ -116,11 +116,6 @@ def slot_positions(labels: Array, slots: int) -> tuple[Array, Array]:
     return positions, values
 
 
-def masked_positions(masks: Array) -> Array:
-    """Ascending patch numbers ``[n, M]`` of masks ``[n, N]`` that have M True in every row."""
-    return np.nonzero(masks)[1].reshape(len(masks), -1).astype(np.int64)
-
-
 class TextBatches:
     """The text-only part of micro-batches.
 
@@ -182,7 +177,9 @@ class PixelBatches:
     def make(self, refs: list[SampleRef], images: list[int]) -> dict[str, Array]:
         """An image segment: masks and codes of all samples, pixels of this tensor-parallel rank's share."""
         masks = np.stack([self.masks.draw(self.rngs, ref) for ref in refs])
-        segment = {"mask": masks, "positions": masked_positions(masks)}
+        # Every mask has as many patches.
+        positions = np.nonzero(masks)[1].reshape(len(masks), -1).astype(np.int64)
+        segment = {"mask": masks, "positions": positions}
         if self._wants_codes:
             segment["labels"] = np.stack(
                 [
@@ -239,7 +236,7 @@ class PairBatches:
         refs = [self.order.locate(number) for number in numbers]
         made = [self.captions.sample(ref) for ref in refs]
         labels = np.stack([sample.labels for sample in made])
-        positions, values = slot_positions(labels, self.captions.layout.slots)
+        positions, values = slot_positions(labels, self.captions.slots)
         sample_numbers = np.asarray(numbers, dtype=np.int64)
         images = self.pixels.make(refs, [sample.image for sample in made])
         return {

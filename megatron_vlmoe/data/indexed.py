@@ -206,10 +206,6 @@ class IndexedWriter:
         for staged in self._files:
             staged.publish()
 
-    def close(self) -> None:
-        """`finish` and `publish`."""
-        self.publish()
-
     def abort(self) -> None:
         """Deletes the temporary files; published ones stay."""
         with contextlib.suppress(OSError):
@@ -231,7 +227,7 @@ class IndexedWriter:
     ) -> None:
         try:
             if kind is None:
-                self.close()
+                self.publish()
         finally:
             self.abort()
 

@@ -192,11 +192,6 @@ def unknown_line(manifest: DatasetManifest) -> str:
     )
 
 
-def write_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
-    """Writes ``PREFIX.json``. Raises FileError."""
-    stage_manifest(prefix, manifest).publish()
-
-
 def check_replaceable(prefix: str | Path) -> None:
     """Raises DataError if ``PREFIX.json`` is there and is no manifest, but annotations of that name."""
     path = manifest_path(prefix)
@@ -227,11 +222,6 @@ def _manifest_of(raw: Any) -> DatasetManifest:
     """Raises ValueError, TypeError, KeyError or AttributeError."""
     files = {name: FileRecord(**record) for name, record in raw["files"].items()}
     manifest = DatasetManifest(**{**raw, "files": files})
-    _check_fields(manifest)
-    return manifest
-
-
-def _check_fields(manifest: DatasetManifest) -> None:
     if is_task(manifest.kind) and manifest.kind not in task_names():
         raise ValueError(
             f"unknown kind {manifest.kind!r}: of a task whose plug-in is not installed?"
@@ -254,6 +244,7 @@ def _check_fields(manifest: DatasetManifest) -> None:
             raise ValueError(f"samples is {manifest.samples!r}")
     if missing := expected - set(manifest.files):
         raise ValueError(f"no record of {', '.join(sorted(missing))}")
+    return manifest
 
 
 def check_dataset(
@@ -284,19 +275,16 @@ def check_dataset(
             f"{str(manifest.tokenizer_fingerprint)[:12]}, in use {str(tokenizer_fingerprint)[:12]})"
         )
     for suffix, record in manifest.files.items():
-        _check_file(f"{prefix}{suffix}", record, checksums)
+        name = f"{prefix}{suffix}"
+        try:
+            size = os.path.getsize(name)
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror}") from error
+        if size != record.size:
+            raise DataError(f"{name}: {size} bytes, but its manifest says {record.size}")
+        if checksums and file_sha256(name) != record.sha256:
+            raise DataError(f"{name}: contents differ from the checksum in its manifest")
     return manifest
-
-
-def _check_file(name: str, record: FileRecord, checksums: bool) -> None:
-    try:
-        size = os.path.getsize(name)
-    except OSError as error:
-        raise DataError(f"{name}: {error.strerror}") from error
-    if size != record.size:
-        raise DataError(f"{name}: {size} bytes, but its manifest says {record.size}")
-    if checksums and file_sha256(name) != record.sha256:
-        raise DataError(f"{name}: contents differ from the checksum in its manifest")
 
 
 def check_same_tokenizer(prefixes: Sequence[str], manifests: Sequence[DatasetManifest]) -> None:

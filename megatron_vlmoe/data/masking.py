@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +17,19 @@ _MASK_SHARE = 0.8
 _RANDOM_SHARE = 0.1
 
 
-class MaskVocabulary(Protocol):
-    """What `mask_tokens` needs to know of a vocabulary; a ``TextTokenizer`` is one."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """What masking needs of a text tokenizer, without its model: workers hold no more.
 
-    @property
-    def size(self) -> int:
-        """Number of ids."""
+    Args:
+        size: number of ids.
+        mask_id: the id of [MASK].
+        special_ids: ids that are neither predicted nor drawn as a replacement.
+    """
 
-    @property
-    def mask_id(self) -> int:
-        """The id of [MASK]."""
-
-    @property
-    def special_ids(self) -> Collection[int]:
-        """Ids that are neither predicted nor drawn as a replacement."""
+    size: int
+    mask_id: int
+    special_ids: frozenset[int]
 
 
 def blockwise_mask(
@@ -96,7 +94,7 @@ def natural_mask_count(num_maskable: int, fraction: float) -> int:
     return min(num_maskable, max(1, math.floor(num_maskable * fraction + 0.5)))
 
 
-def maskable_positions(ids: npt.ArrayLike, vocab: MaskVocabulary) -> npt.NDArray[np.int64]:
+def maskable_positions(ids: npt.ArrayLike, vocab: Vocabulary) -> npt.NDArray[np.int64]:
     """Ascending positions of the ids ``[L]`` that are not special."""
     ids = np.asarray(ids)
     special = np.zeros(ids.shape, dtype=np.bool_)
@@ -108,7 +106,7 @@ def maskable_positions(ids: npt.ArrayLike, vocab: MaskVocabulary) -> npt.NDArray
 def mask_tokens(
     ids: npt.ArrayLike,
     fraction: float,
-    vocab: MaskVocabulary,
+    vocab: Vocabulary,
     rng: np.random.Generator,
     num_masked: int | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -153,7 +151,7 @@ def mask_tokens(
 
 
 def _replacements(
-    originals: npt.NDArray[np.int64], vocab: MaskVocabulary, rng: np.random.Generator
+    originals: npt.NDArray[np.int64], vocab: Vocabulary, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """What stands in the place of each chosen token, ``[count]``."""
     specials = sorted(i for i in vocab.special_ids if 0 <= i < vocab.size)

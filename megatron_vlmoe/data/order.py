@@ -110,15 +110,14 @@ class SampleOrder:
         self.dataset = dataset
         self._recent: RecentCache[npt.NDArray[np.integer]] = RecentCache()
 
-    def _permutation(self, epoch: int) -> npt.NDArray[np.integer]:
-        return epoch_permutation(self.num_samples, self.seed, epoch, self.dataset)
-
     def locate(self, number: int) -> tuple[int, int]:
         """Epoch and sample index of the sample with this number, counted from 0 over all epochs."""
         epoch, place = divmod(number, self.num_samples)
-        return epoch, int(
-            self._recent.get(epoch, self._permutation)[place]
-        ) if self.shuffle else place
+        if not self.shuffle:
+            return epoch, place
+        key = self.num_samples, self.seed
+        order = self._recent.get(epoch, lambda epoch: epoch_permutation(*key, epoch, self.dataset))
+        return epoch, int(order[place])
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,9 @@ class Blend:
             self.block_size *= 2
         if self.block_size > _MAX_BLEND_BLOCK:
             raise ConfigError(f"a blend weight is below 1/{_MAX_BLEND_BLOCK} of the total")
-        self._recent: RecentCache[_BlendBlock] = RecentCache(size=4)
+        self._recent: RecentCache[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] = (
+            RecentCache(size=4)
+        )
 
     def counts_before(self, block: int) -> list[int]:
         """Samples of each dataset in the first ``block`` blocks."""
@@ -206,7 +207,8 @@ class Blend:
             counts[dataset] += 1
         return counts
 
-    def _make_block(self, block: int) -> _BlendBlock:
+    def _make_block(self, block: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Dataset, and number inside it, of each place of a block, ``[block_size]``."""
         begins, ends = self.counts_before(block), self.counts_before(block + 1)
         datasets = np.repeat(
             np.arange(len(begins), dtype=np.int32),
@@ -217,23 +219,15 @@ class Blend:
         for dataset, begin in enumerate(begins):
             places = np.flatnonzero(datasets == dataset)
             numbers[places] = begin + np.arange(len(places))
-        return _BlendBlock(datasets, numbers)
+        return datasets, numbers
 
     def locate(self, number: int) -> tuple[int, int]:
         """Dataset of the sample with this number, and its number in that dataset's own order."""
         if len(self._shares) == 1:
             return 0, number
         block, place = divmod(number, self.block_size)
-        content = self._recent.get(block, self._make_block)
-        return int(content.datasets[place]), int(content.numbers[place])
-
-
-@dataclass(frozen=True)
-class _BlendBlock:
-    """Dataset, and number inside it, of each place of a block, ``[block_size]``."""
-
-    datasets: npt.NDArray[np.int32]
-    numbers: npt.NDArray[np.int64]
+        datasets, numbers = self._recent.get(block, self._make_block)
+        return int(datasets[place]), int(numbers[place])
 
 
 @dataclass(frozen=True)

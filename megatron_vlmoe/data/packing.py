@@ -7,24 +7,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.order import Purpose, RecentCache, epoch_permutation
 from megatron_vlmoe.runtime.files import open_atomic
-
-
-class TokenReader(Protocol):
-    """What packing reads from; an ``IndexedReader`` is one."""
-
-    @property
-    def sequence_lengths(self) -> np.ndarray:
-        """Items per sequence, ``[num_sequences]``."""
-
-    def sequence_slice(self, index: int, offset: int, length: int) -> np.ndarray:
-        """``length`` items of a sequence from item ``offset`` on."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class PackedTexts:
 
     def __init__(
         self,
-        reader: TokenReader,
+        reader: IndexedReader,
         documents: range,
         length: int,
         *,

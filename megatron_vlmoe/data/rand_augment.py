@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageOps
 
-from megatron_vlmoe.data.augment import CropBox, Jitter, apply_jitter
+from megatron_vlmoe.data.augment import CropBox, apply_jitter
 
 Operation = tuple[str, float]
 """Name and magnitude: degrees, pixels, slope, factor, bits, threshold or sum; 0 where there is none."""
@@ -142,9 +142,9 @@ def _recolour(image: Image.Image, name: str, magnitude: float) -> Image.Image:
             table = [min(255, v + int(magnitude)) if v < 128 else v for v in range(256)]
             return image.point(table * 3)
         case "brightness" | "contrast":
-            return apply_jitter(image, Jitter(((name, magnitude),)))
+            return apply_jitter(image, ((name, magnitude),))
         case "color":
-            return apply_jitter(image, Jitter((("saturation", magnitude),)))
+            return apply_jitter(image, (("saturation", magnitude),))
         case "sharpness":
             return ImageEnhance.Sharpness(image).enhance(magnitude)
     raise ValueError(f"unknown RandAugment operation {name!r}")

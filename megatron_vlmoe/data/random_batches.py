@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber
 from megatron_vlmoe.stream.batch import Batch, ImageSegment, TextSegment
 from megatron_vlmoe.stream.layout import StreamLayout
-from megatron_vlmoe.stream.sizes import num_micro_batches
+from megatron_vlmoe.stream.sizes import num_micro_batches, text_mask_slots
 
 
 class RandomData:
@@ -41,9 +41,8 @@ class RandomData:
         """Batches from a local micro-batch number on."""
         local = first_micro_batch
         while num_micro_batches is None or local < first_micro_batch + num_micro_batches:
-            step, index = divmod(local, self.per_step)
-            number = index * self.share.data_size + self.share.data_rank
-            yield self.batch(step * self.per_step * self.share.data_size + number, split)
+            number = MicroBatchNumber.locate(local, self.per_step, self.share).in_run
+            yield self.batch(number, split)
             local += 1
 
     def batch(self, number: int, split: str = "train") -> Batch:
@@ -61,7 +60,7 @@ class RandomData:
 
     def _texts(self, rng: np.random.Generator) -> TextSegment:
         count, length = self.layout.texts, self.layout.text_length
-        slots = int(self.config.objectives.text_mask_fraction * (length - 2) + 0.5)
+        slots = text_mask_slots(self.config)
         positions = _choose(rng, count, length - 2, slots) + 1
         return {
             "ids": self._ids(rng, (count, length)),

@@ -29,7 +29,7 @@ from megatron_vlmoe.data.augment import (
 )
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.masking import (
-    MaskVocabulary,
+    Vocabulary,
     blockwise_mask,
     mask_tokens,
     maskable_positions,
@@ -47,6 +47,7 @@ from megatron_vlmoe.data.rand_augment import (
 
 if TYPE_CHECKING:
     from megatron_vlmoe.data.codes import CodesReader, StoredView
+    from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Tokens = npt.NDArray[np.int64]
 
@@ -73,15 +74,6 @@ class SampleRngs:
         """The generator of one sample for one purpose."""
         epoch = ref.epoch if self.train else 0
         return keyed_rng(self.seed, purpose, self.dataset_key(ref.dataset), epoch, ref.index)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What masking needs of a text tokenizer, without its model: workers hold no more."""
-
-    size: int
-    mask_id: int
-    special_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ class TextSamples:
     def __init__(
         self,
         texts: Sequence[PackedTexts],
-        vocab: MaskVocabulary,
+        vocab: Vocabulary,
         slots: int,
         fraction: float,
         rngs: SampleRngs,
@@ -196,7 +188,7 @@ class ImageViews:
         view = 0
         if self.rngs.train:
             rng = self.rngs.rng(Purpose.STORED_VIEW, ref)
-            view = int(rng.integers(reader.num_views))
+            view = int(rng.integers(reader.manifest.num_views))
         return reader.view(image, view)
 
     def draw(self, ref: SampleRef, image: int, width: int, height: int) -> ImageDraw:
@@ -278,15 +270,47 @@ class CaptionSample:
 
 
 @dataclass(frozen=True)
-class CaptionFormat:
-    """Special ids, length L, share of tokens to predict, and how many at most."""
+class TextFormat:
+    """How texts are laid out: ``<s> A </s>`` or, of two, ``<s> A </s> B </s>``, then padding.
+
+    Documents follow each other in the same way in packed texts of pretraining. A caption is one text.
+
+    Args:
+        bos_id: ``<s>``, the paper's [T_CLS].
+        eos_id: ``</s>``.
+        pad_id: ``<pad>``.
+        length: L.
+    """
 
     bos_id: int
     eos_id: int
     pad_id: int
     length: int
-    fraction: float
-    slots: int
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer, length: int) -> TextFormat:
+        """The format of a tokenizer."""
+        return cls(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, length)
+
+    def lay_out(self, parts: Sequence[Tokens]) -> tuple[Tokens, int]:
+        """Ids ``[L]`` and number of tokens; the longest part is shortened first."""
+        lengths = [len(part) for part in parts]
+        while sum(lengths) > self.length - 1 - len(parts):
+            lengths[int(np.argmax(lengths))] -= 1
+        ids = np.full(self.length, self.pad_id, dtype=np.int64)
+        ids[0] = self.bos_id
+        place = 1
+        for part, length in zip(parts, lengths):
+            ids[place : place + length] = part[:length]
+            ids[place + length] = self.eos_id
+            place += length + 1
+        return ids, place
+
+    def rows(self, texts: Sequence[Sequence[Tokens]]) -> tuple[Tokens, Tokens]:
+        """Ids ``[n, L]`` and lengths ``[n]`` of n texts, each of one or more parts."""
+        made = [self.lay_out(parts) for parts in texts]
+        ids = np.stack([ids for ids, _ in made])
+        return ids, np.array([length for _, length in made], dtype=np.int64)
 
 
 class CaptionSamples:
@@ -299,7 +323,9 @@ class CaptionSamples:
         unit: ``caption``: a sample index counts captions; ``image``: it counts images, and one
             caption is drawn.
         vocab: the vocabulary that masks are drawn in.
-        layout: how a caption is laid out.
+        text: how a caption is laid out.
+        fraction: share of its tokens to predict.
+        slots: how many of them at most.
         rngs: source of randomness.
     """
 
@@ -308,12 +334,15 @@ class CaptionSamples:
         readers: Sequence[IndexedReader],
         documents: Sequence[range],
         unit: str,
-        vocab: MaskVocabulary,
-        layout: CaptionFormat,
+        vocab: Vocabulary,
+        text: TextFormat,
+        fraction: float,
+        slots: int,
         rngs: SampleRngs,
     ) -> None:
         self.readers, self.documents = tuple(readers), tuple(documents)
-        self.unit, self.vocab, self.layout, self.rngs = unit, vocab, layout, rngs
+        self.unit, self.vocab, self.text, self.rngs = unit, vocab, text, rngs
+        self.fraction, self.slots = fraction, slots
 
     def num_samples(self, dataset: int) -> int:
         """Samples of an epoch of one dataset."""
@@ -341,15 +370,11 @@ class CaptionSamples:
         """A caption, masked."""
         image, sequence = self.locate(ref)
         tokens = self.readers[ref.dataset].sequence(sequence)
-        layout = self.layout
-        kept = tokens[: layout.length - 2]
-        length = len(kept) + 2
-        ids = np.full(layout.length, layout.pad_id, dtype=np.int64)
-        ids[0], ids[1 : length - 1], ids[length - 1] = layout.bos_id, kept, layout.eos_id
-        natural = natural_mask_count(len(maskable_positions(ids, self.vocab)), layout.fraction)
+        ids, length = self.text.lay_out([tokens[: self.text.length - 2]])
+        natural = natural_mask_count(len(maskable_positions(ids, self.vocab)), self.fraction)
         rng = self.rngs.rng(Purpose.CAPTION_MASK, ref)
-        count = min(natural, layout.slots)
-        inputs, labels = mask_tokens(ids, layout.fraction, self.vocab, rng, count)
+        count = min(natural, self.slots)
+        inputs, labels = mask_tokens(ids, self.fraction, self.vocab, rng, count)
         return CaptionSample(
-            inputs, labels, length, image, len(tokens) > len(kept), natural - count
+            inputs, labels, length, image, len(tokens) > length - 2, natural - count
         )

@@ -237,7 +237,7 @@ def _open_codes(
         option = "flip_probability" if key[0] == "images" else "pair_flip_probability"
         readers = []
         for item in value.items:
-            fingerprint = fingerprint or CodesReader(item.prefix).fingerprint
+            fingerprint = fingerprint or CodesReader(item.prefix).manifest.tokenizer_fingerprint
             reader = check_codes(item.prefix, fingerprint, item.manifest.documents, grid)
             if reader.manifest.flip_probability > 0 and getattr(data, option) == 0:
                 raise ConfigError(
@@ -283,11 +283,11 @@ def resolve_sizes(
         )
     slots = objectives.caption_mask_slots
     if slots == 0 and pair_sources is not None:
-        slots = derive_caption_slots(
-            [item.manifest for item in pair_sources.items],
-            objectives.caption_mask_fraction,
-            model.pair_text_length,
-        )
+        # The share of the blend's largest 99th percentile length.
+        known = [item.manifest.caption_lengths or {} for item in pair_sources.items]
+        longest = max(lengths.get("p99", model.pair_text_length) for lengths in known)
+        longest = min(longest, model.pair_text_length - 2)
+        slots = max(1, math.ceil(objectives.caption_mask_fraction * longest))
     return replace(
         config,
         model=replace(
@@ -297,12 +297,3 @@ def resolve_sizes(
         ),
         objectives=replace(objectives, num_masked_patches=masked, caption_mask_slots=slots),
     )
-
-
-def derive_caption_slots(
-    manifests: Sequence[DatasetManifest], fraction: float, pair_text_length: int
-) -> int:
-    """Predicted tokens per caption: the share of the blend's largest 99th percentile length."""
-    lengths = [(m.caption_lengths or {}).get("p99", pair_text_length) for m in manifests]
-    longest = min(max(lengths), pair_text_length - 2)
-    return max(1, math.ceil(fraction * longest))

@@ -10,9 +10,14 @@ from torch import Tensor
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.finetune.collect import Found, evaluate_items, share_metrics, to_numpy
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.eval_items import SampleItems
+from megatron_vlmoe.finetune.evaluation import (
+    EvalItems,
+    Found,
+    evaluate_items,
+    share_metrics,
+    to_numpy,
+)
 from megatron_vlmoe.finetune.metrics import Score, label_ranks
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
@@ -39,13 +44,14 @@ class ClassificationObjective(TaskObjective):
 
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """Metrics, and what `digest` tells of all samples."""
-        items, task = SampleItems(split.samples), self.config.task.name
+        samples, task = split.samples, self.config.task.name
+        items = EvalItems(len(samples), samples.spec.stream, samples.sample_parts)
 
         def reduce(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
             labels = batch["labels"].cpu().numpy() if "labels" in batch else None
             return digest(task, to_numpy(outputs["logits"]), labels)
 
-        found = evaluate_items(runner, self.data, items, reduce, self.ranks, self.config)
+        found = evaluate_items(runner, self.data, items, reduce, self.ranks)
         metrics = None
         if found is not None:
             scores = classification_scores(task, found, split, self.data.labels)

@@ -16,11 +16,10 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber, to_tensors
 from megatron_vlmoe.data.loading import Loader, Numbers
 from megatron_vlmoe.data.order import SampleOrder, SampleRef
-from megatron_vlmoe.data.samples import SampleRngs
+from megatron_vlmoe.data.samples import SampleRngs, TextFormat
 from megatron_vlmoe.data.sources import open_text_tokenizer
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
-from megatron_vlmoe.finetune.eval_items import EvalItems, EvalMicroBatches, EvalPlan
-from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
+from megatron_vlmoe.finetune.samples import TaskSamples
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.stream.sizes import num_micro_batches
@@ -167,22 +166,6 @@ class TaskData:
         assert split == "train" and self.train is not None
         keys, data = Numbers(first_micro_batch, num_micro_batches), self.config.data
         return Loader(self.train, keys, data.num_workers, data.prefetch)
-
-    def plan(self, items: EvalItems) -> EvalPlan:
-        """How evaluation items are cut into micro-batches for this layout."""
-        parallel = self.config.parallel
-        return EvalPlan.of(
-            len(items),
-            self.config.task.eval_batch,
-            self.share.data_size,
-            parallel.pipeline_model_parallel_size,
-            parallel.virtual_pipeline_model_parallel_size,
-        )
-
-    def eval_loader(self, items: EvalItems, plan: EvalPlan) -> Loader:
-        """Its micro-batches on this process."""
-        dataset, data = EvalMicroBatches(items, plan, self.share), self.config.data
-        return Loader(dataset, range(plan.count), data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
         """Lines for the log."""

@@ -3,6 +3,11 @@
 Ties count against the model: a wrong item whose score equals the right one's ranks before it, and so does one
 that cannot be compared (not a number). A model that gives every item the same score therefore finds nothing,
 and results depend neither on the order of the items nor on a sorting algorithm.
+
+Below are the functions that tasks' rows name as `scores` and `guess`. One of scores takes what
+`classification.digest` kept of every sample, the split and the labels; the first of its metrics decides whether a split
+is labelled. One of guesses takes a split and the labels; it gives, in percent, what the best prediction that is the
+same for all samples scores, or a ranking at random.
 """
 
 from __future__ import annotations
@@ -10,16 +15,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.prepare.vqa_answers import compared_answers, normalize_answer, official_accuracy
 
+if TYPE_CHECKING:
+    from megatron_vlmoe.data.task_dataset import Labels, TaskDataset
+    from megatron_vlmoe.finetune.data import SplitData
+    from megatron_vlmoe.finetune.evaluation import Found
+
 Array = npt.NDArray[Any]
 
 RECALL_KS = (1, 5, 10)
+
+# Those that VQA v2 has, in the order in which they are reported.
+_ANSWER_TYPES = ("yes_no", "number", "other")
 
 RowScores = Callable[[slice], Array]
 
@@ -283,3 +296,45 @@ def random_recall(
         return {f"{way}@{k}": math.nan for way in ("TR", "IR") for k in ks}
     recalls = {f"TR@{k}": text_recall(k) for k in ks}
     return recalls | {f"IR@{k}": 100.0 * min(k, num_images) / num_images for k in ks}
+
+
+def accuracy(found: Found, split: SplitData, labels: Labels) -> Mapping[str, Score]:
+    """Share of samples whose class is the most likely one."""
+    return {"accuracy": topk_accuracy(found["ranks"], 1)}
+
+
+def top1_and_top5(found: Found, split: SplitData, labels: Labels) -> Mapping[str, Score]:
+    """Shares of samples whose class is the most likely one, and one of the five most likely."""
+    return {f"top{k}": topk_accuracy(found["ranks"], k) for k in (1, 5)}
+
+
+def vqa_scores(found: Found, split: SplitData, labels: Labels) -> Mapping[str, Score]:
+    """The official accuracy over all questions, then over those of each type of answer."""
+    rows = list(split.dataset.rows())
+    predicted = [labels.labels[label] for label in found["classes"][:, 0]]
+    gained = vqa_official(predicted, [row.answers for row in rows])
+    known = ~np.isnan(gained)
+    scores = {"vqa_official": Score.of(gained[known], int((~known).sum()))}
+    types = np.array([row.answer_type.replace("/", "_") for row in rows])
+    for kind in dict.fromkeys((*_ANSWER_TYPES, *types[known].tolist())):
+        chosen = known & (types == kind)
+        if kind and chosen.any():
+            scores[f"vqa_official/{kind}"] = Score.of(gained[chosen], 0)
+    return scores
+
+
+def guess_class(dataset: TaskDataset, labels: Optional[Labels]) -> float:
+    """Accuracy of the most frequent class."""
+    return majority_rate(np.array([row.labels[0] if row.labels else -1 for row in dataset.rows()]))
+
+
+def guess_answer(dataset: TaskDataset, labels: Optional[Labels]) -> float:
+    """Official VQA accuracy of the best answer that is the same for all questions."""
+    assert labels is not None
+    return vqa_majority(labels.labels, [row.answers for row in dataset.rows()])
+
+
+def guess_match(dataset: TaskDataset, labels: Optional[Labels]) -> float:
+    """Expected mean recall of a ranking at random."""
+    recalls = random_recall(dataset.image_of_text(), dataset.num_images)
+    return float(np.mean(list(recalls.values())))

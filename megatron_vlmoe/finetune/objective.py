@@ -8,8 +8,8 @@ from typing import Iterator, Mapping, Optional
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.finetune.evaluation import Found
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.objective import Losses
@@ -39,7 +39,7 @@ class TaskObjective(ABC):
         self.ranks = ranks
         self.data = data
         self.loss_names = loss_names
-        best = f"{config.task.splits[0]}/{config.task.best_metric}"
+        best = f"{config.task.splits[0]}/{config.task.spec.best_metric}"
         self.best_metric = best if config.task.save_best else ""
         self.patience = config.task.early_stopping
         self._measured: Optional[Measured] = None

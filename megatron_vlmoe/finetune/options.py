@@ -39,7 +39,7 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
     file = _file_values(option_value(words, "--config"))
     task = option_value(words, "--task.name") or file.get("task.name", "")
     recipe = option_value(words, "--preset")
-    asks = bool({"--help", "-h"} & set(words))
+    asks = "--help" in words
     if not recipe and not task and not asks:
         raise ConfigError(f"--task is missing: one of {', '.join(task_names())}")
     if task and task not in task_names():
@@ -64,7 +64,7 @@ def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
     """
     words = normalize_arguments(arguments, FinetuneConfig)
     start: RunConfig = FinetuneConfig()
-    if not {"--help", "-h"} & set(words):
+    if "--help" not in words:
         location = option_value(words, "--checkpoint.load")
         if not location:
             raise ConfigError(
@@ -114,14 +114,6 @@ def _file_values(path: str) -> dict[str, str]:
     return found
 
 
-def _step_of_load(words: Sequence[str], file: Mapping[str, str]) -> str:
-    """Which checkpoint of `--load` is meant: `checkpoint.step` is of `--save` where that has begun."""
-    save = option_value(words, "--checkpoint.save") or file.get("checkpoint.save", "")
-    if load("megatron_vlmoe.finetune.saved").has_begun(save):
-        return ""
-    return option_value(words, "--checkpoint.step") or file.get("checkpoint.step", "")
-
-
 def _architecture(words: Sequence[str], file: Mapping[str, str]) -> RunConfig:
     """The run whose architecture is fine-tuned."""
     location = option_value(words, "--checkpoint.load") or file.get("checkpoint.load", "")
@@ -131,7 +123,11 @@ def _architecture(words: Sequence[str], file: Mapping[str, str]) -> RunConfig:
             f"--task.architecture {name}: the architecture comes from --load {location}; give one of the two"
         )
     if location:
-        return _saved_run(location, _step_of_load(words, file))
+        save = option_value(words, "--checkpoint.save") or file.get("checkpoint.save", "")
+        step = option_value(words, "--checkpoint.step") or file.get("checkpoint.step", "")
+        # `checkpoint.step` is of `--save` where that has begun.
+        begun = load("megatron_vlmoe.finetune.saved").has_begun(save)
+        return _saved_run(location, "" if begun else step)
     if not name:
         raise ConfigError(
             "--load is missing: the checkpoint to start from (or --task.architecture PRESET for initial weights)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -21,21 +21,6 @@ LONGER_SIDE = 320
 
 _JPEG_QUALITY = 85
 _TEMPLATE = "report.html.j2"
-
-
-@dataclass(frozen=True)
-class Headline:
-    """A score that the page starts with.
-
-    Args:
-        name: such as "val/accuracy, percent".
-        value: shown large.
-        note: what it compares with, such as "guessing: 50".
-    """
-
-    name: str
-    value: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,8 @@ class Report:
 
     Args:
         title: heading.
-        headlines: the main score of every labelled split.
+        headlines: the main score of every labelled split: its name, such as "val/accuracy, percent", the value, and
+            what it compares with, such as "guessing: 50".
         notes: sentences below them: the model, splits without labels.
         counts: what was predicted how often.
         chosen: sentences that say how the examples were chosen.
@@ -116,20 +102,13 @@ class Report:
     """
 
     title: str
-    headlines: Sequence[Headline] = ()
+    headlines: Sequence[tuple[str, float, str]] = ()
     notes: Sequence[str] = ()
     counts: Sequence[Counts] = ()
     chosen: Sequence[str] = ()
     examples: Sequence[Example] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Sequence[tuple[str, str]] = ()
-
-
-@dataclass(frozen=True)
-class _Picture:
-    name: str
-    url: str
-    label: str
 
 
 def kind_of(gained: Optional[float]) -> str:
@@ -158,7 +137,13 @@ def write_report(path: Path, report: Report) -> None:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    pictures = [list(_pictures(e, place)) for place, e in enumerate(report.examples, start=1)]
+    # Of every picture of every example its name, its data URL and what stands below it.
+    pictures = []
+    for place, example in enumerate(report.examples, start=1):
+        names = [f"Picture {n} of example {place}" for n in range(1, len(example.images) + 1)]
+        urls = [_embedded(data, name) for data, name in zip(example.images, names)]
+        labels = example.labels or ("",) * len(names)
+        pictures.append(list(zip(names, urls, labels, strict=True)))
     page = environment.get_template(_TEMPLATE).render(report=report, pictures=pictures)
     write_text_atomic(path, page + "\n")
 
@@ -168,12 +153,6 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "\N{EN DASH}"
     return str(value) if isinstance(value, int) else f"{value:.2f}"
-
-
-def _pictures(example: Example, place: int) -> Iterator[_Picture]:
-    for index, data in enumerate(example.images):
-        name = f"Picture {index + 1} of example {place}"
-        yield _Picture(name, _embedded(data, name), example.labels[index] if example.labels else "")
 
 
 def _embedded(data: bytes, where: str) -> str:

@@ -11,12 +11,13 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
+from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task, load_code
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskRow
-from megatron_vlmoe.finetune.collect import Found
 from megatron_vlmoe.finetune.data import SplitData, TaskData
+from megatron_vlmoe.finetune.evaluation import Found
 from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import (
     MOST_LIKELY,
@@ -27,7 +28,6 @@ from megatron_vlmoe.finetune.report import (
     CountRow,
     Counts,
     Example,
-    Headline,
     Report,
     kind_of,
     number,
@@ -49,28 +49,25 @@ _PLACES = ("first", f"2 to {MOST_LIKELY}", f"after {MOST_LIKELY}")
 _KINDS = {"right": "right", "partly": "partly right", "wrong": "wrong"}
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """Which weights were evaluated.
-
-    Args:
-        checkpoint: their folder; empty for weights that were not saved.
-        precision: that the model computed in.
-    """
-
-    checkpoint: str
-    precision: str
-
-
 def evaluate_all(
     config: FinetuneConfig,
     parts: ModelParts,
     ranks: Ranks,
     data: TaskData,
     objective: TaskObjective,
-    what: Evaluated,
+    checkpoint: str,
+    precision: Precision,
 ) -> dict[str, float]:
     """Evaluates every split and writes the results into `--save`.
+
+    Args:
+        config: the run.
+        parts: the model.
+        ranks: where this process stands.
+        data: the splits.
+        objective: judges the model.
+        checkpoint: folder of the weights; empty for weights that were not saved.
+        precision: that the model computes in.
 
     Returns:
         Metrics by `SPLIT/NAME` on every rank.
@@ -89,7 +86,7 @@ def evaluate_all(
         if found is not None:
             tables.append(Predictions(config.task.name, found, split, data.labels))
     if config.checkpoint.save and ranks.rank == 0:
-        settings = evaluation_settings(config, ranks, what)
+        settings = evaluation_settings(config, ranks, checkpoint, precision)
         _write(Path(config.checkpoint.save), config, metrics, settings, tables)
     for split in data.splits:
         if not _is_labelled(split, metrics):
@@ -149,9 +146,9 @@ def _report(
         split = table.split.name
         samples = metrics[f"{split}/samples"]
         guess = number(load_code(task.spec.guess)(table.split.dataset, table.labels))
-        name = f"{split}/{task.best_metric}"
+        name = f"{split}/{task.spec.best_metric}"
         note = f"guessing: {guess}; {samples:,.0f} samples"
-        headlines.append(Headline(f"{name}, percent", metrics[name], note))
+        headlines.append((f"{name}, percent", metrics[name], note))
         if unlabelled := metrics.get(f"{split}/unlabelled"):
             notes.append(f"{split}: {unlabelled:,.0f} samples without labels do not count.")
     for table, _ in every:
@@ -237,13 +234,15 @@ def left_out_lines(task: str, split: str, manifest: DatasetManifest) -> Iterator
         )
 
 
-def evaluation_settings(config: FinetuneConfig, ranks: Ranks, what: Evaluated) -> dict[str, Any]:
+def evaluation_settings(
+    config: FinetuneConfig, ranks: Ranks, checkpoint: str, precision: Precision
+) -> dict[str, Any]:
     """What results depend on: with dropped tokens, batch size and layout too."""
     factor = config.moe.eval_capacity_factor
     dropless = factor <= 0.0 or config.moe.dispatcher == "dropless"
     return {
         "data": config.task.data,
-        "checkpoint": what.checkpoint,
+        "checkpoint": checkpoint,
         "image_size": config.model.image_size,
         "capacity": "dropless" if dropless else f"factor {factor}",
         "micro_batch_size": config.task.eval_batch,
@@ -254,7 +253,7 @@ def evaluation_settings(config: FinetuneConfig, ranks: Ranks, what: Evaluated) -
             for name, value in asdict(config.parallel).items()
             if name.endswith("model_parallel_size")
         },
-        "precision": what.precision,
+        "precision": precision,
         "seed": config.train.seed,
     }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Iterator, Mapping, Optional
 
 import numpy as np
@@ -21,10 +22,16 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import SampleShape
 from megatron_vlmoe.data.order import SampleRef
-from megatron_vlmoe.finetune.collect import Found, evaluate_items, output, share_metrics
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.eval_items import EvalItems, ImageItems, PairItems, TextItems
+from megatron_vlmoe.finetune.evaluation import (
+    EvalItems,
+    Found,
+    evaluate_items,
+    output,
+    share_metrics,
+)
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.losses.contrastive import (
@@ -237,10 +244,13 @@ class RetrievalObjective(TaskObjective):
         """Recalls, and the features of all images and captions."""
 
         def encode(items: EvalItems, name: str) -> Optional[Found]:
-            return evaluate_items(runner, self.data, items, output(name), self.ranks, self.config)
+            return evaluate_items(runner, self.data, items, output(name), self.ranks)
 
-        images = encode(ImageItems(split.samples), "image_features")
-        texts = encode(TextItems(split.samples), "text_features")
+        samples, count = split.samples, split.dataset.num_images
+        items = EvalItems(count, SampleShape(images=1), samples.image_parts)
+        images = encode(items, "image_features")
+        items = EvalItems(split.dataset.num_texts, SampleShape(texts=1), samples.text_parts)
+        texts = encode(items, "text_features")
         found: Optional[Found] = None
         metrics: Optional[dict[str, float]] = None
         if images is not None and texts is not None:
@@ -264,9 +274,9 @@ class RetrievalObjective(TaskObjective):
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         pairs = box[0]
-        items = PairItems(split.samples, pairs)
-        reduce = output("match_logits")
-        matches = evaluate_items(runner, self.data, items, reduce, self.ranks, self.config)
+        parts = partial(split.samples.pair_parts, pairs)
+        items = EvalItems(len(pairs), SampleShape(pairs=1), parts)
+        matches = evaluate_items(runner, self.data, items, output("match_logits"), self.ranks)
         if found is None or matches is None:
             return None
         owner = split.dataset.image_of_text()

@@ -18,13 +18,16 @@ from megatron_vlmoe.finetune.data import TaskData
 from megatron_vlmoe.finetune.metrics import mean_and_std
 from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import write_json
-from megatron_vlmoe.finetune.results import Evaluated, evaluate_all, evaluation_settings
-from megatron_vlmoe.finetune.saved import checkpoint_of, saved_run
-from megatron_vlmoe.finetune.weights import load_weights, weight_source
+from megatron_vlmoe.finetune.results import evaluate_all, evaluation_settings
+from megatron_vlmoe.finetune.saved import (
+    checkpoint_of,
+    load_weights,
+    saved_run,
+    weight_source,
+)
 from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.planning.dry_run import dry_run_text
-from megatron_vlmoe.planning.validate import validate
-from megatron_vlmoe.planning.validate_task import validate_task
+from megatron_vlmoe.planning.validate import validate, validate_task
 from megatron_vlmoe.runtime.distributed import (
     destroy,
     initialize,
@@ -95,15 +98,18 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     if begun is None:
         _start_weights(config, parts)
     objective = build_objective(config, ranks, data)
-    _copy_assets(config)
+    if config.checkpoint.save and is_rank_zero():
+        # A checkpoint can be used alone with its class names and text tokenizer beside it.
+        keep_file(f"{config.task.data}_labels.json", config.checkpoint.save, LABELS_FILE)
+        keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)
     trainer = Trainer(config, parts, ranks, data, micro_batches, precision, objective)
     state = trainer.run()
     out_of_patience = objective.patience and state.worse_evaluations >= objective.patience
     if trainer.is_interrupted or (state.step < config.train.steps and not out_of_patience):
         # Interrupted: the next run goes on from here.
         return {}
-    what = Evaluated(_load_best(config, parts, trainer, objective), precision)
-    return evaluate_all(config, parts, ranks, data, objective, what)
+    best = _load_best(config, parts, trainer, objective)
+    return evaluate_all(config, parts, ranks, data, objective, best, precision)
 
 
 def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
@@ -169,7 +175,7 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     log.info("loaded %s", path)
     begin_run_logs()
     objective = build_objective(config, ranks, data)
-    return evaluate_all(config, parts, ranks, data, objective, Evaluated(str(path), precision))
+    return evaluate_all(config, parts, ranks, data, objective, str(path), precision)
 
 
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
@@ -206,14 +212,6 @@ def _load_best(
     return str(best)
 
 
-def _copy_assets(config: FinetuneConfig) -> None:
-    """Puts what a checkpoint needs to be used alone beside it: text tokenizer and class names."""
-    if not config.checkpoint.save or not is_rank_zero():
-        return
-    keep_file(f"{config.task.data}_labels.json", config.checkpoint.save, LABELS_FILE)
-    keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)
-
-
 def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> None:
     """One run per seed in SAVE/seed_N; mean and standard deviation in SAVE/metrics.json."""
     save = config.checkpoint.save
@@ -242,7 +240,7 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
         log.info("%s: %.2f +- %.2f over %d seeds", name, mean, deviation, len(results))
     if save and is_rank_zero():
         by_seed = {str(seed): metrics for seed, metrics in results.items()}
-        settings = evaluation_settings(config, ranks, Evaluated(save, precision))
+        settings = evaluation_settings(config, ranks, save, precision)
         content = {"task": config.task.name, "seeds": by_seed, "summary": summary}
         write_json(Path(save) / "metrics.json", content | {"settings": settings})
 

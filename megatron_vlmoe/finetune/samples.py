@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,58 +17,13 @@ from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleRef
-from megatron_vlmoe.data.samples import Augmentation, ImageViews, SampleRngs
+from megatron_vlmoe.data.samples import Augmentation, ImageViews, SampleRngs, TextFormat
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
 from megatron_vlmoe.finetune.mixing import draw_mix, mix_pixels
 from megatron_vlmoe.prepare.vqa_answers import NUM_ANNOTATORS
-from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Array = npt.NDArray[Any]
 NO_LABEL = -1
-
-
-@dataclass(frozen=True)
-class TextFormat:
-    """How texts are laid out: ``<s> A </s>`` or, of two, ``<s> A </s> B </s>``, then padding.
-
-    Documents follow each other in the same way in packed texts of pretraining.
-
-    Args:
-        bos_id: ``<s>``, the paper's [T_CLS].
-        eos_id: ``</s>``.
-        pad_id: ``<pad>``.
-        length: L.
-    """
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    length: int
-
-    @classmethod
-    def of(cls, tokenizer: TextTokenizer, length: int) -> TextFormat:
-        """The format of a tokenizer."""
-        return cls(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, length)
-
-    def lay_out(self, parts: Sequence[Array]) -> tuple[Array, int]:
-        """Ids ``[L]`` and number of tokens; the longest part is shortened first."""
-        lengths = [len(part) for part in parts]
-        while sum(lengths) > self.length - 1 - len(parts):
-            lengths[int(np.argmax(lengths))] -= 1
-        ids = np.full(self.length, self.pad_id, dtype=np.int64)
-        ids[0] = self.bos_id
-        place = 1
-        for part, length in zip(parts, lengths):
-            ids[place : place + length] = part[:length]
-            ids[place + length] = self.eos_id
-            place += length + 1
-        return ids, place
-
-    def rows(self, texts: Sequence[Sequence[Array]]) -> tuple[Array, Array]:
-        """Ids ``[n, L]`` and lengths ``[n]`` of n texts, each of one or more parts."""
-        made = [self.lay_out(parts) for parts in texts]
-        ids = np.stack([ids for ids, _ in made])
-        return ids, np.array([length for _, length in made], dtype=np.int64)
 
 
 class TaskSamples:
@@ -139,6 +93,32 @@ class TaskSamples:
         if self.spec.stream.pairs:
             batch |= self._pairs(refs, rows)
         return batch
+
+    def sample_parts(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """`batch` of the samples with these numbers, for evaluation."""
+        return self.batch([SampleRef(0, 0, number) for number in numbers])
+
+    def image_parts(self, documents: Sequence[int]) -> dict[str, Any]:
+        """The segment `images` of these images, for evaluation."""
+        return {"images": self.images([SampleRef(0, 0, n) for n in documents], documents)}
+
+    def text_parts(self, sequences: Sequence[int]) -> dict[str, Any]:
+        """The segment `texts` of these texts."""
+        return {"texts": self.texts([(sequence,) for sequence in sequences])}
+
+    def pair_parts(self, pairs: Array, numbers: Sequence[int]) -> dict[str, Any]:
+        """The segments `pair_texts` and `pair_images` of candidates, for the matching head.
+
+        Args:
+            pairs: ``[n, 2]`` of (image document, caption sequence), in order of the images: an image is decoded once
+                for all its pairs in a micro-batch.
+            numbers: rows of them.
+        """
+        chosen = pairs[list(numbers)].tolist()
+        return {
+            "pair_texts": self.texts([(text,) for _, text in chosen]),
+            "pair_images": self.repeated_images([image for image, _ in chosen]),
+        }
 
     def _mixed(
         self, refs: Sequence[SampleRef], documents: Sequence[int], batch: Mapping[str, Any]

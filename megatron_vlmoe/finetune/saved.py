@@ -1,7 +1,8 @@
-"""The run that a checkpoint was saved by."""
+"""What is in a checkpoint of any layout, or in a Hugging Face folder: the run that saved it, and its weights."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -11,13 +12,15 @@ from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertEr
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.importing import open_hugging_face
-from megatron_vlmoe.train.checkpoint import load_common
+from megatron_vlmoe.convert.weights import HuggingFaceWeights
+from megatron_vlmoe.train.checkpoint import load_checkpoint, load_common
 from megatron_vlmoe.train.checkpoint_files import (
     checkpoint_root,
     find_best_or_last,
     has_checkpoints,
 )
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
+from megatron_vlmoe.train.warm_start import CheckpointWeights, WeightSource, warm_start
 
 
 def has_begun(save: str) -> bool:
@@ -37,8 +40,16 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
     """
     path = checkpoint_of(location, step)
     if is_hugging_face(path):
-        return _hugging_face_run(path)
-    content = _saved_content(path)
+        try:
+            return open_hugging_face(path, verify=False).config
+        except ConvertError as error:
+            raise ConfigError(f"--load {error}") from None
+    try:
+        content = load_common(path).get("config")
+    except CheckpointError as error:
+        raise ConfigError(f"--load {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--load {path}: holds no configuration of this project")
     root: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
     config = from_dict(content, root, f"--load {path}")
     beside = run_file(path, TOKENIZER_FILE)
@@ -63,18 +74,27 @@ def checkpoint_of(location: str, step: Optional[str] = None) -> Path:
     return path
 
 
-def _hugging_face_run(folder: Path) -> RunConfig:
-    try:
-        return open_hugging_face(folder, verify=False).config
-    except ConvertError as error:
-        raise ConfigError(f"--load {error}") from None
+def weight_source(path: Path) -> WeightSource:
+    """The weights of an iteration folder or of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: a Hugging Face folder that is damaged, tampered with, or of another architecture.
+    """
+    if is_hugging_face(path):
+        # Checksums cost a whole reading: once per node.
+        return HuggingFaceWeights(path, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+    return CheckpointWeights(path)
 
 
-def _saved_content(path: Path) -> dict[str, Any]:
-    try:
-        content = load_common(path).get("config")
-    except CheckpointError as error:
-        raise ConfigError(f"--load {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--load {path}: holds no configuration of this project")
-    return content
+def load_weights(path: Path, config: RunConfig, parts: Any) -> None:
+    """Loads the whole model of a run, heads included.
+
+    Raises:
+        CheckpointError: it is of another model, incomplete or damaged.
+    """
+    if not is_hugging_face(path):
+        load_checkpoint(path, config, parts, with_optimizer=False)
+        return
+    report = warm_start(weight_source(path), config, parts, with_heads=True)
+    if missing := (*report.new, *report.resized):
+        raise CheckpointError(f"{path}: {missing[0]} does not fit the model of this run")

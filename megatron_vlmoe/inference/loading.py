@@ -20,8 +20,7 @@ from megatron_vlmoe.config.schema import ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.importing import open_hugging_face
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.finetune.saved import checkpoint_of, saved_run
-from megatron_vlmoe.finetune.weights import load_weights
+from megatron_vlmoe.finetune.saved import checkpoint_of, load_weights, saved_run
 from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.runtime import distributed
 from megatron_vlmoe.runtime.precision import resolve_precision

@@ -18,9 +18,9 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.tasks import SampleShape, TaskSpec, working_tasks
 from megatron_vlmoe.data.collate import to_tensors
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
-from megatron_vlmoe.finetune.eval_items import eval_layout
+from megatron_vlmoe.data.samples import TextFormat
+from megatron_vlmoe.finetune.evaluation import eval_layout
 from megatron_vlmoe.finetune.predictions import class_probabilities
-from megatron_vlmoe.finetune.samples import TextFormat
 from megatron_vlmoe.inference.answers import Answer, Scored, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
     Images,

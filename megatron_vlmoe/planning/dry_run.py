@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.flops import flops_per_step, hardware_flops_per_step
 from megatron_vlmoe.planning.memory import memory_per_rank
 from megatron_vlmoe.planning.parameters import (
@@ -19,6 +19,11 @@ from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import data_parallel_size, expert_capacity, num_micro_batches
 
 GIB = 2**30
+# Ends of the names of parameters' parts, in the order in which they are listed.
+_PARTS = (
+    *("text embedding", "image embedding", "positions", "attention", "norms"),
+    *(" ffn", " experts", "routers", "text head", "image head"),
+)
 
 
 def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> str:
@@ -54,11 +59,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return ("  " + "  ".join(cells)).rstrip()
 
     return [line(row) for row in (header, *rows)]
-
-
-def resolve_estimate_precision(config: RunConfig) -> Precision:
-    """The precision of the estimate: `auto` depends on the device and counts as bf16."""
-    return "bf16" if config.train.precision == "auto" else config.train.precision
 
 
 def block_ranges(numbers: Sequence[int]) -> str:
@@ -127,22 +127,18 @@ def _layout_lines(config: RunConfig, world_size: int) -> list[str]:
 
 def _parameter_lines(config: RunConfig, world_size: int) -> list[str]:
     counts = parameter_counts(config)
-    parts = {
-        "text embedding": counts.text_embedding,
-        "image embedding": counts.image_embedding,
-        "positions, special": counts.positions,
-        "attention": counts.attention,
-        "LayerNorm, LayerScale": counts.norms,
-        **{f"{name} FFN": n for name, n in counts.dense_ffn.items()},
-        **{f"{name} experts": n for name, n in counts.experts.items()},
-        "routers": counts.routers,
-        "text head": counts.text_head,
-        "image head": counts.image_head,
-        "total": counts.total,
-        "without heads": counts.without_heads,
-        "per token of a pair": counts.per_token,
-    }
-    listed = [(part, f"{number:,}") for part, number in parts.items() if number]
+    shown = {"positions": "positions, special", "norms": "LayerNorm, LayerScale"}
+    listed = [
+        (shown.get(part, part.replace(" ffn", " FFN")), f"{number:,}")
+        for kind in _PARTS
+        for part, number in counts.parts.items()
+        if part.endswith(kind)
+    ]
+    listed += [
+        ("total", f"{counts.total:,}"),
+        ("without heads", f"{counts.without_heads:,}"),
+        ("per token of a pair", f"{counts.per_token:,}"),
+    ]
     lines = ["Parameters", *table(("part", "number"), listed)]
     rows = [
         (
@@ -168,8 +164,10 @@ def _flops_lines(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _memory_lines(config: RunConfig, world_size: int) -> list[str]:
-    precision = resolve_estimate_precision(config)
-    note = "; auto counts as bf16" if config.train.precision == "auto" else ""
+    precision, note = config.train.precision, ""
+    if precision == "auto":
+        # It depends on the device.
+        precision, note = "bf16", "; auto counts as bf16"
     rows = []
     for stage in memory_per_rank(config, world_size, precision):
         values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)

@@ -9,7 +9,12 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.parameters import with_assumed_vocabularies
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
 from megatron_vlmoe.stream.layout import StreamLayout
-from megatron_vlmoe.stream.sizes import expert_capacity, num_micro_batches, padded_vocab_size
+from megatron_vlmoe.stream.sizes import (
+    expert_capacity,
+    num_micro_batches,
+    padded_vocab_size,
+    text_mask_slots,
+)
 
 
 def flops_per_step(config: RunConfig) -> float:
@@ -71,12 +76,11 @@ def head_slots(config: RunConfig, layout: StreamLayout) -> tuple[int, int]:
     """
     model, objectives = config.model, config.objectives
     # Paper section 3.1: shares of the tokens between [T_CLS] and [T_SEP], and 40 % of the patches.
-    text = int(objectives.text_mask_fraction * (model.text_length - 2) + 0.5)
     longest = model.pair_text_length - 2
     caption = objectives.caption_mask_slots or math.ceil(objectives.caption_mask_fraction * longest)
     patches = objectives.num_masked_patches or model.num_patches * 2 // 5
     return (
-        layout.texts * text + layout.pairs * caption,
+        layout.texts * text_mask_slots(config) + layout.pairs * caption,
         (layout.images + layout.pairs) * patches,
     )
 

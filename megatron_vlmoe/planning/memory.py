@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.flops import expert_rows, head_slots, score_entries
 from megatron_vlmoe.planning.parameters import (
-    ParameterGroup,
     groups_of_stage,
     parameter_groups,
     stage_blocks,
@@ -70,36 +69,26 @@ def memory_per_rank(
     layout = StreamLayout.from_config(config.model, config.data)
     expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
     groups = parameter_groups(config)
+    moments = 8
+    if config.optim.optimizer == "sgd":
+        moments = 4 if config.optim.sgd_momentum else 0
     estimates = []
     for stage in range(parallel.pipeline_model_parallel_size):
         weights = gradients = optimizer = 0
         for group in groups_of_stage(groups, config, stage):
             size = group.local_size(tensor, expert)
             weights += size * (4 if group.fp32 else BYTES[precision])
-            if not _trains(group, config, layout):
+            frozen = group.part == "routers" or group.sharding == "expert"
+            if (frozen and not config.moe.train_experts) or not layout.size(*group.segments):
                 continue
             gradients += 4 * size
             replicas = expert_data_size if group.sharding == "expert" else data_size
             shards = replicas if parallel.use_distributed_optimizer else 1
-            optimizer += math.ceil(size * _state_bytes(config, group, precision) / shards)
+            master = 0 if precision == "fp32" or group.fp32 else 4
+            optimizer += math.ceil(size * (moments + master) / shards)
         activations = _stage_activation_bytes(config, stage, micro_batches, precision)
         estimates.append(MemoryEstimate(stage, weights, gradients, optimizer, activations))
     return estimates
-
-
-def _trains(group: ParameterGroup, config: RunConfig, layout: StreamLayout) -> bool:
-    frozen = group.part == "routers" or group.sharding == "expert"
-    if frozen and not config.moe.train_experts:
-        return False
-    return layout.size(*group.segments) > 0
-
-
-def _state_bytes(config: RunConfig, group: ParameterGroup, precision: Precision) -> int:
-    if config.optim.optimizer == "adam":
-        moments = 8
-    else:
-        moments = 4 if config.optim.sgd_momentum else 0
-    return moments + (0 if precision == "fp32" or group.fp32 else 4)
 
 
 def block_activation_bytes(

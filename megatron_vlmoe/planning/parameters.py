@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -48,48 +48,31 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of the whole model by part.
+    """Parameters of the whole model.
 
     Args:
-        text_embedding: word embeddings, padding rows of the vocabulary included.
-        image_embedding: patch projection.
-        positions: T_pos, V_pos, [I_CLS], the mask embedding and token types.
-        attention: shared self-attention (the key's bias, held at zero, is counted: it is stored).
-        norms: LayerNorms and LayerScale.
-        dense_ffn: dense FFNs by branch.
-        experts: expert FFNs by pool.
-        routers: all routers.
-        text_head: MLM head with its padding rows.
-        image_head: MIM head.
+        parts: how many each part has: `text embedding` and `text head` (padding rows of the vocabulary included),
+            `image embedding` (patch projection), `positions` (T_pos, V_pos, [I_CLS], the mask embedding and token
+            types), `attention` (the key's bias, held at zero, is counted: it is stored), `norms` (LayerNorms and
+            LayerScale), `BRANCH ffn`, `POOL experts`, `routers`, `image head`.
         per_token: what one image-text pair of tokens applies (the paper's "parameters per token",
             after LIMoE): embeddings, attention, norms, and of every block the FFNs that the two
             tokens of a pair read, k experts per token and the router where there is a pool; no
             heads. A pool that both tokens read counts at most 2 k experts.
     """
 
-    text_embedding: int
-    image_embedding: int
-    positions: int
-    attention: int
-    norms: int
-    dense_ffn: Mapping[str, int]
-    experts: Mapping[str, int]
-    routers: int
-    text_head: int
-    image_head: int
+    parts: Counter[str]
     per_token: int
 
     @property
     def without_heads(self) -> int:
         """Everything but the two pretraining heads."""
-        embeddings = self.text_embedding + self.image_embedding + self.positions
-        feed_forward = sum(self.dense_ffn.values()) + sum(self.experts.values()) + self.routers
-        return embeddings + self.attention + self.norms + feed_forward
+        return self.total - self.parts["text head"] - self.parts["image head"]
 
     @property
     def total(self) -> int:
         """Every parameter of the model."""
-        return self.without_heads + self.text_head + self.image_head
+        return self.parts.total()
 
 
 @dataclass(frozen=True)
@@ -132,26 +115,10 @@ def with_assumed_vocabularies(config: RunConfig) -> RunConfig:
 def parameter_counts(config: RunConfig) -> ParameterCounts:
     """Parameters of the whole model; unknown vocabularies count as the paper's."""
     groups = parameter_groups(config)
-    sizes: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
     for group in groups:
-        sizes[group.part] += group.size
-
-    def by_name(kind: str) -> dict[str, int]:
-        return {part.split()[0]: n for part, n in sizes.items() if part.endswith(f" {kind}")}
-
-    return ParameterCounts(
-        text_embedding=sizes["text embedding"],
-        image_embedding=sizes["image embedding"],
-        positions=sizes["positions"],
-        attention=sizes["attention"],
-        norms=sizes["norms"],
-        dense_ffn=by_name("ffn"),
-        experts=by_name("experts"),
-        routers=sizes["routers"],
-        text_head=sizes["text head"],
-        image_head=sizes["image head"],
-        per_token=sum(group.activated for group in groups),
-    )
+        parts[group.part] += group.size
+    return ParameterCounts(parts, sum(group.activated for group in groups))
 
 
 def parameters_per_rank(config: RunConfig, world_size: int) -> list[StageParameters]:

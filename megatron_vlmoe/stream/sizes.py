@@ -143,6 +143,12 @@ def num_micro_batches(config: RunConfig, data_size: int) -> int:
     return count
 
 
+def text_mask_slots(config: RunConfig) -> int:
+    """Predicted tokens of a packed text: the rounded share of its length - 2 words (paper section 3.1)."""
+    words = config.model.text_length - 2
+    return int(config.objectives.text_mask_fraction * words + 0.5)
+
+
 def batch_sizes_that_fit(
     sizes: Mapping[tuple[str, str], tuple[int, int]],
     data_size: int,

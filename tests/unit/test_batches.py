@@ -19,11 +19,12 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.batches import BatchShare, PretrainData
 from megatron_vlmoe.data.codes import CodesReader
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
-from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, write_manifest
+from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, stage_manifest
 from megatron_vlmoe.data.sources import split_documents
 from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
+from megatron_vlmoe.stream.sizes import text_mask_slots
 from megatron_vlmoe.tokenizers.text import (
     TextTokenizer,
     TextTokenizerTraining,
@@ -88,7 +89,7 @@ def write_dataset(
         vocab_size=tokenizer.size if textual else None,
         caption_lengths=length_percentiles(lengths) if kind == "pairs" else None,
     )
-    write_manifest(prefix, manifest)
+    stage_manifest(prefix, manifest).publish()
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ def assert_equal(left: Batch, right: Batch) -> None:
 def test_shapes_and_types(corpus: Corpus) -> None:
     data = open_data(corpus.config(reset_attention=True))
     batch = batches(data, 1)[0]
-    slots, captions, masked = data.text_slots, data.caption_slots, data.num_masked_patches
+    objectives = data.config.objectives
+    captions, masked = objectives.caption_mask_slots, objectives.num_masked_patches
+    slots = text_mask_slots(data.config)
     assert (slots, masked) == (9, 25)  # floor(0.15 * 62 + 0.5), floor(0.4 * 64)
     expected = {
         **dict.fromkeys(("texts/ids", "texts/documents"), (MICRO, 64)),
@@ -246,7 +249,9 @@ def test_caption_masks_beyond_the_slots_are_counted(corpus: Corpus) -> None:
 def test_caption_slots_come_from_the_99th_percentile(corpus: Corpus) -> None:
     lengths = IndexedReader(str(corpus.root / "pairs_text")).sequence_lengths
     longest = np.sort(lengths)[int(np.ceil(0.99 * len(lengths))) - 1]
-    assert open_data(corpus.config()).caption_slots == int(np.ceil(0.5 * min(longest, 30)))
+    assert open_data(corpus.config()).config.objectives.caption_mask_slots == int(
+        np.ceil(0.5 * min(longest, 30))
+    )
 
 
 def test_a_batch_depends_on_its_number_alone(corpus: Corpus) -> None:

@@ -81,7 +81,7 @@ def prefix(tmp_path: Path) -> str:
 
 def read_all(prefix: str) -> list[tuple]:
     reader = CodesReader(prefix)
-    views = itertools.product(range(reader.num_images), range(reader.num_views))
+    views = itertools.product(range(reader.manifest.num_images), range(reader.manifest.num_views))
     stored = [reader.view(image, view) for image, view in views]
     return [(s.box, s.flip, s.resolution, s.codes.tolist()) for s in stored]
 
@@ -89,8 +89,12 @@ def read_all(prefix: str) -> list[tuple]:
 def test_codes_are_those_of_the_stored_geometry(prefix: str, tokenizer: ImageTokenizer) -> None:
     write_codes(prefix, tokenizer, CodesOptions(num_views=3, batch_size=8))
     reader = CodesReader(prefix)
-    assert (reader.num_images, reader.num_views, reader.grid) == (7, 3, 4)
-    assert reader.fingerprint == tokenizer.fingerprint
+    assert (reader.manifest.num_images, reader.manifest.num_views, reader.manifest.grid) == (
+        7,
+        3,
+        4,
+    )
+    assert reader.manifest.tokenizer_fingerprint == tokenizer.fingerprint
     flips = set()
     for number, view in itertools.product(range(7), range(3)):
         stored = reader.view(number, view)
@@ -147,7 +151,7 @@ def test_check_codes_names_what_does_not_fit(prefix: str, tokenizer: ImageTokeni
     with pytest.raises(DataError, match="set_codes.json: not found"):
         check_codes(prefix, tokenizer.fingerprint, 7, 4)
     write_codes(prefix, tokenizer, CodesOptions(num_views=2))
-    assert check_codes(prefix, tokenizer.fingerprint, 7, 4).num_views == 2
+    assert check_codes(prefix, tokenizer.fingerprint, 7, 4).manifest.num_views == 2
 
     def refused(message: str, fingerprint: str = tokenizer.fingerprint, n: int = 7, grid: int = 4):
         with pytest.raises(DataError, match=message) as caught:
@@ -229,7 +233,7 @@ def test_tool(prefix: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPat
     common = ("--images", prefix, "--views", "2", "--image-tokenizer")
     assert run(*common, str(tokenizer_folder)) == 0
     assert "2 views of 7 images, 4x4 codes each" in capsys.readouterr().out
-    assert CodesReader(prefix).num_views == 2
+    assert CodesReader(prefix).manifest.num_views == 2
     assert run(*common, f"{prefix}_nowhere") == 1
     assert capsys.readouterr().err.startswith("error: ")
     assert run("--images", prefix) == 2

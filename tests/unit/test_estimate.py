@@ -60,6 +60,11 @@ def fake_mode():
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def by_branch(counts, kind):
+    """Parameters of the FFNs (`ffn`) or experts (`experts`) of every branch."""
+    return {part.split()[0]: n for part, n in counts.parts.items() if part.endswith(f" {kind}")}
+
+
 ABLATIONS = {
     "vl experts": {"moe": {"vl": True, "num_vl_experts": 4, "layers": (2, 5, 6)}},
     "shared router": {"moe": {"shared_router": True, "layers": (2, 6)}},
@@ -91,32 +96,32 @@ def test_counts_equal_the_built_model(config, runtime):
 
     counts = parameter_counts(config)
     assert counts.total == sum(built.values())
-    assert counts.text_head == named(r"^heads\.text")
-    assert counts.image_head == named(r"^heads\.image")
-    assert counts.routers == named(r"\.router\.")
-    assert counts.attention == named(r"\.self_attention\.")
-    for branch, size in counts.dense_ffn.items():
+    assert counts.parts["text head"] == named(r"^heads\.text")
+    assert counts.parts["image head"] == named(r"^heads\.image")
+    assert counts.parts["routers"] == named(r"\.router\.")
+    assert counts.parts["attention"] == named(r"\.self_attention\.")
+    for branch, size in by_branch(counts, "ffn").items():
         assert size == named(rf"\.{branch}_ffn\.")
-    for pool, size in counts.experts.items():
+    for pool, size in by_branch(counts, "experts").items():
         assert size == named(rf"\.experts\.{pool}\.")
-    assert counts.norms == named(r"norm|gamma")
+    assert counts.parts["norms"] == named(r"norm|gamma")
 
 
 def test_base_dense_by_hand():
     """The arithmetic of docs/fidelity.md."""
     counts = parameter_counts(preset("base-dense"))
-    assert counts.text_embedding == 64_000 * 768 == 49_152_000
-    assert counts.image_embedding == 3 * 16 * 16 * 768 + 768 == 590_592
-    assert counts.positions == (128 + 197 + 1 + 1) * 768 == 251_136
-    assert counts.attention == 12 * (768 * 2304 + 2304 + 768 * 768 + 768) == 28_348_416
+    assert counts.parts["text embedding"] == 64_000 * 768 == 49_152_000
+    assert counts.parts["image embedding"] == 3 * 16 * 16 * 768 + 768 == 590_592
+    assert counts.parts["positions"] == (128 + 197 + 1 + 1) * 768 == 251_136
+    assert counts.parts["attention"] == 12 * (768 * 2304 + 2304 + 768 * 768 + 768) == 28_348_416
     # Nine blocks with text and vision, three with text, vision and VL.
-    assert sum(counts.dense_ffn.values()) == (9 * 2 + 3 * 3) * BASE_FFN == 127_505_664
+    assert sum(by_branch(counts, "ffn").values()) == (9 * 2 + 3 * 3) * BASE_FFN == 127_505_664
     # LayerNorm before attention and LayerScale in every block, a LayerNorm per branch, the last one.
     norm = 2 * 768
-    assert counts.norms == 12 * (norm + norm) + (9 * 2 + 3 * 3) * norm + norm == 79_872
+    assert counts.parts["norms"] == 12 * (norm + norm) + (9 * 2 + 3 * 3) * norm + norm == 79_872
     assert counts.without_heads == 205_927_680
-    assert counts.text_head == 64_000 * (768 + 1)
-    assert counts.image_head == 8_192 * (768 + 1)
+    assert counts.parts["text head"] == 64_000 * (768 + 1)
+    assert counts.parts["image head"] == 8_192 * (768 + 1)
     assert counts.total == 261_443_328
 
 
@@ -124,8 +129,12 @@ def test_base_32e_by_hand():
     dense, sparse = (parameter_counts(preset(f"base-{e}")) for e in ("dense", "32e"))
     # Blocks 2, 4, 6 and 8: 32 experts instead of one FFN, twice.
     added = 4 * 2 * 31 * BASE_FFN
-    assert sparse.routers == 4 * 2 * 32 * 768 == 196_608
-    assert sparse.without_heads == dense.without_heads + added + sparse.routers == 1_377_287_424
+    assert sparse.parts["routers"] == 4 * 2 * 32 * 768 == 196_608
+    assert (
+        sparse.without_heads
+        == dense.without_heads + added + sparse.parts["routers"]
+        == 1_377_287_424
+    )
     assert sparse.total == 1_432_803_072
 
 
@@ -135,7 +144,7 @@ def test_six_moe_blocks_give_the_papers_two_billion():
     assert counts.without_heads == 205_927_680 + 6 * 2 * 31 * BASE_FFN + 6 * 2 * 32 * 768
     assert counts.without_heads == 1_962_967_296
     assert counts.total == 2_018_482_944
-    assert counts.routers == 294_912
+    assert counts.parts["routers"] == 294_912
 
 
 def test_parameters_per_token_by_hand():
@@ -187,8 +196,12 @@ def test_first_stage_embeds_and_last_stage_has_the_heads():
     config = change(preset("base-dense"), parallel={"pipeline_model_parallel_size": 2})
     counts = parameter_counts(config)
     first, last = parameters_per_rank(config, 2)
-    blocks = counts.attention + sum(counts.dense_ffn.values()) + counts.norms
-    embeddings = counts.text_embedding + counts.image_embedding + counts.positions
+    blocks = (
+        counts.parts["attention"] + sum(by_branch(counts, "ffn").values()) + counts.parts["norms"]
+    )
+    embeddings = (
+        counts.parts["text embedding"] + counts.parts["image embedding"] + counts.parts["positions"]
+    )
     # Blocks 10 to 12 have a third branch: FFN and LayerNorm.
     third = 3 * (BASE_FFN + 1536)
     assert first.total == embeddings + (blocks - 1536 - third) // 2
@@ -408,12 +421,12 @@ def test_experts_shard_their_state_over_expert_data_parallel_ranks():
     """8 ranks, EP 4: dense state over 8 ranks, expert state over 2; routers stay in fp32."""
     config = change(preset("base-8e"), parallel={"expert_model_parallel_size": 4})
     counts = parameter_counts(config)
-    experts = sum(counts.experts.values()) // 4
-    dense = counts.total - sum(counts.experts.values()) - counts.routers
+    experts = sum(by_branch(counts, "experts").values()) // 4
+    dense = counts.total - sum(by_branch(counts, "experts").values()) - counts.parts["routers"]
     memory = memory_per_rank(config, 8, "bf16")[0]
-    assert memory.weights == 2 * (dense + experts) + 4 * counts.routers
-    assert memory.gradients == 4 * (dense + experts + counts.routers)
-    state = 12 * dense / 8 + 12 * experts / 2 + 8 * counts.routers / 8
+    assert memory.weights == 2 * (dense + experts) + 4 * counts.parts["routers"]
+    assert memory.gradients == 4 * (dense + experts + counts.parts["routers"])
+    state = 12 * dense / 8 + 12 * experts / 2 + 8 * counts.parts["routers"] / 8
     assert memory.optimizer == pytest.approx(state, rel=1e-6)
 
 
@@ -421,7 +434,7 @@ def test_what_does_not_train_has_no_gradient_and_no_state():
     config = preset("base-8e")
     frozen = change(config, moe={"train_experts": False})
     counts = parameter_counts(config)
-    fixed = sum(counts.experts.values()) + counts.routers
+    fixed = sum(by_branch(counts, "experts").values()) + counts.parts["routers"]
     before, after = (memory_per_rank(c, 1, "fp32")[0] for c in (config, frozen))
     assert after.weights == before.weights
     assert before.gradients - after.gradients == 4 * fixed
@@ -429,7 +442,7 @@ def test_what_does_not_train_has_no_gradient_and_no_state():
 
     images = change(preset("base-dense"), data={"micro_texts": 0, "micro_pairs": 0})
     dense = parameter_counts(images)
-    unreached = dense.text_embedding + 128 * 768 + dense.text_head
+    unreached = dense.parts["text embedding"] + 128 * 768 + dense.parts["text head"]
     # Text FFNs and their LayerNorms in all blocks, VL in the last three.
     unreached += (12 + 3) * (BASE_FFN + 1536)
     assert memory_per_rank(images, 1, "fp32")[0].gradients == 4 * (dense.total - unreached)
@@ -593,7 +606,7 @@ def test_fidelity_page_has_the_counts():
         assert rows[name].endswith("| " + " | ".join(f"{n:,}" for n in numbers) + " |")
     for blocks in ((2, 4, 6, 8), (2, 4, 6, 8, 10), (2, 4, 6, 8, 10, 12)):
         counts = parameter_counts(change(preset("base-32e"), moe={"layers": blocks}))
-        numbers = (counts.without_heads, counts.total, counts.routers)
+        numbers = (counts.without_heads, counts.total, counts.parts["routers"])
         row = rows[", ".join(map(str, blocks))]
         assert row.endswith("| " + " | ".join(f"{n:,}" for n in numbers) + " |")
 

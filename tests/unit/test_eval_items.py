@@ -12,9 +12,8 @@ from raw_tasks import Desk, put
 from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.order import SampleRef
-from megatron_vlmoe.data.samples import ImageViews, SampleRngs
-from megatron_vlmoe.finetune.eval_items import PairItems
-from megatron_vlmoe.finetune.samples import TaskSamples, TextFormat
+from megatron_vlmoe.data.samples import ImageViews, SampleRngs, TextFormat
+from megatron_vlmoe.finetune.samples import TaskSamples
 
 # Image and caption; in order of the images, as re-ranking makes them.
 PAIRS = np.array([[0, 0], [0, 2], [0, 3], [1, 0], [1, 1], [2, 0], [2, 2], [2, 5]])
@@ -57,17 +56,16 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_image_is_decoded_once_in_a_micro_batch(
     samples: TaskSamples, decoded: list[int]
 ) -> None:
-    items = PairItems(samples, PAIRS)
-    batch = items.batch([0, 1, 2, 3, 4])
+    batch = samples.pair_parts(PAIRS, [0, 1, 2, 3, 4])
     assert decoded == [0, 1]
     assert batch["pair_images"]["pixels"].shape == (5, 3, 16, 16)
     assert len(batch["pair_texts"]["ids"]) == 5
-    items.batch([5, 6, 7, 0])  # a copy of the first item fills it up
+    samples.pair_parts(PAIRS, [5, 6, 7, 0])  # a copy of the first item fills it up
     assert sorted(decoded[2:]) == [0, 2]
 
 
 def test_pairs_are_what_they_are_alone(samples: TaskSamples) -> None:
-    batch = PairItems(samples, PAIRS).batch(range(len(PAIRS)))
+    batch = samples.pair_parts(PAIRS, range(len(PAIRS)))
     refs = [SampleRef(0, 0, int(image)) for image, _ in PAIRS]
     alone = samples.pixels(refs, PAIRS[:, 0].tolist())
     assert np.array_equal(batch["pair_images"]["pixels"], alone)
@@ -79,10 +77,10 @@ def test_pairs_are_what_they_are_alone(samples: TaskSamples) -> None:
 
 def test_a_rank_decodes_its_own_share(samples: TaskSamples, decoded: list[int]) -> None:
     """Of two tensor-parallel ranks the second one has the last four pairs."""
-    whole = PairItems(samples, PAIRS).batch(range(8))["pair_images"]["pixels"]
+    whole = samples.pair_parts(PAIRS, range(8))["pair_images"]["pixels"]
     decoded.clear()
     samples.share = BatchShare(tensor_rank=1, tensor_size=2)
-    batch = PairItems(samples, PAIRS).batch(range(8))
+    batch = samples.pair_parts(PAIRS, range(8))
     assert np.array_equal(batch["pair_images"]["pixels"], whole[4:]) and decoded == [1, 2]
     samples.share = replace(samples.share, first_stage=False)
-    assert "pixels" not in PairItems(samples, PAIRS).batch([0])["pair_images"]
+    assert "pixels" not in samples.pair_parts(PAIRS, [0])["pair_images"]

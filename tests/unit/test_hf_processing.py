@@ -21,7 +21,7 @@ from hf_folder import TINY, VOCAB, sentencepiece_model, write_processors
 from PIL import Image, ImageOps
 
 from megatron_vlmoe.config.schema import DataConfig
-from megatron_vlmoe.finetune.samples import TextFormat
+from megatron_vlmoe.data.samples import TextFormat
 from megatron_vlmoe.inference.inputs import Item, pixels
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 

@@ -18,7 +18,7 @@ from megatron_vlmoe.data.manifest import (
     check_dataset,
     length_percentiles,
     load_manifest,
-    write_manifest,
+    stage_manifest,
 )
 
 DOCUMENTS = [
@@ -195,7 +195,7 @@ def manifest(prefix: str, tmp_path: Path) -> tuple[str, DatasetManifest]:
         record = FileRecord(len(data), hashlib.sha256(data).hexdigest())
         files[f"_text_document{suffix}"] = record
     result = DatasetManifest("text", 3, 6, 12, 24, files, {"command": "c"}, 0, "f00d", 1000)
-    write_manifest(tmp_path / "a", result)
+    stage_manifest(tmp_path / "a", result).publish()
     return str(tmp_path / "a"), result
 
 

@@ -54,24 +54,13 @@ def test_parts_are_those_of_the_estimate(name: str) -> None:
     model, sizes, activated = config.model, part_sizes(config), activated_by_part(config)
     counts = parameter_counts(config)
     assert not sizes.keys() - activated.keys() - {TASK_HEADS}, "a key of no part"
-    expected = {
-        "text embedding": counts.text_embedding,
-        "image embedding": counts.image_embedding,
-        "positions": counts.positions,
-        "attention": counts.attention,
-        "norms": counts.norms,
-        **{f"{branch} ffn": n for branch, n in counts.dense_ffn.items()},
-        **{f"{branch} experts": n for branch, n in counts.experts.items()},
-        "routers": counts.routers,
-        "text head": counts.text_head,
-        "image head": counts.image_head,
-    }
+    expected = dict(counts.parts)
     per_token = counts.per_token
     is_task = TASK_HEADS in sizes
     if not model.vocab_size:
         # The estimate assumes the paper's vocabulary where none is known.
         rows = max(model.text_length, model.pair_text_length) + 1
-        absent = counts.text_embedding + rows * model.hidden_size
+        absent = counts.parts["text embedding"] + rows * model.hidden_size
         expected |= {"text embedding": 0, "text head": 0}
         expected["positions"] -= rows * model.hidden_size
         per_token -= absent

@@ -16,8 +16,7 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.finetune.options import parse_finetune
-from megatron_vlmoe.planning.validate import validate
-from megatron_vlmoe.planning.validate_task import validate_task
+from megatron_vlmoe.planning.validate import validate, validate_task
 
 PRESETS = [
     f"{size}-{kind}"

@@ -119,9 +119,9 @@ def test_blend_shares_are_exact_and_no_number_is_lost(weights: list[str]) -> Non
     step = max(1, blend.block_size // 4096)
     if step > 1:  # a long block: check its arrays directly
         for block in range(blocks):
-            content = blend._make_block(block)
+            datasets, own = blend._make_block(block)
             for dataset, found in enumerate(numbers):
-                found.extend(content.numbers[content.datasets == dataset].tolist())
+                found.extend(own[datasets == dataset].tolist())
     else:
         for number in range(blocks * blend.block_size):
             dataset, inner = blend.locate(number)

@@ -19,7 +19,6 @@ from megatron_vlmoe.finetune.report import (
     CountRow,
     Counts,
     Example,
-    Headline,
     Report,
     write_report,
 )
@@ -123,7 +122,7 @@ def test_what_a_reader_wants_first_comes_first(tmp_path: Path) -> None:
     rows = [CountRow("yes", 3, 1), CountRow("a <b>", 0, 2)]
     report = Report(
         title="vqa",
-        headlines=[Headline("val/vqa_official, percent", 9.98, "guessing: 11.37; 500 samples")],
+        headlines=[("val/vqa_official, percent", 9.98, "guessing: 11.37; 500 samples")],
         notes=["Model: runs/vqa/best"],
         counts=[Counts("Answers of val", "How often.", ("predicted", "true"), rows)],
         chosen=["val: 1 of 3 right."],

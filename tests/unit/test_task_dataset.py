@@ -11,7 +11,7 @@ import pytest
 from raw_tasks import Desk, rows, write_nlvr2
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.data.manifest import FileRecord, file_sha256, load_manifest, write_manifest
+from megatron_vlmoe.data.manifest import FileRecord, file_sha256, load_manifest, stage_manifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
 from megatron_vlmoe.data.task_labels import write_labels
 from megatron_vlmoe.data.task_samples import SamplesReader, SamplesWriter
@@ -93,10 +93,10 @@ def test_splits_that_are_not_what_they_should_be(split: str, desk: Desk) -> None
         assert message() == f"{path}: No such file or directory"
         path.write_bytes(content)
     manifest = load_manifest(split)
-    write_manifest(split, replace(manifest, samples=2))
+    stage_manifest(split, replace(manifest, samples=2)).publish()
     assert message() == f"{split}.json: 2 samples, but the table has 3"
     files = {k: v for k, v in manifest.files.items() if k != "_samples.arrow"}
-    write_manifest(split, replace(manifest, files=files))
+    stage_manifest(split, replace(manifest, files=files)).publish()
     assert message().endswith("no record of _samples.arrow)")
     Path(f"{split}.json").unlink()
     assert "preprocessing did not end" in message()
@@ -108,7 +108,9 @@ def rewritten(split: str, table: bytes) -> None:
     path.write_bytes(table)
     manifest = load_manifest(split)
     record = FileRecord(len(table), file_sha256(path))
-    write_manifest(split, replace(manifest, files={**manifest.files, "_samples.arrow": record}))
+    stage_manifest(
+        split, replace(manifest, files={**manifest.files, "_samples.arrow": record})
+    ).publish()
 
 
 def test_damaged_tables_are_found(split: str, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_damaged_tables_are_found(split: str, tmp_path: Path) -> None:
         writer.finish()
         writer.publish()
         rewritten(split, (tmp_path / f"{name}_samples.arrow").read_bytes())
-        write_manifest(split, replace(load_manifest(split), samples=1))
+        stage_manifest(split, replace(load_manifest(split), samples=1)).publish()
         refused("not the samples of task nlvr2" if task == "vqa" else "damaged: a sample with")
 
 

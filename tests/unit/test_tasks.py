@@ -161,5 +161,5 @@ def test_a_wrong_package_is_named_in_one_line(
     if other:
         assert "of package a" in str(caught.value) and "of package b" in str(caught.value)
     # Other tasks are not disturbed by it.
-    assert TaskConfig(name="mnli").best_metric == "accuracy"
+    assert TaskConfig(name="mnli").spec.best_metric == "accuracy"
     assert [spec.name for spec in tasks.working_tasks()].count("mnli") == 1

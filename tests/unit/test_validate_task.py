@@ -10,7 +10,7 @@ import pytest
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import OptimConfig, TrainConfig
 from megatron_vlmoe.config.task_schema import ContrastiveConfig, FinetuneConfig, TaskConfig
-from megatron_vlmoe.planning.validate_task import validate_task
+from megatron_vlmoe.planning.validate import validate_task
 
 CONFIG = FinetuneConfig(task=TaskConfig(micro_batch_size=2, global_batch_size=8))
 
