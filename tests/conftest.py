@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from data_files import write_tokenizer
@@ -20,11 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Workers]:
+def workers() -> Workers:
     """Four processes that tests run layouts on."""
-    pool = Workers(4)
-    yield pool
-    pool.close()
+    return Workers(4)
 
 
 @pytest.fixture(scope="session")
