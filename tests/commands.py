@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from helpers import start_process
+from helpers import free_port, start_process
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The server that processes are forked from takes the CPU for the device.
@@ -73,14 +74,25 @@ def run(
     cwd: Path | str = REPOSITORY,
     timeout: float = 120.0,
     environ: Mapping[str, str] | None = None,
+    ranks: int = 0,
 ) -> Outcome:
     """Runs `python WORDS...`, in a process of its own.
 
     Importing torch and megatron-core takes seconds, so that modules and scripts run in a process that is forked from
     one that has imported them. A new interpreter is started for `-c`, for another PYTHONPATH, and where there is a GPU.
+
+    Args:
+        *words: what follows `python`.
+        cwd: folder.
+        timeout: seconds until it is killed, which fails the test.
+        environ: variables beside those of `environment`.
+        ranks: if positive, as many processes run it with what torchrun would put into their environment, and none is
+            a new interpreter.
     """
     command = [str(word) for word in words]
     variables = environment(**(environ or {}))
+    if ranks:
+        return _run_forked(command, str(cwd), variables, timeout, ranks)
     if command[0] != "-c" and "PYTHONPATH" not in (environ or {}) and not GPU.exists():
         return _run_forked(command, str(cwd), variables, timeout)
     done = subprocess.run(
@@ -94,20 +106,39 @@ def run(
     return Outcome(tuple(command), done.returncode, done.stdout, done.stderr)
 
 
-def _run_forked(words: list[str], cwd: str, variables: dict[str, str], timeout: float) -> Outcome:
+def _run_forked(
+    words: list[str], cwd: str, variables: dict[str, str], timeout: float, ranks: int = 0
+) -> Outcome:
+    owns = as_ranks(variables, ranks) if ranks else [variables]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = start_process(_child, words, cwd, variables, str(out), str(err))
-        process.join(timeout)
-        code = process.exitcode
-        if code is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-        texts = [path.read_text() if path.exists() else "" for path in (out, err)]
-    outcome = Outcome(tuple(words), -signal.SIGKILL if code is None else code, *texts)
-    assert code is not None, f"not done after {timeout:.0f} s: {outcome.text}"
+        for path in (out, err):
+            path.touch()
+        processes = [start_process(_child, words, cwd, own, str(out), str(err)) for own in owns]
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.1))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            if process.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+        texts = [path.read_text() for path in (out, err)]
+    failed = next((code for code in codes if code != 0), 0)
+    outcome = Outcome(tuple(words), -signal.SIGKILL if failed is None else failed, *texts)
+    assert failed is not None, f"not done after {timeout:.0f} s: {outcome.text}"
     return outcome
+
+
+def as_ranks(variables: Mapping[str, str], ranks: int) -> list[dict[str, str]]:
+    """The environment of each process of one node."""
+    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "CUDA_VISIBLE_DEVICES": ""}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        {**variables, **size, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(ranks)
+    ]
 
 
 def _child(words: list[str], cwd: str, variables: dict[str, str], out: str, err: str) -> None:
@@ -117,7 +148,7 @@ def _child(words: list[str], cwd: str, variables: dict[str, str], out: str, err:
     os.environ.update(variables)
     os.chdir(cwd)
     for path, number in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     # What started this process chose these for its own children.
