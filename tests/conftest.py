@@ -15,7 +15,7 @@ from helpers import Workers
 from prepared_tasks import Prepared, prepare_all
 from raw_tasks import Desk
 
-# It has a command of its own, which fetches what it needs: bash tests/transformers_suite.sh.
+# It has a command of its own, which fetches what it needs, a part of: bash tests/run.sh nightly.
 collect_ignore = ["transformers_suite"]
 
 # Before torch is imported anywhere: several processes share few cores.

@@ -1,4 +1,4 @@
-"""Two processes on real data, one of the runs under torchrun: expert, tensor and pipeline parallel equal one process."""
+"""Two processes on real data, once under torchrun: expert, tensor and pipeline parallel runs equal one process."""
 
 from __future__ import annotations
 
