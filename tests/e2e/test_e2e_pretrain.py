@@ -148,11 +148,11 @@ def test_sigterm_saves_and_ends_well(corpus: Corpus) -> None:
         text=True,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         path = folder / "metrics.jsonl"
         while not (path.exists() and len(path.read_text().splitlines()) > 4):
             assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "no step in 90 s"
+            assert time.monotonic() < deadline, "no step in 300 s"
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         text = process.communicate(timeout=60)[0]
