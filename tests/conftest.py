@@ -28,7 +28,7 @@ STARTED = pytest.StashKey[list[str]]()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests by folder and fixtures, and keeps those together that share what is made once per pytest process.
 
-    A file stays whole. Tests on several processes are in one group, so that never two of them run at the same time.
+    A file stays whole. Layouts of up to four processes are in one group, so that never two of them run at the same time.
     """
     groups: dict[Path, str] = {}
     for item in items:
@@ -37,10 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("e2e")
         if folder == "distributed" or "workers" in fixtures:
             item.add_marker("dist")
-        if "corpus" in fixtures:
-            groups[item.path] = "corpus"
-        elif folder == "distributed" or {"workers", "prepared"} & set(fixtures):
-            groups.setdefault(item.path, "workers")
+        if folder == "distributed" or {"workers", "prepared"} & set(fixtures):
+            groups[item.path] = "workers"
+        elif folder == "e2e":
+            groups.setdefault(item.path, "e2e")
     for item in items:
         item.add_marker(pytest.mark.xdist_group(groups.get(item.path, item.path.name)))
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from helpers import LAYOUT_OPTIONS, SMALL, free_port
 
-pytestmark = pytest.mark.dist
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
 
-pytestmark = pytest.mark.e2e
-
 LAYOUTS = {
     "EP2": ["--parallel.expert_model_parallel_size", "2"],
     "TP2": ["--parallel.tensor_model_parallel_size", "2"],

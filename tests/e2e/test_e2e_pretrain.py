@@ -17,8 +17,6 @@ import yaml
 from commands import environment, run, run_many, tool
 from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
 
-pytestmark = pytest.mark.e2e
-
 STEP_KEYS = """
 step loss/total loss/mlm loss/mim loss/vlm loss/vlm_text loss/vlm_image loss/aux/text loss/aux/vision
 moe/text/dropped_fraction moe/vision/dropped_fraction moe/text/effective_capacity_factor tokens_per_second

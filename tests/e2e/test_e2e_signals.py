@@ -18,7 +18,7 @@ from commands import REPOSITORY, environment, run_many
 from conftest import Corpus, assert_same_metrics, metrics
 
 # The fixtures count: they run all cases.
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 1".split()]
 # What the example scripts do once they have put their options together.

@@ -264,6 +264,7 @@ def test_a_batch_depends_on_its_number_alone(corpus: Corpus) -> None:
     assert not torch.equal(*masks)
 
 
+@pytest.mark.process
 def test_workers_change_nothing_and_leave_the_global_generator_alone(corpus: Corpus) -> None:
     expected = batches(open_data(corpus.config()), 5)
     loader = open_data(corpus.config(num_workers=2)).loader("train", 1, 4)

@@ -108,6 +108,7 @@ def test_codes_are_those_of_the_stored_geometry(prefix: str, tokenizer: ImageTok
     assert flips == {True, False}
 
 
+@pytest.mark.process
 def test_views_differ_and_do_not_depend_on_batches_or_workers(
     prefix: str, tokenizer: ImageTokenizer
 ) -> None:

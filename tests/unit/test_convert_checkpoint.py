@@ -52,6 +52,7 @@ def export(run: Path, output: Path, **options: Any) -> Path:
     return export_checkpoint(run, output, ExportOptions(**options))
 
 
+@pytest.mark.process
 def test_the_command_line_goes_there_and_back(run: Path, tmp_path: Path) -> None:
     hf, back = tmp_path / "hf", tmp_path / "back"
     made = tool(
@@ -282,6 +283,7 @@ print(convert("export", run, hf, "--max-shard-gb", str(float(shard) / 1e9)), con
 """
 
 
+@pytest.mark.process
 def test_memory_stays_below_two_shards(run: Path, tmp_path: Path) -> None:
     shard = 32_000_000
     model = ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, ffn_hidden_size=1024)

@@ -187,6 +187,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
+@pytest.mark.process
 def test_failing_writes_of_the_system_are_one_line(tmp_path: Path, out: Path, model: str) -> None:
     (tmp_path / "a.txt").write_text("two of the star\n" * 5000)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_text.py")]
@@ -205,6 +206,7 @@ def test_failing_writes_of_the_system_are_one_line(tmp_path: Path, out: Path, mo
     assert files_of(out.parent) == []
 
 
+@pytest.mark.process
 def test_terminated_tool_leaves_nothing(tmp_path: Path, out: Path, model: str) -> None:
     fifo = tmp_path / "a.txt"
     os.mkfifo(fifo)
@@ -220,6 +222,7 @@ def test_terminated_tool_leaves_nothing(tmp_path: Path, out: Path, model: str) -
     assert files_of(out.parent) == []
 
 
+@pytest.mark.process
 def test_dead_worker_is_an_error() -> None:
     with pytest.raises(ValueError, match="worker process died"):
         list(preprocess.ordered_map(Dying(), iter(range(10)), 2))
@@ -329,6 +332,7 @@ BAD_IMAGES = [
 ]
 
 
+@pytest.mark.process
 def test_images_tool(tmp_path: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     (folder / "n1").mkdir(parents=True)

@@ -215,6 +215,7 @@ def test_bad_options(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("m*"))
 
 
+@pytest.mark.process
 def test_tool_lowers_vocab_size_with_a_warning(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("\n".join(corpus()))
     result = commands.tool(
@@ -233,6 +234,7 @@ def test_tool_lowers_vocab_size_with_a_warning(tmp_path: Path) -> None:
     assert f"({size} pieces)" in result.stdout
 
 
+@pytest.mark.process
 def test_tool_prints_one_line_of_error(tmp_path: Path) -> None:
     result = commands.tool(
         "train_text_tokenizer",

@@ -577,6 +577,7 @@ def test_options_and_task_checkpoints(tmp_path: Path) -> None:
         read_source(tmp_path)
 
 
+@pytest.mark.process
 def test_command_line(dense_folder: Path, tmp_path: Path) -> None:
     words = f"--load {dense_folder} --num-experts 4 --moe.topk 2 --output {tmp_path}/made".split()
     done = tool("upcycle", *words).succeeded()
