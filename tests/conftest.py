@@ -28,7 +28,7 @@ STARTED = pytest.StashKey[list[str]]()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests by folder and fixtures, and keeps those together that share what is made once per pytest process.
 
-    A file stays whole. Layouts of up to four processes are in one group, so that never two of them run at the same time.
+    A file stays whole. Layouts of up to four processes are in one group, so that never two run at the same time.
     """
     groups: dict[Path, str] = {}
     for item in items:
