@@ -115,7 +115,7 @@ class Workers:
         where: Layout | int,
         function: Callable[..., Any],
         *arguments: Any,
-        timeout: float = 200.0,
+        timeout: float = 400.0,
     ) -> list[Any]:
         """Calls `function(*arguments)` on new processes with rank and world size in the environment.
 
