@@ -72,7 +72,7 @@ def environment(**more: str) -> dict[str, str]:
 def run(
     *words: str | Path,
     cwd: Path | str = REPOSITORY,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     environ: Mapping[str, str] | None = None,
     ranks: int = 0,
 ) -> Outcome:
@@ -171,7 +171,7 @@ def _child(words: list[str], cwd: str, variables: dict[str, str], out: str, err:
 
 
 def tool(
-    name: str, *words: str | Path, cwd: Path | str = REPOSITORY, timeout: float = 120.0
+    name: str, *words: str | Path, cwd: Path | str = REPOSITORY, timeout: float = 300.0
 ) -> Outcome:
     """Runs `python tools/NAME.py WORDS...`, by default in the repository's root."""
     return run(REPOSITORY / "tools" / f"{name}.py", *words, cwd=cwd, timeout=timeout)
@@ -180,7 +180,7 @@ def tool(
 def run_many(
     command_lines: Sequence[Sequence[str]],
     cwd: Path | str | Sequence[str] = REPOSITORY,
-    timeout: float = 100.0,
+    timeout: float = 300.0,
 ) -> list[Outcome]:
     """Runs `python -m megatron_vlmoe WORDS...` for each command line.
 

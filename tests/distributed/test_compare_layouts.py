@@ -62,7 +62,7 @@ def test_largest_difference() -> None:
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=200, check=False, env=environment
+        command, capture_output=True, text=True, timeout=400, check=False, env=environment
     )
 
 

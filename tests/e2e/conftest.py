@@ -46,7 +46,7 @@ class Corpus:
     def pretrain(self, save: Path | str, steps: int, *more: str, ranks: int = 0) -> Outcome:
         """Runs it in a process of its own, or in several that are one run."""
         words = self.words(save, steps, *more)
-        return run("-m", "megatron_vlmoe", *words, cwd=self.folder, timeout=150, ranks=ranks)
+        return run("-m", "megatron_vlmoe", *words, cwd=self.folder, timeout=300, ranks=ranks)
 
     def torchrun(self, save: Path | str, steps: int, *more: str) -> Outcome:
         """Runs it in two processes, which torchrun starts."""

@@ -106,7 +106,7 @@ def finetune(launcher: list[str], *words: str | Path, cache: Path) -> None:
     )
     try:
         # DeepSpeed may have to compile its extension first.
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=500)
     finally:
         # The launcher's workers too, which would outlive it.
         with contextlib.suppress(ProcessLookupError):

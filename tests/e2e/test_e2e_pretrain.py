@@ -153,7 +153,7 @@ def test_sigterm_saves_and_ends_well(corpus: Corpus) -> None:
             assert time.monotonic() < deadline, "no step in 300 s"
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        text = process.communicate(timeout=60)[0]
+        text = process.communicate(timeout=300)[0]
     finally:
         process.kill()
     assert process.returncode == 0, text
