@@ -329,6 +329,7 @@ def damaged_copy(corpus: Corpus, target: Path) -> str:
     return str(target / "images")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_one_line_and_middle_stages_never_see_it(
     corpus: Corpus, tmp_path: Path, workers: int

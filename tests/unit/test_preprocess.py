@@ -71,6 +71,7 @@ def test_text_is_what_the_tokenizer_says(tmp_path: Path, out: Path, model: str) 
     assert files_of(out.parent) == ["p.json", "p_text_document.bin", "p_text_document.idx"]
 
 
+@pytest.mark.process
 def test_workers_do_not_change_the_bytes(
     tmp_path: Path, out: Path, model: str, corpus: Path
 ) -> None:
@@ -238,6 +239,7 @@ class Dying:
         return 1
 
 
+@pytest.mark.process
 def test_chunks_are_read_only_a_little_ahead() -> None:
     read: list[int] = []
     results = preprocess.ordered_map(Doubling(), (read.append(i) or i for i in range(1000)), 2)  # type: ignore[func-returns-value]
@@ -459,6 +461,7 @@ def test_bad_pairs_are_listed_with_their_reason(out: Path, model: str, corpus: P
     assert found[5][1].endswith("tokens, more than 512")
 
 
+@pytest.mark.process
 def test_bad_pair_stops(
     out: Path, model: str, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
