@@ -211,6 +211,7 @@ def launched(
     return done, started.exists()
 
 
+@pytest.mark.process
 def test_launcher_repeats_the_error_below_what_torchrun_prints(tmp_path: Path) -> None:
     done, started = launched(tmp_path, "pretrain", "--preset", "tiny-8e", NPROC="2")
     assert started and done.returncode == 1
@@ -223,6 +224,7 @@ def test_launcher_repeats_the_error_below_what_torchrun_prints(tmp_path: Path) -
     assert started and done.returncode == 0 and done.stderr.splitlines()[-1] == "====="
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "words",
     [
@@ -239,6 +241,7 @@ def test_launcher_finds_wrong_options_before_torchrun(tmp_path: Path, words: tup
     assert line.startswith("error: ")
 
 
+@pytest.mark.process
 def test_launcher_starts_what_only_other_nodes_make_whole(tmp_path: Path) -> None:
     words = ("pretrain", "--preset", "tiny-8e", "--parallel.expert_model_parallel_size", "4")
     words += tuple(f"--data.micro_{name}=8" for name in ("texts", "images", "pairs"))
@@ -247,6 +250,7 @@ def test_launcher_starts_what_only_other_nodes_make_whole(tmp_path: Path) -> Non
     assert not launched(tmp_path, *words, NPROC="2")[1]
 
 
+@pytest.mark.process
 def test_launcher_prints_help_without_torchrun(tmp_path: Path) -> None:
     done, started = launched(tmp_path, "pretrain", "--help")
     assert done.returncode == 0 and "--train.steps" in done.stdout and not started
