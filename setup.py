@@ -27,6 +27,7 @@ setup(
             "accelerate>=1.1",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "scipy>=1.11",
             "mypy>=1.11",

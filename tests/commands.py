@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
 
+from helpers import free_port, start_process
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-# Importing torch and megatron-core takes seconds: one process imports them and forks for each command line.
-MANY = """
-import json, os, runpy, signal, sys, tempfile
-import torch
-from megatron_vlmoe.runtime.lazy import load
-load("megatron_vlmoe.train.pretrain")
-
-def child(words, folder, out, err):
-    signal.alarm(100)
-    os.chdir(folder)
-    for stream, number in ((out, 1), (err, 2)):
-        os.dup2(stream.fileno(), number)
-    sys.argv = ["megatron_vlmoe", *words]
-    code, traced = 0, False
-    try:
-        runpy.run_module("megatron_vlmoe", run_name="__main__")
-    except SystemExit as leave:
-        code = leave.code or 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 1
-    if torch.distributed.is_initialized():
-        print("process group", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-def run(words, folder):
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        sys.stdout.flush()
-        process = os.fork()
-        if process == 0:
-            child(words, folder, out, err)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        texts = []
-        for stream in (out, err):
-            stream.seek(0)
-            texts.append(stream.read())
-        return [status, *texts]
-
-json.dump([run(words, folder) for words, folder in json.load(sys.stdin)], sys.stdout)
-"""
+# The server that processes are forked from takes the CPU for the device.
+GPU = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True)
@@ -106,24 +72,106 @@ def environment(**more: str) -> dict[str, str]:
 def run(
     *words: str | Path,
     cwd: Path | str = REPOSITORY,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     environ: Mapping[str, str] | None = None,
+    ranks: int = 0,
 ) -> Outcome:
-    """Runs `python WORDS...`."""
-    command = [sys.executable, *map(str, words)]
+    """Runs `python WORDS...`, in a process of its own.
+
+    Importing torch and megatron-core takes seconds, so that modules and scripts run in a process that is forked from
+    one that has imported them. A new interpreter is started for `-c`, for another PYTHONPATH, and where there is a GPU.
+
+    Args:
+        *words: what follows `python`.
+        cwd: folder.
+        timeout: seconds until it is killed, which fails the test.
+        environ: variables beside those of `environment`.
+        ranks: if positive, as many processes run it with what torchrun would put into their environment, and none is
+            a new interpreter.
+    """
+    command = [str(word) for word in words]
+    variables = environment(**(environ or {}))
+    if ranks:
+        return _run_forked(command, str(cwd), variables, timeout, ranks)
+    if command[0] != "-c" and "PYTHONPATH" not in (environ or {}) and not GPU.exists():
+        return _run_forked(command, str(cwd), variables, timeout)
     done = subprocess.run(
-        command,
+        [sys.executable, *command],
         cwd=cwd,
-        env=environment(**(environ or {})),
+        env=variables,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
-    return Outcome(tuple(command[1:]), done.returncode, done.stdout, done.stderr)
+    return Outcome(tuple(command), done.returncode, done.stdout, done.stderr)
+
+
+def _run_forked(
+    words: list[str], cwd: str, variables: dict[str, str], timeout: float, ranks: int = 0
+) -> Outcome:
+    owns = as_ranks(variables, ranks) if ranks else [variables]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        for path in (out, err):
+            path.touch()
+        processes = [start_process(_child, words, cwd, own, str(out), str(err)) for own in owns]
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.1))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            if process.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+        texts = [path.read_text() for path in (out, err)]
+    failed = next((code for code in codes if code != 0), 0)
+    outcome = Outcome(tuple(words), -signal.SIGKILL if failed is None else failed, *texts)
+    assert failed is not None, f"not done after {timeout:.0f} s: {outcome.text}"
+    return outcome
+
+
+def as_ranks(variables: Mapping[str, str], ranks: int) -> list[dict[str, str]]:
+    """The environment of each process of one node."""
+    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "CUDA_VISIBLE_DEVICES": ""}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        {**variables, **size, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(ranks)
+    ]
+
+
+def _child(words: list[str], cwd: str, variables: dict[str, str], out: str, err: str) -> None:
+    """Becomes what `python WORDS...` is: folder, variables, output, path of modules and arguments."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(cwd)
+    for path, number in ((out, 1), (err, 2)):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    # What started this process chose these for its own children.
+    multiprocessing.set_start_method(None, force=True)
+    warnings.filters[:] = sys.modules["preload"].FILTERS  # type: ignore[index]
+    is_module = words[0] == "-m"
+    tests = str(REPOSITORY / "tests")
+    first = cwd if is_module else str(Path(words[0]).parent)
+    others = [path for path in sys.path if not path.startswith(tests)]
+    sys.path[:] = [first, str(REPOSITORY), *others]
+    sys.argv = words[1:] if is_module else words
+    try:
+        if is_module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        if (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
+            print("process group", file=sys.stderr)
 
 
 def tool(
-    name: str, *words: str | Path, cwd: Path | str = REPOSITORY, timeout: float = 120.0
+    name: str, *words: str | Path, cwd: Path | str = REPOSITORY, timeout: float = 300.0
 ) -> Outcome:
     """Runs `python tools/NAME.py WORDS...`, by default in the repository's root."""
     return run(REPOSITORY / "tools" / f"{name}.py", *words, cwd=cwd, timeout=timeout)
@@ -132,27 +180,17 @@ def tool(
 def run_many(
     command_lines: Sequence[Sequence[str]],
     cwd: Path | str | Sequence[str] = REPOSITORY,
-    timeout: float = 200.0,
+    timeout: float = 300.0,
 ) -> list[Outcome]:
-    """Runs `python -m megatron_vlmoe WORDS...` for each command line, in a forked process each.
+    """Runs `python -m megatron_vlmoe WORDS...` for each command line.
 
     Args:
         command_lines: what follows the program.
         cwd: folder of all, or one for each.
-        timeout: seconds for all.
+        timeout: seconds for each.
     """
     folders = [str(cwd)] * len(command_lines) if isinstance(cwd, (str, Path)) else cwd
-    done = subprocess.run(
-        [sys.executable, "-c", MANY],
-        input=json.dumps([[list(words), folder] for words, folder in zip(command_lines, folders)]),
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr
     return [
-        Outcome(tuple(words), *result)
-        for words, result in zip(command_lines, json.loads(done.stdout))
+        run("-m", "megatron_vlmoe", *words, cwd=folder, timeout=timeout)
+        for words, folder in zip(command_lines, folders, strict=True)
     ]

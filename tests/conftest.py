@@ -1,10 +1,13 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and what a test is marked with: tests/README.md."""
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
+from typing import Any
 
 import pytest
 from data_files import write_tokenizer
@@ -12,19 +15,78 @@ from helpers import Workers
 from prepared_tasks import Prepared, prepare_all
 from raw_tasks import Desk
 
-# It has a command of its own, which fetches what it needs: bash tests/transformers_suite.sh.
+# It has a command of its own, which fetches what it needs, a part of: bash tests/run.sh nightly.
 collect_ignore = ["transformers_suite"]
 
 # Before torch is imported anywhere: several processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+STARTED = pytest.StashKey[list[str]]()
+"""Processes that the running test has started."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by folder and fixtures, and keeps those together that share what is made once per pytest process.
+
+    A file stays whole. Layouts of up to four processes are in one group, so that never two run at the same time.
+    """
+    groups: dict[Path, str] = {}
+    for item in items:
+        fixtures, folder = getattr(item, "fixturenames", ()), item.path.parent.name
+        if folder == "e2e":
+            item.add_marker("e2e")
+        if folder == "distributed" or "workers" in fixtures:
+            item.add_marker("dist")
+        if folder == "distributed" or {"workers", "prepared"} & set(fixtures):
+            groups[item.path] = "workers"
+        elif folder == "e2e":
+            groups.setdefault(item.path, "e2e")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups.get(item.path, item.path.name)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Notices every process that starts."""
+    started = config.stash.setdefault(STARTED, [])
+
+    # Libraries ask `uname` and the like once, when they are imported: what counts are these.
+    programs = ("python", "bash", "sh", "torchrun", "vlmoe")
+
+    def notice(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.fork":
+            started.append("a fork")
+        elif event == "subprocess.Popen":
+            name = os.path.basename(os.fsdecode(arguments[0]))
+            if name.startswith(programs):
+                started.append(name)
+
+    sys.addaudithook(notice)
+    base = multiprocessing.process.BaseProcess
+    start = base.start
+
+    # The servers of `spawn` and `forkserver` are started without an audit event.
+    def start_and_notice(process: multiprocessing.process.BaseProcess) -> None:
+        started.append(f"multiprocessing {process.name}")
+        start(process)
+
+    base.start = start_and_notice  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def no_unmarked_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that starts a process says so; what makes its fixtures counts."""
+    started = request.config.stash[STARTED]
+    yield
+    found = list(started)
+    started.clear()
+    if found and not any(request.node.get_closest_marker(m) for m in ("process", "dist", "e2e")):
+        pytest.fail(f"it starts a process ({found[0]}): mark it with `process`, tests/README.md")
+
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Workers]:
+def workers() -> Workers:
     """Four processes that tests run layouts on."""
-    pool = Workers(4)
-    yield pool
-    pool.close()
+    return Workers(4)
 
 
 @pytest.fixture(scope="session")

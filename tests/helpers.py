@@ -6,9 +6,11 @@ call gets new ones: process groups that outlive their peers keep their gloo thre
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import time
 import traceback
@@ -71,10 +73,31 @@ def layout(world: int, **sizes: int) -> Layout:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, from a range that other processes which run tests do not take from.
+
+    The system hands out ports above 32768, so that none of these is taken between here and its use.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + 1_000 * (worker % 12)
+    for port in random.Random(os.urandom(8)).sample(range(first, first + 1_000), 1_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port from {first} on")
+
+
+def start_process(target: Callable[..., None], *arguments: Any) -> Any:
+    """A process that runs a function of a module, forked from a server that has imported torch and megatron-core."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])
+    process = context.Process(target=target, args=arguments)
+    # The server of Python 3.11 does not get sys.path, and passes over what it cannot import.
+    here = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    # Layouts are tested over gloo, also where there are fewer GPUs than processes.
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=paths):
+        process.start()
+    return process
 
 
 class Workers:
@@ -86,15 +109,13 @@ class Workers:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["preload"])
 
     def run(
         self,
         where: Layout | int,
         function: Callable[..., Any],
         *arguments: Any,
-        timeout: float = 200.0,
+        timeout: float = 400.0,
     ) -> list[Any]:
         """Calls `function(*arguments)` on new processes with rank and world size in the environment.
 
@@ -114,7 +135,12 @@ class Workers:
         world = where if isinstance(where, int) else where.world
         assert world <= self.size, f"{world} processes asked of {self.size}"
         port = free_port()
-        children = [self._start(rank, world, port, function, arguments) for rank in range(world)]
+        children = []
+        for rank in range(world):
+            ours, theirs = multiprocessing.Pipe()
+            process = start_process(_child, theirs, rank, world, port, function, arguments)
+            theirs.close()
+            children.append((process, ours))
         try:
             return _collect(children, timeout)
         finally:
@@ -123,25 +149,6 @@ class Workers:
                 process.join(timeout=10)
                 process.kill()
                 process.join()
-
-    def _start(
-        self, rank: int, world: int, port: int, function: Callable[..., Any], arguments: Any
-    ) -> tuple[Any, Connection]:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(
-            target=_child, args=(theirs, rank, world, port, function, arguments)
-        )
-        # The server of Python 3.11 does not get sys.path, and passes over what it cannot import.
-        here = Path(__file__).resolve().parent
-        paths = os.pathsep.join([str(here), str(here.parent)])
-        # Layouts are tested over gloo, also where there are fewer GPUs than processes.
-        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=paths):
-            process.start()
-        theirs.close()
-        return process, ours
-
-    def close(self) -> None:
-        """Nothing to end: every call ends its own processes."""
 
 
 def _collect(children: Sequence[tuple[Any, Connection]], timeout: float) -> list[Any]:

@@ -4,13 +4,16 @@ import warnings
 
 import torch
 
-from megatron_vlmoe.runtime.cpu import install_cpu_runtime
+from megatron_vlmoe.runtime.lazy import HEAVY, load
+
+FILTERS = list(warnings.filters)
+"""Those of a new interpreter, for command lines."""
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
-install_cpu_runtime()
+for name in HEAVY:
+    load(name)
 
-import megatron_vlmoe.train.trainer  # noqa: E402, F401  (after the CPU runtime is in place)
 from megatron_vlmoe.runtime.results_queue import install_results_queue  # noqa: E402
 
 # The manager of checkpoint writers would start by importing all anew.

@@ -1,20 +1,41 @@
 #!/usr/bin/env bash
-# Lint, types and all tests. Installs what it needs into .venv; may be run again.
-# Usage: bash tests/run.sh [PYTEST ARGUMENTS]    e.g.  bash tests/run.sh tests/unit -k masking
+# The checks, in three sizes. Installs what it needs into .venv; may be run again.
+# Usage: bash tests/run.sh quick                 lint, types, tests that start no processes: under 4 minutes on 2 cores
+#        bash tests/run.sh                       lint, types, all tests: what continuous integration runs, 20 minutes
+#        bash tests/run.sh nightly               transformers' own tests, the site of docs/, another Python: about an hour
+#        bash tests/run.sh PYTEST ARGUMENTS      some tests, e.g. tests/unit -k masking
+# Variables: TEST_WORKERS, processes that run tests side by side (2, for 2 cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/setup_env.sh dev
 # Tests start several processes on few cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
+# Tests that share what is expensive to make run in one process (tests/conftest.py); those with several processes first.
+SIDE_BY_SIDE=(-n "${TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder)
 
-if [ "$#" -gt 0 ]; then
-    exec python -m pytest "$@"
-fi
-echo "== lint"
-ruff check .
-ruff format --check .
-echo "== types"
-mypy
-echo "== tests"
-python -m pytest
+check_source() {
+    echo "== lint"
+    ruff check .
+    ruff format --check .
+    echo "== types"
+    mypy
+    echo "== tests"
+}
+
+case "${1:-}" in
+    "")
+        check_source
+        exec python -m pytest "${SIDE_BY_SIDE[@]}"
+        ;;
+    quick)
+        check_source
+        exec python -m pytest "${SIDE_BY_SIDE[@]}" -m "not dist and not e2e and not process" "${@:2}"
+        ;;
+    nightly)
+        exec bash tests/nightly.sh
+        ;;
+    *)
+        exec python -m pytest "$@"
+        ;;
+esac

@@ -33,6 +33,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     Raises:
         ConfigError: on the first contradiction.
     """
+    check_parallel_sizes(config.parallel)
     _check_model(config)
     _check_moe(config)
     _check_objectives(config)
@@ -175,7 +176,6 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     tensor = parallel.tensor_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
-    check_parallel_sizes(parallel)
     _require(
         parallel.context_parallel_size == 1,
         f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from helpers import Layout, Workers, layout
 from small_checkpoints import CONFIGS
 from training_runs import Recorder, save_and_go_on, start
@@ -14,8 +13,6 @@ from megatron_vlmoe.convert.inspect import inspect_checkpoint
 from megatron_vlmoe.convert.inspect_report import inspection_lines
 from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
 from megatron_vlmoe.train.checkpoint_files import TrainState
-
-pytestmark = pytest.mark.dist
 
 
 def sharded_keys(names: tuple[str, ...]) -> dict[str, tuple[dict[str, tuple[int, ...]], set[str]]]:

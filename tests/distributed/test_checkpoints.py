@@ -11,8 +11,6 @@ import pytest
 from helpers import Layout, Workers, assemble, assert_close, assert_identical, layout
 from training_runs import load_and_go_on, merge, save_and_go_on, trainer_run
 
-pytestmark = pytest.mark.dist
-
 ONE = Layout(1)
 FEW = ("--data.global_texts", "4", "--data.global_images", "4", "--data.global_pairs", "4")
 # What differs between two runs of the same steps.

@@ -62,11 +62,10 @@ def test_largest_difference() -> None:
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=200, check=False, env=environment
+        command, capture_output=True, text=True, timeout=400, check=False, env=environment
     )
 
 
-@pytest.mark.dist
 def test_two_layouts_from_one_seed_checkpoint() -> None:
     command = [sys.executable, str(TOOL), "--preset", "tiny-8e", *SMALL, "--random-data"]
     command += ["--steps", "2", "--layouts", "tp1", "tp2,ep2"]
@@ -78,7 +77,6 @@ def test_two_layouts_from_one_seed_checkpoint() -> None:
     assert "tp2,ep2: largest relative difference to tp1" in done.stdout
 
 
-@pytest.mark.dist
 def test_refused_layout_is_one_line() -> None:
     command = [sys.executable, str(TOOL), "--preset", "tiny-8e", *SMALL, "--random-data"]
     command += ["--layouts", "pp3"]

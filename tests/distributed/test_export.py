@@ -21,7 +21,6 @@ from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tok
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.dist
 
 TOLERANCE = 1e-5
 VARIANTS = {

@@ -10,8 +10,6 @@ from finetune_runs import finetune, merged
 from helpers import Layout, Workers, assert_close, assert_identical, layout
 from prepared_tasks import Prepared
 
-pytestmark = pytest.mark.dist
-
 TASKS = ("vqa", "nlvr2", "retrieval", "imagenet", "mnli")
 ALONE = Layout(1)
 LAYOUTS = {"tp2": layout(2, tp=2), "ep2": layout(2, ep=2), "pp2": layout(2, pp=2)}

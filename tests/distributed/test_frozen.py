@@ -9,8 +9,6 @@ import pytest
 from helpers import Layout, Workers, layout
 from training_runs import Recorder, shards, start
 
-pytestmark = pytest.mark.dist
-
 CASES = {
     "texts-only": (
         "--data.micro_images 0 --data.micro_pairs 0",

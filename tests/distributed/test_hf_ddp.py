@@ -11,7 +11,6 @@ from hf_models import EVERYWHERE, HEADS, build, task_inputs
 
 pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.dist
 
 SETS: dict[str, dict[str, Any]] = {
     "dense": {"moe_layers": []},

@@ -15,8 +15,6 @@ from training_runs import run
 
 from megatron_vlmoe.moe.stats import HEADER
 
-pytestmark = pytest.mark.dist
-
 SGD = (
     *("--optim.optimizer", "sgd", "--optim.lr", "0.3", "--optim.clip_grad", "1.0"),
     *("--parallel.use_distributed_optimizer", "false"),

@@ -14,8 +14,6 @@ from training_runs import start
 from megatron_vlmoe.stream.layout import PAIR_SEGMENTS
 from megatron_vlmoe.stream.sizes import expert_capacity
 
-pytestmark = pytest.mark.dist
-
 OPTIONS = (
     *("--moe.topk", "2", "--moe.capacity_factor", "0.8", "--moe.aux_loss_coefficient", "0"),
     *("--moe.noise_std", "0", "--parallel.overlap_grad_reduce", "false"),

@@ -21,8 +21,6 @@ from training_runs import trainer_run
 
 from megatron_vlmoe.config.recipes import recipe_names
 
-pytestmark = pytest.mark.dist
-
 ONE = Layout(1)
 # Recipe to its task: one of each task, and those that differ from it in numbers.
 MAIN = {

@@ -15,8 +15,6 @@ from upcycled_runs import evaluate_checkpoint, start_from
 from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.run import read_source, upcycle_checkpoint
 
-pytestmark = pytest.mark.dist
-
 ONE, EP2 = Layout(1), layout(2, ep=2)
 DENSE = ("--moe.modalities", "none", "--moe.layers", "[]")
 FEW = ("--data.global_texts", "4", "--data.global_images", "4", "--data.global_pairs", "4")

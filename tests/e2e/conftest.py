@@ -43,14 +43,16 @@ class Corpus:
         steps_and_save = ["--train.steps", str(steps), "--save", str(save)]
         return ["pretrain", *SMALL_MODEL, *self.data, *steps_and_save, *more]
 
-    def pretrain(self, save: Path | str, steps: int, *more: str, processes: int = 1) -> Outcome:
-        """Runs it in processes of its own."""
-        launcher = ["-m"]
-        if processes > 1:
-            launcher = "-m torch.distributed.run --standalone --nproc-per-node".split()
-            launcher += [str(processes), "-m"]
+    def pretrain(self, save: Path | str, steps: int, *more: str, ranks: int = 0) -> Outcome:
+        """Runs it in a process of its own, or in several that are one run."""
         words = self.words(save, steps, *more)
-        return run(*launcher, "megatron_vlmoe", *words, cwd=self.folder, timeout=150)
+        return run("-m", "megatron_vlmoe", *words, cwd=self.folder, timeout=300, ranks=ranks)
+
+    def torchrun(self, save: Path | str, steps: int, *more: str) -> Outcome:
+        """Runs it in two processes, which torchrun starts."""
+        words = self.words(save, steps, *more)
+        launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 -m".split()
+        return run(*launcher, "megatron_vlmoe", *words, cwd=self.folder, timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ import pytest
 from commands import Outcome, run_many, tool
 from conftest import Corpus, Run
 
-pytestmark = pytest.mark.e2e
-
 
 def truncate(path: Path, share: float = 0.6) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])

@@ -21,10 +21,7 @@ from inference_runs import command_lines
 from PIL import Image
 from prepared_tasks import Prepared
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 # The text tokenizer of the prepared tasks has 200 tokens.
 PRETRAINING = """

@@ -28,8 +28,6 @@ from prepared_tasks import Prepared
 
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
-pytestmark = pytest.mark.e2e
-
 # Written by two processes that share tensors and experts.
 SPREAD = "nlvr2"
 TOLERANCE = 5e-6

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import REPOSITORY
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 SMALL = """
 --preset tiny-8e --model.num_layers 2 --model.num_vl_layers 1 --model.hidden_size 16

@@ -17,8 +17,6 @@ import pytest
 from commands import Outcome, run, run_many, tool
 from conftest import assert_same_metrics, metrics
 
-pytestmark = pytest.mark.e2e
-
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 # Where they were recorded all values are equal digit for digit; another processor adds up in another order. Relative,
 # of what training writes, and absolute, of scores between -1 and 1.

@@ -11,8 +11,6 @@ import pytest
 from commands import REPOSITORY, Outcome, run
 from data_files import encoded, picture, sentence, write_tokenizer
 
-pytestmark = pytest.mark.e2e
-
 # What `pip install` would put on the path: a module, and beside it the metadata that names its entry point.
 PLUG_INS = REPOSITORY / "tests" / "plug_ins"
 CLASSES = ("entailment", "neutral", "contradiction")

@@ -17,8 +17,6 @@ import yaml
 from commands import environment, run, run_many, tool
 from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
 
-pytestmark = pytest.mark.e2e
-
 STEP_KEYS = """
 step loss/total loss/mlm loss/mim loss/vlm loss/vlm_text loss/vlm_image loss/aux/text loss/aux/vision
 moe/text/dropped_fraction moe/vision/dropped_fraction moe/text/effective_capacity_factor tokens_per_second
@@ -148,14 +146,14 @@ def test_sigterm_saves_and_ends_well(corpus: Corpus) -> None:
         text=True,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         path = folder / "metrics.jsonl"
         while not (path.exists() and len(path.read_text().splitlines()) > 4):
             assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "no step in 90 s"
+            assert time.monotonic() < deadline, "no step in 300 s"
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        text = process.communicate(timeout=60)[0]
+        text = process.communicate(timeout=300)[0]
     finally:
         process.kill()
     assert process.returncode == 0, text

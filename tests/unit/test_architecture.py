@@ -344,6 +344,7 @@ def test_task_check_finds_names():
     assert not compared_tasks(ast.parse("usage = load('vqa')\nx = {'task': 'vqa', 'n': 1}"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_scripts_parse(path):
     result = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
@@ -462,6 +463,7 @@ def run_script(row: str, *arguments: str, **variables: str) -> subprocess.Comple
     return subprocess.run(command, env={**kept, **variables}, capture_output=True, text=True)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("row", "variables", "layout"),
     [
@@ -483,6 +485,7 @@ def test_scripts_choose_expert_parallelism_that_fits(row, variables, layout):
     assert layout in result.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

@@ -269,6 +269,7 @@ def test_a_batch_depends_on_its_number_alone(corpus: Corpus) -> None:
     assert not torch.equal(*masks)
 
 
+@pytest.mark.process
 def test_workers_change_nothing_and_leave_the_global_generator_alone(corpus: Corpus) -> None:
     expected = batches(open_data(corpus.config()), 5)
     loader = open_data(corpus.config(num_workers=2)).loader("train", 1, 4)
@@ -333,6 +334,7 @@ def damaged_copy(corpus: Corpus, target: Path) -> str:
     return str(target / "images")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_one_line_and_middle_stages_never_see_it(
     corpus: Corpus, tmp_path: Path, workers: int

@@ -112,6 +112,7 @@ def test_codes_are_those_of_the_stored_geometry(prefix: str, tokenizer: ImageTok
     assert flips == {True, False}
 
 
+@pytest.mark.process
 def test_views_differ_and_do_not_depend_on_batches_or_workers(
     prefix: str, tokenizer: ImageTokenizer
 ) -> None:
@@ -188,6 +189,7 @@ def test_codes_of_other_shape_or_range_are_damaged(prefix: str, tokenizer: Image
         CodesReader(prefix).view(0, 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_ends_it_and_leaves_the_old_codes(
     tmp_path: Path, tokenizer: ImageTokenizer, workers: int
@@ -249,6 +251,7 @@ class TestTokenizerCrops:
     ):
         return list(itertools.islice(crops.training_batches(step, rank, world), count))
 
+    @pytest.mark.process
     def test_a_step_is_the_same_for_any_ranks_workers_and_start(self, prefix: str) -> None:
         steps = self.first(self.crops(prefix), 4)
         assert steps[0].shape == (4, 3, 8, 8) and steps[0].dtype == torch.uint8
@@ -292,6 +295,7 @@ class TestTokenizerCrops:
         with pytest.raises(DataError, match="holds no images"):
             open_images([str(folder)])
 
+    @pytest.mark.process
     def test_damaged_image_is_one_line_also_from_a_worker(self, tmp_path: Path) -> None:
         prefix = write_images(tmp_path / "bad", [encoded_image(0), b"no image at all"])
         for workers in (0, 1):

@@ -56,6 +56,7 @@ def started(*words: str | Path, **variables: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "message", "status"),
     [
@@ -85,6 +86,7 @@ merge.merge_datasets = broken
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "start",
     [
@@ -101,6 +103,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback(start: str) -> None:
     assert done.stderr.rstrip().endswith("ValueError: an invariant does not hold")
 
 
+@pytest.mark.process
 def test_an_error_of_the_options_is_printed_by_one_rank() -> None:
     words = ("-m", "megatron_vlmoe", "index-images")
     assert started(*words, RANK="0").stderr and not started(*words, RANK="1").stderr
@@ -143,6 +146,7 @@ sys.exit(f"imported {{heavy}}" if heavy else status)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "words", [["--help"], *([name, "--help"] for name in COMMANDS), ["pretrain", "--dry-run"]]
 )
@@ -156,6 +160,7 @@ def test_help_and_dry_runs_start_at_once(words: list[str]) -> None:
     assert used < 1.5
 
 
+@pytest.mark.process
 def test_short_and_long_help_are_the_same() -> None:
     short, long = (
         started("-m", "megatron_vlmoe", "index-text", word).stdout for word in ("-h", "--help")
@@ -206,6 +211,7 @@ def launched(
     return done, started.exists()
 
 
+@pytest.mark.process
 def test_launcher_repeats_the_error_below_what_torchrun_prints(tmp_path: Path) -> None:
     done, started = launched(tmp_path, "pretrain", "--preset", "tiny-8e", NPROC="2")
     assert started and done.returncode == 1
@@ -218,6 +224,7 @@ def test_launcher_repeats_the_error_below_what_torchrun_prints(tmp_path: Path) -
     assert started and done.returncode == 0 and done.stderr.splitlines()[-1] == "====="
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "words",
     [
@@ -234,6 +241,7 @@ def test_launcher_finds_wrong_options_before_torchrun(tmp_path: Path, words: tup
     assert line.startswith("error: ")
 
 
+@pytest.mark.process
 def test_launcher_starts_what_only_other_nodes_make_whole(tmp_path: Path) -> None:
     words = ("pretrain", "--preset", "tiny-8e", "--parallel.expert_model_parallel_size", "4")
     words += tuple(f"--data.micro_{name}=8" for name in ("texts", "images", "pairs"))
@@ -242,6 +250,7 @@ def test_launcher_starts_what_only_other_nodes_make_whole(tmp_path: Path) -> Non
     assert not launched(tmp_path, *words, NPROC="2")[1]
 
 
+@pytest.mark.process
 def test_launcher_prints_help_without_torchrun(tmp_path: Path) -> None:
     done, started = launched(tmp_path, "pretrain", "--help")
     assert done.returncode == 0 and "--train.steps" in done.stdout and not started

@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 import pytest
 import torch
+from commands import tool
 from hf_folder import sentencepiece_model
 from safetensors.torch import load_file, save_file
 from small_checkpoints import CONFIGS, MODEL, SPARSE, random_tensors, save
@@ -51,26 +52,33 @@ def export(run: Path, output: Path, **options: Any) -> Path:
     return export_checkpoint(run, output, ExportOptions(**options))
 
 
-def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
+@pytest.mark.process
 def test_the_command_line_goes_there_and_back(run: Path, tmp_path: Path) -> None:
     hf, back = tmp_path / "hf", tmp_path / "back"
-    made = tool("export", "--load", run, "--output", hf, "--max-shard-gb", "1e-5")
-    assert made.returncode == 0, made.stderr
+    made = tool(
+        "convert_checkpoint", "export", "--load", run, "--output", hf, "--max-shard-gb", "1e-5"
+    )
+    made.succeeded()
     assert len(list(hf.glob("model-*-of-*.safetensors"))) > 2
-    made = tool("import", "--load", hf, "--output", back, "--tensor-model-parallel-size", "2")
-    assert made.returncode == 0, made.stderr
+    made = tool(
+        "convert_checkpoint",
+        "import",
+        "--load",
+        hf,
+        "--output",
+        back,
+        "--tensor-model-parallel-size",
+        "2",
+    )
+    made.succeeded()
     before, after = CheckpointReader(run), CheckpointReader(back)
     assert before.tensors.keys() == after.tensors.keys()
     for key, tensor in before.tensors.items():
         assert torch.equal(tensor.read(), after.tensors[key].read()), key
     assert after.config.parallel.tensor_model_parallel_size == 2
     assert (back / TOKENIZER_FILE).read_bytes() == (run / TOKENIZER_FILE).read_bytes()
-    again = tool("export", "--load", run, "--output", hf)
-    assert again.returncode == 1
+    again = tool("convert_checkpoint", "export", "--load", run, "--output", hf)
+    assert again.code == 1
     assert again.stderr.strip() == f"error: {hf}: exists (--overwrite replaces it)"
 
 
@@ -275,6 +283,7 @@ print(convert("export", run, hf, "--max-shard-gb", str(float(shard) / 1e9)), con
 """
 
 
+@pytest.mark.process
 def test_memory_stays_below_two_shards(run: Path, tmp_path: Path) -> None:
     shard = 32_000_000
     model = ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, ffn_hidden_size=1024)

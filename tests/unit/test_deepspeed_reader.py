@@ -194,7 +194,6 @@ def test_pools_that_have_no_place_here(tmp_path):
         plan_import(given, open_source(given))
 
 
-@pytest.mark.dist
 def test_sparse_model_computes_the_same(tmp_path: Path, workers: Workers) -> None:
     state = sparse_state("text imag", {1: 4})
     given = options(write_deepspeed(tmp_path / "x", state))
@@ -317,6 +316,7 @@ def train_with_deepspeed(script: Path, folder: Path, seconds: float) -> None:
             process.wait()
 
 
+@pytest.mark.process
 def test_files_of_deepspeed(tmp_path):
     pytest.importorskip("deepspeed")
     script, folder = tmp_path / "train.py", tmp_path / "run"

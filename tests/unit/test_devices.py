@@ -108,6 +108,7 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
         return _check(parts, results, stand_in.watch.waits)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("where", "precision", "arguments", "reads"),
     [
@@ -130,6 +131,7 @@ def test_a_step_of_pretraining_waits_for_the_norm_alone(
     assert waits == reads
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "imagenet", "mnli", "retrieval"])
 def test_a_step_of_a_task_waits_for_the_norm_alone(task: str, prepared: Prepared) -> None:
     """Hard negatives of retrieval are drawn on the host, twice for each of the two micro-batches."""

@@ -589,6 +589,7 @@ def test_block_ranges():
     assert block_ranges(()) == "none"
 
 
+@pytest.mark.process
 def test_estimates_need_no_torch():
     code = "import sys, megatron_vlmoe.planning.dry_run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -88,6 +88,7 @@ def results(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return torch.load(folder / "results.pt")
 
 
+@pytest.mark.process
 def test_every_class_gives_what_it_gives_here(root, results):
     inputs = torch.load(root / "inputs.pt")
     names = [name for name in modeling_vlmoe.__all__ if name.startswith(("VLMoEModel", "VLMoEFor"))]
@@ -107,6 +108,7 @@ def test_every_class_gives_what_it_gives_here(root, results):
             assert torch.equal(model(**values)[0], results["heads"][name]), name
 
 
+@pytest.mark.process
 def test_pipelines_answer(results):
     answers = results["pipelines"]
     one, several = answers["fill-mask"]
@@ -128,6 +130,7 @@ def test_pipelines_answer(results):
     assert features.shape[0] == 1 and features.shape[2] == TINY["hidden_size"]
 
 
+@pytest.mark.process
 def test_pipelines_read_files_as_the_processor_does(results):
     assert len(results["pictures"]) == 6
     for name, pixels in results["pictures"].items():
@@ -135,6 +138,7 @@ def test_pipelines_read_files_as_the_processor_does(results):
             assert torch.equal(found, pixels["path"]), (name, way)
 
 
+@pytest.mark.process
 def test_the_code_of_the_model_cards_runs(results):
     assert results["uses"] == {
         "pretraining": "outputs",
@@ -147,10 +151,12 @@ def test_the_code_of_the_model_cards_runs(results):
     }
 
 
+@pytest.mark.process
 def test_saving_again_takes_all_files_along(results):
     assert results["files"] == [path.name for path in hf_source_files()]
 
 
+@pytest.mark.process
 def test_neither_torchvision_nor_megatron_was_needed(results):
     assert not {"torchvision", "megatron", "megatron_vlmoe"} & set(results["modules"])
     assert results["images_alone"] == "VLMoEImageProcessor"

@@ -79,7 +79,6 @@ def batch_for(tokenizer: TextTokenizer, known: list[int]) -> dict[str, np.ndarra
     }
 
 
-@pytest.mark.dist
 def test_vlmo_computes_the_same_without_relative_bias(
     tmp_path: Path, text_model: Path, vocab_txt: Path, workers: Workers
 ) -> None:

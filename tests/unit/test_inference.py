@@ -268,6 +268,7 @@ def test_rules_for_images_are_known_ones(option: dict[str, str], message: str) -
         VLMoE.from_checkpoint("x", **option)  # type: ignore[arg-type]
 
 
+@pytest.mark.process
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys\nfrom megatron_vlmoe.commands.main import main\n"

@@ -430,6 +430,7 @@ def test_exit_status_and_output(
     assert content["equal"] and len(content["tensors"]) == len(checkpoint_shapes(SPARSE))
 
 
+@pytest.mark.process
 def test_trouble_is_one_line_and_status_2_without_megatron_core(tmp_path: Path) -> None:
     script = (
         "import runpy, sys; sys.modules['megatron'] = None; sys.argv = sys.argv[1:]; "

@@ -146,17 +146,20 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return dict(zip(lines, run_many(list(lines.values()))))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_one_line(outcomes: dict[str, Outcome], name: str) -> None:
     outcomes[name].refused(*REFUSED[name][1], code=2)
     assert outcomes[name].stdout == ""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", YAML_REFUSED)
 def test_yaml_refused_with_one_line(outcomes: dict[str, Outcome], name: str) -> None:
     outcomes[f"yaml {name}"].refused("run.yaml", YAML_REFUSED[name][1], code=2)
 
 
+@pytest.mark.process
 def test_unknown_command_names_the_known_ones(outcomes: dict[str, Outcome]) -> None:
     outcomes["unknown command"].refused("pretrian", "pretrain", code=2)
 
@@ -174,6 +177,7 @@ def resolved(outcome: Outcome) -> dict[str, dict[str, object]]:
     return config
 
 
+@pytest.mark.process
 def test_options_win_over_yaml_and_yaml_over_the_preset(outcomes: dict[str, Outcome]) -> None:
     for name in ("yaml", "yaml last"):
         config = resolved(outcomes[name])
@@ -182,6 +186,7 @@ def test_options_win_over_yaml_and_yaml_over_the_preset(outcomes: dict[str, Outc
         assert config["moe"]["num_vision_experts"] == 8, "from the preset"
 
 
+@pytest.mark.process
 def test_aliases(outcomes: dict[str, Outcome]) -> None:
     config = resolved(outcomes["aliases"])
     assert config["checkpoint"]["save"] == "runs/x" and config["checkpoint"]["load"] == "runs/y"
@@ -189,17 +194,20 @@ def test_aliases(outcomes: dict[str, Outcome]) -> None:
     assert config["train"]["exit_interval"] == 9
 
 
+@pytest.mark.process
 def test_equals_sign_and_lists(outcomes: dict[str, Outcome]) -> None:
     config = resolved(outcomes["equals sign"])
     assert config["train"]["steps"] == 12 and list(config["moe"]["layers"]) == [2, 4]
 
 
+@pytest.mark.process
 def test_dry_run_leaves_nothing_and_starts_nothing(outcomes: dict[str, Outcome]) -> None:
     for name in ("aliases", "parts", "base-32e"):
         assert "process group" not in outcomes[name].stderr
     assert not (REPOSITORY / "runs" / "x").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("preset", [*PRESETS, "no preset", "parts"])
 def test_dry_run_prints_what_was_asked_for(outcomes: dict[str, Outcome], preset: str) -> None:
     text = outcomes[preset].succeeded().stdout.lower()
@@ -207,6 +215,7 @@ def test_dry_run_prints_what_was_asked_for(outcomes: dict[str, Outcome], preset:
         assert word in text, f"{word}\n{text}"
 
 
+@pytest.mark.process
 def test_presets_have_the_paper_s_values(outcomes: dict[str, Outcome]) -> None:
     for preset, layers, width, heads in (
         ("small-8e", 8, 384, 6),
@@ -229,6 +238,7 @@ def test_presets_have_the_paper_s_values(outcomes: dict[str, Outcome]) -> None:
     assert base["moe"]["aux_loss_coefficient"] == 0.01 and base["moe"]["topk"] == 1
 
 
+@pytest.mark.process
 def test_the_real_command_refuses_before_it_runs(tmp_path: Path) -> None:
     """Without --dry-run, in a process of its own, from another folder."""
     folder = tmp_path / "run"
@@ -260,6 +270,7 @@ def explained(text: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.process
 def test_help_lists_every_option(helps: dict[str, str]) -> None:
     for option in (
         "--preset --config --dry-run --save --load --save-interval --exit-interval --data.text --data.images"
@@ -270,6 +281,7 @@ def test_help_lists_every_option(helps: dict[str, str]) -> None:
     assert "pretrain" in run("-m", "megatron_vlmoe", "--help").succeeded().stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_describes_every_option(helps: dict[str, str], command: str) -> None:
     assert helps[f"{command} -h"] == helps[f"{command} --help"]
@@ -283,6 +295,7 @@ def test_help_describes_every_option(helps: dict[str, str], command: str) -> Non
         assert len(description) >= 15, f"{name}: {text!r}"
 
 
+@pytest.mark.process
 def test_help_is_in_plain_words(helps: dict[str, str]) -> None:
     text = helps["finetune --help"]
     headings = re.findall(r"(?m)^([A-Z].*):$", text)
@@ -300,6 +313,7 @@ def test_help_is_in_plain_words(helps: dict[str, str]) -> None:
         assert word not in text
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "parse",
     [

@@ -32,6 +32,7 @@ def imagenet(desk: Desk) -> dict[str, bytes]:
     return data
 
 
+@pytest.mark.process
 def test_imagenet(imagenet: dict[str, bytes], desk: Desk) -> None:
     assert desk.prepare("imagenet", "--workers", "2") == 0
     assert load_labels(str(desk.out)) == Labels("imagenet", ("n01", "n02"), ("n01", "cat, tom"))

@@ -23,6 +23,7 @@ from raw_tasks import (
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow, load_labels
 
 
+@pytest.mark.process
 def test_nlvr2(desk: Desk) -> None:
     pictures = write_nlvr2(desk.raw)
     assert desk.prepare("nlvr2") == 0
@@ -45,6 +46,7 @@ def test_nlvr2(desk: Desk) -> None:
     assert Path(f"{desk.out}_train_samples.arrow").read_bytes() == before
 
 
+@pytest.mark.process
 def test_bad_nlvr2_records(desk: Desk) -> None:
     write_nlvr2(desk.raw)
     path, images = desk.raw / "data" / "dev.json", desk.raw / "images" / "dev"

@@ -13,6 +13,8 @@ from data_files import ROOT, sentence
 
 from megatron_vlmoe.data.manifest import load_manifest
 
+pytestmark = pytest.mark.process
+
 
 def run(script: str, raw: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs a script or a line of bash with these variables and none of ours."""

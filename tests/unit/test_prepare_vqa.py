@@ -145,6 +145,7 @@ def test_at_most_half_of_the_val_images_are_held_out(
     assert desk.opened("val", "vqa").num_images == 1
 
 
+@pytest.mark.process
 def test_choice_depends_on_nothing_but_seed_and_items() -> None:
     script = (
         "from megatron_vlmoe.prepare.readers.tasks.records import chosen\n"
@@ -323,6 +324,7 @@ def test_a_folder_without_any_layout(desk: Desk, task: str, name: str) -> None:
     assert desk.error().startswith(f"{desk.raw}: no {name} in it: no ")
 
 
+@pytest.mark.process
 def test_workers_do_not_change_the_bytes(
     vqa: dict[tuple[str, int], bytes], monkeypatch: pytest.MonkeyPatch, desk: Desk
 ) -> None:

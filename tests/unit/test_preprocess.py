@@ -71,6 +71,7 @@ def test_text_is_what_the_tokenizer_says(tmp_path: Path, out: Path, model: str) 
     assert files_of(out.parent) == ["p.json", "p_text_document.bin", "p_text_document.idx"]
 
 
+@pytest.mark.process
 def test_workers_do_not_change_the_bytes(
     tmp_path: Path, out: Path, model: str, corpus: Path
 ) -> None:
@@ -187,6 +188,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
+@pytest.mark.process
 def test_failing_writes_of_the_system_are_one_line(tmp_path: Path, out: Path, model: str) -> None:
     (tmp_path / "a.txt").write_text("two of the star\n" * 5000)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_text.py")]
@@ -205,21 +207,23 @@ def test_failing_writes_of_the_system_are_one_line(tmp_path: Path, out: Path, mo
     assert files_of(out.parent) == []
 
 
+@pytest.mark.process
 def test_terminated_tool_leaves_nothing(tmp_path: Path, out: Path, model: str) -> None:
     fifo = tmp_path / "a.txt"
     os.mkfifo(fifo)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_text.py")]
     command += text_arguments(out, model, fifo)
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not files_of(out.parent) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert all(".tmp-" in name for name in files_of(out.parent)) and files_of(out.parent)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        assert process.wait(120) == 143
     assert files_of(out.parent) == []
 
 
+@pytest.mark.process
 def test_dead_worker_is_an_error() -> None:
     with pytest.raises(ValueError, match="worker process died"):
         list(preprocess.ordered_map(Dying(), iter(range(10)), 2))
@@ -235,6 +239,7 @@ class Dying:
         return 1
 
 
+@pytest.mark.process
 def test_chunks_are_read_only_a_little_ahead() -> None:
     read: list[int] = []
     results = preprocess.ordered_map(Doubling(), (read.append(i) or i for i in range(1000)), 2)  # type: ignore[func-returns-value]
@@ -329,6 +334,7 @@ BAD_IMAGES = [
 ]
 
 
+@pytest.mark.process
 def test_images_tool(tmp_path: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     (folder / "n1").mkdir(parents=True)
@@ -455,6 +461,7 @@ def test_bad_pairs_are_listed_with_their_reason(out: Path, model: str, corpus: P
     assert found[5][1].endswith("tokens, more than 512")
 
 
+@pytest.mark.process
 def test_bad_pair_stops(
     out: Path, model: str, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

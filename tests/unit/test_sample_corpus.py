@@ -527,6 +527,7 @@ def is_picture(path: str | Path) -> bool:
     return Path(path).suffix in (".jpg", ".png", ".JPEG")
 
 
+@pytest.mark.process
 def test_same_arguments_give_same_bytes(
     corpus: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -593,6 +594,7 @@ def test_no_scene_is_given_out_twice() -> None:
     assert a == b
 
 
+@pytest.mark.process
 def test_second_run_changes_nothing(corpus: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in corpus.rglob("*")}
     assert not make_sample_corpus(SampleCorpus(output=corpus, num_images=60, seed=7, workers=3))
@@ -636,6 +638,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "corpus.json").exists()
 
 
+@pytest.mark.process
 def test_tool(small: Path, tmp_path: Path) -> None:
     """Also in a process where sets have another order."""
     output = tmp_path / "s"

@@ -7,13 +7,12 @@ import io
 import json
 import pickle
 import random
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import sentencepiece
 from data_files import files_of, rejects_of, tool
@@ -27,7 +26,6 @@ from megatron_vlmoe.tokenizers.text import (
     whole_word_hints,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "[MASK]"]
 
 
@@ -68,11 +66,6 @@ def raw_model(path: Path, **options: Any) -> Path:
     )
     path.write_bytes(writer.getvalue())
     return path
-
-
-def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/train_text_tokenizer.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_ids_of_special_pieces(tokenizer: TextTokenizer) -> None:
@@ -222,23 +215,37 @@ def test_bad_options(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("m*"))
 
 
+@pytest.mark.process
 def test_tool_lowers_vocab_size_with_a_warning(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("\n".join(corpus()))
-    result = run_tool(
-        "--input", tmp_path / "c.txt", "--vocab-size", "64000", "--output", tmp_path / "p"
+    result = commands.tool(
+        "train_text_tokenizer",
+        "--input",
+        tmp_path / "c.txt",
+        "--vocab-size",
+        "64000",
+        "--output",
+        tmp_path / "p",
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.text
     size = TextTokenizer(tmp_path / "p.model").size
     assert 5 < size < 1000
     assert f"warning: the corpus fills only {size} of the 64000 pieces" in result.stderr
     assert f"({size} pieces)" in result.stdout
 
 
+@pytest.mark.process
 def test_tool_prints_one_line_of_error(tmp_path: Path) -> None:
-    result = run_tool(
-        "--input", tmp_path / "gone.txt", "--vocab-size", "99", "--output", tmp_path / "p"
+    result = commands.tool(
+        "train_text_tokenizer",
+        "--input",
+        tmp_path / "gone.txt",
+        "--vocab-size",
+        "99",
+        "--output",
+        tmp_path / "p",
     )
-    assert result.returncode == 1
+    assert result.code == 1
     assert result.stderr == f"error: {tmp_path}/gone.txt: not found\n"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import tool
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
@@ -43,7 +42,6 @@ from megatron_vlmoe.convert.upcycle.values import (
 )
 from megatron_vlmoe.train.checkpoint_files import TrainState
 
-ROOT = Path(__file__).resolve().parents[2]
 D, INNER = 16, 24
 MODEL = ModelConfig(
     num_layers=4,
@@ -579,11 +577,10 @@ def test_options_and_task_checkpoints(tmp_path: Path) -> None:
         read_source(tmp_path)
 
 
+@pytest.mark.process
 def test_command_line(dense_folder: Path, tmp_path: Path) -> None:
     words = f"--load {dense_folder} --num-experts 4 --moe.topk 2 --output {tmp_path}/made".split()
-    command = [sys.executable, str(ROOT / "tools" / "upcycle.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = tool("upcycle", *words).succeeded()
     assert "block 2: 4 text experts, copies of the T-FFN; output layer times 2" in done.stdout
     written = CheckpointReader(tmp_path / "made")
     assert written.config.moe.topk == 2 and written.config.moe.num_text_experts == 4

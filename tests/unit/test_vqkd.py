@@ -453,6 +453,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="training_state.pt: cannot be read"):
             make_trainer(tmp_path / "t").run()
 
+    @pytest.mark.process
     def test_two_processes_equal_one(self, tmp_path: Path) -> None:
         torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
         one = make_trainer(tmp_path / "one")
