@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -126,3 +127,40 @@ def test_every_command_is_run_parsed_or_has_a_reason():
     texts = {command.text for command in FOUND}
     assert not [line for line in RUN if line not in texts]
     assert not [start for start in NOT_RUN if not any(text.startswith(start) for text in texts)]
+
+
+def said_by_the_program() -> str:
+    """Every piece of text in the package and the example scripts, adjacent pieces of one string joined."""
+    texts = []
+    for path in sorted((REPOSITORY / "megatron_vlmoe").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                texts.append(
+                    "".join(
+                        part.value if isinstance(part, ast.Constant) else "\0"
+                        for part in node.values
+                    )
+                )
+    scripts = [path.read_text() for path in sorted((REPOSITORY / "examples").glob("*.sh"))]
+    return "\n".join([*texts, *scripts])
+
+
+def test_messages_of_the_troubleshooting_page_exist():
+    """Of each message in its tables, the longest piece without values."""
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 25
+    said = said_by_the_program()
+    unknown = []
+    for message in messages:
+        values = (
+            r"\.\.\.|\d+x\d+|\d+|--\S+|\b[A-Z]\b|=|\b[a-z]+\.\w+|\b\w+_\w+\b|^apex|^transformer-\w+"
+        )
+        pieces = re.split(values, message)
+        longest = max(pieces, key=len).strip()
+        if longest not in said:
+            unknown.append((message, longest))
+    assert not unknown
