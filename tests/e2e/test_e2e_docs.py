@@ -13,6 +13,7 @@ from document_commands import RUN, adapted, commands_of
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.timeout(600)
 def test_commands_of_the_documents_run(corpus, tmp_path):
     """One after the other, since what one writes another reads."""
     folder = tmp_path / "corpus"
@@ -22,7 +23,7 @@ def test_commands_of_the_documents_run(corpus, tmp_path):
     (folder / "data").mkdir()
     (folder / "tokenizers").mkdir()
     corpus.pretrain(folder / "run", 2).succeeded()
-    for outcome in run_many([adapted(line) for line in RUN], cwd=folder):
+    for outcome in run_many([adapted(line) for line in RUN], cwd=folder, timeout=500):
         outcome.succeeded()
     assert (folder / "coco.png").exists() and (folder / "both.png").exists()
     assert (folder / "runs" / "base-32e-start").is_dir()

@@ -54,6 +54,8 @@ def parse(command: DocumentCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises ConfigError, as the command itself would."""
     name, words, processes = started(command.words)
     assert name in COMMANDS, f"no command {name}"
+    if "--help" in words:
+        return
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     if name in TRAINING:
         check_options.main([name, *words])
