@@ -22,6 +22,8 @@ setup(
         "hf": ["transformers>=4.56", "accelerate>=1.1"],
         # Photographs as iPhones take them.
         "heic": ["pillow-heif>=0.18"],
+        # The site: `mkdocs serve`, or `mkdocs build --strict` into site/.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [
             "transformers>=4.56",
             "accelerate>=1.1",

@@ -27,7 +27,8 @@ def main(words: Sequence[str]) -> None:
         return
     command, options = words[0], words[1:]
     if command in ("pretrain", "pretrain-random"):
-        validate(parse_run("pretrain", options).config, environment_world_size())
+        parsed = parse_run("pretrain", options)
+        validate(parsed.config, parsed.dry_run_world_size or environment_world_size())
     elif command in ("finetune", "evaluate"):
         check_task_options(command, options)
     else:

@@ -1,1 +1,1 @@
-"""Devices, process groups, keyed random draws and the CPU runtime: the only room with process-wide state."""
+"""Devices, process groups, files and the CPU runtime: the only package with process-wide state."""

@@ -26,7 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_vlmoe"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
 
