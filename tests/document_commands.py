@@ -17,7 +17,7 @@ DOCUMENTS = [
 ]
 PROGRAMS = (
     *("vlmoe", "python", "torchrun", "bash", "sbatch", "deepspeed", "pip", "git", "source"),
-    *("pre-commit", "mkdocs", "export"),
+    *("pre-commit", "export"),
 )
 
 # Commands that are run, in this order, in the folder of a small corpus, with the names of the documents adapted by
@@ -73,7 +73,6 @@ NOT_RUN = {
     "source .venv/bin/activate": "of an interactive shell",
     "export ": "sets variables of the commands below it, which test_scripts_take_the_variables checks",
     "pre-commit install": "changes the checkout; continuous integration runs its hooks",
-    "mkdocs ": "builds the site: bash tests/run.sh nightly",
     "deepspeed ": "needs DeepSpeed and GPUs; tests/e2e/test_e2e_hf_finetune.py runs the same script",
     "torchrun --nproc-per-node 8 examples/hf_finetune/train.py": "tests/e2e/test_e2e_hf_finetune.py runs the script",
     "python examples/hf_finetune/train.py": "tests/e2e/test_e2e_hf_finetune.py runs the script",
