@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.convert.weights import HuggingFaceWeights
+from megatron_vlmoe.convert.importing import HuggingFaceWeights
 from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.run_files import is_hugging_face
 from megatron_vlmoe.train.warm_start import CheckpointWeights, WeightSource, warm_start

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.flops import expert_rows, head_slots, score_entries
 from megatron_vlmoe.planning.parameters import (
-    ParameterGroup,
-    groups_of_stage,
-    parameter_groups,
+    Parameter,
+    estimated_parameters,
+    parameters_of_stage,
     stage_blocks,
     with_assumed_vocabularies,
 )
@@ -69,37 +69,37 @@ def memory_per_rank(
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     layout = StreamLayout.from_config(config.model, config.data)
     expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
-    groups = parameter_groups(config)
+    parameters = estimated_parameters(config)
     estimates = []
     for stage in range(parallel.pipeline_model_parallel_size):
         weights = gradients = optimizer = 0
-        for group in groups_of_stage(groups, config, stage):
-            size = group.local_size(tensor, expert)
-            weights += size * (4 if group.fp32 else BYTES[precision])
-            if not _trains(group, config, layout):
+        for parameter in parameters_of_stage(parameters, config, stage):
+            size = parameter.local_size(tensor, expert)
+            weights += size * (4 if parameter.fp32 else BYTES[precision])
+            if not _trains(parameter, config, layout):
                 continue
             gradients += 4 * size
-            replicas = expert_data_size if group.sharding == "expert" else data_size
+            replicas = expert_data_size if parameter.sharding == "expert" else data_size
             shards = replicas if parallel.use_distributed_optimizer else 1
-            optimizer += math.ceil(size * _state_bytes(config, group, precision) / shards)
+            optimizer += math.ceil(size * _state_bytes(config, parameter, precision) / shards)
         activations = _stage_activation_bytes(config, stage, micro_batches, precision)
         estimates.append(MemoryEstimate(stage, weights, gradients, optimizer, activations))
     return estimates
 
 
-def _trains(group: ParameterGroup, config: RunConfig, layout: StreamLayout) -> bool:
-    frozen = group.part == "routers" or group.sharding == "expert"
+def _trains(parameter: Parameter, config: RunConfig, layout: StreamLayout) -> bool:
+    frozen = parameter.part == "routers" or parameter.sharding == "expert"
     if frozen and not config.moe.train_experts:
         return False
-    return layout.size(*group.segments) > 0
+    return layout.size(*parameter.segments) > 0
 
 
-def _state_bytes(config: RunConfig, group: ParameterGroup, precision: Precision) -> int:
+def _state_bytes(config: RunConfig, parameter: Parameter, precision: Precision) -> int:
     if config.optim.optimizer == "adam":
         moments = 8
     else:
         moments = 4 if config.optim.sgd_momentum else 0
-    return moments + (0 if precision == "fp32" or group.fp32 else 4)
+    return moments + (0 if precision == "fp32" or parameter.fp32 else 4)
 
 
 def block_activation_bytes(

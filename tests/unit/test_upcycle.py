@@ -19,20 +19,17 @@ from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
-from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
+from megatron_vlmoe.convert.checkpoints import CheckpointReader, extra_state_keys, write_checkpoint
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.convert.upcycle.optimizer import sparse_optimizer
-from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
-from megatron_vlmoe.convert.upcycle.report import report_lines
+from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.run import (
     Upcycled,
     read_source,
+    report_lines,
     upcycle_checkpoint,
     upcycled_tensors,
 )
-from megatron_vlmoe.convert.upcycle.tensors import GrownPool
+from megatron_vlmoe.convert.upcycle.tensors import GrownPool, sparse_optimizer
 from megatron_vlmoe.convert.upcycle.values import (
     Diversity,
     diversify,
@@ -41,6 +38,7 @@ from megatron_vlmoe.convert.upcycle.values import (
     sampled_gates,
     small_router,
 )
+from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
