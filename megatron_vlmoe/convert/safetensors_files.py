@@ -85,7 +85,7 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
                 found, value, finished = next(values)
                 assert found == name
                 # safetensors is little-endian, as every machine that torch runs on.
-                content = memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+                content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 file.write(content)
                 digest.update(content)
                 if finished is not None:

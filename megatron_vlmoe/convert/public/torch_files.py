@@ -203,7 +203,7 @@ def read_public_file(path: Path, allow_pickle: bool = False) -> PublicState:
 def as_lazy(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     """Tensors that are mapped into memory already, as those that are read later."""
     return {
-        name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda value=tensor: value)
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
         for name, tensor in state.items()
     }
 

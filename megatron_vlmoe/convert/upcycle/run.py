@@ -118,7 +118,7 @@ def upcycled_tensors(
     """
     plans = grown_pools(reader.config, config, options.shared_from)
     pools = tuple(_grown_pool(plan, reader, config, options) for plan in plans)
-    tensors = {}
+    tensors: dict[str, LazyTensor] = {}
     for moment in ("", *MOMENTS) if options.carry_optimizer else ("",):
         tensors |= grown_tensors(reader, config, pools, options, moment)
     return pools, tensors
