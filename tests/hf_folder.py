@@ -11,10 +11,10 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_vlmoe.convert.hf_files import (
+from megatron_vlmoe.convert.hf_config import (
+    CUSTOM_PIPELINES,
     architecture,
     auto_map,
-    custom_pipelines,
     hf_source_files,
     processor_files,
 )
@@ -95,7 +95,7 @@ def write_folder(folder: Path, task: str = "", **options: Any) -> Path:
     getattr(modeling_vlmoe, architecture(task))(config).save_pretrained(folder)
     content = json.loads((folder / "config.json").read_text())
     content["auto_map"] = auto_map(task)
-    content["custom_pipelines"] = custom_pipelines()
+    content["custom_pipelines"] = CUSTOM_PIPELINES
     (folder / "config.json").write_text(json.dumps(content))
     write_processors(folder, with_text=config.vocab_size > 0)
     for source in hf_source_files():

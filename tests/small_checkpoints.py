@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
-from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.checkpoints import write_checkpoint
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, export_config
 from megatron_vlmoe.convert.name_table import name_table
-from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
 from megatron_vlmoe.convert.safetensors_files import Group, write_folder
 from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TrainState
 
 MODEL = ModelConfig(
@@ -103,7 +103,7 @@ def save(
     """Writes a checkpoint; `moments` are optimizer tensors by their whole key."""
     optimizer = {"optimizer": {"param_groups": [{"step": 3}]}} if moments else None
     content = lazy({**tensors, **(moments or {})})
-    return write_checkpoint(root, content, extra_state_keys(config), config, state, optimizer)
+    return write_checkpoint(root, content, config, state, optimizer)
 
 
 def adam_moments(config: RunConfig) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def save_hugging_face(folder: Path, config: RunConfig, tensors: Mapping[str, Ten
         groups.append(Group(names, tuple(shapes.values()), value.dtype, lambda p=parts: p))
     for _ in write_folder(folder, groups, 20_000):
         pass
-    content = export_config(config, "VLMoE", {}, None, None)
+    content = export_config(config)
     (folder / CONFIG_FILE).write_text(json.dumps(content))
     return folder
 

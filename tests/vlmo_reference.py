@@ -106,7 +106,7 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
         path: checkpoint.
         batch: ids and pixels of all segments, as arrays.
     """
-    from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+    from megatron_vlmoe.convert.checkpoints import CheckpointReader
     from megatron_vlmoe.data.collate import to_tensors
     from megatron_vlmoe.model.heads import MaskedHeads
     from megatron_vlmoe.runtime.distributed import initialize

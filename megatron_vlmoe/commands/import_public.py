@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_vlmoe.commands.options import CommandParser
 from megatron_vlmoe.config.errors import user_files
-from megatron_vlmoe.convert.public.families import FAMILY_NAMES
+from megatron_vlmoe.convert.public import FAMILY_NAMES
 from megatron_vlmoe.runtime.lazy import load
 from megatron_vlmoe.runtime.memory import give_back_freed_tensors
 

@@ -73,8 +73,8 @@ def main(words: Sequence[str]) -> int:
     """Inspects; returns the exit status."""
     options = build_parser().parse_args(words)
     with _trouble():
-        inspection = load("megatron_vlmoe.convert.inspect").inspect_checkpoint(options.path)
-        report = load("megatron_vlmoe.convert.inspect_report")
+        report = load("megatron_vlmoe.convert.inspect")
+        inspection = report.inspect_checkpoint(options.path)
         lines = report.inspection_lines(inspection)
         if options.config:
             lines += ["", *to_yaml(inspection.source.config).rstrip().split("\n")]
@@ -86,9 +86,8 @@ def compare_main(words: Sequence[str]) -> int:
     """Compares; returns the exit status."""
     options = build_comparison_parser().parse_args(words)
     with _trouble():
-        compare = load("megatron_vlmoe.convert.compare").compare_checkpoints
-        comparison = compare(options.left, options.right, options.optimizer)
-        report = load("megatron_vlmoe.convert.compare_report")
+        report = load("megatron_vlmoe.convert.compare")
+        comparison = report.compare_checkpoints(options.left, options.right, options.optimizer)
         lines = report.comparison_lines(comparison, options.top)
         _output(lines, report.comparison_json(comparison), options.json)
     return 0 if comparison.equal else FOUND

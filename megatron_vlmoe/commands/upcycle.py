@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_vlmoe.commands.options import CommandParser
 from megatron_vlmoe.config.errors import user_files
-from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
+from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
 from megatron_vlmoe.runtime.lazy import load
 from megatron_vlmoe.runtime.memory import give_back_freed_tensors
 
@@ -73,4 +73,4 @@ def main(words: Sequence[str]) -> None:
         reader.config, str(reader.path), arguments.preset, arguments.num_experts, others
     )
     made = run.upcycle_checkpoint(reader, config, arguments.output, options, arguments.overwrite)
-    print("\n".join(load("megatron_vlmoe.convert.upcycle.report").report_lines(made, options)))
+    print("\n".join(run.report_lines(made, options)))

@@ -146,7 +146,7 @@ class TaskSpec:
 
 
 _HEADS = "megatron_vlmoe.model.task_heads"
-_SHAPES = "megatron_vlmoe.convert.parameters"
+_SHAPES = "megatron_vlmoe.planning.parameters"
 _READERS = "megatron_vlmoe.prepare.readers.tasks"
 _METRICS = "megatron_vlmoe.finetune.metrics"
 

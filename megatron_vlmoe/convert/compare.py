@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vlmoe.config.command_line import flat_options
-from megatron_vlmoe.convert.parts import part_of, part_order
+from megatron_vlmoe.convert.inspect import number, to_json
 from megatron_vlmoe.convert.statistics import Distance, distance
 from megatron_vlmoe.convert.tensor_source import TensorSource, open_source, optimizer_key
-from megatron_vlmoe.convert.tensors import LazyTensor, with_progress
+from megatron_vlmoe.convert.tensors import type_name, with_progress
+from megatron_vlmoe.planning.dry_run import table
+from megatron_vlmoe.planning.parameters import part_of, part_order
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Pair:
     def equal(self) -> bool:
         """Same type and same values."""
         return self.left_type == self.right_type and self.distance.equal
+
+    @property
+    def unlikeness(self) -> tuple[bool, float, float, bool]:
+        """Larger for a pair that is less alike."""
+        found = self.distance
+        return (found.not_finite > 0, found.relative, found.largest, not self.equal)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,13 @@ def compare_checkpoints(
     """
     first, second = open_source(left), open_source(right)
     exported = first.reader is None or second.reader is None
-    ours, theirs = (_tensors(source, with_optimizer, exported) for source in (first, second))
+    ours, theirs = (
+        {
+            **(source.without_padding() if exported else source.tensors),
+            **(source.optimizer_tensors if with_optimizer else {}),
+        }
+        for source in (first, second)
+    )
     common = [name for name in ours if name in theirs]
     shapes = {
         name: (ours[name].shape, theirs[name].shape)
@@ -120,7 +134,11 @@ def compare_checkpoints(
     }
     same_shape = [name for name in common if name not in shapes]
     progress = with_progress(same_shape, len(same_shape), "compare")
-    pairs = [_pair(name, ours[name], theirs[name]) for name in progress]
+    pairs = []
+    for name in progress:
+        a, b = ours[name], theirs[name]
+        found = distance(a.read(), b.read())
+        pairs.append(Pair(name, a.shape, type_name(a.dtype), type_name(b.dtype), found))
     return Comparison(
         first,
         second,
@@ -128,25 +146,9 @@ def compare_checkpoints(
         only_left=tuple(name for name in ours if name not in theirs),
         only_right=tuple(name for name in theirs if name not in ours),
         shapes=shapes,
-        pairs=tuple(sorted(pairs, key=_unlikeness, reverse=True)),
+        pairs=tuple(sorted(pairs, key=lambda pair: pair.unlikeness, reverse=True)),
         parts=_by_part(pairs),
     )
-
-
-def _tensors(source: TensorSource, with_optimizer: bool, exported: bool) -> dict[str, LazyTensor]:
-    tensors = source.without_padding() if exported else source.tensors
-    return {**tensors, **(source.optimizer_tensors if with_optimizer else {})}
-
-
-def _pair(name: str, left: LazyTensor, right: LazyTensor) -> Pair:
-    types = [str(tensor.dtype).removeprefix("torch.") for tensor in (left, right)]
-    found = distance(left.read(), right.read())
-    return Pair(name, left.shape, types[0], types[1], found)
-
-
-def _unlikeness(pair: Pair) -> tuple[bool, float, float, bool]:
-    found = pair.distance
-    return (found.not_finite > 0, found.relative, found.largest, not pair.equal)
 
 
 def _by_part(pairs: list[Pair]) -> tuple[PartDistance, ...]:
@@ -169,20 +171,141 @@ def _by_part(pairs: list[Pair]) -> tuple[PartDistance, ...]:
 
 def _option_differences(left: TensorSource, right: TensorSource) -> list[OptionDifference]:
     a, b = (flat_options(dataclasses.asdict(source.config)) for source in (left, right))
-    if left.reader is None or right.reader is None:
-        # How a run trains does not travel with an export.
-        a, b = _architecture(a), _architecture(b)
-    names = [*a, *(name for name in b if name not in a)]
+    # How a run trains does not travel with an export.
+    whole = left.reader is not None and right.reader is not None
     return [
         OptionDifference(name, a.get(name), b.get(name))
-        for name in names
+        for name in {**a, **b}
         if a.get(name) != b.get(name)
+        and (whole or name.startswith(("model.", "moe.", "task.name", "task.num_classes")))
     ]
 
 
-def _architecture(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in options.items()
-        if name.startswith(("model.", "moe.")) or name in ("task.name", "task.num_classes")
+_NUMBERS = ("max abs", "relative", "cosine")
+
+
+def comparison_lines(comparison: Comparison, top: int) -> list[str]:
+    """The report as text.
+
+    Args:
+        comparison: what was found.
+        top: most lines of a list; 0 prints all.
+    """
+    left, right = comparison.left, comparison.right
+    options = [f"{o.name}: {o.left} | {o.right}" for o in comparison.options]
+    shapes = [f"{name}: {list(a)} | {list(b)}" for name, (a, b) in comparison.shapes.items()]
+    sections = (
+        [f"A  {_title(left)}", f"B  {_title(right)}"],
+        _listed("Options that differ (A | B)", options, 0),
+        _listed("Only in A", comparison.only_left, top),
+        _listed("Only in B", comparison.only_right, top),
+        _listed("Shapes that differ (A | B)", shapes, top),
+        _pair_lines(comparison, top),
+        _part_lines(comparison),
+        [_verdict(comparison)],
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections if lines).split("\n")
+
+
+def comparison_json(comparison: Comparison) -> str:
+    """Everything, equal tensors included."""
+    content = {
+        "left": str(comparison.left.path),
+        "right": str(comparison.right.path),
+        "equal": comparison.equal,
+        "options": [dataclasses.asdict(option) for option in comparison.options],
+        "only_left": list(comparison.only_left),
+        "only_right": list(comparison.only_right),
+        "shapes": [
+            {"name": name, "left": a, "right": b} for name, (a, b) in comparison.shapes.items()
+        ],
+        "tensors": [
+            {
+                "name": pair.name,
+                "shape": pair.shape,
+                "left_type": pair.left_type,
+                "right_type": pair.right_type,
+                "equal": pair.equal,
+                **_numbers(pair.distance),
+            }
+            for pair in comparison.pairs
+        ],
+        "parts": [
+            {
+                "part": part.part,
+                "tensors": part.tensors,
+                "equal": part.equal,
+                **_numbers(part.distance),
+            }
+            for part in comparison.parts
+        ],
     }
+    return to_json(content)
+
+
+def _numbers(found: Distance) -> dict[str, Any]:
+    return {
+        "different": found.different,
+        "not_finite": found.not_finite,
+        "max_abs": found.largest,
+        "relative": found.relative,
+        "cosine": found.cosine,
+    }
+
+
+def _title(source: TensorSource) -> str:
+    if source.reader is None:
+        return f"{source.path} (Hugging Face folder)"
+    return f"{source.path} (step {source.reader.train_state.step})"
+
+
+def _listed(title: str, entries: Sequence[str], top: int) -> list[str]:
+    if not entries:
+        return []
+    shown = entries[:top] if top else entries
+    lines = [title, *(f"  {entry}" for entry in shown)]
+    if len(shown) < len(entries):
+        lines.append(f"  and {len(entries) - len(shown)} more")
+    return lines
+
+
+def _cells(found: Distance) -> tuple[str, ...]:
+    return number(found.largest), number(found.relative), f"{found.cosine:.6f}"
+
+
+def _pair_lines(comparison: Comparison, top: int) -> list[str]:
+    different = [pair for pair in comparison.pairs if not pair.equal]
+    if not different:
+        return []
+    shown = different[:top] if top else different
+    rows = []
+    for pair in shown:
+        types = pair.left_type
+        if pair.left_type != pair.right_type:
+            types = f"{pair.left_type} | {pair.right_type}"
+        count = f"{pair.distance.different:,}"
+        if pair.distance.not_finite:
+            count += f" ({pair.distance.not_finite:,} not finite)"
+        rows.append((pair.name, str(list(pair.shape)), types, count, *_cells(pair.distance)))
+    title = f"Tensors that differ: {len(different)} of {len(comparison.pairs)}"
+    if len(shown) < len(different):
+        title += f"; the {len(shown)} that differ most"
+    return [title, *table(("tensor", "shape", "type", "values", *_NUMBERS), rows)]
+
+
+def _part_lines(comparison: Comparison) -> list[str]:
+    rows = [
+        (part.part, f"{part.equal} of {part.tensors}", *_cells(part.distance))
+        for part in comparison.parts
+    ]
+    return ["Parts", *table(("part", "equal", *_NUMBERS), rows)] if rows else []
+
+
+def _verdict(comparison: Comparison) -> str:
+    if comparison.equal:
+        return f"Equal: all {len(comparison.pairs)} tensors, in every value."
+    differ = sum(not pair.equal for pair in comparison.pairs)
+    return (
+        f"Different: {differ} of {len(comparison.pairs)} tensors, {len(comparison.shapes)} shapes, "
+        f"{len(comparison.only_left)} only in A, {len(comparison.only_right)} only in B."
+    )

@@ -6,19 +6,18 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, export_config
-from megatron_vlmoe.convert.hf_files import (
-    architecture,
-    auto_map,
-    custom_pipelines,
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
+from megatron_vlmoe.convert.hf_config import (
+    CONFIG_FILE,
+    SPM_FILE,
+    export_config,
     hf_source_files,
     processor_files,
 )
@@ -143,10 +142,7 @@ def _write_texts(
 ) -> None:
     """Everything but the weights."""
     config = reader.config
-    task = config.task.name if isinstance(config, FinetuneConfig) else ""
-    content = export_config(config, architecture(task), auto_map(task), tokenizer, labels)
-    content["custom_pipelines"] = custom_pipelines()
-    _write_json(folder / CONFIG_FILE, content)
+    content = export_config(config, tokenizer, labels)
     processing = processor_files(
         image_size=config.model.image_size,
         image_mean=config.data.pixel_mean,
@@ -155,8 +151,9 @@ def _write_texts(
         pair_text_length=config.model.pair_text_length,
         with_text=tokenizer is not None,
     )
-    for name, values in processing.items():
-        _write_json(folder / name, values)
+    for name, values in {CONFIG_FILE: content, **processing}.items():
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
     if tokenizer is not None:
         shutil.copyfile(tokenizer.model_path, folder / SPM_FILE)
     if labels is not None:
@@ -166,7 +163,3 @@ def _write_texts(
     for source in hf_source_files():
         shutil.copyfile(source, folder / source.name)
     (folder / "README.md").write_text(model_card(reader, content, options.card), encoding="utf-8")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

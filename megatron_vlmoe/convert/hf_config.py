@@ -1,8 +1,8 @@
-"""A run's configuration as the `config.json` of an export, and back.
+"""What an export holds besides weights: its `config.json`, which an import reads, and other JSON and Python files.
 
-What the architecture, inference and training of routers need stands there under the names of the Hugging Face files.
-What only our own training needs (objectives, the task's options) travels in one entry, `training`, so that an import
-goes on as the run was. Paths of datasets and of the machine do not travel.
+What the architecture, inference and training of routers need stands in `config.json` under the names of the Hugging
+Face files. What only our own training needs (objectives, the task's options) travels in one entry, `training`, so that
+an import goes on as the run was. Paths of datasets and of the machine do not travel.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 from megatron_vlmoe.config.command_line import from_dict
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.schema import AuxLossConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.config.tasks import task_names
+from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.stream.block_plan import moe_layer_numbers
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -69,20 +69,20 @@ SPECIAL_TOKENS = ("bos", "pad", "eos", "mask")
 
 def export_config(
     config: RunConfig,
-    architecture: str,
-    auto_map: Mapping[str, str],
-    tokenizer: Optional[TextTokenizer],
-    labels: Optional[Labels],
+    tokenizer: Optional[TextTokenizer] = None,
+    labels: Optional[Labels] = None,
 ) -> dict[str, Any]:
     """The content of `config.json`.
 
     Args:
         config: the run.
-        architecture: class of the model there.
-        auto_map: Auto classes and the classes that they give.
         tokenizer: gives the ids of special tokens; None for a model without text.
         labels: the classes of a task.
+
+    Raises:
+        ConvertError: no class of transformers has the head of the task.
     """
+    task = config.task.name if isinstance(config, FinetuneConfig) else ""
     model = {theirs: getattr(config.model, ours) for ours, theirs in MODEL_FIELDS.items()}
     options = dataclasses.asdict(config.moe)
     for pool in ("text_aux", "vision_aux"):
@@ -92,8 +92,8 @@ def export_config(
     moe["moe_layers"] = list(moe_layer_numbers(config.model, config.moe))
     content: dict[str, Any] = {
         "model_type": MODEL_TYPE,
-        "architectures": [architecture],
-        "auto_map": dict(auto_map),
+        "architectures": [architecture(task)],
+        "auto_map": auto_map(task),
         **model,
         "num_channels": 3,
         "hidden_act": "gelu",
@@ -106,21 +106,21 @@ def export_config(
     if tokenizer is not None:
         content |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS}
     if isinstance(config, FinetuneConfig):
-        content["task"] = config.task.name
+        content["task"] = task
         if labels is not None:
             shown = labels.names or labels.labels
-            names = {str(index): name for index, name in enumerate(_distinct(shown, labels.labels))}
+            # Words for classes, with the class's id where two share a word (ImageNet has two cranes).
+            names = {
+                str(index): word if shown.count(word) == 1 else f"{word} ({key})"
+                for index, (word, key) in enumerate(zip(shown, labels.labels))
+            }
             content["id2label"] = names
             content["label2id"] = {name: int(index) for index, name in names.items()}
         kinds = {"answers": "multi_label_classification", "class": "single_label_classification"}
         if config.task.spec.has_labels:
             content["problem_type"] = kinds[config.task.spec.target]
+    content["custom_pipelines"] = CUSTOM_PIPELINES
     return content
-
-
-def _distinct(shown: tuple[str, ...], ids: tuple[str, ...]) -> list[str]:
-    """Words for classes, with the class's id where two classes share a word (ImageNet has two cranes)."""
-    return [name if shown.count(name) == 1 else f"{name} ({key})" for name, key in zip(shown, ids)]
 
 
 def _training_options(config: RunConfig) -> dict[str, Any]:
@@ -206,3 +206,122 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
     except (ConfigError, TypeError) as error:
         raise ConvertError(str(error)) from None
     return config
+
+
+SOURCE_FOLDER = Path(__file__).with_name("hf")
+
+AUTO_MODELS = {
+    "AutoModel": "VLMoEModel",
+    "AutoModelForPreTraining": "VLMoEForPreTraining",
+    "AutoModelForMaskedLM": "VLMoEForMaskedLM",
+    "AutoModelForMaskedImageModeling": "VLMoEForMaskedImageModeling",
+    "AutoModelForVisualQuestionAnswering": "VLMoEForVisualQuestionAnswering",
+    "AutoModelForImageClassification": "VLMoEForImageClassification",
+    "AutoModelForSequenceClassification": "VLMoEForSequenceClassification",
+    "AutoModelForZeroShotImageClassification": "VLMoEForImageAndTextRetrieval",
+}
+
+# Task of `transformers.pipeline` to the class that reads images as the processor does, and the Auto class it loads.
+# They stand in every export: fine-tuning in transformers may give it another task.
+CUSTOM_PIPELINES = {
+    task: {"impl": f"pipelines_vlmoe.VLMoE{task.title().replace('-', '')}Pipeline", "pt": [auto]}
+    for task, auto in (
+        ("image-classification", "AutoModelForImageClassification"),
+        ("image-feature-extraction", "AutoModel"),
+        ("visual-question-answering", "AutoModelForVisualQuestionAnswering"),
+        ("zero-shot-image-classification", "AutoModelForZeroShotImageClassification"),
+    )
+}
+
+
+def hf_source_files() -> list[Path]:
+    """The Python files that an export needs, which are copied into one folder."""
+    return sorted(path for path in SOURCE_FOLDER.glob("*.py") if path.name != "__init__.py")
+
+
+def architecture(task: str = "") -> str:
+    """Class of the model of a task; of pretraining without one.
+
+    Raises:
+        ConvertError: its head has no class here.
+        ConfigError: there is no such task.
+    """
+    if not task:
+        return "VLMoEForPreTraining"
+    found = find_task(task).head.hf_class
+    if not found:
+        raise ConvertError(f"task {task}: its head names no class of transformers (Head.hf_class)")
+    return found
+
+
+def auto_map(task: str = "") -> dict[str, str]:
+    """The entry `auto_map` of `config.json`: Auto classes to ``module.Class``.
+
+    In an export of a task the Auto class that its head names gives its model.
+    """
+    models = dict(AUTO_MODELS)
+    if task and (auto := find_task(task).head.hf_auto_class):
+        models[auto] = architecture(task)
+    return {
+        "AutoConfig": "configuration_vlmoe.VLMoEConfig",
+        **{auto: f"modeling_vlmoe.{model}" for auto, model in models.items()},
+    }
+
+
+def processor_files(
+    image_size: int,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    text_length: int,
+    pair_text_length: int,
+    with_text: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Contents of the JSON files of tokenizer and processors, by file name.
+
+    The tokenizer's `sentencepiece.model` goes beside them. The image processor has a file of its own, which both
+    transformers 4 and 5 read.
+
+    Args:
+        image_size: side of the square in pixels.
+        image_mean: mean of every channel, of pixels between 0 and 1.
+        image_std: standard deviation.
+        text_length: tokens of a text without image.
+        pair_text_length: tokens of the text of a pair.
+        with_text: False for a model of images alone.
+    """
+    processor = {"AutoProcessor": "processing_vlmoe.VLMoEProcessor"}
+    own_map = {"AutoImageProcessor": "image_processing_vlmoe.VLMoEImageProcessor"}
+    image_processor: dict[str, Any] = {
+        "image_processor_type": "VLMoEImageProcessor",
+        "auto_map": own_map,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image_mean),
+        "image_std": list(image_std),
+        "exif": "turn",
+        "alpha": "white",
+    }
+    if not with_text:
+        return {"preprocessor_config.json": image_processor}
+    image_processor["processor_class"] = "VLMoEProcessor"
+    image_processor["auto_map"] = own_map | processor
+    return {
+        "preprocessor_config.json": image_processor,
+        "processor_config.json": {
+            "processor_class": "VLMoEProcessor",
+            "auto_map": processor,
+            "text_length": text_length,
+            "pair_text_length": pair_text_length,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "VLMoETokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_vlmoe.VLMoETokenizer", None]},
+            "model_max_length": max(text_length, pair_text_length),
+            "padding_side": "right",
+        },
+    }

@@ -1,19 +1,22 @@
-"""From a Hugging Face folder to a checkpoint that training goes on from, at any layout."""
+"""From a Hugging Face folder to a checkpoint that training goes on from, or straight into a run, at any layout."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_vlmoe.config.errors import ConvertError, DataError
+import torch
+
+from megatron_vlmoe.config.errors import CheckpointError, ConvertError, DataError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoint_writer import check_output, write_checkpoint
+from megatron_vlmoe.convert.checkpoints import check_output, write_checkpoint
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, import_config, read_config
 from megatron_vlmoe.convert.name_table import name_table
-from megatron_vlmoe.convert.parameters import extra_state_keys
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
 from megatron_vlmoe.convert.tensors import LazyTensor, check_tensors, counted
 from megatron_vlmoe.data.task_labels import Labels, read_labels
@@ -100,9 +103,7 @@ def import_checkpoint(
         # Found beside the checkpoint, wherever it is moved.
         config = replace(config, data=replace(config.data, text_tokenizer=""))
     with counted(model.tensors, "import") as tensors:
-        path = write_checkpoint(
-            output, tensors, extra_state_keys(config), config, overwrite=overwrite
-        )
+        path = write_checkpoint(output, tensors, config, overwrite=overwrite)
     if model.tokenizer is not None:
         keep_file(model.tokenizer, output, TOKENIZER_FILE)
     if model.labels is not None:
@@ -144,3 +145,51 @@ def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Opti
     if len(set(names)) != len(names):
         raise ConvertError(f"{folder / CONFIG_FILE}: id2label names a class twice")
     return Labels(config.task.name, names)
+
+
+class HuggingFaceWeights:
+    """The weights of a folder that an export or `save_pretrained` wrote (a `WeightSource` of train/warm_start.py).
+
+    Args:
+        folder: the folder.
+        verify: compares its files with the checksums of the export; once per node is enough.
+
+    Raises:
+        CheckpointError: see `open_hugging_face`.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = True) -> None:
+        self.path = Path(folder)
+        try:
+            self.model: HuggingFaceModel = open_hugging_face(folder, verify)
+        except ConvertError as error:
+            raise CheckpointError(str(error)) from None
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The configuration that the weights belong to."""
+        return dataclasses.asdict(self.model.config)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Key of our checkpoints and whole shape of every tensor."""
+        return {key: tensor.shape for key, tensor in self.model.tensors.items()}
+
+    @torch.no_grad()
+    def load(self, wanted: Mapping[str, Any]) -> None:
+        """Fills shards (megatron-core's ShardedTensor) in place; one whole tensor is in memory at a time.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        for shard in wanted.values():
+            try:
+                whole = self.model.tensors[shard.key].read()
+            except ConvertError as error:
+                raise CheckpointError(str(error)) from None
+            skip = shard.prepend_axis_num
+            part = tuple(
+                slice(start, start + size)
+                for start, size in zip(shard.global_offset[skip:], shard.local_shape)
+            )
+            shard.data.copy_(whole[part].view_as(shard.data))

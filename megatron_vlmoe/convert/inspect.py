@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from torch import Tensor
 
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.parts import activated_by_part, part_of, part_order
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.statistics import (
     Measure,
     mean_cosine,
@@ -27,7 +30,10 @@ from megatron_vlmoe.convert.tensor_source import (
     open_source,
     optimizer_key,
 )
-from megatron_vlmoe.convert.tensors import LazyTensor, with_progress
+from megatron_vlmoe.convert.tensors import type_name, with_progress
+from megatron_vlmoe.planning.dry_run import block_ranges, table
+from megatron_vlmoe.planning.parameters import parameters, part_of, part_order
+from megatron_vlmoe.stream.block_plan import block_plans, moe_layer_numbers
 
 _EXPERTS = re.compile(r"decoder\.layers\.(\d+)\.mlp\.moe\.experts\.([a-z]+)\.(\w+)$")
 _ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.moe\.router\.([a-z]+)\.weight$")
@@ -166,8 +172,8 @@ def inspect_checkpoint(location: str | Path) -> Inspection:
     return Inspection(
         source,
         written=_written(source),
-        weight_bytes=_nbytes(source.tensors.values()),
-        types=_types(source.tensors.values()),
+        weight_bytes=sum(tensor.nbytes for tensor in source.tensors.values()),
+        types=dict(Counter(type_name(tensor.dtype) for tensor in source.tensors.values())),
         parts=scan.part_summaries(),
         optimizer=_optimizer(source, scan.states),
         pools=scan.pool_summaries(),
@@ -220,24 +226,26 @@ class _Scan:
         self.digests[where] = [(*old, new) for old, new in zip(known, row_digests(value))]
 
     def _not_finite(self, key: str, found: Measure) -> list[Problem]:
-        stored = self.source.stored_as(key)
         measures = {key: found}
-        if list(stored) != [key]:
+        if stored := self.source.stored.get(key):
             # Named, counted and placed as the files have it.
             measures = {name: measure(tensor.read()) for name, tensor in stored.items()}
-        return [
-            Problem("not finite", name, _places(one))
-            for name, one in measures.items()
-            if one.first is not None
-        ]
+        problems = []
+        for name, one in measures.items():
+            counts = {"NaN": one.nans, "Inf": one.infinities}
+            many = " and ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+            if one.first is not None:
+                detail = f"{many} of {one.numel:,} values, first at {list(one.first)}"
+                problems.append(Problem("not finite", name, detail))
+        return problems
 
     def part_summaries(self) -> tuple[PartSummary, ...]:
         """The parts in the order of the model."""
-        activated = activated_by_part(self.source.config)
+        activated: Counter[str] = Counter()
+        for parameter in parameters(self.source.config):
+            activated[parameter.part] += parameter.activated
         return tuple(
-            PartSummary(
-                part, self.parts[part].numel, activated.get(part, 0), found.rms, found.largest
-            )
+            PartSummary(part, found.numel, activated[part], found.rms, found.largest)
             for part, found in sorted(self.parts.items(), key=lambda entry: part_order(entry[0]))
         )
 
@@ -251,48 +259,32 @@ class _Scan:
         return tuple(self.pools[where] for where in sorted(self.pools))
 
 
-def _places(found: Measure) -> str:
-    counts = [
-        f"{count:,} {name}"
-        for name, count in (("NaN", found.nans), ("Inf", found.infinities))
-        if count
-    ]
-    return f"{' and '.join(counts)} of {found.numel:,} values, first at {list(found.first or ())}"
-
-
 def _written(source: TensorSource) -> Written:
-    files = source.files
+    files = list(source.path.glob("*.distcp" if source.reader else "*.safetensors"))
     ranks = {match[1] for file in files if (match := _FILE_RANK.match(file.name))}
     pieces = source.reader.num_shards if source.reader else {}
+
+    def most(ending: str) -> int:
+        found = (n for k, n in pieces.items() if k.startswith("decoder.") and k.endswith(ending))
+        return max(found, default=0)
+
     return Written(
         files=len(files),
         file_bytes=sum(path.stat().st_size for path in source.path.iterdir() if path.is_file()),
         writers=len(ranks),
-        attention_pieces=_most(pieces, ".self_attention.linear_qkv.weight"),
-        expert_pieces=max(
-            (n for key, n in pieces.items() if _EXPERTS.match(key) and key.endswith(".weight1")),
-            default=0,
-        ),
+        attention_pieces=most(".self_attention.linear_qkv.weight"),
+        expert_pieces=most(".weight1"),
         parallel=dataclasses.asdict(source.config.parallel),
     )
-
-
-def _most(pieces: Mapping[str, int], ending: str) -> int:
-    found = (n for key, n in pieces.items() if key.startswith("decoder.") and key.endswith(ending))
-    return max(found, default=0)
 
 
 def _optimizer(source: TensorSource, states: Mapping[str, Measure]) -> Optional[OptimizerSummary]:
     if not source.optimizer_tensors:
         return None
     assert source.reader is not None
-    kinds: dict[str, int] = {}
-    for name in source.optimizer_tensors:
-        kind = optimizer_key(name)[0]
-        kinds[kind] = kinds.get(kind, 0) + 1
     return OptimizerSummary(
-        kinds,
-        _nbytes(source.optimizer_tensors.values()),
+        dict(Counter(optimizer_key(name)[0] for name in source.optimizer_tensors)),
+        sum(tensor.nbytes for tensor in source.optimizer_tensors.values()),
         _optimizer_steps(source.reader),
         {kind: (found.rms, found.largest) for kind, found in states.items()},
     )
@@ -313,20 +305,208 @@ def _optimizer_steps(reader: CheckpointReader) -> Optional[int]:
     return max(steps, default=None)
 
 
-def _nbytes(tensors: Iterable[LazyTensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+SHOWN_PROBLEMS = 50
 
 
-def _types(tensors: Iterable[LazyTensor]) -> dict[str, int]:
-    types: dict[str, int] = {}
-    for tensor in tensors:
-        name = str(tensor.dtype).removeprefix("torch.")
-        types[name] = types.get(name, 0) + 1
-    return types
+def inspection_lines(inspection: Inspection) -> list[str]:
+    """The report as text."""
+    sections = (
+        [str(inspection.source.path), *_indented(_origin_lines(inspection))],
+        ["Model", *_indented(_architecture_lines(inspection.source.config))],
+        ["Written", *_indented(_written_lines(inspection))],
+        ["Parameters", *_parameter_lines(inspection)],
+        _pool_lines(inspection.pools),
+        _problem_lines(inspection),
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections if lines).split("\n")
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Minimum, mean and maximum; NaN of nothing."""
-    if not values:
-        return (math.nan, math.nan, math.nan)
-    return (min(values), sum(values) / len(values), max(values))
+def inspection_json(inspection: Inspection) -> str:
+    """Everything, the whole configuration included; numbers that are not finite are null."""
+    source = inspection.source
+    content = {
+        "path": str(source.path),
+        "format": "checkpoint" if source.reader else "hugging face",
+        "train_state": dataclasses.asdict(source.reader.train_state) if source.reader else None,
+        "written": dataclasses.asdict(inspection.written),
+        "weight_bytes": inspection.weight_bytes,
+        "types": dict(inspection.types),
+        "parameters": {"total": inspection.total, "activated": inspection.activated},
+        "parts": [dataclasses.asdict(part) for part in inspection.parts],
+        "optimizer": dataclasses.asdict(inspection.optimizer) if inspection.optimizer else None,
+        "pools": [dataclasses.asdict(pool) for pool in inspection.pools],
+        "problems": [dataclasses.asdict(problem) for problem in inspection.problems],
+        "config": dataclasses.asdict(source.config),
+    }
+    return to_json(content)
+
+
+def to_json(content: Any) -> str:
+    """Strict JSON."""
+    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes for people."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _architecture_lines(config: RunConfig) -> list[str]:
+    model, moe = config.model, config.moe
+    vl = block_ranges(range(model.num_layers - model.num_vl_layers + 1, model.num_layers + 1))
+    lines = [
+        f"{model.num_layers} blocks, hidden size {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"FFN {model.ffn_hidden_size}, VL-FFN in blocks {vl}",
+        f"tokens: text {model.text_length}, caption {model.pair_text_length}, image {model.image_length} "
+        f"({model.image_size} px, patches of {model.patch_size} px)",
+        f"vocabulary {model.vocab_size or 'none'}, visual vocabulary {model.visual_vocab_size or 'none'}",
+    ]
+    numbers = moe_layer_numbers(model, moe)
+    if not numbers:
+        lines.append("no experts")
+    else:
+        pools = {p.name: p.num_experts for plan in block_plans(model, moe) for p in plan.pools}
+        counts = ", ".join(f"{count} {name}" for name, count in pools.items())
+        lines.append(f"experts: {counts} in blocks {block_ranges(numbers)}; top {moe.topk}")
+    if isinstance(config, FinetuneConfig):
+        classes = f", {config.task.num_classes} classes" if config.task.num_classes else ""
+        lines.append(f"task: {config.task.name}{classes}")
+    return lines
+
+
+def _origin_lines(inspection: Inspection) -> list[str]:
+    reader, config = inspection.source.reader, inspection.source.config
+    if reader is None:
+        return ["Hugging Face folder; holds no step and no optimizer state"]
+    state = reader.train_state
+    lines = [f"step {state.step} of {config.train.steps}, seed {config.train.seed}"]
+    if state.skipped_steps:
+        lines[0] += f", {state.skipped_steps} steps skipped"
+    if isinstance(config, FinetuneConfig) and state.best_value is not None:
+        lines.append(
+            f"best {config.task.spec.best_metric} {state.best_value:.4g} at step {state.best_step}"
+        )
+    return lines
+
+
+def _written_lines(inspection: Inspection) -> list[str]:
+    written = inspection.written
+    types = ", ".join(f"{count} {name}" for name, count in inspection.types.items())
+    by = f" by {written.writers} process(es)" if written.writers else ""
+    lines = [
+        f"{written.files} file(s){by}, {size_text(written.file_bytes)} with all that belongs to it",
+        f"weights: {types} tensors, {size_text(inspection.weight_bytes)}",
+    ]
+    optimizer = inspection.optimizer
+    if optimizer is None:
+        lines.append("optimizer state: none")
+    else:
+        counts = sorted({*optimizer.kinds.values()})
+        kinds = ", ".join(
+            name if len(counts) == 1 else f"{name} ({count})"
+            for name, count in optimizer.kinds.items()
+        )
+        of = f"{counts[-1]} of {sum(inspection.types.values())} tensors"
+        steps = f", {optimizer.steps} updates" if optimizer.steps is not None else ""
+        lines.append(f"optimizer state: {kinds} of {of}, {size_text(optimizer.nbytes)}{steps}")
+    return lines + (_layout_lines(inspection) if inspection.source.reader else [])
+
+
+def _layout_lines(inspection: Inspection) -> list[str]:
+    """The layout that the pieces tell (tensor and expert parallel; a pipeline leaves no trace), and the noted one."""
+    written = inspection.written
+    tensor = int(written.parallel["tensor_model_parallel_size"])
+    expert = int(written.parallel["expert_model_parallel_size"])
+    noted = {
+        "TP": tensor,
+        "PP": written.parallel["pipeline_model_parallel_size"],
+        "VPP": written.parallel["virtual_pipeline_model_parallel_size"],
+        "EP": expert,
+    }
+    pools = f", experts in {written.expert_pieces} (EP)" if written.expert_pieces else ""
+    lines = [
+        f"pieces: attention in {written.attention_pieces} (TP){pools}",
+        "layout of the run: " + " x ".join(f"{name} {size}" for name, size in noted.items()),
+    ]
+    told = (written.attention_pieces, written.expert_pieces or expert)
+    if told != (tensor, expert):
+        lines.append("the pieces are not those of that layout: a converter wrote them")
+    return lines
+
+
+def _parameter_lines(inspection: Inspection) -> list[str]:
+    rows = [
+        (
+            part.part,
+            f"{part.total:,}",
+            f"{part.activated:,}",
+            number(part.rms),
+            number(part.largest),
+        )
+        for part in inspection.parts
+    ]
+    rows.append(("total", f"{inspection.total:,}", f"{inspection.activated:,}", "", ""))
+    return table(("part", "number", "per token of a pair", "RMS", "largest"), rows)
+
+
+def _pool_lines(pools: tuple[PoolSummary, ...]) -> list[str]:
+    if not pools:
+        return []
+    header = ["block", "pool", "E"]
+    for name in ("fc1", "fc2", "router row"):
+        header += [f"{name} min", "mean", "max"]
+    rows = []
+    for pool in pools:
+        values = (pool.fc1_norms, pool.fc2_norms, pool.router_norms)
+        cells = []
+        for norms in values:
+            mean = sum(norms) / len(norms) if norms else math.nan
+            ends = (min(norms, default=math.nan), mean, max(norms, default=math.nan))
+            cells += [number(value) for value in ends]
+        cosine = "-" if pool.fc1_cosine is None else f"{pool.fc1_cosine:.3f}"
+        twins = sum(len(group) for group in pool.identical)
+        count = max(len(entry) for entry in values)
+        rows.append((str(pool.block), pool.pool, str(count), *cells, cosine, str(twins)))
+    lines = ["Experts (norms over experts; cosine between the fc1 of two experts)"]
+    lines += table([*header, "cosine", "identical"], rows)
+    for pool in pools:
+        where = f"  block {pool.block}, {pool.pool}"
+        if pool.identical:
+            groups = "; ".join(", ".join(map(str, group)) for group in pool.identical)
+            lines.append(
+                f"{where}: experts {groups} are identical: copies (upcycling) that were not trained yet"
+            )
+        if pool.router_norms and not any(pool.router_norms):
+            lines.append(f"{where}: the router is zero, every gate is 1/E")
+    return lines
+
+
+def _problem_lines(inspection: Inspection) -> list[str]:
+    problems = inspection.problems
+    if not problems:
+        return ["No problem: every tensor is there and finite."]
+    lines = [f"{len(problems)} problem(s)"]
+    lines += [f"  {p.kind}: {p.name}: {p.detail}" for p in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more (--json lists all)")
+    return lines

@@ -15,8 +15,8 @@ from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.hf_files import architecture
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
+from megatron_vlmoe.convert.hf_config import architecture
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.data.order import parse_blend
 from megatron_vlmoe.planning.parameters import parameter_counts
@@ -26,53 +26,39 @@ from megatron_vlmoe.train.run_files import run_file
 PAPER = "https://arxiv.org/abs/2303.07226"
 # Of pretraining, by what it reads: everything, or images alone.
 _PRETRAINING_TAGS = {"": "feature-extraction", "images": "image-feature-extraction"}
-# By the class of the model; the names of a task's images and texts are put in.
+# By the class of the model: Auto class, that of the inputs, code. Names of a task's images and texts are put in.
 _USES = {
-    "VLMoEForPreTraining": """\
-from transformers import AutoModelForPreTraining, AutoProcessor
-
-model = AutoModelForPreTraining.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-outputs = model(**processor(text="a [MASK] circle", images=image, return_tensors="pt"))""",
-    "VLMoEModel": """\
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-hidden = model(**processor(image, return_tensors="pt")).image_hidden_state""",
-    "VLMoEForVisualQuestionAnswering": """\
-from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
-
-model = AutoModelForVisualQuestionAnswering.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**processor(text={texts}, images={images}, return_tensors="pt")).logits
-answer = model.config.id2label[int(logits[0].argmax())]""",
-    "VLMoEForImagesAndTextClassification": """\
-from transformers import AutoModelForSequenceClassification, AutoProcessor
-
-model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**processor(text={texts}, images=[[{images}]], return_tensors="pt")).logits""",
-    "VLMoEForImageAndTextRetrieval": """\
-from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
-
-model = AutoModelForZeroShotImageClassification.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-texts = model.get_text_features(**processor(text=captions, return_tensors="pt")).pooler_output
-images = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
-similarity = texts @ images.T""",
-    "VLMoEForImageClassification": """\
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**processor({images}, return_tensors="pt")).logits""",
-    "VLMoEForSequenceClassification": """\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-logits = model(**tokenizer({texts}, truncation=True, return_tensors="pt")).logits""",
+    "VLMoEForPreTraining": (
+        *("AutoModelForPreTraining", "AutoProcessor"),
+        'outputs = model(**processor(text="a [MASK] circle", images=image, return_tensors="pt"))',
+    ),
+    "VLMoEModel": (
+        *("AutoModel", "AutoImageProcessor"),
+        'hidden = model(**processor(image, return_tensors="pt")).image_hidden_state',
+    ),
+    "VLMoEForVisualQuestionAnswering": (
+        *("AutoModelForVisualQuestionAnswering", "AutoProcessor"),
+        'logits = model(**processor(text={texts}, images={images}, return_tensors="pt")).logits\n'
+        "answer = model.config.id2label[int(logits[0].argmax())]",
+    ),
+    "VLMoEForImagesAndTextClassification": (
+        *("AutoModelForSequenceClassification", "AutoProcessor"),
+        'logits = model(**processor(text={texts}, images=[[{images}]], return_tensors="pt")).logits',
+    ),
+    "VLMoEForImageAndTextRetrieval": (
+        *("AutoModelForZeroShotImageClassification", "AutoProcessor"),
+        'texts = model.get_text_features(**processor(text=captions, return_tensors="pt")).pooler_output\n'
+        'images = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output\n'
+        "similarity = texts @ images.T",
+    ),
+    "VLMoEForImageClassification": (
+        *("AutoModelForImageClassification", "AutoImageProcessor"),
+        'logits = model(**processor({images}, return_tensors="pt")).logits',
+    ),
+    "VLMoEForSequenceClassification": (
+        *("AutoModelForSequenceClassification", "AutoTokenizer"),
+        'logits = model(**tokenizer({texts}, truncation=True, return_tensors="pt")).logits',
+    ),
 }
 
 _IMAGES = """
@@ -173,12 +159,17 @@ def usage(kind: str, name: str) -> str:
         kind: its task, or "" for pretraining, or "images" for pretraining on images alone.
         name: of the model, or its folder.
     """
-    code = _USES["VLMoEModel" if kind == "images" else architecture(kind)].replace("{name}", name)
+    model, inputs, code = _USES["VLMoEModel" if kind == "images" else architecture(kind)]
+    reader = "tokenizer" if inputs == "AutoTokenizer" else "processor"
     if kind not in _PRETRAINING_TAGS:
         spec = find_task(kind)
         code = code.replace("{images}", ", ".join(spec.images))
         code = code.replace("{texts}", ", ".join(spec.texts))
-    return code
+    load = f'from_pretrained("{name}", trust_remote_code=True)'
+    return (
+        f"from transformers import {', '.join(sorted((model, inputs)))}\n\n"
+        f"model = {model}.{load}.eval()\n{reader} = {inputs}.{load}\n{code}"
+    )
 
 
 def _architecture(config: RunConfig, config_json: Mapping[str, Any]) -> str:
@@ -242,7 +233,7 @@ def _datasets(kind: str, values: Sequence[str]) -> Iterator[str]:
 
 def _training(reader: CheckpointReader) -> str:
     config, state = reader.config, reader.train_state
-    optim, train = config.optim, config.train
+    optim, train, parallel = config.optim, config.train, config.parallel
     if isinstance(config, FinetuneConfig):
         batch = f"{config.task.global_batch_size} samples"
     else:
@@ -256,16 +247,9 @@ def _training(reader: CheckpointReader) -> str:
             f"precision {train.precision}",
             f"- {optim.optimizer}, learning rate {optim.lr:g} ({optim.lr_decay_style}), weight decay "
             f"{optim.weight_decay:g}, gradient norm at most {optim.clip_grad:g}",
-            f"- layout: {_layout(config)}",
+            f"- layout: TP {parallel.tensor_model_parallel_size}, "
+            f"PP {parallel.pipeline_model_parallel_size}, EP {parallel.expert_model_parallel_size}",
         ]
-    )
-
-
-def _layout(config: RunConfig) -> str:
-    parallel = config.parallel
-    return (
-        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
-        f"EP {parallel.expert_model_parallel_size}"
     )
 
 

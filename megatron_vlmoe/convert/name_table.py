@@ -1,27 +1,112 @@
-"""The name table: a checkpoint's tensors on the left, a Hugging Face export's on the right.
+"""The name table: a checkpoint's tensors on the left, a Hugging Face export's on the right, and what lies between.
 
 The one table drives export, import and `finetune --load HF_DIR`; a star stands for a block number or a branch name.
+Every transform only moves values (and drops or restores rows and biases that are zero by construction), so going there
+and back is equal bit for bit. Letters: D width, H heads, K head width, V vocabulary, P patch side.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
-from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.convert.transforms import (
-    FusedQkv,
-    LeadingAxis,
-    PatchConvolution,
-    Same,
-    Transform,
-    VocabularyRows,
-)
+from megatron_vlmoe.planning.parameters import Shape, checkpoint_shapes
+from megatron_vlmoe.stream.sizes import padded_vocab_size
+
+
+class Transform:
+    """From one tensor here (ours) to one or more there (theirs), and back; this one is the same on both sides."""
+
+    def split(self, ours: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """The tensors there."""
+        return (ours,)
+
+    def join(self, theirs: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """The tensor here."""
+        return theirs[0]
+
+    def shapes(self, ours: Shape, model: ModelConfig) -> tuple[Shape, ...]:
+        """Shapes there of a tensor that has the shape `ours` here."""
+        parts = self.split(torch.empty(ours, device="meta"), model)
+        return tuple(tuple(part.shape) for part in parts)
+
+
+class LeadingAxis(Transform):
+    """A table ``[R, D]`` here is ``[1, R, D]`` there, where models hold it for broadcasting over a batch."""
+
+    def split(self, ours: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """Adds the axis."""
+        return (ours.unsqueeze(0),)
+
+    def join(self, theirs: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """Removes the axis."""
+        return theirs[0].squeeze(0)
+
+
+class PatchConvolution(Transform):
+    """The patch projection ``[D, 3 P P]`` here is the kernel ``[D, 3, P, P]`` of a convolution there."""
+
+    def split(self, ours: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """Unfolds the pixels of a patch, channel first."""
+        return (ours.reshape(ours.shape[0], 3, model.patch_size, model.patch_size),)
+
+    def join(self, theirs: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """Folds them."""
+        return theirs[0].flatten(1)
+
+
+@dataclass(frozen=True)
+class VocabularyRows(Transform):
+    """Rows beyond the vocabulary, which only fill it up to a multiple of 128, do not travel; they come back as zero.
+
+    Args:
+        field: which vocabulary, `vocab_size` or `visual_vocab_size`.
+    """
+
+    field: str
+
+    def split(self, ours: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """``[padded V, ...]`` to ``[V, ...]``."""
+        return (ours[: getattr(model, self.field)],)
+
+    def join(self, theirs: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """Pads with zeros."""
+        (rows,) = theirs
+        missing = padded_vocab_size(len(rows)) - len(rows)
+        # `pad` counts axes from the last.
+        return F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, missing])
+
+
+@dataclass(frozen=True)
+class FusedQkv(Transform):
+    """megatron-core's fused projection, rows ``[H, (q, k, v), K]``, is three matrices there.
+
+    Args:
+        parts: what travels, in the order of the names there. The key's bias is zero by construction and does not.
+    """
+
+    parts: tuple[str, ...] = ("q", "k", "v")
+
+    def split(self, ours: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """``[3 D, ...]`` to ``[D, ...]`` each: takes the heads of each part together."""
+        heads = model.num_attention_heads
+        by_head = ours.reshape(heads, 3, ours.shape[0] // (3 * heads), *ours.shape[1:])
+        return tuple(by_head[:, "qkv".index(part)].flatten(0, 1) for part in self.parts)
+
+    def join(self, theirs: Sequence[Tensor], model: ModelConfig) -> Tensor:
+        """Interleaves them by head; a part that did not travel is zero."""
+        given = dict(zip(self.parts, theirs))
+        parts = [given.get(part, torch.zeros_like(theirs[0])) for part in "qkv"]
+        heads = model.num_attention_heads
+        by_head = [part.reshape(heads, -1, *part.shape[1:]) for part in parts]
+        return torch.stack(by_head, dim=1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -36,7 +121,7 @@ class Rule:
 
     ours: str
     theirs: tuple[str, ...]
-    transform: Transform = Same()
+    transform: Transform = Transform()
 
 
 def _same(ours: str, theirs: str, *endings: str) -> tuple[Rule, ...]:
@@ -149,23 +234,15 @@ def name_table(config: RunConfig) -> tuple[Entry, ...]:
     Raises:
         LookupError: a tensor that no rule, or more than one, speaks of (a mistake in the rules).
     """
-    patterns = [(re.compile(_pattern(rule.ours)), rule) for rule in RULES]
+    patterns = [
+        (re.compile(re.escape(rule.ours).replace(r"\*", "([a-z0-9]+)")), rule) for rule in RULES
+    ]
     entries = []
     for key, shape in checkpoint_shapes(config).items():
         found = [(m, rule) for pattern, rule in patterns if (m := pattern.fullmatch(key))]
         if len(found) != 1:
             raise LookupError(f"{len(found)} rules for {key}")
         match, rule = found[0]
-        theirs = tuple(_fill(name, match.groups()) for name in rule.theirs)
+        theirs = tuple(name.replace("*", "{}").format(*match.groups()) for name in rule.theirs)
         entries.append(Entry(key, shape, theirs, rule.transform))
     return tuple(entries)
-
-
-def _pattern(name: str) -> str:
-    return re.escape(name).replace(r"\*", "([a-z0-9]+)")
-
-
-def _fill(name: str, values: tuple[str, ...]) -> str:
-    """The name with its stars replaced in order."""
-    parts = name.split("*")
-    return "".join(part + value for part, value in zip(parts, (*values, "")))

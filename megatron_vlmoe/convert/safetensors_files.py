@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,10 +60,6 @@ class _Shard:
     name: str
     content: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(_nbytes(shape, dtype) for _, shape, dtype in self.content)
-
 
 def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) -> Iterator[Group]:
     """Writes the tensors into one file, or into several with an index, and the checksums of the files.
@@ -81,18 +76,26 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
     values = _values(groups)
     sums = []
     for shard in shards:
+        digest = hashlib.sha256()
         with (folder / shard.name).open("wb") as file:
-            writer = _HashingWriter(file)
-            writer.write(_header(shard))
+            header = _header(shard)
+            file.write(header)
+            digest.update(header)
             for name, _, _ in shard.content:
                 found, value, finished = next(values)
                 assert found == name
-                writer.write(_bytes(value))
+                # safetensors is little-endian, as every machine that torch runs on.
+                content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                file.write(content)
+                digest.update(content)
                 if finished is not None:
                     yield finished
-        sums.append((shard.name, writer.digest.hexdigest()))
+        sums.append((shard.name, digest.hexdigest()))
     if len(shards) > 1:
-        _write_index(folder, shards)
+        total = sum(_nbytes(shape, dtype) for s in shards for _, shape, dtype in s.content)
+        where = {name: shard.name for shard in shards for name, _, _ in shard.content}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     write_text_atomic(folder / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums))
 
 
@@ -148,33 +151,8 @@ def _header(shard: _Shard) -> bytes:
     return len(content).to_bytes(8, "little") + content
 
 
-def _write_index(folder: Path, shards: Sequence[_Shard]) -> None:
-    index = {
-        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-        "weight_map": {name: shard.name for shard in shards for name, _, _ in shard.content},
-    }
-    write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-
-
 def _nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _bytes(value: Tensor) -> memoryview:
-    """The values in memory; safetensors is little-endian, as every machine that torch runs on."""
-    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-class _HashingWriter:
-    """Writes to a file and hashes what it writes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, content: bytes | memoryview) -> None:
-        self.file.write(content)
-        self.digest.update(content)
 
 
 class SafetensorsFolder:

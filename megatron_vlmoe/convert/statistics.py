@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def measure(tensor: Tensor) -> Measure:
             nans = int(torch.isnan(piece).sum())
             infinities = int((~finite).sum()) - nans
             place = start + int((~finite).to(torch.uint8).argmax())
-            first = _unravel(place, tuple(tensor.shape))
+            first = tuple(int(index) for index in np.unravel_index(place, tensor.shape))
             piece = piece[finite]
         largest = float(piece.abs().max()) if piece.numel() else 0.0
         square_sum = float(piece.dot(piece))
@@ -182,11 +183,3 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The values in order, in fp64."""
     for piece in tensor.detach().reshape(-1).split(PIECE):
         yield piece.double()
-
-
-def _unravel(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    index = []
-    for size in reversed(shape):
-        index.append(place % size)
-        place //= size
-    return tuple(reversed(index))

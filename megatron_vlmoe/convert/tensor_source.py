@@ -8,22 +8,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Optional
 
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
-from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoint_reader import OPTIMIZER, CheckpointReader
+from megatron_vlmoe.convert.checkpoints import OPTIMIZER, CheckpointReader
 from megatron_vlmoe.convert.hf_config import import_config, read_config
-from megatron_vlmoe.convert.name_table import Entry, name_table
-from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
+from megatron_vlmoe.convert.name_table import VocabularyRows, name_table
 from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.convert.transforms import VocabularyRows
+from megatron_vlmoe.planning.parameters import Shape, checkpoint_shapes
 from megatron_vlmoe.train.run_files import is_hugging_face
 
 
@@ -65,10 +63,6 @@ class TensorSource:
     reader: Optional[CheckpointReader] = None
     stored: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
 
-    def stored_as(self, key: str) -> Mapping[str, LazyTensor]:
-        """The tensors of the files that make the tensor of a key."""
-        return self.stored.get(key) or {key: {**self.tensors, **self.optimizer_tensors}[key]}
-
     def without_padding(self) -> dict[str, LazyTensor]:
         """The tensors with zeros in the rows that only fill a vocabulary up, which do not travel with an export.
 
@@ -77,16 +71,17 @@ class TensorSource:
         tensors = dict(self.tensors)
         for entry in name_table(self.config):
             tensor = tensors.get(entry.ours)
-            if tensor is not None and isinstance(entry.transform, VocabularyRows):
-                read = partial(_zero_padding, entry, tensor, self.config.model)
+            padded = isinstance(entry.transform, VocabularyRows)
+            if padded and tensor is not None and tensor.shape == entry.shape:
+                rows = entry.their_shapes(self.config.model)[entry.theirs[0]][0]
+
+                def read(tensor: LazyTensor = tensor, rows: int = rows) -> Tensor:
+                    value = tensor.read()
+                    value[rows:] = 0.0
+                    return value
+
                 tensors[entry.ours] = dataclasses.replace(tensor, read=read)
         return tensors
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold tensors."""
-        pattern = "*.safetensors" if self.reader is None else "*.distcp"
-        return sorted(self.path.glob(pattern))
 
 
 def open_source(location: str | Path) -> TensorSource:
@@ -104,18 +99,15 @@ def open_source(location: str | Path) -> TensorSource:
 def _checkpoint(folder: Path) -> TensorSource:
     reader = CheckpointReader(folder)
     wanted = checkpoint_shapes(reader.config)
-    problems = [*differences(reader.tensors, wanted), *_optimizer_problems(reader, wanted)]
+    problems = (*_differences(reader.tensors, wanted), *_optimizer_problems(reader, wanted))
+    # In the order of the model, then what it does not know.
+    tensors = {key: reader.tensors[key] for key in wanted if key in reader.tensors} | reader.tensors
     return TensorSource(
-        reader.path,
-        reader.config,
-        in_order(reader.tensors, wanted),
-        reader.optimizer_tensors,
-        tuple(problems),
-        reader,
+        reader.path, reader.config, tensors, reader.optimizer_tensors, problems, reader
     )
 
 
-def differences(
+def _differences(
     tensors: Mapping[str, LazyTensor], wanted: Mapping[str, Shape]
 ) -> Iterator[Problem]:
     """What is missing, of another shape, or not wanted."""
@@ -128,14 +120,6 @@ def differences(
     for name in tensors:
         if name not in wanted:
             yield Problem("unexpected", name, "no tensor of this configuration")
-
-
-def in_order(
-    tensors: Mapping[str, LazyTensor], wanted: Mapping[str, Shape]
-) -> dict[str, LazyTensor]:
-    """The tensors in the order of the model, then what it does not know."""
-    known = {key: tensors[key] for key in wanted if key in tensors}
-    return known | {key: tensor for key, tensor in tensors.items() if key not in known}
 
 
 def optimizer_key(name: str) -> tuple[str, str]:
@@ -175,7 +159,7 @@ def _hugging_face(folder: Path) -> TensorSource:
     files = SafetensorsFolder(folder)
     table = name_table(config)
     wanted = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}
-    problems = list(differences(files.tensors, wanted))
+    problems = list(_differences(files.tensors, wanted))
     try:
         files.verify_checksums()
     except ConvertError as error:
@@ -188,11 +172,3 @@ def _hugging_face(folder: Path) -> TensorSource:
     used = {name for parts in stored.values() for name in parts}
     tensors |= {name: tensor for name, tensor in files.tensors.items() if name not in used}
     return TensorSource(folder, config, tensors, {}, tuple(problems), None, stored)
-
-
-def _zero_padding(entry: Entry, tensor: LazyTensor, model: ModelConfig) -> Tensor:
-    value = tensor.read()
-    if tensor.shape == entry.shape:
-        rows = entry.their_shapes(model)[entry.theirs[0]][0]
-        value[rows:] = 0.0
-    return value

@@ -43,6 +43,11 @@ class LazyTensor:
         return torch.Size(self.shape).numel()
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """As people write it: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_tensors(
     where: Path,
     tensors: Mapping[str, LazyTensor],

@@ -1,5 +1,6 @@
-"""Image files to pixels: what is read, and what orientation, transparency and more than 8 bits mean.
+"""Image files to pixels: which are read. What orientation, transparency and more than 8 bits mean is decided once.
 
+Those rules travel with an export, which must read images as training does: convert/hf/images_vlmoe.py has them.
 Tools that read image files, `predict` and `VLMoE` all go through this module. Images of an indexed dataset, about
 which all this was decided when they were stored, are read by `augment.open_image`.
 """
@@ -8,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.convert.hf.images_vlmoe import GreyRangeError, load_pixels, on_ground, turned
 
 EXIF = ("turn", "keep")
 """What to do with the orientation that a file gives: turn the picture upright, or leave it."""
@@ -38,17 +38,6 @@ _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", 
 # libjpeg keeps the coefficients of a progressive JPEG, 3 bytes a pixel and more, whatever the size
 # at which it decodes.
 _LARGE_JPEG = 3
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_OPPOSITE = {6: 8, 8: 6}
 
 
 @dataclass(frozen=True)
@@ -169,57 +158,15 @@ def is_image_data(data: bytes) -> bool:
         return False
 
 
-def _correct_transparency(image: Image.Image) -> None:
-    """Brings the transparent colour of a PNG to 8 bits, where it counts in its own; before the pixels are loaded."""
-    key = image.info.get("transparency")
-    if not isinstance(image, PngImageFile) or not image.tile or key is None:
-        return
-    layout = image.tile[0][3]
-    if image.mode == "1":
-        image.info["transparency"] = 255 if key else 0
-    elif layout in ("L;2", "L;4"):
-        image.info["transparency"] = key * 255 // (2 ** int(layout[-1]) - 1)
-    elif layout == "RGB;16B":
-        # Pillow keeps the upper byte of 16-bit colours.
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-
-
 def is_large(image: Image.Image) -> bool:
     """Whether an image has more pixels than Pillow, and training, take for one of good faith."""
     limit = Image.MAX_IMAGE_PIXELS
     return limit is not None and image.width * image.height > limit
 
 
-def orientation(image: Image.Image) -> int:
-    """Orientation by EXIF or XMP, 1 (upright) to 8; 1 if there is none or it cannot be understood."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        # Pillow raises many types on damaged EXIF, which is no reason to lose an image.
-        return 1
-    return value if isinstance(value, int) and value in _TURNS else 1
-
-
-def load_pixels(image: Image.Image, rules: ImageRules) -> int:
-    """Decodes the pixels; returns the orientation out of which they have yet to be turned, 1 if none."""
-    # Pillow turns a TIFF while it loads it, and forgets the tag.
-    before = orientation(image) if isinstance(image, TiffImageFile) else 1
-    _correct_transparency(image)
-    image.load()
-    after = orientation(image)
-    if rules.exif == "turn":
-        return after
-    return _OPPOSITE.get(before, before) if before != after else 1
-
-
-def turned(image: Image.Image, way: int) -> Image.Image:
-    """The image turned upright out of an EXIF orientation."""
-    return image.transpose(_TURNS[way]) if way in _TURNS else image
-
-
 def rgb_pixels(image: Image.Image, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
     """The pixels of an opened image, of a file or not, in RGB."""
-    way = load_pixels(image, rules)
+    way = load_pixels(image, rules.exif)
     return turned(to_rgb(image, rules.alpha), way)
 
 
@@ -227,12 +174,14 @@ def is_transparent(image: Image.Image) -> bool:
     """Whether any pixel of a loaded image is not fully opaque."""
     if not image.has_transparency_data:
         return False
-    lowest, _ = _rgba(image).getchannel("A").getextrema()
+    if image.mode == "La":
+        image = image.convert("LA")
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
     return bool(lowest != 255)
 
 
 def to_rgb(image: Image.Image, alpha: str = DEFAULT_RULES.alpha) -> Image.Image:
-    """A loaded image in RGB, 8 bits, its transparent pixels on the ground that ``alpha`` names.
+    """A new image of a loaded one in RGB, 8 bits, its transparent pixels on the ground that ``alpha`` names.
 
     Integers of more than 8 bits count from black, 0, to white, 65535, whatever the largest of them is. Floats within
     0 to 1 count from 0 to 1, others from 0 to 255.
@@ -240,39 +189,11 @@ def to_rgb(image: Image.Image, alpha: str = DEFAULT_RULES.alpha) -> Image.Image:
     Raises:
         DataError: integers or floats that are outside this range, or not finite.
     """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
-    if alpha == "drop" or not is_transparent(image):
-        return image.convert("RGB")
-    ground = Image.new("RGBA", image.size, alpha)
-    return Image.alpha_composite(ground, _rgba(image)).convert("RGB")
-
-
-def _rgba(image: Image.Image) -> Image.Image:
-    if image.mode == "La":
-        # Premultiplied grey has one way out only.
-        image = image.convert("LA")
-    return image if image.mode == "RGBA" else image.convert("RGBA")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more bits as L, or as LA if one value is named transparent."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    white, known = 65535.0, "0 to 65535"
-    if image.mode == "F":
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise DataError("corrupt image: floats that are not finite")
-        white, known = (1.0 if high <= 1.0 else 255.0), "0 to 1 or 0 to 255"
-    elif isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (12,):
-        white = 4095.0
-    if low < 0.0 or high > white:
-        raise DataError(f"grey values from {low:g} to {high:g}, not within {known}")
-    grey = np.rint(values * (255.0 / white)).astype(np.uint8)
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
-        # White is 0. Pillow minds it where there are 8 bits.
-        grey = 255 - grey
-    found = Image.fromarray(grey)
-    if isinstance(key := image.info.get("transparency"), int):
-        found.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
-    return found
+    try:
+        rgb = on_ground(image, alpha)
+    except GreyRangeError as error:
+        if not (math.isfinite(error.low) and math.isfinite(error.high)):
+            raise DataError("corrupt image: floats that are not finite") from error
+        found = f"grey values from {error.low:g} to {error.high:g}"
+        raise DataError(f"{found}, not within {error.known}") from error
+    return rgb.copy() if rgb is image else rgb

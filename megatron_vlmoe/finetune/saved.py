@@ -11,8 +11,7 @@ from megatron_vlmoe.config.command_line import from_dict
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.importing import open_hugging_face
-from megatron_vlmoe.convert.weights import HuggingFaceWeights
+from megatron_vlmoe.convert.importing import HuggingFaceWeights, open_hugging_face
 from megatron_vlmoe.train.checkpoint import load_checkpoint, load_common
 from megatron_vlmoe.train.checkpoint_files import (
     checkpoint_root,

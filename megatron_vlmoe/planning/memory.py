@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.flops import expert_rows, head_slots, score_entries
 from megatron_vlmoe.planning.parameters import (
-    groups_of_stage,
-    parameter_groups,
+    estimated_parameters,
+    parameters_of_stage,
     stage_blocks,
     with_assumed_vocabularies,
 )
@@ -68,23 +68,23 @@ def memory_per_rank(
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     layout = StreamLayout.from_config(config.model, config.data)
     expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
-    groups = parameter_groups(config)
+    parameters = estimated_parameters(config)
     moments = 8
     if config.optim.optimizer == "sgd":
         moments = 4 if config.optim.sgd_momentum else 0
     estimates = []
     for stage in range(parallel.pipeline_model_parallel_size):
         weights = gradients = optimizer = 0
-        for group in groups_of_stage(groups, config, stage):
-            size = group.local_size(tensor, expert)
-            weights += size * (4 if group.fp32 else BYTES[precision])
-            frozen = group.part == "routers" or group.sharding == "expert"
-            if (frozen and not config.moe.train_experts) or not layout.size(*group.segments):
+        for parameter in parameters_of_stage(parameters, config, stage):
+            size = parameter.local_size(tensor, expert)
+            weights += size * (4 if parameter.fp32 else BYTES[precision])
+            frozen = parameter.part == "routers" or parameter.sharding == "expert"
+            if (frozen and not config.moe.train_experts) or not layout.size(*parameter.segments):
                 continue
             gradients += 4 * size
-            replicas = expert_data_size if group.sharding == "expert" else data_size
+            replicas = expert_data_size if parameter.sharding == "expert" else data_size
             shards = replicas if parallel.use_distributed_optimizer else 1
-            master = 0 if precision == "fp32" or group.fp32 else 4
+            master = 0 if precision == "fp32" or parameter.fp32 else 4
             optimizer += math.ceil(size * (moments + master) / shards)
         activations = _stage_activation_bytes(config, stage, micro_batches, precision)
         estimates.append(MemoryEstimate(stage, weights, gradients, optimizer, activations))

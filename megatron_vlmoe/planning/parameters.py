@@ -1,49 +1,139 @@
-"""How many parameters a model has: in total, per token and per rank."""
+"""Every parameter of the model: the one table of what a checkpoint holds, and the numbers that follow from it."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.stream.block_plan import BlockPlan, Branch, block_plans
+from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import load_code
+from megatron_vlmoe.stream.block_plan import Branch, block_plans
 from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
 from megatron_vlmoe.stream.sizes import data_parallel_size, padded_vocab_size
 
 ASSUMED_VOCAB_SIZE = 64_000
 ASSUMED_VISUAL_VOCAB_SIZE = 8_192
 
-Sharding = Literal["replicated", "tensor", "expert"]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+TASK_HEADS = "task heads"
+OTHER_PART = "unknown"
+# Parts of the model by their keys, in the order in which they are listed; the first that matches decides.
+_PARTS = {
+    "text embedding": r"embedding\.text\.word\.",
+    "image embedding": r"embedding\.image\.(weight|bias)$",
+    "positions": r"embedding\.(text|image)\.",
+    "attention": r"decoder\.layers\.\d+\.self_attention\.",
+    "norms": r"decoder\..*(norm\.|gamma_)",
+    **{f"{name} ffn": rf"decoder\..*\.{name}_ffn\." for name in ("text", "vision", "vl")},
+    **{
+        f"{name} experts": rf"decoder\..*\.experts\.{name}\."
+        for name in ("text", "vision", "vl", "shared")
+    },
+    "routers": r"decoder\..*\.moe\.router\.",
+    "text head": r"heads\.text\.",
+    "image head": r"heads\.image\.",
+    TASK_HEADS: r"heads\.",
+}
+# Of a layer whose outputs are sharded the bias is too; where its inputs are, the bias is added once.
+_TENSOR_PARALLEL = re.compile(
+    r"(\.word|linear_(qkv|fc1|proj|fc2)|heads\.(text|image)\.linear)\.weight$"
+    r"|(linear_(qkv|fc1)|heads\.(text|image)\.linear)\.bias$"
+)
+
+
+def part_of(key: str) -> str:
+    """The part of a checkpoint key, such as `attention` or `text experts`; `unknown` for a name of no part."""
+    return next((part for part, keys in _PARTS.items() if re.match(keys, key)), OTHER_PART)
+
+
+def part_order(part: str) -> int:
+    """Place of a part in a listing, in the order of the model."""
+    return [*_PARTS, OTHER_PART].index(part)
 
 
 @dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that live, shard and train together.
+class Parameter:
+    """A tensor of the model.
 
     Args:
-        part: what they are, such as `attention` or `text experts`.
+        key: its key in a checkpoint.
+        shape: of the whole tensor; rows of vocabularies are padded.
         block: block number from 1; 0 is the embedding, L + 1 the last LayerNorm and the heads.
-        size: how many there are in the whole model.
-        sharding: `tensor` splits them over TP ranks, `expert` over EP ranks.
-        segments: stream segments whose tokens reach them.
-        activated: how many of them one image-text pair applies.
-        fp32: kept in fp32 whatever the compute precision (routers).
+        segments: stream segments whose tokens reach it.
+        activated: how many of its values one image-text pair applies.
     """
 
-    part: str
+    key: str
+    shape: Shape
     block: int
-    size: int
-    sharding: Sharding
     segments: tuple[str, ...]
     activated: int
-    fp32: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def part(self) -> str:
+        """What it belongs to; see `part_of`."""
+        return part_of(self.key)
+
+    @property
+    def fp32(self) -> bool:
+        """Whether it is kept in fp32 whatever the compute precision (routers)."""
+        return ".moe.router." in self.key
+
+    @property
+    def sharding(self) -> Literal["replicated", "tensor", "expert"]:
+        """`tensor` splits it over TP ranks, `expert` over EP ranks."""
+        if ".moe.experts." in self.key:
+            return "expert"
+        return "tensor" if _TENSOR_PARALLEL.search(self.key) else "replicated"
 
     def local_size(self, tensor_size: int, expert_size: int) -> int:
-        """How many of them one rank holds."""
+        """How many of its values one rank holds."""
         shards = {"replicated": 1, "tensor": tensor_size, "expert": expert_size}[self.sharding]
         return self.size // shards
+
+
+def parameters(config: RunConfig) -> list[Parameter]:
+    """Every tensor of a checkpoint of a configuration, in the order of the model."""
+    model, found = config.model, _embeddings(config.model)
+    for plan in block_plans(model, config.moe):
+        block = f"decoder.layers.{plan.layer_number - 1}."
+        found += _rows(block, _attention(model), plan.layer_number, SEGMENTS)
+        for branch in plan.branches:
+            found += _branch(config, branch, f"{block}mlp.", plan.layer_number)
+    last = model.num_layers + 1
+    found += _rows("decoder.", _norm("final_layernorm", model.hidden_size), last, SEGMENTS)
+    if not isinstance(config, FinetuneConfig):
+        return found + _pretraining_heads(config)
+    shapes: Callable[[int, int], Shapes] = load_code(config.task.spec.head.shapes)
+    heads = shapes(model.hidden_size, config.task.num_classes)
+    return found + _rows("heads.", heads, last, SEGMENTS, applied=0)
+
+
+def checkpoint_shapes(config: RunConfig) -> Shapes:
+    """Key and whole shape of every parameter in the order of the model."""
+    return {parameter.key: parameter.shape for parameter in parameters(config)}
+
+
+def estimated_parameters(config: RunConfig) -> list[Parameter]:
+    """What an estimate counts before tokenizers and tasks are known.
+
+    Those are the parameters of pretraining, with the paper's vocabularies where none are given.
+    """
+    config = with_assumed_vocabularies(config)
+    body = [found for found in parameters(config) if not found.key.startswith("heads.")]
+    return body + _pretraining_heads(config)
 
 
 @dataclass(frozen=True)
@@ -114,11 +204,11 @@ def with_assumed_vocabularies(config: RunConfig) -> RunConfig:
 
 def parameter_counts(config: RunConfig) -> ParameterCounts:
     """Parameters of the whole model; unknown vocabularies count as the paper's."""
-    groups = parameter_groups(config)
+    found = estimated_parameters(config)
     parts: Counter[str] = Counter()
-    for group in groups:
-        parts[group.part] += group.size
-    return ParameterCounts(parts, sum(group.activated for group in groups))
+    for parameter in found:
+        parts[parameter.part] += parameter.size
+    return ParameterCounts(parts, sum(parameter.activated for parameter in found))
 
 
 def parameters_per_rank(config: RunConfig, world_size: int) -> list[StageParameters]:
@@ -130,12 +220,12 @@ def parameters_per_rank(config: RunConfig, world_size: int) -> list[StageParamet
     data_parallel_size(config.parallel, world_size)
     parallel = config.parallel
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    groups = parameter_groups(config)
+    found = estimated_parameters(config)
     stages = []
     for stage in range(parallel.pipeline_model_parallel_size):
         sizes: Counter[str] = Counter()
-        for group in groups_of_stage(groups, config, stage):
-            sizes[group.sharding] += group.local_size(tensor, expert)
+        for parameter in parameters_of_stage(found, config, stage):
+            sizes[parameter.sharding] += parameter.local_size(tensor, expert)
         stages.append(
             StageParameters(
                 stage,
@@ -156,97 +246,151 @@ def stage_blocks(config: RunConfig, stage: int) -> tuple[int, ...]:
     return tuple(n for n in range(1, layers + 1) if (n - 1) // chunk % pipeline == stage)
 
 
-def parameter_groups(config: RunConfig) -> list[ParameterGroup]:
-    """Every parameter of the model, in groups."""
-    config = with_assumed_vocabularies(config)
-    groups = _embedding_groups(config)
-    for plan in block_plans(config.model, config.moe):
-        groups += _block_groups(config, plan)
-    return groups + _head_groups(config)
-
-
-def groups_of_stage(
-    groups: Iterable[ParameterGroup], config: RunConfig, stage: int
-) -> list[ParameterGroup]:
-    """The groups that a pipeline stage holds."""
+def parameters_of_stage(
+    found: Iterable[Parameter], config: RunConfig, stage: int
+) -> list[Parameter]:
+    """The parameters that a pipeline stage holds."""
     blocks = set(stage_blocks(config, stage))
     if stage == 0:
         blocks.add(0)
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         blocks.add(config.model.num_layers + 1)
-    return [group for group in groups if group.block in blocks]
+    return [parameter for parameter in found if parameter.block in blocks]
 
 
-def _embedding_groups(config: RunConfig) -> list[ParameterGroup]:
-    model = config.model
-    width, types = model.hidden_size, int(model.token_type_embeddings)
-    words = padded_vocab_size(model.vocab_size) * width
-    patches = (3 * model.patch_size**2 + 1) * width
-    text_rows = max(model.text_length, model.pair_text_length) + types
-    # [I_CLS] and the mask embedding besides V_pos.
-    image_rows = model.image_length + 2 + types
-    sizes: tuple[tuple[str, int, Sharding, tuple[str, ...]], ...] = (
-        ("text embedding", words, "tensor", TEXT_SEGMENTS),
-        ("positions", text_rows * width, "replicated", TEXT_SEGMENTS),
-        ("image embedding", patches, "replicated", VISION_SEGMENTS),
-        ("positions", image_rows * width, "replicated", VISION_SEGMENTS),
-    )
-    return [ParameterGroup(part, 0, n, how, where, n) for part, n, how, where in sizes]
-
-
-def _block_groups(config: RunConfig, plan: BlockPlan) -> list[ParameterGroup]:
-    model, block = config.model, plan.layer_number
-    width = model.hidden_size
-    sharded = 4 * width**2 + 3 * width
-    vectors = 2 * width * (2 if model.layer_scale_init > 0.0 else 1)
-    groups = [
-        ParameterGroup("attention", block, sharded, "tensor", SEGMENTS, sharded),
-        ParameterGroup("attention", block, width, "replicated", SEGMENTS, width),
-        ParameterGroup("norms", block, vectors, "replicated", SEGMENTS, vectors),
+def _rows(
+    prefix: str,
+    shapes: Mapping[str, Shape],
+    block: int,
+    segments: tuple[str, ...],
+    applied: int = 1,
+    of: int = 1,
+) -> list[Parameter]:
+    """Tensors of which an image-text pair applies so many parts of so many."""
+    return [
+        Parameter(prefix + key, shape, block, segments, math.prod(shape) * applied // of)
+        for key, shape in shapes.items()
     ]
-    for branch in plan.branches:
-        groups += _branch_groups(config, block, branch)
-    return groups
 
 
-def _branch_groups(config: RunConfig, block: int, branch: Branch) -> list[ParameterGroup]:
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _embeddings(model: ModelConfig) -> list[Parameter]:
+    width = model.hidden_size
+    types: Shapes = {"token_type": (1, width)} if model.token_type_embeddings else {}
+    text: Shapes = {}
+    if model.vocab_size:
+        text = {
+            "word.weight": (padded_vocab_size(model.vocab_size), width),
+            "position": (max(model.text_length, model.pair_text_length), width),
+            **types,
+        }
+    image: Shapes = {
+        "weight": (width, 3 * model.patch_size**2),
+        "bias": (width,),
+        "cls_token": (1, width),
+        "mask_token": (1, width),
+        "position": (model.image_length, width),
+        **types,
+    }
+    found = _rows("embedding.text.", text, 0, TEXT_SEGMENTS)
+    return found + _rows("embedding.image.", image, 0, VISION_SEGMENTS)
+
+
+def _attention(model: ModelConfig) -> Shapes:
+    width = model.hidden_size
+    scales = ("gamma_1", "gamma_2") if model.layer_scale_init > 0.0 else ()
+    return {
+        **{name: (width,) for name in scales},
+        **_norm("input_layernorm", width),
+        **_linear("self_attention.linear_qkv", width, 3 * width),
+        **_linear("self_attention.linear_proj", width, width),
+    }
+
+
+def _branch(config: RunConfig, branch: Branch, prefix: str, block: int) -> list[Parameter]:
     width, inner = config.model.hidden_size, config.model.ffn_hidden_size
     name, where, experts = branch.name, branch.segments, branch.num_experts
     # How many of the two tokens of a pair read the branch: one, both (VL, shared), or none.
     readers = sum(segment in where for segment in PAIR_SEGMENTS)
     used = min(readers, 1)
-    norm = 2 * width
-    groups = [ParameterGroup("norms", block, norm, "replicated", where, norm * used)]
-    # Both matrices and the inner bias are sharded over TP; the outer bias is added once.
-    sharded, outer = 2 * width * inner + inner, width
+    found = _rows(prefix, _norm(f"{name}_norm", width), block, where, used)
     if not experts:
-        part = f"{name} ffn"
-        return groups + [
-            ParameterGroup(part, block, sharded, "tensor", where, sharded * used),
-            ParameterGroup(part, block, outer, "replicated", where, outer * used),
-        ]
-    size, router = sharded + outer, experts * width
-    active = min(experts, config.moe.topk * readers) * size
-    return groups + [
-        ParameterGroup(f"{name} experts", block, experts * size, "expert", where, active),
-        ParameterGroup("routers", block, router, "replicated", where, router * used, fp32=True),
-    ]
+        fc1 = _linear(f"{name}_ffn.linear_fc1", width, inner)
+        fc2 = _linear(f"{name}_ffn.linear_fc2", inner, width)
+        return found + _rows(prefix, fc1 | fc2, block, where, used)
+    found += _rows(f"{prefix}moe.router.", {f"{name}.weight": (experts, width)}, block, where, used)
+    pool: Shapes = {
+        "weight1": (experts, inner, width),
+        "bias1": (experts, inner),
+        "weight2": (experts, width, inner),
+        "bias2": (experts, width),
+    }
+    active = min(experts, config.moe.topk * readers)
+    return found + _rows(f"{prefix}moe.experts.{name}.", pool, block, where, active, experts)
 
 
-def _head_groups(config: RunConfig) -> list[ParameterGroup]:
+def _pretraining_heads(config: RunConfig) -> list[Parameter]:
     model, objectives = config.model, config.objectives
-    width, block = model.hidden_size, model.num_layers + 1
     weights = {
         "texts": objectives.mlm_weight,
         "pair_texts": objectives.vlm_text_weight,
         "pair_images": objectives.vlm_image_weight,
         "images": objectives.mim_weight,
     }
-    groups = [ParameterGroup("norms", block, 2 * width, "replicated", SEGMENTS, 2 * width)]
-    for part, rows, where in (
-        ("text head", padded_vocab_size(model.vocab_size), TEXT_SEGMENTS),
-        ("image head", padded_vocab_size(model.visual_vocab_size), VISION_SEGMENTS),
+    found = []
+    for name, size, where in (
+        ("text", model.vocab_size, TEXT_SEGMENTS),
+        ("image", model.visual_vocab_size, VISION_SEGMENTS),
     ):
-        read = tuple(segment for segment in where if weights[segment])
-        groups.append(ParameterGroup(part, block, rows * (width + 1), "tensor", read, 0))
-    return groups
+        if size:
+            shapes = _linear(f"{name}.linear", model.hidden_size, padded_vocab_size(size))
+            read = tuple(segment for segment in where if weights[segment])
+            found += _rows("heads.", shapes, model.num_layers + 1, read, applied=0)
+    return found
+
+
+def pair_classifier(width: int, classes: int) -> Shapes:
+    """Tensors of `PairClassifier`."""
+    return _two_layer_classifier(width, width, classes)
+
+
+def two_image_classifier(width: int, classes: int) -> Shapes:
+    """Tensors of `TwoImageClassifier`."""
+    return _two_layer_classifier(width, 2 * width, classes)
+
+
+def image_classifier(width: int, classes: int) -> Shapes:
+    """Tensors of `ImageClassifier`."""
+    return _linear("classifier", width, classes)
+
+
+def text_classifier(width: int, classes: int) -> Shapes:
+    """Tensors of `TextClassifier`."""
+    return _linear("pooler.dense", width, width) | _linear("classifier", width, classes)
+
+
+def retrieval_heads(width: int, classes: int) -> Shapes:
+    """Tensors of `RetrievalHeads`, which has no classes."""
+    return {
+        "text_projection.weight": (width, width),
+        "image_projection.weight": (width, width),
+        "logit_scale": (1,),
+        **_linear("pooler.dense", width, width),
+        **_linear("matching", width, 2),
+    }
+
+
+def _two_layer_classifier(width: int, inputs: int, classes: int) -> Shapes:
+    return {
+        **_linear("pooler.dense", width, width),
+        **_linear("classifier.dense", inputs, 2 * width),
+        **_norm("classifier.norm", 2 * width),
+        **_linear("classifier.output", 2 * width, classes),
+    }

@@ -12,19 +12,17 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.convert.hf.images_vlmoe import load_pixels, orientation, turned
 from megatron_vlmoe.data.image_files import (
     DEFAULT_RULES,
     ImageRules,
     decoding_errors,
     is_large,
     is_transparent,
-    load_pixels,
     open_image_file,
-    orientation,
     quiet_pillow,
     rgb_pixels,
     to_rgb,
-    turned,
 )
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.prepare.readers.images import read_images
@@ -122,8 +120,8 @@ def checked_image(
             # Not with the file's own quality: where a side is no multiple of 8 pixels, blocks fall
             # elsewhere, and all that it lost once it would lose again.
             halved = get_sampling(image) == _HALVED_COLOURS
-            return _jpeg(turned(image, load_pixels(image, rules)), None if halved else 0)
-        way = load_pixels(image, rules)
+            return _jpeg(turned(image, load_pixels(image, rules.exif)), None if halved else 0)
+        way = load_pixels(image, rules.exif)
         transparent = rules.alpha != "drop" and is_transparent(image)
         if way == 1 and not transparent:
             return data
@@ -141,7 +139,7 @@ def _shrunk(image: Image.Image, short: int, rules: ImageRules) -> bytes:
                 raise _too_large(image)
             wanted = [min(pair) for pair in zip(wanted, (side // 2 for side in size))]
         image.draft(None, (wanted[0], wanted[1]))
-    way = load_pixels(image, rules)
+    way = load_pixels(image, rules.exif)
     if not isinstance(image, JpegImageFile):
         # Some formats know their size only now: a TIFF has been turned.
         size = image.size

@@ -8,10 +8,10 @@ from helpers import Layout, Workers, layout
 from small_checkpoints import CONFIGS
 from training_runs import Recorder, save_and_go_on, start
 
+from megatron_vlmoe.convert.checkpoints import extra_state_keys
 from megatron_vlmoe.convert.compare import compare_checkpoints
-from megatron_vlmoe.convert.inspect import inspect_checkpoint
-from megatron_vlmoe.convert.inspect_report import inspection_lines
-from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
+from megatron_vlmoe.convert.inspect import inspect_checkpoint, inspection_lines
+from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TrainState
 
 

@@ -12,9 +12,9 @@ import torch
 from export_runs import SAMPLES, compute, config_of, inputs, load_imported, write
 from helpers import Layout, Workers, layout
 
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
-from megatron_vlmoe.convert.hf_files import architecture
+from megatron_vlmoe.convert.hf_config import architecture
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer

@@ -12,7 +12,7 @@ from helpers import Layout, Workers, assert_close, layout
 from training_runs import trainer_run
 from upcycled_runs import evaluate_checkpoint, start_from
 
-from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
+from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.run import read_source, upcycle_checkpoint
 
 ONE, EP2 = Layout(1), layout(2, ep=2)

@@ -23,7 +23,7 @@ from hf_folder import write_folder
 from raw_tasks import put
 from safetensors.torch import load_file
 
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.data.task_labels import read_labels
 
 pytest.importorskip("transformers")
@@ -229,7 +229,7 @@ def test_what_is_frozen_is_what_gets_no_gradient(
     script: ModuleType, tmp_path: Path, task: str, shared: bool
 ) -> None:
     from megatron_vlmoe.convert.hf import modeling_vlmoe
-    from megatron_vlmoe.convert.hf_files import architecture
+    from megatron_vlmoe.convert.hf_config import architecture
 
     folder = write_folder(tmp_path / "hf", task, shared_router=shared)
     model = getattr(modeling_vlmoe, architecture(task)).from_pretrained(folder)

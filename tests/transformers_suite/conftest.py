@@ -24,7 +24,7 @@ from megatron_vlmoe.convert.hf.configuration_vlmoe import VLMoEConfig
 from megatron_vlmoe.convert.hf.image_processing_vlmoe import VLMoEImageProcessor
 from megatron_vlmoe.convert.hf.processing_vlmoe import VLMoEProcessor
 from megatron_vlmoe.convert.hf.tokenization_vlmoe import VLMoETokenizer
-from megatron_vlmoe.convert.hf_files import AUTO_MODELS
+from megatron_vlmoe.convert.hf_config import AUTO_MODELS
 
 # Where the common tests look up what kind of head a class is.
 MAPPINGS = {

@@ -20,13 +20,12 @@ from small_checkpoints import CONFIGS, MODEL, SPARSE, random_tensors, save
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, RunConfig
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
+from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoint
 from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.convert.model_card import CardOptions
-from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
 from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
@@ -296,7 +295,7 @@ def test_memory_stays_below_two_shards(run: Path, tmp_path: Path) -> None:
         key: LazyTensor(shape, torch.float32, lambda s=shape: torch.full(s, 0.01))
         for key, shape in shapes.items()
     }
-    write_checkpoint(tmp_path / "run", tensors, extra_state_keys(config), config)
+    write_checkpoint(tmp_path / "run", tensors, config)
     words = [TOOL, tmp_path / "run", tmp_path / "hf", tmp_path / "back", run, shard]
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, words)],

@@ -26,10 +26,10 @@ from torch import Tensor
 from vlmo_reference import VLMoReference, encode_with_checkpoint
 
 from megatron_vlmoe.config.errors import ConvertError
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.public.command import import_public, open_source, plan_import
-from megatron_vlmoe.convert.public.deepspeed_reader import read_deepspeed
 from megatron_vlmoe.convert.public.options import ImportOptions
+from megatron_vlmoe.convert.public.torch_files import read_deepspeed
 
 # Blocks from 0, and experts of their MoE layers: a pool of each modality.
 BLOCKS = {0: 2, 1: 2}

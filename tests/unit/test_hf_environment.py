@@ -15,10 +15,10 @@ import torch
 from hf_folder import TINY, VOCAB, write_folder
 from PIL import Image
 
-from megatron_vlmoe.convert.hf_files import (
+from megatron_vlmoe.convert.hf_config import (
+    CUSTOM_PIPELINES,
     architecture,
     auto_map,
-    custom_pipelines,
     hf_source_files,
 )
 from megatron_vlmoe.convert.model_card import usage
@@ -169,7 +169,7 @@ def test_the_map_names_classes_that_exist():
             module, name = reference.split(".")
             assert module in {path.stem for path in hf_source_files()}
             assert f"class {name}(" in "".join(path.read_text() for path in hf_source_files())
-    for pipeline in custom_pipelines().values():
+    for pipeline in CUSTOM_PIPELINES.values():
         module, name = pipeline["impl"].split(".")
         (path,) = (path for path in hf_source_files() if path.stem == module)
         assert f"class {name}(" in path.read_text()

@@ -33,7 +33,7 @@ from megatron_vlmoe.model.positions import resize_image_positions
 
 pytest.importorskip("transformers")
 
-from megatron_vlmoe.convert.hf import losses_vlmoe, modeling_vlmoe
+from megatron_vlmoe.convert.hf import modeling_vlmoe, outputs_vlmoe
 from megatron_vlmoe.convert.hf.modeling_vlmoe import VLMoEModel
 
 
@@ -287,7 +287,7 @@ def test_loss_of_answers_is_the_trainers():
     target = torch.zeros(4, 5)
     for row, answer in (answers >= 0).nonzero().tolist():
         target[row, answers[row, answer]] = scores[row, answer]
-    found = losses_vlmoe.answer_loss(logits, target, config())
+    found = outputs_vlmoe.answer_loss(logits, target, config())
     torch.testing.assert_close(found, soft_target_loss(logits, answers, scores))
 
 
@@ -307,13 +307,13 @@ def test_loss_of_answers_is_the_trainers():
 )
 def test_loss_of_classes_follows_the_problem_type(problem, labels, expected):
     logits = torch.randn(2, 3)
-    found = losses_vlmoe.classification_loss(logits, labels, config(problem_type=problem))
+    found = outputs_vlmoe.classification_loss(logits, labels, config(problem_type=problem))
     torch.testing.assert_close(found, expected(logits, labels))
 
 
 def test_regression_takes_labels_of_one_dimension():
     logits, labels = torch.tensor([[1.0], [3.0]]), torch.tensor([0, 1])
-    found = losses_vlmoe.classification_loss(logits, labels, config(num_labels=1))
+    found = outputs_vlmoe.classification_loss(logits, labels, config(num_labels=1))
     assert found == (1.0 + 4.0) / 2
 
 

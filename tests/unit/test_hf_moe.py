@@ -20,7 +20,6 @@ from megatron_vlmoe.stream.block_plan import block_plan, moe_layer_numbers
 
 pytest.importorskip("transformers")
 
-from megatron_vlmoe.convert.hf import losses_vlmoe as losses
 from megatron_vlmoe.convert.hf import moe_vlmoe as moe
 from megatron_vlmoe.convert.hf.configuration_vlmoe import VLMoEConfig
 from megatron_vlmoe.convert.hf.modeling_vlmoe import VLMoEModel
@@ -295,13 +294,13 @@ def test_router_losses_are_those_of_the_trainer(name, k, masked):
     noisy = logits + 0.2 * torch.randn(30, 5, generator=generator)
     mask = torch.rand(30, generator=generator) < 0.6 if masked else None
     expert = moe.top_k_experts(torch.softmax(noisy, dim=1), k)[1]
-    found = losses.router_loss(logits, noisy, expert, 0.2, LOSSES[name], mask)
+    found = moe.router_loss(logits, noisy, expert, 0.2, LOSSES[name], mask)
     expected = pool_loss(logits, noisy, k, 0.2, AuxLossConfig(**LOSSES[name]), mask)
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
     nobody = torch.zeros(30, dtype=torch.bool)
-    assert losses.router_loss(logits, noisy, expert, 0.2, LOSSES[name], nobody) == 0.0
+    assert moe.router_loss(logits, noisy, expert, 0.2, LOSSES[name], nobody) == 0.0
 
 
 def test_noise_chooses_while_a_router_is_trained(monkeypatch):

@@ -14,7 +14,6 @@ from test_hf_model import EVERYWHERE, HEADS, KINDS, build, inputs, of, task_inpu
 
 from megatron_vlmoe.config.schema import AuxLossConfig, MoEConfig, RunConfig
 from megatron_vlmoe.convert.hf_config import export_config, import_config
-from megatron_vlmoe.convert.hf_files import architecture, auto_map
 
 transformers = pytest.importorskip("transformers")
 
@@ -185,7 +184,7 @@ def test_the_routers_options_of_a_run_travel_both_ways(tmp_path):
         text_aux=AuxLossConfig(gshard=2.0, global_entropy=1.0, global_entropy_experts=3.0),
     )
     run = RunConfig(moe=moe)
-    content = export_config(run, architecture(), auto_map(), None, None)
+    content = export_config(run)
     assert content["text_router_losses"] == {
         "gshard": 2.0,
         "global_entropy": 1.0,

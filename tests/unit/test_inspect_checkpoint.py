@@ -25,13 +25,15 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.convert.compare import Comparison, compare_checkpoints
-from megatron_vlmoe.convert.compare_report import comparison_lines
-from megatron_vlmoe.convert.inspect import Inspection, inspect_checkpoint
-from megatron_vlmoe.convert.inspect_report import inspection_lines
-from megatron_vlmoe.convert.parameters import checkpoint_shapes
-from megatron_vlmoe.convert.parts import TASK_HEADS, activated_by_part, part_of
-from megatron_vlmoe.planning.parameters import parameter_counts
+from megatron_vlmoe.convert.compare import Comparison, compare_checkpoints, comparison_lines
+from megatron_vlmoe.convert.inspect import Inspection, inspect_checkpoint, inspection_lines
+from megatron_vlmoe.planning.parameters import (
+    TASK_HEADS,
+    checkpoint_shapes,
+    parameter_counts,
+    parameters,
+    part_of,
+)
 from megatron_vlmoe.train.checkpoint_files import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,13 @@ def part_sizes(config: RunConfig) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for key, shape in checkpoint_shapes(config).items():
         sizes[part_of(key)] = sizes.get(part_of(key), 0) + math.prod(shape)
+    return sizes
+
+
+def activated_by_part(config: RunConfig) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for parameter in parameters(config):
+        sizes[parameter.part] = sizes.get(parameter.part, 0) + parameter.activated
     return sizes
 
 
@@ -362,7 +371,7 @@ def test_one_tensor_is_read_at_a_time(sound: Path, monkeypatch: pytest.MonkeyPat
     """Whatever was read before is freed when the next tensor is read (the next pair, in a comparison)."""
     import weakref
 
-    from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
+    from megatron_vlmoe.convert.checkpoints import CheckpointReader
 
     alive: list[Any] = []
     most: list[int] = []

@@ -13,20 +13,20 @@ from small_checkpoints import CONFIGS, MODEL, adam_moments, lazy, random_tensors
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
-from megatron_vlmoe.convert.hf_config import export_config
-from megatron_vlmoe.convert.hf_files import architecture, auto_map
-from megatron_vlmoe.convert.name_table import FP32_KEYS, RULES, name_table
-from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
-from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.convert.transforms import (
+from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoint
+from megatron_vlmoe.convert.hf_config import architecture, export_config
+from megatron_vlmoe.convert.name_table import (
+    FP32_KEYS,
+    RULES,
     FusedQkv,
     LeadingAxis,
     PatchConvolution,
-    Same,
+    Transform,
     VocabularyRows,
+    name_table,
 )
+from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TRACKER, TrainState
 
 
@@ -52,7 +52,7 @@ def test_every_parameter_of_the_exported_model_is_in_the_table(name: str) -> Non
     config = CONFIGS[name]
     task = config.task.name if isinstance(config, FinetuneConfig) else ""
     labels = {"num_labels": config.task.num_classes} if task and task != "retrieval" else {}
-    content = export_config(config, architecture(task), auto_map(task), None, None)
+    content = export_config(config)
     with torch.device("meta"):
         kind = getattr(modeling_vlmoe, architecture(task))
         model = kind(VLMoEConfig(**{**content, **labels}))
@@ -161,7 +161,7 @@ def test_padding_rows_by_hand() -> None:
 def test_other_transforms_by_hand() -> None:
     table = torch.arange(6.0).reshape(3, 2)
     assert LeadingAxis().split(table, MODEL)[0].tolist() == [[[0, 1], [2, 3], [4, 5]]]
-    assert Same().join(Same().split(table, MODEL), MODEL) is table
+    assert Transform().join(Transform().split(table, MODEL), MODEL) is table
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_failed_write_leaves_nothing(error: Exception, tmp_path: Path) -> None:
     config = CONFIGS["dense"]
     message = "part 7: damaged" if isinstance(error, ConvertError) else "No space left"
     with pytest.raises(ConvertError, match=message) as caught:
-        write_checkpoint(tmp_path, failing("dense", error), extra_state_keys(config), config)
+        write_checkpoint(tmp_path, failing("dense", error), config)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -211,16 +211,16 @@ def test_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
     config = CONFIGS["dense"]
     tensors = random_tensors(config)
     path = save(tmp_path, config, tensors)
-    bad, keys = failing("dense", ConvertError("no")), extra_state_keys(config)
+    bad = failing("dense", ConvertError("no"))
     with pytest.raises(ConvertError, match="has a checkpoint already"):
-        write_checkpoint(tmp_path, lazy(tensors), keys, config)
+        write_checkpoint(tmp_path, lazy(tensors), config)
     with pytest.raises(ConvertError, match="no"):
-        write_checkpoint(tmp_path, bad, keys, config, overwrite=True)
+        write_checkpoint(tmp_path, bad, config, overwrite=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, TRACKER]
     key = "decoder.layers.0.gamma_1"
     assert torch.equal(CheckpointReader(tmp_path).tensors[key].read(), tensors[key])
     other = random_tensors(config, seed=1)
-    write_checkpoint(tmp_path, lazy(other), keys, config, overwrite=True)
+    write_checkpoint(tmp_path, lazy(other), config, overwrite=True)
     assert torch.equal(CheckpointReader(tmp_path).tensors[key].read(), other[key])
 
 
@@ -230,7 +230,7 @@ def test_value_of_another_shape_is_refused(tmp_path: Path) -> None:
     key = "decoder.layers.0.gamma_1"
     tensors[key] = replace(tensors[key], read=lambda: torch.zeros(3))
     with pytest.raises(ConvertError, match=r"gamma_1: has shape \[3\], not \[8\]"):
-        write_checkpoint(tmp_path, tensors, [], config)
+        write_checkpoint(tmp_path, tensors, config)
 
 
 @pytest.fixture(scope="module")

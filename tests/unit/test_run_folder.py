@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
-from megatron_vlmoe.convert.checkpoint_reader import resolve_checkpoint
-from megatron_vlmoe.convert.checkpoint_writer import check_output
+from megatron_vlmoe.convert.checkpoints import check_output, resolve_checkpoint
 from megatron_vlmoe.train.checkpoint_files import (
     TRACKER,
     TrainState,

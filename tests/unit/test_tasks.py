@@ -16,7 +16,7 @@ from megatron_vlmoe.config.recipes import apply_recipe, default_recipe, recipe_n
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import TaskConfig
 from megatron_vlmoe.config.tasks import PAIR_HEAD, TASKS, TaskSpec, find_task, load_code, task_names
-from megatron_vlmoe.convert.hf_files import architecture
+from megatron_vlmoe.convert.hf_config import architecture
 from megatron_vlmoe.finetune.options import parse_finetune
 
 CODE = """

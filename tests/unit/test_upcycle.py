@@ -18,20 +18,17 @@ from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.checkpoint_writer import write_checkpoint
-from megatron_vlmoe.convert.parameters import checkpoint_shapes, extra_state_keys
+from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoint
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.convert.upcycle.optimizer import sparse_optimizer
-from megatron_vlmoe.convert.upcycle.options import UpcycleOptions, sparse_config
-from megatron_vlmoe.convert.upcycle.report import report_lines
+from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.run import (
     Upcycled,
     read_source,
+    report_lines,
     upcycle_checkpoint,
     upcycled_tensors,
 )
-from megatron_vlmoe.convert.upcycle.tensors import GrownPool
+from megatron_vlmoe.convert.upcycle.tensors import GrownPool, sparse_optimizer
 from megatron_vlmoe.convert.upcycle.values import (
     Diversity,
     diversify,
@@ -40,6 +37,7 @@ from megatron_vlmoe.convert.upcycle.values import (
     sampled_gates,
     small_router,
 )
+from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TrainState
 
 D, INNER = 16, 24
@@ -115,8 +113,8 @@ def dense_folder(dense: Source, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The same on disk."""
     root = tmp_path_factory.mktemp("dense")
     (root / "text.model").write_text("a tokenizer")
-    tensors, keys = {**dense.tensors, **dense.optimizer_tensors}, extra_state_keys(dense.config)
-    write_checkpoint(root, tensors, keys, dense.config, dense.train_state, dense.common)
+    tensors = {**dense.tensors, **dense.optimizer_tensors}
+    write_checkpoint(root, tensors, dense.config, dense.train_state, dense.common)
     return root
 
 
@@ -572,7 +570,7 @@ def test_options_and_task_checkpoints(tmp_path: Path) -> None:
             UpcycleOptions(**options)
     config = FinetuneConfig()
     config = replace(config, model=MODEL, task=replace(config.task, name="vqa", num_classes=3))
-    write_checkpoint(tmp_path, {"heads.pooler.dense.bias": lazy(torch.zeros(D))}, [], config)
+    write_checkpoint(tmp_path, {"heads.pooler.dense.bias": lazy(torch.zeros(D))}, config)
     with pytest.raises(ConvertError, match="is of the task vqa; upcycle the pretrained model"):
         read_source(tmp_path)
 

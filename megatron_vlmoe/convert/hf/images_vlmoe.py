@@ -1,5 +1,7 @@
 """What callers hand over as an image, made into pixels: upright, in RGB, of 8 bits.
 
+Training reads its files by the same rules: data/image_files.py of megatron_vlmoe calls what stands here.
+
 Letters in shapes: H and W sides of an image, C its channels.
 """
 
@@ -32,6 +34,14 @@ TURNS = {
 
 class ImageRefusedError(ValueError):
     """An image that Pillow reads but the model does not take."""
+
+
+class GreyRangeError(ImageRefusedError):
+    """Grey of more than 8 bits whose values, from `low` to `high`, are not all of the range that is `known`."""
+
+    def __init__(self, low: float, high: float, known: str) -> None:
+        super().__init__(f"has grey values of {low:g} to {high:g}, not of {known}")
+        self.low, self.high, self.known = low, high, known
 
 
 def read_image(
@@ -129,24 +139,38 @@ def _source(image: Any, timeout: Optional[float]) -> Any:
 def _rgb(image: Image.Image, exif: str, alpha: str, convert: bool) -> Image.Image:
     if not image.width or not image.height:
         raise ImageRefusedError(f"has {image.width} x {image.height} pixels")
-    _correct_key(image)
-    # Pillow turns a TIFF while it decodes the pixels, and forgets the tag.
-    before = orientation(image)
-    image.load()
-    turn = orientation(image)
-    if exif == "keep":
-        turn = {6: 8, 8: 6}.get(before, before) if before != turn else 1
+    way = load_pixels(image, exif)
     if not convert and (image.mode != "RGB" or image.has_transparency_data):
         raise ImageRefusedError(f"has mode {image.mode}, not RGB; do_convert_rgb converts it")
-    rgb = _on_ground(image, alpha)
-    if turn in TURNS:
-        rgb = rgb.transpose(TURNS[turn])
-    elif rgb is image and orientation(image) > 1:
+    rgb = turned(on_ground(image, alpha), way)
+    if rgb is image and orientation(image) > 1:
         rgb = image.copy()
     if rgb is not image:
         # Who gets the image shall not turn it again, or after all.
         rgb.info = {}
     return rgb
+
+
+def load_pixels(image: Image.Image, exif: str) -> int:
+    """Decodes the pixels; returns the orientation out of which they have yet to be turned, 1 if none.
+
+    Args:
+        image: opened, its pixels loaded or not.
+        exif: "turn" or "keep".
+    """
+    _correct_key(image)
+    # Pillow turns a TIFF while it decodes the pixels, and forgets the tag.
+    before = orientation(image)
+    image.load()
+    after = orientation(image)
+    if exif == "turn":
+        return after
+    return {6: 8, 8: 6}.get(before, before) if before != after else 1
+
+
+def turned(image: Image.Image, way: int) -> Image.Image:
+    """The image turned upright out of an EXIF orientation."""
+    return image.transpose(TURNS[way]) if way in TURNS else image
 
 
 def orientation(image: Image.Image) -> int:
@@ -178,10 +202,16 @@ def _correct_key(image: Image.Image) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _on_ground(image: Image.Image, alpha: str) -> Image.Image:
+def on_ground(image: Image.Image, alpha: str) -> Image.Image:
+    """A loaded image in RGB of 8 bits, its transparent pixels on the ground that `alpha` names; maybe the same object.
+
+    Raises:
+        GreyRangeError: grey of more than 8 bits with a value that has no place in them.
+    """
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
     if image.mode == "La":
+        # Premultiplied grey has one way out only.
         image = image.convert("LA")
     if alpha == "drop" or not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -202,7 +232,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     # No comparison holds for what is no number.
     if not (low >= 0 and high <= white):
         known = "0 to 1 or 0 to 255" if image.mode == "F" else f"0 to {white:g}"
-        raise ImageRefusedError(f"has grey values of {low:g} to {high:g}, not of {known}")
+        raise GreyRangeError(low, high, known)
     grey = to_bytes(values, 255.0 / white)
     if tags.get(PHOTOMETRIC) == 0:
         # White is 0. Pillow minds it where there are 8 bits.

@@ -24,14 +24,6 @@ from .layers_vlmoe import (
     needed_head,
     prediction_head,
 )
-from .losses_vlmoe import (
-    answer_loss,
-    classification_loss,
-    contrastive_loss,
-    hard_negative_pairs,
-    masked_loss,
-    total_loss,
-)
 from .moe_vlmoe import VLMoEExperts, VLMoERouter, routing_outputs
 from .outputs_vlmoe import (
     VLMoEFeaturesOutput,
@@ -42,10 +34,16 @@ from .outputs_vlmoe import (
     VLMoEMaskedLMOutput,
     VLMoEModelOutput,
     VLMoESequenceClassifierOutput,
+    answer_loss,
     carried,
+    classification_loss,
+    contrastive_loss,
     first_text_tokens,
+    hard_negative_pairs,
+    masked_loss,
     needed,
     retrieval_fields,
+    total_loss,
     unit_features,
 )
 from .pretrained_vlmoe import PRETRAINING_HEADS, TASK_HEADS, VLMoEPreTrainedModel

@@ -7,14 +7,13 @@ width, E experts, K experts per token, R rows: one for every choice of a token, 
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_vlmoe import VLMoEConfig
-from .losses_vlmoe import router_loss
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
@@ -515,6 +514,79 @@ def choices_with_place(
     kept = torch.empty(num_tokens, k, dtype=torch.bool, device=expert.device)
     kept[served] = in_queue.view(k, num_tokens).t()
     return kept
+
+
+def router_loss(
+    logits: Tensor,
+    noisy_logits: Tensor,
+    expert: Tensor,
+    noise_std: float,
+    weights: Mapping[str, float],
+    mask: Optional[Tensor],
+) -> Tensor:
+    """Weighted sum of the auxiliary losses of one router, over the tokens that count; 0 if none does.
+
+    Args:
+        logits: without noise, in fp32 ``[T, E]``.
+        noisy_logits: the logits that chose the experts ``[T, E]``.
+        expert: chosen experts, the best first ``[T, K]``.
+        noise_std: sigma of the expected load.
+        weights: of the losses, by name. `importance` and `load`: squared coefficient of variation of the experts'
+            summed gates, and of their summed probability to be among the first K if only their own noise is drawn
+            again (V-MoE, arXiv 2106.05974; VL-MoE A.3). `z`: mean squared log-sum-exp (ST-MoE, arXiv 2202.08906).
+            `gshard`: E times the sum over experts of their share of the choices times their mean gate (Switch
+            Transformer, arXiv 2101.03961). `local_entropy` and `global_entropy`: mean entropy of a token's gates,
+            and minus the entropy of the mean gates, with `global_entropy_experts` S above 0 as
+            ``max(0, log S - entropy)`` (LIMoE, arXiv 2206.02770).
+        mask: tokens that count ``[T]``; None: all.
+
+    Returns:
+        A scalar in fp32.
+    """
+    counted = logits.new_ones(logits.shape[0], 1)
+    if mask is not None:
+        counted = mask.unsqueeze(1).to(logits.dtype)
+        # Also so that no NaN of padding spreads.
+        logits = logits.masked_fill(~mask.unsqueeze(1), 0.0)
+        noisy_logits = noisy_logits.masked_fill(~mask.unsqueeze(1), 0.0)
+    tokens = counted.sum()
+
+    def mean(values: Tensor) -> Tensor:
+        return (counted * values).sum(dim=0) / tokens.clamp(min=1.0)
+
+    log_gates = torch.log_softmax(logits, dim=1)
+    total = logits.new_zeros(())
+    for name, weight in weights.items():
+        if name == "importance":
+            loss = _squared_variation(mean(log_gates.exp()))
+        elif name == "load":
+            distance = noisy_logits.gather(1, expert[:, -1:]) - logits
+            loss = _squared_variation(
+                mean(0.5 * torch.erfc(distance / (noise_std * math.sqrt(2.0))))
+            )
+        elif name == "z":
+            loss = mean(torch.logsumexp(logits, dim=1, keepdim=True).square()).sum()
+        elif name == "gshard":
+            share = mean(torch.zeros_like(logits).scatter(1, expert, 1.0 / expert.shape[1]))
+            loss = logits.shape[1] * (share * mean(torch.softmax(noisy_logits, dim=1))).sum()
+        elif name == "local_entropy":
+            loss = -mean(log_gates.exp() * log_gates).sum()
+        elif name == "global_entropy":
+            gates = mean(log_gates.exp())
+            loss = (gates * gates.clamp(min=torch.finfo(gates.dtype).tiny).log()).sum()
+            if experts := weights.get("global_entropy_experts", 0.0):
+                loss = torch.relu(math.log(experts) + loss)
+        else:
+            continue
+        total = total + weight * loss
+    return total * (tokens > 0)
+
+
+def _squared_variation(values: Tensor) -> Tensor:
+    """Variance of non-negative values ``[E]`` over their squared mean; 0 where the mean vanishes."""
+    mean = values.mean()
+    vanishes = mean <= torch.finfo(values.dtype).tiny ** 0.5
+    return ((values - mean) / mean.masked_fill(vanishes, 1.0)).square().mean()
 
 
 def can_group(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.convert.name_table import FusedQkv
 from megatron_vlmoe.convert.public.options import (
     ImportOptions,
     Vocabulary,
@@ -38,7 +39,6 @@ from megatron_vlmoe.convert.public.vit import (
     take_text_positions,
     take_vocabulary,
 )
-from megatron_vlmoe.convert.transforms import FusedQkv
 
 LAYERS = "beit3.encoder.layers."
 POSITIONS = "beit3.encoder.embed_positions"

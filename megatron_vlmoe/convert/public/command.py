@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.convert.checkpoint_writer import check_output, write_checkpoint
-from megatron_vlmoe.convert.parameters import extra_state_keys
+from megatron_vlmoe.convert.checkpoints import check_output, write_checkpoint
 from megatron_vlmoe.convert.public import beit2, beit3, vlmo
-from megatron_vlmoe.convert.public.deepspeed_reader import read_deepspeed
 from megatron_vlmoe.convert.public.options import ImportOptions, Vocabulary
-from megatron_vlmoe.convert.public.recipes import Planner
-from megatron_vlmoe.convert.public.report import ImportReport
-from megatron_vlmoe.convert.public.torch_files import PublicState, read_public_file
+from megatron_vlmoe.convert.public.recipes import ImportReport, Planner
+from megatron_vlmoe.convert.public.torch_files import PublicState, read_deepspeed, read_public_file
 from megatron_vlmoe.convert.public.vocabulary import (
     RowMap,
     fairseq_rows,
-    same_rows,
     wordpiece_rows,
 )
 from megatron_vlmoe.convert.tensors import counted
@@ -57,7 +52,7 @@ def plan_import(options: ImportOptions, source: PublicState) -> tuple[Planner, s
     Raises:
         ConvertError: the source is not of that family, or an option does not go with it.
     """
-    family = _family(options)
+    family = {"vlmo": vlmo, "beit3": beit3, "beit2": beit2}[options.family]
     vocabulary = _vocabulary(options, source)
     try:
         config: RunConfig = family.infer(source, options, vocabulary)
@@ -94,67 +89,52 @@ def import_public(
         check_output(output, overwrite)
     source = open_source(options)
     planner, what = plan_import(options, source)
-    if strict:
-        _check_known(planner)
+    unknown = [left.name for left in planner.left() if not left.known]
+    if strict and unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ConvertError(
+            f"{source.path}: --strict, and {len(unknown)} tensors are unknown to this importer: "
+            f"{', '.join(unknown[:5])}{more}"
+        )
     if write:
-        _write(planner, output, options, overwrite)
+        with counted(planner.tensors(), "import") as read:
+            write_checkpoint(output, read, planner.config, overwrite=overwrite)
+        write_text_atomic(output / CONFIG_FILE, to_yaml(planner.config))
+        if options.text_tokenizer is not None:
+            keep_file(options.text_tokenizer, output, TOKENIZER_FILE)
     report = planner.report(what)
     if write:
         write_text_atomic(output / REPORT_FILE, report.to_json())
     return report
 
 
-def _family(options: ImportOptions) -> ModuleType:
-    return {"vlmo": vlmo, "beit3": beit3, "beit2": beit2}[options.family]
-
-
-def _check_known(planner: Planner) -> None:
-    unknown = [left.name for left in planner.left() if not left.known]
-    if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise ConvertError(
-            f"{planner.source.path}: --strict, and {len(unknown)} tensors are unknown to this importer: "
-            f"{', '.join(unknown[:5])}{more}"
-        )
-
-
 def _vocabulary(options: ImportOptions, source: PublicState) -> Vocabulary:
     given = [options.source_vocab, options.source_spm, options.same_vocabulary or None]
-    if sum(choice is not None for choice in given) > 1:
+    count = sum(choice is not None for choice in given)
+    if count > 1:
         raise ConvertError("of --source-vocab, --source-spm and --same-vocabulary only one")
     if options.text_tokenizer is None:
-        if any(choice is not None for choice in given):
+        if count:
             raise ConvertError("a vocabulary of the source is of use only with --text-tokenizer")
         return Vocabulary()
     try:
         tokenizer = TextTokenizer(options.text_tokenizer)
     except ValueError as error:
         raise ConvertError(str(error)) from None
-    return Vocabulary(tokenizer.size, _rows(options, source, tokenizer))
-
-
-def _rows(options: ImportOptions, source: PublicState, tokenizer: TextTokenizer) -> RowMap | None:
-    if not (options.source_vocab or options.source_spm or options.same_vocabulary):
-        return None
+    if not count:
+        return Vocabulary(tokenizer.size)
     if options.family not in WORDS:
         raise ConvertError(f"a vocabulary of the source: {options.family} has no text")
-    rows = source.shape(WORDS[options.family], 2)[0]
+    num_rows = source.shape(WORDS[options.family], 2)[0]
     if options.source_vocab is not None:
-        return wordpiece_rows(tokenizer, options.source_vocab)
-    if options.source_spm is not None:
-        return fairseq_rows(tokenizer, options.source_spm)
-    if rows != tokenizer.size:
+        rows = wordpiece_rows(tokenizer, options.source_vocab)
+    elif options.source_spm is not None:
+        rows = fairseq_rows(tokenizer, options.source_spm)
+    elif num_rows == tokenizer.size:
+        rows = RowMap(tuple(range(num_rows)))
+    else:
         raise ConvertError(
-            f"--same-vocabulary: {source.path} has {rows} rows, {options.text_tokenizer} {tokenizer.size} pieces"
+            f"--same-vocabulary: {source.path} has {num_rows} rows, {options.text_tokenizer} "
+            f"{tokenizer.size} pieces"
         )
-    return same_rows(rows)
-
-
-def _write(planner: Planner, output: Path, options: ImportOptions, overwrite: bool) -> None:
-    tensors = planner.tensors()
-    config = planner.config
-    with counted(tensors, "import") as read:
-        write_checkpoint(output, read, extra_state_keys(config), config, overwrite=overwrite)
-    write_text_atomic(output / CONFIG_FILE, to_yaml(config))
-    if options.text_tokenizer is not None:
-        keep_file(options.text_tokenizer, output, TOKENIZER_FILE)
+    return Vocabulary(tokenizer.size, rows)

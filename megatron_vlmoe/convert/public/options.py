@@ -16,7 +16,7 @@ from megatron_vlmoe.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megatron_vlmoe.convert.public.families import FamilyName
+from megatron_vlmoe.convert.public import FamilyName
 from megatron_vlmoe.convert.public.torch_files import PublicState
 from megatron_vlmoe.convert.public.vocabulary import RowMap
 from megatron_vlmoe.planning.validate import validate

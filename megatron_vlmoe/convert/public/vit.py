@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.convert.name_table import FusedQkv, VocabularyRows
 from megatron_vlmoe.convert.public.recipes import Planner
 from megatron_vlmoe.convert.public.vocabulary import RowMap
-from megatron_vlmoe.convert.transforms import FusedQkv, VocabularyRows
 from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
 
 LINEAR = ("weight", "bias")

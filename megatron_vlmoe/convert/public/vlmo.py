@@ -4,21 +4,28 @@ Shared attention with q and v biases, LayerScale, a LayerNorm and an FFN per mod
 before image. Base and large have a relative position bias and add no text positions; base_plus has absolute positions
 and no LayerScale. A branch of which a block has a DeepSpeed MoE layer becomes a pool of experts.
 
-Letters: E experts, D width, L blocks, H heads.
+VLMo embeds texts as BERT does, token v at position i as ``f(v, i) = LayerNorm(word[v] + type[0] + position[i])``; our
+text embedding adds two tables. Without positions f depends on the token alone, and its values are a word table exactly.
+With positions no two tables add up to f. The best ones in the mean square over all tokens and positions are f's means
+over positions and the deviations of its means over tokens (two-way analysis of variance); what they miss is measured.
+
+Letters: E experts, D width, L blocks or positions, H heads, V tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
-from megatron_vlmoe.convert.public.deepspeed_reader import EXPERTS, GATE
 from megatron_vlmoe.convert.public.options import (
     ImportOptions,
     Vocabulary,
@@ -28,8 +35,7 @@ from megatron_vlmoe.convert.public.options import (
     run_config,
 )
 from megatron_vlmoe.convert.public.recipes import Planner
-from megatron_vlmoe.convert.public.text_tables import TextTables, additive_tables
-from megatron_vlmoe.convert.public.torch_files import PublicState
+from megatron_vlmoe.convert.public.torch_files import EXPERTS, GATE, PublicState
 from megatron_vlmoe.convert.public.vit import (
     IMAGE_POSITION,
     NO_ABSOLUTE,
@@ -45,6 +51,62 @@ from megatron_vlmoe.convert.public.vit import (
 from megatron_vlmoe.convert.public.vocabulary import RowMap
 from megatron_vlmoe.model.positions import resize_text_positions
 from megatron_vlmoe.stream.block_plan import block_plans
+
+# Of BERT's embedding; the blocks have another.
+EPSILON = 1e-12
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class TextTables:
+    """Tables whose sum stands for BERT's embedding.
+
+    Args:
+        words: ``[V, D]``.
+        positions: ``[L, D]``; None where the model adds none.
+        residual: what the sum misses, as the root mean square relative to that of the embedding.
+    """
+
+    words: Tensor
+    positions: Optional[Tensor]
+    residual: float
+
+
+def additive_tables(
+    words: Tensor, token_type: Tensor, positions: Optional[Tensor], weight: Tensor, bias: Tensor
+) -> TextTables:
+    """The tables of an embedding.
+
+    Args:
+        words: ``[V, D]``.
+        token_type: ``[D]``, the row that every token gets.
+        positions: ``[L, D]``; None where they are not added.
+        weight: ``[D]``, of the LayerNorm.
+        bias: ``[D]``, of the LayerNorm.
+    """
+
+    def normalized(values: Tensor) -> Tensor:
+        return F.layer_norm(values, weight.shape, weight, bias, EPSILON)
+
+    if positions is None:
+        return TextTables(normalized(words + token_type), None, 0.0)
+    count, length = len(words), len(positions)
+    means = torch.empty_like(words)
+    sums = torch.zeros(positions.shape, dtype=torch.float64)
+    square = 0.0
+    for first in range(0, count, CHUNK):
+        chunk = words[first : first + CHUNK] + token_type
+        values = normalized(chunk.unsqueeze(1) + positions)
+        means[first : first + CHUNK] = values.mean(dim=1)
+        sums += values.sum(dim=0, dtype=torch.float64)
+        square += float(values.square().sum(dtype=torch.float64))
+    deviations = sums / count - means.mean(dim=0, dtype=torch.float64)
+    # The two parts are orthogonal, so their squares add up.
+    kept = length * float(means.square().sum(dtype=torch.float64))
+    kept += count * float(deviations.square().sum())
+    residual = math.sqrt(max(square - kept, 0.0) / square)
+    return TextTables(means, deviations.to(words.dtype), residual)
+
 
 BLOCKS = "transformer.blocks."
 # Ours to theirs.
@@ -77,13 +139,14 @@ def infer(source: PublicState, options: ImportOptions, vocabulary: Vocabulary) -
     if RELATIVE in source.tensors:
         heads = source.shape(RELATIVE, 2)[1] // depth
     model = common_sizes(options, vocabulary, source, patches, size, heads)
+    dense, expert = (f"{BLOCKS}0.mlp_imag{e}.fc1.weight" for e in ("", f"{EXPERTS}0"))
     pools = _pools(source, depth)
     if not pools and options.topk > 1:
         raise ConvertError(f"--topk {options.topk}: {source.path} has no experts")
     model = replace(
         model,
         num_layers=depth,
-        ffn_hidden_size=source.shape(_first_fc1(source), 2)[0],
+        ffn_hidden_size=source.shape(expert if expert in source.tensors else dense, 2)[0],
         num_vl_layers=_vl_layers(source, depth, options),
         layer_scale_init=0.1 if f"{BLOCKS}0.gamma_1" in source.tensors else 0.0,
         token_type_embeddings=TOKEN_TYPE in source.tensors,
@@ -126,11 +189,6 @@ def plan(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> No
         _take_block(planner, number, options)
     take_pair(planner, "decoder.final_layernorm", "transformer.norm")
     _leave(planner, vocabulary)
-
-
-def _first_fc1(source: PublicState) -> str:
-    names = [f"{BLOCKS}0.mlp_imag.fc1.weight", f"{BLOCKS}0.mlp_imag{EXPERTS}0.fc1.weight"]
-    return next((name for name in names if name in source.tensors), names[0])
 
 
 def _vl_layers(source: PublicState, depth: int, options: ImportOptions) -> int:
@@ -211,14 +269,11 @@ def _take_pool(planner: Planner, number: int, branch: str, mlp: str, experts: in
     """Stacks DeepSpeed's experts ``E x [...]`` to ``[E, ...]``; its gate ``[E, D]`` is the router."""
     ours = f"decoder.layers.{number}.mlp.moe"
     planner.take(f"{ours}.router.{branch}.weight", f"{mlp}{GATE}")
-    for kind, end in (("weight", "weight"), ("bias", "bias")):
+    for kind in ("weight", "bias"):
         for layer in (1, 2):
-            names = [f"{mlp}{EXPERTS}{e}.fc{layer}.{end}" for e in range(experts)]
-            planner.take(f"{ours}.experts.{branch}.{kind}{layer}", *names, make=_stacked)
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors))
+            names = [f"{mlp}{EXPERTS}{e}.fc{layer}.{kind}" for e in range(experts)]
+            made = f"{ours}.experts.{branch}.{kind}{layer}"
+            planner.take(made, *names, make=lambda tensors: torch.stack(list(tensors)))
 
 
 class _Text:

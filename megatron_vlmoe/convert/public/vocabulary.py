@@ -132,16 +132,13 @@ def fairseq_rows(tokenizer: TextTokenizer, model: Path) -> RowMap:
         raise ConvertError(f"{model}: not a SentencePiece model") from None
     size = int(other.get_piece_size())
     numbers: dict[str, int] = {
-        other.id_to_piece(i): i + FAIRSEQ_OFFSET for i in range(size) if not _is_special(other, i)
+        other.id_to_piece(i): i + FAIRSEQ_OFFSET
+        for i in range(size)
+        if not (other.is_control(i) or other.is_unknown(i))
     }
     numbers |= {**FAIRSEQ_SPECIAL, MASK_PIECE: size + FAIRSEQ_OFFSET}
     pieces = (tokenizer.piece(index) for index in range(tokenizer.size))
     return _row_map(tokenizer, [numbers.get(piece, NO_ROW) for piece in pieces])
-
-
-def same_rows(size: int) -> RowMap:
-    """Row i for piece i."""
-    return RowMap(tuple(range(size)))
 
 
 def _wordpieces(path: Path) -> Mapping[str, int]:
@@ -170,10 +167,6 @@ def _as_wordpiece(piece: str, uncased: bool) -> str:
         return ""
     alone = not any(c.isalnum() for c in text)
     return text if start or alone else f"##{text}"
-
-
-def _is_special(processor: sentencepiece.SentencePieceProcessor, index: int) -> bool:
-    return bool(processor.is_control(index) or processor.is_unknown(index))
 
 
 def _row_map(tokenizer: TextTokenizer, rows: list[int]) -> RowMap:

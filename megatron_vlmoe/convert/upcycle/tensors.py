@@ -1,29 +1,47 @@
-"""The tensors of an upcycled checkpoint, each made of the source's when it is written."""
+"""The tensors of an upcycled checkpoint, each made of the source's when it is written, and its optimizer's state.
+
+Adam's moments of copies: the gradient of ``c W`` is that of W divided by c, so an output layer that was multiplied by c
+has its first moment divided by c and its second by c^2. A copy sees a share of the tokens that its source saw; its
+second moment is too large at first (its steps too small) and settles within 1 / (1 - beta2) steps.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.convert.checkpoint_reader import CheckpointReader
-from megatron_vlmoe.convert.parameters import Shape, checkpoint_shapes
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.tensors import LazyTensor
-from megatron_vlmoe.convert.upcycle.optimizer import FIRST, MOMENTS, PARAM, SECOND, state_key
-from megatron_vlmoe.convert.upcycle.options import UpcycleOptions
-from megatron_vlmoe.convert.upcycle.plan import DENSE_PARTS, OUTPUT_PARTS, PoolPlan, copied_norms
+from megatron_vlmoe.convert.upcycle.plan import (
+    DENSE_PARTS,
+    OUTPUT_PARTS,
+    PoolPlan,
+    UpcycleOptions,
+    copied_norms,
+)
 from megatron_vlmoe.convert.upcycle.values import (
     Diversity,
     copy_experts,
     diversify,
     forget_channels,
 )
+from megatron_vlmoe.planning.parameters import checkpoint_shapes
+
+PARAM, FIRST, SECOND = "param", "exp_avg", "exp_avg_sq"
+MOMENTS = (PARAM, FIRST, SECOND)
+
+
+def state_key(moment: str, key: str) -> str:
+    """Checkpoint key of one of a parameter's moments; of the parameter itself without one."""
+    return f"optimizer.state.{moment}.{key}" if moment else key
 
 
 @dataclass(frozen=True)
@@ -43,47 +61,38 @@ class GrownPool:
     scale: float
 
 
-def weights(
+def grown_tensors(
     reader: CheckpointReader,
     config: RunConfig,
     pools: Iterable[GrownPool],
     options: UpcycleOptions,
+    moment: str = "",
 ) -> dict[str, LazyTensor]:
-    """The model's tensors."""
-    made = _pool_tensors(reader, pools, options, "")
+    """The model's tensors, or with `moment` that part of the optimizer's state, by checkpoint key.
+
+    What the source never trained has no moments, and its copies have none either.
+
+    Raises:
+        ConvertError: a tensor is missing or of another shape.
+    """
+    stored = reader.optimizer_tensors if moment else reader.tensors
+    made = _pool_tensors(reader, pools, options, moment)
     norms = dict(copied_norms([pool.plan for pool in pools]))
     tensors = {}
     for key, shape in checkpoint_shapes(config).items():
+        whole = state_key(moment, key)
+        sources = tuple(state_key(moment, source) for source in norms.get(key, (key,)))
         if key in made:
-            tensors[key] = made[key]
+            tensors[whole] = made[key]
+        elif not moment or all(source in stored for source in sources):
+            first = tensor_of(stored, sources[0], reader)
+            if len(sources) > 1:
+                first = replace(first, read=partial(mean_of, stored, sources, reader))
+            tensors[whole] = first
         else:
-            tensors[key] = _merged(reader.tensors, norms.get(key, (key,)), reader)
-        _check_shape(key, tensors[key], shape, reader)
-    return tensors
-
-
-def moments(
-    reader: CheckpointReader,
-    config: RunConfig,
-    pools: Iterable[GrownPool],
-    options: UpcycleOptions,
-) -> dict[str, LazyTensor]:
-    """The optimizer's tensors; what the source never trained has none, and its copies have none either."""
-    norms = dict(copied_norms([pool.plan for pool in pools]))
-    stored = reader.optimizer_tensors
-    tensors = {}
-    for name in MOMENTS:
-        made = _pool_tensors(reader, pools, options, name)
-        for key, shape in checkpoint_shapes(config).items():
-            whole = state_key(name, key)
-            sources = tuple(state_key(name, source) for source in norms.get(key, (key,)))
-            if key in made:
-                tensors[whole] = made[key]
-            elif all(source in stored for source in sources):
-                tensors[whole] = _merged(stored, sources, reader)
-            else:
-                continue
-            _check_shape(whole, tensors[whole], shape, reader)
+            continue
+        if (found := tensors[whole].shape) != shape:
+            raise ConvertError(f"{reader.path}: {whole} has shape {list(found)}, not {list(shape)}")
     return tensors
 
 
@@ -148,16 +157,6 @@ def _router(reader: CheckpointReader, pool: GrownPool, moment: str) -> Tensor:
     return copy_experts(stored.read().float(), plan.copies)
 
 
-def _merged(
-    stored: Mapping[str, LazyTensor], keys: tuple[str, ...], reader: CheckpointReader
-) -> LazyTensor:
-    """A tensor as it is, or the mean of several."""
-    first = tensor_of(stored, keys[0], reader)
-    if len(keys) == 1:
-        return first
-    return replace(first, read=partial(mean_of, stored, keys, reader))
-
-
 def mean_of(
     stored: Mapping[str, LazyTensor], keys: tuple[str, ...], reader: CheckpointReader
 ) -> Tensor:
@@ -178,8 +177,49 @@ def tensor_of(stored: Mapping[str, LazyTensor], key: str, reader: CheckpointRead
     return found
 
 
-def _check_shape(key: str, tensor: LazyTensor, shape: Shape, reader: CheckpointReader) -> None:
-    if tensor.shape != shape:
+def sparse_optimizer(common: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a sparse run's checkpoint holds of optimizer and schedule besides tensors.
+
+    A dense run has one optimizer with two parameter groups (with weight decay and without); a sparse run chains two,
+    `0` with a further group of routers and `1` with the experts. Groups are recognised by their factors and by
+    `is_expert_parallel` and `is_decoupled_lr` (which marks routers).
+
+    Args:
+        common: the source's, as stored.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ConvertError: it holds no optimizer, or one of another kind.
+    """
+    if "optimizer" not in common or "scheduler" not in common:
+        raise ConvertError(f"{where}: holds weights only, no optimizer to carry")
+    stored = copy.deepcopy(common["optimizer"])
+    if set(stored) == {0, 1}:
+        _check_kind(stored[0], where)
+        return {"optimizer": stored, "scheduler": copy.deepcopy(common["scheduler"])}
+    _check_kind(stored, where)
+    groups = stored["optimizer"]["param_groups"]
+    # The temperature of retrieval shares the routers' group.
+    plain = [group for group in groups if not group["is_decoupled_lr"]]
+    decays = [group for group in plain if group["wd_mult"]]
+    routers = [{**group, "is_decoupled_lr": True, "default_config": False} for group in decays]
+    experts = [{**group, "is_expert_parallel": True} for group in plain]
+    made = {
+        0: _with_groups(stored, [*decays, *routers, *(g for g in plain if not g["wd_mult"])]),
+        1: _with_groups(stored, experts),
+    }
+    return {"optimizer": made, "scheduler": copy.deepcopy(common["scheduler"])}
+
+
+def _with_groups(stored: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    inner = {**stored["optimizer"], "param_groups": copy.deepcopy(groups)}
+    return {**copy.deepcopy(dict(stored)), "optimizer": inner}
+
+
+def _check_kind(stored: Any, where: str) -> None:
+    if not isinstance(stored, dict) or "param_state_sharding_type" not in stored:
         raise ConvertError(
-            f"{reader.path}: {key} has shape {list(tensor.shape)}, not {list(shape)}"
+            f"{where}: its optimizer is not megatron-core's distributed one, whose state alone can be carried"
         )
+    if any("betas" not in group for group in stored["optimizer"]["param_groups"]):
+        raise ConvertError(f"{where}: its optimizer is not Adam, whose state alone can be carried")
