@@ -215,8 +215,13 @@ def _no_disk(path: Any) -> Any:
     return namedtuple("usage", "total used free")(10**9, 10**9 - 10, 10)
 
 
-def _killed_rename(source: Any, target: Any) -> None:
-    raise Killed(f"{source} -> {target}")
+def _killed_rename(replace: Any) -> Any:
+    def replace_or_die(source: Any, target: Any) -> None:
+        if Path(target).name.startswith("iter_"):
+            raise Killed(f"{source} -> {target}")
+        replace(source, target)
+
+    return replace_or_die
 
 
 def _lost_tracker(replace: Any) -> Any:
@@ -274,7 +279,7 @@ def trainer_run(
     trainer = Trainer(config, parts, ranks, data, count, precision, objective)
     patches = {
         "disk": mock.patch.object(shutil, "disk_usage", _no_disk),
-        "kill": mock.patch.object(os, "replace", _killed_rename),
+        "kill": mock.patch.object(os, "replace", _killed_rename(os.replace)),
         "tracker": mock.patch.object(os, "replace", _lost_tracker(os.replace)),
         "writer": mock.patch.object(
             AsyncCallsQueue,

@@ -285,7 +285,7 @@ def test_predict(tuned: Tuned, workers: Workers, tmp_path: Path) -> None:
     first = tuned.found["imagenet.classify"]["together"][0]
     expected = [f"{score:.4f}  {label}  {name}" for label, name, score in first[:2]]
     assert shown[1].splitlines() == expected
-    assert written[1:] == ["", f"1 prediction(s) written to {tmp_path}/o\n"]
+    assert written[1:] == ("", f"1 prediction(s) written to {tmp_path}/o\n")
     check_rows(tuned, "imagenet", [json.loads((tmp_path / "o").read_text())])
     assert bad_image[0] == 1 and bad_image[2].startswith(f"error: {mixed}:4: {broken}: ")
     assert len(bad_image[2].splitlines()) == 1 and not (tmp_path / "not").exists()

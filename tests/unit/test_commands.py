@@ -201,6 +201,8 @@ def launched(
     line = 'set -euo pipefail; source "$0/examples/launch_common.sh"; start_workers "$@"'
     path = f"{fake.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "STARTED": str(started)}
+    # Where no environment is active, the scripts put the repository's own before everything else.
+    environment["VIRTUAL_ENV"] = sys.prefix
     done = subprocess.run(
         ["bash", "-c", line, str(ROOT), *words],
         capture_output=True,
