@@ -6,7 +6,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 EXTRAS="${1:-}"
 PYTHON="${PYTHON:-python3}"
 STAMP="$ROOT/.venv/.installed-${EXTRAS:-base}"
-if [ ! -f "$STAMP" ] || [ "$ROOT/requirements.txt" -nt "$STAMP" ] || [ "$ROOT/setup.py" -nt "$STAMP" ]; then
+if [ ! -f "$STAMP" ] || [ "$ROOT/requirements.txt" -nt "$STAMP" ] || [ "$ROOT/setup.py" -nt "$STAMP" ] \
+    || [ "$ROOT/pyproject.toml" -nt "$STAMP" ]; then
     echo "[setup] installing into .venv (once)"
     [ -x "$ROOT/.venv/bin/python" ] || "$PYTHON" -m venv "$ROOT/.venv"
     if ! "$ROOT/.venv/bin/python" -c "import torch" 2>/dev/null; then

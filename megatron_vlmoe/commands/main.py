@@ -10,6 +10,7 @@ from megatron_vlmoe import __version__
 from megatron_vlmoe.commands.run_command import run_command
 from megatron_vlmoe.commands.table import COMMANDS
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,4 +71,5 @@ def usage() -> str:
 
 def _refuse(words: Sequence[str], names: Sequence[str]) -> None:
     asked = f"unknown command {words[0]!r}" if words else "no command"
-    raise ConfigError(f"{asked}; one of {', '.join(names)}")
+    hint = did_you_mean(words[0], names) if words else ""
+    raise ConfigError(f"{asked}; one of {', '.join(names)}{hint}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.hints import did_you_mean
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.prepare.tool import Run, positive_int
 
@@ -32,6 +33,18 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
         raise ConfigError(message)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parses; a misspelt option is named before what is missing, with the one that was probably meant."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = {*self._option_string_actions, *self._renamed}
+        names = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+        unknown = [name for name in names if name not in known]
+        if unknown and not self._subparsers:
+            self.error(f"unknown option {unknown[0]}{did_you_mean(unknown[0], known)}")
+        return super().parse_args(words, namespace)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -61,7 +61,9 @@ def started(*words: str | Path, **variables: str) -> subprocess.CompletedProcess
     ("words", "message", "status"),
     [
         (["-m", "megatron_vlmoe", "nonsense"], "unknown command 'nonsense'", 2),
-        (["-m", "megatron_vlmoe", "index-images", "--inputt", "x"], "required: --input", 2),
+        (["-m", "megatron_vlmoe", "pretrian"], "did you mean pretrain?", 2),
+        (["-m", "megatron_vlmoe", "index-text", "--outptu", "x"], "did you mean --output?", 2),
+        (["-m", "megatron_vlmoe", "index-images", "--output", "x"], "required: --input", 2),
         (["-m", "megatron_vlmoe", "predict", "--load", "nowhere"], "no input", 2),
         (["-m", "megatron_vlmoe", "plot-losses", "--run", "nowhere", "--output", "x.png"], "", 1),
         ([ROOT / "tools" / "merge_datasets.py", "--input", "no", "--output", "x"], "no.json", 1),

@@ -232,7 +232,7 @@ def test_records_that_cannot_be_asked(content: dict[str, Any], message: str) -> 
         (["--load", "x"], "no input: give --input FILE or the inputs of a task"),
         (["--load", "x", "--top-k", "0", "--image", "y"], "--top-k 0: must be at least 1"),
         (["--load", "x", "--task", "coco"], "argument --task: invalid choice: 'coco'"),
-        (["--load", "x", "--imag", "y"], "unrecognized arguments: --imag"),
+        (["--load", "x", "--imag", "y"], "unknown option --imag; did you mean --image?"),
         (["--load", "x", "--input", "no"], "--input no: No such file or directory"),
         (["--load", "x", "--input", "no", "--text", "a"], "--text does not go with --input"),
         (["--load", "x", "--task", "imagenet", "--image", "no.jpg"], "--image: no.jpg: no such"),
