@@ -156,7 +156,9 @@ class VLMoEExperts(nn.Module):
         own = expert.clamp(max=self.num_experts - 1)
         # Before either product too: the gradient of its input may be anything there as well.
         rows = rows.masked_fill(absent, 0.0)
-        inner = product(rows, self.fc1_weight.to(dtype), ends) + self.fc1_bias.to(dtype)[own]
+        inner = product(rows, self.fc1_weight.to(dtype), ends)
+        # After it too: what is there may be NaN, and so would the gradient of the bias be, through gelu.
+        inner = inner.masked_fill(absent, 0.0) + self.fc1_bias.to(dtype)[own]
         inner = F.gelu(inner).masked_fill(absent, 0.0)
         outputs = product(inner, self.fc2_weight.to(dtype), ends) + self.fc2_bias.to(dtype)[own]
         return outputs.masked_fill(absent, 0.0)
