@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from megatron_vlmoe.config.errors import UserError
+from megatron_vlmoe.runtime.files import delete_unpublished
 from megatron_vlmoe.runtime.helper_processes import take_signals
 from megatron_vlmoe.runtime.ranks import environment_rank
 from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
@@ -65,6 +66,7 @@ def _unwinding_on_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
+        delete_unpublished()
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
 

@@ -18,6 +18,9 @@ from megatron_vlmoe.config.errors import FileError
 
 _BUFFER_BYTES = 1 << 20
 
+_unpublished: set[Path] = set()
+"""Temporary files of this process that are neither published nor deleted."""
+
 
 class StagedFile:
     """A file under its temporary name until `publish`; the folder is made where it is missing.
@@ -42,6 +45,7 @@ class StagedFile:
         text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            _unpublished.add(self.temporary)
             self.file: IO[Any] = open(self.temporary, mode, _BUFFER_BYTES, **text)
 
     def write(self, content: Any) -> None:
@@ -64,6 +68,7 @@ class StagedFile:
         self.finish()
         with naming(self.path):
             os.replace(self.temporary, self.path)
+            _unpublished.discard(self.temporary)
             sync_folder(self.path.parent)
 
     def abort(self) -> None:
@@ -73,6 +78,14 @@ class StagedFile:
             self.file.close()
         with contextlib.suppress(OSError):
             self.temporary.unlink(missing_ok=True)
+            _unpublished.discard(self.temporary)
+
+
+def delete_unpublished() -> None:
+    """Deletes the temporary files that are left where SIGTERM ended this process before a block took them over."""
+    while _unpublished:
+        with contextlib.suppress(OSError):
+            _unpublished.pop().unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from megatron_vlmoe.commands.run_command import TERMINATED, run_command
 from megatron_vlmoe.config.errors import FileError, UserError
 from megatron_vlmoe.runtime.files import (
     StagedFile,
@@ -85,3 +87,17 @@ def test_files_that_belong_together_are_published_together(tmp_path: Path) -> No
     for one in staged:
         one.abort()
     assert names(tmp_path) == ["a"]
+
+
+def test_a_terminated_command_leaves_no_file_that_nobody_has_taken_yet(tmp_path: Path) -> None:
+    """SIGTERM comes where a file exists and the block that would delete it has not begun."""
+
+    def open_files() -> None:
+        StagedFile(tmp_path / "whole").publish()
+        StagedFile(tmp_path / "one")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(open_files, cleans_up=True)
+    assert ended.value.code == TERMINATED
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
