@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_vlmoe import __version__
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.runtime.ranks import environment_rank
+from megatron_vlmoe.runtime.ranks import environment_rank, environment_world_size
 
 LOG_FILE = "log.txt"
 
@@ -20,7 +20,7 @@ log = logging.getLogger("megatron_vlmoe")
 def open_run_log(folder: Path) -> None:
     """Adds what this process logs from here on to FOLDER/log.txt: all of rank 0, warnings and errors of the others.
 
-    Nothing is written before `begin_run_logs`, so that a run that is refused leaves no file. A run inside another
+    A new file is written from `begin_run_logs` on, so that a run that is refused leaves none. A run inside another
     one (a seed of several) is written to both files. Logs of other folders end.
 
     Args:
@@ -58,8 +58,12 @@ def write_to_run_log(text: str) -> None:
         handler.write(logging.ERROR, text)
 
 
+def _open_logs() -> list[RunLog]:
+    return [handler for handler in log.handlers if isinstance(handler, RunLog)]
+
+
 class RunLog(logging.Handler):
-    """Appends lines to a file that all ranks share.
+    """Appends lines to a file that all ranks share, at once where it is there already, else from `begin` on.
 
     Every record is one write to a file in append mode, so that lines of ranks on one file system do not mix.
 
@@ -74,45 +78,41 @@ class RunLog(logging.Handler):
     def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
         self.folder = folder
+        self._waiting: list[bytes] = []
         self._file = -1
-        self._waiting: list[bytes] | None = []
-        if (folder / LOG_FILE).exists():
-            os.close(os.open(folder / LOG_FILE, os.O_WRONLY))
+        # A run that goes on here may fail before it has begun, while it loads its checkpoint.
+        self._has_begun = (folder / LOG_FILE).exists()
+        if self._has_begun:
+            self._file = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_APPEND)
         origin = f"rank {rank} " if rank else ""
         layout = f"%(asctime)s {origin}%(levelname)s %(message)s"
         self.setFormatter(logging.Formatter(layout, "%Y-%m-%d %H:%M:%S"))
         if rank == 0:
-            ranks = os.environ.get("WORLD_SIZE", "1")
-            text = (
-                f"started on {socket.gethostname()}: {ranks} rank(s), megatron_vlmoe {__version__}"
+            host, ranks = socket.gethostname(), environment_world_size()
+            self.write(
+                logging.INFO, f"started on {host}: {ranks} rank(s), megatron_vlmoe {__version__}"
             )
-            self.write(logging.INFO, text)
 
     def write(self, level: int, text: str) -> None:
         """Writes text that is no record of a logger."""
         self.handle(logging.LogRecord(log.name, level, "", 0, text, None, None))
 
-    def begin(self) -> None:
-        """Writes the lines that have waited; later ones do not wait."""
-        waiting, self._waiting = self._waiting or [], None
-        for line in waiting:
-            self._append(line)
-
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a record, or lets it wait for the run to begin."""
-        line = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
-        if self._waiting is None:
-            self._append(line)
-        else:
-            self._waiting.append(line)
+        self._waiting.append(f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
+        if self._has_begun:
+            self.begin()
 
-    def _append(self, line: bytes) -> None:
+    def begin(self) -> None:
+        """Writes the lines that have waited; later ones do not wait."""
+        self._has_begun = True
         # A line that cannot be written (full disk) is left to the console, and the run goes on.
         with contextlib.suppress(OSError):
             if self._file < 0:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._file = os.open(self.folder / LOG_FILE, flags, 0o644)
-            os.write(self._file, line)
+            while self._waiting:
+                os.write(self._file, self._waiting.pop(0))
 
     def close(self) -> None:
         """Closes the file."""
@@ -120,7 +120,3 @@ class RunLog(logging.Handler):
             os.close(self._file)
             self._file = -1
         super().close()
-
-
-def _open_logs() -> list[RunLog]:
-    return [handler for handler in log.handlers if isinstance(handler, RunLog)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlmoe.commands.run_command import run_command
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.train.run_log import RunLog, begin_run_logs, open_run_log
 from megatron_vlmoe.train.startup import make_run_folder
@@ -90,6 +90,21 @@ def test_a_refused_run_leaves_no_log(tmp_path: Path) -> None:
 
     assert run_command(refuse) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_before_a_resumed_run_begins_is_in_its_log(tmp_path: Path) -> None:
+    start(tmp_path)
+    leave()
+
+    def fail() -> int:
+        make_run_folder(RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path))))
+        log.info("layout")
+        raise CheckpointError("iter_0000004: is of another model")
+
+    assert run_command(fail) == 1
+    first, second, *rest = lines(tmp_path)
+    assert first == second
+    assert rest == ["INFO layout", "ERROR iter_0000004: is of another model"]
 
 
 def test_a_programming_error_leaves_its_traceback(tmp_path: Path) -> None:
