@@ -31,9 +31,15 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
 from megatron_vlmoe.planning.validate import validate
-from megatron_vlmoe.runtime.distributed import Ranks, barrier, destroy, initialize, is_rank_zero
+from megatron_vlmoe.runtime.distributed import (
+    Ranks,
+    barrier,
+    destroy,
+    initialize,
+    is_rank_zero,
+    resolve_precision,
+)
 from megatron_vlmoe.runtime.files import write_text_atomic
-from megatron_vlmoe.runtime.precision import resolve_precision
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.pretrain_objective import MaskedObjective

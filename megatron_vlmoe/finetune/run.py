@@ -32,10 +32,10 @@ from megatron_vlmoe.runtime.distributed import (
     destroy,
     initialize,
     is_rank_zero,
+    resolve_precision,
     seed_everything,
 )
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
-from megatron_vlmoe.runtime.precision import resolve_precision
 from megatron_vlmoe.runtime.ranks import Ranks, environment_rank, environment_world_size
 from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
 from megatron_vlmoe.train.checkpoint import load_checkpoint

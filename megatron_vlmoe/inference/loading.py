@@ -23,7 +23,7 @@ from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.saved import checkpoint_of, load_weights, saved_run
 from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.runtime import distributed
-from megatron_vlmoe.runtime.precision import resolve_precision
+from megatron_vlmoe.runtime.distributed import resolve_precision
 from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import (

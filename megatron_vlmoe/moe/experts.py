@@ -78,20 +78,15 @@ class ExpertPool(nn.Module):
             rows: ``[E, R, D]``, or ``[N, D]`` sorted by expert.
             counts: rows of every expert ``[E]``.
         """
-        return self._batched(rows) if counts is None else self._grouped(rows, counts)
-
-    def _batched(self, rows: Tensor) -> Tensor:
-        hidden = F.gelu(batched_linear(rows, self.weight1, self.bias1))
-        return batched_linear(hidden, self.weight2, self.bias2)
-
-    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        if counts is None:
+            hidden = F.gelu(batched_linear(rows, self.weight1, self.bias1))
+            return batched_linear(hidden, self.weight2, self.bias2)
         expert = torch.repeat_interleave(
             torch.arange(self.num_local_experts, device=rows.device),
             counts.to(rows.device),
             output_size=rows.shape[0],
         )
-        hidden = grouped_matmul(rows, self.weight1, counts) + self.bias1[expert]
-        hidden = F.gelu(hidden)
+        hidden = F.gelu(grouped_matmul(rows, self.weight1, counts) + self.bias1[expert])
         return grouped_matmul(hidden, self.weight2, counts) + self.bias2[expert]
 
     def sharded_state_dict(
@@ -115,16 +110,12 @@ class ExpertPool(nn.Module):
         return shards
 
 
-def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``rows[e] @ weight[e].T + bias[e]`` for rows ``[E, R, K]``, weight ``[E, M, K]``, bias ``[E, M]``."""
-    return _BatchedLinear.apply(rows, weight, bias)
-
-
 class _BatchedLinear(torch.autograd.Function):
-    """A batched linear layer whose weight gradient has the layout of the weight.
+    """``rows[e] @ weight[e].T + bias[e]`` for rows ``[E, R, K]``, weight ``[E, M, K]``, bias ``[E, M]``.
 
-    Differentiating ``baddbmm`` gives the gradient of the transposed weight, and storing that costs a
-    transposed copy of every expert weight in every backward pass: 5 % of the layer with 32 experts.
+    The weight's gradient has the layout of the weight. Differentiating ``baddbmm`` gives the gradient of the transposed
+    weight, and storing that costs a transposed copy of every expert weight in every backward pass: 5 % of the layer
+    with 32 experts.
     """
 
     @staticmethod
@@ -143,6 +134,9 @@ class _BatchedLinear(torch.autograd.Function):
             torch.bmm(grad.transpose(1, 2), rows) if needs_weight else None,
             grad.sum(dim=1) if needs_bias else None,
         )
+
+
+batched_linear = _BatchedLinear.apply
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -177,8 +171,8 @@ class PooledExperts(MegatronModule):
 
     Args:
         num_local_experts: experts on this rank over all pools (megatron-core's argument).
-        config: megatron-core configuration.
-        pg_collection: groups `ep` and `expt_dp`.
+        config: see `ExpertPool`, as is `pg_collection`.
+        pg_collection: process groups.
         pools: the pools of the block.
     """
 
@@ -203,16 +197,3 @@ class PooledExperts(MegatronModule):
         module = self.get_submodule(name)
         assert isinstance(module, ExpertPool)
         return module
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: Sequence[tuple[int, int, int]] = (),
-        metadata: Optional[dict] = None,
-    ) -> ShardedStateDict:
-        """The shards of all pools under ``{prefix}{pool}.``."""
-        shards = {}
-        for name, pool in self.named_children():
-            assert isinstance(pool, ExpertPool)
-            shards.update(pool.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
-        return shards

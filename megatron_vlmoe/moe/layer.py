@@ -6,7 +6,6 @@ import copy
 import functools
 from typing import Any, Sequence
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -41,7 +40,6 @@ class ModalityMoELayer(MoELayer):
         submodules: router and experts.
         plan: the block's branches.
         moe: routing options.
-        pg_collection: process groups; None takes megatron-core's.
     """
 
     def __init__(
@@ -50,12 +48,11 @@ class ModalityMoELayer(MoELayer):
         submodules: MoESubmodules,
         plan: BlockPlan,
         moe: MoEConfig,
-        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         # The union of this block's pools is what megatron-core's dispatcher counts; it differs by block.
         block_config = copy.copy(config)
         block_config.num_moe_experts = sum(pool.num_experts for pool in plan.pools)
-        groups = pg_collection or get_default_pg_collection()
+        groups = get_default_pg_collection()
         super().__init__(
             config=block_config,
             submodules=submodules,
@@ -69,24 +66,19 @@ class ModalityMoELayer(MoELayer):
             self.token_dispatcher, plan.pools, groups.ep.size()
         )
 
-    def capacity_factor(self) -> float:
-        """The capacity factor of this mode; 0 or less drops nothing."""
-        if self.moe.dispatcher == "dropless":
-            return 0.0
-        return self.moe.capacity_factor if self.training else self.moe.eval_capacity_factor
-
-    def _dispatcher(self, capacity_factor: float) -> Dispatcher:
-        if capacity_factor <= 0.0 or self.moe.dispatcher != "fixed_capacity":
-            return self.token_all_to_all
-        return self.fixed_capacity
-
     def forward(  # type: ignore[override]
         self, inputs: Sequence[Tensor], stream: StreamBatch
     ) -> list[Tensor]:
         """Outputs ``[T, 1, D]`` of every pool for its tokens ``[T, 1, D]``."""
+        # 0 or less drops nothing.
+        capacity_factor = 0.0
+        if self.moe.dispatcher != "dropless":
+            moe = self.moe
+            capacity_factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         flat = [tokens.flatten(0, 1) for tokens in inputs]
-        capacity_factor = self.capacity_factor()
         router: Any = self.router
         routings = router(flat, stream, capacity_factor)
-        outputs = self._dispatcher(capacity_factor)(flat, routings, self.experts)
-        return [output.unsqueeze(1) for output in outputs]
+        dispatch: Dispatcher = self.token_all_to_all
+        if capacity_factor > 0.0 and self.moe.dispatcher == "fixed_capacity":
+            dispatch = self.fixed_capacity
+        return [output.unsqueeze(1) for output in dispatch(flat, routings, self.experts)]

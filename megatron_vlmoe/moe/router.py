@@ -1,4 +1,4 @@
-"""The modality routers of one MoE block.
+"""The modality routers of one MoE block, and the counters of what they did.
 
 Letters: T tokens of a pool on this rank, D width, E experts of a pool, K experts per token.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Optional, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,23 @@ from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import AuxLossConfig, MoEConfig
 from megatron_vlmoe.moe.aux_losses import (
+    TERMS,
     compute_router_statistics,
     losses_from_statistics,
-    statistics_size,
 )
 from megatron_vlmoe.moe.routing_ops import SlotRouting, route_slots, top_k_experts
-from megatron_vlmoe.moe.stats import PoolRecord, RoutingRecorder
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
+from megatron_vlmoe.stream.layout import SEGMENTS
 from megatron_vlmoe.stream.sizes import expert_capacity
+
+# Fixed entries of a pool's counter vector; the load of every expert follows them.
+HEADER = (
+    ("micro_batches", "tokens", "assignments", "kept", "slots", "entropy", "aux_total")
+    + tuple(f"aux_{term}" for term in TERMS)
+    + tuple(f"assignments_{segment}" for segment in SEGMENTS)
+    + tuple(f"kept_{segment}" for segment in SEGMENTS)
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,82 @@ class PoolRouting:
     slots: Optional[SlotRouting]
 
 
-@dataclass(frozen=True)
-class _Scores:
+class _Scores(NamedTuple):
     """Logits of one pool: clean ``[T, E]``, with noise, and which tokens are routed."""
 
     clean: Tensor
     noisy: Tensor
     mask: Optional[Tensor]
+
+
+class RoutingRecorder:
+    """Counters of the pools of one block, summed on the device until they are taken for a log line."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(
+        self,
+        routing: PoolRouting,
+        gates: Tensor,
+        mask: Optional[Tensor],
+        losses: Mapping[str, Tensor],
+        aux_total: Tensor,
+        stream: StreamBatch,
+    ) -> None:
+        """Adds one forward pass of a pool's router, in fp32.
+
+        Values that every tensor-parallel rank holds in full are divided by their number, so that counters
+        may be summed over all ranks.
+
+        Args:
+            routing: where its tokens went.
+            gates: softmax over experts ``[T, E]``.
+            mask: tokens that count ``[T]``; None means all.
+            losses: auxiliary losses by name, already summed over tensor-parallel ranks.
+            aux_total: their weighted sum, coefficient included.
+            stream: the micro-batch.
+        """
+        pool, kept, topk = routing.pool, routing.kept, routing.kept.shape[1]
+        if routing.slots is not None:
+            load = routing.slots.load.float()
+            # Rows that the experts of the whole pool compute for this rank.
+            slots = gates.new_full((), routing.capacity * pool.num_experts)
+        else:
+            load = torch.zeros(pool.num_experts, device=gates.device)
+            load.scatter_add_(0, routing.expert.reshape(-1), kept.reshape(-1).float())
+            slots = load.sum()
+        valid = torch.ones_like(kept[:, 0]) if mask is None else mask
+        entropy = torch.special.entr(gates).sum(dim=1)
+        zero = gates.new_zeros(())
+        share = 1.0 / stream.tensor_size
+        kept_by_token = kept.sum(dim=1).float()
+        header = dict.fromkeys(HEADER, zero) | {
+            "micro_batches": zero + share,
+            "tokens": valid.sum(),
+            "assignments": valid.sum() * topk,
+            "kept": kept_by_token.sum(),
+            "slots": slots,
+            "entropy": (entropy * valid).sum(),
+            "aux_total": aux_total * share,
+        }
+        for term, loss in losses.items():
+            header[f"aux_{term}"] = loss * share
+        start = 0
+        for segment in pool.segments:
+            part = slice(start, start + stream.layout.size(segment))
+            start = part.stop
+            header[f"assignments_{segment}"] = valid[part].sum() * topk
+            header[f"kept_{segment}"] = kept_by_token[part].sum()
+        vector = torch.cat([torch.stack([header[name].float() for name in HEADER]), load])
+        known = self.totals.get(pool.name)
+        self.totals[pool.name] = vector if known is None else known + vector
+
+    def take(self) -> dict[str, Tensor]:
+        """Returns the sums by pool and starts again from zero."""
+        totals, self.totals = self.totals, {}
+        return totals
 
 
 class PoolGate(nn.Module):
@@ -102,10 +179,6 @@ class ModalityRouter(MegatronModule):
         for pool in self.pools:
             self.add_module(pool.name, PoolGate(pool.num_experts, config))
 
-    def set_layer_number(self, layer_number: int) -> None:
-        """Part of megatron-core's router interface; the plan already has the number."""
-        assert layer_number == self.layer_number
-
     def forward(
         self, inputs: Sequence[Tensor], stream: StreamBatch, capacity_factor: float
     ) -> list[PoolRouting]:
@@ -118,16 +191,22 @@ class ModalityRouter(MegatronModule):
         """
         scores = [self._scores(pool, tokens, stream) for pool, tokens in zip(self.pools, inputs)]
         gates = [torch.softmax(score.noisy, dim=1) for score in scores]
-        losses = self._auxiliary_losses(scores)
         routings = []
-        for index, (pool, score, full) in enumerate(zip(self.pools, scores, gates)):
+        for pool, (_, _, mask), full, losses in zip(
+            self.pools, scores, gates, self._auxiliary_losses(scores)
+        ):
             gate, expert = top_k_experts(full, self.moe.topk)
-            total = self._weighted(pool, losses[index])
+            total = self.get_submodule(pool.name).weight.new_zeros(())
+            for term, loss in losses.items():
+                total = total + getattr(self._aux(pool), term) * loss
+            total = self.moe.aux_loss_coefficient * total
             # Priority is the gate as it is, also where the combine weights are normalised.
-            routing = self._assign(pool, gate, expert, score.mask, capacity_factor)
+            routing = self._assign(pool, gate, expert, mask, capacity_factor)
             if self.moe.normalize_gate:
                 routing = replace(routing, gate=gate / gate.sum(dim=1, keepdim=True))
-            self._record(routing, score, full, losses[index], total, stream)
+            # A recomputed block runs twice in training; only the pass that builds the graph counts.
+            if len(full) and (torch.is_grad_enabled() or not self.training):
+                self.recorder.add(routing, full, mask, losses, total.detach(), stream)
             if self._trains() and total.requires_grad:
                 attached = MoEAuxLossAutoScaler.apply(routing.gate, total)
                 routing = replace(routing, gate=attached)
@@ -173,42 +252,28 @@ class ModalityRouter(MegatronModule):
 
     def _auxiliary_losses(self, scores: Sequence[_Scores]) -> list[dict[str, Tensor]]:
         """Losses of every pool over the tokens of all tensor-parallel ranks; one all-reduce per block."""
-        parts = []
-        for pool, score in zip(self.pools, scores):
-            terms = self._terms(pool)
-            if terms:
+        losses: list[dict[str, Tensor]] = [{} for _ in scores]
+        parts = {}
+        for index, (pool, score) in enumerate(zip(self.pools, scores)):
+            if terms := self._terms(pool):
                 sigma = self._noise_std(pool)
-                parts.append(
-                    compute_router_statistics(
-                        score.clean, score.noisy, self.moe.topk, sigma, terms, score.mask
-                    )
+                parts[index] = compute_router_statistics(
+                    score.clean, score.noisy, self.moe.topk, sigma, terms, score.mask
                 )
         if not parts:
-            return [{} for _ in scores]
-        statistics = torch.cat(parts)
+            return losses
+        statistics = torch.cat(list(parts.values()))
         if self.tp_group.size() > 1:
             statistics = reduce_from_tensor_model_parallel_region(statistics, group=self.tp_group)
-        losses, start = [], 0
-        for pool in self.pools:
-            terms = self._terms(pool)
-            size = statistics_size(terms, pool.num_experts) if terms else 0
-            part = statistics[start : start + size]
-            start += size
+        sums = statistics.split([len(part) for part in parts.values()])
+        for index, part in zip(parts, sums):
+            pool = self.pools[index]
             experts = self._aux(pool).global_entropy_experts
             threshold = math.log(experts) if experts > 0.0 else None
-            losses.append(
-                losses_from_statistics(part, terms, pool.num_experts, self.moe.topk, threshold)
-                if terms
-                else {}
+            losses[index] = losses_from_statistics(
+                part, self._terms(pool), pool.num_experts, self.moe.topk, threshold
             )
         return losses
-
-    def _weighted(self, pool: Branch, losses: dict[str, Tensor]) -> Tensor:
-        weights = self._aux(pool)
-        total = self.get_submodule(pool.name).weight.new_zeros(())
-        for term, loss in losses.items():
-            total = total + getattr(weights, term) * loss
-        return self.moe.aux_loss_coefficient * total
 
     def _assign(
         self,
@@ -234,30 +299,3 @@ class ModalityRouter(MegatronModule):
             gate.detach(), expert, pool.num_experts, capacity, mask, self.moe.batch_priority
         )
         return PoolRouting(pool, gate, expert, slots.token_kept, capacity, slots)
-
-    def _record(
-        self,
-        routing: PoolRouting,
-        score: _Scores,
-        gates: Tensor,
-        losses: dict[str, Tensor],
-        total: Tensor,
-        stream: StreamBatch,
-    ) -> None:
-        # A recomputed block runs twice in training; only the pass that builds the graph counts.
-        if self.training and not torch.is_grad_enabled():
-            return
-        if not len(gates):
-            return
-        pool = routing.pool
-        if routing.slots is not None:
-            load = routing.slots.load
-            slots = gates.new_full((), routing.capacity * pool.num_experts)
-        else:
-            load = torch.zeros(pool.num_experts, device=gates.device)
-            load.scatter_add_(0, routing.expert.reshape(-1), routing.kept.reshape(-1).float())
-            slots = load.sum()
-        record = PoolRecord(
-            pool, gates, routing.kept, load, score.mask, slots, losses, total.detach()
-        )
-        self.recorder.add(record, stream.layout, stream.tensor_size)

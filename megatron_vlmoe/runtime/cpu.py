@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
 from megatron.core.tensor_parallel import random
@@ -24,53 +24,26 @@ CPU = torch.device("cpu")
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
 
 
-class _InertStream:
-    """Stands for a CUDA stream: every operation is already done."""
+class _Inert:
+    """Stands for a CUDA stream or event: all its work is done, and there is nothing to wait for."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.device = CPU
-
-    def wait_stream(self, stream: object) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: object) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def record_event(self, event: object = None) -> _InertEvent:
-        """An event that has already happened."""
-        return _InertEvent()
-
-    def query(self) -> bool:
-        """All work is done."""
-        return True
-
-
-class _InertEvent:
-    """Stands for a CUDA event."""
+    device = CPU
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def record(self, stream: object = None) -> None:
-        """Nothing to record."""
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
-    def wait(self, stream: object = None) -> None:
-        """Nothing to wait for."""
+    wait_stream = wait_event = synchronize = record = wait = _nothing
 
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
+    def record_event(self, event: object = None) -> _Inert:
+        """An event that has already happened."""
+        return self
 
     def query(self) -> bool:
-        """The event has happened."""
+        """All work is done."""
         return True
-
-
-@contextlib.contextmanager
-def _inert_context(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -89,55 +62,20 @@ def _is_cuda_name(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(factory)
+def _on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, with the CPU wherever an argument names a CUDA device."""
+
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda_name(kwargs.get("device")):
             kwargs["device"] = CPU
-        return factory(*args, **kwargs)
+        return function(*(CPU if _is_cuda_name(value) else value for value in args), **kwargs)
 
     return call
 
 
-def _patch_devices() -> None:
-    for name in FACTORIES:
-        _replace(torch, name, _on_cpu(getattr(torch, name)))
-    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
-    _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
-    plain_to = torch.Tensor.to
-
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda_name(args[0]):
-            args = (CPU, *args[1:])
-        if _is_cuda_name(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return plain_to(self, *args, **kwargs)
-
-    _replace(torch.Tensor, "to", to)
-
-
-def _patch_cuda_module() -> None:
-    cuda = torch.cuda
-    _replace(cuda, "current_device", lambda: CPU)
-    _replace(cuda, "set_device", lambda device: None)
-    _replace(cuda, "synchronize", lambda device=None: None)
-    _replace(cuda, "empty_cache", lambda: None)
-    _replace(cuda, "Stream", _InertStream)
-    _replace(cuda, "Event", _InertEvent)
-    _replace(cuda, "stream", _inert_context)
-    shared = _InertStream()
-    _replace(cuda, "current_stream", lambda device=None: shared)
-    _replace(cuda, "default_stream", lambda device=None: shared)
-    _replace(cuda, "manual_seed", torch.default_generator.manual_seed)
-    _replace(cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
-    _replace(cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state))
-    _replace(cuda.nvtx, "range_push", lambda *args, **kwargs: None)
-    _replace(cuda.nvtx, "range_pop", lambda *args, **kwargs: None)
-
-
-def _patch_tensor_type() -> None:
-    # The optimizers compare param.type() with 'torch.cuda.FloatTensor'; only they get that spelling.
-    plain_type = torch.Tensor.type
+def _with_cuda_spelling(plain_type: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type` as megatron-core's optimizers expect it, which compare it with 'torch.cuda.FloatTensor'."""
 
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         value = plain_type(self, *args, **kwargs)
@@ -148,22 +86,7 @@ def _patch_tensor_type() -> None:
             return value.replace("torch.", "torch.cuda.", 1)
         return value
 
-    _replace(torch.Tensor, "type", tensor_type)
-
-
-def _patch_megatron() -> None:
-    _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    _replace(
-        random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
-    )
-
-    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # The original converts CUDA tensors only, but all_to_all_single wants numpy splits on CPU too.
-        if torch.is_tensor(tensor) and as_numpy:
-            return tensor.numpy()
-        return tensor
-
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
+    return tensor_type
 
 
 def install_cpu_runtime() -> bool:
@@ -181,8 +104,35 @@ def install_cpu_runtime() -> bool:
         return True
     # torch caches its factories for `with torch.device(...)`: fill the cache while they are its own.
     _device_constructors()
-    _patch_cuda_module()
-    _patch_devices()
-    _patch_tensor_type()
-    _patch_megatron()
+    cuda, shared = torch.cuda, _Inert()
+    _replace(cuda, "current_device", lambda: CPU)
+    _replace(cuda, "set_device", lambda device: None)
+    _replace(cuda, "synchronize", lambda device=None: None)
+    _replace(cuda, "empty_cache", lambda: None)
+    _replace(cuda, "Stream", _Inert)
+    _replace(cuda, "Event", _Inert)
+    _replace(cuda, "stream", contextlib.nullcontext)
+    _replace(cuda, "current_stream", lambda device=None: shared)
+    _replace(cuda, "default_stream", lambda device=None: shared)
+    _replace(cuda, "manual_seed", torch.default_generator.manual_seed)
+    _replace(cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
+    _replace(cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state))
+    _replace(cuda.nvtx, "range_push", lambda *args, **kwargs: None)
+    _replace(cuda.nvtx, "range_pop", lambda *args, **kwargs: None)
+    for name in FACTORIES:
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
+    _replace(torch.Tensor, "to", _on_cpu(torch.Tensor.to))
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "type", _with_cuda_spelling(torch.Tensor.type))
+    _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(
+        random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
+    )
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # The original converts CUDA tensors only, but all_to_all_single wants numpy splits on CPU too.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
     return True

@@ -1,4 +1,4 @@
-"""Process groups, device and ranks of this process."""
+"""Process groups, device, number format and ranks of this process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_vlmoe.config.schema import ParallelConfig
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import ParallelConfig, Precision, TrainConfig
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
-from megatron_vlmoe.runtime.optimizer import install_adam, install_grad_norm
+from megatron_vlmoe.runtime.optimizer import install_fallbacks
 from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.stream.sizes import data_parallel_size
 
@@ -27,6 +28,26 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def resolve_precision(train: TrainConfig) -> Precision:
+    """The precision of this machine.
+
+    Raises:
+        ConfigError: if the device cannot compute in the requested format.
+    """
+    if not torch.cuda.is_available():
+        if train.precision == "fp16":
+            raise ConfigError("train.precision=fp16 needs a GPU; use fp32 or bf16 on CPU")
+        return "fp32" if train.precision == "auto" else train.precision
+    bf16 = torch.cuda.get_device_capability()[0] >= 8
+    if train.precision == "bf16" and not bf16:
+        raise ConfigError(
+            "train.precision=bf16 needs a GPU of compute capability 8.0; use fp16 here"
+        )
+    if train.precision == "auto":
+        return "bf16" if bf16 else "fp16"
+    return train.precision
+
+
 def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False) -> Ranks:
     """Starts torch.distributed and megatron-core's process groups.
 
@@ -36,8 +57,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
         ConfigError: if the layout does not fit the number of processes.
     """
     on_cpu = install_cpu_runtime()
-    install_adam()
-    install_grad_norm()
+    install_fallbacks()
     data_parallel_size(parallel, environment_world_size())
     if not dist.is_initialized():
         if not on_cpu:

@@ -50,10 +50,8 @@ class StagedFile:
 
     def write(self, content: Any) -> None:
         """Appends bytes or text."""
-        try:
+        with naming(self.path):
             self.file.write(content)
-        except OSError as error:
-            raise _named(error, self.path) from error
 
     def finish(self) -> None:
         """Syncs and closes the file, which keeps its temporary name."""

@@ -22,13 +22,7 @@ from torch import Tensor
 class GroupStepAdamW(torch.optim.Optimizer):
     """Decoupled-weight-decay Adam with FusedAdam's state layout (`exp_avg`, `exp_avg_sq`, group `step`).
 
-    Args:
-        params: parameters or groups.
-        lr: learning rate.
-        betas: decay of the first and second moment.
-        eps: denominator term.
-        weight_decay: decoupled weight decay.
-        **unused: options of FusedAdam without meaning here (`capturable`, `master_weights`, ...).
+    Of FusedAdam's options, some are without meaning here (`capturable`, `master_weights`, ...).
     """
 
     def __init__(
@@ -57,18 +51,17 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
-            device = parameters[0].device
             # The kernel reads each tensor's own step count and expects it not yet advanced twice.
             # Filled on the device: a number copied there would wait for all work before it.
+            device = parameters[0].device
             step = torch.full((), float(group["step"]), dtype=torch.float32, device=device)
-            steps = [step] * len(parameters)
             torch._fused_adamw_(
                 parameters,
                 [p.grad for p in parameters],
                 [self.state[p]["exp_avg"] for p in parameters],
                 [self.state[p]["exp_avg_sq"] for p in parameters],
                 [],
-                steps,
+                [step] * len(parameters),
                 amsgrad=False,
                 lr=group["lr"],
                 beta1=group["betas"][0],
@@ -79,56 +72,37 @@ class GroupStepAdamW(torch.optim.Optimizer):
             )
 
 
-def install_adam() -> str:
-    """Makes megatron-core use :class:`GroupStepAdamW` where it would fall back to torch's AdamW.
+def l2_norm(
+    chunk_size: int, no_op: Tensor, tensor_lists: Sequence[Sequence[Tensor]], *unused: Any
+) -> tuple[Tensor, None]:
+    """Norm ``[1]`` of all tensors together, which are of one dtype, on their device.
 
-    Returns:
-        The name of the Adam that megatron-core uses afterwards.
+    The signature is megatron-core's, after apex; only `tensor_lists` has a meaning here.
+    """
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float32).reshape(1), None
+
+
+def install_fallbacks() -> None:
+    """Puts `GroupStepAdamW` and `l2_norm` where megatron-core fell back; TransformerEngine's and apex's stay.
 
     Raises:
-        RuntimeError: if megatron-core's optimizer modules do not have the expected names.
+        RuntimeError: if megatron-core's modules do not have the expected names.
     """
     for module, name in (
         (chooser, "Adam"),
         (chooser, "USING_PYTORCH_OPTIMIZER"),
         (distrib_optimizer, "HAVE_APEX_OR_TE"),
         (distrib_optimizer, "USING_TE_OPTIMIZER"),
+        (utils, "local_multi_tensor_l2_norm"),
+        (clip_grads, "l2_norm_impl"),
     ):
         if not hasattr(module, name):
             raise RuntimeError(f"megatron-core's {module.__name__} has no {name}; 0.16.1 is needed")
-    if not chooser.USING_PYTORCH_OPTIMIZER:
-        return f"{chooser.Adam.__module__}.{chooser.Adam.__name__}"
-    chooser.Adam = GroupStepAdamW
-    chooser.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = GroupStepAdamW
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_TE_OPTIMIZER = True
-    return "torch._fused_adamw_ (no transformer-engine, no apex)"
-
-
-def l2_norm(
-    chunk_size: int, no_op: Tensor, tensor_lists: Sequence[Sequence[Tensor]], *unused: Any
-) -> tuple[Tensor, None]:
-    """Norm ``[1]`` of all tensors together, on their device (megatron-core's signature, after apex).
-
-    Args:
-        chunk_size: without meaning here, as is `no_op`.
-        no_op: flag of apex.
-        tensor_lists: at least one tensor; all of one dtype on one device.
-        *unused: further options of apex.
-    """
-    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
-    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float32).reshape(1), None
-
-
-def install_grad_norm() -> None:
-    """Puts :func:`l2_norm` where megatron-core fell back to its own; TransformerEngine's and apex's stay.
-
-    Raises:
-        RuntimeError: if megatron-core has no such fallback.
-    """
-    for module, name in ((utils, "local_multi_tensor_l2_norm"), (clip_grads, "l2_norm_impl")):
-        if not hasattr(module, name):
-            raise RuntimeError(f"megatron-core's {module.__name__} has no {name}; 0.16.1 is needed")
+    if chooser.USING_PYTORCH_OPTIMIZER:
+        chooser.Adam = distrib_optimizer.Adam = GroupStepAdamW
+        chooser.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_TE_OPTIMIZER = True
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm

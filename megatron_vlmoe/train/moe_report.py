@@ -14,7 +14,7 @@ from megatron_vlmoe.model.block import MoMELayer
 from megatron_vlmoe.model.feed_forward import MoMEFeedForward
 from megatron_vlmoe.model.vlmoe import VLMoEModel
 from megatron_vlmoe.moe.aux_losses import TERMS
-from megatron_vlmoe.moe.stats import HEADER, counter_size
+from megatron_vlmoe.moe.router import HEADER
 from megatron_vlmoe.runtime.distributed import device
 from megatron_vlmoe.stream.block_plan import block_plans
 from megatron_vlmoe.stream.layout import SEGMENTS
@@ -42,11 +42,11 @@ def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, 
                     mine[layer.layer_number, name] = vector
     vectors = []
     for number, pool in slots:
-        size = counter_size(pool.num_experts)
-        vectors.append(mine.get((number, pool.name), torch.zeros(size, device=device())))
+        empty = torch.zeros(len(HEADER) + pool.num_experts, device=device())
+        vectors.append(mine.get((number, pool.name), empty))
     flat = torch.cat(vectors).double()
     dist.all_reduce(flat)
-    parts = flat.cpu().split([counter_size(pool.num_experts) for _, pool in slots])
+    parts = flat.cpu().split([len(vector) for vector in vectors])
     return {(number, pool.name): part for (number, pool), part in zip(slots, parts)}
 
 

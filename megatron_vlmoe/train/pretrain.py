@@ -9,9 +9,14 @@ from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.data.batches import PretrainData
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.planning.validate import validate
-from megatron_vlmoe.runtime.distributed import destroy, device, initialize, is_rank_zero
+from megatron_vlmoe.runtime.distributed import (
+    destroy,
+    device,
+    initialize,
+    is_rank_zero,
+    resolve_precision,
+)
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
-from megatron_vlmoe.runtime.precision import resolve_precision
 from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.train.objective import PretrainSource

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Sequence
+
+import torch
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.dry_run import nodes_crossed
-from megatron_vlmoe.runtime.probe import accelerator_report, unusable_packages
 from megatron_vlmoe.runtime.ranks import Ranks, environment_rank
 from megatron_vlmoe.train.run_log import open_run_log
 
 log = logging.getLogger("megatron_vlmoe")
+
+# Name, module, statement that works where the package does, and advice where it does not.
+PROBES = (
+    (
+        *("transformer-engine", "transformer_engine", "import transformer_engine.pytorch"),
+        "uninstall it or install `transformer-engine[pytorch]>=2.9,<2.12` built for this torch",
+    ),
+    (
+        # The `apex` on PyPI is an unrelated project; only NVIDIA's has this class.
+        *("apex", "apex", "from apex.optimizers import FusedAdam"),
+        "uninstall it (PyPI's apex is another project) or build NVIDIA/apex from source",
+    ),
+)
 
 
 def make_run_folder(config: RunConfig) -> None:
@@ -36,10 +53,26 @@ def make_run_folder(config: RunConfig) -> None:
 
 
 def report_packages() -> None:
-    """One line about optional packages; an unusable one is an error."""
+    """One line about the device and optional packages; an unusable one is an error, with advice.
+
+    megatron-core itself cannot be imported beside such a package.
+    """
+    where = "no GPU: CPU runtime over gloo"
+    if torch.cuda.is_available():
+        where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    parts, problems = [f"torch {torch.__version__}", where], []
+    for name, module, statement, advice in PROBES:
+        state = "not installed"
+        if importlib.util.find_spec(module) is not None:
+            # In another process: a broken package may raise anything, or abort.
+            probe = [sys.executable, "-c", statement]
+            state = "used"
+            if subprocess.run(probe, capture_output=True, timeout=120).returncode:
+                state = f"unusable ({advice})"
+                problems.append(f"{name} is installed but unusable: {advice}")
+        parts.append(f"{name}: {state}")
     if environment_rank() == 0:
-        log.info(accelerator_report())
-    problems = unusable_packages()
+        log.info(", ".join(parts))
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -48,18 +81,16 @@ def log_layout(
     config: RunConfig, ranks: Ranks, precision: str, micro_batches: int, summary: Sequence[str]
 ) -> None:
     """The layout, a warning where experts span nodes, and the data; 0 micro-batches: a run without training."""
-    parallel = config.parallel
-    steps = f", {micro_batches} micro-batch(es) per step" if micro_batches else ""
     log.info(
         "layout: TP %d, PP %d (virtual %d), EP %d, DP %d on %d rank(s), %s%s",
         ranks.tensor_size,
         ranks.pipeline_size,
-        parallel.virtual_pipeline_model_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size,
         ranks.expert_size,
         ranks.data_size,
         ranks.world_size,
         precision,
-        steps,
+        f", {micro_batches} micro-batch(es) per step" if micro_batches else "",
     )
     if ranks.rank == 0 and nodes_crossed(
         ranks.expert_size, ranks.world_size, ranks.pipeline_size, ranks.local_world_size

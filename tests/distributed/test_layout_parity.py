@@ -13,7 +13,7 @@ import pytest
 from helpers import Layout, Workers, assert_close, assert_identical, layout
 from training_runs import run
 
-from megatron_vlmoe.moe.stats import HEADER
+from megatron_vlmoe.moe.router import HEADER
 
 SGD = (
     *("--optim.optimizer", "sgd", "--optim.lr", "0.3", "--optim.clip_grad", "1.0"),

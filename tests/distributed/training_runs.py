@@ -13,8 +13,7 @@ def start(where: Layout, *arguments: str) -> tuple[Any, Any, Any, Any]:
     """Process groups, model and data of a run: configuration, ranks, training parts, random data."""
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
-    from megatron_vlmoe.runtime.distributed import initialize
-    from megatron_vlmoe.runtime.precision import resolve_precision
+    from megatron_vlmoe.runtime.distributed import initialize, resolve_precision
 
     config = small_config(*arguments, where=where)
     ranks = initialize(config.parallel, config.train.seed)
