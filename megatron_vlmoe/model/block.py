@@ -1,42 +1,218 @@
-"""One MoME block and the stack of blocks of a pipeline stage."""
+"""One MoME block: self-attention within samples, then a feed-forward branch per modality; and a stage's stack of them.
+
+Letters: T tokens of the stream (of all tensor-parallel ranks inside attention), D width, H heads on this rank, K head
+width, n samples, L tokens.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Optional
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any, Optional, Union
 
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.process_groups_config import ProcessGroupCollection
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
-    get_transformer_layer_offset,
 )
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.model.attention import StreamAttention, StreamSelfAttention
-from megatron_vlmoe.model.feed_forward import (
-    MoMEFeedForward,
-    MoMEFeedForwardSubmodules,
-    dense_ffn_spec,
-)
+from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
 from megatron_vlmoe.stream.batch import StreamBatch
-from megatron_vlmoe.stream.block_plan import BlockPlan, block_plan
+from megatron_vlmoe.stream.block_plan import BlockPlan
+
+
+class StreamAttention(MegatronModule):
+    """The `core_attention` of megatron-core's SelfAttention; the StreamBatch comes as attention_mask.
+
+    Each sample attends within itself, the two halves of a pair together.
+
+    Args:
+        config: megatron-core configuration.
+        layer_number: block number from 1.
+        backend: `sdpa` lets torch choose the kernel, `math` forces the plain one.
+        **unused: megatron-core's other constructor arguments.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, backend: str, **unused: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: StreamBatch,
+        **unused: Any,
+    ) -> Tensor:
+        """Query, key and value ``[T, 1, H, K]`` to ``[T, 1, H * K]``."""
+        stream = attention_mask
+        layout, gathered = stream.layout, stream.tensor_size
+        parts: dict[str, Tensor] = {}
+        q, k, v = (layout.segments(x.squeeze(1), gathered) for x in (query, key, value))
+        if layout.texts:
+            mask, documents = stream.sample_mask("texts"), stream.text_documents
+            if documents is not None:
+                mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+            elif mask is not None:
+                mask = mask[:, None, None, :]
+            parts["texts"] = self._attend(q["texts"], k["texts"], v["texts"], mask)
+        if layout.pairs:
+            captions = stream.sample_mask("pair_texts")
+            assert captions is not None, "pairs need the lengths of their captions"
+            images = captions.new_ones(captions.shape[0], layout.image_length)
+            mask = torch.cat([captions, images], dim=1)[:, None, None, :]
+            pq, pk, pv = (torch.cat([x["pair_texts"], x["pair_images"]], dim=1) for x in (q, k, v))
+            parts["pair_texts"], parts["pair_images"] = self._attend(pq, pk, pv, mask).split(
+                [layout.pair_text_length, layout.image_length], dim=1
+            )
+        if layout.images:
+            parts["images"] = self._attend(q["images"], k["images"], v["images"], None)
+        output = layout.assemble(parts, gathered)
+        return output.reshape(output.shape[0], 1, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """``[n, L, H, K]`` within samples; the mask broadcasts to ``[n, H, L, L]``, True may be seen."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        plain = self.backend == "math"
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return output.transpose(1, 2)
+
+
+class StreamSelfAttention(SelfAttention):
+    """Shared self-attention whose key has no bias (BEiT, VLMo).
+
+    The key's part of the fused bias starts at zero and its gradient, which is zero up to rounding, is
+    removed: an adaptive optimizer would otherwise turn the rounding into steps.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        bias = self.linear_qkv.bias
+        width = self.hidden_size_per_attention_head
+
+        def without_key(grad: Tensor) -> Tensor:
+            kept = grad.clone()
+            # In place on the device: a mask held on the host would be copied there in every step.
+            kept.view(-1, 3, width)[:, 1].zero_()
+            return kept
+
+        bias.register_hook(without_key)
+
+
+@dataclass
+class MoMEFeedForwardSubmodules:
+    """Specs: LayerNorm of every branch, FFN of a dense branch, and the layer that holds all pools of the block."""
+
+    norm: Union[ModuleSpec, type]
+    dense: ModuleSpec
+    moe: ModuleSpec
+
+
+class MoMEFeedForward(MegatronModule):
+    """Routes tokens by modality (paper section 3.2): V-FFN or V-MoE, T-FFN or T-MoE, VL-FFN.
+
+    Args:
+        config: megatron-core configuration.
+        submodules: specs of the branches.
+        plan: which branches the block has.
+        moe: routing options of the pools.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoMEFeedForwardSubmodules,
+        plan: BlockPlan,
+        moe: MoEConfig,
+    ) -> None:
+        super().__init__(config=config)
+        self.plan = plan
+        # Direct children: inside a ModuleDict megatron-core would save tensor-parallel shards as replicas.
+        for branch in plan.branches:
+            norm = build_module(
+                submodules.norm,
+                config=config,
+                hidden_size=config.hidden_size,
+                eps=config.layernorm_epsilon,
+            )
+            self.add_module(f"{branch.name}_norm", norm)
+        for branch in plan.dense:
+            ffn = build_module(
+                submodules.dense,
+                config=config,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+            )
+            self.add_module(f"{branch.name}_ffn", ffn)
+        self.moe: ModalityMoELayer | None = None
+        if plan.pools:
+            self.moe = build_module(submodules.moe, config=config, plan=plan, moe=moe)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """megatron-core's check that the spec's plan belongs to this block."""
+        if layer_number != self.plan.layer_number:
+            raise ValueError(f"block {layer_number} was given the plan of {self.plan.layer_number}")
+
+    def norm(self, branch: str) -> nn.Module:
+        """The LayerNorm of a branch."""
+        return self.get_submodule(f"{branch}_norm")
+
+    def ffn(self, branch: str) -> nn.Module:
+        """The FFN of a dense branch."""
+        return self.get_submodule(f"{branch}_ffn")
+
+    def forward(self, hidden: Tensor, stream: StreamBatch) -> Tensor:
+        """Branch outputs for the local stream: ``[T, 1, D]`` to ``[T, 1, D]``."""
+        layout = stream.layout
+        branches = [b for b in self.plan.branches if b.num_tokens(layout)]
+        runs = [(part, branch.name) for branch in branches for part in branch.slices(layout)]
+        runs.sort(key=lambda run: (run[0].start, run[0].stop))
+        # One split: its gradient is one concatenation, where every slice would fill a whole stream.
+        pieces = hidden.split([part.stop - part.start for part, _ in runs])
+        inputs = {}
+        for branch in branches:
+            own = [piece for piece, (_, name) in zip(pieces, runs) if name == branch.name]
+            tokens = own[0] if len(own) == 1 else torch.cat(own)
+            inputs[branch.name] = self.norm(branch.name)(tokens)
+        outputs = {}
+        for branch in branches:
+            if not branch.num_experts:
+                output, bias = self.ffn(branch.name)(inputs[branch.name])
+                outputs[branch.name] = output if bias is None else output + bias
+        if self.moe is not None:
+            # Every pool takes part in every micro-batch, also without tokens: collectives must match.
+            pools = self.plan.pools
+            pool_inputs = [inputs.get(pool.name, hidden[:0]) for pool in pools]
+            for pool, output in zip(pools, self.moe(pool_inputs, stream)):
+                outputs[pool.name] = output
+        parts = {
+            branch.name: iter(
+                outputs[branch.name].split([p.stop - p.start for p in branch.slices(layout)])
+            )
+            for branch in branches
+        }
+        return torch.cat([next(parts[name]) for _, name in runs])
 
 
 class MoMELayer(TransformerLayer):
@@ -100,9 +276,11 @@ class MoMELayer(TransformerLayer):
         scale = None
         if self.training:
             scale = stream.keep_scale(self.layer_number, purpose, self.drop_rate, hidden.device)
-        if scale is None:
-            return hidden + branch
-        return torch.addcmul(hidden, branch, scale.to(branch.dtype))
+        return (
+            hidden + branch
+            if scale is None
+            else torch.addcmul(hidden, branch, scale.to(branch.dtype))
+        )
 
 
 class MoMEBlock(TransformerBlock):
@@ -139,16 +317,19 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=_core_attention(config.model.attention_backend),
+            core_attention=functools.partial(
+                StreamAttention, backend=config.model.attention_backend
+            ),
             linear_proj=RowParallelLinear,
         ),
     )
+    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     feed_forward = ModuleSpec(
         module=MoMEFeedForward,
         params={"plan": plan, "moe": config.moe},
         submodules=MoMEFeedForwardSubmodules(
             norm=LayerNorm,
-            dense=dense_ffn_spec(),
+            dense=ModuleSpec(module=MLP, submodules=dense),
             moe=ModuleSpec(module=ModalityMoELayer, submodules=moe_submodules(plan, config.moe)),
         ),
     )
@@ -164,38 +345,4 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
             pre_mlp_layernorm=IdentityOp,
             mlp=feed_forward,
         ),
-    )
-
-
-def _core_attention(backend: str) -> Any:
-    def build(**kwargs: Any) -> StreamAttention:
-        return StreamAttention(backend=backend, **kwargs)
-
-    return build
-
-
-def build_block(
-    config: RunConfig,
-    transformer_config: TransformerConfig,
-    pre_process: bool,
-    post_process: bool,
-    vp_stage: Optional[int],
-) -> MoMEBlock:
-    """The blocks of this rank's pipeline stage."""
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    pp_rank = groups.pp.rank()
-    count = get_num_layers_to_build(transformer_config, vp_stage=vp_stage, pp_rank=pp_rank)
-    offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
-    plans = [
-        block_plan(config.model, config.moe, number)
-        for number in range(offset + 1, offset + count + 1)
-    ]
-    return MoMEBlock(
-        config=transformer_config,
-        spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(config, plan) for plan in plans], layer_norm=LayerNorm
-        ),
-        pre_process=pre_process,
-        post_process=post_process,
-        vp_stage=vp_stage,
     )

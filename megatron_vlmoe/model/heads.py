@@ -27,20 +27,14 @@ from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 
 class VocabHead(MegatronModule):
-    """Linear ``D -> V`` with bias, sharded over the vocabulary; rows beyond V are padding.
-
-    Args:
-        config: megatron-core configuration.
-        num_classes: V.
-    """
+    """Linear ``D -> V`` with bias, sharded over the vocabulary; rows beyond V are padding."""
 
     def __init__(self, config: TransformerConfig, num_classes: int) -> None:
         super().__init__(config=config)
-        self.num_classes = num_classes
-        self.padded = padded_vocab_size(num_classes)
+        padded = padded_vocab_size(num_classes)
         self.linear = ColumnParallelLinear(
             config.hidden_size,
-            self.padded,
+            padded,
             config=config,
             init_method=lambda tensor: None,
             bias=True,
@@ -48,7 +42,7 @@ class VocabHead(MegatronModule):
             skip_bias_add=False,
         )
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
-        rows = self.padded // self.tp_group.size()
+        rows = padded // self.tp_group.size()
         self.first_row = rows * self.tp_group.rank()
         self.valid_rows = max(0, min(rows, num_classes - self.first_row))
 
@@ -125,13 +119,7 @@ class MaskedHeads(Heads):
     def forward(
         self, hidden: Tensor, batch: Batch, stream: StreamBatch
     ) -> dict[SegmentName, Predicted]:
-        """What is predicted of every segment that the layout has, over the whole micro-batch.
-
-        Args:
-            hidden: the local stream ``[T, 1, D]`` after the last LayerNorm.
-            batch: `positions` within a sample and `labels` of every segment.
-            stream: the micro-batch.
-        """
+        """What is predicted at the `positions` of every segment that the layout has, over the whole micro-batch."""
         result: dict[SegmentName, Predicted] = {}
         for head, segments in ((self.text, TEXT_SEGMENTS), (self.image, VISION_SEGMENTS)):
             present = [segment for segment in segments if stream.layout.count(segment)]
@@ -163,7 +151,10 @@ def _predict(
         # Positions of images count patches; [I_CLS] stands before them.
         offset = 1 if segment in VISION_SEGMENTS else 0
         positions = stream.share(batch[segment]["positions"]) + offset
-        rows.append(_select(samples, positions))
+        n, length, width = samples.shape
+        start = torch.arange(n, device=positions.device).unsqueeze(1) * length
+        places = (positions + start).reshape(-1)
+        rows.append(samples.reshape(n * length, width).index_select(0, places))
         labels.append(batch[segment]["labels"].reshape(stream.tensor_size, -1))
         sizes.append(rows[-1].shape[0])
     logits = head(torch.cat(rows).unsqueeze(1))
@@ -181,10 +172,3 @@ def _predict(
         segment: Predicted(loss, hit)
         for segment, loss, hit in zip(segments, by_segment(losses), hits)
     }
-
-
-def _select(samples: Tensor, positions: Tensor) -> Tensor:
-    """Rows of ``[n, L, D]`` at positions ``[n, M]``: ``[n * M, D]``."""
-    n, length, width = samples.shape
-    start = torch.arange(n, device=positions.device).unsqueeze(1) * length
-    return samples.reshape(n * length, width).index_select(0, (positions + start).reshape(-1))

@@ -1,7 +1,9 @@
-"""Whole initial tensors as a pure function of (seed, parameter name, expert number).
+"""What whole parameters start from, as a pure function of (seed, name, expert number) or of another model's positions.
 
 Values follow BEiT (paper section 4.1): truncated normal cut at one standard deviation, zero biases, and block l's
 attention and FFN output matrices divided by sqrt(2 l). Needs no megatron-core, so that converters start at once.
+
+Letters: N patches, g patches along a side, D width, R rows of a table.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import ModelConfig
@@ -69,3 +72,47 @@ def _draw(
         # Rows that only pad the vocabulary take no part in training; zeros stay zeros, also through an export.
         value[getattr(model, vocabulary) :] = 0.0
     return value
+
+
+def resize_image_positions(table: Tensor, num_patches: int) -> Tensor:
+    """Positions of [I_CLS] and N patches for another number of patches.
+
+    The row of [I_CLS] stays; the square of patch positions is interpolated bicubically, with corners not aligned
+    (BEiT v2, BEiT-3).
+
+    Args:
+        table: ``[1 + g * g, D]``.
+        num_patches: wanted ``N = g' * g'``.
+
+    Returns:
+        ``[1 + N, D]`` in the table's dtype.
+
+    Raises:
+        ValueError: if either number of patches is not a square.
+    """
+    old, new = math.isqrt(table.shape[0] - 1), math.isqrt(num_patches)
+    for side, patches in ((old, table.shape[0] - 1), (new, num_patches)):
+        if side * side != patches:
+            raise ValueError(f"{patches} patches are not a square")
+    if old == new:
+        return table
+    grid = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    rows = resized.permute(0, 2, 3, 1).reshape(num_patches, -1)
+    return torch.cat([table[:1], rows.to(table.dtype)])
+
+
+def resize_text_positions(table: Tensor, fresh: Tensor) -> Tensor:
+    """Positions for another text length: the known ones, then, where the text is longer, fresh ones.
+
+    Args:
+        table: ``[R, D]``, trained.
+        fresh: ``[R', D]``, initial values of the wanted table.
+
+    Returns:
+        ``[R', D]``.
+    """
+    result = fresh.clone()
+    rows = min(table.shape[0], fresh.shape[0])
+    result[:rows] = table[:rows]
+    return result

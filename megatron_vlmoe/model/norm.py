@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import nn
 
 
 def mark_sequence_parallel(parameter: nn.Parameter, config: TransformerConfig) -> nn.Parameter:
@@ -14,23 +12,13 @@ def mark_sequence_parallel(parameter: nn.Parameter, config: TransformerConfig) -
     return parameter
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension (the signature is that of megatron-core's norm specs).
+class LayerNorm(nn.LayerNorm):
+    """torch's, under the signature of megatron-core's norm specs.
 
     megatron-core's own torch wrapper refuses sequence parallelism, which MoE with TP needs.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        dtype = config.params_dtype
-        self.weight = mark_sequence_parallel(
-            nn.Parameter(torch.ones(hidden_size, dtype=dtype)), config
-        )
-        self.bias = mark_sequence_parallel(
-            nn.Parameter(torch.zeros(hidden_size, dtype=dtype)), config
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalised ``[..., D]``."""
-        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        mark_sequence_parallel(self.weight, config)
+        mark_sequence_parallel(self.bias, config)

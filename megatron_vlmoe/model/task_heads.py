@@ -26,14 +26,7 @@ from megatron_vlmoe.stream.layout import StreamLayout
 
 
 class Linear(nn.Module):
-    """``y = W x + b`` on this rank's samples, with the whole matrix on every tensor-parallel rank.
-
-    Args:
-        config: megatron-core configuration.
-        inputs: width of x.
-        outputs: width of y.
-        bias: whether there is b.
-    """
+    """``y = W x + b`` on this rank's samples, with the whole matrix on every tensor-parallel rank."""
 
     def __init__(
         self, config: TransformerConfig, inputs: int, outputs: int, bias: bool = True
@@ -93,14 +86,10 @@ class TwoLayerClassifier(nn.Module):
 class TaskHeads(Heads):
     """Common to all tasks: takes vectors of samples out of the stream and gathers outputs over TP ranks."""
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config=config)
-        self.gathers = config.sequence_parallel
-
     def gathered(self, values: Tensor) -> Tensor:
         """``[n / TP, ...]`` of this rank to ``[n, ...]`` in fp32; each rank keeps the gradient of its own samples."""
         values = values.float()
-        if not self.gathers:
+        if not self.config.sequence_parallel:
             return values
         # The loss is computed alike on every rank: the gradient is split, not summed.
         return gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
@@ -114,30 +103,25 @@ class TaskHeads(Heads):
 class PairClassifier(TaskHeads):
     """VQA and other pairs: the final vector of [T_CLS] of text and image, pooled, to the classes."""
 
+    pairs = 1
+
     def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
         super().__init__(config)
+        width = self.pairs * config.hidden_size
         self.pooler = Pooler(config)
-        self.classifier = TwoLayerClassifier(config, config.hidden_size, run.task.num_classes)
+        self.classifier = TwoLayerClassifier(config, width, run.task.num_classes)
 
     def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
-        """`logits` ``[n, C]``."""
+        """`logits` ``[n, C]`` of the n samples, whose pairs follow each other."""
         pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
-        return {"logits": self.gathered(self.classifier(pooled))}
+        together = pooled.reshape(-1, self.pairs * pooled.shape[1])
+        return {"logits": self.gathered(self.classifier(together))}
 
 
-class TwoImageClassifier(TaskHeads):
+class TwoImageClassifier(PairClassifier):
     """NLVR2: pooled [T_CLS] of (sentence, left) and (sentence, right), concatenated, to the two classes."""
 
-    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
-        super().__init__(config)
-        self.pooler = Pooler(config)
-        self.classifier = TwoLayerClassifier(config, 2 * config.hidden_size, run.task.num_classes)
-
-    def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
-        """`logits` ``[n, C]`` of the n = pairs / 2 samples, whose two pairs follow each other."""
-        pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
-        both = pooled.reshape(pooled.shape[0] // 2, -1)
-        return {"logits": self.gathered(self.classifier(both))}
+    pairs = 2
 
 
 class ImageClassifier(TaskHeads):
@@ -199,9 +183,9 @@ class RetrievalHeads(TaskHeads):
 
     def unreached(self, layout: StreamLayout) -> dict[str, nn.Module]:
         """The matching head of a run without pairs."""
-        return (
-            {} if layout.pairs else {"heads.pooler": self.pooler, "heads.matching": self.matching}
-        )
+        if layout.pairs:
+            return {}
+        return {"heads.pooler": self.pooler, "heads.matching": self.matching}
 
 
 def build_task_heads(transformer_config: TransformerConfig, config: RunConfig) -> Heads:

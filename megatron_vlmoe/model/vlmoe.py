@@ -1,24 +1,94 @@
-"""VL-MoE: embed, blocks, heads, in pipeline stages."""
+"""VL-MoE: embed, blocks, heads, in pipeline stages; what their parameters start from, and which are frozen."""
 
 from __future__ import annotations
 
-from typing import Callable, Mapping, Optional, Union
+from typing import Callable, Mapping, Optional, Sequence, Union
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
 
-from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.model.block import build_block
+from megatron_vlmoe.config.schema import ModelConfig, Precision, RunConfig
+from megatron_vlmoe.model.block import MoMEBlock, MoMEFeedForward, MoMELayer, layer_spec
 from megatron_vlmoe.model.embeddings import StreamEmbedding
 from megatron_vlmoe.model.heads import Heads, MaskedHeads, Predicted
+from megatron_vlmoe.model.initial_values import EXPERT_KEY, full_initial_value, initial_experts
+from megatron_vlmoe.model.norm import LayerNorm
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
-from megatron_vlmoe.stream.layout import SegmentName
+from megatron_vlmoe.stream.block_plan import block_plans
+from megatron_vlmoe.stream.layout import SegmentName, StreamLayout
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BuildHeads = Callable[[TransformerConfig, RunConfig], Heads]
 """Makes what the last stage ends with: the heads of pretraining, or of a downstream task."""
+
+
+def build_transformer_config(config: RunConfig, precision: Precision) -> TransformerConfig:
+    """megatron-core's configuration of a run.
+
+    Initialisation is ours, dropout is off (the paper uses stochastic depth only), and
+    fusions that need apex or transformer-engine are off.
+    """
+    model, moe, parallel = config.model, config.moe, config.parallel
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    plans = block_plans(model, moe)
+    # Of the block with the most, over all its pools; None for a dense model.
+    num_experts = max(sum(pool.num_experts for pool in plan.pools) for plan in plans) or None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        layernorm_epsilon=model.layernorm_epsilon,
+        activation_func=F.gelu,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        params_dtype=DTYPES[precision],
+        pipeline_dtype=DTYPES[precision],
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.tensor_model_parallel_size > 1,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        batch_p2p_comm=parallel.batch_p2p_comm,
+        overlap_p2p_comm=virtual > 1,
+        deterministic_mode=False,
+        num_moe_experts=num_experts,
+        moe_ffn_hidden_size=model.ffn_hidden_size if num_experts else None,
+        moe_router_topk=moe.topk,
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="none",
+        # Only says that rows may have fewer than k experts; our router applies the capacity itself.
+        moe_expert_capacity_factor=1.0 if num_experts else None,
+        moe_token_dispatcher_type="alltoall",
+        moe_layer_freq=[int(bool(plan.pools)) for plan in plans],
+        recompute_granularity="full" if config.train.recompute == "full" else None,
+        recompute_method="uniform" if config.train.recompute == "full" else None,
+        recompute_num_layers=1 if config.train.recompute == "full" else None,
+    )
 
 
 class VLMoEModel(MegatronModule):
@@ -50,7 +120,19 @@ class VLMoEModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         if pre_process:
             self.embedding = StreamEmbedding(transformer_config, config.model, config.data)
-        self.decoder = build_block(config, transformer_config, pre_process, post_process, vp_stage)
+        pp_rank = ProcessGroupCollection.use_mpu_process_groups().pp.rank()
+        count = get_num_layers_to_build(transformer_config, vp_stage=vp_stage, pp_rank=pp_rank)
+        offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
+        plans = block_plans(config.model, config.moe)[offset : offset + count]
+        self.decoder = MoMEBlock(
+            config=transformer_config,
+            spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(config, plan) for plan in plans], layer_norm=LayerNorm
+            ),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
         if post_process:
             self.heads = build_heads(transformer_config, config)
 
@@ -59,19 +141,12 @@ class VLMoEModel(MegatronModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
-    def encode(self, batch: Batch, stream: StreamBatch) -> Tensor:
-        """Hidden states ``[T, 1, D]`` of the local stream after this stage's blocks."""
-        hidden = self.embedding(batch, stream) if self.pre_process else None
-        return self.decoder(hidden, stream)
-
     def forward(
         self, batch: Batch, stream: StreamBatch
     ) -> Union[Tensor, Mapping[str, Tensor], Mapping[SegmentName, Predicted]]:
-        """Hidden states for the next stage; on the last stage what the heads return."""
-        hidden = self.encode(batch, stream)
-        if not self.post_process:
-            return hidden
-        return self.heads(hidden, batch, stream)
+        """Hidden states ``[T, 1, D]`` for the next stage; on the last stage what the heads return."""
+        hidden = self.decoder(self.embedding(batch, stream) if self.pre_process else None, stream)
+        return self.heads(hidden, batch, stream) if self.post_process else hidden
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
@@ -79,3 +154,99 @@ class VLMoEModel(MegatronModule):
         """Shards of this stage; blocks are keyed by their number in the whole model."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+@torch.no_grad()
+def initialize_parameters(
+    chunks: Sequence[MegatronModule], model: ModelConfig, seed: int, metadata: dict
+) -> None:
+    """Fills every parameter of the model chunks of this rank, by `initial_values`.
+
+    The full tensor is drawn on the CPU and each rank takes its shard, so every layout starts from the same
+    weights and no two experts are equal.
+
+    Args:
+        chunks: `VLMoEModel` stages.
+        model: initial standard deviation and LayerScale.
+        seed: seed of the run.
+        metadata: megatron-core's sharded-state-dict metadata.
+
+    Raises:
+        RuntimeError: if a parameter has no place in the sharded state dict.
+    """
+    for chunk in chunks:
+        shards = {
+            id(shard.data): shard
+            for shard in chunk.sharded_state_dict(metadata=metadata).values()
+            if isinstance(shard, ShardedTensor)
+        }
+        by_pointer = {
+            shard.data.data_ptr(): shard for shard in shards.values() if shard.data.numel()
+        }
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("logit_scale"):
+                # A number that its module sets, not a draw.
+                continue
+            shard = shards.get(id(parameter)) or by_pointer.get(parameter.data_ptr())
+            if shard is None:
+                raise RuntimeError(f"parameter {name} is not in the sharded state dict")
+            shape = tuple(shard.global_shape)[shard.prepend_axis_num :]
+            offset = tuple(shard.global_offset)[shard.prepend_axis_num :]
+            local = tuple(shard.local_shape)
+            if EXPERT_KEY.search(shard.key):
+                experts = range(offset[0], offset[0] + local[0])
+                value = initial_experts(shard.key, shape[1:], model, seed, experts)
+            else:
+                own = tuple(slice(start, start + size) for start, size in zip(offset, local))
+                value = full_initial_value(shard.key, shape, model, seed)[own]
+            parameter.copy_(value.view_as(parameter))
+            # As megatron-core's own initialisation would: an unmarked tensor-parallel shard counts as a replica of
+            # that of TP rank 0, and the gradient norm would leave it out.
+            axes = [axis for axis, size in enumerate(local) if size != shape[axis]]
+            if axes and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, True, dim=axes[0], stride=1)
+
+
+def freeze_unreachable(chunks: Sequence[VLMoEModel], config: RunConfig, masked: bool) -> list[str]:
+    """Sets `requires_grad=False` on every module that no token of the run's layout reaches.
+
+    An unused parameter would break overlapped gradient reduction (megatron-core waits for its gradient) and be
+    eroded by weight decay. Also freezes routers and experts when `moe.train_experts` is false.
+
+    Args:
+        chunks: stages of this rank, not yet wrapped.
+        config: the run.
+        masked: whether patches are masked; without that nothing reaches the mask embedding.
+
+    Returns:
+        Names of the frozen modules, for the log.
+    """
+    layout = StreamLayout.from_config(config.model, config.data)
+    unreached: dict[str, nn.Module | nn.Parameter] = {}
+    for chunk in chunks:
+        if chunk.pre_process:
+            text, image = chunk.embedding.text, chunk.embedding.image
+            if text is not None and not layout.texts and not layout.pairs:
+                unreached["embedding.text"] = text
+            if not layout.images and not layout.pairs:
+                unreached["embedding.image"] = image
+            elif not masked:
+                unreached["embedding.image.mask_token"] = image.mask_token
+        for layer in chunk.decoder.layers:
+            assert isinstance(layer, MoMELayer) and isinstance(layer.mlp, MoMEFeedForward)
+            for branch in layer.mlp.plan.branches:
+                name = f"block {layer.layer_number} {branch.name}"
+                reached = branch.num_tokens(layout) > 0
+                if not reached:
+                    unreached[f"{name} norm"] = layer.mlp.norm(branch.name)
+                    if not branch.num_experts:
+                        unreached[f"{name} ffn"] = layer.mlp.ffn(branch.name)
+                if branch.num_experts and not (reached and config.moe.train_experts):
+                    assert layer.mlp.moe is not None
+                    unreached[f"{name} experts"] = layer.mlp.moe.experts.pool(branch.name)
+                    unreached[f"{name} router"] = layer.mlp.moe.router.get_submodule(branch.name)  # type: ignore[attr-defined]
+        if chunk.post_process:
+            unreached |= chunk.heads.unreached(layout)
+    for part in unreached.values():
+        part.requires_grad_(False)
+    return list(unreached)

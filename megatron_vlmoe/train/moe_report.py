@@ -10,8 +10,7 @@ from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.losses.masked import LOSS_OF
-from megatron_vlmoe.model.block import MoMELayer
-from megatron_vlmoe.model.feed_forward import MoMEFeedForward
+from megatron_vlmoe.model.block import MoMEFeedForward, MoMELayer
 from megatron_vlmoe.model.vlmoe import VLMoEModel
 from megatron_vlmoe.moe.aux_losses import TERMS
 from megatron_vlmoe.moe.router import HEADER

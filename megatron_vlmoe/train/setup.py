@@ -24,11 +24,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision, RunConfig
-from megatron_vlmoe.model.freezing import freeze_unreachable
 from megatron_vlmoe.model.heads import MaskedHeads
-from megatron_vlmoe.model.init import initialize_parameters
-from megatron_vlmoe.model.transformer_config import DTYPES, build_transformer_config
-from megatron_vlmoe.model.vlmoe import BuildHeads, VLMoEModel
+from megatron_vlmoe.model.vlmoe import (
+    DTYPES,
+    BuildHeads,
+    VLMoEModel,
+    build_transformer_config,
+    freeze_unreachable,
+    initialize_parameters,
+)
 from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
 

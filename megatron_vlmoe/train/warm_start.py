@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
+from megatron_vlmoe.model.initial_values import resize_image_positions, resize_text_positions
 from megatron_vlmoe.runtime.distributed import is_rank_zero, union_over_ranks
 from megatron_vlmoe.train.checkpoint import (
     check_architecture,

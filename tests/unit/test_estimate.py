@@ -50,8 +50,7 @@ def runtime():
 
 def build(config, precision="fp32"):
     """The real model; inside FakeTensorMode its parameters have shapes but no memory."""
-    from megatron_vlmoe.model.transformer_config import build_transformer_config
-    from megatron_vlmoe.model.vlmoe import VLMoEModel
+    from megatron_vlmoe.model.vlmoe import VLMoEModel, build_transformer_config
 
     return VLMoEModel(config, build_transformer_config(config, precision))
 
@@ -213,7 +212,7 @@ def test_stages_have_the_blocks_that_megatron_core_gives_them(pipeline, virtual,
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from megatron_vlmoe.model.transformer_config import build_transformer_config
+    from megatron_vlmoe.model.vlmoe import build_transformer_config
 
     config = change(
         preset("base-8e"),
@@ -476,7 +475,7 @@ def test_activations_are_what_autograd_saves(name, precision, layer_scale, runti
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.encode(batch, stream)
+            model.decoder(model.embedding(batch, stream), stream)
         kept = sum(storage.nbytes() for storage in saved.values())
     layout = StreamLayout.from_config(config.model, config.data)
     blocks = [

@@ -29,8 +29,7 @@ from vlmo_reference import VLMoReference, encode_with_checkpoint
 from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.public.vlmo import additive_tables
 from megatron_vlmoe.convert.public.vocabulary import wordpiece_rows
-from megatron_vlmoe.model.initial_values import full_initial_value
-from megatron_vlmoe.model.positions import resize_image_positions
+from megatron_vlmoe.model.initial_values import full_initial_value, resize_image_positions
 from megatron_vlmoe.stream.layout import VISION_SEGMENTS
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_vlmoe.convert.name_table import FusedQkv, VocabularyRows
 from megatron_vlmoe.convert.public.recipes import Planner
 from megatron_vlmoe.convert.public.vocabulary import RowMap
-from megatron_vlmoe.model.positions import resize_image_positions, resize_text_positions
+from megatron_vlmoe.model.initial_values import resize_image_positions, resize_text_positions
 
 LINEAR = ("weight", "bias")
 NO_ABSOLUTE = "the source has no absolute positions"

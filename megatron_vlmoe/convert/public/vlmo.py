@@ -49,7 +49,7 @@ from megatron_vlmoe.convert.public.vit import (
     text_position_change,
 )
 from megatron_vlmoe.convert.public.vocabulary import RowMap
-from megatron_vlmoe.model.positions import resize_text_positions
+from megatron_vlmoe.model.initial_values import resize_text_positions
 from megatron_vlmoe.stream.block_plan import block_plans
 
 # Of BERT's embedding; the blocks have another.
