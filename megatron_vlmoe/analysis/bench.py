@@ -42,7 +42,7 @@ from megatron_vlmoe.runtime.distributed import (
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
-from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+from megatron_vlmoe.train.pretrain import MaskedObjective
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.step import StepRunner
 

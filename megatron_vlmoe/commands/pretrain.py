@@ -22,7 +22,7 @@ def random_main(words: Sequence[str]) -> None:
     """Trains on random numbers: to compare layouts, and to try a cluster out before the data is there."""
     command = _parse(words)
     if not command.dry_run:
-        load("megatron_vlmoe.train.random_pretrain").pretrain_random(command.config)
+        load("megatron_vlmoe.train.pretrain").pretrain_random(command.config)
 
 
 def _parse(words: Sequence[str]) -> ParsedCommand:

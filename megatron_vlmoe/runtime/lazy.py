@@ -27,7 +27,6 @@ HEAVY = {
     "megatron_vlmoe.runtime.distributed": True,
     "megatron_vlmoe.tokenizers.vqkd.training": False,
     "megatron_vlmoe.train.pretrain": True,
-    "megatron_vlmoe.train.random_pretrain": True,
 }
 """Each module that is loaded late, and whether it needs megatron-core."""
 

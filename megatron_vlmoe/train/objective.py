@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Optional, Protoco
 
 from torch import Tensor
 
-from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.sources import Split
 from megatron_vlmoe.stream.batch import Batch
-from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
 if TYPE_CHECKING:
     from megatron_vlmoe.train.step import StepRunner
@@ -39,22 +37,6 @@ class BatchSource(Protocol):
             first_micro_batch: number of the first among the rank's own.
             num_micro_batches: how many; None: endless.
         """
-        ...
-
-
-class PretrainSource(BatchSource, Protocol):
-    """Where the micro-batches of a pretraining run come from: files, or random numbers."""
-
-    config: RunConfig
-    """The run's configuration with all sizes filled in."""
-
-    @property
-    def image_tokenizer(self) -> Optional[ImageTokenizer]:
-        """Computes the visual tokens of the last stage; None where they come with the batches."""
-        ...
-
-    def summary(self) -> list[str]:
-        """Lines for the log."""
         ...
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Callable
+from dataclasses import replace
+from typing import Callable, Iterator, Mapping, Optional
 
-from megatron_vlmoe.config.schema import Precision, RunConfig
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.batches import PretrainData
 from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.data.random_batches import RandomData
+from megatron_vlmoe.losses.masked import LOSS_SEGMENTS, LOSSES, evaluation_sums, total_loss
+from megatron_vlmoe.model.heads import Predicted
 from megatron_vlmoe.planning.validate import validate
 from megatron_vlmoe.runtime.distributed import (
     destroy,
@@ -18,17 +27,20 @@ from megatron_vlmoe.runtime.distributed import (
 )
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
 from megatron_vlmoe.runtime.ranks import Ranks
+from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, SegmentName, StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches
-from megatron_vlmoe.train.objective import PretrainSource
-from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
+from megatron_vlmoe.train.objective import BatchSource, Losses
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
+from megatron_vlmoe.train.step import StepRunner
 from megatron_vlmoe.train.trainer import Trainer
 
 log = logging.getLogger("megatron_vlmoe")
 
-OpenData = Callable[[RunConfig, BatchShare], PretrainSource]
+OpenData = Callable[[RunConfig, BatchShare], PretrainData | RandomData]
 
 
 def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None:
@@ -36,19 +48,13 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
 
     Args:
         config: the run, checked by `validate`.
-        open_data: makes the source of batches of (configuration, share).
+        open_data: makes the source of batches, which knows the run's configuration with all sizes filled in.
     """
     lead_helpers(config.train.exit_signals)
     make_run_folder(config)
     report_packages()
     precision = resolve_precision(config.train)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
-    _train(config, ranks, precision, open_data)
-    # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
-    destroy()
-
-
-def _train(config: RunConfig, ranks: Ranks, precision: Precision, open_data: OpenData) -> None:
     data = open_data(config, BatchShare.of(ranks))
     config = data.config
     validate(config, ranks.world_size)
@@ -59,8 +65,158 @@ def _train(config: RunConfig, ranks: Ranks, precision: Precision, open_data: Ope
     parts = build_training(config, precision)
     if parts.frozen:
         log.info("frozen, never reached by this run: %s", ", ".join(parts.frozen))
-    tokenizer = data.image_tokenizer
-    if tokenizer is not None:
-        tokenizer.to(device())
-    objective = MaskedObjective(config, ranks, data, micro_batches, tokenizer)
+    if data.image_tokenizer is not None:
+        data.image_tokenizer.to(device())
+    objective = MaskedObjective(config, ranks, data, micro_batches, data.image_tokenizer)
     Trainer(config, parts, ranks, data, micro_batches, precision, objective).run()
+    # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
+    destroy()
+
+
+def pretrain_random(config: RunConfig) -> None:
+    """Trains on batches of random numbers, which need no files: the command `pretrain-random`.
+
+    What tokenizers and captions decide is filled in where the options leave it open.
+    """
+    model, objectives = config.model, config.objectives
+    slots = objectives.caption_mask_fraction * (model.pair_text_length - 2)
+    model = replace(
+        model,
+        vocab_size=model.vocab_size or 1000,
+        visual_vocab_size=model.visual_vocab_size or 512,
+    )
+    objectives = replace(
+        objectives,
+        num_masked_patches=objectives.num_masked_patches or int(0.4 * model.num_patches),
+        caption_mask_slots=objectives.caption_mask_slots or max(1, int(slots)),
+    )
+    pretrain(replace(config, model=model, objectives=objectives), RandomData)
+
+
+class MaskedObjective:
+    """Masked data modelling (paper section 3.1).
+
+    Args:
+        config: the run.
+        ranks: where this process stands.
+        data: source of batches; needed to evaluate.
+        num_micro_batches: micro-batches of a step on each data-parallel rank.
+        image_tokenizer: computes visual tokens on the last stage; None if they are stored.
+    """
+
+    loss_names: tuple[str, ...] = LOSSES
+    best_metric = ""
+    patience = 0
+    resumes_others = True
+    evaluates_at_start = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        data: Optional[BatchSource] = None,
+        num_micro_batches: int = 1,
+        image_tokenizer: Optional[ImageTokenizer] = None,
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.data = data
+        self.num_micro_batches = num_micro_batches
+        self.image_tokenizer = image_tokenizer
+
+    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches as they are."""
+        return batches
+
+    def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """`loss/mlm`, `loss/mim`, `loss/vlm_text`, `loss/vlm_image` of what the run has, and `loss/vlm`."""
+        objectives = self.config.objectives
+        layout = StreamLayout.from_config(self.config.model, self.config.data)
+        metrics = {
+            f"loss/{name}": means[name] for name in LOSSES if layout.count(LOSS_SEGMENTS[name])
+        }
+        if layout.pairs:
+            metrics["loss/vlm"] = (
+                objectives.vlm_text_weight * means["vlm_text"]
+                + objectives.vlm_image_weight * means["vlm_image"]
+            )
+        return metrics
+
+    def evaluate(self, runner: StepRunner) -> dict[str, float]:
+        """Exact averages over `train.eval_steps` steps of held-out data; every rank must call it.
+
+        Returns:
+            On every rank `eval/loss/*` (nats per predicted position), `acc/*` (share of these whose most likely
+            class is right) and `unigram/*` (entropy in nats of guessing by the labels' own frequencies).
+        """
+        assert self.data is not None
+        model, steps = self.config.model, self.config.train.eval_steps
+        sizes = [
+            model.vocab_size if LOSS_SEGMENTS[name] in TEXT_SEGMENTS else model.visual_vocab_size
+            for name in LOSSES
+        ]
+        # Sums and label histograms of all losses lie in one tensor, for one all-reduce.
+        flat = torch.zeros(3 * len(LOSSES) + sum(sizes), dtype=torch.float64, device=device())
+        sums, *histograms = flat.split([3 * len(LOSSES), *sizes])
+        sums = sums.view(len(LOSSES), 3)
+        batches = iter(self.data.loader("eval", 0, steps * self.num_micro_batches))
+        for _ in range(steps):
+            results = runner.evaluate(
+                batches, self.num_micro_batches, evaluation_sums, self.prepare
+            )
+            # All tensor-parallel ranks hold the same sums; the first one speaks for them.
+            for result in results if self.ranks.tensor == 0 else ():
+                for name, found in result.items():
+                    row, labels = LOSSES.index(name), found.labels.reshape(-1)
+                    sums[row] += found.sums
+                    histograms[row].scatter_add_(0, labels.clamp(min=0), (labels >= 0).double())
+        dist.all_reduce(flat)
+        metrics: dict[str, float] = {}
+        for name, (loss, hits, count), histogram in zip(LOSSES, sums.tolist(), histograms):
+            # Losses over nothing are left out.
+            if count > 0:
+                metrics[f"eval/loss/{name}"] = loss / count
+                metrics[f"acc/{name}"] = hits / count
+                share = histogram / histogram.sum()
+                metrics[f"unigram/{name}"] = float(torch.special.entr(share).sum())
+        return metrics
+
+    def evaluation_line(self, metrics: Mapping[str, float]) -> str:
+        """Loss, accuracy and the unigram entropy beside it."""
+        parts = [
+            f"{name} {metrics[f'eval/loss/{name}']:.3f} (unigram {metrics[f'unigram/{name}']:.3f}, "
+            f"acc {100 * metrics[f'acc/{name}']:.1f} %)"
+            for name in LOSSES
+            if f"eval/loss/{name}" in metrics
+        ]
+        return "evaluation | " + " | ".join(parts)
+
+    def loss(self, batch: Batch, outputs: Mapping[SegmentName, Predicted]) -> tuple[Tensor, Losses]:
+        """The weighted total of a micro-batch, and the single losses."""
+        loss, single = total_loss(batch, outputs, self.config.objectives)
+        return loss, {"total": loss.detach().clone(), **single}
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Adds visual tokens that are not stored."""
+        if not self.ranks.is_last_stage or self.image_tokenizer is None:
+            return batch
+        completed = batch.copy()
+        for segment in VISION_SEGMENTS:
+            if "tokenizer_pixels" in batch.get(segment, ()):
+                images = batch[segment].copy()
+                codes = self._codes(images.pop("tokenizer_pixels"))
+                images["labels"] = codes.gather(1, images["positions"])
+                completed[segment] = images
+        return completed
+
+    @torch.no_grad()
+    def _codes(self, pixels: Tensor) -> Tensor:
+        """Codes of all images of the micro-batch from this rank's share ``[n / TP, 3, S, S]`` of uint8."""
+        assert self.image_tokenizer is not None
+        codes = self.image_tokenizer.encode(pixels.float() / 255.0)
+        if self.ranks.tensor_size == 1:
+            return codes
+        parts = [torch.empty_like(codes) for _ in range(self.ranks.tensor_size)]
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_gather(parts, codes.contiguous(), group=group)
+        return torch.cat(parts)

@@ -27,13 +27,7 @@ Measure = Callable[[Batch, Outputs], Result]
 
 
 class StepRunner:
-    """Runs micro-batches through the model.
-
-    Args:
-        config: the run.
-        parts: model chunks and megatron-core configuration.
-        ranks: where this process stands.
-    """
+    """Runs micro-batches through the model of a rank."""
 
     def __init__(self, config: RunConfig, parts: ModelParts, ranks: Ranks) -> None:
         self.config = config
@@ -86,16 +80,15 @@ class StepRunner:
 
         Expert capacity is that of the part: where tokens are dropped, they may be others than in training.
         """
-        with torch.no_grad():
-            return self._run(
-                batches,
-                num_micro_batches,
-                layout,
-                _without_loss(measure),
-                lambda batch: batch,
-                backward=False,
-                training=True,
-            )
+        return self._run(
+            batches,
+            num_micro_batches,
+            layout,
+            _without_loss(measure),
+            lambda batch: batch,
+            backward=False,
+            training=True,
+        )
 
     def evaluate(
         self,
@@ -117,16 +110,15 @@ class StepRunner:
         Returns:
             What `measure` returned for each on the last stage; empty elsewhere.
         """
-        with torch.no_grad():
-            return self._run(
-                batches,
-                num_micro_batches,
-                layout or self.layout,
-                _without_loss(measure),
-                prepare,
-                backward=False,
-                training=False,
-            )
+        return self._run(
+            batches,
+            num_micro_batches,
+            layout or self.layout,
+            _without_loss(measure),
+            prepare,
+            backward=False,
+            training=False,
+        )
 
     def _run(
         self,
@@ -138,6 +130,11 @@ class StepRunner:
         backward: bool,
         training: bool,
     ) -> list[Result]:
+        def forward(iterator: Iterator[Batch], model: Callable[..., Outputs]) -> tuple[Any, Any]:
+            batch = next(iterator)
+            outputs = model(batch, self.stream(batch, training, layout))
+            return outputs, functools.partial(finish, batch)
+
         for chunk in self.parts.wrapped:
             chunk.train(training)
         prepared = (
@@ -146,27 +143,16 @@ class StepRunner:
         # With virtual stages every chunk walks the same micro-batches at its own pace.
         iterators: Any = list(itertools.tee(prepared, len(self.parts.chunks)))
         schedule = get_forward_backward_func()
-        return schedule(
-            forward_step_func=functools.partial(self._forward, layout, finish, training),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.parts.wrapped,
-            num_microbatches=num_micro_batches,
-            seq_length=layout.num_tokens,
-            micro_batch_size=1,
-            forward_only=not backward,
-        )
-
-    def _forward(
-        self,
-        layout: StreamLayout,
-        finish: Measure[Outputs, tuple[Tensor, Result]],
-        draws: bool,
-        iterator: Iterator[Batch],
-        model: Callable[[Batch, StreamBatch], Outputs],
-    ) -> tuple[Outputs, Callable[[Outputs], tuple[Tensor, Result]]]:
-        batch = next(iterator)
-        stream = self.stream(batch, draws, layout)
-        return model(batch, stream), functools.partial(finish, batch)
+        with torch.set_grad_enabled(backward):
+            return schedule(
+                forward_step_func=forward,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.parts.wrapped,
+                num_microbatches=num_micro_batches,
+                seq_length=layout.num_tokens,
+                micro_batch_size=1,
+                forward_only=not backward,
+            )
 
     def stream(
         self, batch: Batch, draws: bool, layout: Optional[StreamLayout] = None

@@ -39,7 +39,7 @@ class Run:
         from megatron_vlmoe.model.task_heads import build_task_heads
         from megatron_vlmoe.planning.validate import validate
         from megatron_vlmoe.stream.sizes import num_micro_batches
-        from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+        from megatron_vlmoe.train.pretrain import MaskedObjective
         from megatron_vlmoe.train.setup import build_training
         from megatron_vlmoe.train.step import StepRunner
 

@@ -140,7 +140,7 @@ def gradients(parts: Any) -> dict[str, Tensor]:
 
 def one_step(run: tuple[Any, Any, Any, Any], batch: Any, **counts: int) -> Any:
     """Losses and gradients of one micro-batch; counts replace those of the layout."""
-    from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+    from megatron_vlmoe.train.pretrain import MaskedObjective
     from megatron_vlmoe.train.step import StepRunner
 
     config, ranks, parts, _ = run

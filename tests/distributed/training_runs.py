@@ -101,7 +101,7 @@ class Recorder:
 
     def __init__(self, run: tuple[Any, Any, Any, Any]) -> None:
         from megatron_vlmoe.stream.sizes import num_micro_batches
-        from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+        from megatron_vlmoe.train.pretrain import MaskedObjective
         from megatron_vlmoe.train.step import StepRunner
 
         self.config, self.ranks, self.parts, self.data = run
@@ -264,7 +264,7 @@ def trainer_run(
 
     from megatron_vlmoe.config.errors import CheckpointError, ConfigError
     from megatron_vlmoe.stream.sizes import num_micro_batches
-    from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+    from megatron_vlmoe.train.pretrain import MaskedObjective
     from megatron_vlmoe.train.trainer import Trainer
 
     Path(folder).mkdir(parents=True, exist_ok=True)

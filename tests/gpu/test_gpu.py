@@ -22,7 +22,7 @@ def _losses(steps: int, *arguments: str, repeat_batch: bool = False) -> list[flo
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
     from megatron_vlmoe.runtime.distributed import destroy, initialize, resolve_precision
-    from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+    from megatron_vlmoe.train.pretrain import MaskedObjective
     from megatron_vlmoe.train.step import StepRunner
 
     for name in ("RANK", "WORLD_SIZE"):

@@ -40,7 +40,7 @@ def _pretrain(where: Layout, precision: Any, *arguments: str) -> dict[str, int]:
 
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
-    from megatron_vlmoe.train.pretrain_objective import MaskedObjective
+    from megatron_vlmoe.train.pretrain import MaskedObjective
     from megatron_vlmoe.train.step import StepRunner
 
     stand_in, config = StandIn(where), small_config(*arguments, where=where)
