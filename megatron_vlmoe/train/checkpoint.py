@@ -10,16 +10,18 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vlmoe.config.command_line import flat_options
@@ -40,13 +42,8 @@ from megatron_vlmoe.train.checkpoint_files import (
     TRACKER,
     TrainState,
     iteration_name,
+    iterations,
     one_line,
-)
-from megatron_vlmoe.train.optimizer_state import (
-    adopt_groups,
-    bound_loss_scale,
-    drop_requested_groups,
-    tensor_keys,
 )
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
@@ -61,6 +58,8 @@ ARCHITECTURE = (
     *("moe.num_text_experts", "moe.num_vl_experts", "moe.layers", "moe.modalities", "moe.vl"),
     "moe.shared_router",
 )
+
+GROUPS = "param_groups"
 
 # Which parameters have optimizer state, and of what kind, is decided by these; of the batch sizes by which are 0.
 STATE_OPTIONS = ("optim.optimizer", "optim.sgd_momentum", "parallel.use_distributed_optimizer")
@@ -109,9 +108,41 @@ class CheckpointWriter:
                 chunk.enable_forward_pre_hook()
         # Before the first step an optimizer has no state yet; weights are all that a seed is for.
         with_optimizer = with_optimizer and state.step > 0
-        content = _state_dict(state, config, parts, is_loading=False, with_optimizer=with_optimizer)
-        self._prepare_folder(temporary, content)
-        request = self._write(content, temporary)
+        content = _state_dict(parts, is_loading=False, with_optimizer=with_optimizer)
+        content["train_state"] = dataclasses.asdict(state)
+        content["config"] = dataclasses.asdict(config)
+
+        # At most what the ranks write, together.
+        needed = torch.zeros(1, dtype=torch.float64, device=device())
+        for value in nested_values(content):
+            if isinstance(value, ShardedTensor):
+                value = value.data if is_main_replica(value.replica_id) else None
+            if torch.is_tensor(value):
+                needed += value.numel() * value.element_size()
+        dist.all_reduce(needed)
+        problem = ""
+        if is_rank_zero():
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                free = shutil.disk_usage(temporary).free
+                if free < needed.item():
+                    problem = f"needs {needed.item() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            except OSError as error:
+                problem = f"{error.strerror or error}"
+        _raise_together(problem, temporary)
+
+        request: Any = None
+        try:
+            request = dist_checkpointing.save(
+                content,
+                str(temporary),
+                async_sharded_save=self.queue is not None,
+                content_metadata=dict(CONTENT_METADATA),
+            )
+        except (Exception, CheckpointException) as error:
+            problem = one_line(error)
+        _raise_together(problem, temporary)
         if request is None:
             self._publish(temporary, target, state.step)
         else:
@@ -121,22 +152,8 @@ class CheckpointWriter:
             self.pending = state.step
         return target
 
-    def poll(self) -> None:
-        """Publishes a background save that has finished."""
-        self._finalize(blocking=False)
-
-    def finish(self) -> None:
-        """Waits for a background save."""
-        self._finalize(blocking=True)
-
-    def close(self) -> None:
-        """Waits for a background save and ends its helper."""
-        self.finish()
-        if self.queue is not None:
-            self.queue.close()
-
-    def _finalize(self, blocking: bool) -> None:
-        """Publishes background saves; every rank must call it.
+    def finish(self, blocking: bool = True) -> None:
+        """Publishes a background save: waits for it, or looks whether it has finished. Every rank must call it.
 
         Raises:
             CheckpointError: on every rank, if writing failed on any.
@@ -151,51 +168,23 @@ class CheckpointWriter:
             problem = f"a background process failed to write it{why}"
             _raise_together(problem, self.root / f"{iteration_name(self.pending)}.tmp")
 
-    def _prepare_folder(self, temporary: Path, content: dict[str, Any]) -> None:
-        needed = torch.tensor([_local_bytes(content)], dtype=torch.float64, device=device())
-        dist.all_reduce(needed)
-        problem = ""
-        if is_rank_zero():
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                free = shutil.disk_usage(temporary).free
-                if free < needed.item():
-                    problem = f"needs {needed.item() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-            except OSError as error:
-                problem = f"{error.strerror or error}"
-        _raise_together(problem, temporary)
-
-    def _write(self, content: dict[str, Any], temporary: Path) -> Any:
-        problem, request = "", None
-        try:
-            request = dist_checkpointing.save(
-                content,
-                str(temporary),
-                async_sharded_save=self.queue is not None,
-                content_metadata=dict(CONTENT_METADATA),
-            )
-        except (Exception, CheckpointException) as error:
-            problem = one_line(error)
-        _raise_together(problem, temporary)
-        return request
+    def close(self) -> None:
+        """Waits for a background save and ends its helper."""
+        self.finish()
+        if self.queue is not None:
+            self.queue.close()
 
     def _publish(self, temporary: Path, target: Path, step: int) -> None:
         barrier()
         if is_rank_zero():
             publish_folder(temporary, target)
             write_text_atomic(self.root / TRACKER, f"{step}\n")
-            self._delete_old(step)
+            if self.keep_last > 0:
+                # The seed checkpoint, of step 0, is what other layouts start from.
+                own = [path for number, path in iterations(self.root) if 0 < number <= step]
+                for path in own[: -self.keep_last]:
+                    shutil.rmtree(path, ignore_errors=True)
         barrier()
-
-    def _delete_old(self, step: int) -> None:
-        if self.keep_last <= 0:
-            return
-        found = sorted(path for path in self.root.glob("iter_*") if path.name[5:].isdigit())
-        for path in [path for path in found if int(path.name[5:]) <= step][: -self.keep_last]:
-            # The seed checkpoint is what other layouts start from.
-            if int(path.name[5:]) != 0:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -214,11 +203,10 @@ def load_checkpoint(
     check_architecture(path, saved, config)
     # A seed checkpoint, and that of the best step, have weights only.
     with_optimizer = with_optimizer and "optimizer" in common
-    content = _state_dict(
-        TrainState(), config, parts, is_loading=True, with_optimizer=with_optimizer
-    )
+    content = _state_dict(parts, is_loading=True, with_optimizer=with_optimizer)
     if with_optimizer:
-        drop_requested_groups(content["optimizer"])
+        for member in _members(content["optimizer"]):
+            member.pop(GROUPS, None)
         _check_optimizer_state(path, content["optimizer"], saved, config)
     strict = StrictHandling.RAISE_ALL if with_optimizer else StrictHandling.RAISE_UNEXPECTED
     with naming_checkpoint(path):
@@ -230,7 +218,7 @@ def load_checkpoint(
             parts.optimizer.reload_model_params()
         return TrainState()
     assert isinstance(parts, TrainingParts)
-    adopt_groups(parts.optimizer, loaded["optimizer"], common["optimizer"])
+    _adopt_groups(parts.optimizer, loaded["optimizer"], common["optimizer"])
     parts.optimizer.load_state_dict(loaded["optimizer"])
     first_scale = saved.get("optim", {}).get("initial_loss_scale", config.optim.initial_loss_scale)
     bound_loss_scale(parts.optimizer, first_scale != config.optim.initial_loss_scale)
@@ -249,7 +237,8 @@ def _check_optimizer_state(
     with naming_checkpoint(path):
         stored = dist_checkpointing.load_tensors_metadata(str(path))
     theirs = {key for key in stored if key.startswith("optimizer.")}
-    ours = union_over_ranks(tensor_keys(requested))
+    wanted = (value for value in nested_values(requested) if isinstance(value, ShardedTensor))
+    ours = union_over_ranks(value.key for value in wanted)
     if theirs == ours:
         return
     before, now = flat_options(saved), flat_options(dataclasses.asdict(config))
@@ -265,6 +254,66 @@ def _check_optimizer_state(
         f"{len(theirs - ours)} have no use{f'; {listed}' if listed else ''}); to take the weights alone, start a new "
         f"run with --load {path} --checkpoint.load_optimizer false"
     )
+
+
+def _adopt_groups(
+    optimizer: MegatronOptimizer, loaded: dict[str, Any], common: Mapping[str, Any]
+) -> None:
+    """Puts the optimizer's own groups, with the saved step count, into the state dict that it is to load.
+
+    Of a saved parameter group only Adam's step count is state. Rates, bounds, betas, epsilon and weight decay are
+    options, and so is which parameters share a group (`optim.layer_decay`, `optim.head_lr_multiplier`): all of that is
+    the loading run's own. megatron-core looks saved groups up instead: 0.16.1 without their rates, so that it takes one
+    group for another, 0.19 with them, so that it finds none when a rate has changed.
+
+    Args:
+        optimizer: megatron-core's, as built for this run.
+        loaded: its state dict with the tensors of a checkpoint; changed in place.
+        common: the optimizer's part of what the checkpoint holds besides tensors.
+    """
+    steps = {g["step"] for m in _members(common) for g in m.get(GROUPS, ()) if "step" in g}
+    # All groups take every step together; where they differ, a group without parameters was left behind.
+    step = {"step": max(steps)} if steps else {}
+    for own, member in zip(_optimizers(optimizer), _members(loaded), strict=True):
+        member[GROUPS] = [{**group, **step} for group in own.optimizer.state_dict()[GROUPS]]
+        # A stage without parameters of this kind has asked for no state, and megatron-core has dropped the empty place.
+        member.setdefault("state", {})
+
+
+def bound_loss_scale(optimizer: MegatronOptimizer, starts_anew: bool) -> None:
+    """Brings a loaded loss scale of fp16 within the bounds of this run; without fp16 there is none.
+
+    megatron-core doubles the scale when its count of good steps *equals* the window: a saved count above a smaller
+    window would never double it again.
+
+    Args:
+        optimizer: megatron-core's, after loading.
+        starts_anew: whether `optim.initial_loss_scale` is another than the saved run's: the scale starts there again.
+    """
+    for part in _optimizers(optimizer):
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is None or not hasattr(scaler, "growth_interval"):
+            continue
+        if starts_anew:
+            scaler._scale.fill_(part.config.initial_loss_scale)
+            scaler._growth_tracker, scaler._hysteresis_tracker = 0, scaler.hysteresis
+        scaler._scale = torch.maximum(scaler._scale, scaler.min_scale)
+        scaler._growth_tracker = min(scaler._growth_tracker, scaler.growth_interval - 1)
+        scaler._hysteresis_tracker = min(scaler._hysteresis_tracker, scaler.hysteresis)
+
+
+def _optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _members(state: Mapping[Any, Any]) -> list[Any]:
+    """The parts of a state dict, one, or one per chained optimizer under 0, 1, ...: where the groups lie.
+
+    Mixed-precision and distributed optimizers wrap the state of the inner one.
+    """
+    chained = sorted(key for key in state if isinstance(key, int))
+    members: list[Any] = [state[key] for key in chained] if chained else [state]
+    return [member.get("optimizer", member) for member in members]
 
 
 @contextlib.contextmanager
@@ -345,13 +394,7 @@ def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig)
         )
 
 
-def _state_dict(
-    state: TrainState,
-    config: RunConfig,
-    parts: ModelParts,
-    is_loading: bool,
-    with_optimizer: bool,
-) -> dict[str, Any]:
+def _state_dict(parts: ModelParts, is_loading: bool, with_optimizer: bool) -> dict[str, Any]:
     metadata = checkpoint_metadata()
     content: dict[str, Any] = {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)
@@ -359,36 +402,12 @@ def _state_dict(
     }
     if with_optimizer:
         assert isinstance(parts, TrainingParts)
-        models = {key: value for key, value in content.items() if key.startswith("model")}
-        if len(models) == 1:
-            models = {"model": models["model0"]}
+        models = dict(content) if len(content) > 1 else {"model": content["model0"]}
         content["optimizer"] = parts.optimizer.sharded_state_dict(
             models, is_loading=is_loading, metadata=metadata
         )
         content["scheduler"] = parts.scheduler.state_dict()
-    if not is_loading:
-        content["train_state"] = dataclasses.asdict(state)
-        content["config"] = dataclasses.asdict(config)
     return content
-
-
-def _local_bytes(content: Any) -> float:
-    """Bytes that this rank would write at most."""
-    total = 0.0
-    stack: list[Any] = [content]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)
-        elif isinstance(item, ShardedTensor):
-            is_main = item.replica_id in (0, (0,), (0, 0), (0, 0, 0))
-            if is_main and item.data is not None:
-                total += item.data.numel() * item.data.element_size()
-        elif torch.is_tensor(item):
-            total += item.numel() * item.element_size()
-    return total
 
 
 def _raise_together(problem: str, path: Path) -> None:

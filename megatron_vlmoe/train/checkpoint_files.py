@@ -69,12 +69,12 @@ def checkpoint_root(run: str | Path) -> Path:
     for folder in (path, below):
         if _has_tracker(folder):
             return folder
-    return path if _iterations(path) else below
+    return path if iterations(path) else below
 
 
 def has_checkpoints(root: Path) -> bool:
     """Whether a checkpoint folder has a tracker, even a damaged one, or any `iter_N`, even an incomplete one."""
-    return _has_tracker(root) or bool(_iterations(root))
+    return _has_tracker(root) or bool(iterations(root))
 
 
 def is_complete(path: Path) -> bool:
@@ -94,7 +94,7 @@ def is_saved(root: Path, step: int) -> bool:
 
 def later_checkpoints(root: Path, step: int) -> list[Path]:
     """The `iter_N` of a checkpoint folder, complete or not, of steps after this one, in order."""
-    return [path for number, path in _iterations(root) if number > step]
+    return [path for number, path in iterations(root) if number > step]
 
 
 def find_checkpoint(location: str | Path, step: Optional[str] = None) -> Optional[Path]:
@@ -121,7 +121,7 @@ def find_checkpoint(location: str | Path, step: Optional[str] = None) -> Optiona
     if _ITERATION.fullmatch(path.name) and path.is_dir():
         raise CheckpointError(f"{path}: incomplete: {_flaw(path)}")
     root = checkpoint_root(path)
-    found = _iterations(root)
+    found = iterations(root)
     if step:
         return _chosen(root, found, step)
     if not _has_tracker(root):
@@ -171,7 +171,7 @@ def _chosen(root: Path, found: Sequence[tuple[int, Path]], step: str) -> Optiona
     return target
 
 
-def _iterations(root: Path) -> list[tuple[int, Path]]:
+def iterations(root: Path) -> list[tuple[int, Path]]:
     """Step and folder of every `iter_N`, in order of the steps."""
     if not root.is_dir():
         return []

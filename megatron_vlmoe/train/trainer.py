@@ -5,29 +5,39 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import signal
+import time
 from pathlib import Path
-from typing import Mapping, Optional, Sequence
+from types import FrameType
+from typing import Any, Mapping, Optional
 
 import torch
 import torch.distributed as dist
 
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import TrainingError
-from megatron_vlmoe.config.schema import Precision, RunConfig
-from megatron_vlmoe.planning.flops import flops_per_step
-from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
+from megatron_vlmoe.config.schema import Precision, RunConfig, TrainConfig
+from megatron_vlmoe.runtime.distributed import Ranks, agree, device, is_rank_zero
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
-from megatron_vlmoe.train.moe_report import collect, metrics_from_counters
-from megatron_vlmoe.train.objective import BatchSource, Losses, Objective
+from megatron_vlmoe.train.metrics import (
+    DataClock,
+    JsonlWriter,
+    MetricsWriter,
+    StepProfiler,
+    TensorBoardWriter,
+    Throughput,
+    WandbWriter,
+    collect,
+    metrics_from_counters,
+    progress_line,
+)
+from megatron_vlmoe.train.objective import BatchSource, Objective
 from megatron_vlmoe.train.resume import resume
 from megatron_vlmoe.train.run_log import begin_run_logs
 from megatron_vlmoe.train.setup import TrainingParts
-from megatron_vlmoe.train.signals import ExitWatch
 from megatron_vlmoe.train.step import StepRunner
-from megatron_vlmoe.train.throughput import DataClock, StepProfiler, Throughput
-from megatron_vlmoe.train.writers import MetricsWriter, build_writers, progress_line
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -41,7 +51,7 @@ class Trainer:
         ranks: where this process stands.
         data: source of batches.
         num_micro_batches: micro-batches of a step on each data-parallel rank.
-        precision: resolved precision.
+        precision: that the model computes in.
         objective: what is trained and how it is judged.
     """
 
@@ -67,22 +77,15 @@ class Trainer:
         self.writer: Optional[CheckpointWriter] = None
         self.best: Optional[CheckpointWriter] = None
         self.outputs: list[MetricsWriter] = []
-        self.losses = torch.zeros(
-            len(objective.loss_names) + 2, dtype=torch.float64, device=device()
-        )
-        self.throughput = Throughput(
-            config,
-            ranks.world_size,
-            num_micro_batches,
-            ranks.data_size,
-            flops_per_step(config),
-            precision,
-        )
+        self.loss_names = ("total", *objective.loss_names)
+        # Sums since the last report, and of how many micro-batches.
+        count = len(self.loss_names) + 1
+        self.losses = torch.zeros(count, dtype=torch.float64, device=device())
+        self.throughput = Throughput(config, ranks, num_micro_batches, precision)
 
     def run(self) -> TrainState:
         """Trains to `train.steps` or to the first reason to stop; returns where it stopped."""
-        self._resume()
-        self._open_outputs()
+        self._start()
         watch = ExitWatch(self.config.train)
         profiler = StepProfiler(self.config, self.ranks.rank)
         try:
@@ -105,65 +108,88 @@ class Trainer:
         log.info(reason)
         return self.state
 
+    def _start(self) -> None:
+        """Continues the run in `--save`, or starts from `--load`; opens what the run writes to."""
+        objective, checkpoint = self.objective, self.config.checkpoint
+        self.state = resume(
+            self.config, self.parts, objective.resumes_others, objective.best_metric
+        )
+        # Which checkpoint was chosen is no option of the run: its configuration, read back, goes on from the last.
+        checkpoint = dataclasses.replace(checkpoint, step="")
+        self.config = dataclasses.replace(self.config, checkpoint=checkpoint)
+        folder = Path(checkpoint.save)
+        if checkpoint.save:
+            self.writer = CheckpointWriter(
+                checkpoint_root(folder), checkpoint.keep_last, checkpoint.async_save
+            )
+            if objective.best_metric:
+                self.best = CheckpointWriter(folder / "best", 1, False)
+        begin_run_logs()
+        if not is_rank_zero():
+            return
+        # Without --save, metrics only go to the screen.
+        if checkpoint.save:
+            write_text_atomic(folder / "config.yaml", to_yaml(self.config))
+            self.outputs.append(JsonlWriter(folder / "metrics.jsonl", self.state.step))
+            if self.config.log.tensorboard:
+                self.outputs.append(TensorBoardWriter(folder / "tensorboard"))
+        if self.config.log.wandb_project:
+            self.outputs.append(WandbWriter(self.config))
+
     def _loop(self, watch: ExitWatch, profiler: StepProfiler) -> str:
-        config = self.config
+        config, train = self.config, self.config.train
         first = self.state.step * self.num_micro_batches
         clock = DataClock(self.data.loader("train", first, None))
         self.throughput.reset()
         reason = self._patience_is_over()
         if reason:
             return f"stopped after step {self.state.step}: {reason}"
-        while self.state.step < config.train.steps:
+        while self.state.step < train.steps:
             step = self.state.step + 1
             profiler.before(step)
             grad_norm = self._train_step(clock)
             profiler.after(step)
             metrics: dict[str, float] = {}
-            if step % config.log.interval == 0 or step == config.train.steps:
+            if step % config.log.interval == 0 or step == train.steps:
                 metrics = self._report(step, grad_norm, clock.take())
-            if self._evaluates(step):
+            is_due = train.eval_interval and step % train.eval_interval == 0
+            if train.eval_steps and (is_due or step == train.steps):
                 evaluation = self._evaluate()
                 metrics.update(evaluation)
                 self._judge(evaluation)
             self._write(step, metrics)
             reason = watch.reason(step) or self._patience_is_over()
             if self.writer is not None:
-                self.writer.poll()
+                self.writer.finish(blocking=False)
             if reason:
                 return f"stopped after step {step}: {reason}"
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
                 self._save()
-        return f"finished {config.train.steps} steps"
+        return f"finished {train.steps} steps"
 
     def _train_step(self, clock: DataClock) -> float:
+        """One update, if its gradients are finite; returns their norm."""
         self.runner.start_step()
         results = self.runner.train(iter(clock), self.num_micro_batches, self.objective)
         updated, grad_norm, _ = self.parts.optimizer.step()
+        step, stop_on_nan = self.state.step + 1, self.config.train.stop_on_nan
+        grad_norm = float(grad_norm or 0.0)
         if updated:
             self.parts.scheduler.step(increment=1)
-        elif self.config.train.stop_on_nan and self.parts.transformer_config.fp16 is False:
-            raise TrainingError(f"step {self.state.step + 1}: gradients are not finite")
-        grad_norm = float(grad_norm or 0.0)
-        if updated and self.config.train.stop_on_nan and not math.isfinite(grad_norm):
-            raise TrainingError(f"step {self.state.step + 1}: gradient norm is {grad_norm}")
-        self.state = dataclasses.replace(
-            self.state,
-            step=self.state.step + 1,
-            skipped_steps=self.state.skipped_steps + int(not updated),
-        )
-        self._add_losses(results)
-        self.throughput.step()
-        return grad_norm
-
-    def _add_losses(self, results: Sequence[Losses]) -> None:
-        """Sums losses on the last stage's first tensor rank; read at the next report."""
-        if self.ranks.tensor != 0:
-            return
-        for result in results:
-            for index, name in enumerate(("total", *self.objective.loss_names)):
+            if stop_on_nan and not math.isfinite(grad_norm):
+                raise TrainingError(f"step {step}: gradient norm is {grad_norm}")
+        elif stop_on_nan and self.parts.transformer_config.fp16 is False:
+            raise TrainingError(f"step {step}: gradients are not finite")
+        skipped = self.state.skipped_steps + int(not updated)
+        self.state = dataclasses.replace(self.state, step=step, skipped_steps=skipped)
+        # On the last stage's first tensor rank; read at the next report.
+        for result in results if self.ranks.tensor == 0 else ():
+            for index, name in enumerate(self.loss_names):
                 if name in result:
                     self.losses[index] += result[name].double()
             self.losses[-1] += 1.0
+        self.throughput.steps += 1
+        return grad_norm
 
     def _report(self, step: int, grad_norm: float, data_wait: float) -> dict[str, float]:
         """Means over the interval and all ranks."""
@@ -171,8 +197,7 @@ class Trainer:
         sums = self.losses.tolist()
         self.losses.zero_()
         count = max(sums[-1], 1.0)
-        names = ("total", *self.objective.loss_names)
-        means = {name: sums[index] / count for index, name in enumerate(names)}
+        means = {name: value / count for name, value in zip(self.loss_names, sums)}
         metrics = {"loss/total": means["total"], **self.objective.loss_metrics(means)}
         counters = collect(self.parts.chunks, self.config)
         moe = metrics_from_counters(counters, self.config.log.moe_per_layer)
@@ -190,21 +215,13 @@ class Trainer:
         log.info(progress_line(step, self.config.train.steps, metrics, left))
         return metrics
 
-    def _evaluates(self, step: int) -> bool:
-        train = self.config.train
-        if train.eval_steps == 0:
-            return False
-        return step == train.steps or bool(train.eval_interval and step % train.eval_interval == 0)
-
     def _evaluate(self) -> dict[str, float]:
         collect(self.parts.chunks, self.config)
         metrics = self.objective.evaluate(self.runner)
         log.info(self.objective.evaluation_line(metrics))
         counters = collect(self.parts.chunks, self.config)
         moe = metrics_from_counters(counters, per_layer=False)
-        metrics.update(
-            {f"eval/{key}": value for key, value in moe.items() if key.startswith("moe/")}
-        )
+        metrics |= {f"eval/{key}": value for key, value in moe.items() if key.startswith("moe/")}
         self.throughput.reset()
         return metrics
 
@@ -213,17 +230,13 @@ class Trainer:
         name = self.objective.best_metric
         if not name:
             return
-        value, best = evaluation[name], self.state.best_value
-        if best is not None and value <= best:
-            worse = self.state.worse_evaluations + 1
-            self.state = dataclasses.replace(self.state, worse_evaluations=worse)
+        state, value = self.state, evaluation[name]
+        if state.best_value is not None and value <= state.best_value:
+            worse = state.worse_evaluations + 1
+            self.state = dataclasses.replace(state, worse_evaluations=worse)
             return
         self.state = dataclasses.replace(
-            self.state,
-            best_value=value,
-            best_step=self.state.step,
-            worse_evaluations=0,
-            best_metric=name,
+            state, best_value=value, best_step=state.step, worse_evaluations=0, best_metric=name
         )
         if self.best is not None:
             self.best.save(self.state, self.config, self.parts, with_optimizer=False)
@@ -241,32 +254,6 @@ class Trainer:
             for output in self.outputs:
                 output.write(step, metrics)
 
-    def _resume(self) -> None:
-        """Continues the run in `--save`, or starts from `--load`; opens the writers of checkpoints."""
-        objective, checkpoint = self.objective, self.config.checkpoint
-        self.state = resume(
-            self.config, self.parts, objective.resumes_others, objective.best_metric
-        )
-        # Which checkpoint was chosen is no option of the run: its configuration, read back, goes on from the last.
-        checkpoint = dataclasses.replace(checkpoint, step="")
-        self.config = dataclasses.replace(self.config, checkpoint=checkpoint)
-        if checkpoint.save:
-            self.writer = CheckpointWriter(
-                checkpoint_root(checkpoint.save), checkpoint.keep_last, checkpoint.async_save
-            )
-            if objective.best_metric:
-                self.best = CheckpointWriter(Path(checkpoint.save) / "best", 1, False)
-
-    def _open_outputs(self) -> None:
-        begin_run_logs()
-        if not is_rank_zero():
-            return
-        resolved = dataclasses.asdict(self.config)
-        if self.config.checkpoint.save:
-            folder = Path(self.config.checkpoint.save)
-            write_text_atomic(folder / "config.yaml", to_yaml(self.config))
-        self.outputs = build_writers(self.config, resolved, self.state.step)
-
     def _save(self) -> None:
         if self.writer is None:
             return
@@ -278,3 +265,46 @@ class Trainer:
         in_background = self.config.checkpoint.async_save
         log.info("saving %s in the background" if in_background else "saved %s", target)
         self.throughput.reset()
+
+
+class ExitWatch:
+    """Collects reasons to save and leave: a signal, an interval, a time limit; all ranks agree once per step."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.received: Optional[str] = None
+        self.is_leaving = False
+        self.previous: dict[signal.Signals, Any] = {}
+        for name in config.exit_signals:
+            number = signal.Signals[name]
+            self.previous[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Optional[FrameType]) -> None:
+        self.received = signal.Signals(number).name
+
+    def reason(self, step: int) -> str:
+        """Why to stop after this step, on every rank the same; empty to go on."""
+        interval = self.config.exit_interval
+        if interval > 0 and step % interval == 0:
+            return f"--exit-interval {interval}"
+        if self.is_asked():
+            return self.received or (
+                "train.exit_duration_minutes" if self._is_overdue() else "another rank"
+            )
+        return ""
+
+    def is_asked(self) -> bool:
+        """Whether any rank has got a signal or has run out of time; every rank must call it."""
+        self.is_leaving = agree(self.received is not None or self._is_overdue())
+        return self.is_leaving
+
+    def close(self) -> None:
+        """Puts the former handlers back, unless the process leaves now: a second signal must not end it sooner."""
+        if not self.is_leaving:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+
+    def _is_overdue(self) -> bool:
+        minutes = self.config.exit_duration_minutes
+        return minutes > 0 and time.monotonic() - self.started > 60.0 * minutes

@@ -219,7 +219,7 @@ def loss_scale_after_loading(
     install_cpu_runtime()
     from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
-    from megatron_vlmoe.train.optimizer_state import bound_loss_scale
+    from megatron_vlmoe.train.checkpoint import bound_loss_scale
 
     optim = OptimConfig(**dict(zip(options[::2], map(int, options[1::2]))))  # type: ignore[arg-type]
     scaler = DynamicGradScaler(

@@ -111,7 +111,7 @@ def micro_batches_counted(where: Layout, prefix: str, tokenizer: str) -> dict[st
     config = task_config("retrieval", prefix, tokenizer, where)
     config, _, data, parts, objective, runner = start(config, where)
     from megatron_vlmoe.moe.router import HEADER
-    from megatron_vlmoe.train.moe_report import collect
+    from megatron_vlmoe.train.metrics import collect
 
     assert objective.matches
     batches = iter(data.loader("train", 0, None))

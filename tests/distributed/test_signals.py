@@ -73,7 +73,7 @@ def test_signal_saves_and_exits_cleanly(name: str, rank: int, tmp_path: Path) ->
 
 def test_a_second_signal_does_not_end_a_process_that_is_leaving() -> None:
     from megatron_vlmoe.config.schema import TrainConfig
-    from megatron_vlmoe.train.signals import ExitWatch
+    from megatron_vlmoe.train.trainer import ExitWatch
 
     before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:

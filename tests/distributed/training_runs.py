@@ -122,7 +122,7 @@ class Recorder:
 
     def step(self, gradients: bool = False) -> dict[str, Any]:
         """One step: losses by (micro-batch, name), gradient norm, MoE counters, and gradients on request."""
-        from megatron_vlmoe.train.moe_report import collect
+        from megatron_vlmoe.train.metrics import collect
 
         self.numbers.clear()
         self.runner.start_step()

@@ -21,8 +21,8 @@ from megatron_vlmoe.train.checkpoint_files import (
     find_best_or_last,
     find_checkpoint,
 )
+from megatron_vlmoe.train.metrics import JsonlWriter
 from megatron_vlmoe.train.resume import agree_with_best, go_on_from
-from megatron_vlmoe.train.writers import JsonlWriter
 
 # Two tensors of two bytes in one file.
 CONTENTS = Metadata(

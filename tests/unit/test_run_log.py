@@ -12,9 +12,9 @@ import pytest
 from megatron_vlmoe.commands.run_command import run_command
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
+from megatron_vlmoe.train.metrics import progress_line
 from megatron_vlmoe.train.run_log import RunLog, begin_run_logs, open_run_log
 from megatron_vlmoe.train.startup import make_run_folder
-from megatron_vlmoe.train.writers import progress_line
 
 log = logging.getLogger("megatron_vlmoe")
 
