@@ -112,8 +112,8 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
     from megatron_vlmoe.runtime.distributed import initialize
     from megatron_vlmoe.stream.batch import StreamBatch
     from megatron_vlmoe.stream.layout import StreamLayout
+    from megatron_vlmoe.train.resume import CheckpointWeights, warm_start
     from megatron_vlmoe.train.setup import build_forward_only
-    from megatron_vlmoe.train.warm_start import CheckpointWeights, warm_start
 
     reader = CheckpointReader(path)
     config = reader.config

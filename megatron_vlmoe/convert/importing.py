@@ -148,7 +148,7 @@ def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Opti
 
 
 class HuggingFaceWeights:
-    """The weights of a folder that an export or `save_pretrained` wrote (a `WeightSource` of train/warm_start.py).
+    """The weights of a folder that an export or `save_pretrained` wrote (a `WeightSource` of train/resume.py).
 
     Args:
         folder: the folder.

@@ -40,12 +40,12 @@ from megatron_vlmoe.runtime.ranks import Ranks, environment_rank, environment_wo
 from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
 from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint
+from megatron_vlmoe.train.resume import warm_start
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.run_log import begin_run_logs
 from megatron_vlmoe.train.setup import TrainingParts, build_forward_only, build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
 from megatron_vlmoe.train.trainer import Trainer
-from megatron_vlmoe.train.warm_start import warm_start
 
 log = logging.getLogger("megatron_vlmoe")
 

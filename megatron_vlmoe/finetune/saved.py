@@ -18,8 +18,8 @@ from megatron_vlmoe.train.checkpoint_files import (
     find_best_or_last,
     has_checkpoints,
 )
+from megatron_vlmoe.train.resume import CheckpointWeights, WeightSource, warm_start
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
-from megatron_vlmoe.train.warm_start import CheckpointWeights, WeightSource, warm_start
 
 
 def has_begun(save: str) -> bool:

@@ -87,11 +87,6 @@ def is_tracked(root: Path, step: int) -> bool:
     return _has_tracker(root) and _tracked(root / TRACKER) == (step, "")
 
 
-def is_saved(root: Path, step: int) -> bool:
-    """Whether a checkpoint folder has this step complete, and its tracker names it."""
-    return is_tracked(root, step) and is_complete(root / iteration_name(step))
-
-
 def later_checkpoints(root: Path, step: int) -> list[Path]:
     """The `iter_N` of a checkpoint folder, complete or not, of steps after this one, in order."""
     return [path for number, path in iterations(root) if number > step]
@@ -148,11 +143,9 @@ def find_best_or_last(location: str | Path, step: Optional[str] = None) -> Optio
         CheckpointError: as `find_checkpoint`.
     """
     best = Path(location) / "best"
-    return (
-        find_checkpoint(best)
-        if not step and has_checkpoints(best)
-        else find_checkpoint(location, step)
-    )
+    if not step and has_checkpoints(best):
+        return find_checkpoint(best)
+    return find_checkpoint(location, step)
 
 
 def _chosen(root: Path, found: Sequence[tuple[int, Path]], step: str) -> Optional[Path]:
@@ -213,16 +206,14 @@ def _flaw(path: Path) -> str:
     if not isinstance(content, dict):
         return f"{_MARKER} is damaged"
     # Later versions of megatron-core keep what is common to all ranks among the tensors.
-    names = (".metadata", *(("common.pt",) if "common_backend" in content else ()))
-    return next((f"no {name}" for name in names if not (path / name).is_file()), _data_flaw(path))
-
-
-def _data_flaw(path: Path) -> str:
-    """Which file of tensors is missing or too short, by the table of contents; empty if none is."""
+    for name in (".metadata", *(("common.pt",) if "common_backend" in content else ())):
+        if not (path / name).is_file():
+            return f"no {name}"
     try:
         places = FileSystemReader(path).read_metadata().storage_data.values()
     except Exception:
         return ".metadata is damaged"
+    # Which file of tensors is missing or too short, by this table of contents.
     ends: dict[str, int] = {}
     for place in places:
         end = place.offset + place.length
@@ -240,10 +231,8 @@ def _data_flaw(path: Path) -> str:
 def _listed(found: Sequence[tuple[int, Path]]) -> str:
     """The checkpoints that were found, the last ones by name."""
     last = [path.name + (" (incomplete)" if _flaw(path) else "") for _, path in found[-_LISTED:]]
-    listed = ", ".join(last)
-    return (
-        listed if len(found) == len(last) else f"{len(found)} checkpoints, the last ones {listed}"
-    )
+    many = f"{len(found)} checkpoints, the last ones " if len(found) > len(last) else ""
+    return many + ", ".join(last)
 
 
 def _choices(step: Optional[str]) -> str:

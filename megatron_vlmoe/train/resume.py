@@ -1,7 +1,8 @@
-"""Where a run goes on from: its own checkpoint or that of `--load`, and with which of the options.
+"""Where a run starts: it goes on from its own checkpoint or that of `--load`, or takes the weights of another model.
 
-What its folder holds of later steps is set aside: nothing reads it, nothing is lost. `checkpoints/set_aside/` and
-`best/set_aside/` have such checkpoints, `metrics.set_aside.jsonl` (see `JsonlWriter`) such metrics.
+What the folder of a run that goes on holds of later steps is set aside: nothing reads it, nothing is lost.
+`checkpoints/set_aside/` and `best/set_aside/` have such checkpoints, `metrics.set_aside.jsonl` (see `JsonlWriter`) such
+metrics.
 """
 
 from __future__ import annotations
@@ -9,17 +10,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from megatron_vlmoe.config.errors import ConfigError
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch import Tensor
+
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.runtime.distributed import barrier, is_rank_zero
+from megatron_vlmoe.model.initial_values import resize_image_positions, resize_text_positions
+from megatron_vlmoe.runtime.distributed import barrier, is_rank_zero, union_over_ranks
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import (
     changed_options,
+    check_architecture,
     load_checkpoint,
     load_common,
+    naming_checkpoint,
     warn_of_other_gates,
 )
 from megatron_vlmoe.train.checkpoint_files import (
@@ -33,7 +45,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     iteration_name,
     later_checkpoints,
 )
-from megatron_vlmoe.train.setup import TrainingParts
+from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -42,6 +54,13 @@ START_OPTIONS = (
     *("checkpoint.load", "checkpoint.load_optimizer", "checkpoint.save_initial"),
     *("checkpoint.require", "model.init_std", "model.layer_scale_init", "task.architecture"),
     "contrastive.temperature",
+)
+IMAGE_POSITIONS = "embedding.image.position"
+TEXT_POSITIONS = "embedding.text.position"
+# Options in which the two models may differ: only positions and heads depend on them.
+FREE = (
+    *("model.image_size", "model.text_length", "model.pair_text_length"),
+    "model.visual_vocab_size",
 )
 
 
@@ -181,3 +200,148 @@ def _set_aside(root: Path, paths: Iterable[Path]) -> None:
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
         log.warning("%s is not what the run goes on from: it is now %s", path, target)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What became of every tensor; checkpoint keys in order.
+
+    Args:
+        taken: loaded as they are.
+        resized: position tables that were fitted to another length.
+        new: tensors of this model that the checkpoint does not have (heads only).
+        left: tensors of the checkpoint that this model does not have (heads, optimizer).
+    """
+
+    taken: tuple[str, ...]
+    resized: tuple[str, ...]
+    new: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """For the log."""
+        optimizer = [key for key in self.left if key.startswith("optimizer")]
+        left = [key for key in self.left if not key.startswith("optimizer")]
+        return [
+            f"weights: {len(self.taken)} tensors taken, {len(self.resized)} resized, {len(self.new)} new, "
+            f"{len(left)} left and {len(optimizer)} of the optimizer",
+            *(f"  resized: {key}" for key in self.resized),
+            *(f"  new: {key}" for key in self.new),
+            *(f"  left: {key}" for key in left),
+        ]
+
+
+class WeightSource(Protocol):
+    """Weights on disk under the names of our checkpoints."""
+
+    path: Path
+    """Names them in messages."""
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The configuration that they belong to, as nested dictionaries."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Key and whole shape of every tensor."""
+        ...
+
+    def load(self, wanted: Mapping[str, ShardedTensor]) -> None:
+        """Fills the shards in place.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        ...
+
+
+class CheckpointWeights:
+    """The weights of a checkpoint of any parallel layout (a `WeightSource`).
+
+    Raises:
+        CheckpointError: the folder is no readable checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with naming_checkpoint(path):
+            metadata = dist_checkpointing.load_tensors_metadata(str(path))
+        self.shapes = {key: tuple(entry.global_shape) for key, entry in metadata.items()}
+        self.sections: Mapping[str, Any] = load_common(path).get("config", {})
+
+    @torch.no_grad()
+    def load(self, wanted: Mapping[str, ShardedTensor]) -> None:
+        """See `WeightSource`."""
+        places = {name: entry.data for name, entry in wanted.items()}
+        with naming_checkpoint(self.path):
+            loaded = dist_checkpointing.load(
+                dict(wanted), str(self.path), strict=StrictHandling.RAISE_UNEXPECTED
+            )
+        for name, place in places.items():
+            place.copy_(loaded[name].view_as(place))
+
+
+@torch.no_grad()
+def warm_start(
+    source: WeightSource, config: RunConfig, parts: ModelParts, with_heads: bool
+) -> WarmStart:
+    """Loads the weights of another model: what fits is taken, positions are resized, new heads stay new.
+
+    Args:
+        source: the weights, of pretraining or of a task.
+        config: of this run.
+        parts: its model; the optimizer's copies follow.
+        with_heads: whether the heads are taken too, where they fit.
+
+    Raises:
+        CheckpointError: if the architecture differs, a tensor other than a head is missing, a shape does not fit, or
+            the checkpoint is damaged.
+    """
+    path, saved = source.path, source.shapes
+    check_architecture(path, source.sections, config, FREE)
+    wanted: dict[str, ShardedTensor] = {}
+    known: set[str] = set()
+    new: set[str] = set()
+    resized: dict[str, tuple[Tensor, Tensor]] = {}
+    for index, chunk in enumerate(parts.chunks):
+        state = chunk.sharded_state_dict(metadata=checkpoint_metadata())
+        for name, entry in state.items():
+            # Besides tensors there are only empty places for the state of other number formats.
+            if not isinstance(entry, ShardedTensor):
+                continue
+            key, shape, theirs = entry.key, tuple(entry.global_shape), saved.get(entry.key)
+            known.add(key)
+            if key.startswith("heads.") and (theirs != shape or not with_heads):
+                new.add(key)
+                continue
+            if theirs is None:
+                raise CheckpointError(f"{path}: has no {key}, which this model needs")
+            if theirs != shape:
+                if key not in (IMAGE_POSITIONS, TEXT_POSITIONS):
+                    raise CheckpointError(
+                        f"{path}: {key} has shape {list(theirs)}, not {list(shape)}"
+                    )
+                # Position tables are replicas on all ranks of a stage.
+                table = torch.empty(theirs, dtype=entry.data.dtype, device=entry.data.device)
+                resized[key] = (entry.data, table)
+                entry = ShardedTensor.from_rank_offsets(key, table, replica_id=entry.replica_id)
+            wanted[f"{index}/{name}"] = entry
+    source.load(wanted)
+    if is_rank_zero():
+        warn_of_other_gates(path, source.sections, config)
+    for key, (target, table) in resized.items():
+        if key == IMAGE_POSITIONS:
+            target.copy_(resize_image_positions(table, target.shape[0] - 1))
+        else:
+            target.copy_(resize_text_positions(table, target))
+    if isinstance(parts, TrainingParts):
+        parts.optimizer.reload_model_params()
+    all_known, all_new = union_over_ranks(known), union_over_ranks(new)
+    all_resized = union_over_ranks(resized)
+    return WarmStart(
+        taken=tuple(sorted(all_known - all_new - all_resized)),
+        resized=tuple(sorted(all_resized)),
+        new=tuple(sorted(all_new)),
+        left=tuple(sorted(saved.keys() - (all_known - all_new))),
+    )

@@ -54,14 +54,10 @@ class ModelParts:
 
 @dataclass
 class TrainingParts(ModelParts):
-    """What a training step works on.
+    """What a training step works on: also the optimizer, the learning-rate schedule, and what is frozen.
 
     Args:
-        transformer_config: see `ModelParts`.
-        chunks: see `ModelParts`.
-        wrapped: see `ModelParts`.
-        optimizer: megatron-core's optimizer.
-        scheduler: learning-rate schedule.
+        transformer_config: see `ModelParts`, as are `chunks` and `wrapped`.
         frozen: names of modules that the run never reaches.
     """
 
@@ -87,18 +83,14 @@ def build_chunks(
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual):
-        vp_stage = stage if virtual > 1 else None
+        where = {"ignore_virtual": False, "vp_stage": stage if virtual > 1 else None}
         chunks.append(
             VLMoEModel(
                 config,
                 transformer_config,
-                pre_process=parallel_state.is_pipeline_first_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                post_process=parallel_state.is_pipeline_last_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                vp_stage=vp_stage,
+                pre_process=parallel_state.is_pipeline_first_stage(**where),
+                post_process=parallel_state.is_pipeline_last_stage(**where),
+                vp_stage=where["vp_stage"],
                 build_heads=build_heads,
             )
         )
@@ -113,13 +105,24 @@ def build_training(
 
     Args:
         config: the run, with vocabulary sizes.
-        precision: resolved precision.
+        precision: that the model computes in.
         build_heads: makes the heads of the last stage.
+
+    Raises:
+        ConfigError: on every rank, if megatron-core could not save what it is to train.
     """
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
     frozen = freeze_unreachable(chunks, config, masked=build_heads is MaskedHeads)
-    _check_savable(chunks, config, precision)
+    trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+    if config.checkpoint.save and not config.parallel.use_distributed_optimizer:
+        # megatron-core's optimizer of 16-bit weights without sharding takes the parameters that are fp32 all the same
+        # (routers, the temperature of retrieval) for others of the model when it saves.
+        if agree(precision != "fp32" and any(p.dtype == torch.float32 for p in trained)):
+            raise ConfigError(
+                f"parallel.use_distributed_optimizer=false cannot save a {precision} model whose routers or "
+                "temperature are fp32: leave it on, or set train.precision=fp32"
+            )
     wrapped = _wrap(chunks, config, transformer_config)
     optimizer = get_megatron_optimizer(
         _optimizer_config(config, precision),
@@ -151,25 +154,6 @@ def build_forward_only(
         chunk.requires_grad_(False)
         chunk.eval()
     return ModelParts(transformer_config, chunks, list(chunks))
-
-
-def _check_savable(chunks: list[VLMoEModel], config: RunConfig, precision: Precision) -> None:
-    """Refuses before training what megatron-core could not save after it.
-
-    Its optimizer of 16-bit weights without sharding takes the parameters that are fp32 all the same (routers, the
-    temperature of retrieval) for others of the model.
-
-    Raises:
-        ConfigError: on every rank.
-    """
-    if not config.checkpoint.save or config.parallel.use_distributed_optimizer:
-        return
-    parameters = (p for chunk in chunks for p in chunk.parameters() if p.requires_grad)
-    if agree(precision != "fp32" and any(p.dtype == torch.float32 for p in parameters)):
-        raise ConfigError(
-            f"parallel.use_distributed_optimizer=false cannot save a {precision} model whose routers or "
-            "temperature are fp32: leave it on, or set train.precision=fp32"
-        )
 
 
 def _wrap(
@@ -235,9 +219,7 @@ def _init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None
 def has_weight_decay(name: str, shape: torch.Size) -> bool:
     """Matrices decay; vectors, position tables and special embeddings do not (BEiT's rule).
 
-    Args:
-        name: parameter name.
-        shape: its shape; expert biases are matrices ``[E, F]`` but still biases.
+    Biases of experts are matrices ``[E, F]`` but still biases.
     """
     if len(shape) == 1 or name.endswith(("bias", "bias1", "bias2")):
         return False
@@ -265,23 +247,6 @@ def learning_rate_factor(name: str, layer_number: int, config: RunConfig) -> flo
     return 1.0
 
 
-def _mark_learning_rates(chunks: list[VLMoEModel], config: RunConfig) -> set[float]:
-    """Writes the factor of every trained parameter on it; returns the factors of the whole model but 1."""
-    for chunk in chunks:
-        numbers = {
-            id(parameter): layer.layer_number
-            for layer in chunk.decoder.layers
-            for parameter in layer.parameters()
-        }
-        for name, parameter in chunk.named_parameters():
-            factor = learning_rate_factor(name, numbers.get(id(parameter), 0), config)
-            parameter.learning_rate_factor = factor  # type: ignore[attr-defined]
-    blocks = range(1, config.model.num_layers + 1)
-    factors = {learning_rate_factor("decoder.", number, config) for number in blocks}
-    factors |= {learning_rate_factor(name, 0, config) for name in ("embedding.", "heads.")}
-    return factors - {1.0}
-
-
 def _group_overrides(chunks: list[VLMoEModel], config: RunConfig) -> dict[ParamKey, Any]:
     """Parameter groups: matrices, what has no weight decay, routers, and learning rates of their own.
 
@@ -300,24 +265,35 @@ def _group_overrides(chunks: list[VLMoEModel], config: RunConfig) -> dict[ParamK
         ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0},
         ParamKey(with_name_predicate=router): {"is_decoupled_lr": True},
     }
-    for factor in sorted(_mark_learning_rates(chunks, config)):
+    # Every parameter carries its factor; groups are needed for those of the whole model.
+    for chunk in chunks:
+        numbers = {
+            id(parameter): layer.layer_number
+            for layer in chunk.decoder.layers
+            for parameter in layer.parameters()
+        }
+        for name, parameter in chunk.named_parameters():
+            factor = learning_rate_factor(name, numbers.get(id(parameter), 0), config)
+            parameter.learning_rate_factor = factor  # type: ignore[attr-defined]
+    blocks = range(1, config.model.num_layers + 1)
+    factors = {learning_rate_factor("decoder.", number, config) for number in blocks}
+    factors |= {learning_rate_factor(name, 0, config) for name in ("embedding.", "heads.")}
+    for factor in sorted(factors - {1.0}):
         key = ParamPredicate(
             name=f"learning_rate_{factor!r}",
             fn=lambda param, factor=factor: getattr(param, "learning_rate_factor", 1.0) == factor,
         )
-        rates = {
+        overrides[ParamKey(predicate=key)] = {
             # By this key, which has no other effect, groups are told apart: 0.16.1 does not look at rates.
             "lr_mult": factor,
             "max_lr": config.optim.lr * factor,
             "min_lr": config.optim.min_lr * factor,
         }
-        overrides[ParamKey(predicate=key)] = rates
     return overrides
 
 
 def _scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     optim = config.optim
-    decay = optim.lr_decay_steps or config.train.steps
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -325,7 +301,7 @@ def _scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerPara
         min_lr=optim.min_lr,
         lr_warmup_steps=optim.lr_warmup_steps,
         # A run shorter than its warm-up ends inside it.
-        lr_decay_steps=max(decay, optim.lr_warmup_steps + 1),
+        lr_decay_steps=max(optim.lr_decay_steps or config.train.steps, optim.lr_warmup_steps + 1),
         lr_decay_style=optim.lr_decay_style,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,

@@ -20,7 +20,13 @@ from megatron_vlmoe.config.schema import Precision, RunConfig, TrainConfig
 from megatron_vlmoe.runtime.distributed import Ranks, agree, device, is_rank_zero
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
-from megatron_vlmoe.train.checkpoint_files import TrainState, checkpoint_root, is_saved
+from megatron_vlmoe.train.checkpoint_files import (
+    TrainState,
+    checkpoint_root,
+    is_complete,
+    is_tracked,
+    iteration_name,
+)
 from megatron_vlmoe.train.metrics import (
     DataClock,
     JsonlWriter,
@@ -259,7 +265,8 @@ class Trainer:
             return
         # It may be this step's. Whatever somebody has done to the tracker meanwhile, a run keeps what it has reached.
         self.writer.finish()
-        if is_saved(self.writer.root, self.state.step):
+        root, step = self.writer.root, self.state.step
+        if is_tracked(root, step) and is_complete(root / iteration_name(step)):
             return
         target = self.writer.save(self.state, self.config, self.parts)
         in_background = self.config.checkpoint.async_save

@@ -34,7 +34,7 @@ def start_from(where: Layout, arguments: tuple[str, ...], folder: str) -> list[s
     from unittest import mock
 
     from megatron_vlmoe.train.checkpoint_files import find_checkpoint
-    from megatron_vlmoe.train.warm_start import CheckpointWeights, warm_start
+    from megatron_vlmoe.train.resume import CheckpointWeights, warm_start
 
     config, _, parts, _ = start(where, *arguments)
     path = find_checkpoint(folder)
