@@ -21,7 +21,7 @@ from megatron_vlmoe.finetune.evaluation import (
 from megatron_vlmoe.finetune.metrics import Score, label_ranks
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
-from megatron_vlmoe.losses.classification import class_loss, soft_target_loss
+from megatron_vlmoe.losses.tasks import class_loss, soft_target_loss
 from megatron_vlmoe.runtime.distributed import Ranks
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.objective import Losses

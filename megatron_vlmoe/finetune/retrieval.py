@@ -34,7 +34,7 @@ from megatron_vlmoe.finetune.evaluation import (
 )
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
 from megatron_vlmoe.finetune.objective import Measured, TaskObjective
-from megatron_vlmoe.losses.contrastive import (
+from megatron_vlmoe.losses.tasks import (
     CachedGradients,
     contrastive_loss,
     hard_negatives,

@@ -1,1 +1,1 @@
-"""Masked data modelling objectives and their total."""
+"""Losses over predicted positions, classes and similarities."""

@@ -8,7 +8,7 @@ every parallel layout shares.
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Mapping, NamedTuple
+from typing import Mapping
 
 import torch
 from torch import Tensor
@@ -29,13 +29,7 @@ LOSS_OF = MappingProxyType({segment: name for name, segment in LOSS_SEGMENTS.ite
 def total_loss(
     batch: Batch, predicted: Mapping[SegmentName, Predicted], objectives: ObjectivesConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted total and the single losses of one micro-batch.
-
-    Args:
-        batch: the labels.
-        predicted: what the model's heads say of every segment.
-        objectives: weights.
-    """
+    """The weighted total and the single losses of one micro-batch."""
     weights = {name: getattr(objectives, f"{name}_weight") for name in LOSSES}
     # Where no position has a label, the mean is 0, with a graph.
     single = {
@@ -47,27 +41,19 @@ def total_loss(
     return torch.stack(parts).sum(), {name: loss.detach() for name, loss in single.items()}
 
 
-class MaskedSums(NamedTuple):
-    """What evaluation adds up over micro-batches for one loss.
-
-    Args:
-        sums: loss, hits and number of predicted positions ``[3]``, in fp64.
-        labels: what was to be predicted ``[n, M]``; negative where unused.
-    """
-
-    sums: Tensor
-    labels: Tensor
-
-
 @torch.no_grad()
 def evaluation_sums(
     batch: Batch, predicted: Mapping[SegmentName, Predicted]
-) -> dict[str, MaskedSums]:
-    """Sums for exact averages over any split of the data, for every loss."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What evaluation adds up over micro-batches for exact averages over any split of the data, for every loss.
+
+    Returns:
+        Loss, hits and number of predicted positions ``[3]`` in fp64; their labels ``[n, M]``, negative where unused.
+    """
     sums = {}
     for segment, (losses, correct) in predicted.items():
         assert correct is not None, "the heads tell correctness in evaluation only"
         labels = batch[segment]["labels"]
         counts = [losses.double().sum(), correct.double().sum(), (labels >= 0).sum().double()]
-        sums[LOSS_OF[segment]] = MaskedSums(torch.stack(counts), labels)
+        sums[LOSS_OF[segment]] = torch.stack(counts), labels
     return sums

@@ -41,13 +41,8 @@ from megatron_vlmoe.stream.block_plan import BlockPlan
 class StreamAttention(MegatronModule):
     """The `core_attention` of megatron-core's SelfAttention; the StreamBatch comes as attention_mask.
 
-    Each sample attends within itself, the two halves of a pair together.
-
-    Args:
-        config: megatron-core configuration.
-        layer_number: block number from 1.
-        backend: `sdpa` lets torch choose the kernel, `math` forces the plain one.
-        **unused: megatron-core's other constructor arguments.
+    Each sample attends within itself, the two halves of a pair together. The backend `sdpa` lets torch choose the
+    kernel, `math` forces the plain one.
     """
 
     def __init__(
@@ -131,14 +126,7 @@ class MoMEFeedForwardSubmodules:
 
 
 class MoMEFeedForward(MegatronModule):
-    """Routes tokens by modality (paper section 3.2): V-FFN or V-MoE, T-FFN or T-MoE, VL-FFN.
-
-    Args:
-        config: megatron-core configuration.
-        submodules: specs of the branches.
-        plan: which branches the block has.
-        moe: routing options of the pools.
-    """
+    """Routes tokens by modality (paper section 3.2): V-FFN or V-MoE, T-FFN or T-MoE, VL-FFN."""
 
     def __init__(
         self,
@@ -222,8 +210,6 @@ class MoMELayer(TransformerLayer):
     the two halves of a pair share one stochastic-depth draw.
 
     Args:
-        config: megatron-core configuration.
-        submodules: specs of the block.
         layer_number: number within the pipeline stage, from 1.
         layer_scale_init: initial gamma; 0 leaves LayerScale out.
         drop_path: stochastic depth of the last block.
@@ -234,9 +220,9 @@ class MoMELayer(TransformerLayer):
         self,
         config: TransformerConfig,
         submodules: TransformerLayerSubmodules,
-        layer_number: int = 1,
-        layer_scale_init: float = 0.1,
-        drop_path: float = 0.0,
+        layer_number: int,
+        layer_scale_init: float,
+        drop_path: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)

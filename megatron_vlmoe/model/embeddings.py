@@ -22,12 +22,7 @@ from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 
 class TextEmbedding(MegatronModule):
-    """``H^w = word embeddings + T_pos``; special tokens are part of the ids.
-
-    Args:
-        config: megatron-core configuration.
-        model: lengths and vocabulary.
-    """
+    """``H^w = word embeddings + T_pos``; special tokens are part of the ids."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
         super().__init__(config=config)
@@ -56,13 +51,7 @@ class TextEmbedding(MegatronModule):
 
 
 class ImageEmbedding(MegatronModule):
-    """``H^v = [I_CLS, V v_1, ..., V v_N] + V_pos``; masked patches are replaced before positions (BEiT).
-
-    Args:
-        config: megatron-core configuration.
-        model: image and patch size.
-        data: pixel mean and standard deviation.
-    """
+    """``H^v = [I_CLS, V v_1, ..., V v_N] + V_pos``; masked patches are replaced before positions (BEiT)."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, data: DataConfig) -> None:
         super().__init__(config=config)
@@ -87,7 +76,10 @@ class ImageEmbedding(MegatronModule):
         Without a mask nothing is hidden.
         """
         values = ((pixels.float() / 255.0 - self.mean) / self.std).to(self.weight.dtype)
-        patches = F.linear(patchify(values, self.patch_size), self.weight, self.bias)
+        # Rows of patches, row-major, channel first within a patch.
+        n, size, side = len(values), self.patch_size, values.shape[2] // self.patch_size
+        grid = values.view(n, 3, side, size, side, size).permute(0, 2, 4, 1, 3, 5)
+        patches = F.linear(grid.reshape(n, side * side, -1), self.weight, self.bias)
         if mask is not None:
             patches = torch.where(mask.unsqueeze(2), self.mask_token, patches)
         cls_token = self.cls_token.expand(len(patches), 1, -1)
@@ -95,14 +87,6 @@ class ImageEmbedding(MegatronModule):
         if self.token_type is not None:
             tokens = tokens + self.token_type
         return tokens.reshape(-1, 1, tokens.shape[2])
-
-
-def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """``[n, 3, S, S]`` to rows of patches ``[n, N, 3 * P * P]``, row-major, channel first within a patch."""
-    n, channels, height, width = pixels.shape
-    rows, columns = height // patch_size, width // patch_size
-    grid = pixels.view(n, channels, rows, patch_size, columns, patch_size)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
 
 
 class StreamEmbedding(MegatronModule):
@@ -125,9 +109,8 @@ class StreamEmbedding(MegatronModule):
         for image_segment in VISION_SEGMENTS:
             if layout.count(image_segment):
                 images = batch[image_segment]
-                mask = images.get("mask")
-                shared = None if mask is None else stream.share(mask)
-                parts.append(self.image(images["pixels"], shared))
+                mask = stream.share(images["mask"]) if "mask" in images else None
+                parts.append(self.image(images["pixels"], mask))
         return torch.cat(parts)
 
 

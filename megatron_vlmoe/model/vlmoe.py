@@ -96,7 +96,7 @@ class VLMoEModel(MegatronModule):
 
     Args:
         config: the run; vocabulary sizes must be known.
-        transformer_config: megatron-core's configuration.
+        transformer_config: megatron-core's, of `build_transformer_config`.
         pre_process: whether this stage embeds.
         post_process: whether this stage has the final LayerNorm and the heads.
         vp_stage: virtual pipeline stage.

@@ -132,11 +132,10 @@ def losses_from_statistics(
     Raises:
         ValueError: on an unknown term or a vector of another size.
     """
-    sections = _section_sizes(terms, num_experts)
-    if stats.shape != (sum(sections.values()),):
+    sections, size = _section_sizes(terms, num_experts), statistics_size(terms, num_experts)
+    if stats.shape != (size,):
         raise ValueError(
-            f"statistics of {', '.join(terms)} with {num_experts} experts have size "
-            f"{sum(sections.values())}, got {list(stats.shape)}"
+            f"statistics of {', '.join(terms)} with {num_experts} experts have size {size}, got {list(stats.shape)}"
         )
     sums = dict(zip(sections, torch.split(stats, list(sections.values())), strict=True))
     num_tokens = sums["tokens"].detach().squeeze(0)

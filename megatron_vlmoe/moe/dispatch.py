@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_vlmoe.moe.experts import PooledExperts
 from megatron_vlmoe.moe.router import PoolRouting
+from megatron_vlmoe.moe.routing_ops import SlotRouting
 from megatron_vlmoe.stream.block_plan import Branch
 
 
@@ -61,8 +62,10 @@ class FixedCapacityDispatcher:
     def _transfer(
         self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
     ) -> list[Tensor]:
-        rows = [_fill_slots(tokens, routing) for tokens, routing in zip(inputs, routings)]
-        received = self._exchange(rows, routings)
+        rows = [
+            _FillSlots.apply(tokens, routing.slots) for tokens, routing in zip(inputs, routings)
+        ]
+        received = self._exchange(rows)
         outputs = []
         for part, routing in zip(received, routings):
             pool = experts.pool(routing.pool.name)
@@ -72,13 +75,13 @@ class FixedCapacityDispatcher:
             result = pool(by_expert.reshape(local, self.ep_size * capacity, -1))
             back = result.view(local, self.ep_size, capacity, -1).transpose(0, 1)
             outputs.append(back.reshape(self.ep_size, local * capacity, -1))
-        returned = self._exchange(outputs, routings)
+        returned = self._exchange(outputs)
         return [
-            _combine_slots(part.reshape(-1, part.shape[-1]), routing)
+            _CombineSlots.apply(part.reshape(-1, part.shape[-1]), routing.gate, routing.slots)
             for part, routing in zip(returned, routings)
         ]
 
-    def _exchange(self, parts: Sequence[Tensor], routings: Sequence[PoolRouting]) -> list[Tensor]:
+    def _exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """One all-to-all of every pool's slots, grouped by the rank on the other side."""
         by_rank = [part.reshape(self.ep_size, -1, part.shape[-1]) for part in parts]
         if self.ep_size == 1:
@@ -90,13 +93,7 @@ class FixedCapacityDispatcher:
 
 
 class TokenAllToAllDispatcher:
-    """megatron-core's all-to-all of as many rows as there are; serves `alltoall` and `dropless`.
-
-    Args:
-        token_dispatcher: the MoE layer's own megatron-core dispatcher.
-        pools: pools of the block.
-        ep_size: expert-parallel size.
-    """
+    """megatron-core's all-to-all of as many rows as there are; serves `alltoall` and `dropless`."""
 
     def __init__(
         self, token_dispatcher: MoETokenDispatcher, pools: Sequence[Branch], ep_size: int
@@ -143,82 +140,48 @@ class TokenAllToAllDispatcher:
         return torch.cat(maps), torch.cat(probs)
 
 
-def _fill_slots(tokens: Tensor, routing: PoolRouting) -> Tensor:
-    """Copies kept tokens ``[T, D]`` into slots ``[S, D]``; unfilled slots are zero."""
-    slots = routing.slots
-    assert slots is not None
-    return _FillSlots.apply(
-        tokens, slots.slot_token, slots.slot_filled, slots.token_slot, slots.token_kept
-    )
-
-
-def _combine_slots(rows: Tensor, routing: PoolRouting) -> Tensor:
-    """Sums each token's kept slots weighted by its gates: ``[S, D]`` to ``[T, D]``."""
-    slots = routing.slots
-    assert slots is not None
-    return _CombineSlots.apply(
-        rows,
-        routing.gate,
-        slots.slot_token,
-        slots.slot_choice,
-        slots.slot_filled,
-        slots.token_slot,
-        slots.token_kept,
-    )
-
-
 class _FillSlots(torch.autograd.Function):
-    """A gather in both directions: no atomics, so the gradient is deterministic."""
+    """Copies kept tokens ``[T, D]`` into slots ``[S, D]``; unfilled slots are zero.
+
+    A gather in both directions: no atomics, so the gradient is deterministic.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        tokens: Tensor,
-        slot_token: Tensor,
-        filled: Tensor,
-        token_slot: Tensor,
-        kept: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(token_slot, kept)
-        rows = tokens.index_select(0, slot_token)
-        return rows.mul_(filled.unsqueeze(1))
+    def forward(ctx: Any, tokens: Tensor, slots: SlotRouting) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(slots.token_slot, slots.token_kept)
+        rows = tokens.index_select(0, slots.slot_token)
+        return rows.mul_(slots.slot_filled.unsqueeze(1))
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         token_slot, kept = ctx.saved_tensors
         grad = torch.zeros((), device=grad_rows.device)
         for choice in range(token_slot.shape[1]):
             part = grad_rows.index_select(0, token_slot[:, choice])
             part.mul_(kept[:, choice].unsqueeze(1))
             grad = part if choice == 0 else grad + part
-        return grad, None, None, None, None
+        return grad, None
 
 
 class _CombineSlots(torch.autograd.Function):
-    """Weighted sum over a token's slots; both gradients are gathers."""
+    """Sums each token's kept slots weighted by its gates: ``[S, D]`` to ``[T, D]``; both gradients are gathers."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        rows: Tensor,
-        gate: Tensor,
-        slot_token: Tensor,
-        slot_choice: Tensor,
-        filled: Tensor,
-        token_slot: Tensor,
-        kept: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(rows, gate, slot_token, slot_choice, filled, token_slot, kept)
-        weight = (gate * kept).to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, gate: Tensor, slots: SlotRouting) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(
+            *(rows, gate, slots.slot_token, slots.slot_choice, slots.slot_filled),
+            *(slots.token_slot, slots.token_kept),
+        )
+        weight = (gate * slots.token_kept).to(rows.dtype)
         total = torch.zeros((), device=rows.device)
-        for choice in range(token_slot.shape[1]):
-            part = rows.index_select(0, token_slot[:, choice])
+        for choice in range(slots.token_slot.shape[1]):
+            part = rows.index_select(0, slots.token_slot[:, choice])
             part.mul_(weight[:, choice].unsqueeze(1))
             total = part if choice == 0 else total + part
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         rows, gate, slot_token, slot_choice, filled, token_slot, kept = ctx.saved_tensors
         grad_rows = grad.index_select(0, slot_token)
         # The gate's gradient is a dot product per slot; only these scalars go back to the tokens.
@@ -226,4 +189,4 @@ class _CombineSlots(torch.autograd.Function):
         grad_gate = dot[token_slot] * kept
         weight = gate[slot_token, slot_choice] * filled
         grad_rows.mul_(weight.unsqueeze(1).to(grad_rows.dtype))
-        return grad_rows, grad_gate, None, None, None, None, None
+        return grad_rows, grad_gate, None

@@ -26,10 +26,7 @@ class ExpertPool(nn.Module):
     Parameters are ``weight1 [E, F, D]``, ``bias1 [E, F]``, ``weight2 [E, D, F]``, ``bias2 [E, D]``; their
     global first axis is the expert number of the pool, sharded over expert parallel ranks.
 
-    Args:
-        num_experts: experts of the pool over all ranks.
-        config: megatron-core configuration (`hidden_size`, `moe_ffn_hidden_size`, `params_dtype`).
-        pg_collection: groups `ep` and `expt_dp`.
+    `num_experts` counts the experts of the pool over all ranks.
     """
 
     weight1: nn.Parameter
@@ -70,13 +67,10 @@ class ExpertPool(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(self, rows: Tensor, counts: Optional[Tensor] = None) -> Tensor:
-        """All experts at once: ``[E, R, D]`` to ``[E, R, D]``; or sorted rows, as many as `counts` says.
+        """All experts at once: ``[E, R, D]`` to ``[E, R, D]``; or ``[N, D]`` sorted by expert, of each as many as
+        `counts` ``[E]`` says.
 
         Goes through the module's call, whose hooks wait for parameters that are still being gathered.
-
-        Args:
-            rows: ``[E, R, D]``, or ``[N, D]`` sorted by expert.
-            counts: rows of every expert ``[E]``.
         """
         if counts is None:
             hidden = F.gelu(batched_linear(rows, self.weight1, self.bias1))
@@ -167,21 +161,14 @@ class _ContiguousGrad(torch.autograd.Function):
 
 
 class PooledExperts(MegatronModule):
-    """The experts of every pool of one MoE block, by pool name (the `experts` spec of the MoE layer).
-
-    Args:
-        num_local_experts: experts on this rank over all pools (megatron-core's argument).
-        config: see `ExpertPool`, as is `pg_collection`.
-        pg_collection: process groups.
-        pools: the pools of the block.
-    """
+    """The experts of every pool of one MoE block, by pool name (the `experts` spec of the MoE layer)."""
 
     def __init__(
         self,
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
-        pools: Sequence[Branch] = (),
+        pools: Sequence[Branch],
     ) -> None:
         super().__init__(config=config)
         for pool in pools:

@@ -33,14 +33,7 @@ def moe_submodules(plan: BlockPlan, moe: MoEConfig) -> MoESubmodules:
 
 
 class ModalityMoELayer(MoELayer):
-    """A megatron-core MoE layer over several pools, each with its own router and tokens.
-
-    Args:
-        config: megatron-core configuration of the model.
-        submodules: router and experts.
-        plan: the block's branches.
-        moe: routing options.
-    """
+    """A megatron-core MoE layer over several pools, each with its own router and tokens."""
 
     def __init__(
         self,

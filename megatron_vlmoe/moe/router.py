@@ -154,14 +154,7 @@ class PoolGate(nn.Module):
 
 
 class ModalityRouter(MegatronModule):
-    """One router per pool of the block (the `router` spec of the MoE layer).
-
-    Args:
-        config: megatron-core configuration.
-        pg_collection: the group `tp`.
-        plan: the block's branches.
-        moe: routing options.
-    """
+    """One router per pool of the block (the `router` spec of the MoE layer)."""
 
     def __init__(
         self,

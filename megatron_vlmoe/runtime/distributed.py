@@ -101,7 +101,6 @@ def current_ranks() -> Ranks:
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
         tensor=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
@@ -111,8 +110,6 @@ def current_ranks() -> Ranks:
         data_size=parallel_state.get_data_parallel_world_size(),
         expert=parallel_state.get_expert_model_parallel_rank(),
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
-        expert_data=parallel_state.get_expert_data_parallel_rank(),
-        expert_data_size=parallel_state.get_expert_data_parallel_world_size(),
     )
 
 

@@ -13,14 +13,12 @@ class Ranks:
     Args:
         rank: rank in the world.
         world_size: processes.
-        local_rank: rank on this machine.
         local_world_size: processes on this machine.
         tensor: rank and size along TP, likewise the others.
     """
 
     rank: int
     world_size: int
-    local_rank: int
     local_world_size: int
     tensor: int
     tensor_size: int
@@ -30,8 +28,6 @@ class Ranks:
     data_size: int
     expert: int
     expert_size: int
-    expert_data: int
-    expert_data_size: int
 
     @property
     def is_first_stage(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.stream.draws import DrawKey
-from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, StreamLayout
 
 
 class TextSegment(TypedDict, total=False):
@@ -230,15 +230,9 @@ class StreamBatch:
             count = getattr(self.drawn_layout or self.layout, name) * self.tensor_size
             uniform = torch.empty(count, device=device).uniform_(generator=generator)
             scale[name] = self.share((uniform >= drop_rate) / (1.0 - drop_rate))
-        order = (
-            ("texts", "texts"),
-            ("pairs", "pair_texts"),
-            ("pairs", "pair_images"),
-            ("images", "images"),
-        )
-        parts = [
-            scale[samples].unsqueeze(1).expand(-1, self.layout.length(segment)).reshape(-1)
-            for samples, segment in order
-            if self.layout.count(segment)
-        ]
+        parts = []
+        for segment in SEGMENTS:
+            if self.layout.count(segment):
+                of_samples = scale["pairs" if segment in PAIR_SEGMENTS else segment].unsqueeze(1)
+                parts.append(of_samples.expand(-1, self.layout.length(segment)).reshape(-1))
         return torch.cat(parts).view(-1, 1, 1)

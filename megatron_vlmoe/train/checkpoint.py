@@ -59,11 +59,11 @@ ARCHITECTURE = (
     "moe.shared_router",
 )
 
-GROUPS = "param_groups"
-
 # Which parameters have optimizer state, and of what kind, is decided by these; of the batch sizes by which are 0.
-STATE_OPTIONS = ("optim.optimizer", "optim.sgd_momentum", "parallel.use_distributed_optimizer")
-TRAINED_OPTIONS = ("train.precision", "moe.train_experts")
+STATE_OPTIONS = (
+    *("optim.optimizer", "optim.sgd_momentum", "parallel.use_distributed_optimizer"),
+    *("train.precision", "moe.train_experts"),
+)
 USED_OPTIONS = (
     *("data.micro_texts", "data.micro_images", "data.micro_pairs", "contrastive.matching_weight"),
     *(f"objectives.{name}_weight" for name in ("mlm", "mim", "vlm_text", "vlm_image")),
@@ -206,7 +206,7 @@ def load_checkpoint(
     content = _state_dict(parts, is_loading=True, with_optimizer=with_optimizer)
     if with_optimizer:
         for member in _members(content["optimizer"]):
-            member.pop(GROUPS, None)
+            member.pop("param_groups", None)
         _check_optimizer_state(path, content["optimizer"], saved, config)
     strict = StrictHandling.RAISE_ALL if with_optimizer else StrictHandling.RAISE_UNEXPECTED
     with naming_checkpoint(path):
@@ -242,7 +242,7 @@ def _check_optimizer_state(
     if theirs == ours:
         return
     before, now = flat_options(saved), flat_options(dataclasses.asdict(config))
-    changed = [name for name in (*STATE_OPTIONS, *TRAINED_OPTIONS) if before.get(name) != now[name]]
+    changed = [name for name in STATE_OPTIONS if before.get(name) != now[name]]
     changed += [
         name
         for name in USED_OPTIONS
@@ -266,16 +266,14 @@ def _adopt_groups(
     the loading run's own. megatron-core looks saved groups up instead: 0.16.1 without their rates, so that it takes one
     group for another, 0.19 with them, so that it finds none when a rate has changed.
 
-    Args:
-        optimizer: megatron-core's, as built for this run.
-        loaded: its state dict with the tensors of a checkpoint; changed in place.
-        common: the optimizer's part of what the checkpoint holds besides tensors.
+    `common` is the optimizer's part of what the checkpoint holds besides tensors.
     """
-    steps = {g["step"] for m in _members(common) for g in m.get(GROUPS, ()) if "step" in g}
+    steps = {g["step"] for m in _members(common) for g in m.get("param_groups", ()) if "step" in g}
     # All groups take every step together; where they differ, a group without parameters was left behind.
     step = {"step": max(steps)} if steps else {}
     for own, member in zip(_optimizers(optimizer), _members(loaded), strict=True):
-        member[GROUPS] = [{**group, **step} for group in own.optimizer.state_dict()[GROUPS]]
+        groups = own.optimizer.state_dict()["param_groups"]
+        member["param_groups"] = [{**group, **step} for group in groups]
         # A stage without parameters of this kind has asked for no state, and megatron-core has dropped the empty place.
         member.setdefault("state", {})
 
@@ -286,9 +284,7 @@ def bound_loss_scale(optimizer: MegatronOptimizer, starts_anew: bool) -> None:
     megatron-core doubles the scale when its count of good steps *equals* the window: a saved count above a smaller
     window would never double it again.
 
-    Args:
-        optimizer: megatron-core's, after loading.
-        starts_anew: whether `optim.initial_loss_scale` is another than the saved run's: the scale starts there again.
+    Where `optim.initial_loss_scale` is another than the saved run's, the scale starts there again.
     """
     for part in _optimizers(optimizer):
         scaler = getattr(part, "grad_scaler", None)
@@ -342,13 +338,9 @@ def load_common(path: Path) -> dict[str, Any]:
 def check_architecture(
     path: Path, saved: Mapping[str, Any], config: RunConfig, free: Sequence[str] = ()
 ) -> None:
-    """Refuses a checkpoint of another model.
+    """Refuses a checkpoint, of which this is the saved configuration, if it is of another model.
 
-    Args:
-        path: the checkpoint, for the message.
-        saved: its configuration.
-        config: of the model that loads it.
-        free: names that may differ.
+    Options named in `free` may differ.
 
     Raises:
         CheckpointError: naming the first option that differs.
@@ -378,11 +370,6 @@ def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig)
 
     The gates' sum, which their number and normalisation decide, is a factor of the experts' output; upcycling even
     scales weights to make up for it.
-
-    Args:
-        path: the checkpoint, for the message.
-        saved: its configuration.
-        config: of the run that has loaded it.
     """
     names = ("moe.topk: ", "moe.normalize_gate: ")
     changed = [line for line in changed_options(saved, config) if line.startswith(names)]

@@ -134,31 +134,8 @@ def _ratios(prefix: str, vector: Tensor) -> dict[str, float]:
     return metrics
 
 
-class DataClock:
-    """Passes the loader's batches on and measures how long the step waited for them."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.iterator = iter(batches)
-        self.waited = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        start = time.perf_counter()
-        try:
-            return next(self.iterator)
-        finally:
-            self.waited += time.perf_counter() - start
-
-    def take(self) -> float:
-        """Seconds waited since the last call."""
-        waited, self.waited = self.waited, 0.0
-        return waited
-
-
 class Throughput:
-    """Rates over the steps since the last report."""
+    """Rates over the steps since the last report, and the share of time that they waited for data."""
 
     def __init__(
         self, config: RunConfig, ranks: Ranks, num_micro_batches: int, precision: Precision
@@ -178,9 +155,21 @@ class Throughput:
     def reset(self) -> None:
         """Starts a new interval, for time that is not training (evaluation, saving)."""
         self.start = time.perf_counter()
+        self.waited = 0.0
         self.steps = 0
 
-    def report(self, data_wait_seconds: float) -> dict[str, float]:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Passes the loader's batches on and measures how long the step waits for them."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def report(self) -> dict[str, float]:
         """Rates of the interval; starts the next one."""
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         steps = max(self.steps, 1)
@@ -194,7 +183,7 @@ class Throughput:
             "tokens_per_second": self.tokens * rate,
             "samples_per_second": self.samples * rate,
             "tflops_per_second_per_rank": self.flops_per_rank * rate / 1e12,
-            "data_wait_fraction": min(data_wait_seconds / elapsed, 1.0),
+            "data_wait_fraction": min(self.waited / elapsed, 1.0),
             "memory_gb": memory / 1e9,
         }
         if self.peak:

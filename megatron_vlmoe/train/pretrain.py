@@ -100,7 +100,7 @@ class MaskedObjective:
         config: the run.
         ranks: where this process stands.
         data: source of batches; needed to evaluate.
-        num_micro_batches: micro-batches of a step on each data-parallel rank.
+        num_micro_batches: micro-batches of a step on each data-parallel rank; needed to evaluate.
         image_tokenizer: computes visual tokens on the last stage; None if they are stored.
     """
 
@@ -166,9 +166,9 @@ class MaskedObjective:
             )
             # All tensor-parallel ranks hold the same sums; the first one speaks for them.
             for result in results if self.ranks.tensor == 0 else ():
-                for name, found in result.items():
-                    row, labels = LOSSES.index(name), found.labels.reshape(-1)
-                    sums[row] += found.sums
+                for name, (counts, labels) in result.items():
+                    row, labels = LOSSES.index(name), labels.reshape(-1)
+                    sums[row] += counts
                     histograms[row].scatter_add_(0, labels.clamp(min=0), (labels >= 0).double())
         dist.all_reduce(flat)
         metrics: dict[str, float] = {}

@@ -138,11 +138,6 @@ def agree_with_best(folder: Path, state: TrainState, metric: str) -> TrainState:
 
     What SAVE/best has then is of later steps, or of another metric, and is set aside. Every rank must call it.
 
-    Args:
-        folder: SAVE/best.
-        state: where the run goes on from.
-        metric: name of the metric that chooses the best checkpoint.
-
     Returns:
         The state, without a best result if there is none to compare with.
     """

@@ -60,13 +60,7 @@ class StepRunner:
         """
         step = objective.prepare_step(self, itertools.islice(batches, num_micro_batches))
         return self._run(
-            step,
-            num_micro_batches,
-            self.layout,
-            objective.loss,
-            objective.prepare,
-            backward=True,
-            training=True,
+            step, num_micro_batches, objective.loss, prepare=objective.prepare, backward=True
         )
 
     def forward_no_grad(
@@ -80,15 +74,7 @@ class StepRunner:
 
         Expert capacity is that of the part: where tokens are dropped, they may be others than in training.
         """
-        return self._run(
-            batches,
-            num_micro_batches,
-            layout,
-            _without_loss(measure),
-            lambda batch: batch,
-            backward=False,
-            training=True,
-        )
+        return self._run(batches, num_micro_batches, _without_loss(measure), layout)
 
     def evaluate(
         self,
@@ -110,25 +96,18 @@ class StepRunner:
         Returns:
             What `measure` returned for each on the last stage; empty elsewhere.
         """
-        return self._run(
-            batches,
-            num_micro_batches,
-            layout or self.layout,
-            _without_loss(measure),
-            prepare,
-            backward=False,
-            training=False,
-        )
+        finish = _without_loss(measure)
+        return self._run(batches, num_micro_batches, finish, layout, prepare, training=False)
 
     def _run(
         self,
         batches: Iterator[Batch],
         num_micro_batches: int,
-        layout: StreamLayout,
         finish: Measure[Outputs, tuple[Tensor, Result]],
-        prepare: Prepare,
-        backward: bool,
-        training: bool,
+        layout: Optional[StreamLayout] = None,
+        prepare: Prepare = lambda batch: batch,
+        backward: bool = False,
+        training: bool = True,
     ) -> list[Result]:
         def forward(iterator: Iterator[Batch], model: Callable[..., Outputs]) -> tuple[Any, Any]:
             batch = next(iterator)
@@ -149,7 +128,7 @@ class StepRunner:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.parts.wrapped,
                 num_microbatches=num_micro_batches,
-                seq_length=layout.num_tokens,
+                seq_length=(layout or self.layout).num_tokens,
                 micro_batch_size=1,
                 forward_only=not backward,
             )

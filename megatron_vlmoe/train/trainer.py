@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from megatron_vlmoe.config.errors import TrainingError
 from megatron_vlmoe.config.schema import Precision, RunConfig, TrainConfig
 from megatron_vlmoe.runtime.distributed import Ranks, agree, device, is_rank_zero
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import (
     TrainState,
@@ -28,7 +29,6 @@ from megatron_vlmoe.train.checkpoint_files import (
     iteration_name,
 )
 from megatron_vlmoe.train.metrics import (
-    DataClock,
     JsonlWriter,
     MetricsWriter,
     StepProfiler,
@@ -145,7 +145,7 @@ class Trainer:
     def _loop(self, watch: ExitWatch, profiler: StepProfiler) -> str:
         config, train = self.config, self.config.train
         first = self.state.step * self.num_micro_batches
-        clock = DataClock(self.data.loader("train", first, None))
+        batches = self.throughput.timed(self.data.loader("train", first, None))
         self.throughput.reset()
         reason = self._patience_is_over()
         if reason:
@@ -153,11 +153,11 @@ class Trainer:
         while self.state.step < train.steps:
             step = self.state.step + 1
             profiler.before(step)
-            grad_norm = self._train_step(clock)
+            grad_norm = self._train_step(batches)
             profiler.after(step)
             metrics: dict[str, float] = {}
             if step % config.log.interval == 0 or step == train.steps:
-                metrics = self._report(step, grad_norm, clock.take())
+                metrics = self._report(step, grad_norm)
             is_due = train.eval_interval and step % train.eval_interval == 0
             if train.eval_steps and (is_due or step == train.steps):
                 evaluation = self._evaluate()
@@ -173,10 +173,10 @@ class Trainer:
                 self._save()
         return f"finished {train.steps} steps"
 
-    def _train_step(self, clock: DataClock) -> float:
+    def _train_step(self, batches: Iterator[Batch]) -> float:
         """One update, if its gradients are finite; returns their norm."""
         self.runner.start_step()
-        results = self.runner.train(iter(clock), self.num_micro_batches, self.objective)
+        results = self.runner.train(batches, self.num_micro_batches, self.objective)
         updated, grad_norm, _ = self.parts.optimizer.step()
         step, stop_on_nan = self.state.step + 1, self.config.train.stop_on_nan
         grad_norm = float(grad_norm or 0.0)
@@ -197,7 +197,7 @@ class Trainer:
         self.throughput.steps += 1
         return grad_norm
 
-    def _report(self, step: int, grad_norm: float, data_wait: float) -> dict[str, float]:
+    def _report(self, step: int, grad_norm: float) -> dict[str, float]:
         """Means over the interval and all ranks."""
         dist.all_reduce(self.losses)
         sums = self.losses.tolist()
@@ -216,7 +216,7 @@ class Trainer:
         metrics["skipped_steps"] = float(self.state.skipped_steps)
         if self.parts.transformer_config.fp16:
             metrics["loss_scale"] = float(self.parts.optimizer.get_loss_scale())
-        metrics.update(self.throughput.report(data_wait))
+        metrics.update(self.throughput.report())
         left = (self.config.train.steps - step) * metrics["step_seconds"]
         log.info(progress_line(step, self.config.train.steps, metrics, left))
         return metrics

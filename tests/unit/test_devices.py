@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 # The batch goes to the device, and the update waits for the gradient norm.
 BATCH = "copy: megatron_vlmoe/train/step.py move"
 NORM = "read: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
-SIMILARITY = "copy: megatron_vlmoe/losses/contrastive.py hard_negatives"
+SIMILARITY = "copy: megatron_vlmoe/losses/tasks.py hard_negatives"
 DRAWN = "copy: megatron_vlmoe/finetune/retrieval.py _draw"
 OVERFLOW = "read: megatron/core/optimizer/optimizer.py _unscale_main_grads_and_check_for_nan"
 

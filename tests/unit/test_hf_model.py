@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
 from megatron_vlmoe.losses import contrastive
-from megatron_vlmoe.losses.classification import soft_target_loss
+from megatron_vlmoe.losses.tasks import soft_target_loss
 from megatron_vlmoe.model.initial_values import resize_image_positions
 
 pytest.importorskip("transformers")

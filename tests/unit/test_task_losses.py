@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from megatron_vlmoe.losses.classification import class_loss, soft_target_loss
-from megatron_vlmoe.losses.contrastive import (
+from megatron_vlmoe.losses.tasks import (
     CachedGradients,
+    class_loss,
     contrastive_loss,
     hard_negatives,
     matching_loss,
+    soft_target_loss,
 )
 
 
