@@ -36,7 +36,6 @@ def full_initial_value(key: str, shape: Sequence[int], model: ModelConfig, seed:
         key: checkpoint key.
         shape: its whole shape.
         model: initial standard deviation, LayerScale and vocabularies.
-        seed: seed of the run.
     """
     if EXPERT_KEY.search(key):
         return initial_experts(key, shape[1:], model, seed, range(shape[0]))

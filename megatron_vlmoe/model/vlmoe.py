@@ -166,9 +166,7 @@ def initialize_parameters(
     weights and no two experts are equal.
 
     Args:
-        chunks: `VLMoEModel` stages.
         model: initial standard deviation and LayerScale.
-        seed: seed of the run.
         metadata: megatron-core's sharded-state-dict metadata.
 
     Raises:
@@ -215,7 +213,6 @@ def freeze_unreachable(chunks: Sequence[VLMoEModel], config: RunConfig, masked: 
 
     Args:
         chunks: stages of this rank, not yet wrapped.
-        config: the run.
         masked: whether patches are masked; without that nothing reaches the mask embedding.
 
     Returns:

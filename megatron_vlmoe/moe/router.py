@@ -90,12 +90,10 @@ class RoutingRecorder:
         may be summed over all ranks.
 
         Args:
-            routing: where its tokens went.
             gates: softmax over experts ``[T, E]``.
             mask: tokens that count ``[T]``; None means all.
             losses: auxiliary losses by name, already summed over tensor-parallel ranks.
             aux_total: their weighted sum, coefficient included.
-            stream: the micro-batch.
         """
         pool, kept, topk = routing.pool, routing.kept, routing.kept.shape[1]
         if routing.slots is not None:
@@ -179,7 +177,6 @@ class ModalityRouter(MegatronModule):
 
         Args:
             inputs: tokens ``[T, D]`` of each pool.
-            stream: the micro-batch.
             capacity_factor: 0 or less drops nothing.
         """
         scores = [self._scores(pool, tokens, stream) for pool, tokens in zip(self.pools, inputs)]

@@ -27,7 +27,6 @@ def read_json(path: Path, missing: str = "not found") -> Any:
     """The value in a file that this program wrote.
 
     Args:
-        path: the file.
         missing: what the error says if there is no such file.
 
     Raises:
@@ -49,7 +48,6 @@ def read_versioned(
     """What a file with a ``format_version`` holds.
 
     Args:
-        path: the file.
         version: the newest format that is known.
         what: the kind of file, for errors.
         missing: what the error says if there is no such file.

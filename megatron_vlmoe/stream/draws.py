@@ -27,7 +27,6 @@ class DrawKey:
     """Names one micro-batch of one step of a run.
 
     Args:
-        seed: seed of the run.
         micro_batch: number of the micro-batch counted over all steps and data-parallel ranks.
     """
 

@@ -237,7 +237,6 @@ class JsonlWriter:
     one unbroken run and nothing is lost.
 
     Args:
-        path: the file.
         resume_step: finished steps of the checkpoint that the run starts from.
     """
 

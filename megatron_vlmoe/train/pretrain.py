@@ -97,8 +97,6 @@ class MaskedObjective:
     """Masked data modelling (paper section 3.1).
 
     Args:
-        config: the run.
-        ranks: where this process stands.
         data: source of batches; needed to evaluate.
         num_micro_batches: micro-batches of a step on each data-parallel rank; needed to evaluate.
         image_tokenizer: computes visual tokens on the last stage; None if they are stored.

@@ -70,8 +70,6 @@ def resume(
     """Loads what a run goes on from, its own checkpoint or that of `--load`, and sets aside what is later.
 
     Args:
-        config: the run.
-        parts: its model and optimizer.
         starts_from_load: whether `--load` names a run to go on with.
         best_metric: name of the metric that chooses the best checkpoint; empty keeps none.
 
@@ -285,7 +283,6 @@ def warm_start(
 
     Args:
         source: the weights, of pretraining or of a task.
-        config: of this run.
         parts: its model; the optimizer's copies follow.
         with_heads: whether the heads are taken too, where they fit.
 

@@ -41,7 +41,6 @@ def open_text_tokenizer(path: str | Path, config: RunConfig, where: Path) -> Tex
 
     Args:
         path: SentencePiece model.
-        config: of the model's run.
         where: the checkpoint, for messages.
 
     Raises:

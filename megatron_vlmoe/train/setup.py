@@ -105,7 +105,6 @@ def build_training(
 
     Args:
         config: the run, with vocabulary sizes.
-        precision: that the model computes in.
         build_heads: makes the heads of the last stage.
 
     Raises:
@@ -235,7 +234,6 @@ def learning_rate_factor(name: str, layer_number: int, config: RunConfig) -> flo
     Args:
         name: parameter name within its chunk.
         layer_number: number of its block from 1; 0 outside blocks.
-        config: the run.
     """
     optim = config.optim
     if name.startswith("heads.") and not name.startswith("heads.pooler."):

@@ -54,10 +54,7 @@ class Trainer:
     Args:
         config: the run, with vocabulary sizes and data-derived numbers.
         parts: model chunks, optimizer and schedule.
-        ranks: where this process stands.
-        data: source of batches.
         num_micro_batches: micro-batches of a step on each data-parallel rank.
-        precision: that the model computes in.
         objective: what is trained and how it is judged.
     """
 
