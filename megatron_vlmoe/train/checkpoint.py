@@ -112,13 +112,14 @@ class CheckpointWriter:
         content["train_state"] = dataclasses.asdict(state)
         content["config"] = dataclasses.asdict(config)
 
-        # At most what the ranks write, together.
-        needed = torch.zeros(1, dtype=torch.float64, device=device())
+        # At most what this rank writes, then all of them.
+        size = 0
         for value in nested_values(content):
             if isinstance(value, ShardedTensor):
                 value = value.data if is_main_replica(value.replica_id) else None
             if torch.is_tensor(value):
-                needed += value.numel() * value.element_size()
+                size += value.numel() * value.element_size()
+        needed = torch.tensor([size], dtype=torch.float64, device=device())
         dist.all_reduce(needed)
         problem = ""
         if is_rank_zero():
