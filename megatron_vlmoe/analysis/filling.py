@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from megatron_vlmoe.analysis.figures import save_figure
+from megatron_vlmoe.analysis.plots import save_figure
 from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlmoe.commands.run_command import run_command
+from megatron_vlmoe.commands.main import run_command
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.train.run_log import RunLog, begin_run_logs, open_run_log
