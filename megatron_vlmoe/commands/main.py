@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_vlmoe import __version__
 from megatron_vlmoe.commands.table import COMMANDS
-from megatron_vlmoe.config.errors import ConfigError, UserError
-from megatron_vlmoe.config.hints import did_you_mean
+from megatron_vlmoe.config.errors import ConfigError, UserError, did_you_mean
 from megatron_vlmoe.runtime.files import delete_unpublished
 from megatron_vlmoe.runtime.helper_processes import take_signals
 from megatron_vlmoe.runtime.ranks import environment_rank

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import did_you_mean
+from megatron_vlmoe.config.errors import ConfigError, did_you_mean
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.prepare.tool import Run, positive_int
 

@@ -17,8 +17,7 @@ from typing import Any, Literal, Mapping, Sequence
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import did_you_mean, did_you_mean_option
+from megatron_vlmoe.config.errors import ConfigError, did_you_mean, did_you_mean_option
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.schema import RunConfig
 
@@ -100,7 +99,11 @@ def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunCon
             raise ConfigError(f"{word!r} is not an option{hint}")
         # A whole section, `--model FILE`, is read by the parser.
         if name not in types and not any(option.startswith(f"{name}.") for option in types):
-            raise ConfigError(f"unknown option {given}{_hint_for_option(name, types)}")
+            if name.startswith(("--task.", "--contrastive.")) and "--task.name" not in types:
+                raise ConfigError(f"unknown option {given}, which finetune and evaluate have")
+            shorts = [short for short, full in ALIASES.items() if full in types]
+            hint = did_you_mean_option(name, [*types, *shorts]) or "; see --help"
+            raise ConfigError(f"unknown option {given}{hint}")
         kind = types.get(name, str)
         values = [inline] if equals else []
         while not equals and index < len(arguments) and not arguments[index].startswith("--"):
@@ -115,7 +118,10 @@ def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunCon
                 raise ConfigError(f"{given} takes no value, got {values[0]}")
             result += [name]
         elif typing.get_origin(kind) is tuple:
-            result += [name, _as_list(values, typing.get_args(kind)[0])]
+            if len(values) != 1 or not values[0].startswith("["):
+                words = json.dumps(values) if typing.get_args(kind)[0] is str else ""
+                values = [words or f"[{', '.join(values)}]"]
+            result += [name, values[0]]
         elif not values and kind is bool:
             result += [name, "true"]
         elif not values:
@@ -133,21 +139,6 @@ def _with_hyphens(word: str, known: Mapping[str, Any]) -> str:
     option = f"--{word.lstrip('-')}"
     name = option.partition("=")[0]
     return f"; did you mean {option}?" if name in known or name in ALIASES else ""
-
-
-def _hint_for_option(name: str, known: Mapping[str, Any]) -> str:
-    if name.startswith(("--task.", "--contrastive.")) and "--task.name" not in known:
-        return ", which finetune and evaluate have"
-    shorts = [short for short, full in ALIASES.items() if full in known]
-    return did_you_mean_option(name, [*known, *shorts]) or "; see --help"
-
-
-def _as_list(values: list[str], element: type) -> str:
-    if len(values) == 1 and values[0].startswith("["):
-        return values[0]
-    if element is str:
-        return json.dumps(values)
-    return "[" + ", ".join(values) + "]"
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -223,7 +214,7 @@ def build_parser(
         help="ranks on a machine in that plan",
     )
     parser.add_class_arguments(type(start), None, as_group=False)
-    parser.set_defaults(_flatten(dataclasses.asdict(start)))
+    parser.set_defaults(flat_options(dataclasses.asdict(start)))
     types = option_types(type(start))
     for action in parser._actions:
         if action.dest in types:
@@ -288,7 +279,7 @@ def parse_options(
                 several = typing.get_origin(types[name]) is tuple
                 shown = value.strip("[]").replace(",", "") if several else value
                 raise ConfigError(f"{name} {shown}: {_wrong(types[name], value)}") from None
-        raise ConfigError(_one_line(str(error))) from None
+        raise ConfigError(" ".join(str(error).split())) from None
     for name in ("world_size", "gpus_per_node"):
         size, least = getattr(parsed, f"dry_run_{name}"), int(name == "gpus_per_node")
         if size < least:
@@ -319,7 +310,9 @@ def merge_file(start: RunConfig, path: Path) -> RunConfig:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"--config {path}: not valid YAML: {where}{error.problem}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {_one_line(str(error))}") from None
+        raise ConfigError(
+            f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected sections such as `model:`")
     return from_dict(content, start, where=f"--config {path}")
@@ -336,7 +329,7 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
     # A section whose every line is commented out is None.
     flat = {
         name: value
-        for name, value in _flatten(content).items()
+        for name, value in flat_options(content).items()
         if not (value is None and name in sections)
     }
     for name, value in flat.items():
@@ -346,29 +339,26 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
         elif name in sections:
             raise ConfigError(f"{where}: {name} is a section of options, got {value}")
         else:
-            raise ConfigError(f"{where}: {_unknown(name, types, sections)}")
+            # The option, a section above it, or a value where none belongs.
+            parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
+            if above := [parent for parent in parents if parent in types]:
+                wrong = f"{above[0]}: {_expected(types[above[0]])} is expected there, not a section"
+            elif parents and parents[0] not in sections:
+                tops = [section for section in sections if "." not in section]
+                wrong = f"unknown section {parents[0]} ({name}){did_you_mean(parents[0], tops)}"
+            else:
+                wrong = f"unknown option {name}{did_you_mean_option(name, [*types, *sections])}"
+            raise ConfigError(f"{where}: {wrong}")
     parser = build_parser("config", start)
     try:
-        return _to_config(parser.parse_object(_nest(flat)), type(start))
+        return _to_config(parser.parse_object(flat), type(start))
     except (ArgumentError, TypeError, ValueError) as error:
         for name, value in flat.items():
             if not _fits(types[name], value):
                 raise ConfigError(
                     f"{where}: {name}={value}: {_wrong(types[name], value)}"
                 ) from None
-        raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-
-
-def _unknown(name: str, types: Mapping[str, Any], sections: set[str]) -> str:
-    """What is wrong with a name in a YAML file: the option, a section above it, or a value where none belongs."""
-    parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
-    for parent in parents:
-        if parent in types:
-            return f"{parent}: {_expected(types[parent])} is expected there, not a section"
-    if parents and parents[0] not in sections:
-        tops = [section for section in sections if "." not in section]
-        return f"unknown section {parents[0]} ({name}){did_you_mean(parents[0], tops)}"
-    return f"unknown option {name}{did_you_mean_option(name, [*types, *sections])}"
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -425,55 +415,26 @@ def to_yaml(config: RunConfig) -> str:
 
 def option_value(arguments: Sequence[str], name: str) -> str:
     """The last value of an option in a normalized command line; empty if it is not there."""
-    value = ""
-    for index, argument in enumerate(arguments[:-1]):
-        if argument == name:
-            value = arguments[index + 1]
-    return value
+    return dict(zip(arguments, arguments[1:])).get(name, "")
 
 
-def _to_config(parsed: Namespace, root: type[RunConfig]) -> RunConfig:
-    def build(kind: Any, values: Any) -> Any:
-        if not dataclasses.is_dataclass(kind):
-            return tuple(values) if isinstance(values, list) else values
-        if dataclasses.is_dataclass(values):
-            return values
-        hints = typing.get_type_hints(kind)
-        source = vars(values) if isinstance(values, Namespace) else values
-        fields = {f.name: build(hints[f.name], source[f.name]) for f in dataclasses.fields(kind)}
-        return kind(**fields)  # type: ignore[operator]
-
-    return build(root, parsed)
+def _to_config(values: Any, kind: Any) -> Any:
+    if not dataclasses.is_dataclass(kind):
+        return tuple(values) if isinstance(values, list) else values
+    if dataclasses.is_dataclass(values):
+        return values
+    hints = typing.get_type_hints(kind)
+    source = vars(values) if isinstance(values, Namespace) else values
+    fields = {f.name: _to_config(source[f.name], hints[f.name]) for f in dataclasses.fields(kind)}
+    return kind(**fields)  # type: ignore[operator]
 
 
-def flat_options(sections: Mapping[str, Any]) -> dict[str, Any]:
+def flat_options(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every option of a configuration as nested dictionaries: `section.option` to its value, sequences as lists."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in _flatten(sections).items()
-    }
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in content.items():
+    for name, value in sections.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flat_options(value, f"{prefix}{name}."))
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        node = nested
-        *path, last = name.split(".")
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return nested
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import unknown_name
+from megatron_vlmoe.config.errors import ConfigError, unknown_name
 from megatron_vlmoe.config.schema import (
     CheckpointConfig,
     DataConfig,

@@ -10,26 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import unknown_name
+from megatron_vlmoe.config.errors import ConfigError, unknown_name
 from megatron_vlmoe.config.schema import (
     CheckpointConfig,
     DataConfig,
-    LogConfig,
-    ObjectivesConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
 )
-from megatron_vlmoe.config.task_schema import (
-    ContrastiveConfig,
-    FinetuneConfig,
-    TaskConfig,
-)
+from megatron_vlmoe.config.task_schema import ContrastiveConfig, FinetuneConfig, TaskConfig
 from megatron_vlmoe.config.tasks import TASKS, find_task, load_code, task_names
-
-# Tokens of a question, sentence or caption (VLMo).
-TEXT_LENGTH = 40
 
 
 def finetune_recipe(
@@ -38,7 +28,7 @@ def finetune_recipe(
     *,
     lr: float,
     image_size: int = 384,
-    text_length: int = TEXT_LENGTH,
+    text_length: int = 40,
     drop_path: float = 0.1,
     layer_decay: float = 1.0,
     head_lr_multiplier: float = 1.0,
@@ -48,7 +38,7 @@ def finetune_recipe(
 ) -> FinetuneConfig:
     """A recipe on an architecture: `model` and `moe` with changes; every other section starts anew.
 
-    An `image_size` or `text_length` of 0 is that of pretraining.
+    An `image_size` or `text_length` of 0 is that of pretraining; 40 tokens are VLMo's questions and captions.
     """
     model = replace(
         base.model,
@@ -80,12 +70,10 @@ def finetune_recipe(
         model=model,
         # Routers and experts stay as pretraining left them (paper section 4.1, after ST-MoE).
         moe=replace(base.moe, train_experts=False),
-        objectives=ObjectivesConfig(),
         data=data,
         optim=optim,
         train=TrainConfig(steps=0, eval_interval=0, eval_steps=1, precision=base.train.precision),
         checkpoint=CheckpointConfig(save_interval=0, keep_last=1),
-        log=LogConfig(),
         task=task,
         contrastive=ContrastiveConfig(cache=cache),
     )
@@ -120,17 +108,29 @@ _IMAGENET = partial(
 
 
 def _sample(
-    base: RunConfig, *, task: TaskConfig, lr: float, text_length: int = 0, matching: bool = True
+    base: RunConfig,
+    *,
+    name: str,
+    batch: int,
+    epochs: float,
+    lr: float,
+    text_length: int = 0,
+    micro: int = 16,
+    matching: bool = True,
 ) -> FinetuneConfig:
-    """A task of the sample corpus: a minute or two on one CPU core, from a tiny model.
+    """A task of the sample corpus: a minute or two on one CPU core, from a tiny model; evaluates at the end alone.
 
-    Args:
-        base: the pretraining run.
-        task: batch and epochs.
-        lr: peak learning rate.
-        text_length: tokens of nearly all of the task's texts, longer ones are cut; 0 is the pretraining's.
-        matching: whether retrieval trains with pairs.
+    A `text_length` holds nearly all of the task's texts, longer ones are cut; 0 is the pretraining's. Without
+    `matching`, retrieval trains without pairs.
     """
+    task = TaskConfig(
+        name=name,
+        micro_batch_size=min(micro, batch),
+        global_batch_size=batch,
+        eval_micro_batch_size=32,
+        epochs=epochs,
+        eval_epochs=0.0,
+    )
     config = finetune_recipe(
         base,
         task,
@@ -148,18 +148,6 @@ def _sample(
         # Most patches of such a picture are plain background and go to the same expert: a capacity would drop them.
         moe=replace(config.moe, capacity_factor=0.0, eval_capacity_factor=0.0),
         contrastive=replace(config.contrastive, matching_weight=float(matching)),
-    )
-
-
-def _sample_task(name: str, batch: int, epochs: float, micro: int = 16) -> TaskConfig:
-    """Evaluates at the end alone."""
-    return TaskConfig(
-        name=name,
-        micro_batch_size=min(micro, batch),
-        global_batch_size=batch,
-        eval_micro_batch_size=32,
-        epochs=epochs,
-        eval_epochs=0.0,
     )
 
 
@@ -228,18 +216,21 @@ RECIPES: dict[str, Callable[[RunConfig], FinetuneConfig]] = {
         cache=True,
     ),
     "imagenet-ablation": partial(_IMAGENET, image_size=224),
-    "sample-vqa": partial(_sample, task=_sample_task("vqa", 8, 1.2), lr=5e-4, text_length=16),
-    "sample-nlvr2": partial(_sample, task=_sample_task("nlvr2", 16, 1.4), lr=5e-4, text_length=20),
+    "sample-vqa": partial(_sample, name="vqa", batch=8, epochs=1.2, lr=5e-4, text_length=16),
+    "sample-nlvr2": partial(_sample, name="nlvr2", batch=16, epochs=1.4, lr=5e-4, text_length=20),
     # Pairs would take five times as long; recall without re-ranking comes from the dot products alone.
     "sample-retrieval": partial(
         _sample,
-        task=_sample_task("retrieval", 32, 1.2, micro=32),
+        name="retrieval",
+        batch=32,
+        micro=32,
+        epochs=1.2,
         lr=1e-3,
         text_length=32,
         matching=False,
     ),
-    "sample-imagenet": partial(_sample, task=_sample_task("imagenet", 32, 12.0), lr=1e-3),
-    "sample-mnli": partial(_sample, task=_sample_task("mnli", 32, 1.5), lr=5e-4, text_length=44),
+    "sample-imagenet": partial(_sample, name="imagenet", batch=32, epochs=12.0, lr=1e-3),
+    "sample-mnli": partial(_sample, name="mnli", batch=32, epochs=1.5, lr=5e-4, text_length=44),
 }
 
 

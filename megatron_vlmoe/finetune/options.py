@@ -15,8 +15,7 @@ from megatron_vlmoe.config.command_line import (
     option_value,
     parse_options,
 )
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import unknown_name
+from megatron_vlmoe.config.errors import ConfigError, unknown_name
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.recipes import apply_recipe, default_recipe, recipe_names
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig

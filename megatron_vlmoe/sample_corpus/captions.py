@@ -9,38 +9,35 @@ import json
 import random
 import re
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.language import (
-    DRAWN_WORDS,
-    PICTURE_WORDS,
-    be,
-    indefinite,
-    inflected,
-    listed,
-    place_phrase,
-    relation_phrase,
-    sentence,
-    with_article,
-)
-from megatron_vlmoe.sample_corpus.scene import (
-    VALIDATION_PERIOD,
-    Group,
-    Relation,
-    Scene,
-    ShapeName,
-    generator_for,
-    relation_between,
-    split_of,
-)
 from megatron_vlmoe.sample_corpus.task_files import (
     FreshScenes,
     Picture,
     TaskFiles,
     json_text,
     percent,
+)
+from megatron_vlmoe.sample_corpus.world import (
+    DRAWN_WORDS,
+    PICTURE_WORDS,
+    VALIDATION_PERIOD,
+    Group,
+    Relation,
+    Scene,
+    ShapeName,
+    be,
+    generator_for,
+    indefinite,
+    inflected,
+    listed,
+    place_phrase,
+    relation_between,
+    relation_phrase,
+    sentence,
+    split_of,
+    with_article,
 )
 
 CAPTIONS_PER_IMAGE = 5
@@ -89,47 +86,42 @@ SIDE_PHRASES: dict[Relation, tuple[str, ...]] = {
 def write_captions(scene: Scene, seed: int, index: int, purpose: str = "captions") -> list[str]:
     """Five captions of one scene in different phrasings; pure in its arguments."""
     rng = generator_for(seed, purpose, index)
-    groups = scene.groups
-    templates = SINGLE_TEMPLATES if len(groups) == 1 else PAIR_TEMPLATES
-    return [
-        sentence(template.format(**_slots(scene, rng.sample(groups, len(groups)), rng)))
-        for template in rng.sample(templates, CAPTIONS_PER_IMAGE)
-    ]
-
-
-def _slots(scene: Scene, groups: Sequence[Group], rng: random.Random) -> dict[str, str]:
-    """What fills the templates, with the first of ``groups`` as the subject."""
-    # Sizes and letters of three or four groups would make a caption too long to read.
-    full = len(groups) <= 2
-    a = groups[0]
-    picture = rng.choice(PICTURE_WORDS)
-    slots = {
-        "a": indefinite(a, rng, full=full),
-        "is_a": be(a.count),
-        "place": place_phrase(a, rng),
-        "picture": picture,
-        "picture_of": with_article(picture) + " of",
-        "drawn": rng.choice(DRAWN_WORDS),
-        "shape": inflected("shape", a.count),
-        "background": with_article(scene.background) + " background",
-    }
-    if len(groups) > 1:
-        b = groups[1]
-        relation = relation_between(a, b)
-        assert relation is not None
-        its, it = ("its", "it") if b.count == 1 else ("their", "them")
-        slots |= {
-            "b": indefinite(b, rng, full=full),
-            "is_b": be(b.count),
-            "relation": relation_phrase(relation, rng),
-            "side_of_b": rng.choice(SIDE_PHRASES[relation]).format(
-                its if relation in ("left", "right") else it
-            ),
-            "rest": _rest(groups[2:], rng.choice(LIST_CONNECTIVES), rng),
-            "rest_with": _rest(groups[2:], "with", rng),
-            "rest_clause": _rest(groups[2:], rng.choice(CLAUSE_CONNECTIVES), rng),
+    captions = []
+    for template in rng.sample(
+        SINGLE_TEMPLATES if len(scene.groups) == 1 else PAIR_TEMPLATES, CAPTIONS_PER_IMAGE
+    ):
+        a, *others = rng.sample(scene.groups, len(scene.groups))
+        # Sizes and letters of three or four groups would make a caption too long to read.
+        full = len(others) <= 1
+        picture = rng.choice(PICTURE_WORDS)
+        slots = {
+            "a": indefinite(a, rng, full=full),
+            "is_a": be(a.count),
+            "place": place_phrase(a, rng),
+            "picture": picture,
+            "picture_of": with_article(picture) + " of",
+            "drawn": rng.choice(DRAWN_WORDS),
+            "shape": inflected("shape", a.count),
+            "background": with_article(scene.background) + " background",
         }
-    return slots
+        if others:
+            b, *rest = others
+            relation = relation_between(a, b)
+            assert relation is not None
+            its, it = ("its", "it") if b.count == 1 else ("their", "them")
+            slots |= {
+                "b": indefinite(b, rng, full=full),
+                "is_b": be(b.count),
+                "relation": relation_phrase(relation, rng),
+                "side_of_b": rng.choice(SIDE_PHRASES[relation]).format(
+                    its if relation in ("left", "right") else it
+                ),
+                "rest": _rest(rest, rng.choice(LIST_CONNECTIVES), rng),
+                "rest_with": _rest(rest, "with", rng),
+                "rest_clause": _rest(rest, rng.choice(CLAUSE_CONNECTIVES), rng),
+            }
+        captions.append(sentence(template.format(**slots)))
+    return captions
 
 
 def _rest(groups: Sequence[Group], connective: str, rng: random.Random) -> str:
@@ -225,11 +217,21 @@ def make_flickr30k(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
     entries = []
     for split, number in numbers.items():
         named: list[set[ShapeName]] = []
+
+        def is_distinct(scene: Scene, others: Sequence[set[ShapeName]] = named) -> bool:
+            """Whether the scene names neither all that another one names nor only a part of that.
+
+            A caption names every group of its picture, so it can then be true of no other picture. A
+            scene of one group says too little for that.
+            """
+            names = {shape.name for shape in scene.shapes}
+            return len(names) > 1 and not any(names <= own or own <= names for own in others)
+
         for _ in range(number):
             if split == "train":
                 scene = fresh.take("flickr30k-train")
             else:
-                scene = fresh.take(f"flickr30k-{split}", accept=partial(_is_distinct, named))
+                scene = fresh.take(f"flickr30k-{split}", accept=is_distinct)
                 named.append({shape.name for shape in scene.shapes})
             index = len(pictures)
             file = Path("flickr30k", "flickr30k-images", f"{1_000_000_000 + 7919 * index}.jpg")
@@ -257,13 +259,3 @@ def make_flickr30k(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
         texts={Path("flickr30k", "dataset_flickr30k.json"): json_text(content)},
         truth={"val": truth, "test": truth},
     )
-
-
-def _is_distinct(others: Sequence[set[ShapeName]], scene: Scene) -> bool:
-    """Whether the scene names neither all that another one names nor only a part of that.
-
-    A caption names every group of its picture, so it can then be true of no other picture. A scene
-    of one group says too little for that.
-    """
-    names = {shape.name for shape in scene.shapes}
-    return len(names) > 1 and not any(names <= other or other <= names for other in others)

@@ -10,16 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.language import Thing, be, counted, with_article
-from megatron_vlmoe.sample_corpus.scene import (
-    BACKGROUNDS,
-    COLORS,
-    KINDS,
-    Scene,
-    ShapeName,
-    draw_scene,
-    generator_for,
-)
 from megatron_vlmoe.sample_corpus.task_files import (
     FreshScenes,
     Picture,
@@ -27,6 +17,19 @@ from megatron_vlmoe.sample_corpus.task_files import (
     class_truth,
     guess_by,
     json_text,
+)
+from megatron_vlmoe.sample_corpus.world import (
+    BACKGROUNDS,
+    COLORS,
+    KINDS,
+    Scene,
+    ShapeName,
+    Thing,
+    be,
+    counted,
+    draw_scene,
+    generator_for,
+    with_article,
 )
 
 PAIRS_PER_SET = 4

@@ -10,33 +10,31 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 
-from megatron_vlmoe.sample_corpus.language import (
+from megatron_vlmoe.sample_corpus.world import (
+    COLORS,
+    CONVERSE,
     DRAWN_WORDS,
+    KINDS,
     NAMES,
     NUMBERS,
     PICTURE_WORDS,
+    Group,
+    Relation,
+    Scene,
     be,
     counted,
     definite,
+    generator_for,
+    holds,
     indefinite,
     inflected,
     listed,
     place_phrase,
+    relation_between,
     relation_phrase,
+    sample_scene,
     sentence,
     with_article,
-)
-from megatron_vlmoe.sample_corpus.scene import (
-    COLORS,
-    CONVERSE,
-    KINDS,
-    Group,
-    Relation,
-    Scene,
-    generator_for,
-    holds,
-    relation_between,
-    sample_scene,
 )
 
 MIN_WORDS, MAX_WORDS = 40, 120
@@ -74,9 +72,30 @@ def write_paragraph(seed: int, index: int) -> str:
     scene = sample_scene(seed, "text", index)
     rng = generator_for(seed, "paragraph", index)
     picture = rng.choice(PICTURE_WORDS)
-    sentences = [sentence(_opening(scene, picture, rng))]
-    groups = rng.sample(scene.groups, len(scene.groups))
-    sentences += [sentence(_description(group, rng)) for group in groups]
+    number = len(scene.shapes)
+    shapes, is_are = counted(number, "shape"), be(number)
+    background = f"on {with_article(scene.background)} background"
+    name, occasion, drawn = rng.choice(NAMES), rng.choice(OCCASIONS), rng.choice(DRAWN_WORDS)
+    openings = (
+        f"this {picture} has {shapes} {background}",
+        f"there {is_are} {shapes} in this {picture}, and the background is {scene.background}",
+        f"{occasion} {name} made {with_article(picture)} with {shapes} {background}",
+        f"{name} made this {picture} {occasion}, with {shapes} {background}",
+        f"in the {picture} that {name} made, {shapes} {is_are} {drawn} {background}",
+        f"look at this {picture}: it shows {shapes} {background}",
+    )
+    sentences = [sentence(rng.choice(openings))]
+    for group in rng.sample(scene.groups, len(scene.groups)):
+        phrase, place = indefinite(group, rng), place_phrase(group, rng)
+        is_are, drawn = be(group.count), rng.choice(DRAWN_WORDS)
+        descriptions = (
+            f"{place} there {is_are} {phrase}",
+            f"there {is_are} {phrase} {place}",
+            f"{phrase} {is_are} {drawn} {place}",
+            f"{place} you can see {phrase}",
+            f"{place} {is_are} {phrase}",
+        )
+        sentences.append(sentence(rng.choice(descriptions)))
     num_words = sum(len(s.split()) for s in sentences)
     wanted = rng.randint(MIN_WORDS + 10, MAX_WORDS - 20)
     for words in _mixed(scene, picture, rng):
@@ -111,37 +130,6 @@ def _mixed(scene: Scene, picture: str, rng: random.Random) -> Iterator[str]:
         for facts in sorts:
             if facts:
                 yield facts.pop()
-
-
-def _opening(scene: Scene, picture: str, rng: random.Random) -> str:
-    number = len(scene.shapes)
-    shapes, is_are = counted(number, "shape"), be(number)
-    background = f"on {with_article(scene.background)} background"
-    name, occasion, drawn = rng.choice(NAMES), rng.choice(OCCASIONS), rng.choice(DRAWN_WORDS)
-    return rng.choice(
-        (
-            f"this {picture} has {shapes} {background}",
-            f"there {is_are} {shapes} in this {picture}, and the background is {scene.background}",
-            f"{occasion} {name} made {with_article(picture)} with {shapes} {background}",
-            f"{name} made this {picture} {occasion}, with {shapes} {background}",
-            f"in the {picture} that {name} made, {shapes} {is_are} {drawn} {background}",
-            f"look at this {picture}: it shows {shapes} {background}",
-        )
-    )
-
-
-def _description(group: Group, rng: random.Random) -> str:
-    phrase, place = indefinite(group, rng), place_phrase(group, rng)
-    is_are, drawn = be(group.count), rng.choice(DRAWN_WORDS)
-    return rng.choice(
-        (
-            f"{place} there {is_are} {phrase}",
-            f"there {is_are} {phrase} {place}",
-            f"{phrase} {is_are} {drawn} {place}",
-            f"{place} you can see {phrase}",
-            f"{place} {is_are} {phrase}",
-        )
-    )
 
 
 def _relations(scene: Scene, rng: random.Random) -> Iterator[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from itertools import product
+from typing import Any
 
 from PIL import Image, ImageDraw
 
-from megatron_vlmoe.sample_corpus.scene import GRID, Scene, Shape
+from megatron_vlmoe.sample_corpus.world import GRID, Scene, Shape
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
@@ -67,11 +69,10 @@ def encode_picture(scene: Scene, suffix: str) -> bytes:
     It has ``scene.width`` x ``scene.height`` pixels.
     """
     buffer = io.BytesIO()
-    picture = render_picture(scene)
-    if suffix == ".png":
-        picture.save(buffer, format="PNG")
-    else:
-        picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    how: dict[str, Any] = (
+        {"format": "PNG"} if suffix == ".png" else {"format": "JPEG", "quality": JPEG_QUALITY}
+    )
+    render_picture(scene).save(buffer, **how)
     return buffer.getvalue()
 
 
@@ -99,16 +100,9 @@ def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
     else:
         points = [(center + x * radius, center + y * radius) for x, y in CORNERS[shape.kind]]
         ImageDraw.Draw(mask).polygon(points, fill=1)
-    fill = Image.new("RGB", (side, side), COLOR_VALUES[shape.color])
-    _draw_texture(ImageDraw.Draw(fill), shape, side)
-    if shape.letter is not None:
-        _draw_letter(ImageDraw.Draw(fill), shape.letter, shape.kind, center, radius)
-    canvas.paste(fill, (round(center_x - center), round(center_y - center)), mask)
-
-
-def _draw_texture(draw: ImageDraw.ImageDraw, shape: Shape, side: int) -> None:
     red, green, blue = COLOR_VALUES[shape.color]
-    dark = (red * 2 // 5, green * 2 // 5, blue * 2 // 5)
+    fill = Image.new("RGB", (side, side), (red, green, blue))
+    draw, dark = ImageDraw.Draw(fill), (red * 2 // 5, green * 2 // 5, blue * 2 // 5)
     # Coarser on small shapes, or a resized picture would lose it.
     repeats = 4 if shape.size == "large" else 3
     period = side / repeats
@@ -117,20 +111,16 @@ def _draw_texture(draw: ImageDraw.ImageDraw, shape: Shape, side: int) -> None:
             top = (number + 0.3) * period
             draw.rectangle([0, top, side, top + 0.45 * period], fill=dark)
     elif shape.texture == "dotted":
-        radius = 0.27 * period
-        for row in range(repeats):
-            for column in range(repeats + 1):
-                x, y = (column + 0.5 * (row % 2)) * period, (row + 0.5) * period
-                draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=dark)
-
-
-def _draw_letter(
-    draw: ImageDraw.ImageDraw, letter: str, kind: str, center: float, radius: float
-) -> None:
-    scale = 0.5 * radius if kind in ("circle", "square") else 0.36 * radius
-    # A triangle is widest below its middle.
-    center_y = center + (0.28 * radius if kind == "triangle" else 0.0)
-    for (x0, y0), (x1, y1) in LETTER_STROKES[letter]:
-        start = (center + x0 * scale, center_y + y0 * scale)
-        end = (center + x1 * scale, center_y + y1 * scale)
-        draw.line([start, end], fill=(0, 0, 0), width=max(2, round(0.15 * radius)))
+        dot = 0.27 * period
+        for row, column in product(range(repeats), range(repeats + 1)):
+            x, y = (column + 0.5 * (row % 2)) * period, (row + 0.5) * period
+            draw.ellipse([x - dot, y - dot, x + dot, y + dot], fill=dark)
+    if shape.letter is not None:
+        scale = 0.5 * radius if shape.kind in ("circle", "square") else 0.36 * radius
+        # A triangle is widest below its middle.
+        middle = center + (0.28 * radius if shape.kind == "triangle" else 0.0)
+        for (x0, y0), (x1, y1) in LETTER_STROKES[shape.letter]:
+            start = (center + x0 * scale, middle + y0 * scale)
+            end = (center + x1 * scale, middle + y1 * scale)
+            draw.line([start, end], fill=(0, 0, 0), width=max(2, round(0.15 * radius)))
+    canvas.paste(fill, (round(center_x - center), round(center_y - center)), mask)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.scene import Scene, draw_scene, generator_for
+from megatron_vlmoe.sample_corpus.world import Scene, draw_scene, generator_for
 
 
 @dataclass(frozen=True, kw_only=True)

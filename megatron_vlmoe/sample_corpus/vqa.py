@@ -15,29 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlmoe.sample_corpus.captions import coco_id
-from megatron_vlmoe.sample_corpus.language import (
-    CELL_PHRASES,
-    COLOR_THINGS,
-    KIND_THINGS,
-    NAMED_THINGS,
-    PICTURE_WORDS,
-    Thing,
-    be,
-    definite,
-    inflected,
-    relation_phrase,
-)
-from megatron_vlmoe.sample_corpus.scene import (
-    BACKGROUNDS,
-    COLORS,
-    CONVERSE,
-    KINDS,
-    SIZES,
-    Cell,
-    Scene,
-    Shape,
-    generator_for,
-)
 from megatron_vlmoe.sample_corpus.task_files import (
     FreshScenes,
     Picture,
@@ -45,6 +22,27 @@ from megatron_vlmoe.sample_corpus.task_files import (
     json_text,
     most_frequent,
     percent,
+)
+from megatron_vlmoe.sample_corpus.world import (
+    BACKGROUNDS,
+    CELL_PHRASES,
+    COLOR_THINGS,
+    COLORS,
+    CONVERSE,
+    KIND_THINGS,
+    KINDS,
+    NAMED_THINGS,
+    PICTURE_WORDS,
+    SIZES,
+    Cell,
+    Scene,
+    Shape,
+    Thing,
+    be,
+    definite,
+    generator_for,
+    inflected,
+    relation_phrase,
 )
 
 QUESTIONS_PER_IMAGE = 5

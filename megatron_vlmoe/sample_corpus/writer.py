@@ -6,26 +6,42 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.sample_corpus.captions import coco_file, coco_id, coco_texts, make_flickr30k
-from megatron_vlmoe.sample_corpus.imagenet import CLASS_NAMES, make_imagenet, synset_of
 from megatron_vlmoe.sample_corpus.mnli import make_mnli
 from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
 from megatron_vlmoe.sample_corpus.paragraphs import write_paragraph
 from megatron_vlmoe.sample_corpus.render import encode_picture
-from megatron_vlmoe.sample_corpus.scene import Scene, Stream, sample_scene, split_of
-from megatron_vlmoe.sample_corpus.task_files import FreshScenes, json_text
+from megatron_vlmoe.sample_corpus.task_files import (
+    FreshScenes,
+    Picture,
+    TaskFiles,
+    class_truth,
+    json_text,
+)
 from megatron_vlmoe.sample_corpus.vqa import make_vqa
+from megatron_vlmoe.sample_corpus.world import (
+    COLORS,
+    KINDS,
+    SHAPE_NAMES,
+    Scene,
+    ShapeName,
+    Stream,
+    draw_object_scene,
+    generator_for,
+    sample_scene,
+    split_of,
+)
 
 MARKER = "corpus.json"
-"""Written last; holds what the corpus was made with."""
+"""Holds what the corpus was made with."""
 FORMAT_VERSION = 3
 PARAGRAPHS_PER_IMAGE = 2
 POOL_THRESHOLD = 10_000
@@ -54,6 +70,14 @@ tasks/scenes.jsonl  what each picture shows
 """
 
 
+def synset_of(name: ShapeName) -> str:
+    """Folder name of a class, formed like a WordNet id: n00CCCKKK."""
+    color, kind = name
+    return f"n{(COLORS.index(color) + 1) * 1000 + KINDS.index(kind) + 1:08d}"
+
+
+CLASS_NAMES = "".join(f"{synset_of(name)}\t{' '.join(name)}\n" for name in SHAPE_NAMES)
+"""Content of words.txt, which says what the classes are called."""
 PictureFile = tuple[Scene, Path]
 """What to draw, and the file; the suffix says whether JPEG or PNG."""
 Files = tuple[list[PictureFile], dict[Path, str]]
@@ -70,24 +94,6 @@ class SampleCorpus:
     seed: int = 0
     workers: int = 1
 
-    def validate(self) -> None:
-        """Raises ValueError on values that cannot work."""
-        if self.num_images < 2:
-            raise ConfigError(
-                f"num_images must be at least 2 (one to train, one to validate), "
-                f"got {self.num_images}"
-            )
-        if self.workers < 1:
-            raise ConfigError(f"workers must be at least 1, got {self.workers}")
-
-    def description(self) -> dict[str, int]:
-        """What the marker file holds."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "num_images": self.num_images,
-            "seed": self.seed,
-        }
-
 
 def make_sample_corpus(corpus: SampleCorpus) -> bool:
     """Writes the corpus beside ``output`` and renames it into place.
@@ -98,65 +104,60 @@ def make_sample_corpus(corpus: SampleCorpus) -> bool:
     Raises:
         ValueError: bad option, ``output`` holds something else, or it cannot be written.
     """
-    corpus.validate()
+    seed, num_images, output = corpus.seed, corpus.num_images, corpus.output
+    if num_images < 2:
+        raise ConfigError(
+            f"num_images must be at least 2 (one to train, one to validate), got {num_images}"
+        )
+    if corpus.workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {corpus.workers}")
+    made_with = {"format_version": FORMAT_VERSION, "num_images": num_images, "seed": seed}
+    whole = output.absolute()
+    staging = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
     try:
-        if _is_complete(corpus):
+        if _is_complete(output, made_with):
             return False
-        with _staging_directory(corpus.output) as staging:
-            _write_files(corpus, staging)
-            (staging / MARKER).write_text(json_text(corpus.description()))
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        pictures, texts = pretraining_files(seed, num_images)
+        task_pictures, task_texts = task_files(seed, num_images, [scene for scene, _ in pictures])
+        texts |= task_texts
+        texts[Path("README.txt")] = README.format(num_images=num_images, seed=seed)
+        texts[Path(MARKER)] = json_text(made_with)
+        _draw([(scene, staging / file) for scene, file in pictures + task_pictures], corpus.workers)
+        for file, text in texts.items():
+            (staging / file).parent.mkdir(parents=True, exist_ok=True)
+            (staging / file).write_text(text)
+        # One sync of everything instead of one per picture.
+        os.sync()
+        staging.rename(whole)
     except OSError as error:
-        where = error.filename or corpus.output
+        where = error.filename or output
         raise DataError(f"cannot write {where}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return True
 
 
-def _is_complete(corpus: SampleCorpus) -> bool:
-    marker = corpus.output / MARKER
-    if not corpus.output.exists() or (corpus.output.is_dir() and not any(corpus.output.iterdir())):
+def _is_complete(output: Path, made_with: dict[str, int]) -> bool:
+    marker = output / MARKER
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if not corpus.output.is_dir():
-        raise DataError(f"{corpus.output} is not a directory")
+    if not output.is_dir():
+        raise DataError(f"{output} is not a directory")
     if not marker.exists():
-        raise DataError(f"{corpus.output} is not empty and holds no sample corpus")
+        raise DataError(f"{output} is not empty and holds no sample corpus")
     try:
         found = json.loads(marker.read_text())
     except ValueError as error:
-        raise DataError(f"{marker} is not valid JSON: delete {corpus.output}") from error
-    if found != corpus.description():
+        raise DataError(f"{marker} is not valid JSON: delete {output}") from error
+    if found != made_with:
         raise DataError(
-            f"{corpus.output} holds another sample corpus ({json.dumps(found)}, asked for "
-            f"{json.dumps(corpus.description())}): delete it or choose another directory"
+            f"{output} holds another sample corpus ({json.dumps(found)}, asked for "
+            f"{json.dumps(made_with)}): delete it or choose another directory"
         )
     return True
-
-
-@contextmanager
-def _staging_directory(output: Path) -> Iterator[Path]:
-    """A directory that becomes ``output`` on success and vanishes on failure."""
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        # One sync of everything instead of one per picture.
-        os.sync()
-        staging.rename(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_files(corpus: SampleCorpus, root: Path) -> None:
-    seed, num_images = corpus.seed, corpus.num_images
-    pictures, texts = pretraining_files(seed, num_images)
-    task_pictures, task_texts = task_files(seed, num_images, [scene for scene, _ in pictures])
-    readme = README.format(num_images=num_images, seed=seed)
-    _draw([(scene, root / file) for scene, file in pictures + task_pictures], corpus.workers)
-    for file, text in {**texts, **task_texts, Path("README.txt"): readme}.items():
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(text)
 
 
 def pretraining_files(seed: int, num_images: int) -> Files:
@@ -210,6 +211,34 @@ def task_files(seed: int, num_images: int, known: Sequence[Scene]) -> Files:
     texts[root / "truth.json"] = json.dumps(truth, indent=1) + "\n"
     texts[root / "scenes.jsonl"] = "".join(map(json_text, scenes))
     return pictures, texts
+
+
+def make_imagenet(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
+    """Half as many pictures as ``num_images`` to train, and a fifth of that to validate."""
+    numbers = {
+        "train": max(2, num_images // (2 * len(SHAPE_NAMES))),
+        "val": max(1, num_images // (10 * len(SHAPE_NAMES))),
+    }
+    pictures: list[Picture] = []
+    for split, number in numbers.items():
+        mains = [name for name in SHAPE_NAMES for _ in range(number)]
+        # So that the numbers of validation pictures tell no classes.
+        generator_for(seed, f"imagenet-{split}-order", 0).shuffle(mains)
+        for index, main in enumerate(mains):
+            synset = synset_of(main)
+            stem = f"{synset}_{index}" if split == "train" else f"ILSVRC2012_val_{index + 1:08d}"
+            pictures.append(
+                Picture(
+                    split=split,
+                    file=Path("imagenet", split, synset, f"{stem}.JPEG"),
+                    scene=fresh.take(f"imagenet-{split}", partial(draw_object_scene, main=main)),
+                )
+            )
+    return TaskFiles(
+        pictures=tuple(pictures),
+        texts={Path("imagenet", "words.txt"): CLASS_NAMES},
+        truth={"val": class_truth(p.file.parent.name for p in pictures if p.split == "val")},
+    )
 
 
 def _draw(files: Sequence[PictureFile], workers: int) -> None:

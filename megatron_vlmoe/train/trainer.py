@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import TrainingError
 from megatron_vlmoe.config.schema import Precision, RunConfig
-from megatron_vlmoe.planning.flops import flops_per_step
+from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.runtime.distributed import Ranks, device, is_rank_zero
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import CheckpointWriter

@@ -14,7 +14,7 @@ import pytest
 from command_parsers import parser_of
 
 from megatron_vlmoe.commands.table import COMMANDS
-from megatron_vlmoe.config.command_line import ALIASES, _flatten, merge_file
+from megatron_vlmoe.config.command_line import ALIASES, flat_options, merge_file
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.recipes import recipe_names
 from megatron_vlmoe.config.task_schema import FinetuneConfig
@@ -381,7 +381,7 @@ def test_example_configs_run(path):
 
 
 # With the placeholder that texts about the grammar use.
-KNOWN_OPTIONS = {f"--{name}" for name in _flatten(dataclasses.asdict(FinetuneConfig()))} | {
+KNOWN_OPTIONS = {f"--{name}" for name in flat_options(dataclasses.asdict(FinetuneConfig()))} | {
     "--section.option"
 }
 PROGRAM_OPTIONS = {*ALIASES, "--preset", "--config", "--dry-run", "--dry-run-world-size", "--help"}

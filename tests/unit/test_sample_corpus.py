@@ -22,7 +22,8 @@ from megatron_vlmoe.sample_corpus import writer
 from megatron_vlmoe.sample_corpus.captions import write_captions
 from megatron_vlmoe.sample_corpus.paragraphs import COLOR_FACTS, KIND_FACTS, write_paragraph
 from megatron_vlmoe.sample_corpus.render import BACKGROUND_VALUES, COLOR_VALUES, render_picture
-from megatron_vlmoe.sample_corpus.scene import (
+from megatron_vlmoe.sample_corpus.task_files import FreshScenes
+from megatron_vlmoe.sample_corpus.world import (
     COLORS,
     KINDS,
     Cell,
@@ -31,7 +32,6 @@ from megatron_vlmoe.sample_corpus.scene import (
     draw_object_scene,
     sample_scene,
 )
-from megatron_vlmoe.sample_corpus.task_files import FreshScenes
 from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus, task_files
 
 ROOT = Path(__file__).resolve().parents[2]
