@@ -84,13 +84,7 @@ class PresetTimes:
 def bench_config(
     options: BenchOptions, name: str, extra: Sequence[str], data_size: int
 ) -> RunConfig:
-    """The run of a preset with one micro-batch per step.
-
-    Args:
-        options: sizes.
-        name: the preset.
-        extra: command line options on top, for every preset.
-        data_size: data-parallel size.
+    """The run of a preset, with `extra` options on top and one micro-batch per step and data-parallel rank.
 
     Raises:
         ConfigError: if the preset or an option is unknown.
@@ -124,13 +118,8 @@ def bench(
 ) -> None:
     """Gives every preset its turn, round after round; prints the table, writes the JSON after every round.
 
-    A run that is cut off leaves its finished rounds.
-
-    Args:
-        options: what to measure.
-        extra: command line options for every preset.
-        threads: of the CPU; 0 leaves torch's.
-        output: JSON file, which appears whole or not at all.
+    A run that is cut off leaves its finished rounds. `extra` are command line options for every preset; 0 CPU threads
+    leave torch's number.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -26,13 +26,7 @@ Metrics = dict[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class NamedLayout:
-    """One layout by its name on the command line.
-
-    Args:
-        name: as it was written.
-        world_size: processes that it needs.
-        options: `pretrain` options that set it.
-    """
+    """One layout by its name on the command line: processes that it needs, and `pretrain` options that set it."""
 
     name: str
     world_size: int

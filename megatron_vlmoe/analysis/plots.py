@@ -142,11 +142,7 @@ def experts_of_pools(run: Path) -> dict[str, int]:
 def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], output: Path) -> None:
     """One column per pool of experts; load, dropped tokens and router entropy over the steps, a line per block.
 
-    Args:
-        run: name of the run.
-        rows: its metrics.
-        experts: experts by pool, for the largest possible entropy; may be empty.
-        output: PNG file.
+    The largest possible entropy is drawn for pools whose number of experts is known.
 
     Raises:
         MetricsError: the run has no metrics of single blocks.

@@ -61,12 +61,7 @@ def run_one_of(names: Sequence[str], arguments: Sequence[str] | None = None) -> 
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command by its name; returns the exit status.
-
-    Args:
-        name: a key of `COMMANDS`.
-        arguments: the words after it; None takes those that this process was started with.
-    """
+    """Runs a command by its name with the words after it, or those of this process; returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     command = COMMANDS[name]
 

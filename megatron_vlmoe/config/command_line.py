@@ -46,14 +46,7 @@ DEFAULT_PRESET = "base-32e"
 
 @dataclasses.dataclass(frozen=True)
 class ParsedCommand:
-    """A resolved command line.
-
-    Args:
-        config: the run.
-        dry_run: whether only to print what would run.
-        dry_run_world_size: ranks to plan for; 0 takes those of this launch.
-        dry_run_gpus_per_node: ranks of a machine in that plan.
-    """
+    """A resolved command line: a run, or its plan for so many ranks (0: those of this launch) on such machines."""
 
     config: RunConfig
     dry_run: bool = False
@@ -76,12 +69,8 @@ def option_types(root: type) -> dict[str, Any]:
 def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunConfig) -> list[str]:
     """Spells aliases out, gathers several values into one and lets a bare boolean mean true.
 
-    Args:
-        arguments: the command line.
-        root: class of the configuration; decides which options there are.
-
     Returns:
-        Option names and values in turn; a flag has no value.
+        Option names, which are those of the class `root`, and values in turn; a flag has no value.
 
     Raises:
         ConfigError: on unknown options, and on options with too many or too few values.
@@ -253,13 +242,7 @@ def parse_options(
     start: RunConfig,
     presets: Sequence[str] = preset_names(),
 ) -> ParsedCommand:
-    """Puts `--config` and the options of a command line on top of a configuration.
-
-    Args:
-        command: name of the command.
-        normalized: the options, as `normalize_arguments` leaves them.
-        start: what they are put on; its class decides which options there are.
-        presets: names for --help.
+    """Puts `--config` and options, as `normalize_arguments` leaves them, on top of `start`, whose class they fit.
 
     Raises:
         ConfigError: on unknown options or files, or values of the wrong type.

@@ -86,9 +86,7 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 def did_you_mean_option(name: str, known: Iterable[str]) -> str:
     """Like :func:`did_you_mean`, for `section.option` names: knows that the section may be wrong or absent.
 
-    Args:
-        name: misspelt option, with or without leading hyphens.
-        known: every option that there is, spelt likewise.
+    The name and all `known` ones may have leading hyphens.
     """
     known = list(known)
     last = _plain(name.rpartition(".")[2])

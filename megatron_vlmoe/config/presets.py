@@ -88,15 +88,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset(name: str, option: str = "--preset") -> RunConfig:
-    """The run configuration of a preset.
-
-    Args:
-        name: the preset.
-        option: where the name comes from, for the message.
-
-    Raises:
-        ConfigError: if there is no such preset.
-    """
+    """The run configuration of a preset. Raises ConfigError, naming `option`, if there is no such preset."""
     size, _, experts = name.partition("-")
     if size not in SIZES or experts not in EXPERTS:
         raise ConfigError(f"{option} {name}: {unknown_name(name, preset_names())}")

@@ -246,11 +246,7 @@ def default_recipe(task: str) -> str:
 
 
 def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
-    """The fine-tuning configuration of a recipe for a model.
-
-    Args:
-        name: recipe.
-        base: the pretraining run, or a preset, whose architecture is fine-tuned.
+    """The fine-tuning configuration of a recipe for the architecture of a pretraining run or preset.
 
     Raises:
         ConfigError: if there is no such recipe, or it does not load.

@@ -26,12 +26,7 @@ GIB = 2**30
 
 
 def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> str:
-    """The report of a run that is not started.
-
-    Args:
-        config: the resolved run; vocabulary sizes may be unknown.
-        world_size: ranks of the run.
-        gpus_per_node: consecutive ranks that share a node.
+    """The report of a run that is not started; consecutive ranks share a node.
 
     Raises:
         ConfigError: if the configuration contradicts itself or does not fit the ranks.

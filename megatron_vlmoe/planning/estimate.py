@@ -209,13 +209,7 @@ def block_activation_bytes(
     inputs of LayerScale (2 T D), and input and output of the GELU. A pool with R expert rows keeps
     ``b R (2 D + 2 F)`` instead of ``b T 2 F``, an fp32 input of its router instead of the
     LayerNorm's output, and six fp32 ``[T, E]``. Scores are kept (in fp32) only with
-    `model.attention_backend=math`.
-
-    Args:
-        config: the run.
-        plan: the block.
-        layout: the rank's share of a micro-batch.
-        precision: compute precision.
+    `model.attention_backend=math`. The layout is the rank's share of a micro-batch.
     """
     model = config.model
     width, inner, size = model.hidden_size, model.ffn_hidden_size, BYTES[precision]

@@ -77,15 +77,7 @@ _PART = re.compile(
 
 
 def validate(config: RunConfig, world_size: int = 1) -> None:
-    """Checks everything that does not need the data.
-
-    Args:
-        config: the resolved run.
-        world_size: processes of the run.
-
-    Raises:
-        ConfigError: on the first contradiction.
-    """
+    """Checks everything that does not need the data. Raises ConfigError on the first contradiction."""
     check_parallel_sizes(config.parallel)
     _check_any_run(config)
     _check_bounds(config, _PRETRAINING)
@@ -99,16 +91,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
 
 
 def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
-    """Checks everything that does not need the data.
-
-    Args:
-        config: the run.
-        world_size: processes of the run.
-        training: whether it trains.
-
-    Raises:
-        ConfigError: on the first contradiction.
-    """
+    """The same of a run on a task."""
     _check_any_run(config)
     _check_dataset_prefixes("task.data", [config.task.data])
     data_size = data_parallel_size(config.parallel, world_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,14 +143,12 @@ def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Shape]]:
             yield rng.choice(CELL_PHRASES[shape.cell]), shape
 
 
-def _kind_at_place(scene: Scene, rng: random.Random) -> Asking:
+def _what_at_place(ask_color: bool, scene: Scene, rng: random.Random) -> Asking:
     for place, shape in _places(scene, rng):
-        yield rng.choice((f"What shape is {place}?", f"What is {place}?")), shape.kind
-
-
-def _color_at_place(scene: Scene, rng: random.Random) -> Asking:
-    for place, shape in _places(scene, rng):
-        yield f"What color is the shape {place}?", shape.color
+        if ask_color:
+            yield f"What color is the shape {place}?", shape.color
+        else:
+            yield rng.choice((f"What shape is {place}?", f"What is {place}?")), shape.kind
 
 
 def _count(things: Sequence[Thing], scene: Scene, rng: random.Random) -> Asking:
@@ -222,9 +220,9 @@ class Form:
 
 FORMS: Mapping[str, Form] = {
     "color of kind": Form(4, COLORS, _color_of_kind),
-    "color at place": Form(2, COLORS, _color_at_place),
+    "color at place": Form(2, COLORS, partial(_what_at_place, True)),
     "kind of color": Form(4, KINDS, _kind_of_color),
-    "kind at place": Form(2, KINDS, _kind_at_place),
+    "kind at place": Form(2, KINDS, partial(_what_at_place, False)),
     "count all": Form(2, ("1", "2", "3", "4"), partial(_count, [Thing(None, None)])),
     "count kind": Form(2, ("0", "1", "2", "3"), partial(_count, KIND_THINGS)),
     "count color": Form(1, ("0", "1", "2", "3"), partial(_count, COLOR_THINGS)),
@@ -236,7 +234,7 @@ FORMS: Mapping[str, Form] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """A question and its true answer."""
 
@@ -245,48 +243,40 @@ class Question:
     answer: str
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question as it stands in the files."""
+@dataclass(frozen=True, kw_only=True)
+class Asked(Question):
+    """A question as it stands in the files, with what the ten annotators said."""
 
     question_id: int
     image_id: int
-    question: Question
-    answers: tuple[str, ...]
-    """Of the ten annotators."""
+    said: tuple[str, ...]
 
 
-class _Balance:
-    """Keeps the forms in proportion and the answers of each form equally frequent."""
+def _choose(
+    candidates: Sequence[Question], forms: Counter[str], answers: Counter[tuple[str, str]]
+) -> list[Question]:
+    """One question each of as many forms as a picture has questions.
 
-    def __init__(self) -> None:
-        self._forms: Counter[str] = Counter()
-        self._answers: Counter[tuple[str, str]] = Counter()
-
-    def choose(self, candidates: Sequence[Question]) -> list[Question]:
-        """One question each of as many forms as a picture has questions."""
-        chosen: dict[str, Question] = {}
-        # A form whose rare answers do not occur waits for another picture, if it can.
-        for slack in (1, len(candidates) * len(candidates)):
-            for form in sorted(FORMS, key=lambda name: self._forms[name] / FORMS[name].weight):
-                if len(chosen) == QUESTIONS_PER_IMAGE:
-                    break
-                question = self._rarest(form, candidates, slack)
-                if form not in chosen and question is not None:
-                    chosen[form] = question
-        for question in chosen.values():
-            self._forms[question.form] += 1
-            self._answers[question.form, question.answer] += 1
-        return list(chosen.values())
-
-    def _rarest(self, form: str, candidates: Sequence[Question], slack: int) -> Question | None:
-        limit = slack + min(self._answers[form, answer] for answer in FORMS[form].answers)
-        options = [
-            question
-            for question in candidates
-            if question.form == form and self._answers[form, question.answer] <= limit
-        ]
-        return min(options, key=lambda q: self._answers[form, q.answer], default=None)
+    Keeps the forms in proportion and the answers of each form equally frequent; counts both.
+    """
+    chosen: dict[str, Question] = {}
+    # A form whose rare answers do not occur waits for another picture, if it can.
+    for slack in (1, len(candidates) * len(candidates)):
+        for form in sorted(FORMS, key=lambda name: forms[name] / FORMS[name].weight):
+            if len(chosen) == QUESTIONS_PER_IMAGE:
+                break
+            limit = slack + min(answers[form, answer] for answer in FORMS[form].answers)
+            options = [
+                question
+                for question in candidates
+                if question.form == form and answers[form, question.answer] <= limit
+            ]
+            if options and form not in chosen:
+                chosen[form] = min(options, key=lambda q: answers[q.form, q.answer])
+    for question in chosen.values():
+        forms[question.form] += 1
+        answers[question.form, question.answer] += 1
+    return list(chosen.values())
 
 
 def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
@@ -299,7 +289,8 @@ def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
     pictures: list[Picture] = []
     asked: dict[str, list[Asked]] = {}
     for split, number in numbers.items():
-        balance = _Balance()
+        asked_forms: Counter[str] = Counter()
+        asked_answers: Counter[tuple[str, str]] = Counter()
         asked[split] = []
         for _ in range(number):
             scene = fresh.take(f"vqa-{split}")
@@ -308,55 +299,53 @@ def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
             pictures.append(Picture(split=split, file=file, scene=scene))
             rng = generator_for(seed, "vqa-questions", image_id)
             candidates = [
-                Question(name, text, answer)
+                Question(form=name, text=text, answer=answer)
                 for name, form in FORMS.items()
                 for text, answer in form.ask(scene, rng)
             ]
             rng.shuffle(candidates)
-            for place, question in enumerate(balance.choose(candidates)):
+            for place, question in enumerate(_choose(candidates, asked_forms, asked_answers)):
                 # As in VQA v2, where three digits count the questions of an image.
                 question_id = 1000 * image_id + place
-                answers = _annotate(question.answer, seed, question_id)
-                asked[split].append(Asked(question_id, image_id, question, answers))
+                # Up to two of the annotators say something else.
+                people = generator_for(seed, "vqa-annotators", question_id)
+                others = people.choices((0, 1, 2), weights=(6, 3, 1))[0]
+                said = [people.choice(NEAR_ANSWERS[question.answer]) for _ in range(others)]
+                said += [question.answer] * (ANNOTATORS - others)
+                people.shuffle(said)
+                asked[split].append(
+                    Asked(
+                        **vars(question),
+                        question_id=question_id,
+                        image_id=image_id,
+                        said=tuple(said),
+                    )
+                )
     asked["test-dev"] = asked["test"][: len(asked["test"]) // 2]
     truth = {s: _truth(asked[s], asked["train"]) for s in ("val", "test", "test-dev")}
     return TaskFiles(pictures=tuple(pictures), texts=_files(asked), truth=truth)
-
-
-def _annotate(answer: str, seed: int, question_id: int) -> tuple[str, ...]:
-    """Up to two of ten say something else."""
-    rng = generator_for(seed, "vqa-annotators", question_id)
-    others = rng.choices((0, 1, 2), weights=(6, 3, 1))[0]
-    said = [rng.choice(NEAR_ANSWERS[answer]) for _ in range(others)]
-    said += [answer] * (ANNOTATORS - others)
-    rng.shuffle(said)
-    return tuple(said)
 
 
 def _truth(questions: Sequence[Asked], train: Sequence[Asked]) -> dict[str, Any]:
     """Two guesses: one answer to everything, and the most frequent one to each form of question."""
     answers: dict[str | None, Counter[str]] = {None: Counter()}
     for asked in train:
-        for form in (None, asked.question.form):
-            answers.setdefault(form, Counter())[asked.question.answer] += 1
+        for form in (None, asked.form):
+            answers.setdefault(form, Counter())[asked.answer] += 1
     guesses = {form: most_frequent(counts) for form, counts in answers.items()}
 
-    def score(said: Iterable[str]) -> float:
+    def score(guess: Callable[[Asked], str]) -> float:
         """VQA's: 0.3 for each annotator who gave the answer, at most 1."""
-        scores = [
-            min(1.0, 0.3 * asked.answers.count(answer))
-            for answer, asked in zip(said, questions, strict=True)
-        ]
-        return percent(sum(scores) / len(scores))
+        return percent(
+            sum(min(1.0, 0.3 * a.said.count(guess(a))) for a in questions) / len(questions)
+        )
 
     return {
         "samples": len(questions),
-        "labels": dict(sorted(Counter(asked.question.answer for asked in questions).items())),
+        "labels": dict(sorted(Counter(asked.answer for asked in questions).items())),
         "guess": guesses[None],
-        "guess_percent": score([guesses[None]] * len(questions)),
-        "guess_by_form_percent": score(
-            guesses.get(asked.question.form, guesses[None]) for asked in questions
-        ),
+        "guess_percent": score(lambda asked: guesses[None]),
+        "guess_by_form_percent": score(lambda asked: guesses.get(asked.form, guesses[None])),
     }
 
 
@@ -372,7 +361,7 @@ def _files(splits: Mapping[str, Sequence[Asked]]) -> dict[Path, str]:
             "data_subtype": subset,
         }
         listed = [
-            {"image_id": a.image_id, "question": a.question.text, "question_id": a.question_id}
+            {"image_id": a.image_id, "question": a.text, "question_id": a.question_id}
             for a in questions
         ]
         texts[Path("vqa", f"v2_OpenEnded_mscoco_{subset}_questions.json")] = json_text(
@@ -383,14 +372,14 @@ def _files(splits: Mapping[str, Sequence[Asked]]) -> dict[Path, str]:
                 header | {"annotations": [_annotation(question) for question in questions]}
             )
     # The real data set keeps these secret.
-    answers = {str(a.question_id): a.question.answer for a in splits["test"]}
+    answers = {str(a.question_id): a.answer for a in splits["test"]}
     texts[Path("vqa", "answers_test2015.json")] = json_text(answers)
     return texts
 
 
 def _annotation(asked: Asked) -> dict[str, Any]:
-    truth = asked.question.answer
-    beginnings = (t for t in QUESTION_TYPES if asked.question.text.lower().startswith(f"{t} "))
+    truth = asked.answer
+    beginnings = (t for t in QUESTION_TYPES if asked.text.lower().startswith(f"{t} "))
     return {
         "question_type": next(beginnings),
         "multiple_choice_answer": truth,
@@ -400,7 +389,7 @@ def _annotation(asked: Asked) -> dict[str, Any]:
                 "answer_confidence": "yes" if answer == truth else "maybe",
                 "answer_id": number,
             }
-            for number, answer in enumerate(asked.answers, start=1)
+            for number, answer in enumerate(asked.said, start=1)
         ],
         "image_id": asked.image_id,
         "answer_type": "yes/no" if truth in YES_NO else "number" if truth.isdigit() else "other",
