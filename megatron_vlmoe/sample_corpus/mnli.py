@@ -17,7 +17,6 @@ from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vlmoe.sample_corpus.task_files import TaskFiles, class_truth, guess_by
 from megatron_vlmoe.sample_corpus.world import (
     BACKGROUNDS,
     CELL_PHRASES,
@@ -33,10 +32,13 @@ from megatron_vlmoe.sample_corpus.world import (
     SIZES,
     Cell,
     Relation,
+    TaskFiles,
     be,
+    class_truth,
     counted,
     draw_scene,
     generator_for,
+    guess_by,
     holds,
     inflected,
     listed,

@@ -10,25 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.task_files import (
-    FreshScenes,
-    Picture,
-    TaskFiles,
-    class_truth,
-    guess_by,
-    json_text,
-)
 from megatron_vlmoe.sample_corpus.world import (
     BACKGROUNDS,
     COLORS,
     KINDS,
+    FreshScenes,
+    Picture,
     Scene,
     ShapeName,
+    TaskFiles,
     Thing,
     be,
+    class_truth,
     counted,
     draw_scene,
     generator_for,
+    guess_by,
+    json_text,
     with_article,
 )
 

@@ -14,15 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.captions import coco_id
-from megatron_vlmoe.sample_corpus.task_files import (
-    FreshScenes,
-    Picture,
-    TaskFiles,
-    json_text,
-    most_frequent,
-    percent,
-)
+from megatron_vlmoe.sample_corpus.texts import coco_id
 from megatron_vlmoe.sample_corpus.world import (
     BACKGROUNDS,
     CELL_PHRASES,
@@ -35,13 +27,19 @@ from megatron_vlmoe.sample_corpus.world import (
     PICTURE_WORDS,
     SIZES,
     Cell,
+    FreshScenes,
+    Picture,
     Scene,
     Shape,
+    TaskFiles,
     Thing,
     be,
     definite,
     generator_for,
     inflected,
+    json_text,
+    most_frequent,
+    percent,
     relation_phrase,
 )
 

@@ -14,28 +14,31 @@ from itertools import product
 from pathlib import Path
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
-from megatron_vlmoe.sample_corpus.captions import coco_file, coco_id, coco_texts, make_flickr30k
 from megatron_vlmoe.sample_corpus.mnli import make_mnli
 from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
-from megatron_vlmoe.sample_corpus.paragraphs import write_paragraph
 from megatron_vlmoe.sample_corpus.render import encode_picture
-from megatron_vlmoe.sample_corpus.task_files import (
-    FreshScenes,
-    Picture,
-    TaskFiles,
-    class_truth,
-    json_text,
+from megatron_vlmoe.sample_corpus.texts import (
+    coco_file,
+    coco_id,
+    coco_texts,
+    make_flickr30k,
+    write_paragraph,
 )
 from megatron_vlmoe.sample_corpus.vqa import make_vqa
 from megatron_vlmoe.sample_corpus.world import (
     COLORS,
     KINDS,
     SHAPE_NAMES,
+    FreshScenes,
+    Picture,
     Scene,
     ShapeName,
     Stream,
+    TaskFiles,
+    class_truth,
     draw_object_scene,
     generator_for,
+    json_text,
     sample_scene,
     split_of,
 )

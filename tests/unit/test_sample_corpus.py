@@ -19,14 +19,18 @@ import pytest
 from PIL import Image
 
 from megatron_vlmoe.sample_corpus import writer
-from megatron_vlmoe.sample_corpus.captions import write_captions
-from megatron_vlmoe.sample_corpus.paragraphs import COLOR_FACTS, KIND_FACTS, write_paragraph
 from megatron_vlmoe.sample_corpus.render import BACKGROUND_VALUES, COLOR_VALUES, render_picture
-from megatron_vlmoe.sample_corpus.task_files import FreshScenes
+from megatron_vlmoe.sample_corpus.texts import (
+    COLOR_FACTS,
+    KIND_FACTS,
+    write_captions,
+    write_paragraph,
+)
 from megatron_vlmoe.sample_corpus.world import (
     COLORS,
     KINDS,
     Cell,
+    FreshScenes,
     Scene,
     Shape,
     draw_object_scene,
