@@ -83,7 +83,6 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_bounds(config, _PRETRAINING)
     _check_model(config)
     _check_moe(config)
-    _check_objectives(config)
     _check_parallel(config)
     for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
         _check_dataset_prefixes(f"data.{name}", getattr(config.data, name))
@@ -92,16 +91,54 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
 
 def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
     """The same of a run on a task."""
+    task, options, model = config.task, config.contrastive, config.model
     _check_any_run(config)
-    _check_dataset_prefixes("task.data", [config.task.data])
+    _check_dataset_prefixes("task.data", [task.data])
     data_size = data_parallel_size(config.parallel, world_size)
     _check_task_batches(config, data_size, training)
     for name in ("seeds", "eval_splits"):
-        values = list(getattr(config.task, name))
+        values = list(getattr(task, name))
         _require(len(set(values)) == len(values), f"task.{name}={values} lists one twice")
     if training:
-        _check_task_training(config)
-    _check_retrieval(config)
+        _check_bounds(config, _TASK_TRAINING)
+        _require(
+            config.train.steps > 0 or task.epochs > 0.0,
+            f"task.epochs={task.epochs} and train.steps=0: no length",
+        )
+        _require(
+            not task.early_stopping or task.save_best,
+            f"task.early_stopping={task.early_stopping} needs task.save_best=true",
+        )
+        _require(
+            task.label_smoothing == 0.0 or task.spec.target == "class",
+            f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over",
+        )
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(task, name)
+            _require(
+                alpha == 0.0 or task.spec.mixes_images,
+                f"task.{name}={alpha}: {task.name} does not mix images, only tasks of one image and its class do",
+            )
+    matches = task.spec.target == "match"
+    _check_bounds(config, _TASK)
+    _require(
+        not matches or model.text_length == model.pair_text_length,
+        f"model.text_length={model.text_length} and model.pair_text_length={model.pair_text_length}: "
+        f"{task.name} reads the same captions alone and in pairs",
+    )
+    _require(
+        options.contrastive_weight > 0.0,
+        f"contrastive.contrastive_weight={options.contrastive_weight} must be positive: "
+        "without it nothing trains the encodings",
+    )
+    _require(
+        not options.cache or matches,
+        f"contrastive.cache=true is for retrieval, not for {task.name}",
+    )
+    _require(
+        not options.rerank or options.matching_weight > 0.0,
+        f"contrastive.rerank={options.rerank} needs the matching head: contrastive.matching_weight is 0",
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -139,7 +176,9 @@ def _check_dataset_prefixes(option: str, values: Sequence[str]) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    model, optim, profile = config.model, config.optim, config.profile
+    """Architecture, losses and batch, and what stands alone."""
+    model, data, objectives = config.model, config.data, config.objectives
+    optim, steps = config.optim, list(config.profile.steps)
     _require(
         model.hidden_size % model.num_attention_heads == 0,
         f"model.hidden_size={model.hidden_size} is not divisible by "
@@ -162,11 +201,29 @@ def _check_model(config: RunConfig) -> None:
         0.0 <= optim.min_lr <= optim.lr,
         f"optim.min_lr={optim.min_lr} is not between 0 and optim.lr={optim.lr}",
     )
-    steps = list(profile.steps)
     _require(len(steps) in (0, 2), f"profile.steps={steps} must be `FIRST LAST`")
     _require(
         not steps or 1 <= steps[0] <= steps[1],
         f"profile.steps={steps}: FIRST must be in 1..LAST",
+    )
+    _require(
+        data.micro_texts + data.micro_images + data.micro_pairs > 0,
+        "data.micro_texts, data.micro_images and data.micro_pairs are all 0",
+    )
+    pairs_count = objectives.vlm_text_weight != 0.0 or objectives.vlm_image_weight != 0.0
+    for name, weights, count in (
+        ("texts", "mlm_weight=0", objectives.mlm_weight != 0.0),
+        ("images", "mim_weight=0", objectives.mim_weight != 0.0),
+        ("pairs", "vlm_text_weight and vlm_image_weight are 0", pairs_count),
+    ):
+        _require(
+            count or not getattr(data, f"micro_{name}"),
+            f"objectives.{weights} with data.micro_{name} > 0: set data.micro_{name}=0 to leave {name} out",
+        )
+    _require(
+        0 <= objectives.num_masked_patches <= model.num_patches,
+        f"objectives.num_masked_patches={objectives.num_masked_patches} is not in "
+        f"0..{model.num_patches} (0 means floor(0.4 N))",
     )
 
 
@@ -215,29 +272,6 @@ def _check_moe(config: RunConfig) -> None:
                 f"{where}, not divisible by parallel.expert_model_parallel_size={expert_parallel}: "
                 f"{near_divisors(expert_parallel, pool.num_experts)} fits",
             )
-
-
-def _check_objectives(config: RunConfig) -> None:
-    objectives, data, model = config.objectives, config.data, config.model
-    _require(
-        data.micro_texts + data.micro_images + data.micro_pairs > 0,
-        "data.micro_texts, data.micro_images and data.micro_pairs are all 0",
-    )
-    pairs_count = objectives.vlm_text_weight != 0.0 or objectives.vlm_image_weight != 0.0
-    for name, weights, count in (
-        ("texts", "mlm_weight=0", objectives.mlm_weight != 0.0),
-        ("images", "mim_weight=0", objectives.mim_weight != 0.0),
-        ("pairs", "vlm_text_weight and vlm_image_weight are 0", pairs_count),
-    ):
-        _require(
-            count or not getattr(data, f"micro_{name}"),
-            f"objectives.{weights} with data.micro_{name} > 0: set data.micro_{name}=0 to leave {name} out",
-        )
-    _require(
-        0 <= objectives.num_masked_patches <= model.num_patches,
-        f"objectives.num_masked_patches={objectives.num_masked_patches} is not in "
-        f"0..{model.num_patches} (0 means floor(0.4 N))",
-    )
 
 
 def _check_parallel(config: RunConfig) -> None:
@@ -320,50 +354,3 @@ def _check_task_batches(config: FinetuneConfig, data_size: int, training: bool) 
             f"task.global_batch_size={total} is not a multiple of task.micro_batch_size={micro} x "
             f"{data_size} data-parallel rank(s){batch_sizes_that_fit(options, data_size, tensor)}"
         )
-
-
-def _check_task_training(config: FinetuneConfig) -> None:
-    task = config.task
-    _check_bounds(config, _TASK_TRAINING)
-    _require(
-        config.train.steps > 0 or task.epochs > 0.0,
-        f"task.epochs={task.epochs} and train.steps=0: no length",
-    )
-    _require(
-        not task.early_stopping or task.save_best,
-        f"task.early_stopping={task.early_stopping} needs task.save_best=true",
-    )
-    _require(
-        task.label_smoothing == 0.0 or task.spec.target == "class",
-        f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over",
-    )
-    for name in ("mixup", "cutmix"):
-        alpha = getattr(task, name)
-        _require(
-            alpha == 0.0 or task.spec.mixes_images,
-            f"task.{name}={alpha}: {task.name} does not mix images, only tasks of one image and its class do",
-        )
-
-
-def _check_retrieval(config: FinetuneConfig) -> None:
-    options, model = config.contrastive, config.model
-    matches = config.task.spec.target == "match"
-    _check_bounds(config, _TASK)
-    _require(
-        not matches or model.text_length == model.pair_text_length,
-        f"model.text_length={model.text_length} and model.pair_text_length={model.pair_text_length}: "
-        f"{config.task.name} reads the same captions alone and in pairs",
-    )
-    _require(
-        options.contrastive_weight > 0.0,
-        f"contrastive.contrastive_weight={options.contrastive_weight} must be positive: "
-        "without it nothing trains the encodings",
-    )
-    _require(
-        not options.cache or matches,
-        f"contrastive.cache=true is for retrieval, not for {config.task.name}",
-    )
-    _require(
-        not options.rerank or options.matching_weight > 0.0,
-        f"contrastive.rerank={options.rerank} needs the matching head: contrastive.matching_weight is 0",
-    )

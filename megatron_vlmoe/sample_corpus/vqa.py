@@ -10,7 +10,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,28 +103,6 @@ NEAR_ANSWERS: Mapping[str, tuple[str, ...]] = {
 }
 """What an annotator says who words the answer differently or looks badly."""
 
-Asking = Iterator[tuple[str, str]]
-"""Questions and their true answers."""
-
-
-def _color_of_kind(scene: Scene, rng: random.Random) -> Asking:
-    for thing in KIND_THINGS:
-        shapes = thing.found_in(scene)
-        if len({shape.color for shape in shapes}) == 1:
-            noun = thing.noun(len(shapes))
-            yield f"What color {be(len(shapes))} the {noun}?", shapes[0].color
-
-
-def _kind_of_color(scene: Scene, rng: random.Random) -> Asking:
-    for thing in COLOR_THINGS:
-        if len(shapes := thing.found_in(scene)) == 1:
-            texts = (
-                f"What shape is {thing.color}?",
-                f"Which shape is {thing.color}?",
-                f"What is the {thing.noun()}?",
-            )
-            yield rng.choice(texts), shapes[0].kind
-
 
 def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Shape]]:
     """Places that cannot be mistaken: "at the top" only where both upper corners are empty."""
@@ -141,25 +118,49 @@ def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Shape]]:
             yield rng.choice(CELL_PHRASES[shape.cell]), shape
 
 
-def _what_at_place(ask_color: bool, scene: Scene, rng: random.Random) -> Asking:
+@dataclass(frozen=True)
+class Question:
+    """A question and its true answer."""
+
+    form: str
+    text: str
+    answer: str
+
+
+def _about_colors_and_kinds(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    for thing in KIND_THINGS:
+        shapes = thing.found_in(scene)
+        if len({shape.color for shape in shapes}) == 1:
+            asked = f"{be(len(shapes))} the {thing.noun(len(shapes))}"
+            yield Question("color of kind", f"What color {asked}?", shapes[0].color)
     for place, shape in _places(scene, rng):
-        if ask_color:
-            yield f"What color is the shape {place}?", shape.color
-        else:
-            yield rng.choice((f"What shape is {place}?", f"What is {place}?")), shape.kind
+        yield Question("color at place", f"What color is the shape {place}?", shape.color)
+    for thing in COLOR_THINGS:
+        if len(shapes := thing.found_in(scene)) == 1:
+            texts = (
+                f"What shape is {thing.color}?",
+                f"Which shape is {thing.color}?",
+                f"What is the {thing.noun()}?",
+            )
+            yield Question("kind of color", rng.choice(texts), shapes[0].kind)
+    for place, shape in _places(scene, rng):
+        text = rng.choice((f"What shape is {place}?", f"What is {place}?"))
+        yield Question("kind at place", text, shape.kind)
 
 
-def _count(things: Sequence[Thing], scene: Scene, rng: random.Random) -> Asking:
-    for thing in things:
-        count = len(thing.found_in(scene))
-        # Four shapes of one colour are too rare to be asked about.
-        if count < 4 or thing.color is None:
-            where = rng.choice(("there", f"in the {rng.choice(PICTURE_WORDS)}"))
-            yield f"How many {thing.noun(2)} are {where}?", str(count)
-
-
-def _existence(scene: Scene, rng: random.Random) -> Asking:
-    """Of kind, colour and both, one that is there and one that is not."""
+def _about_numbers(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    """Of kind, colour and both, one that is there and one that is not; and how many."""
+    for form, things in (
+        ("count all", (Thing(None, None),)),
+        ("count kind", KIND_THINGS),
+        ("count color", COLOR_THINGS),
+    ):
+        for thing in things:
+            count = len(thing.found_in(scene))
+            # Four shapes of one colour are too rare to be asked about.
+            if count < 4 or thing.color is None:
+                where = rng.choice(("there", f"in the {rng.choice(PICTURE_WORDS)}"))
+                yield Question(form, f"How many {thing.noun(2)} are {where}?", str(count))
     chosen = []
     for things in (KIND_THINGS, COLOR_THINGS, NAMED_THINGS):
         present = [thing for thing in things if thing.found_in(scene)]
@@ -177,71 +178,48 @@ def _existence(scene: Scene, rng: random.Random) -> Asking:
             f"Are there any {thing.noun(2)}?",
             f"Can you see {thing.indefinite()}?",
         )
-        yield rng.choice(texts), answer
+        yield Question("existence", rng.choice(texts), answer)
 
 
-def _relation(scene: Scene, rng: random.Random) -> Asking:
-    """No is the answer where the converse holds."""
+def _about_the_rest(scene: Scene, rng: random.Random) -> Iterator[Question]:
     for a, relation, b in scene.relations():
+        # No is the answer where the converse holds.
         for asked, answer in ((relation, "yes"), (CONVERSE[relation], "no")):
             where = f"{relation_phrase(asked, rng)} {definite(b)}"
-            yield f"{be(a.count).capitalize()} {definite(a)} {where}?", answer
-
-
-def _place(scene: Scene, rng: random.Random) -> Asking:
+            text = f"{be(a.count).capitalize()} {definite(a)} {where}?"
+            yield Question("relation", text, answer)
     for thing in KIND_THINGS + NAMED_THINGS:
         if len(shapes := thing.found_in(scene)) == 1:
-            yield f"Where is the {thing.noun()}?", PLACE_NAMES[shapes[0].cell]
-
-
-def _background(scene: Scene, rng: random.Random) -> Asking:
+            place = PLACE_NAMES[shapes[0].cell]
+            yield Question("place", f"Where is the {thing.noun()}?", place)
     texts = ("What color is the background?", "What is the color of the background?")
-    yield rng.choice(texts), scene.background
-
-
-def _size(scene: Scene, rng: random.Random) -> Asking:
+    yield Question("background", rng.choice(texts), scene.background)
     kinds = Counter(group.kind for group in scene.groups)
     for group in scene.groups:
         unique = kinds[group.kind] == 1
         noun = f"the {inflected(group.kind, group.count)}" if unique else definite(group)
-        yield f"{be(group.count).capitalize()} {noun} large or small?", group.size
+        text = f"{be(group.count).capitalize()} {noun} large or small?"
+        yield Question("size", text, group.size)
+
+
+FORMS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "color of kind": (4, COLORS),
+    "color at place": (2, COLORS),
+    "kind of color": (4, KINDS),
+    "kind at place": (2, KINDS),
+    "count all": (2, ("1", "2", "3", "4")),
+    "count kind": (2, ("0", "1", "2", "3")),
+    "count color": (1, ("0", "1", "2", "3")),
+    "existence": (4, YES_NO),
+    "relation": (2, YES_NO),
+    "place": (3, tuple(PLACE_NAMES.values())),
+    "background": (2, BACKGROUNDS),
+    "size": (2, SIZES),
+}
+"""How often a form is asked, and what may be the answer."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """How often a form is asked, what may be the answer, and what it asks of a scene."""
-
-    weight: int
-    answers: tuple[str, ...]
-    ask: Callable[[Scene, random.Random], Asking]
-
-
-FORMS: Mapping[str, Form] = {
-    "color of kind": Form(4, COLORS, _color_of_kind),
-    "color at place": Form(2, COLORS, partial(_what_at_place, True)),
-    "kind of color": Form(4, KINDS, _kind_of_color),
-    "kind at place": Form(2, KINDS, partial(_what_at_place, False)),
-    "count all": Form(2, ("1", "2", "3", "4"), partial(_count, [Thing(None, None)])),
-    "count kind": Form(2, ("0", "1", "2", "3"), partial(_count, KIND_THINGS)),
-    "count color": Form(1, ("0", "1", "2", "3"), partial(_count, COLOR_THINGS)),
-    "existence": Form(4, YES_NO, _existence),
-    "relation": Form(2, YES_NO, _relation),
-    "place": Form(3, tuple(PLACE_NAMES.values()), _place),
-    "background": Form(2, BACKGROUNDS, _background),
-    "size": Form(2, SIZES, _size),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A question and its true answer."""
-
-    form: str
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Asked(Question):
     """A question as it stands in the files, with what the ten annotators said."""
 
@@ -260,10 +238,10 @@ def _choose(
     chosen: dict[str, Question] = {}
     # A form whose rare answers do not occur waits for another picture, if it can.
     for slack in (1, len(candidates) * len(candidates)):
-        for form in sorted(FORMS, key=lambda name: forms[name] / FORMS[name].weight):
+        for form in sorted(FORMS, key=lambda name: forms[name] / FORMS[name][0]):
             if len(chosen) == QUESTIONS_PER_IMAGE:
                 break
-            limit = slack + min(answers[form, answer] for answer in FORMS[form].answers)
+            limit = slack + min(answers[form, answer] for answer in FORMS[form][1])
             options = [
                 question
                 for question in candidates
@@ -297,9 +275,9 @@ def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
             pictures.append(Picture(split=split, file=file, scene=scene))
             rng = generator_for(seed, "vqa-questions", image_id)
             candidates = [
-                Question(form=name, text=text, answer=answer)
-                for name, form in FORMS.items()
-                for text, answer in form.ask(scene, rng)
+                *_about_colors_and_kinds(scene, rng),
+                *_about_numbers(scene, rng),
+                *_about_the_rest(scene, rng),
             ]
             rng.shuffle(candidates)
             for place, question in enumerate(_choose(candidates, asked_forms, asked_answers)):

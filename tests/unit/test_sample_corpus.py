@@ -19,7 +19,6 @@ import pytest
 from PIL import Image
 
 from megatron_vlmoe.sample_corpus import writer
-from megatron_vlmoe.sample_corpus.render import BACKGROUND_VALUES, COLOR_VALUES, render_picture
 from megatron_vlmoe.sample_corpus.texts import (
     COLOR_FACTS,
     KIND_FACTS,
@@ -36,7 +35,14 @@ from megatron_vlmoe.sample_corpus.world import (
     draw_object_scene,
     sample_scene,
 )
-from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus, task_files
+from megatron_vlmoe.sample_corpus.writer import (
+    BACKGROUND_VALUES,
+    COLOR_VALUES,
+    SampleCorpus,
+    make_sample_corpus,
+    render_picture,
+    task_files,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = {"no": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "a": 1, "an": 1}

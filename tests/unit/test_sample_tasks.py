@@ -22,7 +22,6 @@ from test_sample_corpus import BIG, PLACES, RELATIONS, check_caption, fits, one_
 
 from megatron_vlmoe.sample_corpus.mnli import Claim, Mention, Premise, judge, make_mnli
 from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
-from megatron_vlmoe.sample_corpus.render import render_picture
 from megatron_vlmoe.sample_corpus.vqa import PLACE_NAMES
 from megatron_vlmoe.sample_corpus.world import (
     BACKGROUNDS,
@@ -33,7 +32,7 @@ from megatron_vlmoe.sample_corpus.world import (
     Scene,
     Shape,
 )
-from megatron_vlmoe.sample_corpus.writer import task_files
+from megatron_vlmoe.sample_corpus.writer import render_picture, task_files
 
 SEED = 11
 COLOR, KIND, PLACE, RELATION = map(one_of, (COLORS, KINDS, PLACES, RELATIONS))
