@@ -89,28 +89,20 @@ def bench_config(
     Raises:
         ConfigError: if the preset or an option is unknown.
     """
-    config = parse_run("pretrain", ["--preset", name, *extra]).config
-    data = replace(
-        config.data,
-        micro_texts=options.texts,
-        micro_images=options.images,
-        micro_pairs=options.pairs,
-        global_texts=options.texts * data_size,
-        global_images=options.images * data_size,
-        global_pairs=options.pairs * data_size,
-    )
-    model = replace(
-        config.model,
-        vocab_size=options.vocab_size,
-        visual_vocab_size=options.visual_vocab_size,
-    )
-    objectives = replace(
-        config.objectives,
-        num_masked_patches=config.objectives.num_masked_patches or int(0.4 * model.num_patches),
-        caption_mask_slots=min(options.caption_mask_slots, model.pair_text_length - 2),
-    )
-    train = replace(config.train, precision=options.precision)
-    return replace(config, data=data, model=model, objectives=objectives, train=train)
+    sizes = {
+        "train.precision": options.precision,
+        "model.vocab_size": options.vocab_size,
+        "model.visual_vocab_size": options.visual_vocab_size,
+    }
+    for kind in ("texts", "images", "pairs"):
+        sizes[f"data.micro_{kind}"] = getattr(options, kind)
+        sizes[f"data.global_{kind}"] = getattr(options, kind) * data_size
+    words = [word for option, size in sizes.items() for word in (f"--{option}", str(size))]
+    config = parse_run("pretrain", ["--preset", name, *extra, *words]).config
+    masked = config.objectives.num_masked_patches or int(0.4 * config.model.num_patches)
+    slots = min(options.caption_mask_slots, config.model.pair_text_length - 2)
+    objectives = replace(config.objectives, num_masked_patches=masked, caption_mask_slots=slots)
+    return replace(config, objectives=objectives)
 
 
 def bench(

@@ -172,36 +172,22 @@ def build_parser(
         "line. An option with several values takes them one after another, as in `--moe.layers 2 4 6`. The same "
         "names stand in YAML files, as in `moe: {layers: [2, 4, 6]}`.",
     )
-    parser.add_argument(
-        "--preset",
-        default="",
-        metavar="NAME",
-        help=f"what the other options start from: {', '.join(presets)}"
-        if presets
-        else "not for this command, which starts from the options of the checkpoint",
-    )
-    parser.add_argument(
-        "--config", default="", metavar="FILE", help="YAML file with sections of options"
-    )
-    parser.add_argument(
+    starts_from = f"what the other options start from: {', '.join(presets)}"
+    if not presets:
+        starts_from = "not for this command, which starts from the options of the checkpoint"
+    add = parser.add_argument
+    add("--preset", default="", metavar="NAME", help=starts_from)
+    add("--config", default="", metavar="FILE", help="YAML file with sections of options")
+    add(
         "--dry-run",
         action="store_true",
         help="print the resolved options and what they need, then stop",
     )
-    parser.add_argument(
-        "--dry-run-world-size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="number of ranks that --dry-run plans for; 0 takes those of this launch",
-    )
-    parser.add_argument(
-        "--dry-run-gpus-per-node",
-        type=int,
-        default=8,
-        metavar="N",
-        help="ranks on a machine in that plan",
-    )
+    for name, default, about in (
+        ("world-size", 0, "number of ranks that --dry-run plans for; 0 takes those of this launch"),
+        ("gpus-per-node", 8, "ranks on a machine in that plan"),
+    ):
+        add(f"--dry-run-{name}", type=int, default=default, metavar="N", help=about)
     parser.add_class_arguments(type(start), None, as_group=False)
     parser.set_defaults(flat_options(dataclasses.asdict(start)))
     types = option_types(type(start))
@@ -309,18 +295,16 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
     """
     types = option_types(type(start))
     sections = {name.rpartition(".")[0] for name in types}
-    # A section whose every line is commented out is None.
-    flat = {
-        name: value
-        for name, value in flat_options(content).items()
-        if not (value is None and name in sections)
-    }
-    for name, value in flat.items():
+    flat = {}
+    for name, value in flat_options(content).items():
         if name in types:
             if value is None:
                 raise ConfigError(f"{where}: {name} is empty: {_wrong(types[name], value)}")
+            flat[name] = value
         elif name in sections:
-            raise ConfigError(f"{where}: {name} is a section of options, got {value}")
+            # A section whose every line is commented out is None.
+            if value is not None:
+                raise ConfigError(f"{where}: {name} is a section of options, got {value}")
         else:
             # The option, a section above it, or a value where none belongs.
             parents = [name[:end] for end, letter in enumerate(name) if letter == "."]

@@ -242,11 +242,12 @@ def _judge_mention(premise: Premise, mention: Mention, claim: Claim) -> Label | 
         case "existence":
             return "entailment"
         case "place":
-            told, cell, other_cell = _compare(mention.cell, claim.value), mention.cell, claim.value
             # A corner and a side that it belongs to may be mistaken: "top left" and "top".
-            if cell is not None and (1, 1) not in (cell, other_cell):
-                if abs(cell[0] - other_cell[0]) + abs(cell[1] - other_cell[1]) == 1:
+            if mention.cell is not None and (1, 1) not in (mention.cell, claim.value):
+                (row, column), (claimed_row, claimed_column) = mention.cell, claim.value
+                if abs(row - claimed_row) + abs(column - claimed_column) == 1:
                     return None
+            told = _compare(mention.cell, claim.value)
             found = {cells[claim.kind] == (claim.value,) for cells in premise.arrangements}
         case "relation":
             other = premise.mention(claim.other)
@@ -282,7 +283,16 @@ def write_premise(premise: Premise, genre: str, rng: random.Random) -> str:
     mentions, words = premise.mentions, GENRES[genre]
     picture = rng.choice(PICTURE_WORDS)
     # All shapes in a list and then a relation, or the first two in a relation and then the rest.
-    phrases = [_indefinite(m, rng) for m in mentions]
+    phrases = []
+    for mention in mentions:
+        size = rng.choice(SIZE_WORDS[mention.size]) if mention.size else None
+        noun = " ".join(filter(None, (size, mention.texture, mention.color, mention.kind)))
+        if mention.count is None:
+            phrases.append(f"some {inflected(noun, 2)}")
+        else:
+            phrases.append(
+                with_article(noun) if mention.count == 1 else counted(mention.count, noun)
+            )
     shapes = listed(phrases)
     more = []
     if premise.relation is not None:
@@ -310,16 +320,6 @@ def write_premise(premise: Premise, genre: str, rng: random.Random) -> str:
     text = " ".join(map(sentence, sentences))
     # A field that begins with a quotation mark, as many of the real ones do.
     return f'"{text}"' if genre == "verbatim" else text
-
-
-def _indefinite(mention: Mention, rng: random.Random) -> str:
-    """As in "a large circle" and "some red stars": only what is told."""
-    size = rng.choice(SIZE_WORDS[mention.size]) if mention.size else None
-    words = (size, mention.texture, mention.color, mention.kind)
-    noun = " ".join(word for word in words if word)
-    if mention.count == 1:
-        return with_article(noun)
-    return counted(mention.count, noun) if mention.count else f"some {inflected(noun, 2)}"
 
 
 def write_hypothesis(claim: Claim, genre: str, rng: random.Random) -> str:
