@@ -43,7 +43,6 @@ from megatron_vlmoe.sample_corpus.world import (
     inflected,
     listed,
     relation_between,
-    relation_phrase,
     sentence,
     with_article,
 )
@@ -297,7 +296,7 @@ def write_premise(premise: Premise, genre: str, rng: random.Random) -> str:
     more = []
     if premise.relation is not None:
         a, b = mentions[:2]
-        relation = relation_phrase(premise.relation, rng)
+        relation = rng.choice(RELATION_PHRASES[premise.relation])
         if genre == "caption":
             shapes = f"{phrases[0]} {relation} " + ", and ".join(phrases[1:])
         else:

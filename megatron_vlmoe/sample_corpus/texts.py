@@ -23,6 +23,7 @@ from megatron_vlmoe.sample_corpus.world import (
     NAMES,
     NUMBERS,
     PICTURE_WORDS,
+    RELATION_PHRASES,
     VALIDATION_PERIOD,
     FreshScenes,
     Group,
@@ -33,17 +34,13 @@ from megatron_vlmoe.sample_corpus.world import (
     TaskFiles,
     be,
     counted,
-    definite,
     generator_for,
     holds,
-    indefinite,
     inflected,
     json_text,
     listed,
     percent,
-    place_phrase,
     relation_between,
-    relation_phrase,
     sample_scene,
     sentence,
     split_of,
@@ -133,9 +130,9 @@ def write_captions(scene: Scene, seed: int, index: int, purpose: str = "captions
         full = len(others) <= 1
         picture = rng.choice(PICTURE_WORDS)
         slots = {
-            "a": indefinite(a, rng, full=full),
+            "a": a.indefinite(rng, full=full),
             "is_a": be(a.count),
-            "place": place_phrase(a, rng),
+            "place": a.place(rng),
             "picture": picture,
             "picture_of": with_article(picture) + " of",
             "drawn": rng.choice(DRAWN_WORDS),
@@ -148,9 +145,9 @@ def write_captions(scene: Scene, seed: int, index: int, purpose: str = "captions
             assert relation is not None
             its, it = ("its", "it") if b.count == 1 else ("their", "them")
             slots |= {
-                "b": indefinite(b, rng, full=full),
+                "b": b.indefinite(rng, full=full),
                 "is_b": be(b.count),
-                "relation": relation_phrase(relation, rng),
+                "relation": rng.choice(RELATION_PHRASES[relation]),
                 "side_of_b": rng.choice(SIDE_PHRASES[relation]).format(
                     its if relation in ("left", "right") else it
                 ),
@@ -167,9 +164,9 @@ def _rest(groups: Sequence[Group], connective: str, rng: random.Random) -> str:
         return ""
     items = []
     for group in groups:
-        phrase = indefinite(group, rng, full=False)
+        phrase = group.indefinite(rng, full=False)
         verb = f" {be(group.count)}" if connective in CLAUSE_CONNECTIVES else ""
-        items.append(f"{phrase}{verb} {place_phrase(group, rng)}")
+        items.append(f"{phrase}{verb} {group.place(rng)}")
     return f", {connective} {listed(items)}"
 
 
@@ -318,7 +315,7 @@ def write_paragraph(seed: int, index: int) -> str:
     )
     sentences = [sentence(rng.choice(openings))]
     for group in rng.sample(scene.groups, len(scene.groups)):
-        phrase, place = indefinite(group, rng), place_phrase(group, rng)
+        phrase, place = group.indefinite(rng), group.place(rng)
         is_are, drawn = be(group.count), rng.choice(DRAWN_WORDS)
         descriptions = (
             f"{place} there {is_are} {phrase}",
@@ -368,7 +365,7 @@ def _relations(scene: Scene, rng: random.Random) -> Iterator[str]:
     """A relation and its converse; three in a line."""
 
     def states(a: Group, relation: Relation, b: Group) -> str:
-        return f"{definite(a)} {be(a.count)} {relation_phrase(relation, rng)} {definite(b)}"
+        return f"{a.definite} {be(a.count)} {rng.choice(RELATION_PHRASES[relation])} {b.definite}"
 
     for a, relation, b in scene.relations():
         first, second = states(a, relation, b), states(b, CONVERSE[relation], a)
@@ -415,15 +412,15 @@ def _changes(scene: Scene, rng: random.Random) -> Iterator[str]:
         left = total - group.count
         verb = rng.choice(("removes", "takes away"))
         remaining = f"{counted(left, 'shape')} {'remains' if left == 1 else 'remain'}"
-        yield f"when {rng.choice(NAMES)} {verb} {definite(group)}, {remaining}"
+        yield f"when {rng.choice(NAMES)} {verb} {group.definite}, {remaining}"
 
 
 def _contrasts(scene: Scene) -> Iterator[str]:
     """Size, texture and letter, between two groups."""
     for number, a in enumerate(scene.groups):
-        the_a, is_a = definite(a), be(a.count)
+        the_a, is_a = a.definite, be(a.count)
         for b in scene.groups[:number]:
-            the_b, is_b = definite(b), be(b.count)
+            the_b, is_b = b.definite, be(b.count)
             if a.size == b.size:
                 yield f"{the_a} and {the_b} have the same size, for both are {a.size}"
             elif a.size == "large":
@@ -464,8 +461,11 @@ def _questions(scene: Scene, rng: random.Random) -> Iterator[str]:
             answer = "It is" if len(colors) == 1 else "They are"
             yield f"What color {is_are} the {noun}? {answer} {colors[0]}."
     for a, relation, b in scene.relations():
-        where, answer = relation_phrase(relation, rng), sentence(f"{definite(a)} {be(a.count)}")
-        yield f"What is {where} {definite(b)}? {answer}"
+        where, answer = (
+            rng.choice(RELATION_PHRASES[relation]),
+            sentence(f"{a.definite} {be(a.count)}"),
+        )
+        yield f"What is {where} {b.definite}? {answer}"
 
 
 def _knowledge(scene: Scene, rng: random.Random) -> Iterator[str]:

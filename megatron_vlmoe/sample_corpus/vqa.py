@@ -24,6 +24,7 @@ from megatron_vlmoe.sample_corpus.world import (
     KINDS,
     NAMED_THINGS,
     PICTURE_WORDS,
+    RELATION_PHRASES,
     SIZES,
     Cell,
     FreshScenes,
@@ -33,13 +34,11 @@ from megatron_vlmoe.sample_corpus.world import (
     TaskFiles,
     Thing,
     be,
-    definite,
     generator_for,
     inflected,
     json_text,
     most_frequent,
     percent,
-    relation_phrase,
 )
 
 QUESTIONS_PER_IMAGE = 5
@@ -185,8 +184,8 @@ def _about_the_rest(scene: Scene, rng: random.Random) -> Iterator[Question]:
     for a, relation, b in scene.relations():
         # No is the answer where the converse holds.
         for asked, answer in ((relation, "yes"), (CONVERSE[relation], "no")):
-            where = f"{relation_phrase(asked, rng)} {definite(b)}"
-            text = f"{be(a.count).capitalize()} {definite(a)} {where}?"
+            where = f"{rng.choice(RELATION_PHRASES[asked])} {b.definite}"
+            text = f"{be(a.count).capitalize()} {a.definite} {where}?"
             yield Question("relation", text, answer)
     for thing in KIND_THINGS + NAMED_THINGS:
         if len(shapes := thing.found_in(scene)) == 1:
@@ -197,7 +196,7 @@ def _about_the_rest(scene: Scene, rng: random.Random) -> Iterator[Question]:
     kinds = Counter(group.kind for group in scene.groups)
     for group in scene.groups:
         unique = kinds[group.kind] == 1
-        noun = f"the {inflected(group.kind, group.count)}" if unique else definite(group)
+        noun = f"the {inflected(group.kind, group.count)}" if unique else group.definite
         text = f"{be(group.count).capitalize()} {noun} large or small?"
         yield Question("size", text, group.size)
 

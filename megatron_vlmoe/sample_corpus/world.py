@@ -110,6 +110,34 @@ class Group(_Looks):
         """Number of shapes, 1 to 3; several always fill part of one row or one column."""
         return len(self.cells)
 
+    @property
+    def definite(self) -> str:
+        """As in "the red circle" and "the blue stars": colour and kind single a group out."""
+        return f"the {inflected(' '.join(self.name), self.count)}"
+
+    def indefinite(self, rng: random.Random, *, full: bool = True) -> str:
+        """As in "a large striped red circle" and "two small blue stars".
+
+        Solid texture goes unsaid; without ``full`` so do size and letter.
+        """
+        words = [rng.choice(SIZE_WORDS[self.size])] if full else []
+        if self.texture != "solid":
+            words.append(self.texture)
+        noun = " ".join([*words, *self.name])
+        phrase = with_article(noun) if self.count == 1 else counted(self.count, noun)
+        if full and self.letter is not None:
+            phrase += " " + rng.choice(LETTER_PHRASES).format(self.letter)
+        return phrase
+
+    def place(self, rng: random.Random) -> str:
+        """Where on the grid: "in the upper left corner", "in the middle row"."""
+        row, column = self.cells[0]
+        if self.count == 1:
+            return rng.choice(CELL_PHRASES[row, column])
+        if all(cell[0] == row for cell in self.cells):
+            return f"in the {ROW_NAMES[row]} row"
+        return f"in the {COLUMN_NAMES[column]} column"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
@@ -295,41 +323,6 @@ def listed(items: Sequence[str]) -> str:
 def sentence(words: str) -> str:
     """Capital and full stop."""
     return words[0].upper() + words[1:] + "."
-
-
-def indefinite(group: Group, rng: random.Random, *, full: bool = True) -> str:
-    """As in "a large striped red circle" and "two small blue stars".
-
-    Solid texture goes unsaid; without ``full`` so do size and letter.
-    """
-    words = [rng.choice(SIZE_WORDS[group.size])] if full else []
-    if group.texture != "solid":
-        words.append(group.texture)
-    noun = " ".join([*words, *group.name])
-    phrase = with_article(noun) if group.count == 1 else counted(group.count, noun)
-    if full and group.letter is not None:
-        phrase += " " + rng.choice(LETTER_PHRASES).format(group.letter)
-    return phrase
-
-
-def definite(group: Group) -> str:
-    """As in "the red circle" and "the blue stars": colour and kind single a group out."""
-    return f"the {inflected(' '.join(group.name), group.count)}"
-
-
-def relation_phrase(relation: Relation, rng: random.Random) -> str:
-    """A preposition: X is ... Y."""
-    return rng.choice(RELATION_PHRASES[relation])
-
-
-def place_phrase(group: Group, rng: random.Random) -> str:
-    """Where on the grid: "in the upper left corner", "in the middle row"."""
-    row, column = group.cells[0]
-    if group.count == 1:
-        return rng.choice(CELL_PHRASES[row, column])
-    if all(cell[0] == row for cell in group.cells):
-        return f"in the {ROW_NAMES[row]} row"
-    return f"in the {COLUMN_NAMES[column]} column"
 
 
 @dataclass(frozen=True)
