@@ -1,6 +1,5 @@
 """Checkpoints to Hugging Face folders and back: `export ...` is `vlmoe export ...`, and so is `import`."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -8,7 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.commands.main import run_one_of
 
-main = functools.partial(run_one_of, ("export", "import"))
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_one_of(("export", "import")))

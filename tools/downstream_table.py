@@ -1,6 +1,5 @@
 """Put fine-tuning results side by side: the same as `vlmoe downstream-table`."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -8,7 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.commands.main import run
 
-main = functools.partial(run, "downstream-table")
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("downstream-table"))

@@ -1,6 +1,5 @@
 """Store visual codes of every image of an indexed dataset: the same as `vlmoe encode-images`."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -8,7 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.commands.main import run
 
-main = functools.partial(run, "encode-images")
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("encode-images"))

@@ -1,6 +1,5 @@
 """Fill a masked word and masked patches of a captioned picture, as a PNG: the same as `vlmoe fill-masked`."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -8,7 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlmoe.commands.main import run
 
-main = functools.partial(run, "fill-masked")
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("fill-masked"))

@@ -1,7 +1,6 @@
 """Show what a checkpoint holds: `vlmoe inspect-checkpoint`; or `diff A B`: `vlmoe compare-checkpoints A B`."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -9,13 +8,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_vlmoe.commands.main import run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     """Inspects or compares; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["diff"]:
         return run("compare-checkpoints", words[1:])
     return run("inspect-checkpoint", words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

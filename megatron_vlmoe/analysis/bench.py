@@ -20,8 +20,9 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterator, Literal, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Literal, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -46,38 +47,22 @@ from megatron_vlmoe.train.pretrain import MaskedObjective
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.step import StepRunner
 
-Batches = Sequence[Batch]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure.
-
-    Args:
-        presets: names; the first is the one that ratios refer to.
-        texts: texts in the one micro-batch of a step.
-        images: images in it.
-        pairs: pairs in it.
-        rounds: turns of every preset.
-        steps: measured steps of a turn; its figure is their median.
-        warmup: steps of a turn before them.
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
-        vocab_size: rows of the text head (paper: 64,000).
-        visual_vocab_size: rows of the image head (BEiT v2: 8,192).
-        caption_mask_slots: predicted tokens of a caption (half of a 32-token caption).
-    """
+    """What to measure; `vlmoe bench --help` explains the numbers. Ratios refer to the first of the presets."""
 
     presets: Sequence[str]
-    texts: int = 64
-    images: int = 64
-    pairs: int = 64
-    rounds: int = 3
-    steps: int = 2
-    warmup: int = 1
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    vocab_size: int = 64_000
-    visual_vocab_size: int = 8_192
-    caption_mask_slots: int = 16
+    texts: int
+    images: int
+    pairs: int
+    rounds: int
+    steps: int
+    warmup: int
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    vocab_size: int
+    visual_vocab_size: int
+    caption_mask_slots: int
 
 
 @dataclass
@@ -105,100 +90,25 @@ class PresetTimes:
 def bench_config(
     options: BenchOptions, name: str, extra: Sequence[str], data_size: int
 ) -> RunConfig:
-    """The run of a preset with one micro-batch per step.
-
-    Args:
-        options: sizes.
-        name: the preset.
-        extra: command line options on top, for every preset.
-        data_size: data-parallel size.
+    """The run of a preset, with `extra` options on top and one micro-batch per step and data-parallel rank.
 
     Raises:
         ConfigError: if the preset or an option is unknown.
     """
-    config = parse_run("pretrain", ["--preset", name, *extra]).config
-    data = replace(
-        config.data,
-        micro_texts=options.texts,
-        micro_images=options.images,
-        micro_pairs=options.pairs,
-        global_texts=options.texts * data_size,
-        global_images=options.images * data_size,
-        global_pairs=options.pairs * data_size,
-    )
-    model = replace(
-        config.model,
-        vocab_size=options.vocab_size,
-        visual_vocab_size=options.visual_vocab_size,
-    )
-    masked = config.objectives.num_masked_patches or int(0.4 * model.num_patches)
-    objectives = replace(
-        config.objectives,
-        num_masked_patches=masked,
-        caption_mask_slots=min(options.caption_mask_slots, model.pair_text_length - 2),
-    )
-    train = replace(config.train, precision=options.precision)
-    return replace(config, data=data, model=model, objectives=objectives, train=train)
-
-
-class PresetBench:
-    """One preset, built and ready to step.
-
-    Args:
-        config: its run.
-        ranks: where this process stands.
-    """
-
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self.objective = MaskedObjective(config, ranks)
-        self.parts = build_training(config, resolve_precision(config.train))
-        self.runner = StepRunner(config, self.parts, ranks)
-
-    def step(self, batch: Batch) -> tuple[float, float, float]:
-        """One training step; every rank starts at the same time.
-
-        Returns:
-            Seconds of forward and backward, of the optimizer, and processor seconds of forward and backward.
-        """
-        barrier()
-        processor = time.process_time()
-        start = _now()
-        self.runner.start_step()
-        self.runner.train(iter([batch]), 1, self.objective)
-        middle = _now()
-        processor = time.process_time() - processor
-        self.parts.optimizer.step()
-        end = _now()
-        self._discard_statistics()
-        return middle - start, end - middle, processor
-
-    def measure_memory(self, batch: Batch, times: PresetTimes) -> None:
-        """One more forward and backward pass, apart from the clock: handing memory back slows it down."""
-        barrier()
-        memory = MemoryRise()
-        self.runner.start_step()
-        self.runner.train(iter([batch]), 1, self.objective)
-        times.activation_bytes = memory.bytes()
-        # Storage that several tensors share counts once.
-        storages = [tensor.untyped_storage() for tensor in _state_tensors(self.parts)]
-        times.resident_bytes = sum({own.data_ptr(): own.nbytes() for own in storages}.values())
-        self._discard_statistics()
-
-    def release(self) -> None:
-        """Frees parameters, gradients and optimizer state; the preset cannot step any more.
-
-        Dropping the object is not enough: megatron-core's gradient hooks hold it from inside autograd's graph, where
-        the garbage collector does not see the cycle.
-        """
-        for tensor in _state_tensors(self.parts):
-            tensor.untyped_storage().resize_(0)
-
-    def _discard_statistics(self) -> None:
-        for chunk in self.parts.chunks:
-            for module in chunk.modules():
-                recorder = getattr(module, "recorder", None)
-                if recorder is not None:
-                    recorder.take()
+    sizes = {
+        "train.precision": options.precision,
+        "model.vocab_size": options.vocab_size,
+        "model.visual_vocab_size": options.visual_vocab_size,
+    }
+    for kind in ("texts", "images", "pairs"):
+        sizes[f"data.micro_{kind}"] = getattr(options, kind)
+        sizes[f"data.global_{kind}"] = getattr(options, kind) * data_size
+    words = [word for option, size in sizes.items() for word in (f"--{option}", str(size))]
+    config = parse_run("pretrain", ["--preset", name, *extra, *words]).config
+    masked = config.objectives.num_masked_patches or int(0.4 * config.model.num_patches)
+    slots = min(options.caption_mask_slots, config.model.pair_text_length - 2)
+    objectives = replace(config.objectives, num_masked_patches=masked, caption_mask_slots=slots)
+    return replace(config, objectives=objectives)
 
 
 def bench(
@@ -206,13 +116,8 @@ def bench(
 ) -> None:
     """Gives every preset its turn, round after round; prints the table, writes the JSON after every round.
 
-    A run that is cut off leaves its finished rounds.
-
-    Args:
-        options: what to measure.
-        extra: command line options for every preset.
-        threads: of the CPU; 0 leaves torch's.
-        output: JSON file, which appears whole or not at all.
+    A run that is cut off leaves its finished rounds. `extra` are command line options for every preset; 0 CPU threads
+    leave torch's number.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -250,22 +155,55 @@ def _turn(
     options: BenchOptions,
     config: RunConfig,
     ranks: Ranks,
-    batches: Batches,
+    batches: Sequence[Batch],
     times: Optional[PresetTimes],
 ) -> PresetTimes:
-    """Builds a preset, measures its steps, and gives its memory back."""
-    bench = PresetBench(config, ranks)
-    parameters = sum(p.numel() for chunk in bench.parts.chunks for p in chunk.parameters())
-    seconds = [bench.step(batch) for batch in batches][options.warmup :]
+    """Builds a preset, measures its steps, each of which every rank starts at the same time, and frees its memory."""
+    objective = MaskedObjective(config, ranks)
+    parts = build_training(config, resolve_precision(config.train))
+    runner = StepRunner(config, parts, ranks)
+
+    def forward_backward(batch: Batch) -> None:
+        runner.start_step()
+        runner.train(iter([batch]), 1, objective)
+
+    def discard_statistics() -> None:
+        for chunk in parts.chunks:
+            for module in chunk.modules():
+                recorder = getattr(module, "recorder", None)
+                if recorder is not None:
+                    recorder.take()
+
+    seconds = []
+    for batch in batches:
+        barrier()
+        processor = time.process_time()
+        start = _now()
+        forward_backward(batch)
+        middle = _now()
+        processor = time.process_time() - processor
+        parts.optimizer.step()
+        seconds.append((middle - start, _now() - middle, processor))
+        discard_statistics()
     first = times is None
-    times = times or PresetTimes(parameters)
-    for column, values in zip(
-        (times.forward_backward, times.optimizer, times.processor), zip(*seconds)
-    ):
+    times = times or PresetTimes(
+        sum(p.numel() for chunk in parts.chunks for p in chunk.parameters())
+    )
+    columns = (times.forward_backward, times.optimizer, times.processor)
+    for column, values in zip(columns, zip(*seconds[options.warmup :])):
         column.append(statistics.median(values))
     if first:
-        bench.measure_memory(batches[-1], times)
-    bench.release()
+        # One more pass, apart from the clock: handing memory back slows it down.
+        barrier()
+        times.activation_bytes = _memory_rise(lambda: forward_backward(batches[-1]))
+        # Storage that several tensors share counts once.
+        storages = [tensor.untyped_storage() for tensor in _state_tensors(parts)]
+        times.resident_bytes = sum({own.data_ptr(): own.nbytes() for own in storages}.values())
+        discard_statistics()
+    # Dropping the objects is not enough: megatron-core's gradient hooks hold them from inside autograd's graph, where
+    # the garbage collector does not see the cycle.
+    for tensor in _state_tensors(parts):
+        tensor.untyped_storage().resize_(0)
     _give_memory_back()
     return times
 
@@ -273,7 +211,7 @@ def _turn(
 def summarize(options: BenchOptions, times: Mapping[str, PresetTimes], config: RunConfig) -> dict:
     """Medians and ratios to the first preset, as JSON types."""
     tokens = StreamLayout.from_config(config.model, config.data).num_tokens
-    first = times[options.presets[0]]
+    first, cuda = times[options.presets[0]], torch.cuda.is_available()
     presets = {}
     for name, own in times.items():
         forward_backward = statistics.median(own.forward_backward)
@@ -292,24 +230,17 @@ def summarize(options: BenchOptions, times: Mapping[str, PresetTimes], config: R
         "options": asdict(options),
         "precision": resolve_precision(config.train),
         "tokens": tokens,
-        "environment": environment(),
+        # Device and versions, to be kept with every figure.
+        "environment": {
+            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[0],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron_core": version("megatron-core"),
+        },
         "presets": presets,
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Device and versions, to be kept with every figure."""
-    from importlib.metadata import version
-
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "megatron_core": version("megatron-core"),
     }
 
 
@@ -349,30 +280,24 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-class MemoryRise:
-    """Peak memory above the level at construction."""
-
-    def __init__(self) -> None:
-        self.cuda = torch.cuda.is_available()
-        self.start = 0
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-            return
-        # Else the resident set would hide what the next step allocates.
-        _give_memory_back()
-        try:
-            # Linux: sets the peak of the resident set back to its present size.
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = _peak_resident()
-        except OSError:
-            self.start = -1
-
-    def bytes(self) -> int:
-        """The rise so far; 0 where the system does not tell."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() - self.start
-        return _peak_resident() - self.start if self.start >= 0 else 0
+def _memory_rise(work: Callable[[], None]) -> int:
+    """Peak memory during some work above the level before it; 0 where the system does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - start
+    # Else the resident set would hide what the work allocates.
+    _give_memory_back()
+    try:
+        # Linux: sets the peak of the resident set back to its present size.
+        Path("/proc/self/clear_refs").write_text("5")
+        start = _peak_resident()
+    except OSError:
+        work()
+        return 0
+    work()
+    return _peak_resident() - start
 
 
 def _give_memory_back() -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from megatron_vlmoe.analysis.figures import save_figure
+from megatron_vlmoe.analysis.plots import save_figure
 from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -94,7 +94,10 @@ def fill(
             f"and {model.config.visual_vocab_size}"
         )
     text = processor.tokenizer
-    hidden_piece = _piece_to_hide(text, ids)
+    pieces = [*text.convert_ids_to_tokens(ids), "▁"]
+    starts = [n for n in range(len(ids)) if pieces[n].startswith("▁")]
+    whole = [n for n in starts if pieces[n + 1].startswith("▁")] or range(len(ids))
+    hidden_piece = max(whole, key=lambda number: len(pieces[number]))
     masked = [text.mask_token_id if n == hidden_piece else i for n, i in enumerate(ids)]
     sequence = text.build_inputs_with_special_tokens(masked)
     pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
@@ -111,30 +114,19 @@ def fill(
     codes = tokenizer.encode(raw)
     guessed = outputs.mim_logits[0].argmax(dim=1)[None]
     where = torch.tensor(mask)
-    drawn = _patches(raw, tokenizer.config.patch_size)
+    patch = tokenizer.config.patch_size
+    patches = F.unfold(raw, patch, stride=patch).transpose(1, 2)
     filling = _render(tokenizer, torch.where(where, guessed, codes))
-    drawn = torch.where(where[..., None], filling, drawn)
     return Filled(
         text=text.decode(masked),
         truth=text.decode([ids[hidden_piece]]).strip(),
         guesses=tuple(zip(words, best.values.tolist())),
-        pixels=_picture(_patches(raw, tokenizer.config.patch_size), tokenizer),
+        pixels=_picture(patches, tokenizer),
         hidden=mask[0],
-        drawn=_picture(drawn, tokenizer),
+        drawn=_picture(torch.where(where[..., None], filling, patches), tokenizer),
         rendered=_picture(_render(tokenizer, codes), tokenizer),
         accuracy=float((guessed == codes)[where].float().mean()),
     )
-
-
-def _piece_to_hide(tokenizer: Any, ids: list[int]) -> int:
-    """Place of the longest piece that is a whole word."""
-    pieces = [*tokenizer.convert_ids_to_tokens(ids), "▁"]
-    whole = [
-        number
-        for number in range(len(ids))
-        if pieces[number].startswith("▁") and pieces[number + 1].startswith("▁")
-    ]
-    return max(whole or range(len(ids)), key=lambda number: len(pieces[number]))
 
 
 def _render(tokenizer: VQKD, codes: Tensor) -> Tensor:
@@ -146,10 +138,6 @@ def _render(tokenizer: VQKD, codes: Tensor) -> Tensor:
     # The decoder's output has a direction, no length; the constant beside the pixels gives it (PixelTeacher).
     values = features[..., :-1] * (0.5 * length**0.5) / features[..., -1:].clamp(min=1e-3)
     return (0.5 * (values + 1.0)).clamp(0.0, 1.0)
-
-
-def _patches(pixels: Tensor, side: int) -> Tensor:
-    return F.unfold(pixels, side, stride=side).transpose(1, 2)
 
 
 def _picture(patches: Tensor, tokenizer: VQKD) -> Array:

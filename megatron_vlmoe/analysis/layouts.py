@@ -9,9 +9,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Sequence
 
-from megatron_vlmoe.analysis.losses import read_metrics
+from megatron_vlmoe.analysis.plots import read_metrics
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.errors import ConfigError
 
@@ -26,13 +26,7 @@ Metrics = dict[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class NamedLayout:
-    """One layout by its name on the command line.
-
-    Args:
-        name: as it was written.
-        world_size: processes that it needs.
-        options: `pretrain` options that set it.
-    """
+    """One layout by its name on the command line: processes that it needs, and `pretrain` options that set it."""
 
     name: str
     world_size: int
@@ -60,54 +54,72 @@ def parse_layout(name: str) -> NamedLayout:
     return NamedLayout(name, tensor * sizes.get("pp", 1) * data, tuple(options))
 
 
-def comparable_options(words: Sequence[str], steps: int) -> list[str]:
-    """`pretrain` options under which layouts must agree: every step logged and no token dropped.
+def compare_layouts(
+    names: Sequence[str], steps: int, words: Sequence[str], folder: Path, command: str
+) -> float:
+    """Trains at every layout, prints losses and gradient norms side by side, and how far each is from the first.
 
-    Capacity is a property of a rank, so dropped tokens differ between layouts; a capacity factor of the
-    number of experts has room for all.
+    Every step is logged and no token dropped: capacity is a property of a rank, so dropped tokens differ between
+    layouts; a capacity factor of the number of experts has room for all.
 
     Args:
-        words: the user's options, which win.
+        names: the layouts; the first is the reference, and starts the others with its seed checkpoint.
         steps: steps to run.
+        words: all other options of the user, which win.
+        folder: where the runs go; must hold none.
+        command: `pretrain`, or `pretrain-random`, which needs no data options.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        ConfigError: if a run fails; its own output has said why.
+        MetricsError: if what it logged cannot be read.
     """
+    layouts = [parse_layout(name) for name in names]
     moe = parse_run("pretrain", [word for word in words if word != "--dry-run"]).config.moe
-    experts = max(moe.num_vision_experts, moe.num_text_experts, moe.num_vl_experts, 1)
     fixed = {
         "--train.steps": steps,
         "--log.interval": 1,
         "--train.eval_steps": 0,
         "--checkpoint.save_interval": 0,
         "--optim.lr_warmup_steps": 0,
-        "--moe.capacity_factor": experts,
+        "--moe.capacity_factor": max(
+            moe.num_vision_experts, moe.num_text_experts, moe.num_vl_experts, 1
+        ),
     }
-    named = {word.partition("=")[0] for word in words}
-    added = [str(w) for pair in fixed.items() if pair[0] not in named for w in pair]
-    return [*words, *added]
+    given = {word.partition("=")[0] for word in words}
+    words = [*words, *(str(w) for pair in fixed.items() if pair[0] not in given for w in pair)]
+    seed = folder / "0" / "checkpoints" / "iter_0000000"
+    runs: dict[str, Metrics] = {}
+    for index, layout in enumerate(layouts):
+        print(f"running {layout.name} on {layout.world_size} process(es)", flush=True)
+        start = ["--load", str(seed)] if index else ["--save-initial"]
+        runs[layout.name] = _run(layout, [command, *words, *start], folder / str(index))
+    width = max(14, *(len(name) + 2 for name in runs))
+    print("step  " + f"{'metric':<12}" + "".join(f"{name:>{width}}" for name in runs))
+    reference = runs[layouts[0].name]
+    for step in reference:
+        for key in ("loss/total", "grad_norm"):
+            values = (run.get(step, {}).get(key, math.nan) for run in runs.values())
+            cells = "".join(f"{value:>{width}.7f}" for value in values)
+            print(f"{step:>4}  {key:<12}{cells}")
+    worst = 0.0
+    for layout in layouts[1:]:
+        difference, where = largest_difference(runs[layout.name], reference)
+        worst = max(worst, difference)
+        print(
+            f"{layout.name}: largest relative difference to {layouts[0].name} {difference:.2e} ({where})"
+        )
+    return worst
 
 
-def run_layout(
-    layout: NamedLayout, words: Sequence[str], folder: Path, random_data: bool
-) -> Metrics:
-    """Runs `pretrain` under torchrun.
-
-    Args:
-        layout: the layout.
-        words: all other options.
-        folder: `--save`; must not hold a run.
-        random_data: needs no data options.
-
-    Returns:
-        Losses and gradient norm of every training step.
-
-    Raises:
-        ConfigError: if the run fails; its own output has said why.
-        MetricsError: if what it logged cannot be read.
-    """
-    module = ["megatron_vlmoe", "pretrain-random" if random_data else "pretrain"]
+def _run(layout: NamedLayout, words: Sequence[str], folder: Path) -> Metrics:
+    """Losses and gradient norm of every training step of a run under torchrun."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(layout.world_size), "-m", *module, *words, *layout.options),
-        *("--save", str(folder)),
+        *("--nproc-per-node", str(layout.world_size), "-m", "megatron_vlmoe"),
+        *(*words, *layout.options, "--save", str(folder)),
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -145,16 +157,3 @@ def largest_difference(actual: Metrics, reference: Metrics) -> tuple[float, str]
             if not error <= worst:
                 worst, where = (error if error == error else math.inf), f"{key} at step {step}"
     return worst, where
-
-
-def table(runs: Mapping[str, Metrics]) -> str:
-    """Loss and gradient norm of every step, one column per layout."""
-    width = max(14, *(len(name) + 2 for name in runs))
-    lines = ["step  " + f"{'metric':<12}" + "".join(f"{name:>{width}}" for name in runs)]
-    first = next(iter(runs.values()))
-    for step in first:
-        for key in ("loss/total", "grad_norm"):
-            values = (run.get(step, {}).get(key, math.nan) for run in runs.values())
-            cells = "".join(f"{value:>{width}.7f}" for value in values)
-            lines.append(f"{step:>4}  {key:<12}{cells}")
-    return "\n".join(lines)

@@ -8,20 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import did_you_mean
+from megatron_vlmoe.config.errors import ConfigError, did_you_mean
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.prepare.tool import Run, positive_int
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of every other command, and which knows former spellings.
+    """A parser whose errors are one line, as those of every other command.
 
-    Args:
-        name: of the command.
-        description: one sentence for --help.
-        renamed: former spellings of options and those that took their place.
-        **more: options of `argparse.ArgumentParser`.
+    `renamed` are former spellings of options and those that took their place.
     """
 
     def __init__(
@@ -50,19 +45,16 @@ class CommandParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parses, with a warning for each former spelling."""
-        words = [self._current(word) for word in (sys.argv[1:] if args is None else args)]
+        words = sys.argv[1:] if args is None else list(args)
+        for place, word in enumerate(words):
+            option, equals, value = word.partition("=")
+            if current := self._renamed.get(option):
+                words[place] = f"{current}{equals}{value}"
+                print(
+                    f"warning: {option} is now {current}; the former spelling goes with the next release",
+                    file=sys.stderr,
+                )
         return super().parse_known_args(words, namespace)
-
-    def _current(self, word: str) -> str:
-        option, equals, value = word.partition("=")
-        if option not in self._renamed:
-            return word
-        current = self._renamed[option]
-        print(
-            f"warning: {option} is now {current}; the former spelling goes with the next release",
-            file=sys.stderr,
-        )
-        return f"{current}{equals}{value}"
 
 
 OUTPUT_PREFIX = {"--output-prefix": "--output"}
@@ -79,7 +71,7 @@ def add_options(
     """Adds the named ones of the shared options, in their order.
 
     Args:
-        parser: of the tool.
+        parser: of the command.
         names: such as ``--workers``.
         rejects: what ``--on-error skip`` leaves out.
         prefix: what the files with the rejects begin with.
@@ -132,14 +124,7 @@ def add_image_rules(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
 def run_of(
     options: argparse.Namespace, command: str, arguments: Sequence[str], inputs: Sequence[str]
 ) -> Run:
-    """The shared options as the work of a command takes them.
-
-    Args:
-        options: with ``output``, ``workers`` and ``on_error``.
-        command: its name.
-        arguments: its command line.
-        inputs: files and folders that it reads.
-    """
+    """The shared options as the work of a command takes them, with its command line and what it reads."""
     line = shlex.join(["vlmoe", command, *arguments])
     source = {"command": line, "inputs": list(inputs)}
     return Run(options.output, options.workers, options.on_error, source)

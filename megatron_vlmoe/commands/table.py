@@ -38,42 +38,42 @@ COMMANDS = {
     "finetune": _train("finetune:main", "train a checkpoint on a downstream task", cleans_up=False),
     "evaluate": _train("finetune:evaluate_main", "score a fine-tuned checkpoint", cleans_up=False),
     "check-options": _train(
-        "check_options:main", "find wrong options of a training command, before torchrun"
+        "pretrain:check_options", "find wrong options of a training command, before torchrun"
     ),
     "predict": _train("predict:main", "ask a fine-tuned checkpoint", cleans_up=False),
     "index-text": _data("index_text:main", "tokenize text files into a dataset"),
     "index-images": _data("index_images:main", "put images into a dataset"),
     "index-pairs": _data("index_pairs:main", "put captioned images into a dataset"),
     "index-task": _data("index_task:main", "prepare a downstream task from its raw data"),
-    "merge-data": _data("merge_data:main", "put datasets one after the other"),
-    "inspect-data": _data("inspect_data:main", "show what a dataset holds"),
+    "merge-data": _data("data:merge_data", "put datasets one after the other"),
+    "inspect-data": _data("data:inspect", "show what a dataset holds"),
     "sample-corpus": _data(
-        "sample_corpus:main", "generate a small corpus with five tasks to try things on"
+        "data:sample_corpus", "generate a small corpus with five tasks to try things on"
     ),
-    "train-text-tokenizer": _tokens("train_text_tokenizer:main", "train a SentencePiece model"),
+    "train-text-tokenizer": _tokens("tokenizers:train_text", "train a SentencePiece model"),
     "train-image-tokenizer": _tokens(
-        "train_image_tokenizer:main", "train a VQ-KD codebook", cleans_up=False
+        "tokenizers:train_image", "train a VQ-KD codebook", cleans_up=False
     ),
-    "encode-images": _tokens("encode_images:main", "store the visual codes of a dataset's images"),
-    "export": _checkpoints("convert:export_main", "checkpoint to Hugging Face folder"),
-    "import": _checkpoints("convert:import_main", "Hugging Face folder to checkpoint"),
+    "encode-images": _tokens(
+        "tokenizers:encode_images", "store the visual codes of a dataset's images"
+    ),
+    "export": _checkpoints("checkpoints:export", "checkpoint to Hugging Face folder"),
+    "import": _checkpoints("checkpoints:import_exported", "Hugging Face folder to checkpoint"),
     "import-public": _checkpoints(
-        "import_public:main", "start from VLMo, BEiT-3 or BEiT v2 weights"
+        "checkpoints:import_public", "start from VLMo, BEiT-3 or BEiT v2 weights"
     ),
-    "upcycle": _checkpoints("upcycle:main", "make a sparse checkpoint of a dense one"),
+    "upcycle": _checkpoints("checkpoints:upcycle", "make a sparse checkpoint of a dense one"),
     "inspect-checkpoint": _checkpoints(
-        "inspect_checkpoint:main", "show what a checkpoint holds and whether it is sound"
+        "checkpoints:inspect", "show what a checkpoint holds and whether it is sound"
     ),
-    "compare-checkpoints": _checkpoints(
-        "inspect_checkpoint:compare_main", "show how two checkpoints differ"
-    ),
+    "compare-checkpoints": _checkpoints("checkpoints:compare", "show how two checkpoints differ"),
     "compare-layouts": _show(
-        "compare_layouts:main", "run a preset at several parallel layouts and compare"
+        "measure:layouts", "run a preset at several parallel layouts and compare"
     ),
     "bench": _show(
-        "bench:main", "time training steps of presets against each other", cleans_up=False
+        "measure:bench", "time training steps of presets against each other", cleans_up=False
     ),
-    "plot-losses": _show("plot_losses:main", "draw the losses of runs"),
+    "plot-losses": _show("measure:plot_losses", "draw the losses of runs"),
     "fill-masked": _show("fill_masked:main", "fill a masked word and masked patches, as a picture"),
-    "downstream-table": _show("downstream_table:main", "put fine-tuning results side by side"),
+    "downstream-table": _show("measure:downstream", "put fine-tuning results side by side"),
 }

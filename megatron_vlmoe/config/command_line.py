@@ -17,8 +17,7 @@ from typing import Any, Literal, Mapping, Sequence
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import did_you_mean, did_you_mean_option
+from megatron_vlmoe.config.errors import ConfigError, did_you_mean, did_you_mean_option
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.schema import RunConfig
 
@@ -47,14 +46,7 @@ DEFAULT_PRESET = "base-32e"
 
 @dataclasses.dataclass(frozen=True)
 class ParsedCommand:
-    """A resolved command line.
-
-    Args:
-        config: the run.
-        dry_run: whether only to print what would run.
-        dry_run_world_size: ranks to plan for; 0 takes those of this launch.
-        dry_run_gpus_per_node: ranks of a machine in that plan.
-    """
+    """A resolved command line: a run, or its plan for so many ranks (0: those of this launch) on such machines."""
 
     config: RunConfig
     dry_run: bool = False
@@ -77,12 +69,8 @@ def option_types(root: type) -> dict[str, Any]:
 def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunConfig) -> list[str]:
     """Spells aliases out, gathers several values into one and lets a bare boolean mean true.
 
-    Args:
-        arguments: the command line.
-        root: class of the configuration; decides which options there are.
-
     Returns:
-        Option names and values in turn; a flag has no value.
+        Option names, which are those of the class `root`, and values in turn; a flag has no value.
 
     Raises:
         ConfigError: on unknown options, and on options with too many or too few values.
@@ -100,7 +88,11 @@ def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunCon
             raise ConfigError(f"{word!r} is not an option{hint}")
         # A whole section, `--model FILE`, is read by the parser.
         if name not in types and not any(option.startswith(f"{name}.") for option in types):
-            raise ConfigError(f"unknown option {given}{_hint_for_option(name, types)}")
+            if name.startswith(("--task.", "--contrastive.")) and "--task.name" not in types:
+                raise ConfigError(f"unknown option {given}, which finetune and evaluate have")
+            shorts = [short for short, full in ALIASES.items() if full in types]
+            hint = did_you_mean_option(name, [*types, *shorts]) or "; see --help"
+            raise ConfigError(f"unknown option {given}{hint}")
         kind = types.get(name, str)
         values = [inline] if equals else []
         while not equals and index < len(arguments) and not arguments[index].startswith("--"):
@@ -115,7 +107,10 @@ def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunCon
                 raise ConfigError(f"{given} takes no value, got {values[0]}")
             result += [name]
         elif typing.get_origin(kind) is tuple:
-            result += [name, _as_list(values, typing.get_args(kind)[0])]
+            if len(values) != 1 or not values[0].startswith("["):
+                words = json.dumps(values) if typing.get_args(kind)[0] is str else ""
+                values = [words or f"[{', '.join(values)}]"]
+            result += [name, values[0]]
         elif not values and kind is bool:
             result += [name, "true"]
         elif not values:
@@ -133,21 +128,6 @@ def _with_hyphens(word: str, known: Mapping[str, Any]) -> str:
     option = f"--{word.lstrip('-')}"
     name = option.partition("=")[0]
     return f"; did you mean {option}?" if name in known or name in ALIASES else ""
-
-
-def _hint_for_option(name: str, known: Mapping[str, Any]) -> str:
-    if name.startswith(("--task.", "--contrastive.")) and "--task.name" not in known:
-        return ", which finetune and evaluate have"
-    shorts = [short for short, full in ALIASES.items() if full in known]
-    return did_you_mean_option(name, [*known, *shorts]) or "; see --help"
-
-
-def _as_list(values: list[str], element: type) -> str:
-    if len(values) == 1 and values[0].startswith("["):
-        return values[0]
-    if element is str:
-        return json.dumps(values)
-    return "[" + ", ".join(values) + "]"
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -192,38 +172,24 @@ def build_parser(
         "line. An option with several values takes them one after another, as in `--moe.layers 2 4 6`. The same "
         "names stand in YAML files, as in `moe: {layers: [2, 4, 6]}`.",
     )
-    parser.add_argument(
-        "--preset",
-        default="",
-        metavar="NAME",
-        help=f"what the other options start from: {', '.join(presets)}"
-        if presets
-        else "not for this command, which starts from the options of the checkpoint",
-    )
-    parser.add_argument(
-        "--config", default="", metavar="FILE", help="YAML file with sections of options"
-    )
-    parser.add_argument(
+    starts_from = f"what the other options start from: {', '.join(presets)}"
+    if not presets:
+        starts_from = "not for this command, which starts from the options of the checkpoint"
+    add = parser.add_argument
+    add("--preset", default="", metavar="NAME", help=starts_from)
+    add("--config", default="", metavar="FILE", help="YAML file with sections of options")
+    add(
         "--dry-run",
         action="store_true",
         help="print the resolved options and what they need, then stop",
     )
-    parser.add_argument(
-        "--dry-run-world-size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="number of ranks that --dry-run plans for; 0 takes those of this launch",
-    )
-    parser.add_argument(
-        "--dry-run-gpus-per-node",
-        type=int,
-        default=8,
-        metavar="N",
-        help="ranks on a machine in that plan",
-    )
+    for name, default, about in (
+        ("world-size", 0, "number of ranks that --dry-run plans for; 0 takes those of this launch"),
+        ("gpus-per-node", 8, "ranks on a machine in that plan"),
+    ):
+        add(f"--dry-run-{name}", type=int, default=default, metavar="N", help=about)
     parser.add_class_arguments(type(start), None, as_group=False)
-    parser.set_defaults(_flatten(dataclasses.asdict(start)))
+    parser.set_defaults(flat_options(dataclasses.asdict(start)))
     types = option_types(type(start))
     for action in parser._actions:
         if action.dest in types:
@@ -262,13 +228,7 @@ def parse_options(
     start: RunConfig,
     presets: Sequence[str] = preset_names(),
 ) -> ParsedCommand:
-    """Puts `--config` and the options of a command line on top of a configuration.
-
-    Args:
-        command: name of the command.
-        normalized: the options, as `normalize_arguments` leaves them.
-        start: what they are put on; its class decides which options there are.
-        presets: names for --help.
+    """Puts `--config` and options, as `normalize_arguments` leaves them, on top of `start`, whose class they fit.
 
     Raises:
         ConfigError: on unknown options or files, or values of the wrong type.
@@ -288,7 +248,7 @@ def parse_options(
                 several = typing.get_origin(types[name]) is tuple
                 shown = value.strip("[]").replace(",", "") if several else value
                 raise ConfigError(f"{name} {shown}: {_wrong(types[name], value)}") from None
-        raise ConfigError(_one_line(str(error))) from None
+        raise ConfigError(" ".join(str(error).split())) from None
     for name in ("world_size", "gpus_per_node"):
         size, least = getattr(parsed, f"dry_run_{name}"), int(name == "gpus_per_node")
         if size < least:
@@ -319,7 +279,9 @@ def merge_file(start: RunConfig, path: Path) -> RunConfig:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"--config {path}: not valid YAML: {where}{error.problem}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {_one_line(str(error))}") from None
+        raise ConfigError(
+            f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected sections such as `model:`")
     return from_dict(content, start, where=f"--config {path}")
@@ -333,42 +295,37 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
     """
     types = option_types(type(start))
     sections = {name.rpartition(".")[0] for name in types}
-    # A section whose every line is commented out is None.
-    flat = {
-        name: value
-        for name, value in _flatten(content).items()
-        if not (value is None and name in sections)
-    }
-    for name, value in flat.items():
+    flat = {}
+    for name, value in flat_options(content).items():
         if name in types:
             if value is None:
                 raise ConfigError(f"{where}: {name} is empty: {_wrong(types[name], value)}")
+            flat[name] = value
         elif name in sections:
-            raise ConfigError(f"{where}: {name} is a section of options, got {value}")
+            # A section whose every line is commented out is None.
+            if value is not None:
+                raise ConfigError(f"{where}: {name} is a section of options, got {value}")
         else:
-            raise ConfigError(f"{where}: {_unknown(name, types, sections)}")
+            # The option, a section above it, or a value where none belongs.
+            parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
+            if above := [parent for parent in parents if parent in types]:
+                wrong = f"{above[0]}: {_expected(types[above[0]])} is expected there, not a section"
+            elif parents and parents[0] not in sections:
+                tops = [section for section in sections if "." not in section]
+                wrong = f"unknown section {parents[0]} ({name}){did_you_mean(parents[0], tops)}"
+            else:
+                wrong = f"unknown option {name}{did_you_mean_option(name, [*types, *sections])}"
+            raise ConfigError(f"{where}: {wrong}")
     parser = build_parser("config", start)
     try:
-        return _to_config(parser.parse_object(_nest(flat)), type(start))
+        return _to_config(parser.parse_object(flat), type(start))
     except (ArgumentError, TypeError, ValueError) as error:
         for name, value in flat.items():
             if not _fits(types[name], value):
                 raise ConfigError(
                     f"{where}: {name}={value}: {_wrong(types[name], value)}"
                 ) from None
-        raise ConfigError(f"{where}: {_one_line(str(error))}") from None
-
-
-def _unknown(name: str, types: Mapping[str, Any], sections: set[str]) -> str:
-    """What is wrong with a name in a YAML file: the option, a section above it, or a value where none belongs."""
-    parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
-    for parent in parents:
-        if parent in types:
-            return f"{parent}: {_expected(types[parent])} is expected there, not a section"
-    if parents and parents[0] not in sections:
-        tops = [section for section in sections if "." not in section]
-        return f"unknown section {parents[0]} ({name}){did_you_mean(parents[0], tops)}"
-    return f"unknown option {name}{did_you_mean_option(name, [*types, *sections])}"
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -425,55 +382,26 @@ def to_yaml(config: RunConfig) -> str:
 
 def option_value(arguments: Sequence[str], name: str) -> str:
     """The last value of an option in a normalized command line; empty if it is not there."""
-    value = ""
-    for index, argument in enumerate(arguments[:-1]):
-        if argument == name:
-            value = arguments[index + 1]
-    return value
+    return dict(zip(arguments, arguments[1:])).get(name, "")
 
 
-def _to_config(parsed: Namespace, root: type[RunConfig]) -> RunConfig:
-    def build(kind: Any, values: Any) -> Any:
-        if not dataclasses.is_dataclass(kind):
-            return tuple(values) if isinstance(values, list) else values
-        if dataclasses.is_dataclass(values):
-            return values
-        hints = typing.get_type_hints(kind)
-        source = vars(values) if isinstance(values, Namespace) else values
-        fields = {f.name: build(hints[f.name], source[f.name]) for f in dataclasses.fields(kind)}
-        return kind(**fields)  # type: ignore[operator]
-
-    return build(root, parsed)
+def _to_config(values: Any, kind: Any) -> Any:
+    if not dataclasses.is_dataclass(kind):
+        return tuple(values) if isinstance(values, list) else values
+    if dataclasses.is_dataclass(values):
+        return values
+    hints = typing.get_type_hints(kind)
+    source = vars(values) if isinstance(values, Namespace) else values
+    fields = {f.name: _to_config(source[f.name], hints[f.name]) for f in dataclasses.fields(kind)}
+    return kind(**fields)  # type: ignore[operator]
 
 
-def flat_options(sections: Mapping[str, Any]) -> dict[str, Any]:
+def flat_options(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every option of a configuration as nested dictionaries: `section.option` to its value, sequences as lists."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in _flatten(sections).items()
-    }
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in content.items():
+    for name, value in sections.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flat_options(value, f"{prefix}{name}."))
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        node = nested
-        *path, last = name.split(".")
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return nested
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

@@ -1,9 +1,13 @@
-"""Errors that a user can mend: every command and tool shows their message as one line, without a traceback."""
+"""Errors that a user can mend, and the second half of their messages: what was probably meant, and values that fit.
+
+Every command and tool shows the message as one line, without a traceback.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -66,3 +70,54 @@ def user_files() -> Iterator[None]:
         reason = error.strerror or " ".join(str(error).split())
         named = f"{error.filename}: {reason}" if error.filename else reason
         raise DataError(named) from error
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`; did you mean X?` with the candidate closest to a misspelt word, or two equally close; else empty."""
+    # Compared without regard to case, hyphens and underscores, which are easily mixed up.
+    plain = {_plain(candidate): candidate for candidate in candidates}
+    score = {
+        name: difflib.SequenceMatcher(None, _plain(word), name).ratio()
+        for name in difflib.get_close_matches(_plain(word), plain, n=2, cutoff=0.65)
+    }
+    return _question(plain[name] for name in score if score[name] > max(score.values()) - 0.05)
+
+
+def did_you_mean_option(name: str, known: Iterable[str]) -> str:
+    """Like :func:`did_you_mean`, for `section.option` names: knows that the section may be wrong or absent.
+
+    The name and all `known` ones may have leading hyphens.
+    """
+    known = list(known)
+    last = _plain(name.rpartition(".")[2])
+    same = [option for option in known if _plain(option.rpartition(".")[2]) == last]
+    return _question(same[:3]) or did_you_mean(name, known) or did_you_mean(last, known)
+
+
+def unknown_name(name: str, names: Iterable[str]) -> str:
+    """`unknown; choose one of X, Y, Z; did you mean X?`."""
+    names = list(names)
+    return f"unknown; choose one of {', '.join(names)}{did_you_mean(name, names)}"
+
+
+def near_multiples(value: int, unit: int) -> str:
+    """The multiples of `unit` around a value that is none: `24 or 32`; only the upper one if the lower is 0."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below > 0 else str(unit)
+
+
+def near_divisors(value: int, number: int) -> str:
+    """The divisors of a number around a value that does not divide it: `4 or 8`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < value][-1:]
+    above = [d for d in divisors if d > value][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _plain(word: str) -> str:
+    return word.lower().lstrip("-").replace("-", "_")
+
+
+def _question(names: Iterable[str]) -> str:
+    listed = " or ".join(names)
+    return f"; did you mean {listed}?" if listed else ""

@@ -69,7 +69,7 @@ class TaskSpec:
         shared_images: several samples may be about one image, which is then stored once.
         reader: ``module:name`` of what makes a `TaskSource` of a `TaskInput`.
         reader_options: which fields of `TaskInput` the reader knows, besides the folder.
-        recipe: name of a recipe of config/recipes.py, or ``module:name`` of a function that takes the RunConfig of
+        recipe: name of a recipe of config/presets.py, or ``module:name`` of a function that takes the RunConfig of
             the pretrained model and gives the FinetuneConfig; empty: as NLVR2, at the image size of pretraining.
         splits: evaluation splits unless others are named; the first chooses the best checkpoint.
         best_metric: the metric that chooses it, without the name of the split; larger is better.

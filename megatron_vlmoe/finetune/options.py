@@ -15,10 +15,8 @@ from megatron_vlmoe.config.command_line import (
     option_value,
     parse_options,
 )
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import unknown_name
-from megatron_vlmoe.config.presets import preset
-from megatron_vlmoe.config.recipes import apply_recipe, default_recipe, recipe_names
+from megatron_vlmoe.config.errors import ConfigError, unknown_name
+from megatron_vlmoe.config.presets import apply_recipe, default_recipe, preset, recipe_names
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import task_names

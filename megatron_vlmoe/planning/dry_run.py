@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.planning.flops import flops_per_step, hardware_flops_per_step
-from megatron_vlmoe.planning.memory import memory_per_rank
+from megatron_vlmoe.planning.estimate import (
+    flops_per_step,
+    hardware_flops_per_step,
+    memory_per_rank,
+)
 from megatron_vlmoe.planning.parameters import (
     parameter_counts,
     parameters_per_rank,
+    part_order,
     with_assumed_vocabularies,
 )
 from megatron_vlmoe.planning.validate import validate
@@ -19,33 +23,54 @@ from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import data_parallel_size, expert_capacity, num_micro_batches
 
 GIB = 2**30
-# Ends of the names of parameters' parts, in the order in which they are listed.
-_PARTS = (
-    *("text embedding", "image embedding", "positions", "attention", "norms"),
-    *(" ffn", " experts", "routers", "text head", "image head"),
-)
 
 
 def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> str:
-    """The report of a run that is not started.
-
-    Args:
-        config: the resolved run; vocabulary sizes may be unknown.
-        world_size: ranks of the run.
-        gpus_per_node: consecutive ranks that share a node.
+    """The report of a run that is not started; consecutive ranks share a node.
 
     Raises:
         ConfigError: if the configuration contradicts itself or does not fit the ranks.
     """
     validate(config, world_size)
+    model, hardware = flops_per_step(config), hardware_flops_per_step(config)
+    flops = [
+        "FLOPs per step (forward and backward, matrix multiplications)",
+        f"  model    {model:.4g}, {model / world_size:.4g} per rank (k experts per token, for MFU)",
+        f"  hardware {hardware:.4g}, {hardware / model:.3f} x (expert capacity, recomputation)",
+    ]
+    precision, note = config.train.precision, ""
+    if precision == "auto":
+        # It depends on the device.
+        precision, note = "bf16", "; auto counts as bf16"
+    rows = []
+    for stage in memory_per_rank(config, world_size, precision):
+        values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
+        rows.append((f"{stage.stage}", *(f"{value / GIB:.2f}" for value in values)))
+    header = ("stage", "weights", "gradients", "optimizer", "activations", "total")
+    memory = [
+        f"Memory per rank in GiB, {precision}{note}, recompute {config.train.recompute}",
+        *table(header, rows),
+        "  without the CUDA context, communication buffers, the image tokenizer and fragmentation",
+    ]
+    parallel = config.parallel
+    kinds = (
+        ("expert", parallel.expert_model_parallel_size, "the all-to-all of every MoE block"),
+        ("tensor", parallel.tensor_model_parallel_size, "every collective of a block"),
+    )
+    warnings = [
+        f"WARNING: parallel.{kind}_model_parallel_size={size} puts ranks of one group on several "
+        f"nodes of {gpus_per_node} GPUs: {what} crosses the network"
+        for kind, size, what in kinds
+        if nodes_crossed(size, world_size, parallel.pipeline_model_parallel_size, gpus_per_node)
+    ]
     sections = (
         _model_lines(config),
         _layout_lines(config, world_size),
         _parameter_lines(config, world_size),
-        _flops_lines(config, world_size),
-        _memory_lines(config, world_size),
+        flops,
+        memory,
         _capacity_lines(config),
-        _warning_lines(config, world_size, gpus_per_node),
+        warnings,
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -130,9 +155,7 @@ def _parameter_lines(config: RunConfig, world_size: int) -> list[str]:
     shown = {"positions": "positions, special", "norms": "LayerNorm, LayerScale"}
     listed = [
         (shown.get(part, part.replace(" ffn", " FFN")), f"{number:,}")
-        for kind in _PARTS
-        for part, number in counts.parts.items()
-        if part.endswith(kind)
+        for part, number in sorted(counts.parts.items(), key=lambda entry: part_order(entry[0]))
     ]
     listed += [
         ("total", f"{counts.total:,}"),
@@ -152,32 +175,6 @@ def _parameter_lines(config: RunConfig, world_size: int) -> list[str]:
     ]
     header = ("stage", "blocks", "dense", "experts", "total")
     return [*lines, "", "Parameters per rank", *table(header, rows)]
-
-
-def _flops_lines(config: RunConfig, world_size: int) -> list[str]:
-    model, hardware = flops_per_step(config), hardware_flops_per_step(config)
-    return [
-        "FLOPs per step (forward and backward, matrix multiplications)",
-        f"  model    {model:.4g}, {model / world_size:.4g} per rank (k experts per token, for MFU)",
-        f"  hardware {hardware:.4g}, {hardware / model:.3f} x (expert capacity, recomputation)",
-    ]
-
-
-def _memory_lines(config: RunConfig, world_size: int) -> list[str]:
-    precision, note = config.train.precision, ""
-    if precision == "auto":
-        # It depends on the device.
-        precision, note = "bf16", "; auto counts as bf16"
-    rows = []
-    for stage in memory_per_rank(config, world_size, precision):
-        values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
-        rows.append((f"{stage.stage}", *(f"{value / GIB:.2f}" for value in values)))
-    header = ("stage", "weights", "gradients", "optimizer", "activations", "total")
-    return [
-        f"Memory per rank in GiB, {precision}{note}, recompute {config.train.recompute}",
-        *table(header, rows),
-        "  without the CUDA context, communication buffers, the image tokenizer and fragmentation",
-    ]
 
 
 def _capacity_lines(config: RunConfig) -> list[str]:
@@ -210,21 +207,6 @@ def _capacity_lines(config: RunConfig) -> list[str]:
     header = ("pool", "blocks", "experts", "token slots", "train", "eval")
     padding = "padding is routed" if moe.route_padding else "padding has slots, but is not routed"
     return [f"Expert capacity per TP rank and micro-batch; {padding}", *table(header, rows)]
-
-
-def _warning_lines(config: RunConfig, world_size: int, gpus_per_node: int) -> list[str]:
-    parallel = config.parallel
-    stages = parallel.pipeline_model_parallel_size
-    kinds = (
-        ("expert", parallel.expert_model_parallel_size, "the all-to-all of every MoE block"),
-        ("tensor", parallel.tensor_model_parallel_size, "every collective of a block"),
-    )
-    return [
-        f"WARNING: parallel.{kind}_model_parallel_size={size} puts ranks of one group on several "
-        f"nodes of {gpus_per_node} GPUs: {what} crosses the network"
-        for kind, size, what in kinds
-        if nodes_crossed(size, world_size, stages, gpus_per_node)
-    ]
 
 
 def nodes_crossed(group_size: int, world_size: int, stages: int, gpus_per_node: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
@@ -106,18 +106,43 @@ class Parameter:
 
 def parameters(config: RunConfig) -> list[Parameter]:
     """Every tensor of a checkpoint of a configuration, in the order of the model."""
-    model, found = config.model, _embeddings(config.model)
+    model, width = config.model, config.model.hidden_size
+    types: Shapes = {"token_type": (1, width)} if model.token_type_embeddings else {}
+    found: list[Parameter] = []
+    if model.vocab_size:
+        text: Shapes = {
+            "word.weight": (padded_vocab_size(model.vocab_size), width),
+            "position": (max(model.text_length, model.pair_text_length), width),
+            **types,
+        }
+        found += _rows("embedding.text.", text, 0, TEXT_SEGMENTS)
+    image: Shapes = {
+        "weight": (width, 3 * model.patch_size**2),
+        "bias": (width,),
+        "cls_token": (1, width),
+        "mask_token": (1, width),
+        "position": (model.image_length, width),
+        **types,
+    }
+    found += _rows("embedding.image.", image, 0, VISION_SEGMENTS)
+    scales = ("gamma_1", "gamma_2") if model.layer_scale_init > 0.0 else ()
+    attention: Shapes = {
+        **{name: (width,) for name in scales},
+        **_norm("input_layernorm", width),
+        **_linear("self_attention.linear_qkv", width, 3 * width),
+        **_linear("self_attention.linear_proj", width, width),
+    }
     for plan in block_plans(model, config.moe):
         block = f"decoder.layers.{plan.layer_number - 1}."
-        found += _rows(block, _attention(model), plan.layer_number, SEGMENTS)
+        found += _rows(block, attention, plan.layer_number, SEGMENTS)
         for branch in plan.branches:
             found += _branch(config, branch, f"{block}mlp.", plan.layer_number)
     last = model.num_layers + 1
-    found += _rows("decoder.", _norm("final_layernorm", model.hidden_size), last, SEGMENTS)
+    found += _rows("decoder.", _norm("final_layernorm", width), last, SEGMENTS)
     if not isinstance(config, FinetuneConfig):
         return found + _pretraining_heads(config)
     shapes: Callable[[int, int], Shapes] = load_code(config.task.spec.head.shapes)
-    heads = shapes(model.hidden_size, config.task.num_classes)
+    heads = shapes(width, config.task.num_classes)
     return found + _rows("heads.", heads, last, SEGMENTS, applied=0)
 
 
@@ -167,14 +192,9 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters of one rank of a pipeline stage; every rank of the stage has as many.
+    """Parameters of one rank of a pipeline stage (from 0, over all its virtual ones); every rank has as many.
 
-    Args:
-        stage: pipeline stage from 0.
-        blocks: its block numbers, over all its virtual stages.
-        replicated: the same on every TP rank.
-        tensor: this rank's TP shards.
-        experts: this rank's experts.
+    They are the same on every TP rank, or its TP shards, or its experts.
     """
 
     stage: int
@@ -281,39 +301,6 @@ def _norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _embeddings(model: ModelConfig) -> list[Parameter]:
-    width = model.hidden_size
-    types: Shapes = {"token_type": (1, width)} if model.token_type_embeddings else {}
-    text: Shapes = {}
-    if model.vocab_size:
-        text = {
-            "word.weight": (padded_vocab_size(model.vocab_size), width),
-            "position": (max(model.text_length, model.pair_text_length), width),
-            **types,
-        }
-    image: Shapes = {
-        "weight": (width, 3 * model.patch_size**2),
-        "bias": (width,),
-        "cls_token": (1, width),
-        "mask_token": (1, width),
-        "position": (model.image_length, width),
-        **types,
-    }
-    found = _rows("embedding.text.", text, 0, TEXT_SEGMENTS)
-    return found + _rows("embedding.image.", image, 0, VISION_SEGMENTS)
-
-
-def _attention(model: ModelConfig) -> Shapes:
-    width = model.hidden_size
-    scales = ("gamma_1", "gamma_2") if model.layer_scale_init > 0.0 else ()
-    return {
-        **{name: (width,) for name in scales},
-        **_norm("input_layernorm", width),
-        **_linear("self_attention.linear_qkv", width, 3 * width),
-        **_linear("self_attention.linear_proj", width, width),
-    }
-
-
 def _branch(config: RunConfig, branch: Branch, prefix: str, block: int) -> list[Parameter]:
     width, inner = config.model.hidden_size, config.model.ffn_hidden_size
     name, where, experts = branch.name, branch.segments, branch.num_experts
@@ -356,14 +343,19 @@ def _pretraining_heads(config: RunConfig) -> list[Parameter]:
     return found
 
 
-def pair_classifier(width: int, classes: int) -> Shapes:
-    """Tensors of `PairClassifier`."""
-    return _two_layer_classifier(width, width, classes)
+def pair_classifier(width: int, classes: int, inputs: int = 0) -> Shapes:
+    """Tensors of `PairClassifier`, which reads one feature unless `inputs` are more."""
+    return {
+        **_linear("pooler.dense", width, width),
+        **_linear("classifier.dense", inputs or width, 2 * width),
+        **_norm("classifier.norm", 2 * width),
+        **_linear("classifier.output", 2 * width, classes),
+    }
 
 
 def two_image_classifier(width: int, classes: int) -> Shapes:
     """Tensors of `TwoImageClassifier`."""
-    return _two_layer_classifier(width, 2 * width, classes)
+    return pair_classifier(width, classes, 2 * width)
 
 
 def image_classifier(width: int, classes: int) -> Shapes:
@@ -384,13 +376,4 @@ def retrieval_heads(width: int, classes: int) -> Shapes:
         "logit_scale": (1,),
         **_linear("pooler.dense", width, width),
         **_linear("matching", width, 2),
-    }
-
-
-def _two_layer_classifier(width: int, inputs: int, classes: int) -> Shapes:
-    return {
-        **_linear("pooler.dense", width, width),
-        **_linear("classifier.dense", inputs, 2 * width),
-        **_norm("classifier.norm", 2 * width),
-        **_linear("classifier.output", 2 * width, classes),
     }

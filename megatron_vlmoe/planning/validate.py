@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import did_you_mean, near_divisors, near_multiples
+from megatron_vlmoe.config.errors import ConfigError, did_you_mean, near_divisors, near_multiples
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.stream.block_plan import block_plans, has_experts, moe_layer_numbers
@@ -22,27 +22,123 @@ from megatron_vlmoe.stream.sizes import (
     padded_vocab_size,
 )
 
+_BOUNDS: Mapping[str, Callable[[float], bool]] = {
+    "must be positive": lambda value: value > 0,
+    "must not be negative": lambda value: value >= 0,
+    "must be at least 1": lambda value: value >= 1,
+    "is not in [0, 1]": lambda value: 0 <= value <= 1,
+    "is not in [0, 1)": lambda value: 0 <= value < 1,
+    "is not in (0, 1]": lambda value: 0 < value <= 1,
+}
+"""What may be wrong with a number, and when it is not."""
+_ANY_RUN = {
+    "must not be negative": (
+        *("data.num_workers", "data.color_jitter", "objectives.caption_mask_slots"),
+        *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
+        *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
+        *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
+    ),
+    "is not in [0, 1]": ("data.flip_probability", "data.pair_flip_probability"),
+    "is not in [0, 1)": ("data.eval_fraction", "optim.adam_beta1", "optim.adam_beta2"),
+    "is not in (0, 1]": ("data.crop_scale_min",),
+}
+_PRETRAINING = {
+    "must be positive": (
+        *("model.num_layers", "model.hidden_size", "model.num_attention_heads"),
+        *("model.ffn_hidden_size", "model.patch_size", "optim.lr"),
+    ),
+    "must not be negative": (
+        *("moe.num_vision_experts", "moe.num_text_experts", "moe.num_vl_experts"),
+        *("data.micro_texts", "data.micro_images", "data.micro_pairs"),
+        *("data.global_texts", "data.global_images", "data.global_pairs"),
+        *("train.eval_steps", "optim.lr_warmup_steps"),
+    ),
+    "must be at least 1": ("train.steps", "log.interval"),
+    "is not in [0, 1)": ("model.drop_path",),
+    "is not in (0, 1]": ("objectives.text_mask_fraction", "objectives.caption_mask_fraction"),
+}
+_TASK = {
+    "must be positive": ("contrastive.temperature",),
+    "must not be negative": ("contrastive.matching_weight", "contrastive.rerank"),
+}
+_TASK_TRAINING = {
+    "must be positive": ("optim.head_lr_multiplier",),
+    "must not be negative": (
+        *("train.steps", "task.eval_epochs", "task.early_stopping", "task.mixup", "task.cutmix"),
+    ),
+    "is not in [0, 1]": ("task.warmup_fraction", "task.random_erase"),
+    "is not in [0, 1)": ("task.label_smoothing",),
+    "is not in (0, 1]": ("optim.layer_decay",),
+}
+# What follows a prefix in the names of a dataset's files.
+_PART = re.compile(
+    r"(_(text_document|image|text|codes|samples))?\.(bin|idx|arrow|json)$|_text_document$"
+)
+
 
 def validate(config: RunConfig, world_size: int = 1) -> None:
-    """Checks everything that does not need the data.
-
-    Args:
-        config: the resolved run.
-        world_size: processes of the run.
-
-    Raises:
-        ConfigError: on the first contradiction.
-    """
+    """Checks everything that does not need the data. Raises ConfigError on the first contradiction."""
     check_parallel_sizes(config.parallel)
+    _check_any_run(config)
+    _check_bounds(config, _PRETRAINING)
     _check_model(config)
     _check_moe(config)
-    _check_objectives(config)
-    _check_parallel(config, world_size)
-    _check_train(config)
-    check_ranges(config)
+    _check_parallel(config)
     for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
-        check_dataset_prefixes(f"data.{name}", getattr(config.data, name))
+        _check_dataset_prefixes(f"data.{name}", getattr(config.data, name))
     num_micro_batches(config, data_parallel_size(config.parallel, world_size))
+
+
+def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
+    """The same of a run on a task."""
+    task, options, model = config.task, config.contrastive, config.model
+    _check_any_run(config)
+    _check_dataset_prefixes("task.data", [task.data])
+    data_size = data_parallel_size(config.parallel, world_size)
+    _check_task_batches(config, data_size, training)
+    for name in ("seeds", "eval_splits"):
+        values = list(getattr(task, name))
+        _require(len(set(values)) == len(values), f"task.{name}={values} lists one twice")
+    if training:
+        _check_bounds(config, _TASK_TRAINING)
+        _require(
+            config.train.steps > 0 or task.epochs > 0.0,
+            f"task.epochs={task.epochs} and train.steps=0: no length",
+        )
+        _require(
+            not task.early_stopping or task.save_best,
+            f"task.early_stopping={task.early_stopping} needs task.save_best=true",
+        )
+        _require(
+            task.label_smoothing == 0.0 or task.spec.target == "class",
+            f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over",
+        )
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(task, name)
+            _require(
+                alpha == 0.0 or task.spec.mixes_images,
+                f"task.{name}={alpha}: {task.name} does not mix images, only tasks of one image and its class do",
+            )
+    matches = task.spec.target == "match"
+    _check_bounds(config, _TASK)
+    _require(
+        not matches or model.text_length == model.pair_text_length,
+        f"model.text_length={model.text_length} and model.pair_text_length={model.pair_text_length}: "
+        f"{task.name} reads the same captions alone and in pairs",
+    )
+    _require(
+        options.contrastive_weight > 0.0,
+        f"contrastive.contrastive_weight={options.contrastive_weight} must be positive: "
+        "without it nothing trains the encodings",
+    )
+    _require(
+        not options.cache or matches,
+        f"contrastive.cache=true is for retrieval, not for {task.name}",
+    )
+    _require(
+        not options.rerank or options.matching_weight > 0.0,
+        f"contrastive.rerank={options.rerank} needs the matching head: contrastive.matching_weight is 0",
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,17 +146,39 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_bounds(config: RunConfig, bounds: Mapping[str, Sequence[str]], form: str = "") -> None:
+    for wrong, names in bounds.items():
+        for name in names:
+            value = operator.attrgetter(name)(config)
+            _require(_BOUNDS[wrong](value), f"{name}={value:{form}} {wrong}")
+
+
+def _check_any_run(config: RunConfig) -> None:
+    """What pretraining and tasks have in common."""
+    for name in config.train.exit_signals:
+        _require(
+            name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
+            f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)"
+            f"{did_you_mean(name, signal.Signals.__members__)}",
+        )
+    _check_bounds(config, _ANY_RUN, "g")
+
+
+def _check_dataset_prefixes(option: str, values: Sequence[str]) -> None:
+    """Checks that values are prefixes of datasets, or weights and prefixes in turn, and not one of their files."""
+    for value in values:
+        prefix = _PART.sub("", value)
+        # A prefix may end like a part; then its manifest says so.
+        if prefix != value and not Path(f"{value}.json").is_file():
+            raise ConfigError(
+                f"--{option} {value}: is one file of a dataset; give the prefix of all its files: --{option} {prefix}"
+            )
+
+
 def _check_model(config: RunConfig) -> None:
-    model = config.model
-    for name in (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "ffn_hidden_size",
-        "patch_size",
-    ):
-        value = getattr(model, name)
-        _require(value > 0, f"model.{name}={value} must be positive")
+    """Architecture, losses and batch, and what stands alone."""
+    model, data, objectives = config.model, config.data, config.objectives
+    optim, steps = config.optim, list(config.profile.steps)
     _require(
         model.hidden_size % model.num_attention_heads == 0,
         f"model.hidden_size={model.hidden_size} is not divisible by "
@@ -76,16 +194,41 @@ def _check_model(config: RunConfig) -> None:
         0 <= model.num_vl_layers <= model.num_layers,
         f"model.num_vl_layers={model.num_vl_layers} is not in 0..{model.num_layers}",
     )
-    _require(0.0 <= model.drop_path < 1.0, f"model.drop_path={model.drop_path} is not in [0, 1)")
     for name in ("text_length", "pair_text_length"):
         value = getattr(model, name)
         _require(value >= 3, f"model.{name}={value} leaves no room between [T_CLS] and [T_SEP]")
+    _require(
+        0.0 <= optim.min_lr <= optim.lr,
+        f"optim.min_lr={optim.min_lr} is not between 0 and optim.lr={optim.lr}",
+    )
+    _require(len(steps) in (0, 2), f"profile.steps={steps} must be `FIRST LAST`")
+    _require(
+        not steps or 1 <= steps[0] <= steps[1],
+        f"profile.steps={steps}: FIRST must be in 1..LAST",
+    )
+    _require(
+        data.micro_texts + data.micro_images + data.micro_pairs > 0,
+        "data.micro_texts, data.micro_images and data.micro_pairs are all 0",
+    )
+    pairs_count = objectives.vlm_text_weight != 0.0 or objectives.vlm_image_weight != 0.0
+    for name, weights, count in (
+        ("texts", "mlm_weight=0", objectives.mlm_weight != 0.0),
+        ("images", "mim_weight=0", objectives.mim_weight != 0.0),
+        ("pairs", "vlm_text_weight and vlm_image_weight are 0", pairs_count),
+    ):
+        _require(
+            count or not getattr(data, f"micro_{name}"),
+            f"objectives.{weights} with data.micro_{name} > 0: set data.micro_{name}=0 to leave {name} out",
+        )
+    _require(
+        0 <= objectives.num_masked_patches <= model.num_patches,
+        f"objectives.num_masked_patches={objectives.num_masked_patches} is not in "
+        f"0..{model.num_patches} (0 means floor(0.4 N))",
+    )
 
 
 def _check_moe(config: RunConfig) -> None:
     model, moe = config.model, config.moe
-    for name in ("num_vision_experts", "num_text_experts", "num_vl_experts"):
-        _require(getattr(moe, name) >= 0, f"moe.{name}={getattr(moe, name)} must not be negative")
     if not has_experts(moe):
         _require(
             not moe.layers,
@@ -106,10 +249,9 @@ def _check_moe(config: RunConfig) -> None:
         _require(
             moe.num_vl_experts == 0, f"moe.num_vl_experts={moe.num_vl_experts} needs moe.vl=true"
         )
-    if moe.modalities == "text":
-        _require(moe.num_text_experts > 0, "moe.modalities=text needs moe.num_text_experts")
-    if moe.modalities == "vision":
-        _require(moe.num_vision_experts > 0, "moe.modalities=vision needs moe.num_vision_experts")
+    if moe.modalities in ("text", "vision"):
+        name = f"num_{moe.modalities}_experts"
+        _require(getattr(moe, name) > 0, f"moe.modalities={moe.modalities} needs moe.{name}")
     if moe.shared_router:
         _require(
             moe.modalities == "both",
@@ -119,11 +261,7 @@ def _check_moe(config: RunConfig) -> None:
             moe.num_vision_experts > 0,
             "moe.shared_router=true needs moe.num_vision_experts, the size of the shared pool",
         )
-    _require(moe.topk >= 1, f"moe.topk={moe.topk} must be at least 1")
-    _require(
-        moe.capacity_multiple_of >= 1,
-        f"moe.capacity_multiple_of={moe.capacity_multiple_of} must be at least 1",
-    )
+    _check_bounds(config, {"must be at least 1": ("moe.topk", "moe.capacity_multiple_of")})
     expert_parallel = config.parallel.expert_model_parallel_size
     for plan in block_plans(model, moe):
         for pool in plan.pools:
@@ -136,42 +274,7 @@ def _check_moe(config: RunConfig) -> None:
             )
 
 
-def _check_objectives(config: RunConfig) -> None:
-    objectives, data, model = config.objectives, config.data, config.model
-    for name in ("texts", "images", "pairs"):
-        for scope in ("micro", "global"):
-            value = getattr(data, f"{scope}_{name}")
-            _require(value >= 0, f"data.{scope}_{name}={value} must not be negative")
-    _require(
-        data.micro_texts + data.micro_images + data.micro_pairs > 0,
-        "data.micro_texts, data.micro_images and data.micro_pairs are all 0",
-    )
-    _require(
-        not data.micro_texts or objectives.mlm_weight != 0.0,
-        "objectives.mlm_weight=0 with data.micro_texts > 0: set data.micro_texts=0 to leave texts out",
-    )
-    _require(
-        not data.micro_images or objectives.mim_weight != 0.0,
-        "objectives.mim_weight=0 with data.micro_images > 0: set data.micro_images=0 to leave images out",
-    )
-    _require(
-        not data.micro_pairs
-        or objectives.vlm_text_weight != 0.0
-        or objectives.vlm_image_weight != 0.0,
-        "objectives.vlm_text_weight and vlm_image_weight are 0 with data.micro_pairs > 0: "
-        "set data.micro_pairs=0 to leave pairs out",
-    )
-    for name in ("text_mask_fraction", "caption_mask_fraction"):
-        value = getattr(objectives, name)
-        _require(0.0 < value <= 1.0, f"objectives.{name}={value} is not in (0, 1]")
-    _require(
-        0 <= objectives.num_masked_patches <= model.num_patches,
-        f"objectives.num_masked_patches={objectives.num_masked_patches} is not in "
-        f"0..{model.num_patches} (0 means floor(0.4 N))",
-    )
-
-
-def _check_parallel(config: RunConfig, world_size: int) -> None:
+def _check_parallel(config: RunConfig) -> None:
     parallel, model = config.parallel, config.model
     tensor = parallel.tensor_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
@@ -224,124 +327,6 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
         not parallel.overlap_param_gather or parallel.use_distributed_optimizer,
         "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true",
     )
-    data_parallel_size(config.parallel, world_size)
-
-
-def check_exit_signals(names: Sequence[str]) -> None:
-    """Checks `train.exit_signals`.
-
-    Raises:
-        ConfigError: naming what is no signal, or one that nothing can answer.
-    """
-    for name in names:
-        _require(
-            name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
-            f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)"
-            f"{did_you_mean(name, signal.Signals.__members__)}",
-        )
-
-
-# What follows a prefix in the names of a dataset's files.
-_PART = re.compile(
-    r"(_(text_document|image|text|codes|samples))?\.(bin|idx|arrow|json)$|_text_document$"
-)
-
-
-def check_dataset_prefixes(option: str, values: Sequence[str]) -> None:
-    """Checks that the values of an option are prefixes of datasets, not one of their files.
-
-    Args:
-        option: as `data.text`.
-        values: prefixes, or weights and prefixes in turn.
-
-    Raises:
-        ConfigError: naming the prefix that was probably meant.
-    """
-    for value in values:
-        prefix = _PART.sub("", value)
-        # A prefix may end like a part; then its manifest says so.
-        if prefix != value and not Path(f"{value}.json").is_file():
-            raise ConfigError(
-                f"--{option} {value}: is one file of a dataset; give the prefix of all its files: --{option} {prefix}"
-            )
-
-
-_AT_LEAST_ZERO = (
-    *("data.num_workers", "data.color_jitter", "objectives.caption_mask_slots"),
-    *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
-    *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
-    *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
-)
-
-
-def check_ranges(config: RunConfig) -> None:
-    """Checks numbers that any run may have, pretraining or not, one by one.
-
-    Raises:
-        ConfigError: on the first that is out of its range.
-    """
-
-    def value(name: str) -> float:
-        section, _, option = name.partition(".")
-        return float(getattr(getattr(config, section), option))
-
-    for name in _AT_LEAST_ZERO:
-        _require(value(name) >= 0, f"{name}={value(name):g} must not be negative")
-    for name in ("data.flip_probability", "data.pair_flip_probability"):
-        _require(0.0 <= value(name) <= 1.0, f"{name}={value(name):g} is not in [0, 1]")
-    for name in ("data.eval_fraction", "optim.adam_beta1", "optim.adam_beta2"):
-        _require(0.0 <= value(name) < 1.0, f"{name}={value(name):g} is not in [0, 1)")
-    smallest = config.data.crop_scale_min
-    _require(0.0 < smallest <= 1.0, f"data.crop_scale_min={smallest} is not in (0, 1]")
-
-
-def _check_train(config: RunConfig) -> None:
-    train, optim, profile = config.train, config.optim, config.profile
-    check_exit_signals(train.exit_signals)
-    _require(train.steps >= 1, f"train.steps={train.steps} must be at least 1")
-    _require(train.eval_steps >= 0, f"train.eval_steps={train.eval_steps} must not be negative")
-    _require(config.log.interval >= 1, f"log.interval={config.log.interval} must be at least 1")
-    _require(optim.lr > 0.0, f"optim.lr={optim.lr} must be positive")
-    _require(
-        0.0 <= optim.min_lr <= optim.lr,
-        f"optim.min_lr={optim.min_lr} is not between 0 and optim.lr={optim.lr}",
-    )
-    _require(
-        optim.lr_warmup_steps >= 0,
-        f"optim.lr_warmup_steps={optim.lr_warmup_steps} must not be negative",
-    )
-    _require(
-        len(profile.steps) in (0, 2), f"profile.steps={list(profile.steps)} must be `FIRST LAST`"
-    )
-    if profile.steps:
-        first, last = profile.steps
-        _require(
-            1 <= first <= last, f"profile.steps={list(profile.steps)}: FIRST must be in 1..LAST"
-        )
-
-
-def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
-    """Checks everything that does not need the data.
-
-    Args:
-        config: the run.
-        world_size: processes of the run.
-        training: whether it trains.
-
-    Raises:
-        ConfigError: on the first contradiction.
-    """
-    check_exit_signals(config.train.exit_signals)
-    check_ranges(config)
-    check_dataset_prefixes("task.data", [config.task.data])
-    data_size = data_parallel_size(config.parallel, world_size)
-    _check_task_batches(config, data_size, training)
-    for name in ("seeds", "eval_splits"):
-        values = list(getattr(config.task, name))
-        _require(len(set(values)) == len(values), f"task.{name}={values} lists one twice")
-    if training:
-        _check_task_training(config)
-    _check_retrieval(config)
 
 
 def _check_task_batches(config: FinetuneConfig, data_size: int, training: bool) -> None:
@@ -369,77 +354,3 @@ def _check_task_batches(config: FinetuneConfig, data_size: int, training: bool) 
             f"task.global_batch_size={total} is not a multiple of task.micro_batch_size={micro} x "
             f"{data_size} data-parallel rank(s){batch_sizes_that_fit(options, data_size, tensor)}"
         )
-
-
-def _check_task_training(config: FinetuneConfig) -> None:
-    task, optim, steps = config.task, config.optim, config.train.steps
-    _require(steps >= 0, f"train.steps={steps} must not be negative")
-    _require(
-        steps > 0 or task.epochs > 0.0, f"task.epochs={task.epochs} and train.steps=0: no length"
-    )
-    _require(
-        0.0 <= task.warmup_fraction <= 1.0,
-        f"task.warmup_fraction={task.warmup_fraction} is not in [0, 1]",
-    )
-    _require(task.eval_epochs >= 0.0, f"task.eval_epochs={task.eval_epochs} must not be negative")
-    _require(
-        0.0 < optim.layer_decay <= 1.0, f"optim.layer_decay={optim.layer_decay} is not in (0, 1]"
-    )
-    _require(
-        optim.head_lr_multiplier > 0.0,
-        f"optim.head_lr_multiplier={optim.head_lr_multiplier} must be positive",
-    )
-    _require(
-        task.early_stopping >= 0, f"task.early_stopping={task.early_stopping} must not be negative"
-    )
-    _require(
-        not task.early_stopping or task.save_best,
-        f"task.early_stopping={task.early_stopping} needs task.save_best=true",
-    )
-    _require(
-        0.0 <= task.label_smoothing < 1.0,
-        f"task.label_smoothing={task.label_smoothing} is not in [0, 1)",
-    )
-    _require(
-        task.label_smoothing == 0.0 or task.spec.target == "class",
-        f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over",
-    )
-    for name in ("mixup", "cutmix"):
-        alpha = getattr(task, name)
-        _require(alpha >= 0.0, f"task.{name}={alpha} must not be negative")
-        _require(
-            alpha == 0.0 or task.spec.mixes_images,
-            f"task.{name}={alpha}: {task.name} does not mix images, only tasks of one image and its class do",
-        )
-    _require(
-        0.0 <= task.random_erase <= 1.0, f"task.random_erase={task.random_erase} is not in [0, 1]"
-    )
-
-
-def _check_retrieval(config: FinetuneConfig) -> None:
-    options, model = config.contrastive, config.model
-    matches = config.task.spec.target == "match"
-    _require(
-        not matches or model.text_length == model.pair_text_length,
-        f"model.text_length={model.text_length} and model.pair_text_length={model.pair_text_length}: "
-        f"{config.task.name} reads the same captions alone and in pairs",
-    )
-    _require(
-        options.contrastive_weight > 0.0,
-        f"contrastive.contrastive_weight={options.contrastive_weight} must be positive: "
-        "without it nothing trains the encodings",
-    )
-    for name in ("matching_weight", "rerank"):
-        value = getattr(options, name)
-        _require(value >= 0, f"contrastive.{name}={value} must not be negative")
-    _require(
-        options.temperature > 0.0, f"contrastive.temperature={options.temperature} must be positive"
-    )
-    _require(
-        not options.cache or matches,
-        f"contrastive.cache=true is for retrieval, not for {config.task.name}",
-    )
-    _require(
-        not options.rerank or options.matching_weight > 0.0,
-        f"contrastive.rerank={options.rerank} needs the matching head: contrastive.matching_weight is 0",
-    )

@@ -13,41 +13,39 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vlmoe.sample_corpus.language import (
+from megatron_vlmoe.sample_corpus.world import (
+    BACKGROUNDS,
     CELL_PHRASES,
+    COLORS,
+    CONVERSE,
+    GRID,
+    KINDS,
     NAMES,
     NUMBERS,
     PICTURE_WORDS,
     RELATION_PHRASES,
     SIZE_WORDS,
-    be,
-    counted,
-    inflected,
-    listed,
-    relation_phrase,
-    sentence,
-    with_article,
-)
-from megatron_vlmoe.sample_corpus.scene import (
-    BACKGROUNDS,
-    COLORS,
-    CONVERSE,
-    GRID,
-    KINDS,
     SIZES,
     Cell,
     Relation,
-    Scene,
+    TaskFiles,
+    be,
+    class_truth,
+    counted,
     draw_scene,
     generator_for,
+    guess_by,
     holds,
+    inflected,
+    listed,
     relation_between,
+    sentence,
+    with_article,
 )
-from megatron_vlmoe.sample_corpus.task_files import TaskFiles, class_truth, guess_by
 
 Label = Literal["entailment", "neutral", "contradiction"]
 LABELS: tuple[Label, ...] = ("entailment", "neutral", "contradiction")
@@ -243,15 +241,24 @@ def _judge_mention(premise: Premise, mention: Mention, claim: Claim) -> Label | 
         case "existence":
             return "entailment"
         case "place":
-            if mention.cell is not None and _may_be_mistaken(mention.cell, claim.value):
-                return None
+            # A corner and a side that it belongs to may be mistaken: "top left" and "top".
+            if mention.cell is not None and (1, 1) not in (mention.cell, claim.value):
+                (row, column), (claimed_row, claimed_column) = mention.cell, claim.value
+                if abs(row - claimed_row) + abs(column - claimed_column) == 1:
+                    return None
             told = _compare(mention.cell, claim.value)
             found = {cells[claim.kind] == (claim.value,) for cells in premise.arrangements}
         case "relation":
             other = premise.mention(claim.other)
             if other is None or other.count != 1:
                 return None
-            told = _judge_relation(premise, claim)
+            told = "neutral"
+            if premise.relation is not None:
+                a, b = (mentioned.kind for mentioned in premise.mentions[:2])
+                stated = {(a, b): premise.relation, (b, a): CONVERSE[premise.relation]}
+                relation = stated.get((claim.kind, claim.other))
+                if relation is not None and claim.value in (relation, CONVERSE[relation]):
+                    told = _compare(relation, claim.value)
             found = {
                 holds(claim.value, cells[claim.kind], cells[claim.other])
                 for cells in premise.arrangements
@@ -270,33 +277,26 @@ def _compare(told: object, claimed: object) -> Label:
     return "entailment" if told == claimed else "contradiction"
 
 
-def _may_be_mistaken(a: Cell, b: Cell) -> bool:
-    """Whether one is a corner and the other a side that it belongs to: "top left" and "top"."""
-    return (1, 1) not in (a, b) and abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1
-
-
-def _judge_relation(premise: Premise, claim: Claim) -> Label:
-    """What the relation that the premise states, if any, says of the claimed one."""
-    if premise.relation is not None:
-        a, b = (mention.kind for mention in premise.mentions[:2])
-        stated = {(a, b): premise.relation, (b, a): CONVERSE[premise.relation]}
-        told = stated.get((claim.kind, claim.other))
-        if told is not None and claim.value in (told, CONVERSE[told]):
-            return _compare(told, claim.value)
-    return "neutral"
-
-
 def write_premise(premise: Premise, genre: str, rng: random.Random) -> str:
     """One to five sentences."""
     mentions, words = premise.mentions, GENRES[genre]
     picture = rng.choice(PICTURE_WORDS)
     # All shapes in a list and then a relation, or the first two in a relation and then the rest.
-    phrases = [_indefinite(m, rng) for m in mentions]
+    phrases = []
+    for mention in mentions:
+        size = rng.choice(SIZE_WORDS[mention.size]) if mention.size else None
+        noun = " ".join(filter(None, (size, mention.texture, mention.color, mention.kind)))
+        if mention.count is None:
+            phrases.append(f"some {inflected(noun, 2)}")
+        else:
+            phrases.append(
+                with_article(noun) if mention.count == 1 else counted(mention.count, noun)
+            )
     shapes = listed(phrases)
     more = []
     if premise.relation is not None:
         a, b = mentions[:2]
-        relation = relation_phrase(premise.relation, rng)
+        relation = rng.choice(RELATION_PHRASES[premise.relation])
         if genre == "caption":
             shapes = f"{phrases[0]} {relation} " + ", and ".join(phrases[1:])
         else:
@@ -319,16 +319,6 @@ def write_premise(premise: Premise, genre: str, rng: random.Random) -> str:
     text = " ".join(map(sentence, sentences))
     # A field that begins with a quotation mark, as many of the real ones do.
     return f'"{text}"' if genre == "verbatim" else text
-
-
-def _indefinite(mention: Mention, rng: random.Random) -> str:
-    """As in "a large circle" and "some red stars": only what is told."""
-    size = rng.choice(SIZE_WORDS[mention.size]) if mention.size else None
-    words = (size, mention.texture, mention.color, mention.kind)
-    noun = " ".join(word for word in words if word)
-    if mention.count == 1:
-        return with_article(noun)
-    return counted(mention.count, noun) if mention.count else f"some {inflected(noun, 2)}"
 
 
 def write_hypothesis(claim: Claim, genre: str, rng: random.Random) -> str:
@@ -364,14 +354,6 @@ class _Sample:
     hypothesis: str
     label: Label
 
-    @property
-    def missing_words(self) -> int:
-        """Number of words of the hypothesis that the premise does not have."""
-        premise, hypothesis = (
-            set(re.findall(r"\w+", text.lower())) for text in (self.told.text, self.hypothesis)
-        )
-        return len(hypothesis - premise)
-
 
 def make_mnli(seed: int, num_images: int) -> TaskFiles:
     """Twice ``num_images`` hypotheses to train; for either dev set a twentieth of ``num_images``.
@@ -390,7 +372,12 @@ def make_mnli(seed: int, num_images: int) -> TaskFiles:
     ):
         samples = _draw_samples(seed, split, number, genres)
         texts[Path("mnli", f"{split}.tsv")] = _table(samples, seed, split)
-        cues[split] = [(sample.missing_words, sample.label) for sample in samples]
+        words = [
+            (_words(sample.told.text), _words(sample.hypothesis), sample.label)
+            for sample in samples
+        ]
+        # The cue is how many words of the hypothesis the premise does not have.
+        cues[split] = [(len(hypothesis - premise), label) for premise, hypothesis, label in words]
         if split != "train":
             truth[split] = class_truth(sample.label for sample in samples) | {
                 "guess_by_missing_words_percent": guess_by(cues["train"], cues[split])
@@ -398,17 +385,37 @@ def make_mnli(seed: int, num_images: int) -> TaskFiles:
     return TaskFiles(pictures=(), texts=texts, truth=truth)
 
 
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
 def _draw_samples(seed: int, split: str, number: int, genres: Sequence[str]) -> list[_Sample]:
     rng = generator_for(seed, f"mnli-{split}", 0)
     # Three samples for each hypothesis, two for a premise on average.
     pool = _draw_premises(rng, max(MIN_PREMISES, 3 * number // 2), genres)
     samples: list[_Sample] = []
-    tries = 0
-    while len(samples) < len(LABELS) * number:
-        claim = _draw_claim(FORMS_IN_TURN[tries % len(FORMS_IN_TURN)], rng)
-        tries += 1
-        found = _find_premises(claim, pool, rng)
-        if len(found) < len(LABELS):
+    for form in cycle(FORMS_IN_TURN):
+        if len(samples) >= len(LABELS) * number:
+            break
+        kind, other = rng.sample(KINDS, 2)
+        negated = rng.random() < NEGATED_SHARE
+        value: Any = None
+        if form == "place":
+            value = (rng.randrange(GRID), rng.randrange(GRID))
+        elif form != "existence":
+            value = rng.choice(FORMS[form].values)
+        claim = Claim(form=form, value=value, kind=kind, other=other, negated=negated)
+        # For every label the first premise that has it, from a random place in the pool on.
+        found: dict[Label, _Told] = {}
+        start = rng.randrange(len(pool))
+        for step in range(min(len(pool), MAX_LOOKED_AT)):
+            told = pool[(start + step) % len(pool)]
+            label = judge(told.premise, claim)
+            if label is not None and label not in found and label not in told.labels:
+                found[label] = told
+                if len(found) == len(LABELS):
+                    break
+        else:
             continue
         hypothesis = write_hypothesis(claim, rng.choice(genres), rng)
         for label, told in found.items():
@@ -418,70 +425,43 @@ def _draw_samples(seed: int, split: str, number: int, genres: Sequence[str]) -> 
     return samples
 
 
-def _find_premises(claim: Claim, pool: Sequence[_Told], rng: random.Random) -> dict[Label, _Told]:
-    """For every label the first premise that has it, from a random place in the pool on."""
-    found: dict[Label, _Told] = {}
-    start = rng.randrange(len(pool))
-    for step in range(min(len(pool), MAX_LOOKED_AT)):
-        told = pool[(start + step) % len(pool)]
-        label = judge(told.premise, claim)
-        if label is not None and label not in found and label not in told.labels:
-            found[label] = told
-            if len(found) == len(LABELS):
-                break
-    return found
-
-
 def _draw_premises(rng: random.Random, number: int, genres: Sequence[str]) -> list[_Told]:
+    """What to tell of as many scenes, no two in the same words."""
     pool: list[_Told] = []
     seen: set[str] = set()
     while len(pool) < number:
         scene = draw_scene(rng)
-        kinds = {group.kind for group in scene.groups}
-        if len(kinds) < len(scene.groups) or len(kinds) > MAX_GROUPS:
+        groups = scene.groups
+        kinds = {group.kind for group in groups}
+        if len(kinds) < len(groups) or len(kinds) > MAX_GROUPS:
             continue
         if len(kinds) > 1 and rng.random() >= SECOND_GROUP_SHARE:
             continue
-        premise = _draw_premise(scene, rng)
+        relation = relation_between(*groups[:2]) if len(groups) > 1 else None
+        premise = Premise(
+            mentions=tuple(
+                Mention(
+                    kind=group.kind,
+                    color=group.color if rng.random() < 0.6 else None,
+                    size=group.size if rng.random() < 0.35 else None,
+                    texture=group.texture
+                    if group.texture != "solid" and rng.random() < 0.2
+                    else None,
+                    cell=group.cells[0] if group.count == 1 and rng.random() < 0.25 else None,
+                    count=group.count if group.count == 1 or rng.random() < 0.6 else None,
+                )
+                for group in groups
+            ),
+            relation=relation if rng.random() < 0.6 else None,
+            background=scene.background if rng.random() < 0.6 else None,
+            closed=rng.random() < 0.25,
+        )
         genre = rng.choice(genres)
         text = write_premise(premise, genre, rng)
         if len(text.split()) <= MAX_PREMISE_WORDS and text not in seen:
             seen.add(text)
             pool.append(_Told(len(pool), genre, premise, text))
     return pool
-
-
-def _draw_premise(scene: Scene, rng: random.Random) -> Premise:
-    """What to tell of a scene."""
-    groups = scene.groups
-    relation = relation_between(*groups[:2]) if len(groups) > 1 else None
-    return Premise(
-        mentions=tuple(
-            Mention(
-                kind=group.kind,
-                color=group.color if rng.random() < 0.6 else None,
-                size=group.size if rng.random() < 0.35 else None,
-                texture=group.texture if group.texture != "solid" and rng.random() < 0.2 else None,
-                cell=group.cells[0] if group.count == 1 and rng.random() < 0.25 else None,
-                count=group.count if group.count == 1 or rng.random() < 0.6 else None,
-            )
-            for group in groups
-        ),
-        relation=relation if rng.random() < 0.6 else None,
-        background=scene.background if rng.random() < 0.6 else None,
-        closed=rng.random() < 0.25,
-    )
-
-
-def _draw_claim(form: str, rng: random.Random) -> Claim:
-    kind, other = rng.sample(KINDS, 2)
-    negated = rng.random() < NEGATED_SHARE
-    value: Any = None
-    if form == "place":
-        value = (rng.randrange(GRID), rng.randrange(GRID))
-    elif form != "existence":
-        value = rng.choice(FORMS[form].values)
-    return Claim(form=form, value=value, kind=kind, other=other, negated=negated)
 
 
 def _table(samples: Sequence[_Sample], seed: int, split: str) -> str:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.language import Thing, be, counted, with_article
-from megatron_vlmoe.sample_corpus.scene import (
+from megatron_vlmoe.sample_corpus.world import (
     BACKGROUNDS,
     COLORS,
     KINDS,
-    Scene,
-    ShapeName,
-    draw_scene,
-    generator_for,
-)
-from megatron_vlmoe.sample_corpus.task_files import (
     FreshScenes,
     Picture,
+    Scene,
+    ShapeName,
     TaskFiles,
+    Thing,
+    be,
     class_truth,
+    counted,
+    draw_scene,
+    generator_for,
     guess_by,
     json_text,
+    with_article,
 )
 
 PAIRS_PER_SET = 4
@@ -278,16 +280,16 @@ def make_nlvr2(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
 
 def _truth(train: Sequence[Sample], held_out: Sequence[Sample]) -> dict[str, Any]:
     """Three guesses more: by the two backgrounds alone, and by the sentence with one picture's."""
-    cues: dict[str, Callable[[str, str, str], Hashable]] = {
-        "backgrounds": lambda sentence, left, right: (left, right),
-        "sentence_and_left_background": lambda sentence, left, right: (sentence, left),
-        "sentence_and_right_background": lambda sentence, left, right: (sentence, right),
+    cues = {
+        "backgrounds": itemgetter(1, 2),
+        "sentence_and_left_background": itemgetter(0, 1),
+        "sentence_and_right_background": itemgetter(0, 2),
     }
     truth = class_truth(record["label"] for record, _ in held_out)
     for name, cue in cues.items():
         seen, asked = (
             [
-                (cue(record["sentence"], left.background, right.background), record["label"])
+                (cue((record["sentence"], left.background, right.background)), record["label"])
                 for record, (left, right) in samples
             ]
             for samples in (train, held_out)

@@ -8,40 +8,34 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.sample_corpus.captions import coco_id
-from megatron_vlmoe.sample_corpus.language import (
+from megatron_vlmoe.sample_corpus.texts import coco_id
+from megatron_vlmoe.sample_corpus.world import (
+    BACKGROUNDS,
     CELL_PHRASES,
     COLOR_THINGS,
-    KIND_THINGS,
-    NAMED_THINGS,
-    PICTURE_WORDS,
-    Thing,
-    be,
-    definite,
-    inflected,
-    relation_phrase,
-)
-from megatron_vlmoe.sample_corpus.scene import (
-    BACKGROUNDS,
     COLORS,
     CONVERSE,
+    KIND_THINGS,
     KINDS,
+    NAMED_THINGS,
+    PICTURE_WORDS,
+    RELATION_PHRASES,
     SIZES,
     Cell,
-    Scene,
-    Shape,
-    generator_for,
-)
-from megatron_vlmoe.sample_corpus.task_files import (
     FreshScenes,
     Picture,
+    Scene,
+    Shape,
     TaskFiles,
+    Thing,
+    be,
+    generator_for,
+    inflected,
     json_text,
     most_frequent,
     percent,
@@ -108,28 +102,6 @@ NEAR_ANSWERS: Mapping[str, tuple[str, ...]] = {
 }
 """What an annotator says who words the answer differently or looks badly."""
 
-Asking = Iterator[tuple[str, str]]
-"""Questions and their true answers."""
-
-
-def _color_of_kind(scene: Scene, rng: random.Random) -> Asking:
-    for thing in KIND_THINGS:
-        shapes = thing.found_in(scene)
-        if len({shape.color for shape in shapes}) == 1:
-            noun = thing.noun(len(shapes))
-            yield f"What color {be(len(shapes))} the {noun}?", shapes[0].color
-
-
-def _kind_of_color(scene: Scene, rng: random.Random) -> Asking:
-    for thing in COLOR_THINGS:
-        if len(shapes := thing.found_in(scene)) == 1:
-            texts = (
-                f"What shape is {thing.color}?",
-                f"Which shape is {thing.color}?",
-                f"What is the {thing.noun()}?",
-            )
-            yield rng.choice(texts), shapes[0].kind
-
 
 def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Shape]]:
     """Places that cannot be mistaken: "at the top" only where both upper corners are empty."""
@@ -145,27 +117,49 @@ def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Shape]]:
             yield rng.choice(CELL_PHRASES[shape.cell]), shape
 
 
-def _kind_at_place(scene: Scene, rng: random.Random) -> Asking:
+@dataclass(frozen=True)
+class Question:
+    """A question and its true answer."""
+
+    form: str
+    text: str
+    answer: str
+
+
+def _about_colors_and_kinds(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    for thing in KIND_THINGS:
+        shapes = thing.found_in(scene)
+        if len({shape.color for shape in shapes}) == 1:
+            asked = f"{be(len(shapes))} the {thing.noun(len(shapes))}"
+            yield Question("color of kind", f"What color {asked}?", shapes[0].color)
     for place, shape in _places(scene, rng):
-        yield rng.choice((f"What shape is {place}?", f"What is {place}?")), shape.kind
-
-
-def _color_at_place(scene: Scene, rng: random.Random) -> Asking:
+        yield Question("color at place", f"What color is the shape {place}?", shape.color)
+    for thing in COLOR_THINGS:
+        if len(shapes := thing.found_in(scene)) == 1:
+            texts = (
+                f"What shape is {thing.color}?",
+                f"Which shape is {thing.color}?",
+                f"What is the {thing.noun()}?",
+            )
+            yield Question("kind of color", rng.choice(texts), shapes[0].kind)
     for place, shape in _places(scene, rng):
-        yield f"What color is the shape {place}?", shape.color
+        text = rng.choice((f"What shape is {place}?", f"What is {place}?"))
+        yield Question("kind at place", text, shape.kind)
 
 
-def _count(things: Sequence[Thing], scene: Scene, rng: random.Random) -> Asking:
-    for thing in things:
-        count = len(thing.found_in(scene))
-        # Four shapes of one colour are too rare to be asked about.
-        if count < 4 or thing.color is None:
-            where = rng.choice(("there", f"in the {rng.choice(PICTURE_WORDS)}"))
-            yield f"How many {thing.noun(2)} are {where}?", str(count)
-
-
-def _existence(scene: Scene, rng: random.Random) -> Asking:
-    """Of kind, colour and both, one that is there and one that is not."""
+def _about_numbers(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    """Of kind, colour and both, one that is there and one that is not; and how many."""
+    for form, things in (
+        ("count all", (Thing(None, None),)),
+        ("count kind", KIND_THINGS),
+        ("count color", COLOR_THINGS),
+    ):
+        for thing in things:
+            count = len(thing.found_in(scene))
+            # Four shapes of one colour are too rare to be asked about.
+            if count < 4 or thing.color is None:
+                where = rng.choice(("there", f"in the {rng.choice(PICTURE_WORDS)}"))
+                yield Question(form, f"How many {thing.noun(2)} are {where}?", str(count))
     chosen = []
     for things in (KIND_THINGS, COLOR_THINGS, NAMED_THINGS):
         present = [thing for thing in things if thing.found_in(scene)]
@@ -183,112 +177,81 @@ def _existence(scene: Scene, rng: random.Random) -> Asking:
             f"Are there any {thing.noun(2)}?",
             f"Can you see {thing.indefinite()}?",
         )
-        yield rng.choice(texts), answer
+        yield Question("existence", rng.choice(texts), answer)
 
 
-def _relation(scene: Scene, rng: random.Random) -> Asking:
-    """No is the answer where the converse holds."""
+def _about_the_rest(scene: Scene, rng: random.Random) -> Iterator[Question]:
     for a, relation, b in scene.relations():
+        # No is the answer where the converse holds.
         for asked, answer in ((relation, "yes"), (CONVERSE[relation], "no")):
-            where = f"{relation_phrase(asked, rng)} {definite(b)}"
-            yield f"{be(a.count).capitalize()} {definite(a)} {where}?", answer
-
-
-def _place(scene: Scene, rng: random.Random) -> Asking:
+            where = f"{rng.choice(RELATION_PHRASES[asked])} {b.definite}"
+            text = f"{be(a.count).capitalize()} {a.definite} {where}?"
+            yield Question("relation", text, answer)
     for thing in KIND_THINGS + NAMED_THINGS:
         if len(shapes := thing.found_in(scene)) == 1:
-            yield f"Where is the {thing.noun()}?", PLACE_NAMES[shapes[0].cell]
-
-
-def _background(scene: Scene, rng: random.Random) -> Asking:
+            place = PLACE_NAMES[shapes[0].cell]
+            yield Question("place", f"Where is the {thing.noun()}?", place)
     texts = ("What color is the background?", "What is the color of the background?")
-    yield rng.choice(texts), scene.background
-
-
-def _size(scene: Scene, rng: random.Random) -> Asking:
+    yield Question("background", rng.choice(texts), scene.background)
     kinds = Counter(group.kind for group in scene.groups)
     for group in scene.groups:
         unique = kinds[group.kind] == 1
-        noun = f"the {inflected(group.kind, group.count)}" if unique else definite(group)
-        yield f"{be(group.count).capitalize()} {noun} large or small?", group.size
+        noun = f"the {inflected(group.kind, group.count)}" if unique else group.definite
+        text = f"{be(group.count).capitalize()} {noun} large or small?"
+        yield Question("size", text, group.size)
 
 
-@dataclass(frozen=True)
-class Form:
-    """How often a form is asked, what may be the answer, and what it asks of a scene."""
-
-    weight: int
-    answers: tuple[str, ...]
-    ask: Callable[[Scene, random.Random], Asking]
-
-
-FORMS: Mapping[str, Form] = {
-    "color of kind": Form(4, COLORS, _color_of_kind),
-    "color at place": Form(2, COLORS, _color_at_place),
-    "kind of color": Form(4, KINDS, _kind_of_color),
-    "kind at place": Form(2, KINDS, _kind_at_place),
-    "count all": Form(2, ("1", "2", "3", "4"), partial(_count, [Thing(None, None)])),
-    "count kind": Form(2, ("0", "1", "2", "3"), partial(_count, KIND_THINGS)),
-    "count color": Form(1, ("0", "1", "2", "3"), partial(_count, COLOR_THINGS)),
-    "existence": Form(4, YES_NO, _existence),
-    "relation": Form(2, YES_NO, _relation),
-    "place": Form(3, tuple(PLACE_NAMES.values()), _place),
-    "background": Form(2, BACKGROUNDS, _background),
-    "size": Form(2, SIZES, _size),
+FORMS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "color of kind": (4, COLORS),
+    "color at place": (2, COLORS),
+    "kind of color": (4, KINDS),
+    "kind at place": (2, KINDS),
+    "count all": (2, ("1", "2", "3", "4")),
+    "count kind": (2, ("0", "1", "2", "3")),
+    "count color": (1, ("0", "1", "2", "3")),
+    "existence": (4, YES_NO),
+    "relation": (2, YES_NO),
+    "place": (3, tuple(PLACE_NAMES.values())),
+    "background": (2, BACKGROUNDS),
+    "size": (2, SIZES),
 }
+"""How often a form is asked, and what may be the answer."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question and its true answer."""
-
-    form: str
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question as it stands in the files."""
+class Asked(Question):
+    """A question as it stands in the files, with what the ten annotators said."""
 
     question_id: int
     image_id: int
-    question: Question
-    answers: tuple[str, ...]
-    """Of the ten annotators."""
+    said: tuple[str, ...]
 
 
-class _Balance:
-    """Keeps the forms in proportion and the answers of each form equally frequent."""
+def _choose(
+    candidates: Sequence[Question], forms: Counter[str], answers: Counter[tuple[str, str]]
+) -> list[Question]:
+    """One question each of as many forms as a picture has questions.
 
-    def __init__(self) -> None:
-        self._forms: Counter[str] = Counter()
-        self._answers: Counter[tuple[str, str]] = Counter()
-
-    def choose(self, candidates: Sequence[Question]) -> list[Question]:
-        """One question each of as many forms as a picture has questions."""
-        chosen: dict[str, Question] = {}
-        # A form whose rare answers do not occur waits for another picture, if it can.
-        for slack in (1, len(candidates) * len(candidates)):
-            for form in sorted(FORMS, key=lambda name: self._forms[name] / FORMS[name].weight):
-                if len(chosen) == QUESTIONS_PER_IMAGE:
-                    break
-                question = self._rarest(form, candidates, slack)
-                if form not in chosen and question is not None:
-                    chosen[form] = question
-        for question in chosen.values():
-            self._forms[question.form] += 1
-            self._answers[question.form, question.answer] += 1
-        return list(chosen.values())
-
-    def _rarest(self, form: str, candidates: Sequence[Question], slack: int) -> Question | None:
-        limit = slack + min(self._answers[form, answer] for answer in FORMS[form].answers)
-        options = [
-            question
-            for question in candidates
-            if question.form == form and self._answers[form, question.answer] <= limit
-        ]
-        return min(options, key=lambda q: self._answers[form, q.answer], default=None)
+    Keeps the forms in proportion and the answers of each form equally frequent; counts both.
+    """
+    chosen: dict[str, Question] = {}
+    # A form whose rare answers do not occur waits for another picture, if it can.
+    for slack in (1, len(candidates) * len(candidates)):
+        for form in sorted(FORMS, key=lambda name: forms[name] / FORMS[name][0]):
+            if len(chosen) == QUESTIONS_PER_IMAGE:
+                break
+            limit = slack + min(answers[form, answer] for answer in FORMS[form][1])
+            options = [
+                question
+                for question in candidates
+                if question.form == form and answers[form, question.answer] <= limit
+            ]
+            if options and form not in chosen:
+                chosen[form] = min(options, key=lambda q: answers[q.form, q.answer])
+    for question in chosen.values():
+        forms[question.form] += 1
+        answers[question.form, question.answer] += 1
+    return list(chosen.values())
 
 
 def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
@@ -301,7 +264,8 @@ def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
     pictures: list[Picture] = []
     asked: dict[str, list[Asked]] = {}
     for split, number in numbers.items():
-        balance = _Balance()
+        asked_forms: Counter[str] = Counter()
+        asked_answers: Counter[tuple[str, str]] = Counter()
         asked[split] = []
         for _ in range(number):
             scene = fresh.take(f"vqa-{split}")
@@ -310,55 +274,53 @@ def make_vqa(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
             pictures.append(Picture(split=split, file=file, scene=scene))
             rng = generator_for(seed, "vqa-questions", image_id)
             candidates = [
-                Question(name, text, answer)
-                for name, form in FORMS.items()
-                for text, answer in form.ask(scene, rng)
+                *_about_colors_and_kinds(scene, rng),
+                *_about_numbers(scene, rng),
+                *_about_the_rest(scene, rng),
             ]
             rng.shuffle(candidates)
-            for place, question in enumerate(balance.choose(candidates)):
+            for place, question in enumerate(_choose(candidates, asked_forms, asked_answers)):
                 # As in VQA v2, where three digits count the questions of an image.
                 question_id = 1000 * image_id + place
-                answers = _annotate(question.answer, seed, question_id)
-                asked[split].append(Asked(question_id, image_id, question, answers))
+                # Up to two of the annotators say something else.
+                people = generator_for(seed, "vqa-annotators", question_id)
+                others = people.choices((0, 1, 2), weights=(6, 3, 1))[0]
+                said = [people.choice(NEAR_ANSWERS[question.answer]) for _ in range(others)]
+                said += [question.answer] * (ANNOTATORS - others)
+                people.shuffle(said)
+                asked[split].append(
+                    Asked(
+                        **vars(question),
+                        question_id=question_id,
+                        image_id=image_id,
+                        said=tuple(said),
+                    )
+                )
     asked["test-dev"] = asked["test"][: len(asked["test"]) // 2]
     truth = {s: _truth(asked[s], asked["train"]) for s in ("val", "test", "test-dev")}
     return TaskFiles(pictures=tuple(pictures), texts=_files(asked), truth=truth)
-
-
-def _annotate(answer: str, seed: int, question_id: int) -> tuple[str, ...]:
-    """Up to two of ten say something else."""
-    rng = generator_for(seed, "vqa-annotators", question_id)
-    others = rng.choices((0, 1, 2), weights=(6, 3, 1))[0]
-    said = [rng.choice(NEAR_ANSWERS[answer]) for _ in range(others)]
-    said += [answer] * (ANNOTATORS - others)
-    rng.shuffle(said)
-    return tuple(said)
 
 
 def _truth(questions: Sequence[Asked], train: Sequence[Asked]) -> dict[str, Any]:
     """Two guesses: one answer to everything, and the most frequent one to each form of question."""
     answers: dict[str | None, Counter[str]] = {None: Counter()}
     for asked in train:
-        for form in (None, asked.question.form):
-            answers.setdefault(form, Counter())[asked.question.answer] += 1
+        for form in (None, asked.form):
+            answers.setdefault(form, Counter())[asked.answer] += 1
     guesses = {form: most_frequent(counts) for form, counts in answers.items()}
 
-    def score(said: Iterable[str]) -> float:
+    def score(guess: Callable[[Asked], str]) -> float:
         """VQA's: 0.3 for each annotator who gave the answer, at most 1."""
-        scores = [
-            min(1.0, 0.3 * asked.answers.count(answer))
-            for answer, asked in zip(said, questions, strict=True)
-        ]
-        return percent(sum(scores) / len(scores))
+        return percent(
+            sum(min(1.0, 0.3 * a.said.count(guess(a))) for a in questions) / len(questions)
+        )
 
     return {
         "samples": len(questions),
-        "labels": dict(sorted(Counter(asked.question.answer for asked in questions).items())),
+        "labels": dict(sorted(Counter(asked.answer for asked in questions).items())),
         "guess": guesses[None],
-        "guess_percent": score([guesses[None]] * len(questions)),
-        "guess_by_form_percent": score(
-            guesses.get(asked.question.form, guesses[None]) for asked in questions
-        ),
+        "guess_percent": score(lambda asked: guesses[None]),
+        "guess_by_form_percent": score(lambda asked: guesses.get(asked.form, guesses[None])),
     }
 
 
@@ -374,7 +336,7 @@ def _files(splits: Mapping[str, Sequence[Asked]]) -> dict[Path, str]:
             "data_subtype": subset,
         }
         listed = [
-            {"image_id": a.image_id, "question": a.question.text, "question_id": a.question_id}
+            {"image_id": a.image_id, "question": a.text, "question_id": a.question_id}
             for a in questions
         ]
         texts[Path("vqa", f"v2_OpenEnded_mscoco_{subset}_questions.json")] = json_text(
@@ -385,14 +347,14 @@ def _files(splits: Mapping[str, Sequence[Asked]]) -> dict[Path, str]:
                 header | {"annotations": [_annotation(question) for question in questions]}
             )
     # The real data set keeps these secret.
-    answers = {str(a.question_id): a.question.answer for a in splits["test"]}
+    answers = {str(a.question_id): a.answer for a in splits["test"]}
     texts[Path("vqa", "answers_test2015.json")] = json_text(answers)
     return texts
 
 
 def _annotation(asked: Asked) -> dict[str, Any]:
-    truth = asked.question.answer
-    beginnings = (t for t in QUESTION_TYPES if asked.question.text.lower().startswith(f"{t} "))
+    truth = asked.answer
+    beginnings = (t for t in QUESTION_TYPES if asked.text.lower().startswith(f"{t} "))
     return {
         "question_type": next(beginnings),
         "multiple_choice_answer": truth,
@@ -402,7 +364,7 @@ def _annotation(asked: Asked) -> dict[str, Any]:
                 "answer_confidence": "yes" if answer == truth else "maybe",
                 "answer_id": number,
             }
-            for number, answer in enumerate(asked.answers, start=1)
+            for number, answer in enumerate(asked.said, start=1)
         ],
         "image_id": asked.image_id,
         "answer_type": "yes/no" if truth in YES_NO else "number" if truth.isdigit() else "other",

@@ -1,31 +1,108 @@
-"""The sample corpus on disk, in the raw layouts of COCO, Karpathy's split, ImageNet, text and tasks."""
+"""The sample corpus on disk, in the raw layouts of COCO, Karpathy's split, ImageNet, text and tasks.
+
+Pictures are drawn at three times the size with Pillow, then averaged down.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
-from megatron_vlmoe.sample_corpus.captions import coco_file, coco_id, coco_texts, make_flickr30k
-from megatron_vlmoe.sample_corpus.imagenet import CLASS_NAMES, make_imagenet, synset_of
 from megatron_vlmoe.sample_corpus.mnli import make_mnli
 from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
-from megatron_vlmoe.sample_corpus.paragraphs import write_paragraph
-from megatron_vlmoe.sample_corpus.render import encode_picture
-from megatron_vlmoe.sample_corpus.scene import Scene, Stream, sample_scene, split_of
-from megatron_vlmoe.sample_corpus.task_files import FreshScenes, json_text
+from megatron_vlmoe.sample_corpus.texts import (
+    coco_file,
+    coco_id,
+    coco_texts,
+    make_flickr30k,
+    write_paragraph,
+)
 from megatron_vlmoe.sample_corpus.vqa import make_vqa
+from megatron_vlmoe.sample_corpus.world import (
+    COLORS,
+    GRID,
+    KINDS,
+    SHAPE_NAMES,
+    FreshScenes,
+    Picture,
+    Scene,
+    Shape,
+    ShapeName,
+    Stream,
+    TaskFiles,
+    class_truth,
+    draw_object_scene,
+    generator_for,
+    json_text,
+    sample_scene,
+    split_of,
+)
 
+Rgb = tuple[int, int, int]
+Point = tuple[float, float]
+
+SUPERSAMPLING = 3
+JPEG_QUALITY = 90
+COLOR_VALUES: dict[str, Rgb] = {
+    "red": (214, 32, 38),
+    "green": (40, 156, 56),
+    "blue": (36, 84, 214),
+    "yellow": (246, 214, 28),
+    "orange": (246, 130, 20),
+    "purple": (140, 56, 178),
+}
+BACKGROUND_VALUES: dict[str, Rgb] = {
+    "white": (250, 250, 250),
+    "gray": (158, 160, 162),
+    "black": (22, 22, 24),
+    "beige": (232, 214, 180),
+}
+RADII = {"small": 0.29, "large": 0.44}
+"""As a fraction of the smaller side of a grid cell."""
+ARM = 0.32
+"""Half the width of a cross's arm."""
+CORNERS: dict[str, Sequence[Point]] = {
+    # In the box from (-1, -1), top left, to (1, 1).
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
+    "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
+    "cross": [
+        (x * c - y * s, x * s + y * c)
+        # Each arm is the one before turned by 90 degrees.
+        for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))
+        for x, y in ((ARM, -1.0), (ARM, -ARM), (1.0, -ARM))
+    ],
+    "star": [
+        (length * math.cos(math.pi * (k / 5 - 0.5)), length * math.sin(math.pi * (k / 5 - 0.5)))
+        for k, length in enumerate((1.0, 0.42) * 5)
+    ],
+}
+LETTER_STROKES: dict[str, Sequence[tuple[Point, Point]]] = {
+    # In the same box; drawn here so that no font file decides.
+    "A": (((-0.9, 1), (0, -1)), ((0, -1), (0.9, 1)), ((-0.5, 0.3), (0.5, 0.3))),
+    "E": (((-0.7, -1), (-0.7, 1)), ((-0.7, -1), (0.8, -1)), ((-0.7, 0), (0.6, 0)))
+    + (((-0.7, 1), (0.8, 1)),),
+    "H": (((-0.8, -1), (-0.8, 1)), ((0.8, -1), (0.8, 1)), ((-0.8, 0), (0.8, 0))),
+    "L": (((-0.6, -1), (-0.6, 1)), ((-0.6, 1), (0.8, 1))),
+    "T": (((-0.9, -1), (0.9, -1)), ((0, -1), (0, 1))),
+    "X": (((-0.8, -1), (0.8, 1)), ((0.8, -1), (-0.8, 1))),
+}
 MARKER = "corpus.json"
-"""Written last; holds what the corpus was made with."""
+"""Holds what the corpus was made with."""
 FORMAT_VERSION = 3
 PARAGRAPHS_PER_IMAGE = 2
 POOL_THRESHOLD = 10_000
@@ -54,6 +131,14 @@ tasks/scenes.jsonl  what each picture shows
 """
 
 
+def synset_of(name: ShapeName) -> str:
+    """Folder name of a class, formed like a WordNet id: n00CCCKKK."""
+    color, kind = name
+    return f"n{(COLORS.index(color) + 1) * 1000 + KINDS.index(kind) + 1:08d}"
+
+
+CLASS_NAMES = "".join(f"{synset_of(name)}\t{' '.join(name)}\n" for name in SHAPE_NAMES)
+"""Content of words.txt, which says what the classes are called."""
 PictureFile = tuple[Scene, Path]
 """What to draw, and the file; the suffix says whether JPEG or PNG."""
 Files = tuple[list[PictureFile], dict[Path, str]]
@@ -70,24 +155,6 @@ class SampleCorpus:
     seed: int = 0
     workers: int = 1
 
-    def validate(self) -> None:
-        """Raises ValueError on values that cannot work."""
-        if self.num_images < 2:
-            raise ConfigError(
-                f"num_images must be at least 2 (one to train, one to validate), "
-                f"got {self.num_images}"
-            )
-        if self.workers < 1:
-            raise ConfigError(f"workers must be at least 1, got {self.workers}")
-
-    def description(self) -> dict[str, int]:
-        """What the marker file holds."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "num_images": self.num_images,
-            "seed": self.seed,
-        }
-
 
 def make_sample_corpus(corpus: SampleCorpus) -> bool:
     """Writes the corpus beside ``output`` and renames it into place.
@@ -98,65 +165,60 @@ def make_sample_corpus(corpus: SampleCorpus) -> bool:
     Raises:
         ValueError: bad option, ``output`` holds something else, or it cannot be written.
     """
-    corpus.validate()
+    seed, num_images, output = corpus.seed, corpus.num_images, corpus.output
+    if num_images < 2:
+        raise ConfigError(
+            f"num_images must be at least 2 (one to train, one to validate), got {num_images}"
+        )
+    if corpus.workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {corpus.workers}")
+    made_with = {"format_version": FORMAT_VERSION, "num_images": num_images, "seed": seed}
+    whole = output.absolute()
+    staging = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
     try:
-        if _is_complete(corpus):
+        if _is_complete(output, made_with):
             return False
-        with _staging_directory(corpus.output) as staging:
-            _write_files(corpus, staging)
-            (staging / MARKER).write_text(json_text(corpus.description()))
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        pictures, texts = pretraining_files(seed, num_images)
+        task_pictures, task_texts = task_files(seed, num_images, [scene for scene, _ in pictures])
+        texts |= task_texts
+        texts[Path("README.txt")] = README.format(num_images=num_images, seed=seed)
+        texts[Path(MARKER)] = json_text(made_with)
+        _draw([(scene, staging / file) for scene, file in pictures + task_pictures], corpus.workers)
+        for file, text in texts.items():
+            (staging / file).parent.mkdir(parents=True, exist_ok=True)
+            (staging / file).write_text(text)
+        # One sync of everything instead of one per picture.
+        os.sync()
+        staging.rename(whole)
     except OSError as error:
-        where = error.filename or corpus.output
+        where = error.filename or output
         raise DataError(f"cannot write {where}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return True
 
 
-def _is_complete(corpus: SampleCorpus) -> bool:
-    marker = corpus.output / MARKER
-    if not corpus.output.exists() or (corpus.output.is_dir() and not any(corpus.output.iterdir())):
+def _is_complete(output: Path, made_with: dict[str, int]) -> bool:
+    marker = output / MARKER
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if not corpus.output.is_dir():
-        raise DataError(f"{corpus.output} is not a directory")
+    if not output.is_dir():
+        raise DataError(f"{output} is not a directory")
     if not marker.exists():
-        raise DataError(f"{corpus.output} is not empty and holds no sample corpus")
+        raise DataError(f"{output} is not empty and holds no sample corpus")
     try:
         found = json.loads(marker.read_text())
     except ValueError as error:
-        raise DataError(f"{marker} is not valid JSON: delete {corpus.output}") from error
-    if found != corpus.description():
+        raise DataError(f"{marker} is not valid JSON: delete {output}") from error
+    if found != made_with:
         raise DataError(
-            f"{corpus.output} holds another sample corpus ({json.dumps(found)}, asked for "
-            f"{json.dumps(corpus.description())}): delete it or choose another directory"
+            f"{output} holds another sample corpus ({json.dumps(found)}, asked for "
+            f"{json.dumps(made_with)}): delete it or choose another directory"
         )
     return True
-
-
-@contextmanager
-def _staging_directory(output: Path) -> Iterator[Path]:
-    """A directory that becomes ``output`` on success and vanishes on failure."""
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        # One sync of everything instead of one per picture.
-        os.sync()
-        staging.rename(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_files(corpus: SampleCorpus, root: Path) -> None:
-    seed, num_images = corpus.seed, corpus.num_images
-    pictures, texts = pretraining_files(seed, num_images)
-    task_pictures, task_texts = task_files(seed, num_images, [scene for scene, _ in pictures])
-    readme = README.format(num_images=num_images, seed=seed)
-    _draw([(scene, root / file) for scene, file in pictures + task_pictures], corpus.workers)
-    for file, text in {**texts, **task_texts, Path("README.txt"): readme}.items():
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(text)
 
 
 def pretraining_files(seed: int, num_images: int) -> Files:
@@ -212,6 +274,34 @@ def task_files(seed: int, num_images: int, known: Sequence[Scene]) -> Files:
     return pictures, texts
 
 
+def make_imagenet(fresh: FreshScenes, seed: int, num_images: int) -> TaskFiles:
+    """Half as many pictures as ``num_images`` to train, and a fifth of that to validate."""
+    numbers = {
+        "train": max(2, num_images // (2 * len(SHAPE_NAMES))),
+        "val": max(1, num_images // (10 * len(SHAPE_NAMES))),
+    }
+    pictures: list[Picture] = []
+    for split, number in numbers.items():
+        mains = [name for name in SHAPE_NAMES for _ in range(number)]
+        # So that the numbers of validation pictures tell no classes.
+        generator_for(seed, f"imagenet-{split}-order", 0).shuffle(mains)
+        for index, main in enumerate(mains):
+            synset = synset_of(main)
+            stem = f"{synset}_{index}" if split == "train" else f"ILSVRC2012_val_{index + 1:08d}"
+            pictures.append(
+                Picture(
+                    split=split,
+                    file=Path("imagenet", split, synset, f"{stem}.JPEG"),
+                    scene=fresh.take(f"imagenet-{split}", partial(draw_object_scene, main=main)),
+                )
+            )
+    return TaskFiles(
+        pictures=tuple(pictures),
+        texts={Path("imagenet", "words.txt"): CLASS_NAMES},
+        truth={"val": class_truth(p.file.parent.name for p in pictures if p.split == "val")},
+    )
+
+
 def _draw(files: Sequence[PictureFile], workers: int) -> None:
     for directory in {path.parent for _, path in files}:
         directory.mkdir(parents=True, exist_ok=True)
@@ -229,3 +319,66 @@ def _draw(files: Sequence[PictureFile], workers: int) -> None:
 def _draw_one(file: PictureFile) -> None:
     scene, path = file
     path.write_bytes(encode_picture(scene, path.suffix))
+
+
+def encode_picture(scene: Scene, suffix: str) -> bytes:
+    """The picture as a PNG where ``suffix`` is ".png", as a JPEG otherwise.
+
+    It has ``scene.width`` x ``scene.height`` pixels.
+    """
+    buffer = io.BytesIO()
+    how: dict[str, Any] = (
+        {"format": "PNG"} if suffix == ".png" else {"format": "JPEG", "quality": JPEG_QUALITY}
+    )
+    render_picture(scene).save(buffer, **how)
+    return buffer.getvalue()
+
+
+def render_picture(scene: Scene) -> Image.Image:
+    """The picture, RGB, ``scene.width`` x ``scene.height`` pixels."""
+    size = (scene.width * SUPERSAMPLING, scene.height * SUPERSAMPLING)
+    canvas = Image.new("RGB", size, BACKGROUND_VALUES[scene.background])
+    for shape in scene.shapes:
+        _draw_shape(canvas, shape)
+    return canvas.reduce(SUPERSAMPLING)
+
+
+def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
+    cell_width, cell_height = canvas.width / GRID, canvas.height / GRID
+    unit = min(cell_width, cell_height)
+    center_x = (shape.column + 0.5) * cell_width + shape.shift[0] * unit
+    center_y = (shape.row + 0.5) * cell_height + shape.shift[1] * unit
+    radius = RADII[shape.size] * unit
+    side = 2 * math.ceil(radius) + 1
+    mask = Image.new("1", (side, side))
+    center = side / 2
+    if shape.kind == "circle":
+        box = [center - radius, center - radius, center + radius, center + radius]
+        ImageDraw.Draw(mask).ellipse(box, fill=1)
+    else:
+        points = [(center + x * radius, center + y * radius) for x, y in CORNERS[shape.kind]]
+        ImageDraw.Draw(mask).polygon(points, fill=1)
+    red, green, blue = COLOR_VALUES[shape.color]
+    fill = Image.new("RGB", (side, side), (red, green, blue))
+    draw, dark = ImageDraw.Draw(fill), (red * 2 // 5, green * 2 // 5, blue * 2 // 5)
+    # Coarser on small shapes, or a resized picture would lose it.
+    repeats = 4 if shape.size == "large" else 3
+    period = side / repeats
+    if shape.texture == "striped":
+        for number in range(repeats):
+            top = (number + 0.3) * period
+            draw.rectangle([0, top, side, top + 0.45 * period], fill=dark)
+    elif shape.texture == "dotted":
+        dot = 0.27 * period
+        for row, column in product(range(repeats), range(repeats + 1)):
+            x, y = (column + 0.5 * (row % 2)) * period, (row + 0.5) * period
+            draw.ellipse([x - dot, y - dot, x + dot, y + dot], fill=dark)
+    if shape.letter is not None:
+        scale = 0.5 * radius if shape.kind in ("circle", "square") else 0.36 * radius
+        # A triangle is widest below its middle.
+        middle = center + (0.28 * radius if shape.kind == "triangle" else 0.0)
+        for (x0, y0), (x1, y1) in LETTER_STROKES[shape.letter]:
+            start = (center + x0 * scale, middle + y0 * scale)
+            end = (center + x1 * scale, middle + y1 * scale)
+            draw.line([start, end], fill=(0, 0, 0), width=max(2, round(0.15 * radius)))
+    canvas.paste(fill, (round(center_x - center), round(center_y - center)), mask)

@@ -19,8 +19,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Mapping
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import near_multiples
+from megatron_vlmoe.config.errors import ConfigError, near_multiples
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig
 
 if TYPE_CHECKING:

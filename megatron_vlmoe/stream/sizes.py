@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.hints import near_multiples
+from megatron_vlmoe.config.errors import ConfigError, near_multiples
 from megatron_vlmoe.config.schema import ParallelConfig, RunConfig
 
 VOCAB_MULTIPLE = 128

@@ -22,7 +22,7 @@ from megatron_vlmoe.model.block import MoMEFeedForward, MoMELayer
 from megatron_vlmoe.model.vlmoe import VLMoEModel
 from megatron_vlmoe.moe.aux_losses import TERMS
 from megatron_vlmoe.moe.router import HEADER
-from megatron_vlmoe.planning.flops import flops_per_step
+from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.runtime.files import write_bytes_atomic
 from megatron_vlmoe.runtime.json_files import logged_step

@@ -19,7 +19,7 @@ from resume_runs import (
 )
 from training_runs import trainer_run
 
-from megatron_vlmoe.config.recipes import recipe_names
+from megatron_vlmoe.config.presets import recipe_names
 
 ONE = Layout(1)
 # Recipe to its task: one of each task, and those that differ from it in numbers.

@@ -14,9 +14,8 @@ import pytest
 from command_parsers import parser_of
 
 from megatron_vlmoe.commands.table import COMMANDS
-from megatron_vlmoe.config.command_line import ALIASES, _flatten, merge_file
-from megatron_vlmoe.config.presets import preset, preset_names
-from megatron_vlmoe.config.recipes import recipe_names
+from megatron_vlmoe.config.command_line import ALIASES, flat_options, merge_file
+from megatron_vlmoe.config.presets import preset, preset_names, recipe_names
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import TASKS
 from megatron_vlmoe.planning.validate import validate
@@ -48,7 +47,7 @@ WITHOUT_MEGATRON = (
 TRAVELLING = PACKAGE / "convert" / "hf"
 TRAVELLING_IMPORTS = {"torch", "transformers", "numpy", "PIL", "sentencepiece"}
 # Where a task may be called by its name: its row, its readers, recipes, and the corpus that makes a sample of it.
-TASK_FILES = ("config/tasks.py", "config/recipes.py", "prepare/readers/tasks/", "sample_corpus/")
+TASK_FILES = ("config/tasks.py", "config/presets.py", "prepare/readers/tasks/", "sample_corpus/")
 # The same word for something else: how pixels are normalised.
 OTHER_WORDS = {"convert/public/beit2.py": {"imagenet"}, "tools/import_public.py": {"imagenet"}}
 MUTATORS = {
@@ -381,7 +380,7 @@ def test_example_configs_run(path):
 
 
 # With the placeholder that texts about the grammar use.
-KNOWN_OPTIONS = {f"--{name}" for name in _flatten(dataclasses.asdict(FinetuneConfig()))} | {
+KNOWN_OPTIONS = {f"--{name}" for name in flat_options(dataclasses.asdict(FinetuneConfig()))} | {
     "--section.option"
 }
 PROGRAM_OPTIONS = {*ALIASES, "--preset", "--config", "--dry-run", "--dry-run-world-size", "--help"}

@@ -114,7 +114,7 @@ def test_an_error_of_the_options_is_printed_by_one_rank() -> None:
 def test_interrupted_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     from unittest import mock
 
-    with mock.patch("megatron_vlmoe.commands.plot_losses.read_metrics") as read:
+    with mock.patch("megatron_vlmoe.commands.measure.read_metrics") as read:
         read.side_effect = KeyboardInterrupt
         assert run("plot-losses", ["--run", "x", "--output", "y"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"

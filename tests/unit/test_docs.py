@@ -19,7 +19,7 @@ from document_commands import (
     commands_of,
 )
 
-from megatron_vlmoe.commands import check_options
+from megatron_vlmoe.commands.pretrain import check_options
 from megatron_vlmoe.commands.table import COMMANDS
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError
@@ -58,14 +58,14 @@ def parse(command: DocumentCommand, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     if name in TRAINING:
-        check_options.main([name, *words])
+        check_options([name, *words])
         return
     parser = parser_of(name) if name != "predict" else None
     if parser is None:
         importlib.import_module("megatron_vlmoe.commands.predict").parse_arguments(words)
     elif name in PASSES_ON:
         _, others = parser.parse_known_args(words)
-        check_options.main(["pretrain", *others])
+        check_options(["pretrain", *others])
     else:
         parser.parse_args(words)
 

@@ -17,8 +17,11 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_vlmoe.planning.dry_run import block_ranges, dry_run_text, nodes_crossed
-from megatron_vlmoe.planning.flops import flops_per_step, hardware_flops_per_step
-from megatron_vlmoe.planning.memory import memory_per_rank
+from megatron_vlmoe.planning.estimate import (
+    flops_per_step,
+    hardware_flops_per_step,
+    memory_per_rank,
+)
 from megatron_vlmoe.planning.parameters import (
     parameter_counts,
     parameters_per_rank,
@@ -458,7 +461,7 @@ def test_sgd_keeps_no_moments():
     [("tiny-dense", 0.1), ("small-dense", 0.0), ("small-8e", 0.1), ("small-32e", 0.1)],
 )
 def test_activations_are_what_autograd_saves(name, precision, layer_scale, runtime):
-    from megatron_vlmoe.planning.memory import block_activation_bytes
+    from megatron_vlmoe.planning.estimate import block_activation_bytes
     from megatron_vlmoe.stream.block_plan import block_plans
 
     config = change(measured_config(name), model={"layer_scale_init": layer_scale})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlmoe.commands.run_command import TERMINATED, run_command
+from megatron_vlmoe.commands.main import TERMINATED, run_command
 from megatron_vlmoe.config.errors import FileError, UserError
 from megatron_vlmoe.runtime.files import (
     StagedFile,

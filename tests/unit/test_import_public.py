@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import collections
 import enum
+import functools
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from public_states import (
     vlmo_shapes,
 )
 
+from megatron_vlmoe.commands.main import run as run_command
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.public.options import ImportOptions
 from megatron_vlmoe.convert.public.torch_files import read_public_file
 from megatron_vlmoe.train.checkpoint_files import TRACKER
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tools.import_public import main
+main = functools.partial(run_command, "import-public")
 
 
 @pytest.mark.parametrize("attention", ["vision", "text", "mean"])

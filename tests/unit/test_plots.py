@@ -10,8 +10,13 @@ from typing import Any
 import matplotlib.figure
 import pytest
 
-from megatron_vlmoe.analysis.experts import draw_experts, experts_of_pools
-from megatron_vlmoe.analysis.losses import draw_losses, last_evaluation_table, read_metrics
+from megatron_vlmoe.analysis.plots import (
+    draw_experts,
+    draw_losses,
+    experts_of_pools,
+    last_evaluation_table,
+    read_metrics,
+)
 from megatron_vlmoe.config.errors import MetricsError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlmoe.commands.run_command import run_command
+from megatron_vlmoe.commands.main import run_command
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.train.metrics import progress_line

@@ -19,20 +19,30 @@ import pytest
 from PIL import Image
 
 from megatron_vlmoe.sample_corpus import writer
-from megatron_vlmoe.sample_corpus.captions import write_captions
-from megatron_vlmoe.sample_corpus.paragraphs import COLOR_FACTS, KIND_FACTS, write_paragraph
-from megatron_vlmoe.sample_corpus.render import BACKGROUND_VALUES, COLOR_VALUES, render_picture
-from megatron_vlmoe.sample_corpus.scene import (
+from megatron_vlmoe.sample_corpus.texts import (
+    COLOR_FACTS,
+    KIND_FACTS,
+    write_captions,
+    write_paragraph,
+)
+from megatron_vlmoe.sample_corpus.world import (
     COLORS,
     KINDS,
     Cell,
+    FreshScenes,
     Scene,
     Shape,
     draw_object_scene,
     sample_scene,
 )
-from megatron_vlmoe.sample_corpus.task_files import FreshScenes
-from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus, task_files
+from megatron_vlmoe.sample_corpus.writer import (
+    BACKGROUND_VALUES,
+    COLOR_VALUES,
+    SampleCorpus,
+    make_sample_corpus,
+    render_picture,
+    task_files,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = {"no": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "a": 1, "an": 1}

@@ -22,11 +22,17 @@ from test_sample_corpus import BIG, PLACES, RELATIONS, check_caption, fits, one_
 
 from megatron_vlmoe.sample_corpus.mnli import Claim, Mention, Premise, judge, make_mnli
 from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
-from megatron_vlmoe.sample_corpus.render import render_picture
-from megatron_vlmoe.sample_corpus.scene import BACKGROUNDS, COLORS, KINDS, Cell, Scene, Shape
-from megatron_vlmoe.sample_corpus.task_files import FreshScenes
 from megatron_vlmoe.sample_corpus.vqa import PLACE_NAMES
-from megatron_vlmoe.sample_corpus.writer import task_files
+from megatron_vlmoe.sample_corpus.world import (
+    BACKGROUNDS,
+    COLORS,
+    KINDS,
+    Cell,
+    FreshScenes,
+    Scene,
+    Shape,
+)
+from megatron_vlmoe.sample_corpus.writer import render_picture, task_files
 
 SEED = 11
 COLOR, KIND, PLACE, RELATION = map(one_of, (COLORS, KINDS, PLACES, RELATIONS))

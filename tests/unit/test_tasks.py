@@ -12,7 +12,7 @@ import pytest
 
 from megatron_vlmoe.config import tasks
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.recipes import apply_recipe, default_recipe, recipe_names
+from megatron_vlmoe.config.presets import apply_recipe, default_recipe, recipe_names
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import TaskConfig
 from megatron_vlmoe.config.tasks import PAIR_HEAD, TASKS, TaskSpec, find_task, load_code, task_names

@@ -1,0 +1,159 @@
+"""The commands that measure a run and show what came of one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vlmoe.analysis.layouts import compare_layouts
+from megatron_vlmoe.analysis.plots import (
+    draw_experts,
+    draw_losses,
+    experts_of_pools,
+    last_evaluation_table,
+    read_metrics,
+)
+from megatron_vlmoe.commands.options import CommandParser
+from megatron_vlmoe.config.errors import ConfigError, user_files
+from megatron_vlmoe.finetune.predictions import write_json
+from megatron_vlmoe.finetune.table import downstream_table, table_lines
+from megatron_vlmoe.runtime.lazy import load
+
+
+def layouts(words: Sequence[str]) -> int:
+    """Returns 1 above the tolerance. Other options go to `pretrain`, the data options among them.
+
+    vlmoe compare-layouts --preset tiny-8e --layouts tp1 tp2 pp2 ep2 tp2,ep2 --steps 3 --random-data
+    """
+    parser = CommandParser(
+        "compare-layouts",
+        "Run one preset at several parallel layouts from one seed checkpoint and compare them.",
+        epilog="Every other option goes to `vlmoe pretrain`.",
+    )
+    add = parser.add_argument
+    add(
+        "--layouts",
+        nargs="+",
+        required=True,
+        metavar="L",
+        help="such as tp1 tp2 pp2 ep2 tp2,ep2 pp2,vpp2 dp2; the first is the reference",
+    )
+    add("--steps", type=int, default=3, help="steps of every run")
+    add("--tolerance", type=float, default=1e-4, help="largest relative difference (fp32: 1e-4)")
+    add("--random-data", action="store_true", help="needs no datasets")
+    add("--output", default="", help="keeps the runs in this new folder")
+    options, others = parser.parse_known_args(words)
+    if options.output and Path(options.output).exists():
+        raise ConfigError(f"--output {options.output} exists; name a new folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.output or temporary)
+        command = "pretrain-random" if options.random_data else "pretrain"
+        worst = compare_layouts(options.layouts, options.steps, others, folder, command)
+    if worst > options.tolerance:
+        print(f"above the tolerance {options.tolerance:g}")
+        return 1
+    return 0
+
+
+def bench(words: Sequence[str]) -> None:
+    """`vlmoe bench --preset base-dense base-32e --texts 16 --images 16 --pairs 16`."""
+    parser = CommandParser(
+        "bench",
+        "Measures training steps of presets against each other on random data, in turn within one run. Unknown "
+        "options (`--section.option VALUE`) go to every preset. Under torchrun, ranks step together.",
+        {"--presets": "--preset"},
+    )
+    add = parser.add_argument
+    add(
+        "--preset",
+        dest="presets",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="presets to measure; the first is the reference",
+    )
+    add("--texts", type=int, default=64, help="texts of a step (%(default)s)")
+    add("--images", type=int, default=64, help="images of a step (%(default)s)")
+    add("--pairs", type=int, default=64, help="pairs of a step (%(default)s)")
+    add("--rounds", type=int, default=3, help="turns of every preset (%(default)s)")
+    add("--steps", type=int, default=2, help="measured steps of a turn (%(default)s)")
+    add("--warmup", type=int, default=1, help="steps of a turn before them (%(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's (%(default)s)")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the model's arithmetic (%(default)s)",
+    )
+    add("--vocab-size", type=int, default=64_000, help="rows of the text head (%(default)s)")
+    add("--visual-vocab-size", type=int, default=8_192, help="rows of the image head (%(default)s)")
+    add(
+        "--caption-mask-slots",
+        type=int,
+        default=16,
+        help="predicted tokens of a caption (%(default)s)",
+    )
+    add(
+        "--dispatcher",
+        choices=["fixed_capacity", "alltoall", "dropless"],
+        help="short for --moe.dispatcher",
+    )
+    add("--output", type=Path, metavar="FILE", help="JSON file, rewritten after every round")
+    options, others = parser.parse_known_args(words)
+    if options.rounds < 1 or options.steps < 1 or options.warmup < 0:
+        parser.error("--rounds and --steps must be at least 1 and --warmup at least 0")
+    if len(set(options.presets)) != len(options.presets):
+        parser.error("--preset names a preset twice")
+    if options.dispatcher:
+        others += ["--moe.dispatcher", options.dispatcher]
+    values = vars(options)
+    threads, output, _ = (values.pop(name) for name in ("threads", "output", "dispatcher"))
+    module = load("megatron_vlmoe.analysis.bench")
+    module.bench(module.BenchOptions(**values), others, threads, output)
+
+
+@user_files()
+def plot_losses(words: Sequence[str]) -> None:
+    """`vlmoe plot-losses --run runs/quickstart --output runs/quickstart/losses.png`."""
+    parser = CommandParser(
+        "plot-losses",
+        "Draws the losses of one or more runs with the entropy of guessing beside them, and prints the last values.",
+    )
+    parser.add_argument(
+        "--run", nargs="+", required=True, metavar="DIR", help="run folders (with metrics.jsonl)"
+    )
+    parser.add_argument("--output", required=True, metavar="PNG", help="picture to draw")
+    parser.add_argument(
+        "--experts", metavar="PNG", help="also draw load, drops and router entropy of the first run"
+    )
+    options = parser.parse_args(words)
+    runs = {path: read_metrics(Path(path)) for path in options.run}
+    draw_losses(runs, Path(options.output))
+    for path, rows in runs.items():
+        print(last_evaluation_table(path, rows))
+    print(f"wrote {options.output}")
+    if options.experts:
+        first = options.run[0]
+        draw_experts(first, runs[first], experts_of_pools(Path(first)), Path(options.experts))
+        print(f"wrote {options.experts}")
+
+
+def downstream(words: Sequence[str]) -> None:
+    """`vlmoe downstream-table --runs runs/downstream --data corpora/tasks --output runs/downstream/table.json`."""
+    parser = CommandParser(
+        "downstream-table",
+        "Put fine-tuning results side by side: guessing, from scratch, from pretrained dense, from pretrained experts.",
+    )
+    add = parser.add_argument
+    add("--runs", type=Path, required=True, metavar="DIR", help="of TASK/{scratch,dense,moe}")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of the prepared tasks")
+    add("--output", type=Path, metavar="FILE", help="JSON file")
+    options = parser.parse_args(words)
+    table = downstream_table(options.runs, options.data)
+    print("\n".join(table_lines(table)))
+    if options.output:
+        try:
+            write_json(options.output, table)
+        except OSError as error:
+            raise ConfigError(f"--output {options.output}: {error.strerror}") from None
