@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+
 IGNORED_LABEL = -100
 """Label of a position that is not predicted."""
 
@@ -19,7 +21,7 @@ _RANDOM_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking needs of a text tokenizer, without its model: workers hold no more.
+    """What masking needs of a text tokenizer, without its model.
 
     Args:
         size: number of ids.
@@ -30,6 +32,11 @@ class Vocabulary:
     size: int
     mask_id: int
     special_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> Vocabulary:
+        """That of a tokenizer."""
+        return cls(tokenizer.size, tokenizer.mask_id, tokenizer.special_ids)
 
 
 def blockwise_mask(

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -120,8 +120,7 @@ class SampleOrder:
         return epoch, int(order[place])
 
 
-@dataclass(frozen=True)
-class BlendSpec:
+class BlendSpec(NamedTuple):
     """Datasets of one objective.
 
     Args:
@@ -143,7 +142,12 @@ def parse_blend(values: Sequence[str], option: str) -> BlendSpec:
     Raises:
         ConfigError: weights and prefixes do not alternate, or a weight is not positive.
     """
-    numbers = [_as_weight(value) for value in values]
+    numbers: list[Fraction | None] = []
+    for value in values:
+        try:
+            numbers.append(Fraction(value))
+        except (ValueError, ZeroDivisionError):
+            numbers.append(None)
     if all(number is None for number in numbers):
         return BlendSpec(tuple(values))
     weights, prefixes = numbers[0::2], tuple(values[1::2])
@@ -156,13 +160,6 @@ def parse_blend(values: Sequence[str], option: str) -> BlendSpec:
         raise ConfigError(f"{option} {' '.join(values)}: weights must be positive")
     total = sum(positive, Fraction(0))
     return BlendSpec(prefixes, tuple(weight / total for weight in positive))
-
-
-def _as_weight(value: str) -> Fraction | None:
-    try:
-        return Fraction(value)
-    except (ValueError, ZeroDivisionError):
-        return None
 
 
 class Blend:

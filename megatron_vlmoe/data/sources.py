@@ -14,7 +14,7 @@ from megatron_vlmoe.config.schema import DataConfig, RunConfig
 from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import DatasetManifest, check_dataset, part_prefix
-from megatron_vlmoe.data.order import Blend, BlendedOrder, SampleOrder, parse_blend
+from megatron_vlmoe.data.order import Blend, BlendedOrder, BlendSpec, SampleOrder, parse_blend
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -99,10 +99,8 @@ def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
         raise ConfigError(f"data.text_tokenizer: {error}") from error
 
 
-def open_sources(
-    data: DataConfig, objective: str, fingerprint: str | None
-) -> dict[Split, Sources | None]:
-    """Verifies the datasets of one objective and splits off what is held out.
+def open_sources(data: DataConfig, objective: str, fingerprint: str | None) -> dict[Split, Sources]:
+    """Verifies the datasets of one objective and splits off what is held out, if anything is.
 
     Raises:
         ConfigError: no dataset is given, or one is too small to hold anything out.
@@ -113,25 +111,27 @@ def open_sources(
     if not values:
         count = getattr(data, f"micro_{objective}")
         raise ConfigError(f"data.{option} is empty: data.micro_{objective}={count} needs a dataset")
-    spec = parse_blend(values, f"data.{option}")
     held_out = getattr(data, f"eval_{option}")
     fraction = 0.0 if held_out else data.eval_fraction
-    train, evaluation = [], []
-    for prefix in spec.prefixes:
-        manifest = check_dataset(prefix, option, fingerprint)
-        kept, rest = split_documents(manifest.documents, fraction, prefix, option)
-        train.append(Source(prefix, manifest, kept))
-        evaluation.append(Source(prefix, manifest, rest))
-    result: dict[Split, Sources | None] = {
-        "train": Sources(tuple(train), spec.weights),
-        "eval": Sources(tuple(evaluation), spec.weights) if fraction > 0 else None,
-    }
-    if held_out:
-        spec = parse_blend(held_out, f"data.eval_{option}")
+
+    def verified(values: Sequence[str], name: str) -> tuple[list[Source], BlendSpec]:
+        spec = parse_blend(values, name)
         manifests = [check_dataset(prefix, option, fingerprint) for prefix in spec.prefixes]
         found = zip(spec.prefixes, manifests, strict=True)
-        items = [Source(prefix, m, range(m.documents)) for prefix, m in found]
+        return [Source(prefix, m, range(m.documents)) for prefix, m in found], spec
+
+    whole, spec = verified(values, f"data.{option}")
+    train, rest = [], []
+    for item in whole:
+        kept, left = split_documents(item.manifest.documents, fraction, item.prefix, option)
+        train.append(replace(item, documents=kept))
+        rest.append(replace(item, documents=left))
+    result: dict[Split, Sources] = {"train": Sources(tuple(train), spec.weights)}
+    if held_out:
+        items, spec = verified(held_out, f"data.eval_{option}")
         result["eval"] = Sources(tuple(items), spec.weights)
+    elif fraction > 0:
+        result["eval"] = Sources(tuple(rest), spec.weights)
     return result
 
 
@@ -169,11 +169,6 @@ class VisualTargets:
     tokenizer_size: int | None
     codes: dict[tuple[str, Split], tuple[CodesReader, ...]]
     tokenizer: ImageTokenizer | None = None
-
-    @property
-    def stored(self) -> bool:
-        """Whether codes are read from disk."""
-        return self.tokenizer_size is None
 
 
 def open_targets(
@@ -221,18 +216,9 @@ def open_targets(
                 f"data.image_tokenizer is not set: data.micro_{name}={count} needs it"
             )
         return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {}, tokenizer)
-    return _open_codes(data, visual, grid, tokenizer.fingerprint if tokenizer else None)
-
-
-def _open_codes(
-    data: DataConfig,
-    visual: dict[tuple[str, Split], Sources],
-    grid: int,
-    fingerprint: str | None,
-) -> VisualTargets:
-    """Verifies the stored codes of every dataset; without a fingerprint all must share one."""
+    # Without a tokenizer the codes of all datasets must at least share one.
+    fingerprint = tokenizer.fingerprint if tokenizer else None
     codes: dict[tuple[str, Split], tuple[CodesReader, ...]] = {}
-    num_codes = 0
     for key, value in visual.items():
         option = "flip_probability" if key[0] == "images" else "pair_flip_probability"
         readers = []
@@ -246,9 +232,8 @@ def _open_codes(
                     "--flip-probability 0, or use data.codes compute"
                 )
             readers.append(reader)
-            num_codes = reader.manifest.num_codes
         codes[key] = tuple(readers)
-    return VisualTargets(num_codes, None, codes)
+    return VisualTargets(readers[0].manifest.num_codes, None, codes)
 
 
 def resolve_sizes(

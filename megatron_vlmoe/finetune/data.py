@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber, to_tensors
-from megatron_vlmoe.data.loading import Loader, Numbers
+from megatron_vlmoe.data.collate import BatchShare, Loader, MicroBatchNumber, Numbers, to_tensors
 from megatron_vlmoe.data.order import SampleOrder, SampleRef
 from megatron_vlmoe.data.samples import SampleRngs, TextFormat
 from megatron_vlmoe.data.sources import open_text_tokenizer

@@ -18,8 +18,7 @@ from torch.utils.data import Dataset
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape
-from megatron_vlmoe.data.collate import BatchShare, to_tensors
-from megatron_vlmoe.data.loading import Loader
+from megatron_vlmoe.data.collate import BatchShare, Loader, to_tensors
 from megatron_vlmoe.finetune.data import TaskData
 from megatron_vlmoe.runtime.distributed import Ranks, is_rank_zero
 from megatron_vlmoe.stream.batch import Batch
