@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +83,24 @@ class PackedTexts:
         return self._recent.get(epoch if self.shuffle else 0, self._load_index)
 
     def _load_index(self, epoch: int) -> PackingIndex:
+        """An index that the processes of a machine share through memory-mapped files, if there is a folder for them."""
         if self.cache_dir is None:
             return self._build_index(epoch)
         key = (self.identity, self.documents.start, self.documents.stop, self.seed, self.dataset)
         digest = hashlib.sha256(repr((*key, self.shuffle, epoch)).encode()).hexdigest()[:20]
-        size = len(self.documents)
-        return _cached_index(Path(self.cache_dir), digest, size, lambda: self._build_index(epoch))
+        folder = Path(self.cache_dir)
+        paths = [folder / f"packing-{digest}-{part}.npy" for part in ("order", "starts")]
+        with contextlib.suppress(OSError, ValueError):
+            order, starts = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+            if len(starts) == len(order) + 1 == len(self.documents) + 1:
+                return PackingIndex(order, starts)
+        built = self._build_index(epoch)
+        # A cache that cannot be written (read-only folder, full disk) costs memory, nothing else.
+        with contextlib.suppress(OSError):
+            for path, array in zip(paths, (built.order, built.starts), strict=True):
+                with open_atomic(path) as file:
+                    np.save(file, array, allow_pickle=False)
+        return built
 
     def _build_index(self, epoch: int) -> PackingIndex:
         size = len(self.documents)
@@ -131,21 +142,3 @@ class PackedTexts:
             place = (place + 1) % len(self.documents)
         documents[-1] = number - 1
         return ids, documents
-
-
-def _cached_index(
-    folder: Path, name: str, num_documents: int, build: Callable[[], PackingIndex]
-) -> PackingIndex:
-    """An index that the processes of a machine share through memory-mapped files."""
-    paths = [folder / f"packing-{name}-{part}.npy" for part in ("order", "starts")]
-    with contextlib.suppress(OSError, ValueError):
-        order, starts = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-        if len(starts) == len(order) + 1 == num_documents + 1:
-            return PackingIndex(order, starts)
-    built = build()
-    # A cache that cannot be written (read-only folder, full disk) costs memory, nothing else.
-    with contextlib.suppress(OSError):
-        for path, array in zip(paths, (built.order, built.starts), strict=True):
-            with open_atomic(path) as file:
-                np.save(file, array, allow_pickle=False)
-    return built
