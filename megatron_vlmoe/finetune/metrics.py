@@ -5,9 +5,9 @@ that cannot be compared (not a number). A model that gives every item the same s
 and results depend neither on the order of the items nor on a sorting algorithm.
 
 Below are the functions that tasks' rows name as `scores` and `guess`. One of scores takes what
-`classification.digest` kept of every sample, the split and the labels; the first of its metrics decides whether a split
-is labelled. One of guesses takes a split and the labels; it gives, in percent, what the best prediction that is the
-same for all samples scores, or a ranking at random.
+`ClassificationObjective` kept of every sample, the split and the labels; the first of its metrics decides whether a
+split is labelled. One of guesses takes a split and the labels; it gives, in percent, what the best prediction that is
+the same for all samples scores, or a ranking at random.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_vlmoe.prepare.vqa_answers import compared_answers, normalize_answe
 if TYPE_CHECKING:
     from megatron_vlmoe.data.task_dataset import Labels, TaskDataset
     from megatron_vlmoe.finetune.data import SplitData
-    from megatron_vlmoe.finetune.evaluation import Found
+    from megatron_vlmoe.finetune.objective import Found
 
 Array = npt.NDArray[Any]
 
@@ -86,12 +86,7 @@ def label_ranks(logits: Array, labels: Array) -> Array:
 
 
 def topk_accuracy(ranks: Array, k: int) -> Score:
-    """Share of samples whose label is among the k highest logits.
-
-    Args:
-        ranks: of the labels ``[N]``, as `label_ranks` gives them.
-        k: at least 1.
-    """
+    """Share of samples whose label is among the k highest logits, by the `label_ranks` ``[N]``."""
     known = ranks >= 0
     return Score.of(ranks[known] < k, int((~known).sum()))
 

@@ -1,19 +1,169 @@
-"""What the objectives of all downstream tasks share: by which metric they are judged, and evaluation."""
+"""What trains a downstream task and judges it: evaluation of every item, the base of all objectives, that of classes.
+
+An evaluation runs over every item once, in order, on all ranks, and brings what it found together on rank 0. Items
+come in micro-batches of one size. The last ones are filled up with copies of the first item, which are marked and left
+out of every result, so that all ranks run the same number of forward passes.
+"""
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from typing import Iterator, Mapping, Optional
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
 
+import numpy as np
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from megatron_vlmoe.config.schema import ModelConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.config.tasks import SampleShape, load_code
+from megatron_vlmoe.data.collate import BatchShare, Loader, to_tensors
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.evaluation import Found
-from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.finetune.metrics import Score, label_ranks
+from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
+from megatron_vlmoe.losses.classification import class_loss, soft_target_loss
+from megatron_vlmoe.runtime.distributed import Ranks, is_rank_zero
 from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.objective import Losses
 from megatron_vlmoe.train.step import StepRunner
+
+Array = np.ndarray[Any, Any]
+Found = dict[str, Array]
+Reduce = Callable[[Batch, Mapping[str, Tensor]], Found]
+# Micro-batches of one call of the schedule, between which a rank that runs ahead waits for the others.
+MOST_MICRO_BATCHES = 64
+
+
+@dataclass(frozen=True)
+class EvalItems:
+    """What an evaluation runs over.
+
+    Args:
+        count: how many items there are.
+        shape: what an item puts into the stream.
+        batch: from the numbers of items to the parts of a micro-batch; pickles, so that loader workers can have it.
+    """
+
+    count: int
+    shape: SampleShape
+    batch: Callable[[Sequence[int]], dict[str, Any]]
+
+
+class EvalMicroBatches(Dataset[Batch]):
+    """Local micro-batch number to batch, for `Loader`; every data-parallel rank has `count` of them."""
+
+    def __init__(self, items: EvalItems, config: FinetuneConfig, share: BatchShare) -> None:
+        self.items, self.share, self.size = items, share, config.task.eval_batch
+        self.count = max(1, -(-items.count // (self.size * share.data_size)))
+        pipeline = config.parallel.pipeline_model_parallel_size
+        if config.parallel.virtual_pipeline_model_parallel_size > 1:
+            # Interleaving takes micro-batches in multiples of the stages.
+            self.count = -(-self.count // pipeline) * pipeline
+
+    def __getitem__(self, local: int) -> Batch:
+        """The batch with ``samples [n]``, numbers of items, and ``valid [n]``, False for copies. Raises DataError."""
+        first = (local * self.share.data_size + self.share.data_rank) * self.size
+        numbers, total = range(first, first + self.size), self.items.count
+        items = [number if number < total else 0 for number in numbers]
+        marks = {
+            "samples": np.array(items, dtype=np.int64),
+            "valid": np.array([number < total for number in numbers]),
+            "micro_batch": np.array(local),
+        }
+        return to_tensors(self.items.batch(items) | marks)
+
+
+def eval_layout(model: ModelConfig, shape: SampleShape, count: int) -> StreamLayout:
+    """The stream of an evaluation micro-batch of so many items."""
+    return StreamLayout(
+        texts=shape.texts * count,
+        pairs=shape.pairs * count,
+        images=shape.images * count,
+        text_length=model.text_length,
+        pair_text_length=model.pair_text_length,
+        image_length=model.image_length,
+    )
+
+
+class CoverageError(RuntimeError):
+    """An evaluation that did not see every item exactly once."""
+
+
+def evaluate_items(
+    runner: StepRunner, data: TaskData, items: EvalItems, reduce: Reduce, ranks: Ranks
+) -> Optional[Found]:
+    """What the model says of every evaluation item.
+
+    Every rank must call it.
+
+    Args:
+        runner: the model.
+        data: of the run.
+        items: the items.
+        reduce: from a micro-batch and the heads' outputs to what is wanted of every item, ``[n, ...]`` each; little
+            enough for rank 0 to hold for all items.
+        ranks: where this process stands.
+
+    Returns:
+        On rank 0 what `reduce` gave ``[items, ...]`` in the order of the items; None elsewhere.
+
+    Raises:
+        CoverageError: on rank 0, if an item is missing or came twice.
+    """
+    config, options = data.config, data.config.data
+    dataset = EvalMicroBatches(items, config, data.share)
+    layout = eval_layout(config.model, items.shape, config.task.eval_batch)
+    batches = iter(Loader(dataset, range(dataset.count), options.num_workers, options.prefetch))
+
+    def measure(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
+        valid = batch["valid"].cpu().numpy()
+        kept = {name: value[valid] for name, value in reduce(batch, outputs).items()}
+        kept["samples"] = batch["samples"].cpu().numpy()[valid]
+        return kept
+
+    results: list[Found] = []
+    pipeline = config.parallel.pipeline_model_parallel_size
+    most = max(1, MOST_MICRO_BATCHES // pipeline) * pipeline
+    for first in range(0, dataset.count, most):
+        count = min(dataset.count - first, most)
+        results += runner.evaluate(itertools.islice(batches, count), count, measure, layout=layout)
+    # All tensor-parallel ranks of the last stage hold the same; the first one speaks for them.
+    parts = results if ranks.is_last_stage and ranks.tensor == 0 else []
+    if dist.get_world_size() > 1:
+        places: Optional[list[Any]] = [None] * dist.get_world_size() if is_rank_zero() else None
+        dist.gather_object(parts, places, dst=0)
+        if places is None:
+            return None
+        parts = [part for own in places for part in own]
+    numbers = np.concatenate([part["samples"] for part in parts])
+    order = np.argsort(numbers, kind="stable")
+    if not np.array_equal(numbers[order], np.arange(items.count)):
+        seen = np.bincount(numbers, minlength=items.count)
+        raise CoverageError(
+            f"evaluation of {items.count} items: {int((seen == 0).sum())} missing, "
+            f"{int((seen > 1).sum())} more than once"
+        )
+    names = [name for name in parts[0] if name != "samples"]
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in names}
+
+
+def to_numpy(value: Tensor) -> Array:
+    """In single precision on the host."""
+    return value.float().cpu().numpy()
+
+
+def share_metrics(metrics: Optional[Mapping[str, float]]) -> dict[str, float]:
+    """Rank 0's metrics on every rank."""
+    box: list[Any] = [metrics]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return dict(box[0])
+
 
 Measured = tuple[dict[str, float], Optional[Found]]
 """Metrics by `SPLIT/NAME` on every rank, and on rank 0 what the predictions of all samples are made from."""
@@ -35,9 +185,7 @@ class TaskObjective(ABC):
     def __init__(
         self, config: FinetuneConfig, ranks: Ranks, data: TaskData, loss_names: tuple[str, ...]
     ) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.data = data
+        self.config, self.ranks, self.data = config, ranks, data
         self.loss_names = loss_names
         best = f"{config.task.splits[0]}/{config.task.spec.best_metric}"
         self.best_metric = best if config.task.save_best else ""
@@ -93,3 +241,57 @@ class TaskObjective(ABC):
     @abstractmethod
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """The model's outputs for all samples of a split, and their metrics."""
+
+
+class ClassificationObjective(TaskObjective):
+    """Trains and judges a task with classes, whose heads give `logits`: one label per sample, or scores over answers.
+
+    Args:
+        config: the run.
+        ranks: where this process stands.
+        data: its splits.
+    """
+
+    def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
+        super().__init__(config, ranks, data, (config.task.name,))
+
+    def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
+        """Metrics in percent, and of every sample `classes` and `probabilities` ``[n, k]``, best first, and `ranks`.
+
+        All logits of 3,129 answers would not fit. `ranks` ``[n]`` are those of the labels; answers of VQA have none.
+        Where no sample is labelled there are no scores.
+        """
+        samples, task = split.samples, self.config.task
+        items = EvalItems(len(samples), samples.spec.stream, samples.sample_parts)
+
+        def reduce(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
+            logits = to_numpy(outputs["logits"])
+            classes = best_classes(logits, MOST_LIKELY)
+            chosen = np.take_along_axis(class_probabilities(task.name, logits), classes, axis=1)
+            found = {"classes": classes, "probabilities": chosen}
+            if "labels" in batch:
+                found["ranks"] = label_ranks(logits, batch["labels"].cpu().numpy())
+            return found
+
+        found = evaluate_items(runner, self.data, items, reduce, self.ranks)
+        if found is None:
+            return share_metrics(None), None
+        scores: Mapping[str, Score] = load_code(task.spec.scores)(found, split, self.data.labels)
+        first = next(iter(scores.values()))
+        metrics = {"unlabelled": float(first.unlabelled)}
+        if first.count:
+            metrics = {name: score.percent for name, score in scores.items()}
+            metrics |= {"samples": float(first.count), "unlabelled": float(first.unlabelled)}
+        return share_metrics({f"{split.name}/{name}": v for name, v in metrics.items()}), found
+
+    def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
+        """Of the classes, or of soft scores over answers."""
+        logits, task = outputs["logits"], self.config.task
+        if task.spec.has_answers:
+            loss = soft_target_loss(logits, batch["answers"], batch["scores"])
+        else:
+            partners, shares = batch.get("partner_labels"), batch.get("own_share")
+            loss = class_loss(logits, batch["labels"], task.label_smoothing, partners, shares)
+        # The schedule divides the loss in place.
+        shown = loss.detach().clone()
+        return loss, {"total": shown, task.name: shown}

@@ -48,8 +48,7 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
         return parse_options(
             "finetune", words, apply_recipe(recipe or "vqa", RunConfig()), recipe_names()
         )
-    base = _architecture(words, file)
-    start = apply_recipe(recipe or default_recipe(task), base)
+    start = apply_recipe(recipe or default_recipe(task), _architecture(words, file))
     if task and start.task.name != task:
         raise ConfigError(f"--preset {recipe} is a recipe of {start.task.name}, not of {task}")
     return parse_options("finetune", words, start, recipe_names())
@@ -70,7 +69,8 @@ def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
             raise ConfigError(
                 "--load is missing: the run or checkpoint folder of a fine-tuned model"
             )
-        start = _saved_run(location, option_value(words, "--checkpoint.step"))
+        step = option_value(words, "--checkpoint.step")
+        start = load("megatron_vlmoe.finetune.saved").saved_run(location, step)
         if not isinstance(start, FinetuneConfig):
             raise ConfigError(f"--load {location}: is a pretraining checkpoint, not one of a task")
         task = option_value(words, "--task.name")
@@ -104,37 +104,37 @@ def _file_values(path: str) -> dict[str, str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    found = {}
-    names = ("task.name", "task.architecture", "checkpoint.load", "checkpoint.save")
-    for name in (*names, "checkpoint.step"):
-        section, _, option = name.partition(".")
+    found: dict[str, str] = {}
+    for section, options in (
+        ("task", ("name", "architecture")),
+        ("checkpoint", ("load", "save", "step")),
+    ):
         values = content.get(section) if isinstance(content, dict) else None
-        if isinstance(values, dict) and isinstance(values.get(option), str):
-            found[name] = values[option]
+        if isinstance(values, dict):
+            own = {option: values.get(option) for option in options}
+            found |= {f"{section}.{k}": v for k, v in own.items() if isinstance(v, str)}
     return found
 
 
 def _architecture(words: Sequence[str], file: Mapping[str, str]) -> RunConfig:
     """The run whose architecture is fine-tuned."""
-    location = option_value(words, "--checkpoint.load") or file.get("checkpoint.load", "")
-    name = option_value(words, "--task.architecture") or file.get("task.architecture", "")
+
+    def value(name: str) -> str:
+        return option_value(words, f"--{name}") or file.get(name, "")
+
+    location, name = value("checkpoint.load"), value("task.architecture")
     if location and name:
         raise ConfigError(
             f"--task.architecture {name}: the architecture comes from --load {location}; give one of the two"
         )
     if location:
-        save = option_value(words, "--checkpoint.save") or file.get("checkpoint.save", "")
-        step = option_value(words, "--checkpoint.step") or file.get("checkpoint.step", "")
+        saved = load("megatron_vlmoe.finetune.saved")
         # `checkpoint.step` is of `--save` where that has begun.
-        begun = load("megatron_vlmoe.finetune.saved").has_begun(save)
-        return _saved_run(location, "" if begun else step)
+        begun = saved.has_begun(value("checkpoint.save"))
+        run: RunConfig = saved.saved_run(location, "" if begun else value("checkpoint.step"))
+        return run
     if not name:
         raise ConfigError(
             "--load is missing: the checkpoint to start from (or --task.architecture PRESET for initial weights)"
         )
     return preset(name, "--task.architecture")
-
-
-def _saved_run(location: str, step: str) -> RunConfig:
-    run: RunConfig = load("megatron_vlmoe.finetune.saved").saved_run(location, step)
-    return run

@@ -1,40 +1,36 @@
-"""What an evaluation leaves: metrics.json, predictions, the file for an evaluation server and the HTML report."""
+"""What an evaluation leaves: metrics.json, predictions, the file for an evaluation server, and a page that shows them.
+
+The page has scores, answers and sample predictions in one HTML file that needs nothing else.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import logging
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
+import jinja2
 import numpy as np
+from PIL import Image
 
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task, load_code
+from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.manifest import DatasetManifest
-from megatron_vlmoe.data.task_dataset import Labels, TaskRow
+from megatron_vlmoe.data.task_dataset import Labels
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.evaluation import Found
-from megatron_vlmoe.finetune.objective import TaskObjective
-from megatron_vlmoe.finetune.predictions import (
-    MOST_LIKELY,
-    write_json,
-    write_jsonl,
-)
-from megatron_vlmoe.finetune.report import (
-    CountRow,
-    Counts,
-    Example,
-    Report,
-    kind_of,
-    number,
-    write_report,
-)
+from megatron_vlmoe.finetune.objective import Found, TaskObjective
+from megatron_vlmoe.finetune.predictions import MOST_LIKELY, write_json, write_jsonl
 from megatron_vlmoe.prepare.vqa_answers import official_accuracy
 from megatron_vlmoe.runtime.distributed import Ranks
+from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.setup import ModelParts
 from megatron_vlmoe.train.step import StepRunner
 
@@ -47,6 +43,144 @@ _COUNTED = 10
 _NOT_LISTED = "not in the list of answers"
 _PLACES = ("first", f"2 to {MOST_LIKELY}", f"after {MOST_LIKELY}")
 _KINDS = {"right": "right", "partly": "partly right", "wrong": "wrong"}
+LONGER_SIDE = 320
+"""Pixels to which pictures are scaled down."""
+
+
+class CountRow(NamedTuple):
+    """One bar, or a pair of bars, of `Counts`; `true` is None where there is nothing to compare with."""
+
+    name: str
+    predicted: int
+    true: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often something was said, and how often it is true, as bars.
+
+    Args:
+        title: heading.
+        note: what is counted.
+        names: of `predicted` and `true` in every row; the second may be empty.
+        rows: at least one.
+    """
+
+    title: str
+    note: str
+    names: tuple[str, str]
+    rows: Sequence[CountRow]
+
+    def percent(self, value: int) -> str:
+        """Length of a bar relative to the longest."""
+        longest = max(max(row.predicted, row.true or 0) for row in self.rows)
+        return f"{100.0 * value / max(longest, 1):.1f}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample and what the model made of it.
+
+    Args:
+        images: encoded JPEG, PNG or WebP pictures, shown side by side.
+        fields: (name, text) in the order in which they are shown, such as ("question", "What colour ...?").
+        gained: what the prediction scores, 0 (wrong) to 1 (right); None: there is no label.
+        labels: below the pictures, one for each; empty: none.
+    """
+
+    images: tuple[bytes, ...]
+    fields: tuple[tuple[str, str], ...]
+    gained: Optional[float]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """`right`, `partly`, `wrong` or `open`."""
+        return kind_of(self.gained)
+
+    @property
+    def mark(self) -> str:
+        """What the prediction is worth, in words."""
+        if self.gained is None:
+            return "not scored"
+        if self.kind == "partly":
+            return f"{self.gained:.2g} of 1"
+        return "\N{CHECK MARK} right" if self.kind == "right" else "\N{BALLOT X} wrong"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows, from top to bottom.
+
+    Args:
+        title: heading.
+        headlines: the main score of every labelled split: its name, such as "val/accuracy, percent", the value, and
+            what it compares with, such as "guessing: 50".
+        notes: sentences below them: the model, splits without labels.
+        counts: what was predicted how often.
+        chosen: sentences that say how the examples were chosen.
+        examples: in the order in which they are shown.
+        metrics: all scores, folded; name -> value; one that is not finite is shown as a dash.
+        facts: settings, folded; (name, text), such as ("seed", "1234").
+    """
+
+    title: str
+    headlines: Sequence[tuple[str, float, str]] = ()
+    notes: Sequence[str] = ()
+    counts: Sequence[Counts] = ()
+    chosen: Sequence[str] = ()
+    examples: Sequence[Example] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Sequence[tuple[str, str]] = ()
+
+
+def kind_of(gained: Optional[float]) -> str:
+    """`right` (1), `partly` (in between), `wrong` (0) or `open` (None)."""
+    if gained is None:
+        return "open"
+    return "right" if gained >= 1.0 else "partly" if gained > 0.0 else "wrong"
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Writes the page; the file appears whole or not at all.
+
+    All texts are escaped.
+
+    Raises:
+        DataError: a picture that cannot be read; the message names the example.
+        OSError: the file cannot be written; the message names it.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    # Of every picture of every example its name, its data URL and what stands below it.
+    pictures = []
+    for place, example in enumerate(report.examples, start=1):
+        shown = []
+        labels = example.labels or ("",) * len(example.images)
+        for n, (data, label) in enumerate(zip(example.images, labels, strict=True), start=1):
+            name = f"Picture {n} of example {place}"
+            picture = decode_image(data, name)
+            picture.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.LANCZOS)
+            stream = io.BytesIO()
+            picture.save(stream, "JPEG", quality=85)
+            encoded = base64.b64encode(stream.getvalue()).decode("ascii")
+            shown.append((name, f"data:image/jpeg;base64,{encoded}", label))
+        pictures.append(shown)
+    page = environment.get_template("report.html.j2").render(report=report, pictures=pictures)
+    write_text_atomic(path, page + "\n")
+
+
+def number(value: float) -> str:
+    """Counts (int) as they are, scores (float) to two places, a dash where there is none."""
+    if not math.isfinite(value):
+        return "\N{EN DASH}"
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def evaluate_all(
@@ -86,8 +220,19 @@ def evaluate_all(
         if found is not None:
             tables.append(Predictions(config.task.name, found, split, data.labels))
     if config.checkpoint.save and ranks.rank == 0:
+        folder, task = Path(config.checkpoint.save), config.task
         settings = evaluation_settings(config, ranks, checkpoint, precision)
-        _write(Path(config.checkpoint.save), config, metrics, settings, tables)
+        every = [(table, Kept()) for table in tables]
+        rows = (row for table, kept in every for row in kept.rows(table))
+        write_jsonl(folder / "predictions.jsonl", rows)
+        for table, kept in every if task.spec.submission else ():
+            submission = load_code(task.spec.submission)(kept.answers)
+            write_json(_answers_file(config, table.split.name), submission)
+        left_out = {table.split.name: len(table.left_out) for table in tables}
+        content = {"task": task.name, "metrics": metrics, "settings": settings}
+        write_json(folder / "metrics.json", content | {"left_out": left_out})
+        if task.report_examples:
+            write_report(folder / "report.html", _report(config, metrics, settings, every))
     for split in data.splits:
         if not _is_labelled(split, metrics):
             written = _answers_file(config, split.name) if config.checkpoint.save else "nothing"
@@ -107,28 +252,6 @@ def _answers_file(config: FinetuneConfig, split: str) -> Path:
         return folder / "predictions.jsonl"
     suffix = "" if len(task.splits) == 1 else f"_{split}"
     return folder / f"{task.name}_submission{suffix}.json"
-
-
-def _write(
-    folder: Path,
-    config: FinetuneConfig,
-    metrics: Mapping[str, float],
-    settings: Mapping[str, Any],
-    tables: Sequence[Predictions],
-) -> None:
-    task = config.task
-    kept = [Kept() for _ in tables]
-    rows = (row for table, own in zip(tables, kept) for row in own.rows(table))
-    write_jsonl(folder / "predictions.jsonl", rows)
-    for table, own in zip(tables, kept) if task.spec.submission else ():
-        submission = load_code(task.spec.submission)(own.answers)
-        write_json(_answers_file(config, table.split.name), submission)
-    left_out = {table.split.name: len(table.left_out) for table in tables}
-    content = {"task": task.name, "metrics": metrics, "settings": settings, "left_out": left_out}
-    write_json(folder / "metrics.json", content)
-    if task.report_examples:
-        report = _report(config, metrics, settings, list(zip(tables, kept)))
-        write_report(folder / "report.html", report)
 
 
 def _report(
@@ -204,13 +327,7 @@ def _counts(table: Predictions, kept: Kept) -> Counts:
 
 
 def left_out_lines(task: str, split: str, manifest: DatasetManifest) -> Iterator[str]:
-    """Lines for the log about samples that were rejected when a split was prepared; none if there are none.
-
-    Args:
-        task: name of the task.
-        split: name of the split.
-        manifest: of the prepared split.
-    """
+    """Lines for the log about samples that were rejected when a split was prepared; none if there are none."""
     lost = manifest.left_out
     if lost:
         names = ", ".join(itertools.islice(lost, _NAMED)) + (", ..." if len(lost) > _NAMED else "")
@@ -302,29 +419,22 @@ class Predictions:
         row = self.split.dataset.row(number)
         entry: dict[str, Any] = {"split": self.split.name, "id": row.id, "texts": list(row.raw)}
         if self.labels is None:
-            return entry | self._retrieved(row)
-        return entry | self._classified(number, row)
-
-    def _retrieved(self, row: TaskRow) -> dict[str, Any]:
-        """The best images of a caption, as documents of the split's image file."""
-        scores = self.found["images"] @ self.found["texts"][row.texts[0]]
-        best = np.argsort(-scores, kind="stable")[:MOST_LIKELY]
-        return {
-            "images": best.tolist(),
-            "scores": [float(scores[image]) for image in best],
-            "truth": row.images[0],
-            "gained": float(best[0] == row.images[0]),
-        }
-
-    def _classified(self, number: int, row: TaskRow) -> dict[str, Any]:
-        assert self.labels is not None
+            # The best images of a caption, as documents of the split's image file.
+            scores = self.found["images"] @ self.found["texts"][row.texts[0]]
+            best = np.argsort(-scores, kind="stable")[:MOST_LIKELY]
+            return entry | {
+                "images": best.tolist(),
+                "scores": [float(scores[image]) for image in best],
+                "truth": row.images[0],
+                "gained": float(best[0] == row.images[0]),
+            }
         labels = self.labels.labels
         classes = self.found["classes"][number].tolist()
-        scores = self.found["probabilities"][number].tolist()
-        entry: dict[str, Any] = {
+        chances = self.found["probabilities"][number].tolist()
+        entry |= {
             "prediction": labels[classes[0]],
             "most_likely": [
-                {"label": labels[index], "score": score} for index, score in zip(classes, scores)
+                {"label": labels[index], "score": chance} for index, chance in zip(classes, chances)
             ],
             "truth": [
                 {"label": labels[label], "score": float(score)}
@@ -448,19 +558,16 @@ def _example(table: Predictions, entry: Mapping[str, Any], place: int) -> Exampl
         captions = list(spec.images) if len(shown) > 1 else [f"picture of {row.id}"] * len(shown)
         best = entry["most_likely"][0]
         answer = f"{table.name_of(best['label'])} (probability {best['score']:.2f})"
-        fields += [("answer", answer), ("truth", _truth(table, entry))]
+        # What the right answers score is said where it is not 1.
+        known = [
+            table.name_of(item["label"])
+            + ("" if item["score"] == 1.0 else f" (scores {item['score']:.2g})")
+            for item in entry["truth"]
+        ]
+        truth = ", ".join(known) or (_NOT_LISTED if entry.get("answers") else "unknown")
+        fields += [("answer", answer), ("truth", truth)]
         if row.answers:
             said = Counter(row.answers).most_common()
             fields += [("annotators said", ", ".join(f"{text} x {n}" for text, n in said))]
     images = tuple(bytes(dataset.image_bytes(document)) for document in shown)
     return Example(images, tuple(fields), entry.get("gained"), tuple(captions))
-
-
-def _truth(table: Predictions, entry: Mapping[str, Any]) -> str:
-    """The right answers, with what they score where that is not 1."""
-    known = [
-        table.name_of(item["label"])
-        + ("" if item["score"] == 1.0 else f" (scores {item['score']:.2g})")
-        for item in entry["truth"]
-    ]
-    return ", ".join(known) or (_NOT_LISTED if entry.get("answers") else "unknown")

@@ -6,9 +6,8 @@ import gc
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Mapping, Optional
 
-from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
@@ -26,7 +25,6 @@ from megatron_vlmoe.finetune.saved import (
     weight_source,
 )
 from megatron_vlmoe.model.task_heads import build_task_heads
-from megatron_vlmoe.planning.dry_run import dry_run_text
 from megatron_vlmoe.planning.validate import validate, validate_task
 from megatron_vlmoe.runtime.distributed import (
     destroy,
@@ -36,8 +34,8 @@ from megatron_vlmoe.runtime.distributed import (
 )
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
 from megatron_vlmoe.runtime.precision import resolve_precision
-from megatron_vlmoe.runtime.ranks import Ranks, environment_rank, environment_world_size
-from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
+from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
+from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
@@ -54,10 +52,8 @@ def run_finetune(config: FinetuneConfig) -> None:
     """Trains on a task, keeps the best weights, evaluates them on every split; once per seed of `task.seeds`."""
     validate_task(config, environment_world_size())
     ranks, precision = _start(config)
-    if not config.task.seeds:
-        finetune(config, ranks, precision)
-    else:
-        _several_seeds(config, ranks, precision)
+    run = _several_seeds if config.task.seeds else finetune
+    run(config, ranks, precision)
     destroy()
 
 
@@ -129,7 +125,7 @@ def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
     raise ConfigError(f"--save {save}: holds a run of {name}, not of {config.task.name}")
 
 
-def _start_weights(config: FinetuneConfig, parts: Any) -> None:
+def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
     """Takes the weights of `--load` and says what became of every tensor."""
     if not config.checkpoint.load:
         log.info("starting from initial weights: no --load")
@@ -147,21 +143,12 @@ def _start_weights(config: FinetuneConfig, parts: Any) -> None:
     for line in report.lines():
         log.info(line)
     if config.checkpoint.save and is_rank_zero():
-        every = {"checkpoint": str(path), **asdict(report)}
-        write_json(Path(config.checkpoint.save) / "start.json", every)
+        content = {"checkpoint": str(path), **asdict(report)}
+        write_json(Path(config.checkpoint.save) / "start.json", content)
 
 
 def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
-    """Evaluates a fine-tuned checkpoint on every split.
-
-    Args:
-        config: the run, checked by `validate_task`.
-        ranks: where this process stands.
-        precision: that the model computes in.
-
-    Returns:
-        Metrics by `SPLIT/NAME`.
-    """
+    """Evaluates a fine-tuned checkpoint on every split; arguments and result as of `finetune`."""
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
@@ -243,15 +230,3 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
         settings = evaluation_settings(config, ranks, save, precision)
         content = {"task": config.task.name, "seeds": by_seed, "summary": summary}
         write_json(Path(save) / "metrics.json", content | {"settings": settings})
-
-
-def dry_run(config: FinetuneConfig, world_size: int, gpus_per_node: int) -> None:
-    """Prints what would run on so many ranks."""
-    validate_task(config, world_size)
-    data_size = data_parallel_size(config.parallel, world_size)
-    data = TaskData.open(config, BatchShare(data_size=data_size))
-    validate(data.config, world_size)
-    if environment_rank() == 0:
-        print(to_yaml(data.config))
-        print("\n".join(data.summary()))
-        print(dry_run_text(data.config, world_size, gpus_per_node))

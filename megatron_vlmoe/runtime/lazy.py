@@ -21,7 +21,6 @@ HEAVY = {
     "megatron_vlmoe.convert.upcycle.run": False,
     "megatron_vlmoe.finetune.run": True,
     "megatron_vlmoe.finetune.saved": True,
-    "megatron_vlmoe.inference.loading": True,
     "megatron_vlmoe.inference.model": True,
     "megatron_vlmoe.prepare.codes": False,
     "megatron_vlmoe.runtime.distributed": True,
