@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron_vlmoe.commands.options import CommandParser
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.finetune.metrics import downstream_table, table_lines
 from megatron_vlmoe.finetune.predictions import write_json
-from megatron_vlmoe.finetune.table import downstream_table, table_lines
 
 
 def build_parser() -> CommandParser:

@@ -39,19 +39,11 @@ from megatron_vlmoe.stream.sizes import num_micro_batches, text_mask_slots
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
-__all__ = ["BatchShare", "Loader", "MicroBatches", "PretrainData"]
-
 Part = TextPart | ImagePart | PairPart
 
 
 class MicroBatches(Dataset[Batch]):
-    """Local micro-batch number to batch: a pure function, whatever process or order it runs in.
-
-    Args:
-        parts: for each objective that is on (``texts``, ``images``, ``pairs``), its segments.
-        config: batch sizes.
-        share: which part this process needs.
-    """
+    """Local micro-batch number to batch: a pure function, whatever process or order it runs in."""
 
     def __init__(self, parts: Mapping[str, Part], config: RunConfig, share: BatchShare) -> None:
         self.parts, self.share = dict(parts), share

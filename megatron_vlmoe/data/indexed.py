@@ -156,7 +156,24 @@ class IndexedWriter:
             if not self.num_items:
                 raise DataError(f"{self.path_prefix}.bin: nothing to write")
             with naming(self._idx.path):
-                self._complete_index()
+                # Header, then, after the lengths already written, byte offsets and boundaries.
+                file = self._idx.file
+                file.flush()
+                lengths = self.staged_lengths()
+                offset = 0
+                file.seek(0, os.SEEK_END)
+                for block in _blocks(lengths):
+                    sizes = block.astype("<i8") * self.dtype.itemsize
+                    ends = offset + np.cumsum(sizes)
+                    file.write((ends - sizes).tobytes())
+                    offset = int(ends[-1])
+                del lengths
+                with self._documents as documents:
+                    documents.seek(0)
+                    shutil.copyfileobj(documents, file, _BLOCK_BYTES)
+                file.seek(0)
+                counts = (self.num_sequences, self.num_documents + 1)
+                file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, *counts))
             for staged in self._files:
                 staged.finish()
             idx = self._idx.temporary
@@ -175,26 +192,6 @@ class IndexedWriter:
             offset=_HEADER.size,
             shape=self.num_sequences,
         )
-
-    def _complete_index(self) -> None:
-        """Header, then (after the lengths already written) byte offsets and boundaries."""
-        file = self._idx.file
-        file.flush()
-        lengths = self.staged_lengths()
-        offset = 0
-        file.seek(0, os.SEEK_END)
-        for block in _blocks(lengths):
-            sizes = block.astype("<i8") * self.dtype.itemsize
-            ends = offset + np.cumsum(sizes)
-            file.write((ends - sizes).tobytes())
-            offset = int(ends[-1])
-        del lengths
-        with self._documents as documents:
-            documents.seek(0)
-            shutil.copyfileobj(documents, file, _BLOCK_BYTES)
-        file.seek(0)
-        counts = (self.num_sequences, self.num_documents + 1)
-        file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, *counts))
 
     def publish(self) -> None:
         """Gives the finished files their names."""

@@ -347,12 +347,7 @@ class PixelPart:
 
 
 class ImagePart:
-    """The segment `images` of pretraining.
-
-    Args:
-        sources: the datasets.
-        pixels: masks, pixels and codes.
-    """
+    """The segment `images` of pretraining."""
 
     def __init__(self, sources: Sources, pixels: PixelPart) -> None:
         rngs = pixels.views.rngs

@@ -310,13 +310,7 @@ class TaskSamples:
 
 
 class TrainingMicroBatches(Dataset[Batch]):
-    """Local micro-batch number to batch, in a shuffled order that changes with every epoch.
-
-    Args:
-        samples: the training split.
-        config: batch sizes and seed.
-        share: which part this process needs.
-    """
+    """Local micro-batch number to batch, in a shuffled order that changes with every epoch."""
 
     def __init__(self, samples: TaskSamples, config: FinetuneConfig, share: BatchShare) -> None:
         self.samples, self.share = samples, share
@@ -343,13 +337,7 @@ class TrainingMicroBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class SplitData:
-    """One evaluation split.
-
-    Args:
-        name: of the split.
-        dataset: its samples.
-        samples: the same as parts of micro-batches.
-    """
+    """One evaluation split."""
 
     name: str
     dataset: TaskDataset
@@ -357,12 +345,7 @@ class SplitData:
 
 
 class TaskData:
-    """The splits of a task as micro-batches, with the run's configuration completed from them.
-
-    Args:
-        prepared: the splits.
-        share: which part of the batches this process needs.
-    """
+    """The splits of a task as micro-batches, with the run's configuration completed from them."""
 
     def __init__(self, prepared: PreparedTask, share: BatchShare) -> None:
         self.prepared, self.share = prepared, share

@@ -1,4 +1,4 @@
-"""Scores of the downstream tasks, in percent, and what guessing would score.
+"""Scores of the downstream tasks, in percent, what guessing would score, and the table of both.
 
 Ties count against the model: a wrong item whose score equals the right one's ranks before it, and so does one
 that cannot be compared (not a number). A model that gives every item the same score therefore finds nothing,
@@ -12,18 +12,22 @@ the same for all samples scores, or a ranking at random.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.tasks import TASKS, find_task, load_code
+from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
 from megatron_vlmoe.prepare.vqa_answers import compared_answers, normalize_answer, official_accuracy
 
 if TYPE_CHECKING:
-    from megatron_vlmoe.data.task_dataset import Labels, TaskDataset
     from megatron_vlmoe.finetune.data import SplitData
     from megatron_vlmoe.finetune.objective import Found
 
@@ -33,6 +37,9 @@ RECALL_KS = (1, 5, 10)
 
 # Those that VQA v2 has, in the order in which they are reported.
 _ANSWER_TYPES = ("yes_no", "number", "other")
+
+# From initial weights, from a pretrained dense and from a pretrained sparse model.
+STARTS = ("scratch", "dense", "moe")
 
 RowScores = Callable[[slice], Array]
 
@@ -210,16 +217,14 @@ def _ranks(scores_of: RowScores, row_image: Array, item_image: Array, block: int
     Returns:
         int64 ``[R]``; 0 is the first place. Rows without an item of their own have no meaning.
     """
-
-    def blocks() -> Iterator[Array]:
-        for start in range(0, len(row_image), block):
-            rows = slice(start, min(start + block, len(row_image)))
-            scores = scores_of(rows)
-            own = row_image[rows, None] == item_image[None, :]
-            best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
-            yield (~(scores < best) & ~own).sum(axis=1)
-
-    return np.concatenate([np.zeros(0, dtype=np.int64), *blocks()])
+    ranks = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(row_image), block):
+        rows = slice(start, min(start + block, len(row_image)))
+        scores = scores_of(rows)
+        own = row_image[rows, None] == item_image[None, :]
+        best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+        ranks.append((~(scores < best) & ~own).sum(axis=1))
+    return np.concatenate(ranks)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
@@ -333,3 +338,46 @@ def guess_match(dataset: TaskDataset, labels: Optional[Labels]) -> float:
     """Expected mean recall of a ranking at random."""
     recalls = random_recall(dataset.image_of_text(), dataset.num_images)
     return float(np.mean(list(recalls.values())))
+
+
+def guessing_rate(task: str, prefix: str, split: str) -> float:
+    """What guessing scores on a split by the metric of the task, in percent; all its splits share the prefix."""
+    spec = find_task(task)
+    dataset = TaskDataset.open(f"{prefix}_{split}", task, None)
+    labels = load_labels(prefix) if spec.has_labels else None
+    return float(load_code(spec.guess)(dataset, labels))
+
+
+def downstream_table(runs: Path, data: Path) -> dict[str, dict[str, Any]]:
+    """The table of runs ``RUNS/TASK/START`` on the paper's tasks, prepared as ``DATA/TASK``.
+
+    Raises:
+        ConfigError: if a run has no results.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for task, spec in TASKS.items():
+        split = spec.table_split or spec.splits[0]
+        entry: dict[str, Any] = {
+            "metric": f"{split}/{spec.best_metric}",
+            "guess": round(guessing_rate(task, str(data / task), split), 2),
+        }
+        for start in STARTS:
+            path = runs / task / start / "metrics.json"
+            try:
+                result = float(json.loads(path.read_text())["metrics"][entry["metric"]])
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ConfigError(f"{path}: has no {entry['metric']}; did the run end?") from None
+            entry[start] = round(result, 2)
+        table[task] = entry
+    return table
+
+
+def table_lines(table: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The table for people, with the means of all tasks."""
+    columns = ("guess", *STARTS)
+    yield f"{'task':<11}{'metric (%)':<24}" + "".join(f"{name:>10}" for name in columns)
+    for task, entry in table.items():
+        cells = "".join(f"{entry[name]:>10.1f}" for name in columns)
+        yield f"{task:<11}{entry['metric']:<24}{cells}"
+    means = [float(np.mean([entry[name] for entry in table.values()])) for name in columns]
+    yield f"{'mean':<35}" + "".join(f"{mean:>10.1f}" for mean in means)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy as np
@@ -34,32 +33,26 @@ from megatron_vlmoe.train.step import StepRunner
 
 Array = np.ndarray[Any, Any]
 Found = dict[str, Array]
+Parts = Callable[[Sequence[int]], dict[str, Any]]
 Reduce = Callable[[Batch, Mapping[str, Tensor]], Found]
 # Micro-batches of one call of the schedule, between which a rank that runs ahead waits for the others.
 MOST_MICRO_BATCHES = 64
 
 
-@dataclass(frozen=True)
-class EvalItems:
-    """What an evaluation runs over.
+class EvalMicroBatches(Dataset[Batch]):
+    """Local micro-batch number to batch, for `Loader`; every data-parallel rank has `count` of them.
 
     Args:
-        count: how many items there are.
-        shape: what an item puts into the stream.
-        batch: from the numbers of items to the parts of a micro-batch; pickles, so that loader workers can have it.
+        total: how many items there are.
+        parts: from the numbers of items to the parts of a micro-batch; pickles, so that loader workers can have it.
+        config: the run.
+        share: which part of the batches this process needs.
     """
 
-    count: int
-    shape: SampleShape
-    batch: Callable[[Sequence[int]], dict[str, Any]]
-
-
-class EvalMicroBatches(Dataset[Batch]):
-    """Local micro-batch number to batch, for `Loader`; every data-parallel rank has `count` of them."""
-
-    def __init__(self, items: EvalItems, config: FinetuneConfig, share: BatchShare) -> None:
-        self.items, self.share, self.size = items, share, config.task.eval_batch
-        self.count = max(1, -(-items.count // (self.size * share.data_size)))
+    def __init__(self, total: int, parts: Parts, config: FinetuneConfig, share: BatchShare) -> None:
+        self.total, self.parts, self.share = total, parts, share
+        self.size = config.task.eval_batch
+        self.count = max(1, -(-total // (self.size * share.data_size)))
         pipeline = config.parallel.pipeline_model_parallel_size
         if config.parallel.virtual_pipeline_model_parallel_size > 1:
             # Interleaving takes micro-batches in multiples of the stages.
@@ -68,14 +61,11 @@ class EvalMicroBatches(Dataset[Batch]):
     def __getitem__(self, local: int) -> Batch:
         """The batch with ``samples [n]``, numbers of items, and ``valid [n]``, False for copies. Raises DataError."""
         first = (local * self.share.data_size + self.share.data_rank) * self.size
-        numbers, total = range(first, first + self.size), self.items.count
-        items = [number if number < total else 0 for number in numbers]
-        marks = {
-            "samples": np.array(items, dtype=np.int64),
-            "valid": np.array([number < total for number in numbers]),
-            "micro_batch": np.array(local),
-        }
-        return to_tensors(self.items.batch(items) | marks)
+        numbers = np.arange(first, first + self.size, dtype=np.int64)
+        valid = numbers < self.total
+        items = np.where(valid, numbers, 0)
+        marks = {"samples": items, "valid": valid, "micro_batch": np.array(local)}
+        return to_tensors(self.parts(items.tolist()) | marks)
 
 
 def eval_layout(model: ModelConfig, shape: SampleShape, count: int) -> StreamLayout:
@@ -92,64 +82,6 @@ def eval_layout(model: ModelConfig, shape: SampleShape, count: int) -> StreamLay
 
 class CoverageError(RuntimeError):
     """An evaluation that did not see every item exactly once."""
-
-
-def evaluate_items(
-    runner: StepRunner, data: TaskData, items: EvalItems, reduce: Reduce, ranks: Ranks
-) -> Optional[Found]:
-    """What the model says of every evaluation item.
-
-    Every rank must call it.
-
-    Args:
-        runner: the model.
-        data: of the run.
-        items: the items.
-        reduce: from a micro-batch and the heads' outputs to what is wanted of every item, ``[n, ...]`` each; little
-            enough for rank 0 to hold for all items.
-        ranks: where this process stands.
-
-    Returns:
-        On rank 0 what `reduce` gave ``[items, ...]`` in the order of the items; None elsewhere.
-
-    Raises:
-        CoverageError: on rank 0, if an item is missing or came twice.
-    """
-    config, options = data.config, data.config.data
-    dataset = EvalMicroBatches(items, config, data.share)
-    layout = eval_layout(config.model, items.shape, config.task.eval_batch)
-    batches = iter(Loader(dataset, range(dataset.count), options.num_workers, options.prefetch))
-
-    def measure(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
-        valid = batch["valid"].cpu().numpy()
-        kept = {name: value[valid] for name, value in reduce(batch, outputs).items()}
-        kept["samples"] = batch["samples"].cpu().numpy()[valid]
-        return kept
-
-    results: list[Found] = []
-    pipeline = config.parallel.pipeline_model_parallel_size
-    most = max(1, MOST_MICRO_BATCHES // pipeline) * pipeline
-    for first in range(0, dataset.count, most):
-        count = min(dataset.count - first, most)
-        results += runner.evaluate(itertools.islice(batches, count), count, measure, layout=layout)
-    # All tensor-parallel ranks of the last stage hold the same; the first one speaks for them.
-    parts = results if ranks.is_last_stage and ranks.tensor == 0 else []
-    if dist.get_world_size() > 1:
-        places: Optional[list[Any]] = [None] * dist.get_world_size() if is_rank_zero() else None
-        dist.gather_object(parts, places, dst=0)
-        if places is None:
-            return None
-        parts = [part for own in places for part in own]
-    numbers = np.concatenate([part["samples"] for part in parts])
-    order = np.argsort(numbers, kind="stable")
-    if not np.array_equal(numbers[order], np.arange(items.count)):
-        seen = np.bincount(numbers, minlength=items.count)
-        raise CoverageError(
-            f"evaluation of {items.count} items: {int((seen == 0).sum())} missing, "
-            f"{int((seen > 1).sum())} more than once"
-        )
-    names = [name for name in parts[0] if name != "samples"]
-    return {name: np.concatenate([part[name] for part in parts])[order] for name in names}
 
 
 def to_numpy(value: Tensor) -> Array:
@@ -234,6 +166,63 @@ class TaskObjective(ABC):
         ]
         return "evaluation | " + " | ".join(parts)
 
+    def evaluate_items(
+        self, runner: StepRunner, count: int, shape: SampleShape, parts: Parts, reduce: Reduce
+    ) -> Optional[Found]:
+        """What the model says of every evaluation item; every rank must call it.
+
+        Args:
+            runner: the model.
+            count: how many items there are.
+            shape: what an item puts into the stream.
+            parts: from the numbers of items to the parts of a micro-batch; pickles.
+            reduce: from a micro-batch and the heads' outputs to what is wanted of every item, ``[n, ...]`` each;
+                little enough for rank 0 to hold for all items.
+
+        Returns:
+            On rank 0 what `reduce` gave ``[items, ...]`` in the order of the items; None elsewhere.
+
+        Raises:
+            CoverageError: on rank 0, if an item is missing or came twice.
+        """
+        config, options = self.data.config, self.data.config.data
+        dataset = EvalMicroBatches(count, parts, config, self.data.share)
+        layout = eval_layout(config.model, shape, config.task.eval_batch)
+        batches = iter(Loader(dataset, range(dataset.count), options.num_workers, options.prefetch))
+
+        def measure(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
+            valid = batch["valid"].cpu().numpy()
+            kept = {name: value[valid] for name, value in reduce(batch, outputs).items()}
+            kept["samples"] = batch["samples"].cpu().numpy()[valid]
+            return kept
+
+        results: list[Found] = []
+        pipeline = config.parallel.pipeline_model_parallel_size
+        most = max(1, MOST_MICRO_BATCHES // pipeline) * pipeline
+        for first in range(0, dataset.count, most):
+            some = min(dataset.count - first, most)
+            results += runner.evaluate(
+                itertools.islice(batches, some), some, measure, layout=layout
+            )
+        # All tensor-parallel ranks of the last stage hold the same; the first one speaks for them.
+        found = results if self.ranks.is_last_stage and self.ranks.tensor == 0 else []
+        if dist.get_world_size() > 1:
+            places: Optional[list[Any]] = [None] * dist.get_world_size() if is_rank_zero() else None
+            dist.gather_object(found, places, dst=0)
+            if places is None:
+                return None
+            found = [part for own in places for part in own]
+        numbers = np.concatenate([part["samples"] for part in found])
+        order = np.argsort(numbers, kind="stable")
+        if not np.array_equal(numbers[order], np.arange(count)):
+            seen = np.bincount(numbers, minlength=count)
+            raise CoverageError(
+                f"evaluation of {count} items: {int((seen == 0).sum())} missing, "
+                f"{int((seen > 1).sum())} more than once"
+            )
+        names = [name for name in found[0] if name != "samples"]
+        return {name: np.concatenate([part[name] for part in found])[order] for name in names}
+
     @abstractmethod
     def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
         """The loss of a micro-batch with its graph, and the losses to log."""
@@ -244,13 +233,7 @@ class TaskObjective(ABC):
 
 
 class ClassificationObjective(TaskObjective):
-    """Trains and judges a task with classes, whose heads give `logits`: one label per sample, or scores over answers.
-
-    Args:
-        config: the run.
-        ranks: where this process stands.
-        data: its splits.
-    """
+    """Trains and judges a task with classes, whose heads give `logits`: one label a sample, or scores over answers."""
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
         super().__init__(config, ranks, data, (config.task.name,))
@@ -262,7 +245,6 @@ class ClassificationObjective(TaskObjective):
         Where no sample is labelled there are no scores.
         """
         samples, task = split.samples, self.config.task
-        items = EvalItems(len(samples), samples.spec.stream, samples.sample_parts)
 
         def reduce(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
             logits = to_numpy(outputs["logits"])
@@ -273,7 +255,8 @@ class ClassificationObjective(TaskObjective):
                 found["ranks"] = label_ranks(logits, batch["labels"].cpu().numpy())
             return found
 
-        found = evaluate_items(runner, self.data, items, reduce, self.ranks)
+        shape, parts = samples.spec.stream, samples.sample_parts
+        found = self.evaluate_items(runner, len(samples), shape, parts, reduce)
         if found is None:
             return share_metrics(None), None
         scores: Mapping[str, Score] = load_code(task.spec.scores)(found, split, self.data.labels)

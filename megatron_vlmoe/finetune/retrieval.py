@@ -27,11 +27,10 @@ from megatron_vlmoe.finetune.data import SplitData, TaskData
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
 from megatron_vlmoe.finetune.objective import (
     Array,
-    EvalItems,
     Found,
     Measured,
+    Parts,
     TaskObjective,
-    evaluate_items,
     share_metrics,
     to_numpy,
 )
@@ -77,13 +76,7 @@ class StepCache:
 
 
 class RetrievalObjective(TaskObjective):
-    """Trains and judges dual encoding and matching.
-
-    Args:
-        config: the run.
-        ranks: where this process stands.
-        data: its splits.
-    """
+    """Trains and judges dual encoding and matching."""
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
         self.matches = config.contrastive.matching_weight != 0.0
@@ -230,22 +223,24 @@ class RetrievalObjective(TaskObjective):
             losses["matching"] = matching.detach()
         return total.reshape(()), {"total": shown.reshape(()), **losses}
 
-    def _outputs(self, runner: StepRunner, items: EvalItems, name: str) -> Optional[Array]:
+    def _outputs(
+        self, runner: StepRunner, name: str, count: int, shape: SampleShape, parts: Parts
+    ) -> Optional[Array]:
         """One output of the heads for every item, on rank 0."""
 
         def reduce(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
             return {name: to_numpy(outputs[name])}
 
-        found = evaluate_items(runner, self.data, items, reduce, self.ranks)
+        found = self.evaluate_items(runner, count, shape, parts, reduce)
         return None if found is None else found[name]
 
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """Recalls, and the features of all images and captions."""
         samples, dataset = split.samples, split.dataset
-        items = EvalItems(dataset.num_images, SampleShape(images=1), samples.image_parts)
-        images = self._outputs(runner, items, "image_features")
-        items = EvalItems(dataset.num_texts, SampleShape(texts=1), samples.text_parts)
-        texts = self._outputs(runner, items, "text_features")
+        count, shape = dataset.num_images, SampleShape(images=1)
+        images = self._outputs(runner, "image_features", count, shape, samples.image_parts)
+        count, shape = dataset.num_texts, SampleShape(texts=1)
+        texts = self._outputs(runner, "text_features", count, shape, samples.text_parts)
         if images is None or texts is None:
             return share_metrics(None), None
         owner = dataset.image_of_text()
@@ -266,9 +261,8 @@ class RetrievalObjective(TaskObjective):
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         pairs = box[0]
-        parts = partial(split.samples.pair_parts, pairs)
-        items = EvalItems(len(pairs), SampleShape(pairs=1), parts)
-        matches = self._outputs(runner, items, "match_logits")
+        parts, shape = partial(split.samples.pair_parts, pairs), SampleShape(pairs=1)
+        matches = self._outputs(runner, "match_logits", len(pairs), shape, parts)
         if found is None or matches is None:
             return None
         owner = split.dataset.image_of_text()

@@ -80,15 +80,6 @@ class VLMoE:
 
     Methods raise DataError, naming the item, for images and texts that cannot be used, and ConfigError if the
     checkpoint is of another task.
-
-    Args:
-        checkpoint: where it came from.
-        config: its run, with everything in one process.
-        runner: runs it.
-        tokenizer: None for a task without text.
-        labels: the classes; None for retrieval.
-        batch_size: most items in a forward pass.
-        rules: about orientation and transparency of images.
     """
 
     def __init__(

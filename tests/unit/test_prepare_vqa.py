@@ -19,9 +19,9 @@ from raw_tasks import Desk, ids, put, put_table, rows, stored_images
 
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
+from megatron_vlmoe.finetune.metrics import guessing_rate
 from megatron_vlmoe.finetune.predictions import vqa_submission
 from megatron_vlmoe.finetune.results import Kept, Predictions, left_out_lines
-from megatron_vlmoe.finetune.table import guessing_rate
 from megatron_vlmoe.prepare.readers.tasks.records import chosen
 
 
