@@ -1,37 +1,39 @@
-"""Pretraining data: opens a run's datasets and makes every micro-batch from its number alone."""
+"""Pretraining data: opens and verifies a run's datasets, derives the sizes that its configuration leaves to them, and
+makes every micro-batch from its number alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.data.collate import BatchShare, Loader, MicroBatchNumber, Numbers, to_tensors
+from megatron_vlmoe.config.schema import DataConfig, RunConfig
+from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
+from megatron_vlmoe.data.collate import (
+    BatchShare,
+    Loader,
+    MicroBatchNumber,
+    batch_numbers,
+    to_tensors,
+)
+from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.manifest import DatasetManifest, check_dataset, part_prefix
+from megatron_vlmoe.data.order import Blend, BlendedOrder, BlendSpec, SampleOrder, parse_blend
 from megatron_vlmoe.data.samples import (
-    Augmentation,
     ImagePart,
     ImageViews,
     PairPart,
     PixelPart,
     SampleRngs,
     TextPart,
-)
-from megatron_vlmoe.data.sources import (
-    OBJECTIVES,
-    SPLITS,
-    Sources,
-    Split,
-    VisualTargets,
-    enabled_objectives,
-    open_sources,
-    open_targets,
-    open_text_tokenizer,
-    resolve_sizes,
 )
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
@@ -40,6 +42,267 @@ from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Part = TextPart | ImagePart | PairPart
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
+OBJECTIVES = ("texts", "images", "pairs")
+
+_KINDS = {"texts": "text", "images": "images", "pairs": "pairs"}
+"""Name of each objective's option in `DataConfig`, and of its kind of dataset."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One verified dataset, and the documents of it that a split uses."""
+
+    prefix: str
+    manifest: DatasetManifest
+    documents: range
+
+    def reader(self, part: str) -> IndexedReader:
+        """The indexed file ``PREFIX_PART``."""
+        return IndexedReader(part_prefix(self.prefix, part))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The datasets of one objective in one split.
+
+    Args:
+        items: the datasets.
+        weights: share of the samples from each; None: in proportion to their samples.
+    """
+
+    items: tuple[Source, ...]
+    weights: tuple[Fraction, ...] | None
+
+    def shares(self, num_samples: Sequence[int]) -> list[Fraction]:
+        """Share of each dataset in the blend, given its samples per epoch."""
+        weights = self.weights or [Fraction(n) for n in num_samples]
+        total = sum(weights, Fraction(0))
+        return [weight / total for weight in weights]
+
+    def order(self, num_samples: Sequence[int], rngs: SampleRngs) -> BlendedOrder:
+        """The order of samples over all datasets, given the samples per epoch of each."""
+        orders = [
+            SampleOrder(n, rngs.seed, rngs.train, rngs.dataset_key(number))
+            for number, n in enumerate(num_samples)
+        ]
+        return BlendedOrder(Blend(self.shares(num_samples), rngs.seed), orders)
+
+
+def enabled_objectives(data: DataConfig) -> list[str]:
+    """The objectives with a positive micro-batch count.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    enabled = [name for name in OBJECTIVES if getattr(data, f"micro_{name}") > 0]
+    if not enabled:
+        raise ConfigError("data.micro_texts, data.micro_images and data.micro_pairs are all 0")
+    return enabled
+
+
+def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
+    """The text tokenizer; None if the run has neither texts nor pairs.
+
+    Raises:
+        ConfigError: it is needed and not set, or cannot be read.
+    """
+    users = [name for name in ("texts", "pairs") if getattr(data, f"micro_{name}") > 0]
+    if not users:
+        return None
+    if not data.text_tokenizer:
+        count = getattr(data, f"micro_{users[0]}")
+        raise ConfigError(f"data.text_tokenizer is not set: data.micro_{users[0]}={count} needs it")
+    try:
+        return TextTokenizer(data.text_tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"data.text_tokenizer: {error}") from error
+
+
+def open_sources(data: DataConfig, objective: str, fingerprint: str | None) -> dict[Split, Sources]:
+    """Verifies the datasets of one objective and splits off what is held out, if anything is.
+
+    Raises:
+        ConfigError: no dataset is given, or one is too small to hold anything out.
+        DataError: a dataset is not what it should be.
+    """
+    option = _KINDS[objective]
+    values = getattr(data, option)
+    if not values:
+        count = getattr(data, f"micro_{objective}")
+        raise ConfigError(f"data.{option} is empty: data.micro_{objective}={count} needs a dataset")
+    held_out = getattr(data, f"eval_{option}")
+    fraction = 0.0 if held_out else data.eval_fraction
+
+    def verified(values: Sequence[str], name: str) -> tuple[list[Source], BlendSpec]:
+        spec = parse_blend(values, name)
+        manifests = [check_dataset(prefix, option, fingerprint) for prefix in spec.prefixes]
+        found = zip(spec.prefixes, manifests, strict=True)
+        return [Source(prefix, m, range(m.documents)) for prefix, m in found], spec
+
+    whole, spec = verified(values, f"data.{option}")
+    train, rest = [], []
+    for item in whole:
+        kept, left = split_documents(item.manifest.documents, fraction, item.prefix, option)
+        train.append(replace(item, documents=kept))
+        rest.append(replace(item, documents=left))
+    result: dict[Split, Sources] = {"train": Sources(tuple(train), spec.weights)}
+    if held_out:
+        items, spec = verified(held_out, f"data.eval_{option}")
+        result["eval"] = Sources(tuple(items), spec.weights)
+    elif fraction > 0:
+        result["eval"] = Sources(tuple(rest), spec.weights)
+    return result
+
+
+def split_documents(
+    num_documents: int, fraction: float, prefix: str, option: str
+) -> tuple[range, range]:
+    """Documents for training, and the last ``fraction`` of them (at least one) for evaluation.
+
+    Raises:
+        ConfigError: ``fraction`` is not in 0..1, or nothing would be left to train on.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigError(f"data.eval_fraction={fraction} is not in [0, 1)")
+    held_out = max(1, math.floor(num_documents * fraction)) if fraction > 0 else 0
+    if held_out >= num_documents:
+        raise ConfigError(
+            f"{prefix}: {num_documents} document(s) cannot be split by data.eval_fraction="
+            f"{fraction}: give data.eval_{option}, or data.eval_fraction 0"
+        )
+    return range(num_documents - held_out), range(num_documents - held_out, num_documents)
+
+
+@dataclass(frozen=True)
+class VisualTargets:
+    """Where visual codes come from.
+
+    Args:
+        num_codes: size of the visual vocabulary.
+        tokenizer_size: side in pixels of the image tokenizer's view; None with stored codes.
+        codes: for each objective and split, one reader per dataset; empty if computed from pixels.
+        tokenizer: what computes codes from pixels; None with stored codes.
+    """
+
+    num_codes: int
+    tokenizer_size: int | None
+    codes: dict[tuple[str, Split], tuple[CodesReader, ...]]
+    tokenizer: ImageTokenizer | None = None
+
+
+def open_targets(
+    config: RunConfig,
+    sources: dict[tuple[str, Split], Sources],
+    tokenizer: ImageTokenizer | None = None,
+) -> VisualTargets | None:
+    """Checks the image tokenizer and any stored codes; None if the run has no images.
+
+    Stored codes need no tokenizer; if one is given, they must be its own.
+
+    Args:
+        config: of the run.
+        sources: the datasets of every objective and split.
+        tokenizer: the tokenizer, if it is in memory already; else it is read from the disk.
+
+    Raises:
+        ConfigError: no tokenizer, one of another grid, or `codes: stored` without codes.
+        DataError: codes of another tokenizer.
+    """
+    data, grid = config.data, config.model.patch_grid
+    visual = {key: value for key, value in sources.items() if key[0] != "texts"}
+    if not visual:
+        return None
+    prefixes = [item.prefix for value in visual.values() for item in value.items]
+    # The manifest is written last: without it the codes were never finished.
+    without = [p for p in prefixes if not Path(f"{codes_prefix(p)}.json").is_file()]
+    if data.codes == "stored" and without:
+        raise ConfigError(f"data.codes is stored, but {codes_prefix(without[0])}.json is missing")
+    if tokenizer is None and data.image_tokenizer:
+        try:
+            tokenizer = ImageTokenizer.from_pretrained(data.image_tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"data.image_tokenizer: {error}") from error
+    if tokenizer is not None and tokenizer.grid != grid:
+        raise ConfigError(
+            f"data.image_tokenizer {data.image_tokenizer}: {tokenizer.grid}x{tokenizer.grid} "
+            f"codes, but model.image_size / model.patch_size gives {grid}x{grid} patches"
+        )
+    if data.codes == "compute" or without:
+        if tokenizer is None:
+            name = "images" if data.micro_images else "pairs"
+            count = getattr(data, f"micro_{name}")
+            raise ConfigError(
+                f"data.image_tokenizer is not set: data.micro_{name}={count} needs it"
+            )
+        return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {}, tokenizer)
+    # Without a tokenizer the codes of all datasets must at least share one.
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    codes: dict[tuple[str, Split], tuple[CodesReader, ...]] = {}
+    for key, value in visual.items():
+        option = "flip_probability" if key[0] == "images" else "pair_flip_probability"
+        readers = []
+        for item in value.items:
+            fingerprint = fingerprint or CodesReader(item.prefix).manifest.tokenizer_fingerprint
+            reader = check_codes(item.prefix, fingerprint, item.manifest.documents, grid)
+            if reader.manifest.flip_probability > 0 and getattr(data, option) == 0:
+                raise ConfigError(
+                    f"data.{option} is 0, but {codes_prefix(item.prefix)} has mirrored views "
+                    f"(probability {reader.manifest.flip_probability}): encode them with "
+                    "--flip-probability 0, or use data.codes compute"
+                )
+            readers.append(reader)
+        codes[key] = tuple(readers)
+    return VisualTargets(readers[0].manifest.num_codes, None, codes)
+
+
+def resolve_sizes(
+    config: RunConfig,
+    vocab_size: int | None,
+    num_codes: int | None,
+    pair_sources: Sources | None,
+) -> RunConfig:
+    """Fills in the vocabulary sizes, the masked patches and the caption slots.
+
+    Args:
+        config: of the run.
+        vocab_size: size of the text tokenizer; None if the run has no text.
+        num_codes: size of the image tokenizer; None if the run has no images.
+        pair_sources: training pairs, whose caption lengths decide the slots.
+
+    Raises:
+        ConfigError: a given size contradicts a tokenizer or the number of patches.
+    """
+    model, objectives = config.model, config.objectives
+    for name, given, found in (
+        ("vocab_size", model.vocab_size, vocab_size),
+        ("visual_vocab_size", model.visual_vocab_size, num_codes),
+    ):
+        if given and found and given != found:
+            raise ConfigError(f"model.{name}={given}, but the tokenizer has {found}")
+    # 40 % of the patches, rounded down (paper section 3.1), in integers.
+    masked = objectives.num_masked_patches or model.num_patches * 2 // 5
+    if not 0 < masked <= model.num_patches:
+        raise ConfigError(
+            f"objectives.num_masked_patches={masked} is not in 1..{model.num_patches} patches"
+        )
+    slots = objectives.caption_mask_slots
+    if slots == 0 and pair_sources is not None:
+        # The share of the blend's largest 99th percentile length.
+        known = [item.manifest.caption_lengths or {} for item in pair_sources.items]
+        longest = max(lengths.get("p99", model.pair_text_length) for lengths in known)
+        longest = min(longest, model.pair_text_length - 2)
+        slots = max(1, math.ceil(objectives.caption_mask_fraction * longest))
+    return replace(
+        config,
+        model=replace(
+            model,
+            vocab_size=model.vocab_size or vocab_size or 0,
+            visual_vocab_size=model.visual_vocab_size or num_codes or 0,
+        ),
+        objectives=replace(objectives, num_masked_patches=masked, caption_mask_slots=slots),
+    )
 
 
 class MicroBatches(Dataset[Batch]):
@@ -142,7 +405,7 @@ class PretrainData:
             first_micro_batch: number of the first among this process's own micro-batches.
             num_micro_batches: how many; None: endless.
         """
-        numbers, data = Numbers(first_micro_batch, num_micro_batches), self.config.data
+        numbers, data = batch_numbers(first_micro_batch, num_micro_batches), self.config.data
         return Loader(self._dataset(split), numbers, data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
@@ -224,12 +487,9 @@ class PretrainData:
         assert targets is not None
         data, is_pairs = config.data, objective == "pairs"
         flip = data.pair_flip_probability if is_pairs else data.flip_probability
-        views = ImageViews(
-            [item.reader("image") for item in sources.items],
-            targets.codes.get((objective, split)),
-            Augmentation(data.crop_scale_min, data.color_jitter, flip),
-            rngs,
-        )
+        readers = [item.reader("image") for item in sources.items]
+        codes = targets.codes.get((objective, split))
+        views = ImageViews(readers, codes, data, flip, rngs)
         pixels = PixelPart(config, views, targets.tokenizer_size, self._share)
         if not is_pairs:
             return ImagePart(sources, pixels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -79,17 +79,9 @@ def to_tensors(arrays: dict[str, Any]) -> Batch:
     return cast(Batch, map_values(arrays, torch.as_tensor))
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers from ``first`` on; endless if ``count`` is None."""
-
-    first: int
-    count: int | None
-
-    def __iter__(self) -> Iterator[int]:
-        if self.count is None:
-            return itertools.count(self.first)
-        return iter(range(self.first, self.first + self.count))
+def batch_numbers(first: int, count: int | None) -> range:
+    """``count`` numbers from ``first`` on; of None more than any run comes to."""
+    return range(first, sys.maxsize if count is None else first + count)
 
 
 @dataclass(frozen=True)

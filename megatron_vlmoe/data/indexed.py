@@ -19,7 +19,6 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -75,19 +74,18 @@ class IndexedWriter:
         self.num_items = 0
         self._digest = hashlib.sha256()
         self._records: dict[str, FileRecord] | None = None
-        self._files: list[StagedFile] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            self._files = []
             for suffix in (".bin", ".idx"):
                 self._files.append(StagedFile(f"{self.path_prefix}{suffix}", "w+b"))
+                undo.callback(self._files[-1].abort)
             self._bin, self._idx = self._files
             # Document boundaries come last in the .idx; until their place is known they wait in a file without a name.
+            folder = self._idx.path.parent
             with naming(self._idx.path):
-                self._documents = tempfile.TemporaryFile(
-                    buffering=1 << 20, dir=self._idx.path.parent
-                )
-        except BaseException:
-            self._abort_files()
-            raise
+                self._documents = tempfile.TemporaryFile(buffering=1 << 20, dir=folder)
+            undo.callback(self._documents.close)
+            self._undo = undo.pop_all()
         self._idx.write(bytes(_HEADER.size))
         self._add_boundaries(np.zeros(1, np.int64))
 
@@ -201,23 +199,14 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Deletes the temporary files; published ones stay."""
+        # Closing flushes, which fails again on a full disk; the first error is the one told.
         with contextlib.suppress(OSError):
-            self._documents.close()
-        self._abort_files()
-
-    def _abort_files(self) -> None:
-        for staged in self._files:
-            staged.abort()
+            self._undo.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if kind is None:
                 self.publish()

@@ -98,11 +98,7 @@ def natural_mask_count(num_maskable: int, fraction: float) -> int:
 
 def maskable_positions(ids: npt.ArrayLike, vocab: Vocabulary) -> npt.NDArray[np.int64]:
     """Ascending positions of the ids ``[L]`` that are not special."""
-    ids = np.asarray(ids)
-    special = np.zeros(ids.shape, dtype=np.bool_)
-    for special_id in vocab.special_ids:
-        special |= ids == special_id
-    return np.flatnonzero(~special)
+    return np.flatnonzero(~np.isin(ids, list(vocab.special_ids)))
 
 
 def mask_tokens(

@@ -9,15 +9,18 @@ pixels touches no image.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import DataConfig, RunConfig
 from megatron_vlmoe.data.augment import (
     NO_JITTER,
     CropBox,
@@ -43,11 +46,19 @@ from megatron_vlmoe.data.masking import (
     maskable_positions,
     natural_mask_count,
 )
-from megatron_vlmoe.data.order import Purpose, SampleRef, keyed_rng
-from megatron_vlmoe.data.packing import PackedTexts
-from megatron_vlmoe.data.sources import Sources
+from megatron_vlmoe.data.order import (
+    Purpose,
+    RecentCache,
+    SampleRef,
+    epoch_permutation,
+    keyed_rng,
+)
+from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.stream.sizes import text_mask_slots
 from megatron_vlmoe.tokenizers.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from megatron_vlmoe.data.batches import Sources
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
@@ -122,48 +133,32 @@ class TextFormat:
         return ids, np.array([length for _, length in made], dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How views are drawn in training.
-
-    Args:
-        crop_scale_min: smallest share of the image that a crop keeps; 1 keeps the whole image.
-        color_jitter: strength of colour jitter.
-        flip_probability: share of flips.
-        rand_augment: recipe of `draw_rand_augment`, or `none`.
-        random_erase: probability of overwriting a rectangle with noise.
-        pixel_mean: of the model's normalization, per channel: what noise is.
-        pixel_std: the same.
-    """
-
-    crop_scale_min: float
-    color_jitter: float
-    flip_probability: float
-    rand_augment: str = "none"
-    random_erase: float = 0.0
-    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-
 class ImageViews:
-    """Augmented pixels, and stored codes, of the images of one objective.
+    """Pixels, augmented in training, and stored codes, of the images of one objective.
 
     Args:
         readers: encoded images, one reader per dataset of the blend.
         codes: stored codes of the same images; None where codes are computed from pixels.
-        augmentation: applied in training; in evaluation the whole image is resized to a square.
-        rngs: source of randomness.
+        data: crops, colour jitter, and the normalization that decides what noise is.
+        flip: share of mirrored views.
+        rngs: source of randomness; in evaluation the whole image is resized to a square.
+        rand_augment: recipe of `draw_rand_augment`, or `none`.
+        random_erase: probability of overwriting a rectangle with noise.
     """
 
     def __init__(
         self,
         readers: Sequence[IndexedReader],
         codes: Sequence[CodesReader] | None,
-        augmentation: Augmentation,
+        data: DataConfig,
+        flip: float,
         rngs: SampleRngs,
+        rand_augment: str = "none",
+        random_erase: float = 0.0,
     ) -> None:
         self.readers, self.codes = tuple(readers), codes
-        self.augmentation, self.rngs = augmentation, rngs
+        self.data, self.flip, self.rngs = data, flip, rngs
+        self.rand_augment, self.random_erase = rand_augment, random_erase
 
     def stored_view(self, ref: SampleRef, image: int) -> StoredView:
         """The stored view that this sample uses: any in training, the first in evaluation."""
@@ -178,16 +173,15 @@ class ImageViews:
     def draw(self, ref: SampleRef, image: int, width: int, height: int) -> ImageDraw:
         """Box, flip and jitter of a sample whose image has this size in pixels."""
         rng = self.rngs.rng(Purpose.AUGMENTATION, ref)
-        wanted = self.augmentation
-        jitter = draw_jitter(rng, wanted.color_jitter) if self.rngs.train else NO_JITTER
+        jitter = draw_jitter(rng, self.data.color_jitter) if self.rngs.train else NO_JITTER
         if self.codes is not None:
             stored = self.stored_view(ref, image)
             return ImageDraw(stored.box, stored.flip, jitter)
         box, flip = CropBox.whole(width, height), False
         if self.rngs.train:
-            flip = bool(rng.random() < wanted.flip_probability)
-            if wanted.crop_scale_min < 1.0:
-                box = draw_crop(width, height, rng, (wanted.crop_scale_min, 1.0))
+            flip = bool(rng.random() < self.flip)
+            if self.data.crop_scale_min < 1.0:
+                box = draw_crop(width, height, rng, (self.data.crop_scale_min, 1.0))
         return ImageDraw(box, flip, jitter)
 
     def pixels(self, ref: SampleRef, image: int, sizes: Sequence[int]) -> list[Pixels]:
@@ -196,24 +190,24 @@ class ImageViews:
         Raises:
             DataError: the image is damaged, or is not the one that its stored codes are of.
         """
-        reader, wanted = self.readers[ref.dataset], self.augmentation
+        reader = self.readers[ref.dataset]
         where = f"{reader.path_prefix}.bin: image {image}"
         opened = open_image(reader.sequence(image), where)
         draw = self.draw(ref, image, opened.width, opened.height)
         operations: tuple[tuple[str, float], ...] = ()
-        if self.rngs.train and wanted.rand_augment != "none":
+        if self.rngs.train and self.rand_augment != "none":
             rng = self.rngs.rng(Purpose.RAND_AUGMENT, ref)
-            operations = draw_rand_augment(rng, wanted.rand_augment, sizes[0])
+            operations = draw_rand_augment(rng, self.rand_augment, sizes[0])
         decoded = decode_pixels(opened, where)
         try:
             made = views(decoded, draw, sizes, lambda view: apply_rand_augment(view, operations))
         except ValueError as error:
             raise DataError(f"{where}: {error}") from error
-        if self.rngs.train and wanted.random_erase > 0.0:
+        if self.rngs.train and self.random_erase > 0.0:
             for place, view in enumerate(made):
                 rng = self.rngs.rng(Purpose.ERASE, ref)
-                erase = draw_erase(rng, view.shape[1], wanted.random_erase)
-                made[place] = apply_erase(view, erase, wanted.pixel_mean, wanted.pixel_std)
+                erase = draw_erase(rng, view.shape[1], self.random_erase)
+                made[place] = apply_erase(view, erase, self.data.pixel_mean, self.data.pixel_std)
         return made
 
 
@@ -234,6 +228,134 @@ def slot_positions(labels: Array, slots: int) -> dict[str, Array]:
         positions[row, : len(found)] = found
         values[row, : len(found)] = line[found]
     return {"positions": positions, "labels": values}
+
+
+class PackingIndex(NamedTuple):
+    """Where each document of an epoch begins in the concatenation of all.
+
+    Args:
+        order: ``[D]`` document at each place.
+        starts: int64 ``[D + 1]`` first token of each place, and the length of the whole.
+    """
+
+    order: npt.NDArray[np.integer]
+    starts: npt.NDArray[np.int64]
+
+
+class PackedTexts:
+    """Texts of exactly ``length`` tokens: ``<s>``, ``length - 2`` tokens, ``</s>``.
+
+    The tokens of an epoch are all documents, each followed by ``</s>``, in an order that is
+    shuffled anew in every epoch. Sample k has tokens k*(length-2) .. (k+1)*(length-2) of them;
+    the last sample is filled up from the beginning.
+
+    Args:
+        reader: one sequence per document.
+        documents: first document, and the one after the last.
+        length: tokens of a packed text.
+        bos_id: ``<s>``.
+        eos_id: ``</s>``.
+        seed: seed of the document shuffles.
+        shuffle: false keeps the stored order.
+        dataset: number of the dataset within its blend.
+        cache_dir: folder in which the processes of a machine share an epoch's index; None keeps it
+            in memory.
+        identity: names the dataset in the cache, and must change when the dataset does.
+    """
+
+    def __init__(
+        self,
+        reader: IndexedReader,
+        documents: range,
+        length: int,
+        *,
+        bos_id: int,
+        eos_id: int,
+        seed: int,
+        shuffle: bool = True,
+        dataset: int = 0,
+        cache_dir: str | None = None,
+        identity: str = "",
+    ) -> None:
+        if length < 3:
+            raise ValueError(f"a packed text of {length} tokens has no place for text")
+        self.reader = reader
+        self.documents = documents
+        self.length = length
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.seed, self.shuffle, self.dataset = seed, shuffle, dataset
+        self.cache_dir, self.identity = cache_dir, identity
+        lengths = reader.sequence_lengths[documents.start : documents.stop]
+        self.num_tokens = int(lengths.sum(dtype=np.int64)) + len(lengths)
+        """Tokens of an epoch, with one ``</s>`` per document."""
+        self.num_samples = -(-self.num_tokens // (length - 2))
+        """Samples of an epoch."""
+        self._recent: RecentCache[PackingIndex] = RecentCache()
+
+    def index(self, epoch: int) -> PackingIndex:
+        """Order and boundaries of the documents in an epoch (the same in all if not shuffled)."""
+        return self._recent.get(epoch if self.shuffle else 0, self._load_index)
+
+    def _load_index(self, epoch: int) -> PackingIndex:
+        """An index that the processes of a machine share through memory-mapped files, if there is a folder for them."""
+        if self.cache_dir is None:
+            return self._build_index(epoch)
+        key = (self.identity, self.documents.start, self.documents.stop, self.seed, self.dataset)
+        digest = hashlib.sha256(repr((*key, self.shuffle, epoch)).encode()).hexdigest()[:20]
+        folder = Path(self.cache_dir)
+        paths = [folder / f"packing-{digest}-{part}.npy" for part in ("order", "starts")]
+        with contextlib.suppress(OSError, ValueError):
+            order, starts = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+            if len(starts) == len(order) + 1 == len(self.documents) + 1:
+                return PackingIndex(order, starts)
+        built = self._build_index(epoch)
+        # A cache that cannot be written (read-only folder, full disk) costs memory, nothing else.
+        with contextlib.suppress(OSError):
+            for path, array in zip(paths, (built.order, built.starts), strict=True):
+                with open_atomic(path) as file:
+                    np.save(file, array, allow_pickle=False)
+        return built
+
+    def _build_index(self, epoch: int) -> PackingIndex:
+        size = len(self.documents)
+        lengths = self.reader.sequence_lengths[self.documents.start : self.documents.stop]
+        order: npt.NDArray[np.integer] = np.arange(size, dtype=np.int32)
+        if self.shuffle:
+            order = epoch_permutation(size, self.seed, epoch, self.dataset, Purpose.DOCUMENT_ORDER)
+        starts = np.zeros(size + 1, dtype=np.int64)
+        np.cumsum(lengths[order] + np.int64(1), out=starts[1:])
+        return PackingIndex(order, starts)
+
+    def sample(self, epoch: int, k: int) -> tuple[Tokens, Tokens]:
+        """Sample k of an epoch.
+
+        Returns:
+            ids int64 ``[length]``, and the number of the document within the sample that each
+            token belongs to, int64 ``[length]``: 0, 0, ..., 1, 1, ... (``</s>`` ends its document).
+        """
+        if not 0 <= k < self.num_samples:
+            raise IndexError(f"sample {k} of {self.num_samples}")
+        index = self.index(epoch)
+        ids = np.full(self.length, self.eos_id, dtype=np.int64)
+        documents = np.zeros(self.length, dtype=np.int64)
+        ids[0] = self.bos_id
+        begin, filled, end, number = k * (self.length - 2), 1, self.length - 1, 0
+        place = int(np.searchsorted(index.starts, begin, side="right")) - 1
+        offset = begin - int(index.starts[place])
+        while filled < end:
+            span = int(index.starts[place + 1] - index.starts[place])
+            taken = min(span - offset, end - filled)
+            # The last token of a document's span is its </s>, which is in place already.
+            words = min(taken, span - 1 - offset)
+            document = self.documents.start + int(index.order[place])
+            ids[filled : filled + words] = self.reader.sequence_slice(document, offset, words)
+            documents[filled : filled + taken] = number
+            filled += taken
+            offset = 0
+            number += 1
+            place = (place + 1) % len(self.documents)
+        documents[-1] = number - 1
+        return ids, documents
 
 
 class TextPart:
@@ -269,7 +391,7 @@ class TextPart:
             for number, item in enumerate(sources.items)
         ]
         sizes = [text.num_samples for text in self.texts]
-        self.order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
+        self.order = sources.order(sizes, rngs)
 
     def make(self, numbers: range) -> dict[str, Any]:
         """The segment of the samples with these numbers."""
@@ -350,9 +472,8 @@ class ImagePart:
     """The segment `images` of pretraining."""
 
     def __init__(self, sources: Sources, pixels: PixelPart) -> None:
-        rngs = pixels.views.rngs
         sizes = [len(item.documents) for item in sources.items]
-        self.order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
+        self.order = sources.order(sizes, pixels.views.rngs)
         self.first_documents = [item.documents.start for item in sources.items]
         self.pixels = pixels
 
@@ -393,8 +514,7 @@ class PairPart:
             first = reader.document_indices
             captions = int(first[documents.stop] - first[documents.start])
             sizes.append(len(documents) if self.by_image else captions)
-        rngs = self.rngs
-        self.order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
+        self.order = sources.order(sizes, self.rngs)
 
     def locate(self, ref: SampleRef) -> tuple[int, int]:
         """Image document and caption sequence of a sample."""

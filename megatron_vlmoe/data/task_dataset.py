@@ -304,11 +304,6 @@ class TaskDataset:
         """Token sequences; 0 for a task without."""
         return self._texts.num_sequences if self._texts else 0
 
-    @property
-    def labels_sha256(self) -> str | None:
-        """`Labels.sha256` of the class names that the labels count; None for retrieval."""
-        return self.manifest.labels_sha256
-
     def row(self, index: int) -> TaskRow:
         """Sample ``index``. Raises IndexError outside 0..len-1."""
         return self._samples.row(index)

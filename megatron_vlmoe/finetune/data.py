@@ -17,11 +17,17 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.collate import BatchShare, Loader, MicroBatchNumber, Numbers, to_tensors
+from megatron_vlmoe.data.collate import (
+    BatchShare,
+    Loader,
+    MicroBatchNumber,
+    batch_numbers,
+    to_tensors,
+)
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, SampleRef
-from megatron_vlmoe.data.samples import Augmentation, ImageViews, SampleRngs, TextFormat
+from megatron_vlmoe.data.samples import ImageViews, SampleRngs, TextFormat
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
 from megatron_vlmoe.finetune.prepared import PreparedTask
 from megatron_vlmoe.prepare.vqa_answers import NUM_ANNOTATORS
@@ -157,20 +163,11 @@ class TaskSamples:
         self.size = config.model.image_size
         self.views: ImageViews | None = None
         if dataset.num_images:
-            flip = config.data.flip_probability
-            if self.spec.texts:
-                flip = config.data.pair_flip_probability
-            augmentation = Augmentation(
-                config.data.crop_scale_min,
-                config.data.color_jitter,
-                flip,
-                config.task.rand_augment,
-                config.task.random_erase,
-                config.data.pixel_mean,
-                config.data.pixel_std,
-            )
-            reader = IndexedReader(part_prefix(dataset.prefix, "image"))
-            self.views = ImageViews([reader], None, augmentation, rngs)
+            data, task = config.data, config.task
+            flip = data.pair_flip_probability if self.spec.texts else data.flip_probability
+            readers = [IndexedReader(part_prefix(dataset.prefix, "image"))]
+            augmentation = (task.rand_augment, task.random_erase)
+            self.views = ImageViews(readers, None, data, flip, rngs, *augmentation)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -375,7 +372,7 @@ class TaskData:
     def loader(self, split: str, first_micro_batch: int, num_micro_batches: int | None) -> Loader:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
-        keys, data = Numbers(first_micro_batch, num_micro_batches), self.config.data
+        keys, data = batch_numbers(first_micro_batch, num_micro_batches), self.config.data
         return Loader(self.train, keys, data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:

@@ -61,7 +61,7 @@ class PreparedTask:
 
         def open_split(name: str) -> TaskDataset:
             dataset = TaskDataset.open(f"{task.data}_{name}", task.name, fingerprint)
-            if labels is not None and dataset.labels_sha256 != labels.sha256:
+            if labels is not None and dataset.manifest.labels_sha256 != labels.sha256:
                 raise DataError(
                     f"{dataset.prefix}.json: made with other labels than {task.data}_labels.json"
                 )
@@ -145,24 +145,16 @@ def _complete(
         sizes[f"micro_{name}"] = getattr(shape, name) * task.micro_batch_size
         sizes[f"global_{name}"] = getattr(shape, name) * task.global_batch_size
     config = replace(config, model=model, task=task, data=replace(config.data, **sizes))
-    return config if train is None else _with_schedule(config, len(train))
-
-
-def _require_labels(split: TaskDataset, reason: str) -> None:
-    """The splits to train on and to choose the best checkpoint by must say what is right."""
-    if not any(split.row(number).labels for number in range(len(split))):
-        raise ConfigError(f"{split.prefix}: has no labels and {reason}; name another split")
-
-
-def _with_schedule(config: FinetuneConfig, num_samples: int) -> FinetuneConfig:
-    """Steps, warm-up and evaluation interval from epochs."""
-    task, train, optim = config.task, config.train, config.optim
-    per_epoch = num_samples / task.global_batch_size
-    steps = train.steps or max(1, math.ceil(task.epochs * per_epoch))
+    if train is None:
+        return config
+    # Steps, warm-up and evaluation interval from epochs.
+    run, optim = config.train, config.optim
+    per_epoch = len(train) / task.global_batch_size
+    steps = run.steps or max(1, math.ceil(task.epochs * per_epoch))
     warmup = optim.lr_warmup_steps
     if warmup < 0:
         warmup = int(task.warmup_fraction * steps)
-    interval, save_interval = train.eval_interval, config.checkpoint.save_interval
+    interval, save_interval = run.eval_interval, config.checkpoint.save_interval
     if task.eval_epochs > 0.0:
         interval = max(1, round(task.eval_epochs * per_epoch))
         # A run that is killed goes on from its last evaluation.
@@ -170,6 +162,12 @@ def _with_schedule(config: FinetuneConfig, num_samples: int) -> FinetuneConfig:
     return replace(
         config,
         checkpoint=replace(config.checkpoint, save_interval=save_interval),
-        train=replace(train, steps=steps, eval_interval=interval),
+        train=replace(run, steps=steps, eval_interval=interval),
         optim=replace(optim, lr_warmup_steps=warmup),
     )
+
+
+def _require_labels(split: TaskDataset, reason: str) -> None:
+    """The splits to train on and to choose the best checkpoint by must say what is right."""
+    if not any(split.row(number).labels for number in range(len(split))):
+        raise ConfigError(f"{split.prefix}: has no labels and {reason}; name another split")

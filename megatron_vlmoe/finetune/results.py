@@ -222,17 +222,16 @@ def evaluate_all(
     if config.checkpoint.save and ranks.rank == 0:
         folder, task = Path(config.checkpoint.save), config.task
         settings = evaluation_settings(config, ranks, checkpoint, precision)
-        every = [(table, Kept()) for table in tables]
-        rows = (row for table, kept in every for row in kept.rows(table))
+        rows = itertools.chain.from_iterable(table.rows() for table in tables)
         write_jsonl(folder / "predictions.jsonl", rows)
-        for table, kept in every if task.spec.submission else ():
-            submission = load_code(task.spec.submission)(kept.answers)
+        for table in tables if task.spec.submission else ():
+            submission = load_code(task.spec.submission)(table.answers)
             write_json(_answers_file(config, table.split.name), submission)
         left_out = {table.split.name: len(table.left_out) for table in tables}
         content = {"task": task.name, "metrics": metrics, "settings": settings}
         write_json(folder / "metrics.json", content | {"left_out": left_out})
         if task.report_examples:
-            write_report(folder / "report.html", _report(config, metrics, settings, every))
+            write_report(folder / "report.html", _report(config, metrics, settings, tables))
     for split in data.splits:
         if not _is_labelled(split, metrics):
             written = _answers_file(config, split.name) if config.checkpoint.save else "nothing"
@@ -258,14 +257,14 @@ def _report(
     config: FinetuneConfig,
     metrics: Mapping[str, float],
     settings: Mapping[str, Any],
-    every: Sequence[tuple[Predictions, Kept]],
+    tables: Sequence[Predictions],
 ) -> Report:
     """The page about an evaluation; examples come from splits with labels, if there is one."""
     task = config.task
-    labelled = [(table, kept) for table, kept in every if _is_labelled(table.split, metrics)]
+    labelled = [table for table in tables if _is_labelled(table.split, metrics)]
     notes = [f"Model: {settings['checkpoint'] or 'weights that were not saved'}"]
     headlines, counts, chosen, examples = [], [], [], []
-    for table, _ in labelled:
+    for table in labelled:
         split = table.split.name
         samples = metrics[f"{split}/samples"]
         guess = number(load_code(task.spec.guess)(table.split.dataset, table.labels))
@@ -274,7 +273,7 @@ def _report(
         headlines.append((f"{name}, percent", metrics[name], note))
         if unlabelled := metrics.get(f"{split}/unlabelled"):
             notes.append(f"{split}: {unlabelled:,.0f} samples without labels do not count.")
-    for table, _ in every:
+    for table in tables:
         split, count = table.split.name, len(table)
         if not _is_labelled(table.split, metrics):
             file = _answers_file(config, split).name
@@ -283,15 +282,15 @@ def _report(
             notes.append(
                 f"{split}: {len(table.left_out):,} samples were rejected when it was made."
             )
-    shown = labelled or every
-    for table, kept in shown:
-        if kept.predicted:
-            counts.append(_counts(table, kept))
-        own, sentence = _examples(table, kept.gained, -(-task.report_examples // len(shown)))
+    shown = labelled or tables
+    for table in shown:
+        if table.predicted:
+            counts.append(_counts(table))
+        own, sentence = _examples(table, -(-task.report_examples // len(shown)))
         examples += own
         chosen.append(sentence)
     return Report(
-        title=f"{task.name}: evaluation of {', '.join(table.split.name for table, _ in every)}",
+        title=f"{task.name}: evaluation of {', '.join(table.split.name for table in tables)}",
         headlines=headlines,
         notes=notes,
         counts=counts,
@@ -306,22 +305,22 @@ def _report(
     )
 
 
-def _counts(table: Predictions, kept: Kept) -> Counts:
+def _counts(table: Predictions) -> Counts:
     """What was predicted how often; for retrieval, at which place the right pictures were found."""
-    split, samples = table.split.name, sum(kept.predicted.values())
+    split, predicted, true = table.split.name, table.predicted, table.true
+    samples = sum(predicted.values())
     if table.labels is None:
-        rows = [CountRow(name, kept.predicted[name]) for name in _PLACES]
+        rows = [CountRow(name, predicted[name]) for name in _PLACES]
         note = (
             f"Place of a caption's own picture among the {table.split.dataset.num_images:,} pictures of the "
             f"split, by the similarity of their features; {samples:,} captions."
         )
         return Counts(f"Place of the right picture in {split}", note, ("captions", ""), rows)
-    size = {name: max(kept.predicted[name], kept.true[name]) for name in kept.predicted | kept.true}
-    names = sorted(size, key=lambda name: (-size[name], name))
-    rows = [CountRow(name, kept.predicted[name], kept.true[name]) for name in names[:_COUNTED]]
+    names = sorted(predicted | true, key=lambda name: (-max(predicted[name], true[name]), name))
+    rows = [CountRow(name, predicted[name], true[name]) for name in names[:_COUNTED]]
     if rest := names[_COUNTED:]:
-        predicted, true = (sum(c[name] for name in rest) for c in (kept.predicted, kept.true))
-        rows.append(CountRow(f"{len(rest):,} others", predicted, true))
+        others = (sum(count[name] for name in rest) for count in (predicted, true))
+        rows.append(CountRow(f"{len(rest):,} others", *others))
     note = f"How often each answer is predicted, and how often it is the right one: {samples:,} samples."
     return Counts(f"Answers of {split}", note, ("predicted", "true"), rows)
 
@@ -375,7 +374,6 @@ def evaluation_settings(
     }
 
 
-@dataclass(frozen=True)
 class Predictions:
     """What was predicted for the samples of a split, and what is true.
 
@@ -384,12 +382,22 @@ class Predictions:
         found: of all samples, on rank 0.
         split: the samples.
         labels: the classes; None for retrieval.
+
+    Attributes:
+        answers: `question_id` and `answer` of every sample of a task with a submission, also of those left out; as all
+            that follows it is there once `rows` has been gone through.
+        gained: what every prediction scores; None where the truth is unknown.
+        predicted: how often each class was predicted for a labelled sample; for retrieval, how often the right
+            picture was found at each of `_PLACES`.
+        true: how often each class is the right one (of several the best); nothing for retrieval.
     """
 
-    task: str
-    found: Found
-    split: SplitData
-    labels: Optional[Labels]
+    def __init__(self, task: str, found: Found, split: SplitData, labels: Optional[Labels]) -> None:
+        self.task, self.found, self.split, self.labels = task, found, split, labels
+        self.answers: list[dict[str, Any]] = []
+        self.gained: list[Optional[float]] = []
+        self.predicted: Counter[str] = Counter()
+        self.true: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.split.dataset)
@@ -451,52 +459,32 @@ class Predictions:
             entry["gained"] = float(dict(zip(row.labels, row.scores)).get(classes[0], 0.0))
         return entry
 
-
-@dataclass
-class Kept:
-    """What the submission and the report need of a split's predictions, noted while they are written.
-
-    Args:
-        answers: `question_id` and `answer` of every sample of a task with a submission, also of those left out.
-        gained: what every prediction scores; None where the truth is unknown.
-        predicted: how often each class was predicted for a labelled sample; for retrieval, how often the right
-            picture was found at each of `_PLACES`.
-        true: how often each class is the right one (of several the best); nothing for retrieval.
-    """
-
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    gained: list[Optional[float]] = field(default_factory=list)
-    predicted: Counter[str] = field(default_factory=Counter)
-    true: Counter[str] = field(default_factory=Counter)
-
-    def rows(self, table: Predictions) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """The lines of a split, each made once; those of the samples left out come last."""
-        present = (table.row(number) for number in range(len(table)))
-        for place, row in enumerate(itertools.chain(present, table.left_out)):
-            if place < len(table):
+        present = (self.row(number) for number in range(len(self)))
+        for place, row in enumerate(itertools.chain(present, self.left_out)):
+            if place < len(self):
                 self.gained.append(row.get("gained"))
                 if "gained" in row:
-                    self._count(table, row)
-            if find_task(table.task).submission:
+                    self._count(row)
+            if find_task(self.task).submission:
                 self.answers.append({"question_id": row["id"], "answer": row["prediction"]})
             yield row
 
-    def _count(self, table: Predictions, row: Mapping[str, Any]) -> None:
-        if table.labels is None:
+    def _count(self, row: Mapping[str, Any]) -> None:
+        if self.labels is None:
             places = {image: place for place, image in enumerate(row["images"])}
             place = places.get(row["truth"], MOST_LIKELY)
             self.predicted[_PLACES[min(place, 1) + (place >= MOST_LIKELY)]] += 1
             return
         self.predicted[row.get("prediction_name", row["prediction"])] += 1
         best = max(row["truth"], key=lambda item: item["score"], default={"label": _NOT_LISTED})
-        self.true[table.name_of(best["label"])] += 1
+        self.true[self.name_of(best["label"])] += 1
 
 
-def _examples(
-    table: Predictions, gained: Sequence[Optional[float]], count: int
-) -> tuple[list[Example], str]:
+def _examples(table: Predictions, count: int) -> tuple[list[Example], str]:
     """Samples spread over the split, of every kind as many as its share of the split, and how they were chosen."""
-    split = table.split.name
+    split, gained = table.split.name, table.gained
     by_kind: dict[str, list[int]] = {"right": [], "partly": [], "wrong": []}
     for place, score in enumerate(gained):
         if score is not None:

@@ -57,14 +57,6 @@ def run_finetune(config: FinetuneConfig) -> None:
     destroy()
 
 
-def run_evaluate(config: FinetuneConfig) -> None:
-    """Runs a fine-tuned checkpoint on the splits of its task."""
-    validate_task(config, environment_world_size(), training=False)
-    ranks, precision = _start(config)
-    evaluate(config, ranks, precision)
-    destroy()
-
-
 def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
     """One fine-tuning run.
 
@@ -147,8 +139,10 @@ def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
         write_json(Path(config.checkpoint.save) / "start.json", content)
 
 
-def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
-    """Evaluates a fine-tuned checkpoint on every split; arguments and result as of `finetune`."""
+def run_evaluate(config: FinetuneConfig) -> None:
+    """Runs a fine-tuned checkpoint on the splits of its task."""
+    validate_task(config, environment_world_size(), training=False)
+    ranks, precision = _start(config)
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
@@ -162,7 +156,8 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     log.info("loaded %s", path)
     begin_run_logs()
     objective = build_objective(config, ranks, data)
-    return evaluate_all(config, parts, ranks, data, objective, str(path), precision)
+    evaluate_all(config, parts, ranks, data, objective, str(path), precision)
+    destroy()
 
 
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:

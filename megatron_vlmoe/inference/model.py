@@ -48,7 +48,7 @@ from megatron_vlmoe.inference.inputs import (
 from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.runtime import distributed
 from megatron_vlmoe.runtime.precision import resolve_precision
-from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
+from megatron_vlmoe.runtime.ranks import environment_world_size
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import (
@@ -153,10 +153,23 @@ class VLMoE:
         classes = _open_labels(checkpoint, config, labels)
         # As the command line does: it warns about our feed-forward spec once per block.
         logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-        _check_device(device)
+        if device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"device={device}: cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU")
+        here = distributed.device().type
+        if device not in (None, here):
+            # megatron-core takes the GPU wherever it sees one.
+            hint = "; hide its GPUs with CUDA_VISIBLE_DEVICES=''" if here == "cuda" else ""
+            raise ConfigError(f"device={device}, but this process runs on {here}{hint}")
         config = replace(config, train=replace(config.train, precision=precision))  # type: ignore[arg-type]
         with _unchanged_generators():
-            ranks = _only_rank()
+            world = dist.get_world_size() if dist.is_initialized() else environment_world_size()
+            if world > 1:
+                raise ConfigError(f"a model is loaded by one process alone, not by {world}")
+            if parallel_state.model_parallel_is_initialized():
+                ranks = distributed.current_ranks()
+            else:
+                # Nothing is drawn: any seed will do.
+                ranks = distributed.initialize(ParallelConfig(), seed=0)
             parts = build_forward_only(config, resolve_precision(config.train), build_task_heads)
             load_weights(checkpoint, config, parts)
         runner = StepRunner(config, parts, ranks)
@@ -421,42 +434,14 @@ def _open_labels(
     return open_labels(path, config, checkpoint)
 
 
-def _check_device(wanted: Optional[str]) -> None:
-    if wanted not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device={wanted}: cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU")
-    here = distributed.device().type
-    if wanted is not None and wanted != here:
-        # megatron-core takes the GPU wherever it sees one.
-        hint = "; hide its GPUs with CUDA_VISIBLE_DEVICES=''" if here == "cuda" else ""
-        raise ConfigError(f"device={wanted}, but this process runs on {here}{hint}")
-
-
-def _only_rank() -> Ranks:
-    """The ranks of a process that is alone; process groups are made at the first call.
-
-    Raises:
-        ConfigError: other processes take part.
-    """
-    world = dist.get_world_size() if dist.is_initialized() else environment_world_size()
-    if world > 1:
-        raise ConfigError(f"a model is loaded by one process alone, not by {world}")
-    if parallel_state.model_parallel_is_initialized():
-        return distributed.current_ranks()
-    # Nothing is drawn: any seed will do.
-    return distributed.initialize(ParallelConfig(), seed=0)
-
-
 @contextlib.contextmanager
 def _unchanged_generators() -> Iterator[None]:
     """Puts the global random generators back: a script that loads a model goes on drawing as without it."""
-    on_gpu = torch.cuda.is_available()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpu_state = torch.cuda.get_rng_state() if on_gpu else None
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if gpu_state is not None:
-            torch.cuda.set_rng_state(gpu_state)
