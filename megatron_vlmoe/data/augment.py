@@ -142,9 +142,7 @@ def _blend_table(grey: int, factor: float) -> list[int]:
 def open_image(data: bytes | npt.NDArray[np.uint8], where: str) -> Image.Image:
     """Reads an image's header: size and mode are known, pixels are not decoded yet.
 
-    Args:
-        data: an encoded image.
-        where: names the dataset and the document in errors.
+    ``where`` names the dataset and the document in errors.
 
     Raises:
         DataError: not an image, or one so large that it may be a decompression bomb.
@@ -220,12 +218,7 @@ _IMAGENET_OPERATIONS = (
 
 
 def draw_rand_augment(rng: np.random.Generator, recipe: str, size: int) -> tuple[Operation, ...]:
-    """Draws the operations for one image.
-
-    Args:
-        rng: source of randomness.
-        recipe: one of ``RECIPES``.
-        size: height and width of the image that they will be applied to.
+    """Draws the operations of one of ``RECIPES`` for an image of this height and width.
 
     Returns:
         None, one or two operations, in the order of their application.
@@ -332,27 +325,17 @@ def _apply_operation(image: Image.Image, name: str, magnitude: float) -> Image.I
 
 @dataclass(frozen=True)
 class Erase:
-    """A rectangle that is overwritten with noise.
-
-    Args:
-        box: the rectangle.
-        seed: of the noise, which is thereby fixed before the image is decoded.
-    """
+    """A rectangle that is overwritten with noise of this seed, which is thereby fixed before the image is decoded."""
 
     box: CropBox
     seed: int
 
 
 def draw_erase(rng: np.random.Generator, size: int, probability: float = 0.25) -> Optional[Erase]:
-    """Draws the rectangle to erase from a square image, or None.
+    """Draws the rectangle to erase from a square image; None with a probability of 1 - ``probability``.
 
     The area is uniform in 2 % to 33 % of the image's, the aspect ratio log-uniform in 0.3 to 1 / 0.3. If ten draws do
-    not fit, nothing is erased.
-
-    Args:
-        rng: source of randomness.
-        size: height and width of the image.
-        probability: how often an image is erased at all.
+    not fit, nothing is erased either.
     """
     chance = rng.random()
     seed = int(rng.integers(0, 1 << 63))

@@ -65,15 +65,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """The datasets of one objective in one split.
-
-    Args:
-        items: the datasets.
-        weights: share of the samples from each; None: in proportion to their samples.
-    """
+    """The datasets of one objective in one split."""
 
     items: tuple[Source, ...]
     weights: tuple[Fraction, ...] | None
+    """Share of the samples from each; None: in proportion to their samples."""
 
     def shares(self, num_samples: Sequence[int]) -> list[Fraction]:
         """Share of each dataset in the blend, given its samples per epoch."""
@@ -199,12 +195,8 @@ def open_targets(
 ) -> VisualTargets | None:
     """Checks the image tokenizer and any stored codes; None if the run has no images.
 
-    Stored codes need no tokenizer; if one is given, they must be its own.
-
-    Args:
-        config: of the run.
-        sources: the datasets of every objective and split.
-        tokenizer: the tokenizer, if it is in memory already; else it is read from the disk.
+    Stored codes need no tokenizer; if one is given, they must be its own. One that is in memory already is not read
+    again.
 
     Raises:
         ConfigError: no tokenizer, one of another grid, or `codes: stored` without codes.
@@ -263,13 +255,9 @@ def resolve_sizes(
     num_codes: int | None,
     pair_sources: Sources | None,
 ) -> RunConfig:
-    """Fills in the vocabulary sizes, the masked patches and the caption slots.
+    """Fills in the vocabulary sizes, the masked patches and, from the captions to train on, their slots.
 
-    Args:
-        config: of the run.
-        vocab_size: size of the text tokenizer; None if the run has no text.
-        num_codes: size of the image tokenizer; None if the run has no images.
-        pair_sources: training pairs, whose caption lengths decide the slots.
+    The sizes of tokenizers that the run does not have are None.
 
     Raises:
         ConfigError: a given size contradicts a tokenizer or the number of patches.
@@ -363,10 +351,7 @@ class PretrainData:
     ) -> PretrainData:
         """Opens and verifies every dataset, tokenizer and stored code of a run.
 
-        Args:
-            config: of the run.
-            share: which part of the batches this process needs.
-            image_tokenizer: `config.data.image_tokenizer`, if it is in memory already.
+        An image tokenizer that is in memory already is not read again.
 
         Raises:
             ConfigError: options that are missing or contradict each other or the data.

@@ -133,12 +133,6 @@ class CodesReader:
 def check_codes(prefix: str | Path, fingerprint: str, num_images: int, grid: int) -> CodesReader:
     """Opens `PREFIX_codes` and checks that it fits the run.
 
-    Args:
-        prefix: path prefix of the dataset.
-        fingerprint: `ImageTokenizer.fingerprint` of the tokenizer in use.
-        num_images: images of the dataset.
-        grid: codes per side of an image.
-
     Raises:
         DataError: one line if the codes are of another tokenizer, of other images or another grid,
             or if a file is missing or truncated.

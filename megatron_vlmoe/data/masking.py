@@ -16,17 +16,12 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking needs of a text tokenizer, without its model.
-
-    Args:
-        size: number of ids.
-        mask_id: the id of [MASK].
-        special_ids: ids that are neither predicted nor drawn as a replacement.
-    """
+    """What masking needs of a text tokenizer, without its model."""
 
     size: int
     mask_id: int
     special_ids: frozenset[int]
+    """Neither predicted nor drawn as a replacement."""
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> Vocabulary:

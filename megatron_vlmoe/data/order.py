@@ -121,23 +121,14 @@ class SampleOrder:
 
 
 class BlendSpec(NamedTuple):
-    """Datasets of one objective.
-
-    Args:
-        prefixes: path prefixes of the datasets.
-        weights: share of the samples from each, with sum 1; None: in proportion to their sizes.
-    """
+    """Path prefixes of datasets, and the share of the samples from each, with sum 1 (None: in proportion to sizes)."""
 
     prefixes: tuple[str, ...]
     weights: tuple[Fraction, ...] | None = None
 
 
 def parse_blend(values: Sequence[str], option: str) -> BlendSpec:
-    """Reads ``A B`` or Megatron's ``0.7 A 0.3 B``.
-
-    Args:
-        values: the words of the option.
-        option: its name, for errors.
+    """Reads ``A B`` or Megatron's ``0.7 A 0.3 B``, the words of an option that errors name.
 
     Raises:
         ConfigError: weights and prefixes do not alternate, or a weight is not positive.
@@ -167,11 +158,7 @@ class Blend:
 
     Numbers come in blocks. After each block every dataset has had its exact share, less than one
     sample apart (largest remainders, in integers); inside a block the order is shuffled. Nothing
-    of the length of the run is stored.
-
-    Args:
-        weights: one positive number per dataset; only their ratios count.
-        seed: seed of the order inside a block.
+    of the length of the run is stored. Of the weights, one per dataset, only the ratios count.
 
     Raises:
         ConfigError: no weight, one that is not positive, or one below 2**-22 of the total.

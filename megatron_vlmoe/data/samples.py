@@ -251,15 +251,12 @@ class PackedTexts:
 
     Args:
         reader: one sequence per document.
-        documents: first document, and the one after the last.
+        documents: those that are used.
         length: tokens of a packed text.
-        bos_id: ``<s>``.
-        eos_id: ``</s>``.
         seed: seed of the document shuffles.
         shuffle: false keeps the stored order.
         dataset: number of the dataset within its blend.
-        cache_dir: folder in which the processes of a machine share an epoch's index; None keeps it
-            in memory.
+        cache_dir: folder in which the processes of a machine share an epoch's index; None keeps it in memory.
         identity: names the dataset in the cache, and must change when the dataset does.
     """
 
@@ -359,14 +356,7 @@ class PackedTexts:
 
 
 class TextPart:
-    """The segment `texts` of pretraining: packed texts, masked.
-
-    Args:
-        config: of the run, with all sizes filled in.
-        sources: the datasets.
-        rngs: source of randomness.
-        tokenizer: of the texts.
-    """
+    """The segment `texts` of pretraining: packed texts, masked."""
 
     def __init__(
         self, config: RunConfig, sources: Sources, rngs: SampleRngs, tokenizer: TextTokenizer
@@ -414,14 +404,7 @@ class TextPart:
 
 
 class PixelPart:
-    """Masks, pixels and codes of the images of one objective.
-
-    Args:
-        config: of the run, with all sizes filled in.
-        views: pixels and stored codes.
-        tokenizer_size: side of the image tokenizer's view; None with stored codes.
-        share: which part this process needs.
-    """
+    """Masks, pixels and codes of the images of one objective."""
 
     def __init__(
         self, config: RunConfig, views: ImageViews, tokenizer_size: int | None, share: BatchShare
@@ -490,12 +473,6 @@ class PairPart:
 
     A document's sequences are the captions of the image with the same number. A sample is a caption, or an image of
     which one caption is drawn (`data.pair_unit`).
-
-    Args:
-        config: of the run, with all sizes filled in.
-        sources: the datasets.
-        tokenizer: of the captions.
-        pixels: masks, pixels and codes.
     """
 
     def __init__(

@@ -134,10 +134,6 @@ class SamplesWriter:
 class SamplesReader:
     """Reads ``PREFIX_samples.arrow`` through a memory map, opened at first use; pickles as its path.
 
-    Args:
-        prefix: path prefix of the split.
-        task: name of the task.
-
     Raises:
         DataError: missing, damaged, or the table of another task.
     """
@@ -176,10 +172,6 @@ class SamplesReader:
 
     def check(self, num_images: int, num_texts: int) -> None:
         """Checks that every sample fits the task and the indexed files.
-
-        Args:
-            num_images: documents of ``PREFIX_image``.
-            num_texts: sequences of ``PREFIX_text``.
 
         Raises:
             DataError: a wrong number of images or texts, or one that does not exist.
@@ -261,13 +253,7 @@ class TaskDataset:
 
     @classmethod
     def open(cls, prefix: str, task: str, tokenizer_fingerprint: str | None) -> TaskDataset:
-        """Opens a split and checks it.
-
-        Args:
-            prefix: ``P_{split}``.
-            task: the task that is wanted.
-            tokenizer_fingerprint: of the tokenizer in use (of no account where the task has no
-                text); None: any.
+        """Opens ``P_{split}`` and checks it; of a task with text also that it was made with this tokenizer (None: any).
 
         Raises:
             DataError: not prepared to the end, another task, another tokenizer, or a file that is

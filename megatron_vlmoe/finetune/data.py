@@ -142,12 +142,7 @@ def mix_pixels(
 class TaskSamples:
     """The samples of one split; pure functions of their reference and the seed.
 
-    Args:
-        dataset: the split.
-        config: sizes and augmentation.
-        text: format of texts; None for a task without.
-        rngs: source of randomness; in evaluation images are resized as a whole.
-        share: whose pixels are decoded.
+    In evaluation images are resized as a whole. A process decodes the images of its share alone.
     """
 
     def __init__(

@@ -48,13 +48,7 @@ _BLOCK_ENTRIES = 1 << 22
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over the labelled samples.
-
-    Args:
-        percent: the mean, 0 to 100; not a number if no sample is labelled.
-        count: labelled samples.
-        unlabelled: samples that were left out because their label is unknown.
-    """
+    """A mean over the `count` labelled samples, in percent; not a number if none is labelled."""
 
     percent: float
     count: int
@@ -69,11 +63,9 @@ class Score:
 
 
 def label_ranks(logits: Array, labels: Array) -> Array:
-    """How many wrong classes are ahead of the right one: 0 is the first place, -1 that the label is unknown.
+    """How many wrong classes of logits ``[N, C]`` are ahead of the label ``[N]``: 0 is the first place.
 
-    Args:
-        logits: ``[N, C]``.
-        labels: classes ``[N]``; negative: unknown.
+    A negative label is unknown, and its rank is -1.
 
     Returns:
         int64 ``[N]``; a class with an equal logit, or with one that is not a number, is ahead.
@@ -99,14 +91,10 @@ def topk_accuracy(ranks: Array, k: int) -> Score:
 
 
 def vqa_official(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> Array:
-    """The official VQA accuracy of every prediction, 0 to 1 (`vqa_answers.official_accuracy`).
-
-    Args:
-        predicted: answers of N questions.
-        answers: what the annotators of each said, as published; empty: unknown.
+    """The official VQA accuracy of N predictions, 0 to 1 (`vqa_answers.official_accuracy`).
 
     Returns:
-        float64 ``[N]``, not a number where the answers are unknown.
+        float64 ``[N]``, not a number where the annotators' answers are empty: unknown.
 
     Raises:
         ValueError: the lengths differ.
@@ -161,8 +149,7 @@ def recall_at_k_of_features(
     Args:
         images: features ``[I, D]``.
         texts: features ``[C, D]``.
-        image_of_text: the image ``[C]`` of each caption, as in ``recall_at_k``.
-        ks: how many of the best are looked at.
+        image_of_text: as in ``recall_at_k``; so is ``ks``.
         block: images (then captions) that are scored at a time, against all captions (images).
 
     Raises:
@@ -208,11 +195,7 @@ def _recall(
 def _ranks(scores_of: RowScores, row_image: Array, item_image: Array, block: int) -> Array:
     """For each row the number of other images' items that are ahead of the best item of its own image.
 
-    Args:
-        scores_of: scores ``[n, M]`` of a slice of rows.
-        row_image: the image ``[R]`` that each row is about.
-        item_image: the image ``[M]`` that each item is about.
-        block: rows at a time.
+    Rows and items are about the images ``[R]`` and ``[M]``; ``scores_of`` gives ``[n, M]`` for a slice of n rows.
 
     Returns:
         int64 ``[R]``; 0 is the first place. Rows without an item of their own have no meaning.
@@ -246,12 +229,7 @@ def majority_rate(labels: Array) -> float:
 
 
 def vqa_majority(vocabulary: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Official VQA accuracy, in percent, of the best answer that is the same for all questions.
-
-    Args:
-        vocabulary: the answers to choose from.
-        answers: as in ``vqa_official``.
-    """
+    """Official VQA accuracy, in percent, of the best answer of a vocabulary that is the same for all questions."""
     by_form: dict[str, list[int]] = {}
     for label, answer in enumerate(vocabulary):
         for form in {answer, normalize_answer(answer)}:
@@ -269,15 +247,10 @@ def vqa_majority(vocabulary: Sequence[str], answers: Sequence[Sequence[str]]) ->
 def random_recall(
     image_of_text: Array, num_images: int, ks: Sequence[int] = RECALL_KS
 ) -> Mapping[str, float]:
-    """Expected ``recall_at_k`` of a ranking at random.
+    """Expected ``recall_at_k`` of a ranking at random of I images.
 
     ``IR@k`` is k / I. An image with m of the C captions is missed if all k drawn are among the C - m others:
     ``TR@k`` is the mean over images of 1 - binom(C - m, k) / binom(C, k).
-
-    Args:
-        image_of_text: the image ``[C]`` of each caption, as in ``recall_at_k``.
-        num_images: I.
-        ks: how many of the best are looked at.
     """
     owner = np.asarray(image_of_text, dtype=np.int64)
     total = len(owner)

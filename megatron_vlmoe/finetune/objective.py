@@ -40,14 +40,7 @@ MOST_MICRO_BATCHES = 64
 
 
 class EvalMicroBatches(Dataset[Batch]):
-    """Local micro-batch number to batch, for `Loader`; every data-parallel rank has `count` of them.
-
-    Args:
-        total: how many items there are.
-        parts: from the numbers of items to the parts of a micro-batch; pickles, so that loader workers can have it.
-        config: the run.
-        share: which part of the batches this process needs.
-    """
+    """Local micro-batch number to batch, for `Loader`; every data-parallel rank has `count` of them."""
 
     def __init__(self, total: int, parts: Parts, config: FinetuneConfig, share: BatchShare) -> None:
         self.total, self.parts, self.share = total, parts, share
@@ -102,14 +95,7 @@ Measured = tuple[dict[str, float], Optional[Found]]
 
 
 class TaskObjective(ABC):
-    """Trains a task and judges it by the first evaluation split.
-
-    Args:
-        config: the run.
-        ranks: where this process stands.
-        data: its splits.
-        loss_names: names of the single losses.
-    """
+    """Trains a task and judges it by the first evaluation split."""
 
     resumes_others = False
     evaluates_at_start = False

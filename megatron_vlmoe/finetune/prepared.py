@@ -35,10 +35,6 @@ class PreparedTask:
     def open(cls, config: FinetuneConfig, training: bool = True) -> PreparedTask:
         """Opens and verifies the splits of a run.
 
-        Args:
-            config: the run.
-            training: whether the training split is needed.
-
         Raises:
             ConfigError: options that are missing or contradict each other or the data.
             DataError: a split that is missing, damaged, or made with another tokenizer.

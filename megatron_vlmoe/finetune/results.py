@@ -59,11 +59,7 @@ class CountRow(NamedTuple):
 class Counts:
     """How often something was said, and how often it is true, as bars.
 
-    Args:
-        title: heading.
-        note: what is counted.
-        names: of `predicted` and `true` in every row; the second may be empty.
-        rows: at least one.
+    `names` are those of `predicted` and `true`; the second may be empty. There is at least one row.
     """
 
     title: str
@@ -194,14 +190,7 @@ def evaluate_all(
 ) -> dict[str, float]:
     """Evaluates every split and writes the results into `--save`.
 
-    Args:
-        config: the run.
-        parts: the model.
-        ranks: where this process stands.
-        data: the splits.
-        objective: judges the model.
-        checkpoint: folder of the weights; empty for weights that were not saved.
-        precision: that the model computes in.
+    ``checkpoint`` is the folder of the weights; empty for weights that were not saved.
 
     Returns:
         Metrics by `SPLIT/NAME` on every rank.

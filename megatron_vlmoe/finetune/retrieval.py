@@ -49,12 +49,12 @@ from megatron_vlmoe.train.step import StepRunner
 
 @dataclass(frozen=True)
 class Negatives:
-    """What the rows of one micro-batch are paired with.
+    """What the rows of one micro-batch are paired with, ``[m]`` each.
 
     Args:
-        image_rows: numbers (over the run) of the samples whose images are wrong ``[m]``.
-        text_rows: those whose captions are wrong ``[m]``.
-        valid: rows for which there was a wrong one to draw ``[m]``.
+        image_rows: numbers (over the run) of the samples whose images are wrong.
+        text_rows: those whose captions are wrong.
+        valid: rows for which there was a wrong one to draw.
     """
 
     image_rows: Tensor
@@ -64,15 +64,11 @@ class Negatives:
 
 @dataclass(frozen=True)
 class StepCache:
-    """What the loss of every micro-batch of a step needs of the whole step.
-
-    Args:
-        gradients: of the contrastive loss over all its rows.
-        numbers: place of every micro-batch among those of this rank in the step, by `micro_batch`.
-    """
+    """What the loss of every micro-batch of a step needs of the whole step."""
 
     gradients: CachedGradients
     numbers: Mapping[int, int]
+    """Place of every micro-batch among those of this rank in the step, by `micro_batch`."""
 
 
 class RetrievalObjective(TaskObjective):
@@ -180,11 +176,9 @@ class RetrievalObjective(TaskObjective):
             # Of this rank's pairs; the wrong images are decoded again, as the same views that were compared.
             mine = images[self.data.share.slice(len(images))]
             documents = [dataset.row(ref.index).images[0] for ref in mine]
-            pixels = torch.as_tensor(samples.pixels(mine, documents, self.threads))
-            own = batch["images"]["pixels"]
-            completed["pair_images"]["pixels"] = torch.stack([own, pixels, own], dim=1).flatten(
-                0, 1
-            )
+            own, drawn = batch["images"]["pixels"], samples.pixels(mine, documents, self.threads)
+            pixels = torch.stack([own, torch.as_tensor(drawn), own], dim=1).flatten(0, 1)
+            completed["pair_images"] = {"pixels": pixels}
         completed["negatives_valid"] = negatives.valid
         return completed
 

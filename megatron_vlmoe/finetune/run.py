@@ -58,12 +58,7 @@ def run_finetune(config: FinetuneConfig) -> None:
 
 
 def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
-    """One fine-tuning run.
-
-    Args:
-        config: the run, checked by `validate_task`.
-        ranks: where this process stands.
-        precision: that the model computes in.
+    """One run of a configuration that is checked by `validate_task`.
 
     Returns:
         Metrics of all splits by `SPLIT/NAME`, from the best weights.

@@ -53,9 +53,6 @@ class Item(NamedTuple):
 def aligned(**arguments: object) -> tuple[bool, list[list[Item]]]:
     """Arguments of a method as lists of one length: what is no list goes with every item of the others.
 
-    Args:
-        **arguments: by their names, each an item or a list or tuple of items.
-
     Returns:
         Whether none is a list, and the items of every argument.
 

@@ -342,11 +342,8 @@ class VLMoE:
     ) -> Array:
         """An output of the heads for every sample, in forward passes of at most `batch_size` samples.
 
-        Args:
-            output: its name.
-            images: of all samples, one after another.
-            texts: the first text of all samples, and the second ones of a task that has two.
-            shape: what a sample puts into the stream; None: what the task says.
+        Images are those of all samples, one after another; texts the first ones of all samples, then, of a task that
+        has two, the second ones; None as shape: what the task says.
 
         Returns:
             ``[n, ...]``, float32.
