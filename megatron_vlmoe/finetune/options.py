@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
+from typing import Optional, Sequence
 
 import yaml
 
 from megatron_vlmoe.config.command_line import (
     ParsedCommand,
+    from_dict,
     normalize_arguments,
     option_value,
     parse_options,
 )
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
 from megatron_vlmoe.config.hints import unknown_name
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.recipes import apply_recipe, default_recipe, recipe_names
@@ -23,6 +24,13 @@ from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import task_names
 from megatron_vlmoe.runtime.lazy import load
+from megatron_vlmoe.runtime.torch_files import read_torch_file
+from megatron_vlmoe.train.checkpoint_files import (
+    checkpoint_root,
+    find_best_or_last,
+    has_checkpoints,
+)
+from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
 
 
 def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
@@ -70,7 +78,7 @@ def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
                 "--load is missing: the run or checkpoint folder of a fine-tuned model"
             )
         step = option_value(words, "--checkpoint.step")
-        start = load("megatron_vlmoe.finetune.saved").saved_run(location, step)
+        start = saved_run(location, step)
         if not isinstance(start, FinetuneConfig):
             raise ConfigError(f"--load {location}: is a pretraining checkpoint, not one of a task")
         task = option_value(words, "--task.name")
@@ -128,13 +136,64 @@ def _architecture(words: Sequence[str], file: Mapping[str, str]) -> RunConfig:
             f"--task.architecture {name}: the architecture comes from --load {location}; give one of the two"
         )
     if location:
-        saved = load("megatron_vlmoe.finetune.saved")
+        save = value("checkpoint.save")
         # `checkpoint.step` is of `--save` where that has begun.
-        begun = saved.has_begun(value("checkpoint.save"))
-        run: RunConfig = saved.saved_run(location, "" if begun else value("checkpoint.step"))
-        return run
+        begun = save and has_checkpoints(checkpoint_root(save))
+        return saved_run(location, "" if begun else value("checkpoint.step"))
     if not name:
         raise ConfigError(
             "--load is missing: the checkpoint to start from (or --task.architecture PRESET for initial weights)"
         )
     return preset(name, "--task.architecture")
+
+
+def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
+    """The configuration in a checkpoint, with the tokenizer that lies beside it where its own path is gone.
+
+    Args:
+        location: run folder, checkpoint folder, iteration folder, or Hugging Face folder.
+        step: see `find_checkpoint`.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it holds no configuration of this project.
+    """
+    path = checkpoint_of(location, step)
+    if is_hugging_face(path):
+        try:
+            folder = load("megatron_vlmoe.convert.importing").open_hugging_face(path, verify=False)
+        except ConvertError as error:
+            raise ConfigError(f"--load {error}") from None
+        exported: RunConfig = folder.config
+        return exported
+    try:
+        content = read_torch_file(path / "common.pt").get("config")
+    except Exception:
+        # Of another version of megatron-core, or damaged, which it says.
+        try:
+            content = load("megatron_vlmoe.train.checkpoint").load_common(path).get("config")
+        except CheckpointError as error:
+            raise ConfigError(f"--load {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--load {path}: holds no configuration of this project")
+    root: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
+    config = from_dict(content, root, f"--load {path}")
+    beside = run_file(path, TOKENIZER_FILE)
+    if beside is not None and not Path(config.data.text_tokenizer).is_file():
+        config = replace(config, data=replace(config.data, text_tokenizer=str(beside)))
+    return config
+
+
+def checkpoint_of(location: str, step: Optional[str] = None) -> Path:
+    """The checkpoint that `--load` names: of a run folder that of a step, else the best, else the last.
+
+    A Hugging Face folder is its own checkpoint.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if is_hugging_face(location):
+        return Path(location)
+    path = find_best_or_last(location, step)
+    if path is None:
+        raise ConfigError(f"--load {location}: no checkpoint there")
+    return path

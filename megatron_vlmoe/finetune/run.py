@@ -16,14 +16,10 @@ from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.finetune.data import TaskData
 from megatron_vlmoe.finetune.metrics import mean_and_std
 from megatron_vlmoe.finetune.objective import TaskObjective
+from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
 from megatron_vlmoe.finetune.predictions import write_json
 from megatron_vlmoe.finetune.results import evaluate_all, evaluation_settings
-from megatron_vlmoe.finetune.saved import (
-    checkpoint_of,
-    load_weights,
-    saved_run,
-    weight_source,
-)
+from megatron_vlmoe.finetune.saved import load_weights, weight_source
 from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.planning.validate import validate, validate_task
 from megatron_vlmoe.runtime.distributed import (

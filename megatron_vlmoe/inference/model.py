@@ -32,8 +32,9 @@ from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.data.samples import TextFormat
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.objective import eval_layout, to_numpy
+from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
 from megatron_vlmoe.finetune.predictions import class_probabilities
-from megatron_vlmoe.finetune.saved import checkpoint_of, load_weights, saved_run
+from megatron_vlmoe.finetune.saved import load_weights
 from megatron_vlmoe.inference.answers import Answer, Decision, Scored, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
     Images,

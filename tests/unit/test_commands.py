@@ -157,7 +157,11 @@ def test_help_and_dry_runs_start_at_once(words: list[str]) -> None:
 
 
 @pytest.mark.process
-def test_the_dry_run_of_a_task_opens_its_data_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["--task.architecture", "--load"])
+def test_the_dry_run_of_a_task_opens_data_and_checkpoint_at_once(
+    start: str, tmp_path: Path
+) -> None:
+    import small_checkpoints
     from data_files import encoded, picture
 
     for split in ("train", "val"):
@@ -168,9 +172,14 @@ def test_the_dry_run_of_a_task_opens_its_data_at_once(tmp_path: Path) -> None:
     task = ["--task", "imagenet"]
     raw = ["--raw", str(tmp_path / "raw"), "--output", str(tmp_path / "in")]
     assert run("index-task", [*task, *raw]) == 0
-    start = ["--task.data", str(tmp_path / "in"), "--task.architecture", "tiny-8e"]
-    done = assert_light(["finetune", *task, *start, "--dry-run"])
+    config = small_checkpoints.CONFIGS["dense"]
+    if start == "--load":
+        small_checkpoints.save(tmp_path / "run", config, small_checkpoints.random_tensors(config))
+    model = str(tmp_path / "run") if start == "--load" else "tiny-8e"
+    data = ["--task.data", str(tmp_path / "in")]
+    done = assert_light(["finetune", *task, *data, start, model, "--dry-run"])
     assert "imagenet: 2 training samples" in done.stdout and "\nParameters" in done.stdout
+    assert ("  3 blocks, hidden size 8," in done.stdout) == (start == "--load")
 
 
 def assert_light(words: list[str]) -> subprocess.CompletedProcess[str]:
