@@ -16,8 +16,8 @@ from megatron_vlmoe.analysis.plots import (
 )
 from megatron_vlmoe.commands.options import CommandParser
 from megatron_vlmoe.config.errors import ConfigError, user_files
+from megatron_vlmoe.finetune.metrics import downstream_table, table_lines
 from megatron_vlmoe.finetune.predictions import write_json
-from megatron_vlmoe.finetune.table import downstream_table, table_lines
 from megatron_vlmoe.runtime.lazy import load
 
 

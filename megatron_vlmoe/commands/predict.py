@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
         record.check(options.task)
     if options.output:
         _check_output(Path(options.output))
-    checkpoint, config = load("megatron_vlmoe.inference.loading").read_run(options.load)
+    checkpoint, config = load("megatron_vlmoe.inference.model").read_run(options.load)
     task = config.task.name
     if options.task not in (None, task):
         raise ConfigError(f"--load {options.load}: was fine-tuned on {task}, not on {options.task}")

@@ -101,7 +101,7 @@ class TaskSpec:
     best_metric: str = "accuracy"
     table_split: str = ""
     head: Head
-    objective: str = "megatron_vlmoe.finetune.classification:ClassificationObjective"
+    objective: str = "megatron_vlmoe.finetune.objective:ClassificationObjective"
     scores: str = "megatron_vlmoe.finetune.metrics:accuracy"
     guess: str = "megatron_vlmoe.finetune.metrics:guess_class"
     submission: str = ""

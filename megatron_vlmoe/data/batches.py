@@ -1,78 +1,302 @@
-"""Pretraining data: opens a run's datasets and makes every micro-batch from its number alone."""
+"""Pretraining data: opens and verifies a run's datasets, derives the sizes that its configuration leaves to them, and
+makes every micro-batch from its number alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import DataConfig, RunConfig
+from megatron_vlmoe.data.codes import CodesReader, check_codes, codes_prefix
 from megatron_vlmoe.data.collate import (
     BatchShare,
-    ImageBatches,
+    Loader,
     MicroBatchNumber,
-    PairBatches,
-    PixelBatches,
-    TextBatches,
+    batch_numbers,
     to_tensors,
 )
-from megatron_vlmoe.data.loading import Loader, Numbers
-from megatron_vlmoe.data.masking import Vocabulary
-from megatron_vlmoe.data.order import BlendedOrder
-from megatron_vlmoe.data.packing import PackedTexts
+from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.manifest import DatasetManifest, check_dataset, part_prefix
+from megatron_vlmoe.data.order import Blend, BlendedOrder, BlendSpec, SampleOrder, parse_blend
 from megatron_vlmoe.data.samples import (
-    Augmentation,
-    CaptionSamples,
+    ImagePart,
     ImageViews,
-    PatchMasks,
+    PairPart,
+    PixelPart,
     SampleRngs,
-    TextFormat,
-    TextSamples,
-)
-from megatron_vlmoe.data.sources import (
-    OBJECTIVES,
-    SPLITS,
-    Sources,
-    Split,
-    VisualTargets,
-    enabled_objectives,
-    open_sources,
-    open_targets,
-    open_text_tokenizer,
-    resolve_sizes,
+    TextPart,
 )
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches, text_mask_slots
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
-if TYPE_CHECKING:
-    from megatron_vlmoe.tokenizers.image import ImageTokenizer
+Part = TextPart | ImagePart | PairPart
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
+OBJECTIVES = ("texts", "images", "pairs")
 
-__all__ = ["BatchShare", "Loader", "MicroBatches", "PretrainData"]
+_KINDS = {"texts": "text", "images": "images", "pairs": "pairs"}
+"""Name of each objective's option in `DataConfig`, and of its kind of dataset."""
 
-Part = TextBatches | ImageBatches | PairBatches
+
+@dataclass(frozen=True)
+class Source:
+    """One verified dataset, and the documents of it that a split uses."""
+
+    prefix: str
+    manifest: DatasetManifest
+    documents: range
+
+    def reader(self, part: str) -> IndexedReader:
+        """The indexed file ``PREFIX_PART``."""
+        return IndexedReader(part_prefix(self.prefix, part))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The datasets of one objective in one split."""
+
+    items: tuple[Source, ...]
+    weights: tuple[Fraction, ...] | None
+    """Share of the samples from each; None: in proportion to their samples."""
+
+    def shares(self, num_samples: Sequence[int]) -> list[Fraction]:
+        """Share of each dataset in the blend, given its samples per epoch."""
+        weights = self.weights or [Fraction(n) for n in num_samples]
+        total = sum(weights, Fraction(0))
+        return [weight / total for weight in weights]
+
+    def order(self, num_samples: Sequence[int], rngs: SampleRngs) -> BlendedOrder:
+        """The order of samples over all datasets, given the samples per epoch of each."""
+        orders = [
+            SampleOrder(n, rngs.seed, rngs.train, rngs.dataset_key(number))
+            for number, n in enumerate(num_samples)
+        ]
+        return BlendedOrder(Blend(self.shares(num_samples), rngs.seed), orders)
+
+
+def enabled_objectives(data: DataConfig) -> list[str]:
+    """The objectives with a positive micro-batch count.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    enabled = [name for name in OBJECTIVES if getattr(data, f"micro_{name}") > 0]
+    if not enabled:
+        raise ConfigError("data.micro_texts, data.micro_images and data.micro_pairs are all 0")
+    return enabled
+
+
+def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
+    """The text tokenizer; None if the run has neither texts nor pairs.
+
+    Raises:
+        ConfigError: it is needed and not set, or cannot be read.
+    """
+    users = [name for name in ("texts", "pairs") if getattr(data, f"micro_{name}") > 0]
+    if not users:
+        return None
+    if not data.text_tokenizer:
+        count = getattr(data, f"micro_{users[0]}")
+        raise ConfigError(f"data.text_tokenizer is not set: data.micro_{users[0]}={count} needs it")
+    try:
+        return TextTokenizer(data.text_tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"data.text_tokenizer: {error}") from error
+
+
+def open_sources(data: DataConfig, objective: str, fingerprint: str | None) -> dict[Split, Sources]:
+    """Verifies the datasets of one objective and splits off what is held out, if anything is.
+
+    Raises:
+        ConfigError: no dataset is given, or one is too small to hold anything out.
+        DataError: a dataset is not what it should be.
+    """
+    option = _KINDS[objective]
+    values = getattr(data, option)
+    if not values:
+        count = getattr(data, f"micro_{objective}")
+        raise ConfigError(f"data.{option} is empty: data.micro_{objective}={count} needs a dataset")
+    held_out = getattr(data, f"eval_{option}")
+    fraction = 0.0 if held_out else data.eval_fraction
+
+    def verified(values: Sequence[str], name: str) -> tuple[list[Source], BlendSpec]:
+        spec = parse_blend(values, name)
+        manifests = [check_dataset(prefix, option, fingerprint) for prefix in spec.prefixes]
+        found = zip(spec.prefixes, manifests, strict=True)
+        return [Source(prefix, m, range(m.documents)) for prefix, m in found], spec
+
+    whole, spec = verified(values, f"data.{option}")
+    train, rest = [], []
+    for item in whole:
+        kept, left = split_documents(item.manifest.documents, fraction, item.prefix, option)
+        train.append(replace(item, documents=kept))
+        rest.append(replace(item, documents=left))
+    result: dict[Split, Sources] = {"train": Sources(tuple(train), spec.weights)}
+    if held_out:
+        items, spec = verified(held_out, f"data.eval_{option}")
+        result["eval"] = Sources(tuple(items), spec.weights)
+    elif fraction > 0:
+        result["eval"] = Sources(tuple(rest), spec.weights)
+    return result
+
+
+def split_documents(
+    num_documents: int, fraction: float, prefix: str, option: str
+) -> tuple[range, range]:
+    """Documents for training, and the last ``fraction`` of them (at least one) for evaluation.
+
+    Raises:
+        ConfigError: ``fraction`` is not in 0..1, or nothing would be left to train on.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigError(f"data.eval_fraction={fraction} is not in [0, 1)")
+    held_out = max(1, math.floor(num_documents * fraction)) if fraction > 0 else 0
+    if held_out >= num_documents:
+        raise ConfigError(
+            f"{prefix}: {num_documents} document(s) cannot be split by data.eval_fraction="
+            f"{fraction}: give data.eval_{option}, or data.eval_fraction 0"
+        )
+    return range(num_documents - held_out), range(num_documents - held_out, num_documents)
+
+
+@dataclass(frozen=True)
+class VisualTargets:
+    """Where visual codes come from.
+
+    Args:
+        num_codes: size of the visual vocabulary.
+        tokenizer_size: side in pixels of the image tokenizer's view; None with stored codes.
+        codes: for each objective and split, one reader per dataset; empty if computed from pixels.
+        tokenizer: what computes codes from pixels; None with stored codes.
+    """
+
+    num_codes: int
+    tokenizer_size: int | None
+    codes: dict[tuple[str, Split], tuple[CodesReader, ...]]
+    tokenizer: ImageTokenizer | None = None
+
+
+def open_targets(
+    config: RunConfig,
+    sources: dict[tuple[str, Split], Sources],
+    tokenizer: ImageTokenizer | None = None,
+) -> VisualTargets | None:
+    """Checks the image tokenizer and any stored codes; None if the run has no images.
+
+    Stored codes need no tokenizer; if one is given, they must be its own. One that is in memory already is not read
+    again.
+
+    Raises:
+        ConfigError: no tokenizer, one of another grid, or `codes: stored` without codes.
+        DataError: codes of another tokenizer.
+    """
+    data, grid = config.data, config.model.patch_grid
+    visual = {key: value for key, value in sources.items() if key[0] != "texts"}
+    if not visual:
+        return None
+    prefixes = [item.prefix for value in visual.values() for item in value.items]
+    # The manifest is written last: without it the codes were never finished.
+    without = [p for p in prefixes if not Path(f"{codes_prefix(p)}.json").is_file()]
+    if data.codes == "stored" and without:
+        raise ConfigError(f"data.codes is stored, but {codes_prefix(without[0])}.json is missing")
+    if tokenizer is None and data.image_tokenizer:
+        try:
+            tokenizer = ImageTokenizer.from_pretrained(data.image_tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"data.image_tokenizer: {error}") from error
+    if tokenizer is not None and tokenizer.grid != grid:
+        raise ConfigError(
+            f"data.image_tokenizer {data.image_tokenizer}: {tokenizer.grid}x{tokenizer.grid} "
+            f"codes, but model.image_size / model.patch_size gives {grid}x{grid} patches"
+        )
+    if data.codes == "compute" or without:
+        if tokenizer is None:
+            name = "images" if data.micro_images else "pairs"
+            count = getattr(data, f"micro_{name}")
+            raise ConfigError(
+                f"data.image_tokenizer is not set: data.micro_{name}={count} needs it"
+            )
+        return VisualTargets(tokenizer.num_codes, tokenizer.image_size, {}, tokenizer)
+    # Without a tokenizer the codes of all datasets must at least share one.
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    codes: dict[tuple[str, Split], tuple[CodesReader, ...]] = {}
+    for key, value in visual.items():
+        option = "flip_probability" if key[0] == "images" else "pair_flip_probability"
+        readers = []
+        for item in value.items:
+            fingerprint = fingerprint or CodesReader(item.prefix).manifest.tokenizer_fingerprint
+            reader = check_codes(item.prefix, fingerprint, item.manifest.documents, grid)
+            if reader.manifest.flip_probability > 0 and getattr(data, option) == 0:
+                raise ConfigError(
+                    f"data.{option} is 0, but {codes_prefix(item.prefix)} has mirrored views "
+                    f"(probability {reader.manifest.flip_probability}): encode them with "
+                    "--flip-probability 0, or use data.codes compute"
+                )
+            readers.append(reader)
+        codes[key] = tuple(readers)
+    return VisualTargets(readers[0].manifest.num_codes, None, codes)
+
+
+def resolve_sizes(
+    config: RunConfig,
+    vocab_size: int | None,
+    num_codes: int | None,
+    pair_sources: Sources | None,
+) -> RunConfig:
+    """Fills in the vocabulary sizes, the masked patches and, from the captions to train on, their slots.
+
+    The sizes of tokenizers that the run does not have are None.
+
+    Raises:
+        ConfigError: a given size contradicts a tokenizer or the number of patches.
+    """
+    model, objectives = config.model, config.objectives
+    for name, given, found in (
+        ("vocab_size", model.vocab_size, vocab_size),
+        ("visual_vocab_size", model.visual_vocab_size, num_codes),
+    ):
+        if given and found and given != found:
+            raise ConfigError(f"model.{name}={given}, but the tokenizer has {found}")
+    # 40 % of the patches, rounded down (paper section 3.1), in integers.
+    masked = objectives.num_masked_patches or model.num_patches * 2 // 5
+    if not 0 < masked <= model.num_patches:
+        raise ConfigError(
+            f"objectives.num_masked_patches={masked} is not in 1..{model.num_patches} patches"
+        )
+    slots = objectives.caption_mask_slots
+    if slots == 0 and pair_sources is not None:
+        # The share of the blend's largest 99th percentile length.
+        known = [item.manifest.caption_lengths or {} for item in pair_sources.items]
+        longest = max(lengths.get("p99", model.pair_text_length) for lengths in known)
+        longest = min(longest, model.pair_text_length - 2)
+        slots = max(1, math.ceil(objectives.caption_mask_fraction * longest))
+    return replace(
+        config,
+        model=replace(
+            model,
+            vocab_size=model.vocab_size or vocab_size or 0,
+            visual_vocab_size=model.visual_vocab_size or num_codes or 0,
+        ),
+        objectives=replace(objectives, num_masked_patches=masked, caption_mask_slots=slots),
+    )
 
 
 class MicroBatches(Dataset[Batch]):
-    """Local micro-batch number to batch: a pure function, whatever process or order it runs in.
+    """Local micro-batch number to batch: a pure function, whatever process or order it runs in."""
 
-    Args:
-        parts: for each objective that is on (``texts``, ``images``, ``pairs``), its batches.
-        config: batch sizes.
-        share: which part this process needs.
-    """
-
-    def __init__(
-        self,
-        parts: Mapping[str, Part],
-        config: RunConfig,
-        share: BatchShare,
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Part], config: RunConfig, share: BatchShare) -> None:
         self.parts, self.share = dict(parts), share
         self.per_step = num_micro_batches(config, share.data_size)
         self.sizes = {
@@ -110,12 +334,13 @@ class PretrainData:
         """The run's configuration with all sizes filled in."""
         self.text_tokenizer = text_tokenizer
         """None if the run has neither texts nor pairs."""
-        self.stored_codes = targets is not None and targets.stored
+        self.stored_codes = targets is not None and targets.tokenizer_size is None
         """Whether visual codes are read from disk."""
         self.image_tokenizer = targets.tokenizer if targets else None
         """Computes the visual codes, on the CPU; None where they are stored, and on all stages but the last."""
         self._share, self._sources, self._targets = share, sources, targets
-        self._datasets = {"train": MicroBatches(self._parts("train"), config, share)}
+        self._datasets: dict[str, MicroBatches] = {}
+        self._dataset("train")
 
     @classmethod
     def open(
@@ -126,10 +351,7 @@ class PretrainData:
     ) -> PretrainData:
         """Opens and verifies every dataset, tokenizer and stored code of a run.
 
-        Args:
-            config: of the run.
-            share: which part of the batches this process needs.
-            image_tokenizer: `config.data.image_tokenizer`, if it is in memory already.
+        An image tokenizer that is in memory already is not read again.
 
         Raises:
             ConfigError: options that are missing or contradict each other or the data.
@@ -145,8 +367,7 @@ class PretrainData:
         for name in enabled:
             wanted = None if name == "images" else fingerprint
             for split, found in open_sources(config.data, name, wanted).items():
-                if found is not None:
-                    sources[name, split] = found
+                sources[name, split] = found
         targets = open_targets(config, sources, image_tokenizer)
         if targets and not share.last_stage:
             targets = replace(targets, tokenizer=None)
@@ -169,180 +390,93 @@ class PretrainData:
             first_micro_batch: number of the first among this process's own micro-batches.
             num_micro_batches: how many; None: endless.
         """
-        numbers, data = Numbers(first_micro_batch, num_micro_batches), self.config.data
+        numbers, data = batch_numbers(first_micro_batch, num_micro_batches), self.config.data
         return Loader(self._dataset(split), numbers, data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
         """Lines for the log: documents, samples and epochs of every dataset, and derived sizes."""
-        lines = describe_config(self.config, self.stored_codes)
+        data, model, objectives = self.config.data, self.config.model, self.config.objectives
+        lines = []
+        if data.micro_texts:
+            lines.append(
+                f"texts: {text_mask_slots(self.config)} of {model.text_length - 2} tokens are "
+                f"predicted, vocabulary {model.vocab_size}"
+            )
+        if data.micro_pairs:
+            lines.append(
+                f"captions: at most {objectives.caption_mask_slots} of up to "
+                f"{model.pair_text_length - 2} tokens are predicted, vocabulary {model.vocab_size}"
+            )
+        if data.micro_images or data.micro_pairs:
+            origin = "stored" if self.stored_codes else "computed on the fly"
+            lines.append(
+                f"images: {objectives.num_masked_patches} of {model.num_patches} patches are "
+                f"predicted, {model.visual_vocab_size} visual codes, {origin}"
+            )
         for split in SPLITS:
-            if all((name, split) in self._sources for name in self._dataset("train").parts):
-                for name, part in self._dataset(split).parts.items():
-                    sources = self._sources[name, split]
-                    lines += describe_sources(self.config, name, split, sources, part.order)
+            if all((name, split) in self._sources for name in enabled_objectives(data)):
+                for name in enabled_objectives(data):
+                    lines += self._source_lines(name, split)
+        return lines
+
+    def _source_lines(self, objective: str, split: Split) -> list[str]:
+        """One line for each dataset of an objective."""
+        config, sources = self.config, self._sources[objective, split]
+        steps = config.train.steps if split == "train" else config.train.eval_steps
+        wanted = steps * getattr(config.data, f"global_{objective}")
+        orders = self._dataset(split).parts[objective].order.orders
+        sizes = [order.num_samples for order in orders]
+        lines = []
+        for item, size, share in zip(sources.items, sizes, sources.shares(sizes), strict=True):
+            line = (
+                f"{split} {objective} {item.prefix}: {len(item.documents):,} documents, "
+                f"{size:,} samples per epoch"
+            )
+            if len(sources.items) > 1:
+                line += f", {float(share):.1%} of the blend"
+            line += f", {wanted * float(share) / size:.2f} epochs in {steps:,} steps"
+            if objective == "pairs":
+                reader = item.reader("text")
+                first = reader.document_indices
+                begin, end = int(first[item.documents.start]), int(first[item.documents.stop])
+                lengths = reader.sequence_lengths[begin:end]
+                cut = float(np.mean(lengths > config.model.pair_text_length - 2))
+                line += f", {cut:.2%} of the captions are cut"
+            lines.append(line)
         return lines
 
     def _dataset(self, split: Split) -> MicroBatches:
-        if split not in self._datasets:
-            self._datasets[split] = MicroBatches(self._parts(split), self.config, self._share)
-        return self._datasets[split]
-
-    def _rngs(self, objective: str, split: Split) -> SampleRngs:
-        """The randomness of an objective in a split; stream 0 is left to tools."""
-        stream = 1 + 2 * OBJECTIVES.index(objective) + SPLITS.index(split)
-        return SampleRngs(self.config.train.seed, stream, split == "train")
-
-    def _parts(self, split: Split) -> dict[str, Part]:
-        """The batch parts of every objective that is on.
+        """Micro-batches of a split.
 
         Raises:
             ConfigError: an objective has nothing held out.
         """
-        builders: dict[str, Callable[[Split], Part]] = {
-            "texts": self._texts,
-            "images": self._images,
-            "pairs": self._pairs,
-        }
-        parts: dict[str, Part] = {}
-        for name in enabled_objectives(self.config.data):
-            if (name, split) not in self._sources:
-                raise ConfigError(
-                    f"no {name} to evaluate on: data.eval_fraction is 0 and no eval dataset is set"
-                )
-            parts[name] = builders[name](split)
-        return parts
+        if split not in self._datasets:
+            parts = {name: self._part(name, split) for name in enabled_objectives(self.config.data)}
+            self._datasets[split] = MicroBatches(parts, self.config, self._share)
+        return self._datasets[split]
 
-    @property
-    def _tokenizer(self) -> TextTokenizer:
-        assert self.text_tokenizer is not None
-        return self.text_tokenizer
-
-    @property
-    def _vocabulary(self) -> Vocabulary:
-        tokenizer = self._tokenizer
-        return Vocabulary(tokenizer.size, tokenizer.mask_id, tokenizer.special_ids)
-
-    def _texts(self, split: Split) -> TextBatches:
-        data, objectives = self.config.data, self.config.objectives
-        sources, rngs = self._sources["texts", split], self._rngs("texts", split)
-        texts = [
-            PackedTexts(
-                item.reader("text_document"),
-                item.documents,
-                self.config.model.text_length,
-                bos_id=self._tokenizer.bos_id,
-                eos_id=self._tokenizer.eos_id,
-                seed=rngs.seed,
-                shuffle=rngs.train,
-                dataset=rngs.dataset_key(number),
-                cache_dir=data.cache_dir or None,
-                identity=item.manifest.files["_text_document.idx"].sha256,
+    def _part(self, objective: str, split: Split) -> Part:
+        config, tokenizer, targets = self.config, self.text_tokenizer, self._targets
+        if (objective, split) not in self._sources:
+            raise ConfigError(
+                f"no {objective} to evaluate on: data.eval_fraction is 0 and no eval dataset is set"
             )
-            for number, item in enumerate(sources.items)
-        ]
-        samples = TextSamples(
-            texts,
-            self._vocabulary,
-            text_mask_slots(self.config),
-            objectives.text_mask_fraction,
-            rngs,
-        )
-        sizes = [text.num_samples for text in texts]
-        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
-        return TextBatches(order, samples, data.reset_attention)
-
-    def _pixels(self, objective: str, split: Split) -> PixelBatches:
-        config, targets = self.config, self._targets
+        sources = self._sources[objective, split]
+        # Stream 0 is left to tools.
+        stream = 1 + 2 * OBJECTIVES.index(objective) + SPLITS.index(split)
+        rngs = SampleRngs(config.train.seed, stream, split == "train")
+        if objective == "texts":
+            assert tokenizer is not None
+            return TextPart(config, sources, rngs, tokenizer)
         assert targets is not None
-        flips = {
-            "images": config.data.flip_probability,
-            "pairs": config.data.pair_flip_probability,
-        }
-        rngs = self._rngs(objective, split)
-        views = ImageViews(
-            [item.reader("image") for item in self._sources[objective, split].items],
-            targets.codes[objective, split] if targets.stored else None,
-            Augmentation(config.data.crop_scale_min, config.data.color_jitter, flips[objective]),
-            rngs,
-        )
-        masks = PatchMasks(
-            config.model.patch_grid,
-            config.objectives.num_masked_patches,
-            config.objectives.min_mask_block,
-        )
-        sizes = (config.model.image_size, targets.tokenizer_size)
-        return PixelBatches(views, masks, rngs, sizes, self._share)
-
-    def _images(self, split: Split) -> ImageBatches:
-        sources, rngs = self._sources["images", split], self._rngs("images", split)
-        sizes = [len(item.documents) for item in sources.items]
-        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
-        first = [item.documents.start for item in sources.items]
-        return ImageBatches(order, first, self._pixels("images", split))
-
-    def _pairs(self, split: Split) -> PairBatches:
-        config = self.config
-        sources, rngs = self._sources["pairs", split], self._rngs("pairs", split)
-        captions = CaptionSamples(
-            [item.reader("text") for item in sources.items],
-            [item.documents for item in sources.items],
-            config.data.pair_unit,
-            self._vocabulary,
-            TextFormat.of(self._tokenizer, config.model.pair_text_length),
-            config.objectives.caption_mask_fraction,
-            config.objectives.caption_mask_slots,
-            rngs,
-        )
-        sizes = [captions.num_samples(number) for number in range(len(sources.items))]
-        order = sources.order(sizes, rngs.seed, rngs.train, rngs.dataset_key)
-        return PairBatches(order, captions, self._pixels("pairs", split))
-
-
-def describe_config(config: RunConfig, stored_codes: bool) -> list[str]:
-    """The derived sizes of the objectives that are on."""
-    data, model, objectives = config.data, config.model, config.objectives
-    lines = []
-    if data.micro_texts:
-        lines.append(
-            f"texts: {text_mask_slots(config)} of {model.text_length - 2} tokens are predicted, "
-            f"vocabulary {model.vocab_size}"
-        )
-    if data.micro_pairs:
-        lines.append(
-            f"captions: at most {objectives.caption_mask_slots} of up to "
-            f"{model.pair_text_length - 2} tokens are predicted, vocabulary {model.vocab_size}"
-        )
-    if data.micro_images or data.micro_pairs:
-        origin = "stored" if stored_codes else "computed on the fly"
-        lines.append(
-            f"images: {objectives.num_masked_patches} of {model.num_patches} patches are "
-            f"predicted, {model.visual_vocab_size} visual codes, {origin}"
-        )
-    return lines
-
-
-def describe_sources(
-    config: RunConfig, objective: str, split: Split, sources: Sources, order: BlendedOrder
-) -> list[str]:
-    """One line for each dataset of an objective."""
-    steps = config.train.steps if split == "train" else config.train.eval_steps
-    wanted = steps * getattr(config.data, f"global_{objective}")
-    sizes = [one.num_samples for one in order.orders]
-    lines = []
-    for item, size, share in zip(sources.items, sizes, sources.shares(sizes), strict=True):
-        line = (
-            f"{split} {objective} {item.prefix}: {len(item.documents):,} documents, "
-            f"{size:,} samples per epoch"
-        )
-        if len(sources.items) > 1:
-            line += f", {float(share):.1%} of the blend"
-        line += f", {wanted * float(share) / size:.2f} epochs in {steps:,} steps"
-        if objective == "pairs":
-            reader = item.reader("text")
-            first = reader.document_indices
-            begin, end = int(first[item.documents.start]), int(first[item.documents.stop])
-            lengths = reader.sequence_lengths[begin:end]
-            cut = float(np.mean(lengths > config.model.pair_text_length - 2))
-            line += f", {cut:.2%} of the captions are cut"
-        lines.append(line)
-    return lines
+        data, is_pairs = config.data, objective == "pairs"
+        flip = data.pair_flip_probability if is_pairs else data.flip_probability
+        readers = [item.reader("image") for item in sources.items]
+        codes = targets.codes.get((objective, split))
+        views = ImageViews(readers, codes, data, flip, rngs)
+        pixels = PixelPart(config, views, targets.tokenizer_size, self._share)
+        if not is_pairs:
+            return ImagePart(sources, pixels)
+        assert tokenizer is not None
+        return PairPart(config, sources, tokenizer, pixels)

@@ -83,7 +83,14 @@ class CodesReader:
 
     def __init__(self, prefix: str | Path) -> None:
         self.path = codes_prefix(prefix)
-        self.manifest = read_codes_manifest(prefix)
+
+        def make(raw: Any) -> CodesManifest:
+            files = {suffix: FileRecord(**record) for suffix, record in raw["files"].items()}
+            return CodesManifest(**{**raw, "files": files})
+
+        path, what = Path(f"{self.path}.json"), "a manifest of codes"
+        missing = "not found (no codes, or encoding did not end)"
+        self.manifest = read_versioned(path, FORMAT_VERSION, what, missing, make)
         self._reader = IndexedReader(self.path)
         manifest, reader = self.manifest, self._reader
         for suffix, record in manifest.files.items():
@@ -123,26 +130,8 @@ class CodesReader:
         return StoredView(CropBox(left, top, width, height), bool(flip), resolution, codes)
 
 
-def read_codes_manifest(prefix: str | Path) -> CodesManifest:
-    """Reads `PREFIX_codes.json`. Raises DataError (one line) if it is missing or damaged."""
-
-    def make(raw: Any) -> CodesManifest:
-        files = {suffix: FileRecord(**record) for suffix, record in raw["files"].items()}
-        return CodesManifest(**{**raw, "files": files})
-
-    path, what = Path(f"{codes_prefix(prefix)}.json"), "a manifest of codes"
-    missing = "not found (no codes, or encoding did not end)"
-    return read_versioned(path, FORMAT_VERSION, what, missing, make)
-
-
 def check_codes(prefix: str | Path, fingerprint: str, num_images: int, grid: int) -> CodesReader:
     """Opens `PREFIX_codes` and checks that it fits the run.
-
-    Args:
-        prefix: path prefix of the dataset.
-        fingerprint: `ImageTokenizer.fingerprint` of the tokenizer in use.
-        num_images: images of the dataset.
-        grid: codes per side of an image.
 
     Raises:
         DataError: one line if the codes are of another tokenizer, of other images or another grid,

@@ -19,7 +19,6 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -75,33 +74,24 @@ class IndexedWriter:
         self.num_items = 0
         self._digest = hashlib.sha256()
         self._records: dict[str, FileRecord] | None = None
-        self._files: list[StagedFile] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            self._files = []
             for suffix in (".bin", ".idx"):
                 self._files.append(StagedFile(f"{self.path_prefix}{suffix}", "w+b"))
+                undo.callback(self._files[-1].abort)
             self._bin, self._idx = self._files
             # Document boundaries come last in the .idx; until their place is known they wait in a file without a name.
+            folder = self._idx.path.parent
             with naming(self._idx.path):
-                self._documents = tempfile.TemporaryFile(
-                    buffering=1 << 20, dir=self._idx.path.parent
-                )
-        except BaseException:
-            self._abort_files()
-            raise
+                self._documents = tempfile.TemporaryFile(buffering=1 << 20, dir=folder)
+            undo.callback(self._documents.close)
+            self._undo = undo.pop_all()
         self._idx.write(bytes(_HEADER.size))
         self._add_boundaries(np.zeros(1, np.int64))
 
     def _add_boundaries(self, ends: np.ndarray) -> None:
         with naming(self._idx.path):
             self._documents.write(ends.astype("<i8").tobytes())
-
-    def _to_dtype(self, items: np.ndarray) -> np.ndarray:
-        if items.dtype == self.dtype:
-            return np.ascontiguousarray(items)
-        converted = items.astype(self.dtype)
-        if not np.array_equal(converted, items):
-            raise DataError(f"{self.path_prefix}.bin: an item does not fit {self.dtype}")
-        return converted
 
     def add_document(self, sequences: Sequence[np.ndarray]) -> None:
         """Adds one document of one or more 1-D sequences."""
@@ -126,7 +116,10 @@ class IndexedWriter:
             raise DataError(f"{self.path_prefix}.bin: items, lengths and documents do not agree")
         if len(lengths) and lengths.max() > _MAX_SEQUENCE:
             raise DataError(f"{self.path_prefix}.bin: a sequence of {lengths.max()} items")
-        data = self._to_dtype(items).data.cast("B") if len(items) else memoryview(b"")
+        converted = np.ascontiguousarray(items, self.dtype)
+        if items.dtype != self.dtype and not np.array_equal(converted, items):
+            raise DataError(f"{self.path_prefix}.bin: an item does not fit {self.dtype}")
+        data = converted.data.cast("B") if len(items) else memoryview(b"")
         self._bin.write(data)
         self._digest.update(data)
         self._idx.write(lengths.astype("<i4").tobytes())
@@ -139,9 +132,10 @@ class IndexedWriter:
         """Appends all documents of an indexed file, streaming its bytes."""
         if reader.dtype != self.dtype:
             raise DataError(f"{reader.path_prefix}.idx: {reader.dtype}, not {self.dtype}")
-        for block in reader.byte_blocks():
-            self._bin.write(block)
-            self._digest.update(block)
+        with open(f"{reader.path_prefix}.bin", "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                self._bin.write(block)
+                self._digest.update(block)
         for lengths in _blocks(reader.sequence_lengths):
             self._idx.write(lengths.tobytes())
         for ends in _blocks(reader.document_indices[1:]):
@@ -160,7 +154,24 @@ class IndexedWriter:
             if not self.num_items:
                 raise DataError(f"{self.path_prefix}.bin: nothing to write")
             with naming(self._idx.path):
-                self._complete_index()
+                # Header, then, after the lengths already written, byte offsets and boundaries.
+                file = self._idx.file
+                file.flush()
+                lengths = self.staged_lengths()
+                offset = 0
+                file.seek(0, os.SEEK_END)
+                for block in _blocks(lengths):
+                    sizes = block.astype("<i8") * self.dtype.itemsize
+                    ends = offset + np.cumsum(sizes)
+                    file.write((ends - sizes).tobytes())
+                    offset = int(ends[-1])
+                del lengths
+                with self._documents as documents:
+                    documents.seek(0)
+                    shutil.copyfileobj(documents, file, _BLOCK_BYTES)
+                file.seek(0)
+                counts = (self.num_sequences, self.num_documents + 1)
+                file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, *counts))
             for staged in self._files:
                 staged.finish()
             idx = self._idx.temporary
@@ -180,26 +191,6 @@ class IndexedWriter:
             shape=self.num_sequences,
         )
 
-    def _complete_index(self) -> None:
-        """Header, then (after the lengths already written) byte offsets and boundaries."""
-        file = self._idx.file
-        file.flush()
-        lengths = self.staged_lengths()
-        offset = 0
-        file.seek(0, os.SEEK_END)
-        for block in _blocks(lengths):
-            sizes = block.astype("<i8") * self.dtype.itemsize
-            ends = offset + np.cumsum(sizes)
-            file.write((ends - sizes).tobytes())
-            offset = int(ends[-1])
-        del lengths
-        with self._documents as documents:
-            documents.seek(0)
-            shutil.copyfileobj(documents, file, _BLOCK_BYTES)
-        file.seek(0)
-        counts = (self.num_sequences, self.num_documents + 1)
-        file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, *counts))
-
     def publish(self) -> None:
         """Gives the finished files their names."""
         self.finish()
@@ -208,23 +199,14 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Deletes the temporary files; published ones stay."""
+        # Closing flushes, which fails again on a full disk; the first error is the one told.
         with contextlib.suppress(OSError):
-            self._documents.close()
-        self._abort_files()
-
-    def _abort_files(self) -> None:
-        for staged in self._files:
-            staged.abort()
+            self._undo.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if kind is None:
                 self.publish()
@@ -250,8 +232,19 @@ class IndexedReader:
     def __init__(self, path_prefix: str) -> None:
         self.path_prefix = str(path_prefix)
         self._maps: tuple[mmap.mmap, np.ndarray, np.ndarray, np.ndarray] | None = None
-        header = self._read_header()
-        self.dtype, self.num_sequences, self._num_boundaries = header
+        path = f"{self.path_prefix}.idx"
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(_HEADER.size)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+        if len(raw) < _HEADER.size:
+            raise DataError(f"{path}: truncated: {len(raw)} bytes")
+        magic, version, code, self.num_sequences, self._num_boundaries = _HEADER.unpack(raw)
+        known = magic == _MAGIC and version == _VERSION and code in _DTYPES
+        if not known or self._num_boundaries < 1:
+            raise DataError(f"{path}: not an index of megatron-core's version {_VERSION}")
+        self.dtype = _DTYPES[code]
         self._check_sizes()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -295,30 +288,10 @@ class IndexedReader:
         begin, end = self.document_indices[index : index + 2]
         return [self.sequence(i) for i in range(int(begin), int(end))]
 
-    def byte_blocks(self) -> Iterator[bytes]:
-        """The bytes of the ``.bin`` file, in order."""
-        with open(f"{self.path_prefix}.bin", "rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                yield block
-
     @property
     def num_items(self) -> int:
         """Sum of all sequence lengths."""
         return os.path.getsize(f"{self.path_prefix}.bin") // self.dtype.itemsize
-
-    def _read_header(self) -> tuple[np.dtype, int, int]:
-        path = f"{self.path_prefix}.idx"
-        try:
-            with open(path, "rb") as file:
-                raw = file.read(_HEADER.size)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
-        if len(raw) < _HEADER.size:
-            raise DataError(f"{path}: truncated: {len(raw)} bytes")
-        magic, version, code, sequences, boundaries = _HEADER.unpack(raw)
-        if magic != _MAGIC or version != _VERSION or code not in _DTYPES or boundaries < 1:
-            raise DataError(f"{path}: not an index of megatron-core's version {_VERSION}")
-        return _DTYPES[code], sequences, boundaries
 
     def _check_sizes(self) -> None:
         idx_path, bin_path = f"{self.path_prefix}.idx", f"{self.path_prefix}.bin"
@@ -351,7 +324,11 @@ class IndexedReader:
         if self._maps is None:
             try:
                 self._check_sizes()
-                data, index = (_map(f"{self.path_prefix}{s}") for s in (".bin", ".idx"))
+                maps = []
+                for suffix in (".bin", ".idx"):
+                    with open(f"{self.path_prefix}{suffix}", "rb") as file:
+                        maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                data, index = maps
             except OSError as error:
                 raise DataError(f"{self.path_prefix}: {error.strerror}") from error
             n, start = self.num_sequences, _HEADER.size
@@ -360,8 +337,3 @@ class IndexedReader:
             documents = np.frombuffer(index, "<i8", self._num_boundaries, start + 12 * n)
             self._maps = (data, lengths, offsets, documents)
         return self._maps
-
-
-def _map(path: str) -> mmap.mmap:
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -33,7 +33,6 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 
 SAMPLES_SUFFIX = "_samples.arrow"
 
-_HASH_BLOCK = 1 << 22
 _LENGTH_BLOCK = 1 << 20
 
 
@@ -144,11 +143,8 @@ def samples_path(prefix: str | Path) -> Path:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
@@ -156,12 +152,10 @@ def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
 
     pX is the smallest length that at least X % of the sequences do not exceed.
     """
-    histogram = np.zeros(1, dtype=np.int64)
+    histogram = np.zeros(int(lengths.max(initial=0)) + 1, dtype=np.int64)
     for start in range(0, len(lengths), _LENGTH_BLOCK):
-        counts = np.bincount(lengths[start : start + _LENGTH_BLOCK])
-        if len(counts) > len(histogram):
-            histogram = np.pad(histogram, (0, len(counts) - len(histogram)))
-        histogram[: len(counts)] += counts
+        block = lengths[start : start + _LENGTH_BLOCK]
+        histogram += np.bincount(block, minlength=len(histogram))
     cumulative = np.cumsum(histogram)
     # Integers: 0.9 * N in floats can fall just above the rank that is meant.
     ranks = {f"p{p}": (p * int(cumulative[-1]) + 99) // 100 for p in (50, 90, 99)}

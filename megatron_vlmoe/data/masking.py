@@ -8,28 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+
 IGNORED_LABEL = -100
 """Label of a position that is not predicted."""
-
-_ASPECT_MIN = 0.3
-_BLOCK_ATTEMPTS = 10
-_MASK_SHARE = 0.8
-_RANDOM_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking needs of a text tokenizer, without its model: workers hold no more.
-
-    Args:
-        size: number of ids.
-        mask_id: the id of [MASK].
-        special_ids: ids that are neither predicted nor drawn as a replacement.
-    """
+    """What masking needs of a text tokenizer, without its model."""
 
     size: int
     mask_id: int
     special_ids: frozenset[int]
+    """Neither predicted nor drawn as a replacement."""
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> Vocabulary:
+        """That of a tokenizer."""
+        return cls(tokenizer.size, tokenizer.mask_id, tokenizer.special_ids)
 
 
 def blockwise_mask(
@@ -73,8 +70,8 @@ def _mask_block(
     height, width = mask.shape
     # A block of full height or width is refused, as in BEiT, unless there is no smaller one.
     tallest, widest = max(1, height - 1), max(1, width - 1)
-    log_aspect = -math.log(_ASPECT_MIN)
-    for draw in rng.random((_BLOCK_ATTEMPTS, 4)).tolist():
+    log_aspect = -math.log(0.3)
+    for draw in rng.random((10, 4)).tolist():
         area = smallest + draw[0] * (missing - smallest)
         aspect = math.exp((2.0 * draw[1] - 1.0) * log_aspect)
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -96,11 +93,7 @@ def natural_mask_count(num_maskable: int, fraction: float) -> int:
 
 def maskable_positions(ids: npt.ArrayLike, vocab: Vocabulary) -> npt.NDArray[np.int64]:
     """Ascending positions of the ids ``[L]`` that are not special."""
-    ids = np.asarray(ids)
-    special = np.zeros(ids.shape, dtype=np.bool_)
-    for special_id in vocab.special_ids:
-        special |= ids == special_id
-    return np.flatnonzero(~special)
+    return np.flatnonzero(~np.isin(ids, list(vocab.special_ids)))
 
 
 def mask_tokens(
@@ -146,20 +139,12 @@ def mask_tokens(
         return inputs, labels
     chosen = rng.choice(candidates, size=count, replace=False, shuffle=False)
     labels[chosen] = inputs[chosen]
-    inputs[chosen] = _replacements(inputs[chosen], vocab, rng)
-    return inputs, labels
-
-
-def _replacements(
-    originals: npt.NDArray[np.int64], vocab: Vocabulary, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """What stands in the place of each chosen token, ``[count]``."""
     specials = sorted(i for i in vocab.special_ids if 0 <= i < vocab.size)
-    num_ordinary = vocab.size - len(specials)
-    action = rng.random(len(originals))
+    action = rng.random(count)
     # A number among the ordinary ids becomes an id by stepping over the specials in order.
-    random_ids = (rng.random(len(originals)) * num_ordinary).astype(np.int64)
+    random_ids = (rng.random(count) * (vocab.size - len(specials))).astype(np.int64)
     for special_id in specials:
         random_ids += random_ids >= special_id
-    kept_or_random = np.where(action < _MASK_SHARE + _RANDOM_SHARE, random_ids, originals)
-    return np.where(action < _MASK_SHARE, vocab.mask_id, kept_or_random)
+    kept_or_random = np.where(action < 0.9, random_ids, labels[chosen])
+    inputs[chosen] = np.where(action < 0.8, vocab.mask_id, kept_or_random)
+    return inputs, labels

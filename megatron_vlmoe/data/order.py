@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -120,30 +120,25 @@ class SampleOrder:
         return epoch, int(order[place])
 
 
-@dataclass(frozen=True)
-class BlendSpec:
-    """Datasets of one objective.
-
-    Args:
-        prefixes: path prefixes of the datasets.
-        weights: share of the samples from each, with sum 1; None: in proportion to their sizes.
-    """
+class BlendSpec(NamedTuple):
+    """Path prefixes of datasets, and the share of the samples from each, with sum 1 (None: in proportion to sizes)."""
 
     prefixes: tuple[str, ...]
     weights: tuple[Fraction, ...] | None = None
 
 
 def parse_blend(values: Sequence[str], option: str) -> BlendSpec:
-    """Reads ``A B`` or Megatron's ``0.7 A 0.3 B``.
-
-    Args:
-        values: the words of the option.
-        option: its name, for errors.
+    """Reads ``A B`` or Megatron's ``0.7 A 0.3 B``, the words of an option that errors name.
 
     Raises:
         ConfigError: weights and prefixes do not alternate, or a weight is not positive.
     """
-    numbers = [_as_weight(value) for value in values]
+    numbers: list[Fraction | None] = []
+    for value in values:
+        try:
+            numbers.append(Fraction(value))
+        except (ValueError, ZeroDivisionError):
+            numbers.append(None)
     if all(number is None for number in numbers):
         return BlendSpec(tuple(values))
     weights, prefixes = numbers[0::2], tuple(values[1::2])
@@ -158,23 +153,12 @@ def parse_blend(values: Sequence[str], option: str) -> BlendSpec:
     return BlendSpec(prefixes, tuple(weight / total for weight in positive))
 
 
-def _as_weight(value: str) -> Fraction | None:
-    try:
-        return Fraction(value)
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
 class Blend:
     """Interleaves datasets by weight: sample number to (dataset, number inside that dataset).
 
     Numbers come in blocks. After each block every dataset has had its exact share, less than one
     sample apart (largest remainders, in integers); inside a block the order is shuffled. Nothing
-    of the length of the run is stored.
-
-    Args:
-        weights: one positive number per dataset; only their ratios count.
-        seed: seed of the order inside a block.
+    of the length of the run is stored. Of the weights, one per dataset, only the ratios count.
 
     Raises:
         ConfigError: no weight, one that is not positive, or one below 2**-22 of the total.

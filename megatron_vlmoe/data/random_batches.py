@@ -10,18 +10,13 @@ from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber
-from megatron_vlmoe.stream.batch import Batch, ImageSegment, TextSegment
+from megatron_vlmoe.stream.batch import Batch, ImageSegment
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches, text_mask_slots
 
 
 class RandomData:
-    """A source of batches like `PretrainData`; every micro-batch is a pure function of its number.
-
-    Args:
-        config: the run, with vocabulary sizes, `num_masked_patches` and `caption_mask_slots`.
-        share: which part of a batch this rank reads.
-    """
+    """A source of batches like `PretrainData`; every micro-batch is a pure function of its number."""
 
     image_tokenizer = None
 
@@ -50,37 +45,31 @@ class RandomData:
         rng = np.random.default_rng((self.config.train.seed, number, int(split == "eval")))
         batch: Batch = {"micro_batch": torch.tensor(number)}
         if self.layout.texts:
-            batch["texts"] = self._texts(rng)
+            count, length = self.layout.texts, self.layout.text_length
+            slots = text_mask_slots(self.config)
+            positions = _choose(rng, count, length - 2, slots) + 1
+            ids = self._ids(rng, (count, length))
+            labels = self._ids(rng, (count, slots))
+            batch["texts"] = {"ids": ids, "positions": positions, "labels": labels}
         if self.layout.pairs:
-            batch["pair_texts"] = self._captions(rng)
-            batch["pair_images"] = self._images(rng, self.layout.pairs)
+            count, length = self.layout.pairs, self.layout.pair_text_length
+            slots = self.config.objectives.caption_mask_slots
+            lengths = torch.from_numpy(rng.integers(min(slots + 2, length), length + 1, count))
+            labels = self._ids(rng, (count, slots))
+            # Some slots stay unused, as in captions that are shorter than the budget.
+            labels[torch.from_numpy(rng.random((count, slots)) < 0.1)] = -100
+            ids = self._ids(rng, (count, length))
+            positions = _choose(rng, count, min(slots, length - 2), slots) + 1
+            batch["pair_texts"] = {
+                "ids": ids,
+                "lengths": lengths,
+                "positions": positions,
+                "labels": labels,
+            }
+            batch["pair_images"] = self._images(rng, count)
         if self.layout.images:
             batch["images"] = self._images(rng, self.layout.images)
         return batch
-
-    def _texts(self, rng: np.random.Generator) -> TextSegment:
-        count, length = self.layout.texts, self.layout.text_length
-        slots = text_mask_slots(self.config)
-        positions = _choose(rng, count, length - 2, slots) + 1
-        return {
-            "ids": self._ids(rng, (count, length)),
-            "positions": positions,
-            "labels": self._ids(rng, (count, slots)),
-        }
-
-    def _captions(self, rng: np.random.Generator) -> TextSegment:
-        count, length = self.layout.pairs, self.layout.pair_text_length
-        slots = self.config.objectives.caption_mask_slots
-        lengths = torch.from_numpy(rng.integers(min(slots + 2, length), length + 1, count))
-        labels = self._ids(rng, (count, slots))
-        # Some slots stay unused, as in captions that are shorter than the budget.
-        labels[torch.from_numpy(rng.random((count, slots)) < 0.1)] = -100
-        return {
-            "ids": self._ids(rng, (count, length)),
-            "lengths": lengths,
-            "positions": _choose(rng, count, min(slots, length - 2), slots) + 1,
-            "labels": labels,
-        }
 
     def _images(self, rng: np.random.Generator, count: int) -> ImageSegment:
         model = self.config.model

@@ -1,6 +1,6 @@
-"""Samples of the three objectives: masked texts, masked images and masked image-text pairs.
+"""Samples of the three objectives, and the segments of a micro-batch that they make: texts, images, image-text pairs.
 
-Letters: L tokens of a sample, g patches along a side, S pixels along a side.
+Letters: n samples of an objective, L tokens of a sample, N patches, S pixels along a side.
 
 A sample is named by its `SampleRef` and made from nothing else but the seed. Masks and views have
 generators of their own: a mask never depends on the size of an image, and a process that needs no
@@ -9,47 +9,60 @@ pixels touches no image.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.schema import DataConfig, RunConfig
 from megatron_vlmoe.data.augment import (
     NO_JITTER,
     CropBox,
     ImageDraw,
+    apply_erase,
+    apply_rand_augment,
     decode_pixels,
     draw_crop,
+    draw_erase,
     draw_jitter,
+    draw_rand_augment,
     open_image,
     views,
 )
+from megatron_vlmoe.data.codes import CodesReader, StoredView
+from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.masking import (
+    IGNORED_LABEL,
     Vocabulary,
     blockwise_mask,
     mask_tokens,
     maskable_positions,
     natural_mask_count,
 )
-from megatron_vlmoe.data.order import Purpose, SampleRef, keyed_rng
-from megatron_vlmoe.data.packing import PackedTexts
-from megatron_vlmoe.data.rand_augment import (
-    Operation,
-    apply_erase,
-    apply_rand_augment,
-    draw_erase,
-    draw_rand_augment,
+from megatron_vlmoe.data.order import (
+    Purpose,
+    RecentCache,
+    SampleRef,
+    epoch_permutation,
+    keyed_rng,
 )
+from megatron_vlmoe.runtime.files import open_atomic
+from megatron_vlmoe.stream.sizes import text_mask_slots
+from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 if TYPE_CHECKING:
-    from megatron_vlmoe.data.codes import CodesReader, StoredView
-    from megatron_vlmoe.tokenizers.text import TextTokenizer
+    from megatron_vlmoe.data.batches import Sources
 
+Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -74,199 +87,6 @@ class SampleRngs:
         """The generator of one sample for one purpose."""
         epoch = ref.epoch if self.train else 0
         return keyed_rng(self.seed, purpose, self.dataset_key(ref.dataset), epoch, ref.index)
-
-
-@dataclass(frozen=True)
-class TextSample:
-    """A masked packed text; all ``[L]``.
-
-    Args:
-        ids: inputs.
-        labels: -100 where not predicted.
-        documents: number of the document within the sample, from 0.
-    """
-
-    ids: Tokens
-    labels: Tokens
-    documents: Tokens
-
-
-class TextSamples:
-    """Masked packed texts.
-
-    Args:
-        texts: one per dataset of the blend.
-        vocab: the vocabulary that masks are drawn in.
-        slots: tokens to predict in each text.
-        fraction: the same as a share.
-        rngs: source of randomness.
-    """
-
-    def __init__(
-        self,
-        texts: Sequence[PackedTexts],
-        vocab: Vocabulary,
-        slots: int,
-        fraction: float,
-        rngs: SampleRngs,
-    ) -> None:
-        self.texts = tuple(texts)
-        self.vocab, self.slots, self.fraction, self.rngs = vocab, slots, fraction, rngs
-
-    def sample(self, ref: SampleRef) -> TextSample:
-        """A packed text, masked."""
-        ids, documents = self.texts[ref.dataset].sample(ref.epoch, ref.index)
-        rng = self.rngs.rng(Purpose.TEXT_MASK, ref)
-        inputs, labels = mask_tokens(ids, self.fraction, self.vocab, rng, self.slots)
-        return TextSample(inputs, labels, documents)
-
-
-@dataclass(frozen=True)
-class PatchMasks:
-    """How patches are masked: grid side g, number of masked patches, smallest block."""
-
-    grid: int
-    num_masked: int
-    min_block: int
-
-    def draw(self, rngs: SampleRngs, ref: SampleRef) -> npt.NDArray[np.bool_]:
-        """The mask of an image, ``[g * g]``, row by row."""
-        rng = rngs.rng(Purpose.IMAGE_MASK, ref)
-        mask = blockwise_mask(self.grid, self.grid, self.num_masked, rng, min_block=self.min_block)
-        return mask.reshape(-1)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How views are drawn in training.
-
-    Args:
-        crop_scale_min: smallest share of the image that a crop keeps; 1 keeps the whole image.
-        color_jitter: strength of colour jitter.
-        flip_probability: share of flips.
-        rand_augment: recipe of `rand_augment`, or `none`.
-        random_erase: probability of overwriting a rectangle with noise.
-        pixel_mean: of the model's normalization, per channel: what noise is.
-        pixel_std: the same.
-    """
-
-    crop_scale_min: float
-    color_jitter: float
-    flip_probability: float
-    rand_augment: str = "none"
-    random_erase: float = 0.0
-    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-
-class ImageViews:
-    """Augmented pixels, and stored codes, of the images of one objective.
-
-    Args:
-        readers: encoded images, one reader per dataset of the blend.
-        codes: stored codes of the same images; None where codes are computed from pixels.
-        augmentation: applied in training; in evaluation the whole image is resized to a square.
-        rngs: source of randomness.
-    """
-
-    def __init__(
-        self,
-        readers: Sequence[IndexedReader],
-        codes: Sequence[CodesReader] | None,
-        augmentation: Augmentation,
-        rngs: SampleRngs,
-    ) -> None:
-        self.readers = tuple(readers)
-        self.codes = None if codes is None else tuple(codes)
-        self.augmentation, self.rngs = augmentation, rngs
-
-    def stored_view(self, ref: SampleRef, image: int) -> StoredView:
-        """The stored view that this sample uses: any in training, the first in evaluation."""
-        if self.codes is None:
-            raise ValueError("no stored codes")
-        reader = self.codes[ref.dataset]
-        view = 0
-        if self.rngs.train:
-            rng = self.rngs.rng(Purpose.STORED_VIEW, ref)
-            view = int(rng.integers(reader.manifest.num_views))
-        return reader.view(image, view)
-
-    def draw(self, ref: SampleRef, image: int, width: int, height: int) -> ImageDraw:
-        """Box, flip and jitter of a sample whose image has this size in pixels."""
-        rng = self.rngs.rng(Purpose.AUGMENTATION, ref)
-        wanted = self.augmentation
-        jitter = draw_jitter(rng, wanted.color_jitter) if self.rngs.train else NO_JITTER
-        if self.codes is not None:
-            stored = self.stored_view(ref, image)
-            return ImageDraw(stored.box, stored.flip, jitter)
-        if not self.rngs.train:
-            return ImageDraw(CropBox.whole(width, height))
-        flip = bool(rng.random() < wanted.flip_probability)
-        if wanted.crop_scale_min >= 1.0:
-            return ImageDraw(CropBox.whole(width, height), flip, jitter)
-        box = draw_crop(width, height, rng, (wanted.crop_scale_min, 1.0))
-        return ImageDraw(box, flip, jitter)
-
-    def _operations(self, ref: SampleRef, size: int) -> tuple[Operation, ...]:
-        recipe = self.augmentation.rand_augment
-        if not self.rngs.train or recipe == "none":
-            return ()
-        return draw_rand_augment(self.rngs.rng(Purpose.RAND_AUGMENT, ref), recipe, size)
-
-    def _erase(self, ref: SampleRef, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        wanted = self.augmentation
-        if not self.rngs.train or wanted.random_erase <= 0.0:
-            return pixels
-        rng = self.rngs.rng(Purpose.ERASE, ref)
-        erase = draw_erase(rng, pixels.shape[1], wanted.random_erase)
-        return apply_erase(pixels, erase, wanted.pixel_mean, wanted.pixel_std)
-
-    def pixels(
-        self, ref: SampleRef, image: int, sizes: Sequence[int]
-    ) -> list[npt.NDArray[np.uint8]]:
-        """Aligned views of one image, uint8 ``[3, size, size]`` for each size.
-
-        Raises:
-            DataError: the image is damaged, or is not the one that its stored codes are of.
-        """
-        reader = self.readers[ref.dataset]
-        where = f"{reader.path_prefix}.bin: image {image}"
-        opened = open_image(reader.sequence(image), where)
-        draw = self.draw(ref, image, opened.width, opened.height)
-        operations = self._operations(ref, sizes[0])
-        try:
-            made = views(
-                decode_pixels(opened, where),
-                draw,
-                sizes,
-                then=lambda view: apply_rand_augment(view, operations),
-            )
-            return [self._erase(ref, pixels) for pixels in made]
-        except DataError:
-            raise
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
-
-
-@dataclass(frozen=True)
-class CaptionSample:
-    """A masked caption.
-
-    Args:
-        ids: ``[L]`` inputs: ``<s>``, tokens, ``</s>``, padding.
-        labels: ``[L]``, -100 where not predicted.
-        length: tokens up to ``</s>``.
-        image: image document of the pair.
-        truncated: whether the caption was too long.
-        dropped_masks: tokens that were not masked for want of slots.
-    """
-
-    ids: Tokens
-    labels: Tokens
-    length: int
-    image: int
-    truncated: bool
-    dropped_masks: int
 
 
 @dataclass(frozen=True)
@@ -313,50 +133,371 @@ class TextFormat:
         return ids, np.array([length for _, length in made], dtype=np.int64)
 
 
-class CaptionSamples:
-    """Masked captions.
+class ImageViews:
+    """Pixels, augmented in training, and stored codes, of the images of one objective.
 
     Args:
-        readers: captions, one reader per dataset of the blend; a document's sequences are the
-            captions of the image with the same number.
-        documents: of each dataset, the documents that samples come from.
-        unit: ``caption``: a sample index counts captions; ``image``: it counts images, and one
-            caption is drawn.
-        vocab: the vocabulary that masks are drawn in.
-        text: how a caption is laid out.
-        fraction: share of its tokens to predict.
-        slots: how many of them at most.
-        rngs: source of randomness.
+        readers: encoded images, one reader per dataset of the blend.
+        codes: stored codes of the same images; None where codes are computed from pixels.
+        data: crops, colour jitter, and the normalization that decides what noise is.
+        flip: share of mirrored views.
+        rngs: source of randomness; in evaluation the whole image is resized to a square.
+        rand_augment: recipe of `draw_rand_augment`, or `none`.
+        random_erase: probability of overwriting a rectangle with noise.
     """
 
     def __init__(
         self,
         readers: Sequence[IndexedReader],
-        documents: Sequence[range],
-        unit: str,
-        vocab: Vocabulary,
-        text: TextFormat,
-        fraction: float,
-        slots: int,
+        codes: Sequence[CodesReader] | None,
+        data: DataConfig,
+        flip: float,
         rngs: SampleRngs,
+        rand_augment: str = "none",
+        random_erase: float = 0.0,
     ) -> None:
-        self.readers, self.documents = tuple(readers), tuple(documents)
-        self.unit, self.vocab, self.text, self.rngs = unit, vocab, text, rngs
-        self.fraction, self.slots = fraction, slots
+        self.readers, self.codes = tuple(readers), codes
+        self.data, self.flip, self.rngs = data, flip, rngs
+        self.rand_augment, self.random_erase = rand_augment, random_erase
 
-    def num_samples(self, dataset: int) -> int:
-        """Samples of an epoch of one dataset."""
-        documents = self.documents[dataset]
-        if self.unit == "image":
-            return len(documents)
-        first = self.readers[dataset].document_indices
-        return int(first[documents.stop] - first[documents.start])
+    def stored_view(self, ref: SampleRef, image: int) -> StoredView:
+        """The stored view that this sample uses: any in training, the first in evaluation."""
+        assert self.codes is not None
+        reader = self.codes[ref.dataset]
+        view = 0
+        if self.rngs.train:
+            rng = self.rngs.rng(Purpose.STORED_VIEW, ref)
+            view = int(rng.integers(reader.manifest.num_views))
+        return reader.view(image, view)
+
+    def draw(self, ref: SampleRef, image: int, width: int, height: int) -> ImageDraw:
+        """Box, flip and jitter of a sample whose image has this size in pixels."""
+        rng = self.rngs.rng(Purpose.AUGMENTATION, ref)
+        jitter = draw_jitter(rng, self.data.color_jitter) if self.rngs.train else NO_JITTER
+        if self.codes is not None:
+            stored = self.stored_view(ref, image)
+            return ImageDraw(stored.box, stored.flip, jitter)
+        box, flip = CropBox.whole(width, height), False
+        if self.rngs.train:
+            flip = bool(rng.random() < self.flip)
+            if self.data.crop_scale_min < 1.0:
+                box = draw_crop(width, height, rng, (self.data.crop_scale_min, 1.0))
+        return ImageDraw(box, flip, jitter)
+
+    def pixels(self, ref: SampleRef, image: int, sizes: Sequence[int]) -> list[Pixels]:
+        """Aligned views of one image, uint8 ``[3, size, size]`` for each size.
+
+        Raises:
+            DataError: the image is damaged, or is not the one that its stored codes are of.
+        """
+        reader = self.readers[ref.dataset]
+        where = f"{reader.path_prefix}.bin: image {image}"
+        opened = open_image(reader.sequence(image), where)
+        draw = self.draw(ref, image, opened.width, opened.height)
+        operations: tuple[tuple[str, float], ...] = ()
+        if self.rngs.train and self.rand_augment != "none":
+            rng = self.rngs.rng(Purpose.RAND_AUGMENT, ref)
+            operations = draw_rand_augment(rng, self.rand_augment, sizes[0])
+        decoded = decode_pixels(opened, where)
+        try:
+            made = views(decoded, draw, sizes, lambda view: apply_rand_augment(view, operations))
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+        if self.rngs.train and self.random_erase > 0.0:
+            for place, view in enumerate(made):
+                rng = self.rngs.rng(Purpose.ERASE, ref)
+                erase = draw_erase(rng, view.shape[1], self.random_erase)
+                made[place] = apply_erase(view, erase, self.data.pixel_mean, self.data.pixel_std)
+        return made
+
+
+def slot_positions(labels: Array, slots: int) -> dict[str, Array]:
+    """Predicted `positions` and their `labels`, in a fixed number of slots.
+
+    Args:
+        labels: int64 ``[n, L]``, -100 where not predicted.
+        slots: columns of the result, at least as many as any row has labels.
+
+    Returns:
+        int64 ``[n, slots]`` each: ascending, unused slots 0 and -100.
+    """
+    positions = np.zeros((len(labels), slots), dtype=np.int64)
+    values = np.full((len(labels), slots), IGNORED_LABEL, dtype=np.int64)
+    for row, line in enumerate(labels):
+        found = np.flatnonzero(line != IGNORED_LABEL)
+        positions[row, : len(found)] = found
+        values[row, : len(found)] = line[found]
+    return {"positions": positions, "labels": values}
+
+
+class PackingIndex(NamedTuple):
+    """Where each document of an epoch begins in the concatenation of all.
+
+    Args:
+        order: ``[D]`` document at each place.
+        starts: int64 ``[D + 1]`` first token of each place, and the length of the whole.
+    """
+
+    order: npt.NDArray[np.integer]
+    starts: npt.NDArray[np.int64]
+
+
+class PackedTexts:
+    """Texts of exactly ``length`` tokens: ``<s>``, ``length - 2`` tokens, ``</s>``.
+
+    The tokens of an epoch are all documents, each followed by ``</s>``, in an order that is
+    shuffled anew in every epoch. Sample k has tokens k*(length-2) .. (k+1)*(length-2) of them;
+    the last sample is filled up from the beginning.
+
+    Args:
+        reader: one sequence per document.
+        documents: those that are used.
+        length: tokens of a packed text.
+        seed: seed of the document shuffles.
+        shuffle: false keeps the stored order.
+        dataset: number of the dataset within its blend.
+        cache_dir: folder in which the processes of a machine share an epoch's index; None keeps it in memory.
+        identity: names the dataset in the cache, and must change when the dataset does.
+    """
+
+    def __init__(
+        self,
+        reader: IndexedReader,
+        documents: range,
+        length: int,
+        *,
+        bos_id: int,
+        eos_id: int,
+        seed: int,
+        shuffle: bool = True,
+        dataset: int = 0,
+        cache_dir: str | None = None,
+        identity: str = "",
+    ) -> None:
+        if length < 3:
+            raise ValueError(f"a packed text of {length} tokens has no place for text")
+        self.reader = reader
+        self.documents = documents
+        self.length = length
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.seed, self.shuffle, self.dataset = seed, shuffle, dataset
+        self.cache_dir, self.identity = cache_dir, identity
+        lengths = reader.sequence_lengths[documents.start : documents.stop]
+        self.num_tokens = int(lengths.sum(dtype=np.int64)) + len(lengths)
+        """Tokens of an epoch, with one ``</s>`` per document."""
+        self.num_samples = -(-self.num_tokens // (length - 2))
+        """Samples of an epoch."""
+        self._recent: RecentCache[PackingIndex] = RecentCache()
+
+    def index(self, epoch: int) -> PackingIndex:
+        """Order and boundaries of the documents in an epoch (the same in all if not shuffled)."""
+        return self._recent.get(epoch if self.shuffle else 0, self._load_index)
+
+    def _load_index(self, epoch: int) -> PackingIndex:
+        """An index that the processes of a machine share through memory-mapped files, if there is a folder for them."""
+        if self.cache_dir is None:
+            return self._build_index(epoch)
+        key = (self.identity, self.documents.start, self.documents.stop, self.seed, self.dataset)
+        digest = hashlib.sha256(repr((*key, self.shuffle, epoch)).encode()).hexdigest()[:20]
+        folder = Path(self.cache_dir)
+        paths = [folder / f"packing-{digest}-{part}.npy" for part in ("order", "starts")]
+        with contextlib.suppress(OSError, ValueError):
+            order, starts = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+            if len(starts) == len(order) + 1 == len(self.documents) + 1:
+                return PackingIndex(order, starts)
+        built = self._build_index(epoch)
+        # A cache that cannot be written (read-only folder, full disk) costs memory, nothing else.
+        with contextlib.suppress(OSError):
+            for path, array in zip(paths, (built.order, built.starts), strict=True):
+                with open_atomic(path) as file:
+                    np.save(file, array, allow_pickle=False)
+        return built
+
+    def _build_index(self, epoch: int) -> PackingIndex:
+        size = len(self.documents)
+        lengths = self.reader.sequence_lengths[self.documents.start : self.documents.stop]
+        order: npt.NDArray[np.integer] = np.arange(size, dtype=np.int32)
+        if self.shuffle:
+            order = epoch_permutation(size, self.seed, epoch, self.dataset, Purpose.DOCUMENT_ORDER)
+        starts = np.zeros(size + 1, dtype=np.int64)
+        np.cumsum(lengths[order] + np.int64(1), out=starts[1:])
+        return PackingIndex(order, starts)
+
+    def sample(self, epoch: int, k: int) -> tuple[Tokens, Tokens]:
+        """Sample k of an epoch.
+
+        Returns:
+            ids int64 ``[length]``, and the number of the document within the sample that each
+            token belongs to, int64 ``[length]``: 0, 0, ..., 1, 1, ... (``</s>`` ends its document).
+        """
+        if not 0 <= k < self.num_samples:
+            raise IndexError(f"sample {k} of {self.num_samples}")
+        index = self.index(epoch)
+        ids = np.full(self.length, self.eos_id, dtype=np.int64)
+        documents = np.zeros(self.length, dtype=np.int64)
+        ids[0] = self.bos_id
+        begin, filled, end, number = k * (self.length - 2), 1, self.length - 1, 0
+        place = int(np.searchsorted(index.starts, begin, side="right")) - 1
+        offset = begin - int(index.starts[place])
+        while filled < end:
+            span = int(index.starts[place + 1] - index.starts[place])
+            taken = min(span - offset, end - filled)
+            # The last token of a document's span is its </s>, which is in place already.
+            words = min(taken, span - 1 - offset)
+            document = self.documents.start + int(index.order[place])
+            ids[filled : filled + words] = self.reader.sequence_slice(document, offset, words)
+            documents[filled : filled + taken] = number
+            filled += taken
+            offset = 0
+            number += 1
+            place = (place + 1) % len(self.documents)
+        documents[-1] = number - 1
+        return ids, documents
+
+
+class TextPart:
+    """The segment `texts` of pretraining: packed texts, masked."""
+
+    def __init__(
+        self, config: RunConfig, sources: Sources, rngs: SampleRngs, tokenizer: TextTokenizer
+    ) -> None:
+        # Workers have a copy of this object: of the tokenizer it keeps what masking needs, without its model.
+        self.vocab = Vocabulary.of(tokenizer)
+        self.slots, self.fraction = text_mask_slots(config), config.objectives.text_mask_fraction
+        self.rngs, self.with_documents = rngs, config.data.reset_attention
+        self.texts = [
+            PackedTexts(
+                item.reader("text_document"),
+                item.documents,
+                config.model.text_length,
+                bos_id=tokenizer.bos_id,
+                eos_id=tokenizer.eos_id,
+                seed=rngs.seed,
+                shuffle=rngs.train,
+                dataset=rngs.dataset_key(number),
+                cache_dir=config.data.cache_dir or None,
+                identity=item.manifest.files["_text_document.idx"].sha256,
+            )
+            for number, item in enumerate(sources.items)
+        ]
+        sizes = [text.num_samples for text in self.texts]
+        self.order = sources.order(sizes, rngs)
+
+    def make(self, numbers: range) -> dict[str, Any]:
+        """The segment of the samples with these numbers."""
+        inputs, labels, documents = [], [], []
+        for ref in map(self.order.locate, numbers):
+            ids, own_documents = self.texts[ref.dataset].sample(ref.epoch, ref.index)
+            rng = self.rngs.rng(Purpose.TEXT_MASK, ref)
+            masked, predicted = mask_tokens(ids, self.fraction, self.vocab, rng, self.slots)
+            inputs.append(masked)
+            labels.append(predicted)
+            documents.append(own_documents)
+        texts = {
+            "ids": np.stack(inputs),
+            **slot_positions(np.stack(labels), self.slots),
+            "sample_numbers": np.asarray(numbers, dtype=np.int64),
+        }
+        if self.with_documents:
+            texts["documents"] = np.stack(documents)
+        return {"texts": texts}
+
+
+class PixelPart:
+    """Masks, pixels and codes of the images of one objective."""
+
+    def __init__(
+        self, config: RunConfig, views: ImageViews, tokenizer_size: int | None, share: BatchShare
+    ) -> None:
+        self.grid, self.num_masked = config.model.patch_grid, config.objectives.num_masked_patches
+        self.min_block = config.objectives.min_mask_block
+        self.views, self.share = views, share
+        self.sizes: dict[str, int] = {}
+        if share.first_stage:
+            self.sizes["pixels"] = config.model.image_size
+        if share.last_stage and tokenizer_size is not None:
+            self.sizes["tokenizer_pixels"] = tokenizer_size
+        self.wants_codes = share.last_stage and tokenizer_size is None
+
+    def make(self, refs: list[SampleRef], images: list[int]) -> dict[str, Array]:
+        """An image segment: masks and codes of all samples, pixels of this tensor-parallel rank's share."""
+        masks = np.stack([self._mask(ref) for ref in refs])
+        # Every mask has as many patches.
+        positions = np.nonzero(masks)[1].reshape(len(masks), -1).astype(np.int64)
+        segment = {"mask": masks, "positions": positions}
+        if self.wants_codes:
+            segment["labels"] = np.stack(
+                [
+                    self.views.stored_view(ref, image).codes[mask]
+                    for ref, image, mask in zip(refs, images, masks, strict=True)
+                ]
+            )
+        # Views of equal size are equal: one array serves both keys.
+        sizes = sorted(set(self.sizes.values()))
+        if not sizes:
+            return segment
+        own = self.share.slice(len(refs))
+        count = own.stop - own.start
+        out = {size: np.empty((count, 3, size, size), dtype=np.uint8) for size in sizes}
+        for row, (ref, image) in enumerate(zip(refs[own], images[own], strict=True)):
+            for size, view in zip(sizes, self.views.pixels(ref, image, sizes), strict=True):
+                out[size][row] = view
+        return segment | {name: out[size] for name, size in self.sizes.items()}
+
+    def _mask(self, ref: SampleRef) -> npt.NDArray[np.bool_]:
+        """The hidden patches of an image, bool ``[N]``, row by row."""
+        rng = self.views.rngs.rng(Purpose.IMAGE_MASK, ref)
+        mask = blockwise_mask(self.grid, self.grid, self.num_masked, rng, min_block=self.min_block)
+        return mask.reshape(-1)
+
+
+class ImagePart:
+    """The segment `images` of pretraining."""
+
+    def __init__(self, sources: Sources, pixels: PixelPart) -> None:
+        sizes = [len(item.documents) for item in sources.items]
+        self.order = sources.order(sizes, pixels.views.rngs)
+        self.first_documents = [item.documents.start for item in sources.items]
+        self.pixels = pixels
+
+    def make(self, numbers: range) -> dict[str, Any]:
+        """The segment of the samples with these numbers."""
+        refs = [self.order.locate(number) for number in numbers]
+        images = [self.first_documents[ref.dataset] + ref.index for ref in refs]
+        segment = self.pixels.make(refs, images)
+        return {"images": segment | {"sample_numbers": np.asarray(numbers, dtype=np.int64)}}
+
+
+class PairPart:
+    """The segments `pair_texts` and `pair_images` of pretraining: masked captions with their images.
+
+    A document's sequences are the captions of the image with the same number. A sample is a caption, or an image of
+    which one caption is drawn (`data.pair_unit`).
+    """
+
+    def __init__(
+        self, config: RunConfig, sources: Sources, tokenizer: TextTokenizer, pixels: PixelPart
+    ) -> None:
+        self.rngs, self.pixels = pixels.views.rngs, pixels
+        self.vocab = Vocabulary.of(tokenizer)
+        self.text = TextFormat.of(tokenizer, config.model.pair_text_length)
+        self.fraction = config.objectives.caption_mask_fraction
+        self.slots = config.objectives.caption_mask_slots
+        self.by_image = config.data.pair_unit == "image"
+        self.readers = [item.reader("text") for item in sources.items]
+        self.documents = [item.documents for item in sources.items]
+        sizes = []
+        for reader, documents in zip(self.readers, self.documents):
+            first = reader.document_indices
+            captions = int(first[documents.stop] - first[documents.start])
+            sizes.append(len(documents) if self.by_image else captions)
+        self.order = sources.order(sizes, self.rngs)
 
     def locate(self, ref: SampleRef) -> tuple[int, int]:
         """Image document and caption sequence of a sample."""
         reader, documents = self.readers[ref.dataset], self.documents[ref.dataset]
         first = reader.document_indices
-        if self.unit == "caption":
+        if not self.by_image:
             sequence = int(first[documents.start]) + ref.index
             return int(np.searchsorted(first, sequence, side="right")) - 1, sequence
         image = documents.start + ref.index
@@ -366,15 +507,34 @@ class CaptionSamples:
         rng = self.rngs.rng(Purpose.CAPTION_CHOICE, ref)
         return image, int(rng.integers(begin, end))
 
-    def sample(self, ref: SampleRef) -> CaptionSample:
-        """A caption, masked."""
-        image, sequence = self.locate(ref)
-        tokens = self.readers[ref.dataset].sequence(sequence)
-        ids, length = self.text.lay_out([tokens[: self.text.length - 2]])
-        natural = natural_mask_count(len(maskable_positions(ids, self.vocab)), self.fraction)
-        rng = self.rngs.rng(Purpose.CAPTION_MASK, ref)
-        count = min(natural, self.slots)
-        inputs, labels = mask_tokens(ids, self.fraction, self.vocab, rng, count)
-        return CaptionSample(
-            inputs, labels, length, image, len(tokens) > length - 2, natural - count
-        )
+    def make(self, numbers: range) -> dict[str, Any]:
+        """The segments of the samples with these numbers, and how many captions and masks did not fit."""
+        refs = [self.order.locate(number) for number in numbers]
+        inputs, labels, lengths, images = [], [], [], []
+        truncated = dropped = 0
+        for ref in refs:
+            image, sequence = self.locate(ref)
+            tokens = self.readers[ref.dataset].sequence(sequence)
+            ids, length = self.text.lay_out([tokens[: self.text.length - 2]])
+            natural = natural_mask_count(len(maskable_positions(ids, self.vocab)), self.fraction)
+            count = min(natural, self.slots)
+            rng = self.rngs.rng(Purpose.CAPTION_MASK, ref)
+            masked, predicted = mask_tokens(ids, self.fraction, self.vocab, rng, count)
+            inputs.append(masked)
+            labels.append(predicted)
+            lengths.append(length)
+            images.append(image)
+            truncated += len(tokens) > length - 2
+            dropped += natural - count
+        sample_numbers = np.asarray(numbers, dtype=np.int64)
+        return {
+            "pair_texts": {
+                "ids": np.stack(inputs),
+                "lengths": np.array(lengths, dtype=np.int64),
+                **slot_positions(np.stack(labels), self.slots),
+                "sample_numbers": sample_numbers,
+            },
+            "pair_images": self.pixels.make(refs, images) | {"sample_numbers": sample_numbers},
+            "truncated_captions": np.array(truncated),
+            "dropped_caption_masks": np.array(dropped),
+        }

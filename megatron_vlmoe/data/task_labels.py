@@ -48,10 +48,7 @@ def labels_path(prefix: str | Path) -> Path:
 
 
 def load_labels(prefix: str | Path) -> Labels:
-    """Reads ``PREFIX_labels.json``.
-
-    Args:
-        prefix: what all splits of the task share (not that of one split).
+    """Reads ``PREFIX_labels.json``, where ``PREFIX`` is shared by all splits.
 
     Raises:
         DataError: the file is missing or damaged.

@@ -1,42 +1,308 @@
-"""The data of a fine-tuning run: opens prepared splits, derives the sizes that options leave, makes micro-batches."""
+"""The data of a fine-tuning run: samples of prepared splits as parts of a micro-batch, and the micro-batches of a run.
+
+Letters: n samples, L tokens with padding, S pixels along a side, A answers of a question.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import ConfigError, DataError
-from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber, to_tensors
-from megatron_vlmoe.data.loading import Loader, Numbers
-from megatron_vlmoe.data.order import SampleOrder, SampleRef
-from megatron_vlmoe.data.samples import SampleRngs, TextFormat
-from megatron_vlmoe.data.sources import open_text_tokenizer
-from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
-from megatron_vlmoe.finetune.samples import TaskSamples
+from megatron_vlmoe.data.collate import (
+    BatchShare,
+    Loader,
+    MicroBatchNumber,
+    batch_numbers,
+    to_tensors,
+)
+from megatron_vlmoe.data.indexed import IndexedReader
+from megatron_vlmoe.data.manifest import part_prefix
+from megatron_vlmoe.data.order import Purpose, SampleOrder, SampleRef
+from megatron_vlmoe.data.samples import ImageViews, SampleRngs, TextFormat
+from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
+from megatron_vlmoe.finetune.prepared import PreparedTask
+from megatron_vlmoe.prepare.vqa_answers import NUM_ANNOTATORS
 from megatron_vlmoe.stream.batch import Batch
-from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.stream.sizes import num_micro_batches
-from megatron_vlmoe.tokenizers.text import TextTokenizer
 
+Array = npt.NDArray[Any]
+NO_LABEL = -1
 # Streams of random numbers; those of pretraining are below.
 TRAIN_STREAM, EVAL_STREAM = 101, 102
 
 
-class TrainingMicroBatches(Dataset[Batch]):
-    """Local micro-batch number to batch, in a shuffled order that changes with every epoch.
+class MixBox(NamedTuple):
+    """The rectangle that CutMix takes from the partner: rows top to bottom - 1, columns left to right - 1."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+class Mix(NamedTuple):
+    """How a micro-batch is blended with itself in reverse: mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
+
+    One draw holds for a whole micro-batch of n images ("batch mode"); image i is blended with image n - 1 - i. What is
+    random is drawn apart from where it is applied: processes that hold slices of the same micro-batch take the same
+    draw, each with the partners of its own slice.
 
     Args:
-        samples: the training split.
-        config: batch sizes and seed.
-        share: which part this process needs.
+        lam: weight of the own image and target, 0 to 1; the partner has the rest. With a box it is the share of the
+            pixels that are left of the own image.
+        box: CutMix with this box; None: Mixup.
     """
+
+    lam: float = 1.0
+    box: Optional[MixBox] = None
+
+
+NO_MIX = Mix()
+
+
+def draw_mix(
+    rng: np.random.Generator,
+    size: int,
+    mixup_alpha: float = 0.8,
+    cutmix_alpha: float = 1.0,
+    switch_prob: float = 0.5,
+    prob: float = 1.0,
+) -> Mix:
+    """Draws how one micro-batch is blended.
+
+    Args:
+        rng: source of randomness.
+        size: height and width of the images, S.
+        mixup_alpha: the weight is drawn from Beta(alpha, alpha); 0 switches Mixup off.
+        cutmix_alpha: the same for CutMix.
+        switch_prob: how often it is CutMix, if both are on.
+        prob: how often there is blending at all.
+
+    Returns:
+        ``NO_MIX`` if there is none. The box of CutMix is square, of area 1 - lambda, around a point anywhere in the
+        image; it is cut off at the borders, and lambda corrected for what is left.
+    """
+    chance, switch = rng.random(2).tolist()
+    if chance >= prob or (mixup_alpha <= 0.0 and cutmix_alpha <= 0.0):
+        return NO_MIX
+    cut = cutmix_alpha > 0.0 and (mixup_alpha <= 0.0 or switch < switch_prob)
+    alpha = cutmix_alpha if cut else mixup_alpha
+    lam = float(rng.beta(alpha, alpha))
+    if not cut:
+        return Mix(lam)
+    row, column = rng.integers(0, size, 2).tolist()
+    return mix_of_box(mix_box(size, lam, row, column), size)
+
+
+def mix_box(size: int, lam: float, row: int, column: int) -> MixBox:
+    """The square of area (1 - lambda) S^2 around a pixel, in whole pixels, cut off at the borders.
+
+    Its half side is rounded down (so an odd side becomes even), as in the reference implementations.
+    """
+    half = int(size * math.sqrt(1.0 - lam)) // 2
+    return MixBox(
+        max(row - half, 0), min(row + half, size), max(column - half, 0), min(column + half, size)
+    )
+
+
+def mix_of_box(box: MixBox, size: int) -> Mix:
+    """CutMix with a box: lambda is the share of the S x S pixels outside it."""
+    area = (box.bottom - box.top) * (box.right - box.left)
+    return Mix(1.0 - area / (size * size), box)
+
+
+def mix_pixels(
+    pixels: npt.NDArray[np.uint8], partners: npt.NDArray[np.uint8], mix: Mix
+) -> npt.NDArray[np.uint8]:
+    """Images blended with their partners': uint8 ``[n, 3, S, S]``; the inputs stay as they are.
+
+    Mixup is rounded to the nearest value; CutMix takes the box from the partner.
+    """
+    if mix == NO_MIX:
+        return pixels
+    if mix.box is None:
+        blend = mix.lam * pixels.astype(np.float32) + (1.0 - mix.lam) * partners.astype(np.float32)
+        return np.rint(blend).astype(np.uint8)
+    box = mix.box
+    mixed = pixels.copy()
+    inside = (..., slice(box.top, box.bottom), slice(box.left, box.right))
+    mixed[inside] = partners[inside]
+    return mixed
+
+
+class TaskSamples:
+    """The samples of one split; pure functions of their reference and the seed.
+
+    In evaluation images are resized as a whole. A process decodes the images of its share alone.
+    """
+
+    def __init__(
+        self,
+        dataset: TaskDataset,
+        config: FinetuneConfig,
+        text: TextFormat | None,
+        rngs: SampleRngs,
+        share: BatchShare,
+    ) -> None:
+        self.dataset, self.text, self.rngs, self.share = dataset, text, rngs, share
+        self.spec, self.options = config.task.spec, config.task
+        self.size = config.model.image_size
+        self.views: ImageViews | None = None
+        if dataset.num_images:
+            data, task = config.data, config.task
+            flip = data.pair_flip_probability if self.spec.texts else data.flip_probability
+            readers = [IndexedReader(part_prefix(dataset.prefix, "image"))]
+            augmentation = (task.rand_augment, task.random_erase)
+            self.views = ImageViews(readers, None, data, flip, rngs, *augmentation)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, refs: Sequence[SampleRef]) -> dict[str, Any]:
+        """What the task reads of these samples.
+
+        - pairs (vqa, nlvr2): the segments `pair_texts` and `pair_images`;
+        - texts (retrieval, mnli): the segment `texts`;
+        - images (retrieval, imagenet): the segment `images`; of retrieval ``image_documents [n]``; in training with
+          mixup or cutmix ``partner_labels [n]`` and ``own_share [n]``;
+        - ``labels [n]`` (-1 where unknown), for vqa ``answers [n, A]`` and ``scores [n, A]``; ``samples [n]``.
+        """
+        rows = [self.dataset.row(ref.index) for ref in refs]
+        batch: dict[str, Any] = {"samples": np.array([ref.index for ref in refs], dtype=np.int64)}
+        if self.spec.has_answers:
+            answers = np.full((len(rows), NUM_ANNOTATORS), NO_LABEL, dtype=np.int64)
+            scores = np.zeros((len(rows), NUM_ANNOTATORS), dtype=np.float32)
+            for number, row in enumerate(rows):
+                answers[number, : len(row.labels)] = row.labels
+                scores[number, : len(row.labels)] = row.scores
+            batch |= {"answers": answers, "scores": scores}
+        else:
+            labels = [row.labels[0] if row.labels else NO_LABEL for row in rows]
+            batch["labels"] = np.array(labels, dtype=np.int64)
+        if self.spec.stream.texts:
+            batch["texts"] = self.texts([row.texts for row in rows])
+        if self.spec.stream.images:
+            documents = [row.images[0] for row in rows]
+            batch["images"] = self.images(refs, documents)
+            if self.spec.mixes_images and self.rngs.train:
+                batch |= self._mixed(refs, documents, batch)
+            if self.spec.target == "match":
+                # Pairs are made of the texts and images that are here, once it is known which are alike.
+                return batch | {"image_documents": np.array(documents, dtype=np.int64)}
+        if self.spec.stream.pairs:
+            batch |= self._pairs(refs, rows)
+        return batch
+
+    def sample_parts(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """`batch` of the samples with these numbers, for evaluation."""
+        return self.batch([SampleRef(0, 0, number) for number in numbers])
+
+    def image_parts(self, documents: Sequence[int]) -> dict[str, Any]:
+        """The segment `images` of these images, for evaluation."""
+        return {"images": self.images([SampleRef(0, 0, n) for n in documents], documents)}
+
+    def text_parts(self, sequences: Sequence[int]) -> dict[str, Any]:
+        """The segment `texts` of these texts."""
+        return {"texts": self.texts([(sequence,) for sequence in sequences])}
+
+    def pair_parts(self, pairs: Array, numbers: Sequence[int]) -> dict[str, Any]:
+        """The segments `pair_texts` and `pair_images` of candidates, for the matching head.
+
+        Args:
+            pairs: ``[n, 2]`` of (image document, caption sequence), in order of the images: an image is decoded once
+                for all its pairs in a micro-batch.
+            numbers: rows of them.
+        """
+        chosen = pairs[list(numbers)]
+        images: dict[str, Array] = {}
+        if self.share.first_stage:
+            own = chosen[self.share.slice(len(chosen)), 0]
+            distinct, which = np.unique(own, return_inverse=True)
+            once = distinct.tolist()
+            pixels = self.pixels([SampleRef(0, 0, document) for document in once], once)
+            images["pixels"] = pixels[which]
+        texts = self.texts([(text,) for text in chosen[:, 1].tolist()])
+        return {"pair_texts": texts, "pair_images": images}
+
+    def _mixed(
+        self, refs: Sequence[SampleRef], documents: Sequence[int], batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What mixup and cutmix change: every image is mixed with that of the micro-batch in reverse."""
+        if max(self.options.mixup, self.options.cutmix) <= 0.0:
+            return {}
+        images = batch["images"]
+        rng = self.rngs.rng(Purpose.MIX, refs[0])
+        mix = draw_mix(rng, self.size, self.options.mixup, self.options.cutmix)
+        if "pixels" in images:
+            own = images["pixels"]
+            partners = own[::-1]
+            if self.share.tensor_size > 1:
+                # They belong to other ranks.
+                partners = self.images(refs[::-1], documents[::-1])["pixels"]
+            images = images | {"pixels": mix_pixels(own, partners, mix)}
+        return {
+            "images": images,
+            "partner_labels": batch["labels"][::-1].copy(),
+            "own_share": np.full(len(refs), mix.lam, dtype=np.float32),
+        }
+
+    def texts(self, sequences: Sequence[Sequence[int]]) -> dict[str, Array]:
+        """A text segment of texts that are given by the sequences of each: `ids` and `lengths`."""
+        assert self.text is not None
+        parts = [[self.dataset.tokens(s) for s in own] for own in sequences]
+        ids, lengths = self.text.rows(parts)
+        return {"ids": ids, "lengths": lengths}
+
+    def images(self, refs: Sequence[SampleRef], documents: Sequence[int]) -> dict[str, Array]:
+        """An image segment: `pixels` of this rank's share of the documents; nothing beyond the first stage."""
+        if not self.share.first_stage:
+            return {}
+        own = self.share.slice(len(documents))
+        return {"pixels": self.pixels(refs[own], documents[own])}
+
+    def pixels(
+        self, refs: Sequence[SampleRef], documents: Sequence[int], threads: int = 1
+    ) -> Array:
+        """Views of images, uint8 ``[n, 3, S, S]``, decoded by so many threads."""
+        assert self.views is not None
+        out = np.empty((len(documents), 3, self.size, self.size), dtype=np.uint8)
+
+        def decode(number: int) -> None:
+            assert self.views is not None
+            out[number] = self.views.pixels(refs[number], documents[number], [self.size])[0]
+
+        with ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext() as pool:
+            # The results are None; an error in one of them is raised.
+            list((pool.map if pool else map)(decode, range(len(documents))))
+        return out
+
+    def _pairs(
+        self, refs: Sequence[SampleRef], rows: Sequence[TaskRow]
+    ) -> dict[str, dict[str, Array]]:
+        """Every image of a sample with its text; the pairs of a sample follow each other."""
+        per_sample = len(rows[0].images)
+        documents = [document for row in rows for document in row.images]
+        texts = [row.texts for row in rows for _ in row.images]
+        # Every picture of a sample has random numbers of its own.
+        own = [
+            SampleRef(ref.dataset, ref.epoch, ref.index * per_sample + number)
+            for ref in refs
+            for number in range(per_sample)
+        ]
+        return {"pair_texts": self.texts(texts), "pair_images": self.images(own, documents)}
+
+
+class TrainingMicroBatches(Dataset[Batch]):
+    """Local micro-batch number to batch, in a shuffled order that changes with every epoch."""
 
     def __init__(self, samples: TaskSamples, config: FinetuneConfig, share: BatchShare) -> None:
         self.samples, self.share = samples, share
@@ -63,13 +329,7 @@ class TrainingMicroBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class SplitData:
-    """One evaluation split.
-
-    Args:
-        name: of the split.
-        dataset: its samples.
-        samples: the same as parts of micro-batches.
-    """
+    """One evaluation split."""
 
     name: str
     dataset: TaskDataset
@@ -77,200 +337,39 @@ class SplitData:
 
 
 class TaskData:
-    """Prepared splits of a task, verified, with the run's configuration completed from them.
+    """The splits of a task as micro-batches, with the run's configuration completed from them."""
 
-    Args:
-        config: the run with all sizes filled in.
-        share: which part of the batches this process needs.
-        labels: the classes; None for retrieval.
-        tokenizer: None for a task without text.
-        train: the training split; None to evaluate only.
-        splits: the evaluation splits.
-    """
-
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        share: BatchShare,
-        labels: Labels | None,
-        tokenizer: TextTokenizer | None,
-        train: TaskDataset | None,
-        splits: Sequence[TaskDataset],
-    ) -> None:
-        self.config, self.share, self.labels = config, share, labels
-        self.tokenizer = tokenizer
+    def __init__(self, prepared: PreparedTask, share: BatchShare) -> None:
+        self.prepared, self.share = prepared, share
+        self.config, self.labels = prepared.config, prepared.labels
         self.splits = [
             SplitData(name, dataset, self._samples(dataset, EVAL_STREAM))
-            for name, dataset in zip(config.task.splits, splits)
+            for name, dataset in zip(self.config.task.splits, prepared.splits)
         ]
         self.train: TrainingMicroBatches | None = None
-        if train is not None:
-            samples = self._samples(train, TRAIN_STREAM)
-            self.train = TrainingMicroBatches(samples, config, share)
+        if prepared.train is not None:
+            samples = self._samples(prepared.train, TRAIN_STREAM)
+            self.train = TrainingMicroBatches(samples, self.config, share)
 
     @classmethod
     def open(cls, config: FinetuneConfig, share: BatchShare, training: bool = True) -> TaskData:
-        """Opens and verifies the splits of a run.
-
-        Args:
-            config: the run.
-            share: which part of the batches this process needs.
-            training: whether the training split is needed.
-
-        Raises:
-            ConfigError: options that are missing or contradict each other or the data.
-            DataError: a split that is missing, damaged, or made with another tokenizer.
-            ValueError: a tokenizer that cannot be read.
-        """
-        task = config.task
-        if not task.data:
-            raise ConfigError("--task.data is missing: the --output of tools/prepare_task.py")
-        tokenizer = None
-        if task.spec.texts:
-            if not config.data.text_tokenizer:
-                raise ConfigError(
-                    f"--data.text_tokenizer is missing: --task {task.name} reads text"
-                )
-            tokenizer = open_text_tokenizer(config.data)
-        labels = load_labels(task.data) if task.spec.has_labels else None
-        fingerprint = tokenizer.fingerprint if tokenizer else None
-
-        def open_split(name: str) -> TaskDataset:
-            dataset = TaskDataset.open(f"{task.data}_{name}", task.name, fingerprint)
-            if labels is not None and dataset.labels_sha256 != labels.sha256:
-                raise DataError(
-                    f"{dataset.prefix}.json: made with other labels than {task.data}_labels.json"
-                )
-            return dataset
-
-        train = open_split(task.train_split) if training else None
-        splits = [open_split(name) for name in task.splits]
-        if training and labels is not None:
-            assert train is not None
-            _require_labels(train, "cannot train")
-            if task.save_best:
-                _require_labels(splits[0], "cannot choose the best checkpoint")
-        config = _complete(config, tokenizer, labels, train)
-        return cls(config, share, labels, tokenizer, train, splits)
+        """Opens and verifies the splits of a run; see `PreparedTask.open`."""
+        return cls(PreparedTask.open(config, training), share)
 
     def _samples(self, dataset: TaskDataset, stream: int) -> TaskSamples:
-        model = self.config.model
+        model, tokenizer = self.config.model, self.prepared.tokenizer
         alone = self.config.task.spec.stream.texts
         length = model.text_length if alone else model.pair_text_length
-        text = TextFormat.of(self.tokenizer, length) if self.tokenizer else None
+        text = TextFormat.of(tokenizer, length) if tokenizer else None
         rngs = SampleRngs(self.config.train.seed, stream, stream == TRAIN_STREAM)
         return TaskSamples(dataset, self.config, text, rngs, self.share)
 
     def loader(self, split: str, first_micro_batch: int, num_micro_batches: int | None) -> Loader:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
-        keys, data = Numbers(first_micro_batch, num_micro_batches), self.config.data
+        keys, data = batch_numbers(first_micro_batch, num_micro_batches), self.config.data
         return Loader(self.train, keys, data.num_workers, data.prefetch)
 
     def summary(self) -> list[str]:
         """Lines for the log."""
-        task, train = self.config.task, self.config.train
-        lines = []
-        if self.train is not None:
-            count = len(self.train.samples)
-            epochs = train.steps * task.global_batch_size / count
-            lines.append(
-                f"{task.name}: {count:,} training samples, {train.steps:,} steps of "
-                f"{task.global_batch_size:,} = {epochs:.2f} epochs"
-            )
-        lines += [f"{task.name} {s.name}: {len(s.dataset):,} samples" for s in self.splits]
-        if self.labels is not None:
-            lines.append(f"{task.name}: {len(self.labels.labels):,} classes")
-        if task.spec.target == "match" and self.train is not None:
-            lines.append(self._pool_line())
-        return lines
-
-    def _pool_line(self) -> str:
-        """How many negatives the contrastive loss sees."""
-        task = self.config.task
-        pool = task.micro_batch_size * self.share.data_size
-        if self.config.contrastive.cache:
-            line = f"{task.name}: negatives from all {task.global_batch_size:,} pairs of a step (cached gradients)"
-            if self.config.moe.capacity_factor > 0.0 and has_experts(self.config.moe):
-                line += (
-                    "; with moe.capacity_factor > 0 the two passes may drop different tokens, and the gradients are "
-                    "an approximation"
-                )
-            return line
-        line = (
-            f"{task.name}: negatives from {pool:,} pairs (a micro-batch on all data-parallel ranks)"
-        )
-        if pool < task.global_batch_size:
-            line += (
-                f", fewer than the {task.global_batch_size:,} of a step: --contrastive.cache sees all, "
-                "a larger task.micro_batch_size more"
-            )
-        return line
-
-
-def _complete(
-    config: FinetuneConfig,
-    tokenizer: TextTokenizer | None,
-    labels: Labels | None,
-    train: TaskDataset | None,
-) -> FinetuneConfig:
-    """Fills in vocabulary, classes, batch sizes and lengths."""
-    model, task = config.model, config.task
-    if tokenizer is not None:
-        if model.vocab_size not in (0, tokenizer.size):
-            raise ConfigError(
-                f"data.text_tokenizer {config.data.text_tokenizer} has {tokenizer.size} pieces, "
-                f"but the model has model.vocab_size={model.vocab_size}"
-            )
-        model = replace(model, vocab_size=tokenizer.size)
-    if labels is not None:
-        if task.num_classes not in (0, len(labels.labels)):
-            raise ConfigError(
-                f"task.num_classes={task.num_classes}, but {task.data}_labels.json has "
-                f"{len(labels.labels)}"
-            )
-        if train is None and task.labels_sha256 not in ("", labels.sha256):
-            raise ConfigError(
-                f"--task.data {task.data}: its labels are not those that the checkpoint was trained on"
-            )
-        task = replace(task, num_classes=len(labels.labels), labels_sha256=labels.sha256)
-    config = replace(config, model=model, task=task)
-    config = replace(config, data=with_batch_sizes(config))
-    return config if train is None else _with_schedule(config, len(train))
-
-
-def _require_labels(split: TaskDataset, reason: str) -> None:
-    """The splits to train on and to choose the best checkpoint by must say what is right."""
-    if not any(split.row(number).labels for number in range(len(split))):
-        raise ConfigError(f"{split.prefix}: has no labels and {reason}; name another split")
-
-
-def with_batch_sizes(config: FinetuneConfig) -> DataConfig:
-    """The data section with the numbers of texts, images and pairs of the task's samples."""
-    shape, task = config.sample_shape, config.task
-    sizes: dict[str, Any] = {}
-    for name in ("texts", "images", "pairs"):
-        sizes[f"micro_{name}"] = getattr(shape, name) * task.micro_batch_size
-        sizes[f"global_{name}"] = getattr(shape, name) * task.global_batch_size
-    return replace(config.data, **sizes)
-
-
-def _with_schedule(config: FinetuneConfig, num_samples: int) -> FinetuneConfig:
-    """Steps, warm-up and evaluation interval from epochs."""
-    task, train, optim = config.task, config.train, config.optim
-    per_epoch = num_samples / task.global_batch_size
-    steps = train.steps or max(1, math.ceil(task.epochs * per_epoch))
-    warmup = optim.lr_warmup_steps
-    if warmup < 0:
-        warmup = int(task.warmup_fraction * steps)
-    interval, save_interval = train.eval_interval, config.checkpoint.save_interval
-    if task.eval_epochs > 0.0:
-        interval = max(1, round(task.eval_epochs * per_epoch))
-        # A run that is killed goes on from its last evaluation.
-        save_interval = save_interval or interval
-    return replace(
-        config,
-        checkpoint=replace(config.checkpoint, save_interval=save_interval),
-        train=replace(train, steps=steps, eval_interval=interval),
-        optim=replace(optim, lr_warmup_steps=warmup),
-    )
+        return self.prepared.summary(self.share.data_size)

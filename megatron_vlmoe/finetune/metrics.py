@@ -1,31 +1,35 @@
-"""Scores of the downstream tasks, in percent, and what guessing would score.
+"""Scores of the downstream tasks, in percent, what guessing would score, and the table of both.
 
 Ties count against the model: a wrong item whose score equals the right one's ranks before it, and so does one
 that cannot be compared (not a number). A model that gives every item the same score therefore finds nothing,
 and results depend neither on the order of the items nor on a sorting algorithm.
 
 Below are the functions that tasks' rows name as `scores` and `guess`. One of scores takes what
-`classification.digest` kept of every sample, the split and the labels; the first of its metrics decides whether a split
-is labelled. One of guesses takes a split and the labels; it gives, in percent, what the best prediction that is the
-same for all samples scores, or a ranking at random.
+`ClassificationObjective` kept of every sample, the split and the labels; the first of its metrics decides whether a
+split is labelled. One of guesses takes a split and the labels; it gives, in percent, what the best prediction that is
+the same for all samples scores, or a ranking at random.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.tasks import TASKS, find_task, load_code
+from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, load_labels
 from megatron_vlmoe.prepare.vqa_answers import compared_answers, normalize_answer, official_accuracy
 
 if TYPE_CHECKING:
-    from megatron_vlmoe.data.task_dataset import Labels, TaskDataset
     from megatron_vlmoe.finetune.data import SplitData
-    from megatron_vlmoe.finetune.evaluation import Found
+    from megatron_vlmoe.finetune.objective import Found
 
 Array = npt.NDArray[Any]
 
@@ -34,6 +38,9 @@ RECALL_KS = (1, 5, 10)
 # Those that VQA v2 has, in the order in which they are reported.
 _ANSWER_TYPES = ("yes_no", "number", "other")
 
+# From initial weights, from a pretrained dense and from a pretrained sparse model.
+STARTS = ("scratch", "dense", "moe")
+
 RowScores = Callable[[slice], Array]
 
 _BLOCK_ENTRIES = 1 << 22
@@ -41,13 +48,7 @@ _BLOCK_ENTRIES = 1 << 22
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over the labelled samples.
-
-    Args:
-        percent: the mean, 0 to 100; not a number if no sample is labelled.
-        count: labelled samples.
-        unlabelled: samples that were left out because their label is unknown.
-    """
+    """A mean over the `count` labelled samples, in percent; not a number if none is labelled."""
 
     percent: float
     count: int
@@ -62,11 +63,9 @@ class Score:
 
 
 def label_ranks(logits: Array, labels: Array) -> Array:
-    """How many wrong classes are ahead of the right one: 0 is the first place, -1 that the label is unknown.
+    """How many wrong classes of logits ``[N, C]`` are ahead of the label ``[N]``: 0 is the first place.
 
-    Args:
-        logits: ``[N, C]``.
-        labels: classes ``[N]``; negative: unknown.
+    A negative label is unknown, and its rank is -1.
 
     Returns:
         int64 ``[N]``; a class with an equal logit, or with one that is not a number, is ahead.
@@ -86,25 +85,16 @@ def label_ranks(logits: Array, labels: Array) -> Array:
 
 
 def topk_accuracy(ranks: Array, k: int) -> Score:
-    """Share of samples whose label is among the k highest logits.
-
-    Args:
-        ranks: of the labels ``[N]``, as `label_ranks` gives them.
-        k: at least 1.
-    """
+    """Share of samples whose label is among the k highest logits, by the `label_ranks` ``[N]``."""
     known = ranks >= 0
     return Score.of(ranks[known] < k, int((~known).sum()))
 
 
 def vqa_official(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> Array:
-    """The official VQA accuracy of every prediction, 0 to 1 (`vqa_answers.official_accuracy`).
-
-    Args:
-        predicted: answers of N questions.
-        answers: what the annotators of each said, as published; empty: unknown.
+    """The official VQA accuracy of N predictions, 0 to 1 (`vqa_answers.official_accuracy`).
 
     Returns:
-        float64 ``[N]``, not a number where the answers are unknown.
+        float64 ``[N]``, not a number where the annotators' answers are empty: unknown.
 
     Raises:
         ValueError: the lengths differ.
@@ -159,8 +149,7 @@ def recall_at_k_of_features(
     Args:
         images: features ``[I, D]``.
         texts: features ``[C, D]``.
-        image_of_text: the image ``[C]`` of each caption, as in ``recall_at_k``.
-        ks: how many of the best are looked at.
+        image_of_text: as in ``recall_at_k``; so is ``ks``.
         block: images (then captions) that are scored at a time, against all captions (images).
 
     Raises:
@@ -206,25 +195,19 @@ def _recall(
 def _ranks(scores_of: RowScores, row_image: Array, item_image: Array, block: int) -> Array:
     """For each row the number of other images' items that are ahead of the best item of its own image.
 
-    Args:
-        scores_of: scores ``[n, M]`` of a slice of rows.
-        row_image: the image ``[R]`` that each row is about.
-        item_image: the image ``[M]`` that each item is about.
-        block: rows at a time.
+    Rows and items are about the images ``[R]`` and ``[M]``; ``scores_of`` gives ``[n, M]`` for a slice of n rows.
 
     Returns:
         int64 ``[R]``; 0 is the first place. Rows without an item of their own have no meaning.
     """
-
-    def blocks() -> Iterator[Array]:
-        for start in range(0, len(row_image), block):
-            rows = slice(start, min(start + block, len(row_image)))
-            scores = scores_of(rows)
-            own = row_image[rows, None] == item_image[None, :]
-            best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
-            yield (~(scores < best) & ~own).sum(axis=1)
-
-    return np.concatenate([np.zeros(0, dtype=np.int64), *blocks()])
+    ranks = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(row_image), block):
+        rows = slice(start, min(start + block, len(row_image)))
+        scores = scores_of(rows)
+        own = row_image[rows, None] == item_image[None, :]
+        best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+        ranks.append((~(scores < best) & ~own).sum(axis=1))
+    return np.concatenate(ranks)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
@@ -246,12 +229,7 @@ def majority_rate(labels: Array) -> float:
 
 
 def vqa_majority(vocabulary: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Official VQA accuracy, in percent, of the best answer that is the same for all questions.
-
-    Args:
-        vocabulary: the answers to choose from.
-        answers: as in ``vqa_official``.
-    """
+    """Official VQA accuracy, in percent, of the best answer of a vocabulary that is the same for all questions."""
     by_form: dict[str, list[int]] = {}
     for label, answer in enumerate(vocabulary):
         for form in {answer, normalize_answer(answer)}:
@@ -269,15 +247,10 @@ def vqa_majority(vocabulary: Sequence[str], answers: Sequence[Sequence[str]]) ->
 def random_recall(
     image_of_text: Array, num_images: int, ks: Sequence[int] = RECALL_KS
 ) -> Mapping[str, float]:
-    """Expected ``recall_at_k`` of a ranking at random.
+    """Expected ``recall_at_k`` of a ranking at random of I images.
 
     ``IR@k`` is k / I. An image with m of the C captions is missed if all k drawn are among the C - m others:
     ``TR@k`` is the mean over images of 1 - binom(C - m, k) / binom(C, k).
-
-    Args:
-        image_of_text: the image ``[C]`` of each caption, as in ``recall_at_k``.
-        num_images: I.
-        ks: how many of the best are looked at.
     """
     owner = np.asarray(image_of_text, dtype=np.int64)
     total = len(owner)
@@ -338,3 +311,46 @@ def guess_match(dataset: TaskDataset, labels: Optional[Labels]) -> float:
     """Expected mean recall of a ranking at random."""
     recalls = random_recall(dataset.image_of_text(), dataset.num_images)
     return float(np.mean(list(recalls.values())))
+
+
+def guessing_rate(task: str, prefix: str, split: str) -> float:
+    """What guessing scores on a split by the metric of the task, in percent; all its splits share the prefix."""
+    spec = find_task(task)
+    dataset = TaskDataset.open(f"{prefix}_{split}", task, None)
+    labels = load_labels(prefix) if spec.has_labels else None
+    return float(load_code(spec.guess)(dataset, labels))
+
+
+def downstream_table(runs: Path, data: Path) -> dict[str, dict[str, Any]]:
+    """The table of runs ``RUNS/TASK/START`` on the paper's tasks, prepared as ``DATA/TASK``.
+
+    Raises:
+        ConfigError: if a run has no results.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for task, spec in TASKS.items():
+        split = spec.table_split or spec.splits[0]
+        entry: dict[str, Any] = {
+            "metric": f"{split}/{spec.best_metric}",
+            "guess": round(guessing_rate(task, str(data / task), split), 2),
+        }
+        for start in STARTS:
+            path = runs / task / start / "metrics.json"
+            try:
+                result = float(json.loads(path.read_text())["metrics"][entry["metric"]])
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ConfigError(f"{path}: has no {entry['metric']}; did the run end?") from None
+            entry[start] = round(result, 2)
+        table[task] = entry
+    return table
+
+
+def table_lines(table: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The table for people, with the means of all tasks."""
+    columns = ("guess", *STARTS)
+    yield f"{'task':<11}{'metric (%)':<24}" + "".join(f"{name:>10}" for name in columns)
+    for task, entry in table.items():
+        cells = "".join(f"{entry[name]:>10.1f}" for name in columns)
+        yield f"{task:<11}{entry['metric']:<24}{cells}"
+    means = [float(np.mean([entry[name] for entry in table.values()])) for name in columns]
+    yield f"{'mean':<35}" + "".join(f"{mean:>10.1f}" for mean in means)

@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
+from typing import Optional, Sequence
 
 import yaml
 
 from megatron_vlmoe.config.command_line import (
     ParsedCommand,
+    from_dict,
     normalize_arguments,
     option_value,
     parse_options,
 )
-from megatron_vlmoe.config.errors import ConfigError, unknown_name
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError, unknown_name
 from megatron_vlmoe.config.presets import apply_recipe, default_recipe, preset, recipe_names
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import task_names
 from megatron_vlmoe.runtime.lazy import load
+from megatron_vlmoe.runtime.torch_files import read_torch_file
+from megatron_vlmoe.train.checkpoint_files import (
+    checkpoint_root,
+    find_best_or_last,
+    has_checkpoints,
+)
+from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
 
 
 def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
@@ -46,8 +54,7 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
         return parse_options(
             "finetune", words, apply_recipe(recipe or "vqa", RunConfig()), recipe_names()
         )
-    base = _architecture(words, file)
-    start = apply_recipe(recipe or default_recipe(task), base)
+    start = apply_recipe(recipe or default_recipe(task), _architecture(words, file))
     if task and start.task.name != task:
         raise ConfigError(f"--preset {recipe} is a recipe of {start.task.name}, not of {task}")
     return parse_options("finetune", words, start, recipe_names())
@@ -68,7 +75,8 @@ def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
             raise ConfigError(
                 "--load is missing: the run or checkpoint folder of a fine-tuned model"
             )
-        start = _saved_run(location, option_value(words, "--checkpoint.step"))
+        step = option_value(words, "--checkpoint.step")
+        start = saved_run(location, step)
         if not isinstance(start, FinetuneConfig):
             raise ConfigError(f"--load {location}: is a pretraining checkpoint, not one of a task")
         task = option_value(words, "--task.name")
@@ -102,30 +110,34 @@ def _file_values(path: str) -> dict[str, str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    found = {}
-    names = ("task.name", "task.architecture", "checkpoint.load", "checkpoint.save")
-    for name in (*names, "checkpoint.step"):
-        section, _, option = name.partition(".")
+    found: dict[str, str] = {}
+    for section, options in (
+        ("task", ("name", "architecture")),
+        ("checkpoint", ("load", "save", "step")),
+    ):
         values = content.get(section) if isinstance(content, dict) else None
-        if isinstance(values, dict) and isinstance(values.get(option), str):
-            found[name] = values[option]
+        if isinstance(values, dict):
+            own = {option: values.get(option) for option in options}
+            found |= {f"{section}.{k}": v for k, v in own.items() if isinstance(v, str)}
     return found
 
 
 def _architecture(words: Sequence[str], file: Mapping[str, str]) -> RunConfig:
     """The run whose architecture is fine-tuned."""
-    location = option_value(words, "--checkpoint.load") or file.get("checkpoint.load", "")
-    name = option_value(words, "--task.architecture") or file.get("task.architecture", "")
+
+    def value(name: str) -> str:
+        return option_value(words, f"--{name}") or file.get(name, "")
+
+    location, name = value("checkpoint.load"), value("task.architecture")
     if location and name:
         raise ConfigError(
             f"--task.architecture {name}: the architecture comes from --load {location}; give one of the two"
         )
     if location:
-        save = option_value(words, "--checkpoint.save") or file.get("checkpoint.save", "")
-        step = option_value(words, "--checkpoint.step") or file.get("checkpoint.step", "")
+        save = value("checkpoint.save")
         # `checkpoint.step` is of `--save` where that has begun.
-        begun = load("megatron_vlmoe.finetune.saved").has_begun(save)
-        return _saved_run(location, "" if begun else step)
+        begun = save and has_checkpoints(checkpoint_root(save))
+        return saved_run(location, "" if begun else value("checkpoint.step"))
     if not name:
         raise ConfigError(
             "--load is missing: the checkpoint to start from (or --task.architecture PRESET for initial weights)"
@@ -133,6 +145,53 @@ def _architecture(words: Sequence[str], file: Mapping[str, str]) -> RunConfig:
     return preset(name, "--task.architecture")
 
 
-def _saved_run(location: str, step: str) -> RunConfig:
-    run: RunConfig = load("megatron_vlmoe.finetune.saved").saved_run(location, step)
-    return run
+def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
+    """The configuration in a checkpoint, with the tokenizer that lies beside it where its own path is gone.
+
+    Args:
+        location: run folder, checkpoint folder, iteration folder, or Hugging Face folder.
+        step: see `find_checkpoint`.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it holds no configuration of this project.
+    """
+    path = checkpoint_of(location, step)
+    if is_hugging_face(path):
+        try:
+            folder = load("megatron_vlmoe.convert.importing").open_hugging_face(path, verify=False)
+        except ConvertError as error:
+            raise ConfigError(f"--load {error}") from None
+        exported: RunConfig = folder.config
+        return exported
+    try:
+        content = read_torch_file(path / "common.pt").get("config")
+    except Exception:
+        # Of another version of megatron-core, or damaged, which it says.
+        try:
+            content = load("megatron_vlmoe.train.checkpoint").load_common(path).get("config")
+        except CheckpointError as error:
+            raise ConfigError(f"--load {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--load {path}: holds no configuration of this project")
+    root: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
+    config = from_dict(content, root, f"--load {path}")
+    beside = run_file(path, TOKENIZER_FILE)
+    if beside is not None and not Path(config.data.text_tokenizer).is_file():
+        config = replace(config, data=replace(config.data, text_tokenizer=str(beside)))
+    return config
+
+
+def checkpoint_of(location: str, step: Optional[str] = None) -> Path:
+    """The checkpoint that `--load` names: of a run folder that of a step, else the best, else the last.
+
+    A Hugging Face folder is its own checkpoint.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if is_hugging_face(location):
+        return Path(location)
+    path = find_best_or_last(location, step)
+    if path is None:
+        raise ConfigError(f"--load {location}: no checkpoint there")
+    return path

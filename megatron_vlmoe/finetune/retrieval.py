@@ -23,17 +23,17 @@ from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape
-from megatron_vlmoe.data.order import SampleRef
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.evaluation import (
-    EvalItems,
-    Found,
-    evaluate_items,
-    output,
-    share_metrics,
-)
 from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
-from megatron_vlmoe.finetune.objective import Measured, TaskObjective
+from megatron_vlmoe.finetune.objective import (
+    Array,
+    Found,
+    Measured,
+    Parts,
+    TaskObjective,
+    share_metrics,
+    to_numpy,
+)
 from megatron_vlmoe.losses.tasks import (
     CachedGradients,
     contrastive_loss,
@@ -49,12 +49,12 @@ from megatron_vlmoe.train.step import StepRunner
 
 @dataclass(frozen=True)
 class Negatives:
-    """What the rows of one micro-batch are paired with.
+    """What the rows of one micro-batch are paired with, ``[m]`` each.
 
     Args:
-        image_rows: numbers (over the run) of the samples whose images are wrong ``[m]``.
-        text_rows: those whose captions are wrong ``[m]``.
-        valid: rows for which there was a wrong one to draw ``[m]``.
+        image_rows: numbers (over the run) of the samples whose images are wrong.
+        text_rows: those whose captions are wrong.
+        valid: rows for which there was a wrong one to draw.
     """
 
     image_rows: Tensor
@@ -64,25 +64,15 @@ class Negatives:
 
 @dataclass(frozen=True)
 class StepCache:
-    """What the loss of every micro-batch of a step needs of the whole step.
-
-    Args:
-        gradients: of the contrastive loss over all its rows.
-        numbers: place of every micro-batch among those of this rank in the step, by `micro_batch`.
-    """
+    """What the loss of every micro-batch of a step needs of the whole step."""
 
     gradients: CachedGradients
     numbers: Mapping[int, int]
+    """Place of every micro-batch among those of this rank in the step, by `micro_batch`."""
 
 
 class RetrievalObjective(TaskObjective):
-    """Trains and judges dual encoding and matching.
-
-    Args:
-        config: the run.
-        ranks: where this process stands.
-        data: its splits.
-    """
+    """Trains and judges dual encoding and matching."""
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks, data: TaskData) -> None:
         self.matches = config.contrastive.matching_weight != 0.0
@@ -118,8 +108,21 @@ class RetrievalObjective(TaskObjective):
             self._cache = StepCache(gradients, numbers)
         if not self.matches:
             return iter(step)
-        negatives = list(self._mine(step, pools, whole))
-        return (self._with_pairs(batch, found) for batch, found in zip(step, negatives))
+        # Drawn on the last stage, which tells the others.
+        rows = self.config.task.micro_batch_size
+        found = torch.zeros(len(step), 3, rows, dtype=torch.int64, device=device())
+        for number, pool in enumerate(pools or ()):
+            found[number] = self._draw(int(step[number]["micro_batch"]), pool, whole or pool)
+        if self.ranks.pipeline_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(found, src=source, group=group)
+        if self.ranks.tensor_size > 1:
+            # Ranks whose products differ in a last bit would go on with different pairs.
+            group = parallel_state.get_tensor_model_parallel_group()
+            dist.broadcast(found, src=dist.get_process_group_ranks(group)[0], group=group)
+        negatives = [Negatives(images, texts, valid.bool()) for images, texts, valid in found.cpu()]
+        return (self._with_pairs(batch, own) for batch, own in zip(step, negatives))
 
     def _features(self, runner: StepRunner, step: list[Batch]) -> Optional[list[_Pool]]:
         """Pools of features, one per micro-batch, on the last stage; None elsewhere."""
@@ -136,26 +139,6 @@ class RetrievalObjective(TaskObjective):
         if not self.ranks.is_last_stage:
             return None
         return [_Pool.gather(result, self.ranks) for result in results]
-
-    def _mine(
-        self, step: list[Batch], pools: Optional[list[_Pool]], whole: Optional[_Pool]
-    ) -> Iterator[Negatives]:
-        """Draws on the last stage and tells the others."""
-        rows = self.config.task.micro_batch_size
-        found = torch.zeros(len(step), 3, rows, dtype=torch.int64, device=device())
-        if pools is not None:
-            for number, (batch, pool) in enumerate(zip(step, pools)):
-                found[number] = self._draw(int(batch["micro_batch"]), pool, whole or pool)
-        if self.ranks.pipeline_size > 1:
-            group = parallel_state.get_pipeline_model_parallel_group()
-            source = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(found, src=source, group=group)
-        if self.ranks.tensor_size > 1:
-            # Ranks whose products differ in a last bit would go on with different pairs.
-            group = parallel_state.get_tensor_model_parallel_group()
-            dist.broadcast(found, src=dist.get_process_group_ranks(group)[0], group=group)
-        for images, texts, valid in found.cpu():
-            yield Negatives(images, texts, valid.bool())
 
     @torch.no_grad()
     def _draw(self, micro_batch: int, own: _Pool, pool: _Pool) -> Tensor:
@@ -190,20 +173,14 @@ class RetrievalObjective(TaskObjective):
         }
         completed["pair_images"] = {}
         if "pixels" in batch["images"]:
-            completed["pair_images"]["pixels"] = self._pair_pixels(
-                batch["images"]["pixels"], images
-            )
+            # Of this rank's pairs; the wrong images are decoded again, as the same views that were compared.
+            mine = images[self.data.share.slice(len(images))]
+            documents = [dataset.row(ref.index).images[0] for ref in mine]
+            own, drawn = batch["images"]["pixels"], samples.pixels(mine, documents, self.threads)
+            pixels = torch.stack([own, torch.as_tensor(drawn), own], dim=1).flatten(0, 1)
+            completed["pair_images"] = {"pixels": pixels}
         completed["negatives_valid"] = negatives.valid
         return completed
-
-    def _pair_pixels(self, own: Tensor, wrong: list[SampleRef]) -> Tensor:
-        """Pixels of this rank's pairs; the wrong images are decoded again, as the same views that were compared."""
-        assert self.data.train is not None
-        samples = self.data.train.samples
-        mine = wrong[self.data.share.slice(len(wrong))]
-        documents = [samples.dataset.row(ref.index).images[0] for ref in mine]
-        pixels = torch.as_tensor(samples.pixels(mine, documents, self.threads))
-        return torch.stack([own, pixels, own], dim=1).flatten(0, 1)
 
     def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
         """The contrastive loss of the pool, of which the cache has the gradients, and that of matching."""
@@ -240,26 +217,30 @@ class RetrievalObjective(TaskObjective):
             losses["matching"] = matching.detach()
         return total.reshape(()), {"total": shown.reshape(()), **losses}
 
+    def _outputs(
+        self, runner: StepRunner, name: str, count: int, shape: SampleShape, parts: Parts
+    ) -> Optional[Array]:
+        """One output of the heads for every item, on rank 0."""
+
+        def reduce(batch: Batch, outputs: Mapping[str, Tensor]) -> Found:
+            return {name: to_numpy(outputs[name])}
+
+        found = self.evaluate_items(runner, count, shape, parts, reduce)
+        return None if found is None else found[name]
+
     def _measure(self, runner: StepRunner, split: SplitData) -> Measured:
         """Recalls, and the features of all images and captions."""
-
-        def encode(items: EvalItems, name: str) -> Optional[Found]:
-            return evaluate_items(runner, self.data, items, output(name), self.ranks)
-
-        samples, count = split.samples, split.dataset.num_images
-        items = EvalItems(count, SampleShape(images=1), samples.image_parts)
-        images = encode(items, "image_features")
-        items = EvalItems(split.dataset.num_texts, SampleShape(texts=1), samples.text_parts)
-        texts = encode(items, "text_features")
-        found: Optional[Found] = None
-        metrics: Optional[dict[str, float]] = None
-        if images is not None and texts is not None:
-            found = {"images": images["image_features"], "texts": texts["text_features"]}
-            owner = split.dataset.image_of_text()
-            recalls = recall_at_k_of_features(found["images"], found["texts"], owner)
-            metrics = _named(split.name, recalls)
-            metrics[f"{split.name}/samples"] = float(len(owner))
-        return share_metrics(metrics), found
+        samples, dataset = split.samples, split.dataset
+        count, shape = dataset.num_images, SampleShape(images=1)
+        images = self._outputs(runner, "image_features", count, shape, samples.image_parts)
+        count, shape = dataset.num_texts, SampleShape(texts=1)
+        texts = self._outputs(runner, "text_features", count, shape, samples.text_parts)
+        if images is None or texts is None:
+            return share_metrics(None), None
+        owner = dataset.image_of_text()
+        metrics = _named(split.name, recall_at_k_of_features(images, texts, owner))
+        metrics[f"{split.name}/samples"] = float(len(owner))
+        return share_metrics(metrics), {"images": images, "texts": texts}
 
     def _rerank(
         self, runner: StepRunner, split: SplitData, found: Optional[Found]
@@ -274,13 +255,12 @@ class RetrievalObjective(TaskObjective):
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         pairs = box[0]
-        parts = partial(split.samples.pair_parts, pairs)
-        items = EvalItems(len(pairs), SampleShape(pairs=1), parts)
-        matches = evaluate_items(runner, self.data, items, output("match_logits"), self.ranks)
+        parts, shape = partial(split.samples.pair_parts, pairs), SampleShape(pairs=1)
+        matches = self._outputs(runner, "match_logits", len(pairs), shape, parts)
         if found is None or matches is None:
             return None
         owner = split.dataset.image_of_text()
-        logits = matches["match_logits"].astype(np.float64)
+        logits = matches.astype(np.float64)
         matched = np.zeros_like(scores)
         matched[pairs[:, 0], pairs[:, 1]] = logits[:, 1] - logits[:, 0]
         # A pair may be a candidate of its image and none of its caption: each direction has scores of its own.
@@ -292,7 +272,7 @@ class RetrievalObjective(TaskObjective):
         return {name: recalls[name[:2]][name] for name in recalls["TR"]}
 
 
-def best_of_rows(scores: Any, k: int) -> Any:
+def best_of_rows(scores: Array, k: int) -> Array:
     """Which k entries of every row are the largest: bool ``[R, C]``; of equals the first."""
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     chosen = np.zeros(scores.shape, dtype=bool)
@@ -300,7 +280,7 @@ def best_of_rows(scores: Any, k: int) -> Any:
     return chosen
 
 
-def reranked(scores: Any, matched: Any, candidates: Any) -> Any:
+def reranked(scores: Array, matched: Array, candidates: Array) -> Array:
     """Scores in which candidates stand before all others, by dot product plus the logit of a match.
 
     Args:
@@ -355,14 +335,13 @@ class _Pool:
     @classmethod
     def join(cls, pools: list[_Pool]) -> _Pool:
         """All micro-batches of a step as one pool."""
-        return cls(
-            images=torch.cat([pool.images for pool in pools]),
-            texts=torch.cat([pool.texts for pool in pools]),
-            documents=torch.cat([pool.documents for pool in pools]),
-            numbers=torch.cat([pool.numbers for pool in pools]),
-            local=pools[0].local,
-            logit_scale=pools[0].logit_scale,
-        )
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(pool, name) for pool in pools])
+
+        images, texts, first = joined("images"), joined("texts"), pools[0]
+        documents, numbers = joined("documents"), joined("numbers")
+        return cls(images, texts, documents, numbers, first.local, first.logit_scale)
 
 
 def _gather(value: Tensor, ranks: Ranks) -> Tensor:

@@ -6,9 +6,8 @@ import gc
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Mapping, Optional
 
-from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
@@ -17,16 +16,11 @@ from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.finetune.data import TaskData
 from megatron_vlmoe.finetune.metrics import mean_and_std
 from megatron_vlmoe.finetune.objective import TaskObjective
+from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
 from megatron_vlmoe.finetune.predictions import write_json
 from megatron_vlmoe.finetune.results import evaluate_all, evaluation_settings
-from megatron_vlmoe.finetune.saved import (
-    checkpoint_of,
-    load_weights,
-    saved_run,
-    weight_source,
-)
+from megatron_vlmoe.finetune.saved import load_weights, weight_source
 from megatron_vlmoe.model.task_heads import build_task_heads
-from megatron_vlmoe.planning.dry_run import dry_run_text
 from megatron_vlmoe.planning.validate import validate, validate_task
 from megatron_vlmoe.runtime.distributed import (
     destroy,
@@ -36,8 +30,8 @@ from megatron_vlmoe.runtime.distributed import (
     seed_everything,
 )
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
-from megatron_vlmoe.runtime.ranks import Ranks, environment_rank, environment_world_size
-from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
+from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
+from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 from megatron_vlmoe.train.resume import warm_start
@@ -54,28 +48,13 @@ def run_finetune(config: FinetuneConfig) -> None:
     """Trains on a task, keeps the best weights, evaluates them on every split; once per seed of `task.seeds`."""
     validate_task(config, environment_world_size())
     ranks, precision = _start(config)
-    if not config.task.seeds:
-        finetune(config, ranks, precision)
-    else:
-        _several_seeds(config, ranks, precision)
-    destroy()
-
-
-def run_evaluate(config: FinetuneConfig) -> None:
-    """Runs a fine-tuned checkpoint on the splits of its task."""
-    validate_task(config, environment_world_size(), training=False)
-    ranks, precision = _start(config)
-    evaluate(config, ranks, precision)
+    run = _several_seeds if config.task.seeds else finetune
+    run(config, ranks, precision)
     destroy()
 
 
 def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
-    """One fine-tuning run.
-
-    Args:
-        config: the run, checked by `validate_task`.
-        ranks: where this process stands.
-        precision: that the model computes in.
+    """One run of a configuration that is checked by `validate_task`.
 
     Returns:
         Metrics of all splits by `SPLIT/NAME`, from the best weights.
@@ -129,7 +108,7 @@ def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
     raise ConfigError(f"--save {save}: holds a run of {name}, not of {config.task.name}")
 
 
-def _start_weights(config: FinetuneConfig, parts: Any) -> None:
+def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
     """Takes the weights of `--load` and says what became of every tensor."""
     if not config.checkpoint.load:
         log.info("starting from initial weights: no --load")
@@ -147,21 +126,14 @@ def _start_weights(config: FinetuneConfig, parts: Any) -> None:
     for line in report.lines():
         log.info(line)
     if config.checkpoint.save and is_rank_zero():
-        every = {"checkpoint": str(path), **asdict(report)}
-        write_json(Path(config.checkpoint.save) / "start.json", every)
+        content = {"checkpoint": str(path), **asdict(report)}
+        write_json(Path(config.checkpoint.save) / "start.json", content)
 
 
-def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict[str, float]:
-    """Evaluates a fine-tuned checkpoint on every split.
-
-    Args:
-        config: the run, checked by `validate_task`.
-        ranks: where this process stands.
-        precision: that the model computes in.
-
-    Returns:
-        Metrics by `SPLIT/NAME`.
-    """
+def run_evaluate(config: FinetuneConfig) -> None:
+    """Runs a fine-tuned checkpoint on the splits of its task."""
+    validate_task(config, environment_world_size(), training=False)
+    ranks, precision = _start(config)
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
@@ -175,7 +147,8 @@ def evaluate(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     log.info("loaded %s", path)
     begin_run_logs()
     objective = build_objective(config, ranks, data)
-    return evaluate_all(config, parts, ranks, data, objective, str(path), precision)
+    evaluate_all(config, parts, ranks, data, objective, str(path), precision)
+    destroy()
 
 
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
@@ -243,15 +216,3 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
         settings = evaluation_settings(config, ranks, save, precision)
         content = {"task": config.task.name, "seeds": by_seed, "summary": summary}
         write_json(Path(save) / "metrics.json", content | {"settings": settings})
-
-
-def dry_run(config: FinetuneConfig, world_size: int, gpus_per_node: int) -> None:
-    """Prints what would run on so many ranks."""
-    validate_task(config, world_size)
-    data_size = data_parallel_size(config.parallel, world_size)
-    data = TaskData.open(config, BatchShare(data_size=data_size))
-    validate(data.config, world_size)
-    if environment_rank() == 0:
-        print(to_yaml(data.config))
-        print("\n".join(data.summary()))
-        print(dry_run_text(data.config, world_size, gpus_per_node))

@@ -1,76 +1,17 @@
-"""What is in a checkpoint of any layout, or in a Hugging Face folder: the run that saved it, and its weights."""
+"""The weights of a checkpoint of any layout, or of a Hugging Face folder."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
+from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.importing import HuggingFaceWeights, open_hugging_face
-from megatron_vlmoe.train.checkpoint import load_checkpoint, load_common
-from megatron_vlmoe.train.checkpoint_files import (
-    checkpoint_root,
-    find_best_or_last,
-    has_checkpoints,
-)
+from megatron_vlmoe.convert.importing import HuggingFaceWeights
+from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.resume import CheckpointWeights, WeightSource, warm_start
-from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
-
-
-def has_begun(save: str) -> bool:
-    """Whether the run in a folder has written a checkpoint."""
-    return bool(save) and has_checkpoints(checkpoint_root(save))
-
-
-def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
-    """The configuration in a checkpoint, with the tokenizer that lies beside it where its own path is gone.
-
-    Args:
-        location: run folder, checkpoint folder, iteration folder, or Hugging Face folder.
-        step: see `find_checkpoint`.
-
-    Raises:
-        ConfigError: if there is no checkpoint, or it holds no configuration of this project.
-    """
-    path = checkpoint_of(location, step)
-    if is_hugging_face(path):
-        try:
-            return open_hugging_face(path, verify=False).config
-        except ConvertError as error:
-            raise ConfigError(f"--load {error}") from None
-    try:
-        content = load_common(path).get("config")
-    except CheckpointError as error:
-        raise ConfigError(f"--load {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--load {path}: holds no configuration of this project")
-    root: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
-    config = from_dict(content, root, f"--load {path}")
-    beside = run_file(path, TOKENIZER_FILE)
-    if beside is not None and not Path(config.data.text_tokenizer).is_file():
-        config = replace(config, data=replace(config.data, text_tokenizer=str(beside)))
-    return config
-
-
-def checkpoint_of(location: str, step: Optional[str] = None) -> Path:
-    """The checkpoint that `--load` names: of a run folder that of a step, else the best, else the last.
-
-    A Hugging Face folder is its own checkpoint.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if is_hugging_face(location):
-        return Path(location)
-    path = find_best_or_last(location, step)
-    if path is None:
-        raise ConfigError(f"--load {location}: no checkpoint there")
-    return path
+from megatron_vlmoe.train.run_files import is_hugging_face
 
 
 def weight_source(path: Path) -> WeightSource:

@@ -53,9 +53,6 @@ class Item(NamedTuple):
 def aligned(**arguments: object) -> tuple[bool, list[list[Item]]]:
     """Arguments of a method as lists of one length: what is no list goes with every item of the others.
 
-    Args:
-        **arguments: by their names, each an item or a list or tuple of items.
-
     Returns:
         Whether none is a list, and the items of every argument.
 
@@ -103,8 +100,6 @@ def read_image(item: Item, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
         DataError: missing, damaged, or of another type.
     """
     where, value = item
-    if isinstance(value, Image.Image):
-        return _of_pillow(value, where, rules)
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3 or not value.size:
             raise DataError(
@@ -112,37 +107,29 @@ def read_image(item: Item, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
             )
         return Image.fromarray(np.ascontiguousarray(value))
     if isinstance(value, (str, Path)):
-        where, value = str(value), _file_bytes(value)
-    if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise DataError(
-            f"{where}: expected a Pillow image, path, bytes or array, got {type(value).__name__}"
-        )
+        where = str(value)
+        try:
+            value = Path(value).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{where}: not found") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
     try:
-        return read_image_file(bytes(value), rules)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _of_pillow(image: Image.Image, where: str, rules: ImageRules) -> Image.Image:
-    if not image.width or not image.height:
-        raise DataError(f"{where}: an image of {image.width}x{image.height} pixels")
-    try:
-        with quiet_pillow():
-            return rgb_pixels(image, rules)
+        if isinstance(value, Image.Image):
+            if not value.width or not value.height:
+                raise DataError(f"an image of {value.width}x{value.height} pixels")
+            with quiet_pillow():
+                return rgb_pixels(value, rules)
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return read_image_file(bytes(value), rules)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except (OSError, ValueError, SyntaxError, TypeError, IndexError) as error:
-        # Pillow reads a file's pixels only now.
+        # Of a file that the caller opened Pillow reads the pixels only now.
         raise DataError(f"{where}: damaged image ({error})") from error
-
-
-def _file_bytes(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    raise DataError(
+        f"{where}: expected a Pillow image, path, bytes or array, got {type(value).__name__}"
+    )
 
 
 def tokens(texts: Sequence[Item], tokenizer: TextTokenizer) -> list[Array]:

@@ -1,27 +1,41 @@
-"""`VLMoE`: a fine-tuned model that answers, classifies and encodes.
+"""`VLMoE`: a fine-tuned checkpoint, of any parallel layout, loaded whole into this process, that answers and encodes.
 
 Letters: n items, D width, C classes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
+import random
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Optional, TypeVar, Union, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.schema import ParallelConfig, Precision
+from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape, TaskSpec, working_tasks
+from megatron_vlmoe.convert.importing import open_hugging_face
 from megatron_vlmoe.data.collate import to_tensors
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.data.samples import TextFormat
-from megatron_vlmoe.finetune.evaluation import eval_layout
+from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.finetune.objective import eval_layout, to_numpy
+from megatron_vlmoe.finetune.options import checkpoint_of, saved_run
 from megatron_vlmoe.finetune.predictions import class_probabilities
-from megatron_vlmoe.inference.answers import Answer, Scored, decisions, ranked
+from megatron_vlmoe.finetune.saved import load_weights
+from megatron_vlmoe.inference.answers import Answer, Decision, Scored, decisions, ranked
 from megatron_vlmoe.inference.inputs import (
     Images,
     Item,
@@ -32,10 +46,27 @@ from megatron_vlmoe.inference.inputs import (
     tokens,
     unknown_share,
 )
-from megatron_vlmoe.inference.loading import LoadedModel, load_model
+from megatron_vlmoe.model.task_heads import build_task_heads
+from megatron_vlmoe.runtime import distributed
+from megatron_vlmoe.runtime.distributed import resolve_precision
+from megatron_vlmoe.runtime.ranks import environment_world_size
 from megatron_vlmoe.stream.batch import Batch
+from megatron_vlmoe.tokenizers.text import TextTokenizer
+from megatron_vlmoe.train.run_files import (
+    LABELS_FILE,
+    TOKENIZER_FILE,
+    is_hugging_face,
+    open_labels,
+    open_text_tokenizer,
+    run_file,
+)
+from megatron_vlmoe.train.setup import build_forward_only
+from megatron_vlmoe.train.step import StepRunner
 
 Array = npt.NDArray[Any]
+Found = TypeVar("Found")
+Inputs = Union[Images, Texts]
+PRECISIONS = ("auto", *get_args(Precision))
 
 
 class VLMoE:
@@ -50,21 +81,25 @@ class VLMoE:
 
     Methods raise DataError, naming the item, for images and texts that cannot be used, and ConfigError if the
     checkpoint is of another task.
-
-    Args:
-        loaded: the model.
-        batch_size: most items in a forward pass.
-        rules: about orientation and transparency of images.
     """
 
     def __init__(
-        self, loaded: LoadedModel, batch_size: int = 32, rules: ImageRules = DEFAULT_RULES
+        self,
+        checkpoint: Path,
+        config: FinetuneConfig,
+        runner: StepRunner,
+        tokenizer: Optional[TextTokenizer],
+        labels: Optional[Labels],
+        batch_size: int = 32,
+        rules: ImageRules = DEFAULT_RULES,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
-        self._rules = rules
-        self._loaded = loaded
+        self.checkpoint = checkpoint
+        """Where it came from."""
         self.batch_size = batch_size
+        self._config, self._runner, self._rules = config, runner, rules
+        self._tokenizer, self._labels = tokenizer, labels
 
     @classmethod
     def from_checkpoint(
@@ -82,7 +117,8 @@ class VLMoE:
     ) -> VLMoE:
         """Loads what `finetune` wrote, at whatever layout, into this process.
 
-        Neither torchrun nor an initialized torch.distributed is needed. Several models may be loaded.
+        Neither torchrun nor an initialized torch.distributed is needed. Several models may be loaded. The global random
+        generators are left as they were.
 
         Args:
             path: run folder (its best checkpoint where there is one, else its last), `best`, `checkpoints`, or one
@@ -105,44 +141,62 @@ class VLMoE:
             rules = ImageRules(exif, alpha)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        loaded = load_model(
-            path,
-            device=device,
-            precision=precision,
-            tokenizer=tokenizer,
-            labels=labels,
-            capacity_factor=capacity_factor,
-        )
-        return cls(loaded, batch_size, rules)
+        if not math.isfinite(capacity_factor):
+            raise ConfigError(f"capacity_factor={capacity_factor}: not a finite number")
+        checkpoint, config = read_run(path)
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision={precision}: choose one of {', '.join(PRECISIONS)}")
+        moe = replace(config.moe, eval_capacity_factor=capacity_factor)
+        if capacity_factor > 0.0 and moe.dispatcher == "dropless":
+            moe = replace(moe, dispatcher="fixed_capacity")
+        config = replace(config, parallel=ParallelConfig(), moe=moe)
+        text_tokenizer = _open_tokenizer(checkpoint, config, tokenizer)
+        classes = _open_labels(checkpoint, config, labels)
+        # As the command line does: it warns about our feed-forward spec once per block.
+        logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+        if device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"device={device}: cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU")
+        here = distributed.device().type
+        if device not in (None, here):
+            # megatron-core takes the GPU wherever it sees one.
+            hint = "; hide its GPUs with CUDA_VISIBLE_DEVICES=''" if here == "cuda" else ""
+            raise ConfigError(f"device={device}, but this process runs on {here}{hint}")
+        config = replace(config, train=replace(config.train, precision=precision))  # type: ignore[arg-type]
+        with _unchanged_generators():
+            world = dist.get_world_size() if dist.is_initialized() else environment_world_size()
+            if world > 1:
+                raise ConfigError(f"a model is loaded by one process alone, not by {world}")
+            if parallel_state.model_parallel_is_initialized():
+                ranks = distributed.current_ranks()
+            else:
+                # Nothing is drawn: any seed will do.
+                ranks = distributed.initialize(ParallelConfig(), seed=0)
+            parts = build_forward_only(config, resolve_precision(config.train), build_task_heads)
+            load_weights(checkpoint, config, parts)
+        runner = StepRunner(config, parts, ranks)
+        return cls(checkpoint, config, runner, text_tokenizer, classes, batch_size, rules)
 
     @property
     def task(self) -> str:
         """Name of the task that the checkpoint was fine-tuned on."""
-        return self._loaded.config.task.name
+        return self._config.task.name
 
     @property
     def spec(self) -> TaskSpec:
         """The row of that task."""
-        return self._loaded.config.task.spec
-
-    @property
-    def checkpoint(self) -> Path:
-        """The checkpoint."""
-        return self._loaded.checkpoint
+        return self._config.task.spec
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The classes ``[C]``; none for retrieval."""
-        known = self._loaded.labels
-        return known.labels if known is not None else ()
+        return self._labels.labels if self._labels is not None else ()
 
     @property
     def has_matching(self) -> bool:
         """Whether the model was trained to tell matching pairs from others (retrieval)."""
-        weight = self._loaded.config.contrastive.matching_weight
-        return self.spec.target == "match" and weight != 0.0
+        return self.spec.target == "match" and self._config.contrastive.matching_weight != 0.0
 
-    def rank(self, top_k: int = 5, **inputs: Any) -> Any:
+    def rank(self, top_k: int = 5, **inputs: Inputs) -> list[Scored] | list[list[Scored]]:
         """The `top_k` most likely classes as `Scored`, best first; a list of such lists for lists.
 
         Args:
@@ -152,10 +206,9 @@ class VLMoE:
         Raises:
             ConfigError: the task has no classes, or reads something else.
         """
-        single, found = self._ranked("rank", inputs, top_k)
-        return found[0] if single else found
+        return _one_or_all(*self._ranked("rank", inputs, top_k))
 
-    def decide(self, **inputs: Any) -> Any:
+    def decide(self, **inputs: Inputs) -> Decision | list[Decision]:
         """`Decision`, or a list of them: one of the classes, with the probabilities of all.
 
         Args:
@@ -165,28 +218,27 @@ class VLMoE:
             ConfigError: as for `rank`.
         """
         single, logits = self._logits("decide", inputs)
-        assert self._loaded.labels is not None
-        found = decisions(self.task, logits, self._loaded.labels)
-        return found[0] if single else found
+        assert self._labels is not None
+        return _one_or_all(single, decisions(self.task, logits, self._labels))
 
-    def answer(self, image: Images, question: Texts, top_k: int = 1) -> Any:
+    def answer(self, image: Images, question: Texts, top_k: int = 1) -> Answer | list[Answer]:
         """vqa: `Answer`, or a list of them, with the `top_k` most likely answers."""
         self._needs("answer")
         single, rows = self._ranked("answer", {"image": image, "question": question}, top_k)
-        found = [Answer(best[0].label, best[0].score, tuple(best)) for best in rows]
-        return found[0] if single else found
+        answers = [Answer(best[0].label, best[0].score, tuple(best)) for best in rows]
+        return _one_or_all(single, answers)
 
-    def reason(self, left: Images, right: Images, sentence: Texts) -> Any:
+    def reason(self, left: Images, right: Images, sentence: Texts) -> Decision | list[Decision]:
         """nlvr2: `Decision`, or a list of them, whether the sentence is true of the two images."""
         self._needs("reason")
         return self.decide(left=left, right=right, sentence=sentence)
 
-    def classify(self, image: Images, top_k: int = 5) -> Any:
+    def classify(self, image: Images, top_k: int = 5) -> list[Scored] | list[list[Scored]]:
         """imagenet: the `top_k` most likely classes as `Scored`, best first; a list of such lists for a list."""
         self._needs("classify")
         return self.rank(top_k, image=image)
 
-    def entail(self, premise: Texts, hypothesis: Texts) -> Any:
+    def entail(self, premise: Texts, hypothesis: Texts) -> Decision | list[Decision]:
         """mnli: `Decision`, or a list of them, how the hypothesis relates to the premise."""
         self._needs("entail")
         return self.decide(premise=premise, hypothesis=hypothesis)
@@ -205,14 +257,15 @@ class VLMoE:
         features = self._run("text_features", texts=columns, shape=SampleShape(texts=1))
         return features[0] if single else features
 
-    def score(self, image: Images, text: Texts) -> Any:
+    def score(self, image: Images, text: Texts) -> float | list[float]:
         """retrieval: cosine similarity of image and text, -1 to 1, or a list of them."""
         self._needs("score")
-        single, _ = aligned(image=image, text=text)
+        aligned(image=image, text=text)
         products = (self.encode_image(image) * self.encode_text(text)).sum(axis=-1)
-        return float(products) if single else products.tolist()
+        found: float | list[float] = products.tolist()
+        return found
 
-    def match(self, image: Images, text: Texts) -> Any:
+    def match(self, image: Images, text: Texts) -> float | list[float]:
         """retrieval: probability that image and text belong together, of the matching head, or a list of them.
 
         Raises:
@@ -226,23 +279,22 @@ class VLMoE:
             )
         single, (images, texts) = aligned(image=image, text=text)
         logits = self._run("match_logits", images, [texts], shape=SampleShape(pairs=1))
-        found = class_probabilities(self.task, logits)[:, 1].tolist()
-        return found[0] if single else found
+        return _one_or_all(single, class_probabilities(self.task, logits)[:, 1].tolist())
 
-    def unknown_share(self, text: Texts) -> Any:
+    def unknown_share(self, text: Texts) -> float | list[float]:
         """Share of the tokens of a text, or of each of a list, that the tokenizer does not know, 0 to 1.
 
         Raises:
             ConfigError: the task has no texts.
         """
-        tokenizer = self._loaded.tokenizer
+        tokenizer = self._tokenizer
         if tokenizer is None:
             raise ConfigError(f"unknown_share: {self.checkpoint} is of {self.task}, without texts")
         single, (texts,) = aligned(text=text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnknownTextWarning)
             shares = [unknown_share(ids, tokenizer) for ids in tokens(texts, tokenizer)]
-        return shares[0] if single else shares
+        return _one_or_all(single, shares)
 
     def _needs(self, method: str) -> None:
         if method not in self.spec.methods:
@@ -253,16 +305,16 @@ class VLMoE:
             )
 
     def _ranked(
-        self, method: str, inputs: Mapping[str, Any], top_k: int
+        self, method: str, inputs: Mapping[str, Inputs], top_k: int
     ) -> tuple[bool, list[list[Scored]]]:
         """Whether single items were given, and the most likely classes of each, best first."""
         if top_k < 1:
             raise ConfigError(f"top_k={top_k} must be at least 1")
         single, logits = self._logits(method, inputs)
-        assert self._loaded.labels is not None
-        return single, ranked(self.task, logits, self._loaded.labels, top_k)
+        assert self._labels is not None
+        return single, ranked(self.task, logits, self._labels, top_k)
 
-    def _logits(self, method: str, inputs: Mapping[str, Any]) -> tuple[bool, Array]:
+    def _logits(self, method: str, inputs: Mapping[str, Inputs]) -> tuple[bool, Array]:
         """Whether single items were given, and the logits ``[n, C]``."""
         spec = self.spec
         names = (*spec.images, *spec.texts)
@@ -291,11 +343,8 @@ class VLMoE:
     ) -> Array:
         """An output of the heads for every sample, in forward passes of at most `batch_size` samples.
 
-        Args:
-            output: its name.
-            images: of all samples, one after another.
-            texts: the first text of all samples, and the second ones of a task that has two.
-            shape: what a sample puts into the stream; None: what the task says.
+        Images are those of all samples, one after another; texts the first ones of all samples, then, of a task that
+        has two, the second ones; None as shape: what the task says.
 
         Returns:
             ``[n, ...]``, float32.
@@ -304,48 +353,93 @@ class VLMoE:
         text_segment, image_segment = "texts", "images"
         if shape.pairs:
             text_segment, image_segment = "pair_texts", "pair_images"
-        per_sample = max(shape.pairs, 1)
-        config = self._loaded.config
-        ids, lengths = (None, None) if texts is None else self._laid_out(texts, shape)
-        inputs = images if images is not None else lengths
-        assert inputs is not None
-        found = []
-        for first in range(0, len(inputs), self.batch_size * per_sample):
-            part = slice(first, first + self.batch_size * per_sample)
-            batch: dict[str, dict[str, Array]] = {}
-            if ids is not None and lengths is not None:
-                batch[text_segment] = {"ids": ids[part], "lengths": lengths[part]}
-            if images is not None:
-                batch[image_segment] = {
-                    "pixels": pixels(images[part], config.model.image_size, self._rules)
-                }
-            found.append(self._forward(batch, len(inputs[part]) // per_sample, shape, output))
-        if found:
-            return np.concatenate(found)
-        widths = {"logits": config.task.num_classes, "match_logits": 2}
-        return np.zeros((0, widths.get(output, config.model.hidden_size)), dtype=np.float32)
-
-    def _laid_out(self, texts: Sequence[Sequence[Item]], shape: SampleShape) -> tuple[Array, Array]:
-        """Ids ``[n, L]`` and lengths ``[n]`` of n texts, each of one or two parts."""
-        tokenizer, model = self._loaded.tokenizer, self._loaded.config.model
-        assert tokenizer is not None
-        length = model.pair_text_length if shape.pairs else model.text_length
-        parts = [tokens(column, tokenizer) for column in texts]
-        if not parts[0]:
-            return np.zeros((0, length), dtype=np.int64), np.zeros(0, dtype=np.int64)
-        return TextFormat.of(tokenizer, length).rows(list(zip(*parts, strict=True)))
-
-    def _forward(
-        self, batch: dict[str, dict[str, Array]], count: int, shape: SampleShape, output: str
-    ) -> Array:
-        """An output of the heads ``[count, ...]`` for one batch of so many samples."""
-        config = self._loaded.config
-        config = replace(config, task=replace(config.task, eval_micro_batch_size=count))
-        layout = eval_layout(config, shape)
+        per_sample, model = max(shape.pairs, 1), self._config.model
+        ids, lengths = np.zeros((0, 1), dtype=np.int64), np.zeros(0, dtype=np.int64)
+        if texts is not None:
+            assert self._tokenizer is not None
+            parts = [tokens(column, self._tokenizer) for column in texts]
+            length = model.pair_text_length if shape.pairs else model.text_length
+            if parts[0]:
+                rows = list(zip(*parts, strict=True))
+                ids, lengths = TextFormat.of(self._tokenizer, length).rows(rows)
 
         def measure(_: Batch, outputs: Mapping[str, Tensor]) -> Array:
-            return outputs[output].float().cpu().numpy()
+            return to_numpy(outputs[output])
 
-        tensors = to_tensors(batch)
-        (result,) = self._loaded.runner.evaluate(iter([tensors]), 1, measure, layout=layout)
-        return result
+        found = []
+        count = len(lengths) if images is None else len(images)
+        for first in range(0, count, self.batch_size * per_sample):
+            part = slice(first, min(first + self.batch_size * per_sample, count))
+            batch: dict[str, dict[str, Array]] = {}
+            if texts is not None:
+                batch[text_segment] = {"ids": ids[part], "lengths": lengths[part]}
+            if images is not None:
+                own = pixels(images[part], model.image_size, self._rules)
+                batch[image_segment] = {"pixels": own}
+            layout = eval_layout(model, shape, (part.stop - first) // per_sample)
+            batches = iter([to_tensors(batch)])
+            found += self._runner.evaluate(batches, 1, measure, layout=layout)
+        if found:
+            return np.concatenate(found)
+        widths = {"logits": self._config.task.num_classes, "match_logits": 2}
+        return np.zeros((0, widths.get(output, model.hidden_size)), dtype=np.float32)
+
+
+def _one_or_all(single: bool, found: list[Found]) -> Found | list[Found]:
+    return found[0] if single else found
+
+
+def read_run(location: str | Path) -> tuple[Path, FinetuneConfig]:
+    """The checkpoint that a run, checkpoint or iteration folder names, and the run that wrote it.
+
+    Of a run folder that is the best checkpoint where there is one, else the last.
+
+    Raises:
+        ConfigError: there is none, or it is not of a task.
+        CheckpointError: it is damaged.
+    """
+    checkpoint = checkpoint_of(str(location))
+    config = saved_run(str(checkpoint))
+    if not isinstance(config, FinetuneConfig):
+        raise ConfigError(f"{checkpoint}: is a pretraining checkpoint, not one of a task")
+    return checkpoint, config
+
+
+def _open_tokenizer(
+    checkpoint: Path, config: FinetuneConfig, given: str | Path | None
+) -> Optional[TextTokenizer]:
+    if not config.task.spec.texts:
+        return None
+    path = given or run_file(checkpoint, TOKENIZER_FILE)
+    if path is None and is_hugging_face(checkpoint):
+        path = config.data.text_tokenizer
+    if path is None:
+        raise ConfigError(f"{checkpoint}: no {TOKENIZER_FILE} beside it; name the text tokenizer")
+    return open_text_tokenizer(path, config, checkpoint)
+
+
+def _open_labels(
+    checkpoint: Path, config: FinetuneConfig, given: str | Path | None
+) -> Optional[Labels]:
+    if not config.task.spec.has_labels:
+        return None
+    path = given or run_file(checkpoint, LABELS_FILE)
+    if path is None and is_hugging_face(checkpoint):
+        # A library wrote the folder: the classes are in its config.json.
+        return open_hugging_face(checkpoint, verify=False).labels
+    if path is None:
+        raise ConfigError(f"{checkpoint}: no {LABELS_FILE} beside it; name the file of its labels")
+    return open_labels(path, config, checkpoint)
+
+
+@contextlib.contextmanager
+def _unchanged_generators() -> Iterator[None]:
+    """Puts the global random generators back: a script that loads a model goes on drawing as without it."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

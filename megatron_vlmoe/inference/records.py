@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.tasks import find_task
@@ -14,6 +13,7 @@ from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
 from megatron_vlmoe.inference.inputs import UNKNOWN_SHARE
 from megatron_vlmoe.prepare.readers.files import DAMAGE, check_characters, open_binary
+from megatron_vlmoe.runtime.json_files import parse_json
 
 if TYPE_CHECKING:
     from megatron_vlmoe.inference.model import VLMoE
@@ -78,12 +78,12 @@ def read_records(path: Path) -> list[Record]:
             continue
         where = f"{path}:{number}"
         try:
-            content = json.loads(line)
+            content = parse_json(line)
             json_line({"record": content}).encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"{where}: invalid Unicode") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error})") from error
+        except (DataError, RecursionError) as error:
+            raise DataError(f"{where}: {error}") from error
         if not isinstance(content, dict):
             raise DataError(f"{where}: not a JSON object")
         records.append(Record(where, content))
@@ -117,20 +117,28 @@ def _predict(model: VLMoE, records: Sequence[Record], top_k: int) -> list[dict[s
         name: [record.content[name] for record in records] for name in (*spec.images, *spec.texts)
     }
     if not spec.has_labels:
-        rows: list[dict[str, Any]] = [{"score": score} for score in model.score(**given)]
-        if model.has_matching:
-            rows = [row | {"match": p} for row, p in zip(rows, model.match(**given), strict=True)]
-        return rows
-    if spec.decides:
-        return [_classified(_sorted(decision)) for decision in model.decide(**given)]
-    return [_classified(best) for best in model.rank(top_k, **given)]
+        scores = cast(list[float], model.score(**given))
+        if not model.has_matching:
+            return [{"score": score} for score in scores]
+        matches = cast(list[float], model.match(**given))
+        return [{"score": s, "match": p} for s, p in zip(scores, matches, strict=True)]
+    if not spec.decides:
+        return [_classified(best) for best in cast(list[list[Scored]], model.rank(top_k, **given))]
+    rows = []
+    for decision in cast(list[Decision], model.decide(**given)):
+        best = sorted(decision.scores.items(), key=lambda item: -item[1])
+        rows.append(_classified([Scored(label, label, score) for label, score in best]))
+    return rows
 
 
 def unknown_texts(model: VLMoE, records: Sequence[Record]) -> str:
     """A line about the records with texts that the tokenizer does not know; empty if there are none."""
     poor: list[str] = []
     for record in records:
-        shares = {name: model.unknown_share(record.content[name]) for name in model.spec.texts}
+        shares = {
+            name: cast(float, model.unknown_share(record.content[name]))
+            for name in model.spec.texts
+        }
         name = max(shares, key=lambda name: shares[name], default="")
         if name and shares[name] > UNKNOWN_SHARE:
             where = f"{record.where}: {name}" if record.where else name
@@ -138,11 +146,6 @@ def unknown_texts(model: VLMoE, records: Sequence[Record]) -> str:
     if not poor:
         return ""
     return poor[0] + (f" ({len(poor)} of {len(records)} records)" if len(records) > 1 else "")
-
-
-def _sorted(decision: Decision) -> list[Scored]:
-    scores = sorted(decision.scores.items(), key=lambda item: -item[1])
-    return [Scored(label, label, score) for label, score in scores]
 
 
 def _classified(best: Sequence[Scored]) -> dict[str, Any]:

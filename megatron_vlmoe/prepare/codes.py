@@ -28,9 +28,9 @@ from torch.utils.data import Dataset
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
 from megatron_vlmoe.data.codes import HEADER_LENGTH, CodesManifest, codes_prefix
+from megatron_vlmoe.data.collate import Loader
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, read_image_file
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
-from megatron_vlmoe.data.loading import Loader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, keyed_rng
 from megatron_vlmoe.prepare.readers.images import read_images

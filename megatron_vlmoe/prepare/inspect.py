@@ -161,7 +161,7 @@ class TaskView:
             labels = load_labels(self.dataset.prefix.removesuffix(f"_{split}"))
         except DataError:
             return None
-        return labels if labels.sha256 == self.dataset.labels_sha256 else None
+        return labels if labels.sha256 == self.dataset.manifest.labels_sha256 else None
 
     def summary(self) -> Iterator[str]:
         """Lines of counts and percentiles."""

@@ -19,8 +19,8 @@ from megatron_vlmoe.config.tasks import TaskSpec, find_task, load_code
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest
+from megatron_vlmoe.data.task_dataset import TaskRow, check_task
 from megatron_vlmoe.data.task_labels import Labels, write_labels
-from megatron_vlmoe.data.task_samples import TaskRow, check_task
 from megatron_vlmoe.prepare.images import add_images, checked_image
 from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tasks.records import (

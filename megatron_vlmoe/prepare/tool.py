@@ -43,7 +43,7 @@ from megatron_vlmoe.data.manifest import (
     stage_manifest,
     unknown_line,
 )
-from megatron_vlmoe.data.task_samples import SamplesWriter
+from megatron_vlmoe.data.task_dataset import SamplesWriter
 from megatron_vlmoe.prepare.readers.records import PassedOver, Reject, kinds_of, passed_over_line
 from megatron_vlmoe.runtime.files import StagedFile
 from megatron_vlmoe.tokenizers.text import TextTokenizer

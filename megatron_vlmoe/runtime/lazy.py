@@ -20,12 +20,11 @@ HEAVY = {
     "megatron_vlmoe.convert.public.command": False,
     "megatron_vlmoe.convert.upcycle.run": False,
     "megatron_vlmoe.finetune.run": True,
-    "megatron_vlmoe.finetune.saved": True,
-    "megatron_vlmoe.inference.loading": True,
     "megatron_vlmoe.inference.model": True,
     "megatron_vlmoe.prepare.codes": False,
     "megatron_vlmoe.runtime.distributed": True,
     "megatron_vlmoe.tokenizers.vqkd.training": False,
+    "megatron_vlmoe.train.checkpoint": True,
     "megatron_vlmoe.train.pretrain": True,
 }
 """Each module that is loaded late, and whether it needs megatron-core."""

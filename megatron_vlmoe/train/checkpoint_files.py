@@ -1,4 +1,4 @@
-"""Where checkpoints lie and how they are found; needs no megatron-core, so that tools start at once.
+"""Where checkpoints lie and how they are found; needs neither torch nor megatron-core, so that tools start at once.
 
 ``iter_0000100/`` holds one checkpoint, ``latest_checkpointed_iteration.txt`` (the tracker) beside it names the one to
 go on from. Everything that reads a run folder finds its checkpoint here.
@@ -15,9 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Optional
 
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError
+from megatron_vlmoe.runtime.torch_files import read_torch_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # Where a run keeps what it no longer goes on from; nothing reads it.
@@ -210,7 +209,7 @@ def _flaw(path: Path) -> str:
         if not (path / name).is_file():
             return f"no {name}"
     try:
-        places = FileSystemReader(path).read_metadata().storage_data.values()
+        places = read_torch_file(path / ".metadata").storage_data.values()
     except Exception:
         return ".metadata is damaged"
     # Which file of tensors is missing or too short, by this table of contents.
@@ -243,7 +242,7 @@ def _choices(step: Optional[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """What went wrong; torch wraps the errors of all ranks in one that prints their tracebacks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    if failures := getattr(error, "failures", None):
+        error = next(iter(failures.values()))[0]
     message = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Optional, Protoco
 
 from torch import Tensor
 
-from megatron_vlmoe.data.sources import Split
+from megatron_vlmoe.data.batches import Split
 from megatron_vlmoe.stream.batch import Batch
 
 if TYPE_CHECKING:

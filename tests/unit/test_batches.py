@@ -16,11 +16,10 @@ from PIL import Image
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.data.batches import BatchShare, PretrainData
+from megatron_vlmoe.data.batches import BatchShare, PretrainData, split_documents
 from megatron_vlmoe.data.codes import CodesReader
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, stage_manifest
-from megatron_vlmoe.data.sources import split_documents
 from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
@@ -353,7 +352,7 @@ def test_an_epoch_of_pairs_has_every_sample_once(corpus: Corpus, unit: str, epoc
     part = data._dataset("train").parts["pairs"]
     reader = IndexedReader(str(corpus.root / "pairs_text"))
     assert part.order.orders[0].num_samples == epoch
-    found = [part.captions.locate(part.order.locate(number)) for number in range(epoch)]
+    found = [part.locate(part.order.locate(number)) for number in range(epoch)]
     documents = reader.document_indices
     for image, sequence in found:
         assert documents[image] <= sequence < documents[image + 1]
@@ -361,19 +360,19 @@ def test_an_epoch_of_pairs_has_every_sample_once(corpus: Corpus, unit: str, epoc
         assert sorted(sequence for _, sequence in found) == list(range(reader.num_sequences))
     else:
         assert sorted(image for image, _ in found) == list(range(NUM_PAIRS))
-        later = [part.captions.locate(part.order.locate(n)) for n in range(epoch, 4 * epoch)]
+        later = [part.locate(part.order.locate(n)) for n in range(epoch, 4 * epoch)]
         assert len(set(found + later)) > epoch + 5
 
 
 def test_held_out_documents_are_not_trained_on(corpus: Corpus) -> None:
     data = open_data(corpus.config(eval_fraction=0.25))
     train, held_out = data._dataset("train").parts, data._dataset("eval").parts
-    assert held_out["texts"].samples.texts[0].documents == range(30, 40)
-    assert train["texts"].samples.texts[0].documents == range(30)
+    assert held_out["texts"].texts[0].documents == range(30, 40)
+    assert train["texts"].texts[0].documents == range(30)
     assert train["images"].order.orders[0].num_samples == 18
     assert held_out["images"].first_documents == [18]
     images = {
-        part.captions.locate(part.order.locate(n))[0]
+        part.locate(part.order.locate(n))[0]
         for part in (held_out["pairs"],)
         for n in range(part.order.orders[0].num_samples)
     }

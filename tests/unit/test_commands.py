@@ -153,6 +153,37 @@ sys.exit(f"imported {{heavy}}" if heavy else status)
     "words", [["--help"], *([name, "--help"] for name in COMMANDS), ["pretrain", "--dry-run"]]
 )
 def test_help_and_dry_runs_start_at_once(words: list[str]) -> None:
+    assert_light(words)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("start", ["--task.architecture", "--load"])
+def test_the_dry_run_of_a_task_opens_data_and_checkpoint_at_once(
+    start: str, tmp_path: Path
+) -> None:
+    import small_checkpoints
+    from data_files import encoded, picture
+
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            folder = tmp_path / "raw" / split / name
+            folder.mkdir(parents=True)
+            (folder / f"{split}.JPEG").write_bytes(encoded(picture(1)))
+    task = ["--task", "imagenet"]
+    raw = ["--raw", str(tmp_path / "raw"), "--output", str(tmp_path / "in")]
+    assert run("index-task", [*task, *raw]) == 0
+    config = small_checkpoints.CONFIGS["dense"]
+    if start == "--load":
+        small_checkpoints.save(tmp_path / "run", config, small_checkpoints.random_tensors(config))
+    model = str(tmp_path / "run") if start == "--load" else "tiny-8e"
+    data = ["--task.data", str(tmp_path / "in")]
+    done = assert_light(["finetune", *task, *data, start, model, "--dry-run"])
+    assert "imagenet: 2 training samples" in done.stdout and "\nParameters" in done.stdout
+    assert ("  3 blocks, hidden size 8," in done.stdout) == (start == "--load")
+
+
+def assert_light(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command that must neither import torch nor take long."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = started("-c", LIGHT.format(words=words))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -160,6 +191,7 @@ def test_help_and_dry_runs_start_at_once(words: list[str]) -> None:
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     # 0.4 to 0.9 s on an idle core; torch alone takes 2.5 s.
     assert used < 1.5
+    return done
 
 
 @pytest.mark.process

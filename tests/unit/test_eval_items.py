@@ -13,7 +13,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.order import SampleRef
 from megatron_vlmoe.data.samples import ImageViews, SampleRngs, TextFormat
-from megatron_vlmoe.finetune.samples import TaskSamples
+from megatron_vlmoe.finetune.data import TaskSamples
 
 # Image and caption; in order of the images, as re-ranking makes them.
 PAIRS = np.array([[0, 0], [0, 2], [0, 3], [1, 0], [1, 1], [2, 0], [2, 2], [2, 5]])

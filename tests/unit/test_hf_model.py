@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
-from megatron_vlmoe.losses import contrastive
+from megatron_vlmoe.losses import tasks as task_losses
 from megatron_vlmoe.losses.tasks import soft_target_loss
 from megatron_vlmoe.model.initial_values import resize_image_positions
 
@@ -353,7 +353,7 @@ def test_retrieval_losses_are_the_trainers(monkeypatch):
         output = model(**batch, return_loss=True)
         similarity = output.logits_per_text
         texts, images = output.text_features, output.image_features
-        expected = contrastive.contrastive_loss(images, texts, images, texts, model.logit_scale, 0)
+        expected = task_losses.contrastive_loss(images, texts, images, texts, model.logit_scale, 0)
         triples = [
             model.match_logits(batch["input_ids"][t], batch["attention_mask"][t], x)
             for t, x in (
@@ -364,7 +364,7 @@ def test_retrieval_losses_are_the_trainers(monkeypatch):
         ]
     torch.testing.assert_close(output.contrastive_loss, expected)
     rows = torch.stack(triples, dim=1).flatten(0, 1)
-    matching = contrastive.matching_loss(rows, torch.ones(3, dtype=torch.bool))
+    matching = task_losses.matching_loss(rows, torch.ones(3, dtype=torch.bool))
     torch.testing.assert_close(output.matching_loss, matching)
     torch.testing.assert_close(output.loss, expected + matching)
     for weights, rows in zip(drawn, (similarity, similarity.T), strict=True):

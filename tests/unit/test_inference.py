@@ -196,10 +196,10 @@ def test_records_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"a": 1}\n{"a": ', r"in.jsonl:2: not JSON \(Expecting value"),
+        (b'{"a": 1}\n{"a": ', r"in.jsonl:2: invalid JSON: Expecting value"),
         (b"\n[1]", "in.jsonl:2: not a JSON object"),
-        (b'{"a": "\xff"}', "in.jsonl:1: not JSON"),
-        (b"[" * 100_000, "in.jsonl:1: not JSON"),
+        (b'{"a": "\xff"}', "in.jsonl:1: invalid UTF-8 at byte 7"),
+        (b"[" * 100_000, "in.jsonl:1: invalid JSON"),
         (b'{"premise": "a", "from": ["\\ud800"]}', "in.jsonl:1: invalid Unicode"),
         (b"\n \n", "in.jsonl: no record in it"),
     ],

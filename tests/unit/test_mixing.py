@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vlmoe.finetune.mixing import (
+from megatron_vlmoe.finetune.data import (
     NO_MIX,
     Mix,
     MixBox,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vlmoe.data.packing import PackedTexts
+from megatron_vlmoe.data.samples import PackedTexts
 
 BOS, EOS = 0, 1
 

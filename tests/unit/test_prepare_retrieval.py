@@ -48,7 +48,7 @@ def test_retrieval(desk: Desk) -> None:
     assert captions.num_documents == 2 and len(captions.document(0)) == 3
     assert ids(desk.opened("test", "retrieval")) == ["c.jpg#0"]
     assert ids(desk.opened("val", "retrieval")) == ["d.jpg#0"]
-    assert train.labels_sha256 is None and not Path(f"{desk.out}_labels.json").exists()
+    assert train.manifest.labels_sha256 is None and not Path(f"{desk.out}_labels.json").exists()
 
 
 def test_retrieval_on_coco(desk: Desk) -> None:

@@ -19,9 +19,9 @@ from raw_tasks import Desk, ids, put, put_table, rows, stored_images
 
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
+from megatron_vlmoe.finetune.metrics import guessing_rate
 from megatron_vlmoe.finetune.predictions import vqa_submission
-from megatron_vlmoe.finetune.results import Kept, Predictions, left_out_lines
-from megatron_vlmoe.finetune.table import guessing_rate
+from megatron_vlmoe.finetune.results import Predictions, left_out_lines
 from megatron_vlmoe.prepare.readers.tasks.records import chosen
 
 
@@ -114,7 +114,7 @@ def test_vqa_rows_targets_and_splits(vqa: dict[tuple[str, int], bytes], desk: De
     assert stored_images(data["train"])[0] == vqa["train2014", 1]
     assert data["train"].row(2).raw == ("a star",)
     for one in data.values():
-        assert one.labels_sha256 == labels.sha256
+        assert one.manifest.labels_sha256 == labels.sha256
     manifest = data["train"].manifest
     omitted = 1 + (held_out != 4)
     assert manifest.omitted == {"no answer in the vocabulary": omitted}
@@ -242,9 +242,8 @@ def test_bad_image_takes_all_its_samples(vqa: dict[tuple[str, int], bytes], desk
     assert all(reason.startswith("corrupt image") and str(path) in reason for _, reason in found)
     # The evaluator takes a submission only if it answers every question.
     table = predictions(data, desk, answer=1)
-    kept = Kept()
-    lines = list(kept.rows(table))
-    assert vqa_submission(kept.answers) == [
+    lines = list(table.rows())
+    assert vqa_submission(table.answers) == [
         {"question_id": 71, "answer": "yes"},
         {"question_id": 61, "answer": "yes"},  # the answer of most questions that train
         {"question_id": 62, "answer": "yes"},
@@ -266,9 +265,9 @@ def test_a_usable_question_after_an_unusable_one_of_its_id(
     assert desk.prepare("vqa", *VQA_OPTIONS, "--splits", "test", "--on-error", "skip") == 0
     data = desk.opened("test", "vqa")
     assert (ids(data), data.manifest.rejects, data.manifest.left_out) == (["61", "62"], 2, {})
-    kept = Kept()
-    list(kept.rows(predictions(data, desk, answer=2)))
-    assert [answer["question_id"] for answer in vqa_submission(kept.answers)] == [61, 62]
+    table = predictions(data, desk, answer=2)
+    list(table.rows())
+    assert [answer["question_id"] for answer in vqa_submission(table.answers)] == [61, 62]
 
 
 def predictions(data: TaskDataset, desk: Desk, answer: int) -> Predictions:
@@ -293,7 +292,7 @@ def test_what_an_older_preparation_left_out_is_told(
     del manifest["left_out"], manifest["fallback_answer"]
     path.write_text(json.dumps(manifest))
     data = desk.opened("test", "vqa")
-    assert len(list(Kept().rows(predictions(data, desk, 0)))) == 1
+    assert len(list(predictions(data, desk, 0).rows())) == 1
     (line,) = left_out_lines("vqa", "test", data.manifest)
     assert line.startswith("test: 2 records") and line.endswith(
         "prepare it again to have them named"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from megatron_vlmoe.data.augment import CropBox
-from megatron_vlmoe.data.rand_augment import (
+from megatron_vlmoe.data.augment import (
     FILL,
+    CropBox,
     Erase,
     apply_erase,
     apply_rand_augment,

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.finetune.report import (
+from megatron_vlmoe.finetune.results import (
     LONGER_SIDE,
     CountRow,
     Counts,

@@ -12,9 +12,15 @@ from raw_tasks import Desk, rows, write_nlvr2
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import FileRecord, file_sha256, load_manifest, stage_manifest
-from megatron_vlmoe.data.task_dataset import Labels, TaskDataset, TaskRow, load_labels
+from megatron_vlmoe.data.task_dataset import (
+    Labels,
+    SamplesReader,
+    SamplesWriter,
+    TaskDataset,
+    TaskRow,
+    load_labels,
+)
 from megatron_vlmoe.data.task_labels import write_labels
-from megatron_vlmoe.data.task_samples import SamplesReader, SamplesWriter
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
@@ -43,7 +49,7 @@ def test_opened_split_pickles_small_and_works_after(split: str) -> None:
 
 
 def test_rows_of_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vlmoe.data.task_samples._BATCH_ROWS", 3)
+    monkeypatch.setattr("megatron_vlmoe.data.task_dataset._BATCH_ROWS", 3)
     written = [TaskRow(str(i), (i,), labels=(i, 7), scores=(0.5, 1.0)) for i in range(8)]
     writer = SamplesWriter(str(tmp_path / "p"), "imagenet")
     for row in written:
