@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -71,7 +71,14 @@ def sparse_config(
             )
     moe = source.moe if has_experts(source.moe) else MoEConfig()
     if preset_name:
-        moe = _preset_moe(source, where, preset_name)
+        chosen = preset(preset_name)
+        for field in SIZES:
+            here, there = getattr(source.model, field), getattr(chosen.model, field)
+            if here != there:
+                raise ConvertError(
+                    f"--preset {preset_name} is of another size than {where}: {field} {here}, not {there}"
+                )
+        moe = chosen.moe
     start = replace(source, moe=moe)
     moe = parse_options("upcycle", normalized, start).config.moe
     if num_experts:
@@ -90,18 +97,6 @@ def sparse_config(
     # The layout is that of the run that loads it.
     validate(replace(made, parallel=ParallelConfig()))
     return made
-
-
-def _preset_moe(source: RunConfig, where: str, name: str) -> MoEConfig:
-    chosen = preset(name)
-    different = [
-        f"{field} {getattr(source.model, field)}, not {getattr(chosen.model, field)}"
-        for field in SIZES
-        if getattr(source.model, field) != getattr(chosen.model, field)
-    ]
-    if different:
-        raise ConvertError(f"--preset {name} is of another size than {where}: {different[0]}")
-    return chosen.moe
 
 
 # Parameters of an expert pool, and of the dense FFN that they are stacked from.
@@ -237,11 +232,3 @@ def _check_choice(plan: PoolPlan, before: MoEConfig, after: MoEConfig) -> None:
             f"{where}: moe.topk is {before.topk} in the checkpoint and {after.topk} here; "
             f"only {numbers} keeps what the model computes"
         )
-
-
-def copied_norms(plans: list[PoolPlan]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """LayerNorm keys of new shared pools, and the keys in the source that they are the mean of."""
-    for plan in plans:
-        if (plan.name,) != plan.sources:
-            for part in ("weight", "bias"):
-                yield f"{plan.block}{plan.name}_norm.{part}", plan.norm_keys(part)

@@ -17,18 +17,15 @@ from megatron_vlmoe.convert.tensors import LazyTensor, counted
 from megatron_vlmoe.convert.upcycle.plan import PoolPlan, UpcycleOptions, grown_pools
 from megatron_vlmoe.convert.upcycle.tensors import (
     MOMENTS,
+    SMALL_LOGIT_STD,
     GrownPool,
+    grown_router,
     grown_tensors,
     mean_of,
-    sparse_optimizer,
-    tensor_of,
-)
-from megatron_vlmoe.convert.upcycle.values import (
-    SMALL_LOGIT_STD,
-    GateRange,
-    grown_router,
     sampled_gates,
     small_router,
+    sparse_optimizer,
+    tensor_of,
 )
 from megatron_vlmoe.model.initial_values import full_initial_value
 from megatron_vlmoe.planning.parameters import parameter_counts
@@ -168,26 +165,44 @@ ROUTERS = {
 
 
 def report_lines(made: Upcycled, options: UpcycleOptions) -> list[str]:
-    """The report."""
+    """The report: what was made, of what, and whether it computes the same."""
+    moe, start = made.after.moe, router_start(options, made.after)
+    new = [pool.plan for pool in made.pools if not pool.plan.source_experts]
+    reasons = []
+    if any(plan.name == "shared" for plan in new):
+        reasons.append("text and vision had FFNs of their own")
+    if new and start == "fresh" and not moe.normalize_gate:
+        reasons.append("fresh gates differ from token to token")
+    if options.noise:
+        reasons.append(f"noise of {options.noise:g}")
+    if options.drop_fraction:
+        reasons.append(f"{100 * options.drop_fraction:g} % of the channels start anew")
+    function = (
+        "that of the source wherever no token is dropped (moe.eval_capacity_factor 0 drops none)"
+    )
+    lines = [
+        *(
+            f"{verb} {path} ({counts.total / 1e6:,.1f} M parameters, {counts.per_token / 1e6:,.1f} M per token)"
+            for verb, path, counts in (
+                ("upcycled", made.source, parameter_counts(made.before)),
+                ("to", made.path, parameter_counts(made.after)),
+            )
+        ),
+        *_pool_lines(made, start),
+        f"  function: {'changed: ' + '; '.join(reasons) if reasons else function}",
+    ]
+    if moe.normalize_gate and moe.topk == 1:
+        lines.append(
+            "  note: with one expert per token a normalised gate is always 1: only auxiliary losses train the router"
+        )
     optimizer = "none; training starts at step 0"
     if options.carry_optimizer:
         zero = "carried, with zero moments for new routers"
         optimizer = f"{zero}; training goes on after step {made.step}"
-    return [
-        f"upcycled {made.source} ({_size(made.before)})",
-        f"to {made.path} ({_size(made.after)})",
-        *_pool_lines(made, options),
-        *_function_lines(made, options),
-        f"  optimizer: {optimizer}",
-    ]
+    return [*lines, f"  optimizer: {optimizer}"]
 
 
-def _size(config: RunConfig) -> str:
-    counts = parameter_counts(config)
-    return f"{counts.total / 1e6:,.1f} M parameters, {counts.per_token / 1e6:,.1f} M per token"
-
-
-def _pool_lines(made: Upcycled, options: UpcycleOptions) -> Iterator[str]:
+def _pool_lines(made: Upcycled, start: str) -> Iterator[str]:
     # Pools that differ in nothing but their block.
     groups: dict[PoolPlan, list[GrownPool]] = {}
     for pool in made.pools:
@@ -201,7 +216,7 @@ def _pool_lines(made: Upcycled, options: UpcycleOptions) -> Iterator[str]:
             origin = f"copies of the {mean}{' and '.join(FFN_NAMES[name] for name in plan.sources)}"
         yield f"  block {blocks}: {plan.num_experts} {plan.name} experts, {origin}; {_gates(group, made.after.moe)}"
     if any(not pool.plan.source_experts for pool in made.pools):
-        yield f"  new routers: {ROUTERS[router_start(options, made.after)]}"
+        yield f"  new routers: {ROUTERS[start]}"
     if any(pool.plan.source_experts for pool in made.pools):
         yield f"  grown routers: the rows of copies are equal but for {SMALL_LOGIT_STD:g} of a logit"
 
@@ -218,41 +233,16 @@ def _gates(group: list[GrownPool], moe: MoEConfig) -> str:
         scales += f"..{max(p.scale for p in group):.3g}"
     sigma = 1.0 / group[0].plan.num_experts if moe.noise_std < 0.0 else moe.noise_std
     quiet, noisy = _output(group, moe.topk, 0.0), _output(group, moe.topk, sigma)
-    words = f"output layer times {scales}; with the gates, output times {_range(quiet)}"
-    return f"{words}, in training (noise {sigma:.3g}) {_range(noisy)}"
+    words = f"output layer times {scales}; with the gates, output times {quiet}"
+    return f"{words}, in training (noise {sigma:.3g}) {noisy}"
 
 
-def _output(group: list[GrownPool], topk: int, noise: float) -> GateRange:
+def _output(group: list[GrownPool], topk: int, noise: float) -> str:
     """Gates times scale for random tokens, over the blocks."""
     found = [(pool.scale, sampled_gates(pool.router, pool.norm, topk, noise)) for pool in group]
-    return GateRange(
-        sum(scale * gates.mean for scale, gates in found) / len(found),
-        min(scale * gates.low for scale, gates in found),
-        max(scale * gates.high for scale, gates in found),
-    )
-
-
-def _range(gates: GateRange) -> str:
-    if gates.high - gates.low < EXACT:
-        return f"{gates.mean:.4f}"
-    return f"{gates.mean:.2f} (5 to 95 % of random tokens: {gates.low:.2f} to {gates.high:.2f})"
-
-
-def _function_lines(made: Upcycled, options: UpcycleOptions) -> Iterator[str]:
-    """Whether the result computes what the source computed."""
-    moe, reasons = made.after.moe, []
-    if any("shared" == p.plan.name and not p.plan.source_experts for p in made.pools):
-        reasons.append("text and vision had FFNs of their own")
-    fresh = router_start(options, made.after) == "fresh" and not moe.normalize_gate
-    if fresh and any(not pool.plan.source_experts for pool in made.pools):
-        reasons.append("fresh gates differ from token to token")
-    if options.noise:
-        reasons.append(f"noise of {options.noise:g}")
-    if options.drop_fraction:
-        reasons.append(f"{100 * options.drop_fraction:g} % of the channels start anew")
-    if reasons:
-        yield f"  function: changed: {'; '.join(reasons)}"
-    else:
-        yield "  function: that of the source wherever no token is dropped (moe.eval_capacity_factor 0 drops none)"
-    if moe.normalize_gate and moe.topk == 1:
-        yield "  note: with one expert per token a normalised gate is always 1: only auxiliary losses train the router"
+    mean = sum(scale * gates.mean for scale, gates in found) / len(found)
+    low = min(scale * gates.low for scale, gates in found)
+    high = max(scale * gates.high for scale, gates in found)
+    if high - low < EXACT:
+        return f"{mean:.4f}"
+    return f"{mean:.2f} (5 to 95 % of random tokens: {low:.2f} to {high:.2f})"
