@@ -8,7 +8,7 @@ special ones of its own and puts the mask behind the last.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -106,14 +106,19 @@ def wordpiece_rows(tokenizer: TextTokenizer, vocabulary: Path) -> RowMap:
     Raises:
         ConvertError: the file cannot be read or is no WordPiece vocabulary.
     """
-    numbers = _wordpieces(vocabulary)
+    try:
+        lines = vocabulary.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        raise ConvertError(f"{vocabulary}: not a readable text file") from None
+    pieces = lines[:-1] if lines[-1] == "" else lines
+    numbers = {piece.rstrip("\r"): number for number, piece in enumerate(pieces)}
+    missing = [piece for piece in BERT_SPECIAL.values() if piece not in numbers]
+    if missing:
+        raise ConvertError(
+            f"{vocabulary}: has no line {', '.join(missing)}: not a WordPiece vocab.txt with a piece a line"
+        )
     uncased = not any(p != p.lower() for p in numbers if not p.startswith("["))
-    rows = []
-    for index in range(tokenizer.size):
-        piece = tokenizer.piece(index)
-        theirs = BERT_SPECIAL.get(piece) or _as_wordpiece(piece, uncased)
-        rows.append(numbers.get(theirs, NO_ROW))
-    return _row_map(tokenizer, rows)
+    return _row_map(tokenizer, numbers, lambda p: BERT_SPECIAL.get(p) or _wordpiece(p, uncased))
 
 
 def fairseq_rows(tokenizer: TextTokenizer, model: Path) -> RowMap:
@@ -137,26 +142,10 @@ def fairseq_rows(tokenizer: TextTokenizer, model: Path) -> RowMap:
         if not (other.is_control(i) or other.is_unknown(i))
     }
     numbers |= {**FAIRSEQ_SPECIAL, MASK_PIECE: size + FAIRSEQ_OFFSET}
-    pieces = (tokenizer.piece(index) for index in range(tokenizer.size))
-    return _row_map(tokenizer, [numbers.get(piece, NO_ROW) for piece in pieces])
+    return _row_map(tokenizer, numbers, lambda piece: piece)
 
 
-def _wordpieces(path: Path) -> Mapping[str, int]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        raise ConvertError(f"{path}: not a readable text file") from None
-    pieces = lines[:-1] if lines[-1] == "" else lines
-    numbers = {piece.rstrip("\r"): number for number, piece in enumerate(pieces)}
-    missing = [piece for piece in BERT_SPECIAL.values() if piece not in numbers]
-    if missing:
-        raise ConvertError(
-            f"{path}: has no line {', '.join(missing)}: not a WordPiece vocab.txt with a piece a line"
-        )
-    return numbers
-
-
-def _as_wordpiece(piece: str, uncased: bool) -> str:
+def _wordpiece(piece: str, uncased: bool) -> str:
     """How WordPiece writes the piece; empty for the bare mark of a word's beginning."""
     start = piece.startswith(WORD_START)
     text = piece.removeprefix(WORD_START)
@@ -169,6 +158,9 @@ def _as_wordpiece(piece: str, uncased: bool) -> str:
     return text if start or alone else f"##{text}"
 
 
-def _row_map(tokenizer: TextTokenizer, rows: list[int]) -> RowMap:
-    without = tuple(tokenizer.piece(i) for i, row in enumerate(rows) if row == NO_ROW)
-    return RowMap(tuple(rows), without)
+def _row_map(
+    tokenizer: TextTokenizer, numbers: Mapping[str, int], theirs: Callable[[str], str]
+) -> RowMap:
+    pieces = [tokenizer.piece(index) for index in range(tokenizer.size)]
+    rows = tuple(numbers.get(theirs(piece), NO_ROW) for piece in pieces)
+    return RowMap(rows, tuple(piece for piece, row in zip(pieces, rows) if row == NO_ROW))
