@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Optional
 
 import numpy as np
@@ -98,16 +98,9 @@ class Distance:
     product: float = 0.0
 
     def __add__(self, other: Distance) -> Distance:
-        return Distance(
-            self.numel + other.numel,
-            self.different + other.different,
-            self.not_finite + other.not_finite,
-            max(self.largest, other.largest),
-            self.square_sum + other.square_sum,
-            self.left_square_sum + other.left_square_sum,
-            self.right_square_sum + other.right_square_sum,
-            self.product + other.product,
-        )
+        ours, theirs = asdict(self), asdict(other)
+        sums = {name: value + theirs[name] for name, value in ours.items()}
+        return Distance(**sums | {"largest": max(self.largest, other.largest)})
 
     @property
     def equal(self) -> bool:
