@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError, FileError
+from megatron_vlmoe.config.errors import ConvertError, FileError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor, conversion_errors
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
 from megatron_vlmoe.train.checkpoint_files import (
@@ -65,13 +65,18 @@ class CheckpointReader:
             metadata = self._reader.read_metadata()
         except (Exception, CheckpointException) as error:
             raise ConvertError(f"{self.path}: no readable .metadata ({one_line(error)})") from None
-        self.common = _read_common(self.path)
+        file = self.path / COMMON_FILE
+        try:
+            self.common = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
+        fields = {"config", "train_state"}
+        if not isinstance(self.common, dict) or not fields <= self.common.keys():
+            raise ConvertError(f"{file}: not of a checkpoint of this project")
         options = self.common["config"]
         root: RunConfig = FinetuneConfig() if "task" in options else RunConfig()
-        try:
+        with conversion_errors():
             self.config = from_dict(options, root, str(self.path))
-        except ConfigError as error:
-            raise ConvertError(str(error)) from None
         self._entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -130,24 +135,11 @@ def resolve_checkpoint(location: str | Path) -> Path:
     Raises:
         ConvertError: there is none, or it is incomplete.
     """
-    try:
+    with conversion_errors():
         path = find_best_or_last(location)
-    except CheckpointError as error:
-        raise ConvertError(str(error)) from None
     if path is None:
         raise ConvertError(f"{location}: no checkpoint there")
     return path
-
-
-def _read_common(path: Path) -> dict[str, Any]:
-    file = path / COMMON_FILE
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
-    if not isinstance(content, dict) or not {"config", "train_state"} <= content.keys():
-        raise ConvertError(f"{file}: not of a checkpoint of this project")
-    return content
 
 
 def extra_state_keys(config: RunConfig) -> list[str]:

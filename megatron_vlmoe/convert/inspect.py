@@ -24,9 +24,8 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoints import OPTIMIZER, CheckpointReader
 from megatron_vlmoe.convert.hf_config import import_config, read_config
 from megatron_vlmoe.convert.name_table import VocabularyRows, name_table
-from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
 from megatron_vlmoe.convert.statistics import Measure, mean_cosine, measure, row_digests, row_norms
-from megatron_vlmoe.convert.tensors import LazyTensor, type_name, with_progress
+from megatron_vlmoe.convert.tensors import LazyTensor, SafetensorsFolder, type_name, with_progress
 from megatron_vlmoe.planning.dry_run import block_ranges, table
 from megatron_vlmoe.planning.parameters import (
     Shape,

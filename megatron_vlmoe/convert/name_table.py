@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -199,20 +199,10 @@ FP32_KEYS = re.compile(r"\.router\.\w+\.weight$|^heads\.logit_scale$")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint and its counterparts.
+class Entry(Rule):
+    """One tensor of a checkpoint, its `shape` there, and its counterparts."""
 
-    Args:
-        ours: key in a checkpoint.
-        shape: its shape there.
-        theirs: names in an export.
-        transform: how the values become each other.
-    """
-
-    ours: str
-    shape: Shape
-    theirs: tuple[str, ...]
-    transform: Transform
+    shape: Shape = field(kw_only=True)
 
     def their_shapes(self, model: ModelConfig) -> dict[str, Shape]:
         """Name and shape of every counterpart."""
@@ -244,5 +234,5 @@ def name_table(config: RunConfig) -> tuple[Entry, ...]:
             raise LookupError(f"{len(found)} rules for {key}")
         match, rule = found[0]
         theirs = tuple(name.replace("*", "{}").format(*match.groups()) for name in rule.theirs)
-        entries.append(Entry(key, shape, theirs, rule.transform))
+        entries.append(Entry(key, theirs, rule.transform, shape=shape))
     return tuple(entries)

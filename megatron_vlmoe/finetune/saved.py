@@ -11,7 +11,7 @@ from megatron_vlmoe.config.command_line import from_dict
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.importing import HuggingFaceWeights, open_hugging_face
+from megatron_vlmoe.convert.importing import HuggingFaceModel
 from megatron_vlmoe.train.checkpoint import load_checkpoint, load_common
 from megatron_vlmoe.train.checkpoint_files import (
     checkpoint_root,
@@ -40,7 +40,7 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
     path = checkpoint_of(location, step)
     if is_hugging_face(path):
         try:
-            return open_hugging_face(path, verify=False).config
+            return HuggingFaceModel(path, verify=False).config
         except ConvertError as error:
             raise ConfigError(f"--load {error}") from None
     try:
@@ -79,10 +79,13 @@ def weight_source(path: Path) -> WeightSource:
     Raises:
         CheckpointError: a Hugging Face folder that is damaged, tampered with, or of another architecture.
     """
-    if is_hugging_face(path):
+    if not is_hugging_face(path):
+        return CheckpointWeights(path)
+    try:
         # Checksums cost a whole reading: once per node.
-        return HuggingFaceWeights(path, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
-    return CheckpointWeights(path)
+        return HuggingFaceModel(path, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+    except ConvertError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def load_weights(path: Path, config: RunConfig, parts: Any) -> None:

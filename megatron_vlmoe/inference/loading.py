@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.importing import open_hugging_face
+from megatron_vlmoe.convert.importing import HuggingFaceModel
 from megatron_vlmoe.data.task_labels import Labels
 from megatron_vlmoe.finetune.saved import checkpoint_of, load_weights, saved_run
 from megatron_vlmoe.model.task_heads import build_task_heads
@@ -141,7 +141,7 @@ def _open_labels(
     path = given or run_file(checkpoint, LABELS_FILE)
     if path is None and is_hugging_face(checkpoint):
         # A library wrote the folder: the classes are in its config.json.
-        return open_hugging_face(checkpoint, verify=False).labels
+        return HuggingFaceModel(checkpoint, verify=False).labels
     if path is None:
         raise ConfigError(f"{checkpoint}: no {LABELS_FILE} beside it; name the file of its labels")
     return open_labels(path, config, checkpoint)

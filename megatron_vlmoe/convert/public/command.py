@@ -17,7 +17,7 @@ from megatron_vlmoe.convert.public.torch_files import (
     some,
 )
 from megatron_vlmoe.convert.public.vocabulary import RowMap, fairseq_rows, wordpiece_rows
-from megatron_vlmoe.convert.tensors import counted
+from megatron_vlmoe.convert.tensors import conversion_errors, counted
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
@@ -116,10 +116,8 @@ def _vocabulary(options: ImportOptions, source: PublicState) -> tuple[int, Optio
         if count:
             raise ConvertError("a vocabulary of the source is of use only with --text-tokenizer")
         return 0, None
-    try:
+    with conversion_errors():
         tokenizer = TextTokenizer(options.text_tokenizer)
-    except ValueError as error:
-        raise ConvertError(str(error)) from None
     if not count:
         return tokenizer.size, None
     if options.family not in WORDS:
