@@ -22,20 +22,18 @@ from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoin
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.run import (
-    Upcycled,
-    read_source,
-    report_lines,
-    upcycle_checkpoint,
-    upcycled_tensors,
-)
-from megatron_vlmoe.convert.upcycle.tensors import (
     GrownPool,
+    Upcycled,
     diversify,
     dropped_channels,
     grown_router,
+    read_source,
+    report_lines,
     sampled_gates,
     small_router,
     sparse_optimizer,
+    upcycle_checkpoint,
+    upcycled_tensors,
 )
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TrainState

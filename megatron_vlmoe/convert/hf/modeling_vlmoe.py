@@ -15,16 +15,19 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vlmoe import VLMoEConfig
 from .layers_vlmoe import (
+    PRETRAINING_HEADS,
+    TASK_HEADS,
     VLMoEClassifier,
     VLMoEEncoder,
     VLMoEImageEmbeddings,
     VLMoEOutputLinear,
     VLMoEPooler,
+    VLMoEPreTrainedModel,
     VLMoETextEmbeddings,
     needed_head,
     prediction_head,
 )
-from .moe_vlmoe import VLMoEExperts, VLMoERouter, routing_outputs
+from .moe_vlmoe import VLMoEExperts, VLMoERouter
 from .outputs_vlmoe import (
     VLMoEFeaturesOutput,
     VLMoEForImageAndTextRetrievalOutput,
@@ -46,7 +49,6 @@ from .outputs_vlmoe import (
     total_loss,
     unit_features,
 )
-from .pretrained_vlmoe import PRETRAINING_HEADS, TASK_HEADS, VLMoEPreTrainedModel
 
 
 class VLMoEModel(VLMoEPreTrainedModel):
@@ -145,13 +147,23 @@ class VLMoEModel(VLMoEPreTrainedModel):
             output_router_logits=output_router_logits,
         )
         hidden = self.layernorm(hidden)
+        routed: dict[str, Any] = {}
+        if routers is not None:
+            routed = {
+                "aux_loss": sum(
+                    (r.loss.to(hidden.device) for r in routers),
+                    torch.zeros((), device=hidden.device),
+                ),
+                "router_logits": tuple(router.logits for router in routers),
+                "dropped_tokens": tuple(router.dropped for router in routers),
+            }
         return VLMoEModelOutput(
             last_hidden_state=hidden,
             text_hidden_state=None if text is None else hidden[:, :text_length],
             image_hidden_state=None if image is None else hidden[:, text_length:],
             hidden_states=states,
             attentions=attentions,
-            **routing_outputs(routers, hidden.device),
+            **routed,
         )
 
     def _embed_text(
@@ -259,10 +271,7 @@ class VLMoEForMaskedLM(VLMoEPreTrainedModel):
         """Logits ``[n, Lt, V]``; `labels` are pieces, -100 where none is predicted ``[n, Lt]``."""
         outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
         logits = self.mlm_head(needed(outputs.text_hidden_state, "input_ids"))
-        loss = masked_loss(logits, labels)
-        return VLMoEMaskedLMOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoEMaskedLMOutput, masked_loss(logits, labels), logits, outputs)
 
 
 class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
@@ -293,9 +302,7 @@ class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
         )
         logits = self.mim_head(needed(outputs.image_hidden_state, "pixel_values")[:, 1:])
         loss = masked_loss(logits, labels)
-        return VLMoEMaskedImageModelingOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoEMaskedImageModelingOutput, loss, logits, outputs)
 
 
 class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
@@ -325,9 +332,7 @@ class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
         pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
         loss = answer_loss(logits, labels, self.config)
-        return VLMoESequenceClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoESequenceClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
@@ -381,9 +386,7 @@ class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
         pooled = self.pooler(first_text_tokens(outputs, mask))
         logits = self.classifier(pooled.view(images.shape[0], -1))
         loss = classification_loss(logits, labels, self.config)
-        return VLMoESequenceClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoESequenceClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForImageClassification(VLMoEPreTrainedModel):
@@ -411,9 +414,7 @@ class VLMoEForImageClassification(VLMoEPreTrainedModel):
         outputs = self.vlmoe(None, None, images, masked, None, **_nested(kwargs))
         logits = self.classifier(outputs.image_hidden_state[:, 1:].mean(dim=1))
         loss = classification_loss(logits, labels, self.config)
-        return VLMoEImageClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoEImageClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
@@ -441,9 +442,7 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
         pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
         loss = classification_loss(logits, labels, self.config)
-        return VLMoESequenceClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoESequenceClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
@@ -538,7 +537,11 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         if pixel_values is not None:
             images = self.get_image_features(pixel_values, **_nested(kwargs))
         if texts is not None and images is not None:
-            per_text = self._similarity(texts.pooler_output, images.pooler_output)
+            # Cosine over temperature [m, n], in fp32.
+            vectors = texts.pooler_output
+            with torch.autocast(vectors.device.type, enabled=False):
+                scale = self.logit_scale.to(vectors.device, torch.float32).exp()
+                per_text = scale * (vectors @ images.pooler_output.to(vectors.device).t())
         given = (input_ids, attention_mask, pixel_values)
         if output_match_logits or labels is not None:
             pairs, match_logits = self._match(*given, **kwargs)
@@ -559,12 +562,6 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
             **fields,
         )
 
-    def _similarity(self, texts: Tensor, images: Tensor) -> Tensor:
-        """Cosine over temperature ``[m, n]``, in fp32."""
-        with torch.autocast(texts.device.type, enabled=False):
-            scale = self.logit_scale.to(texts.device, torch.float32).exp()
-            return scale * (texts @ images.to(texts.device).t())
-
     def _matching_loss(
         self,
         similarity: Tensor,
@@ -579,6 +576,17 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         mask = None if mask is None else mask[texts]
         outputs, logits = self._match(ids[texts], mask, pixels[images], **kwargs)
         return outputs, F.cross_entropy(logits, target.to(logits.device))
+
+
+def _output(
+    model: VLMoEPreTrainedModel,
+    kind: Any,
+    loss: Optional[Tensor],
+    logits: Tensor,
+    outputs: VLMoEModelOutput,
+) -> Any:
+    """Output of a head, whose loss is without that of the routers."""
+    return kind(model._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs))
 
 
 def _nested(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ width, E experts, K experts per token, R rows: one for every choice of a token, 
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Callable, Mapping, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -225,22 +225,6 @@ class RouterOutput(NamedTuple):
     logits: Tensor
     loss: Tensor
     dropped: Tensor
-
-
-def routing_outputs(
-    routers: Optional[Sequence[RouterOutput]], device: torch.device
-) -> dict[str, Any]:
-    """The fields of a [`VLMoERoutingOutput`]; the loss is added up on `device`."""
-    if routers is None:
-        return {}
-    aux_loss = torch.zeros((), device=device)
-    for router in routers:
-        aux_loss = aux_loss + router.loss.to(device)
-    return {
-        "aux_loss": aux_loss,
-        "router_logits": tuple(router.logits for router in routers),
-        "dropped_tokens": tuple(router.dropped for router in routers),
-    }
 
 
 class VLMoESparseBranch(nn.Module):

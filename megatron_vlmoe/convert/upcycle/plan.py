@@ -139,7 +139,7 @@ class PoolPlan:
 
     @property
     def router_key(self) -> str:
-        """Key of the router."""
+        """Key of the router's rows."""
         return f"{self.block}moe.router.{self.name}.weight"
 
     def expert_key(self, part: str) -> str:
@@ -179,7 +179,7 @@ def grown_pools(source: RunConfig, target: RunConfig, shared_from: SharedFrom) -
     found = []
     pairs = zip(block_plans(source.model, source.moe), block_plans(target.model, target.moe))
     for before, after in pairs:
-        old = {branch.name: branch for branch in before.branches}
+        old = {branch.name: branch.num_experts for branch in before.branches}
         for branch in after.branches:
             plan = _grown(after.layer_number, old, branch, shared_from)
             if plan.source_experts:
@@ -191,29 +191,23 @@ def grown_pools(source: RunConfig, target: RunConfig, shared_from: SharedFrom) -
     return found
 
 
-def _grown(
-    number: int, old: dict[str, Branch], branch: Branch, shared_from: SharedFrom
-) -> PoolPlan:
-    count = branch.num_experts
-    if branch.name in old:
-        before = old[branch.name].num_experts
-        if before and count % before:
+def _grown(number: int, old: dict[str, int], branch: Branch, shared_from: SharedFrom) -> PoolPlan:
+    name, count = branch.name, branch.num_experts
+    if name in old:
+        before = old[name]
+        if before and (not count or count % before):
+            wanted = f"{count}: the number must be a multiple" if count else "one FFN"
             raise ConvertError(
-                f"block {number} has {before} {branch.name} experts, which cannot become {count}: "
-                "the number must be a multiple"
+                f"block {number} has {before} {name} experts, which cannot become {wanted}"
             )
-        if before and not count:
-            raise ConvertError(
-                f"block {number} has {before} {branch.name} experts, which cannot become one FFN"
-            )
-        return PoolPlan(number, branch.name, count, (branch.name,), before)
-    if branch.name != "shared":
+        return PoolPlan(number, name, count, (name,), before)
+    if name != "shared":
         raise ConvertError(f"block {number} has a shared pool, which cannot be split by modality")
-    pools = [name for name in ("text", "vision") if old[name].num_experts]
-    if pools:
-        raise ConvertError(
-            f"block {number} has {pools[0]} experts, which cannot become a shared pool"
-        )
+    for pool in ("text", "vision"):
+        if old[pool]:
+            raise ConvertError(
+                f"block {number} has {pool} experts, which cannot become a shared pool"
+            )
     sources = ("vision", "text") if shared_from == "mean" else (shared_from,)
     return PoolPlan(number, "shared", count, sources)
 
