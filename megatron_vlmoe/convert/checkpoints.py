@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -198,7 +198,7 @@ def write_checkpoint(
     }
     try:
         with folder_atomic(target) as temporary:
-            _write_tensors(temporary, tensors, extra_state_keys(config))
+            _write_tensors(temporary, tensors, config)
             torch.save(common, temporary / COMMON_FILE)
             (temporary / MARKER_FILE).write_text(json.dumps(MARKER))
         write_text_atomic(root / TRACKER, f"{state.step}\n")
@@ -223,16 +223,13 @@ def check_output(root: Path, overwrite: bool = False) -> None:
         raise ConvertError(f"{root}: is the folder of a run with checkpoints: name another")
 
 
-def _write_tensors(
-    folder: Path, tensors: Mapping[str, LazyTensor], extra_states: Iterable[str]
-) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], config: RunConfig) -> None:
     content: dict[str, Any] = {
         key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for key, tensor in tensors.items()
     }
     # What megatron-core itself stores for a layer without state.
-    content |= {key: [None] for key in extra_states}
-    planner = _LazyPlanner(tensors)
+    content |= {key: [None] for key in extra_state_keys(config)}
     # Nothing is copied ahead: a tensor is given back before the next one is read.
     writer = FileSystemWriter(
         str(folder), thread_count=1, sync_files=False, per_thread_copy_ahead=0
@@ -240,7 +237,7 @@ def _write_tensors(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            dcp.save(content, storage_writer=writer, planner=planner, no_dist=True)
+            dcp.save(content, storage_writer=writer, planner=_LazyPlanner(tensors), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0] if error.failures else error
         if not isinstance(cause, ConvertError):

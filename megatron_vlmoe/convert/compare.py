@@ -55,11 +55,7 @@ class Comparison:
     """Everything that two checkpoints differ in.
 
     Args:
-        left: the first.
-        right: the second.
         options: options of the configuration that differ; they do not make checkpoints different.
-        only_left: tensors that only the first has.
-        only_right: tensors that only the second has.
         shapes: tensors of different shapes, with both.
         pairs: all other tensors, the least alike first.
         parts: the same by part of the model.
@@ -84,12 +80,7 @@ class Comparison:
 def compare_checkpoints(
     left: str | Path, right: str | Path, with_optimizer: bool = False
 ) -> Comparison:
-    """Compares run, checkpoint, iteration or Hugging Face folders.
-
-    Args:
-        left: the first.
-        right: the second.
-        with_optimizer: compares the optimizer state too.
+    """Compares run, checkpoint, iteration or Hugging Face folders, with the optimizer state only if asked for.
 
     Raises:
         ConvertError: one of them is not there or cannot be read.
@@ -160,12 +151,7 @@ _NUMBERS = ("max abs", "relative", "cosine")
 
 
 def comparison_lines(comparison: Comparison, top: int) -> list[str]:
-    """The report as text.
-
-    Args:
-        comparison: what was found.
-        top: most lines of a list; 0 prints all.
-    """
+    """The report as text, with no more than `top` lines of a list; 0 prints all."""
     titles = []
     for letter, source in (("A", comparison.left), ("B", comparison.right)):
         where = f"step {source.reader.train_state.step}" if source.reader else "Hugging Face folder"

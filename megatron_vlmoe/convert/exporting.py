@@ -7,12 +7,12 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import yaml
-from torch import Tensor
 
 from megatron_vlmoe import __version__
 from megatron_vlmoe.config.errors import ConfigError, ConvertError, DataError
@@ -28,7 +28,7 @@ from megatron_vlmoe.convert.hf_config import (
     hf_source_files,
     processor_files,
 )
-from megatron_vlmoe.convert.name_table import FP32_KEYS, Entry, name_table
+from megatron_vlmoe.convert.name_table import FP32_KEYS, name_table
 from megatron_vlmoe.convert.tensors import (
     Group,
     check_tensors,
@@ -115,7 +115,17 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
     table = name_table(config)
     shapes = {entry.ours: entry.shape for entry in table}
     check_tensors(reader.path, reader.tensors, shapes, "its configuration", "an export")
-    tokenizer = _tokenizer(reader, options.text_tokenizer)
+    tokenizer: Optional[TextTokenizer] = None
+    if config.model.vocab_size:
+        given = options.text_tokenizer or run_file(reader.path, TOKENIZER_FILE)
+        path = given or config.data.text_tokenizer
+        if not path or not Path(path).is_file():
+            raise ConvertError(
+                f"{reader.path}: no {TOKENIZER_FILE} beside it and no {path or 'text tokenizer'}; "
+                "name it with --text-tokenizer"
+            )
+        with conversion_errors():
+            tokenizer = open_text_tokenizer(path, config, reader.path)
     labels: Optional[Labels] = None
     labels_file = None
     if isinstance(config, FinetuneConfig) and config.task.num_classes:
@@ -124,7 +134,12 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
             raise ConvertError(f"{reader.path}: no {LABELS_FILE} beside it")
         with conversion_errors():
             labels = open_labels(labels_file, config, reader.path)
-    groups = [_group(entry, reader, options.dtype) for entry in table]
+    groups = []
+    for entry in table:
+        tensor, theirs = reader.tensors[entry.ours], entry.their_shapes(config.model)
+        dtype = torch.float32 if FP32_KEYS.search(entry.ours) else options.dtype or tensor.dtype
+        read = partial(entry.parted, tensor, config.model)
+        groups.append(Group(tuple(theirs), tuple(theirs.values()), dtype, read))
     try:
         with folder_atomic(output) as temporary:
             written = write_folder(temporary, groups, options.max_shard_bytes)
@@ -146,31 +161,6 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
     except OSError as error:
         raise ConvertError(f"{output}: {error.strerror or error}") from None
     return output
-
-
-def _group(entry: Entry, reader: CheckpointReader, dtype: Optional[torch.dtype]) -> Group:
-    tensor = reader.tensors[entry.ours]
-    wanted = torch.float32 if FP32_KEYS.search(entry.ours) else dtype or tensor.dtype
-    shapes = entry.their_shapes(reader.config.model)
-
-    def read() -> tuple[Tensor, ...]:
-        return entry.transform.split(tensor.read(), reader.config.model)
-
-    return Group(tuple(shapes), tuple(shapes.values()), wanted, read)
-
-
-def _tokenizer(reader: CheckpointReader, given: str) -> Optional[TextTokenizer]:
-    config = reader.config
-    if not config.model.vocab_size:
-        return None
-    path = given or run_file(reader.path, TOKENIZER_FILE) or config.data.text_tokenizer
-    if not path or not Path(path).is_file():
-        raise ConvertError(
-            f"{reader.path}: no {TOKENIZER_FILE} beside it and no {path or 'text tokenizer'}; "
-            "name it with --text-tokenizer"
-        )
-    with conversion_errors():
-        return open_text_tokenizer(path, config, reader.path)
 
 
 PAPER = "https://arxiv.org/abs/2303.07226"

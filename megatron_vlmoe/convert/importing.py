@@ -38,7 +38,6 @@ class HuggingFaceModel:
         verify: compares the files with the export's checksums where there are any.
 
     Attributes:
-        path: the folder.
         config: of the run that an import makes.
         tensors: by checkpoint key, read lazily.
         tokenizer: its text tokenizer's file; None for a model without text.

@@ -45,12 +45,9 @@ _FILE_RANK = re.compile(r"__(\d+)_\d+\.distcp$")
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with what a checkpoint holds.
+    """Something that is wrong with what a checkpoint holds, in a few words.
 
-    Args:
-        kind: `missing`, `unexpected`, `shape`, `not finite` or `checksum`.
-        name: of the tensor in the files, or the file.
-        detail: what is wrong, in a few words.
+    Its kind is `missing`, `unexpected`, `shape`, `not finite` or `checksum`; its name that of the tensor or file.
     """
 
     kind: str
@@ -192,16 +189,11 @@ def _hugging_face(folder: Path) -> TensorSource:
 
 @dataclass
 class PoolSummary:
-    """The experts of one block and pool.
+    """The experts of one block (from 1) and pool.
 
-    Args:
-        block: number of the block, from 1.
-        pool: name of the pool.
-        fc1_norms: Euclidean norm of every expert's first matrix.
-        fc2_norms: of every expert's second matrix.
-        router_norms: of every expert's row of the router.
-        fc1_cosine: mean cosine between the first matrices of two experts; None for less than two.
-        identical: numbers of experts, from 0, that are equal in every weight and bias, by group.
+    The Euclidean norms are of every expert's two matrices and of its row of the router; the mean cosine is that between
+    the first matrices of two experts, None for less than two; `identical` groups experts, numbered from 0, that are
+    equal in every weight and bias.
     """
 
     block: int
@@ -215,14 +207,10 @@ class PoolSummary:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """The parameters of one part of the model.
+    """The parameters of one part of the model, as planning/parameters.py names it.
 
-    Args:
-        part: as planning/parameters.py names it.
-        total: parameters that the checkpoint holds.
-        activated: of these, those that one image-text pair applies.
-        rms: root mean square of the values.
-        largest: largest absolute value.
+    All that the checkpoint holds, of these those that one image-text pair applies, the root mean square of the values,
+    and the largest absolute one.
     """
 
     part: str
@@ -236,11 +224,8 @@ class PartSummary:
 class OptimizerSummary:
     """The optimizer state of a checkpoint.
 
-    Args:
-        kinds: number of tensors by kind, such as `exp_avg`.
-        nbytes: bytes of their values.
-        steps: updates that the optimizer counts; None where the checkpoint does not tell.
-        parts: root mean square and largest value by kind.
+    Number of tensors by kind, such as `exp_avg`; bytes of their values; updates that the optimizer counts, None where
+    the checkpoint does not tell; root mean square and largest value by kind.
     """
 
     kinds: Mapping[str, int]
@@ -251,11 +236,9 @@ class OptimizerSummary:
 
 @dataclass(frozen=True)
 class Written:
-    """How a checkpoint lies on the disk.
+    """How a checkpoint lies on the disk: files with tensors, and bytes of all files of the folder.
 
     Args:
-        files: number of files with tensors.
-        file_bytes: bytes of all files of the folder.
         writers: processes that wrote them; 0 for a Hugging Face folder.
         attention_pieces: pieces of a tensor-parallel matrix: the tensor-parallel size that wrote it.
         expert_pieces: pieces of a pool of experts: the expert-parallel size; 0 without experts.
@@ -272,17 +255,9 @@ class Written:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that `inspect_checkpoint` finds.
+    """Everything that `inspect_checkpoint` finds: of the model bytes, numbers of tensors by type, and parts in order.
 
-    Args:
-        source: the checkpoint.
-        written: how it lies on the disk.
-        weight_bytes: bytes of the model's values.
-        types: number of tensors by type.
-        parts: the parameters by part, in the order of the model.
-        optimizer: None for a checkpoint of weights alone.
-        pools: the experts by block and pool.
-        problems: whatever is wrong with it.
+    A checkpoint of weights alone has no optimizer.
     """
 
     source: TensorSource

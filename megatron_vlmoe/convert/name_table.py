@@ -129,25 +129,18 @@ def _same(ours: str, theirs: str, *endings: str) -> tuple[Rule, ...]:
 
 
 _TEXT, _IMAGE = "vlmoe.text_embeddings", "vlmoe.image_embeddings"
+_WORDS, _PATCHES = f"{_TEXT}.word_embeddings", f"{_IMAGE}.patch_embeddings.projection"
 _OURS, _THEIRS = "decoder.layers.*", "vlmoe.encoder.layer.*"
 _QKV, _ATTENTION = f"{_OURS}.self_attention.linear_qkv", f"{_THEIRS}.attention"
 _BRANCH = f"{_THEIRS}.feed_forward.*"
 _LINEAR = ("weight", "bias")
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        "embedding.text.word.weight",
-        (f"{_TEXT}.word_embeddings.weight",),
-        VocabularyRows("vocab_size"),
-    ),
+    Rule("embedding.text.word.weight", (f"{_WORDS}.weight",), VocabularyRows("vocab_size")),
     Rule("embedding.text.position", (f"{_TEXT}.position_embeddings",), LeadingAxis()),
     Rule("embedding.text.token_type", (f"{_TEXT}.token_type_embedding",), LeadingAxis()),
-    Rule(
-        "embedding.image.weight",
-        (f"{_IMAGE}.patch_embeddings.projection.weight",),
-        PatchConvolution(),
-    ),
-    Rule("embedding.image.bias", (f"{_IMAGE}.patch_embeddings.projection.bias",)),
+    Rule("embedding.image.weight", (f"{_PATCHES}.weight",), PatchConvolution()),
+    Rule("embedding.image.bias", (f"{_PATCHES}.bias",)),
     Rule("embedding.image.cls_token", (f"{_IMAGE}.cls_token",), LeadingAxis()),
     Rule("embedding.image.mask_token", (f"{_IMAGE}.mask_token",), LeadingAxis()),
     Rule("embedding.image.position", (f"{_IMAGE}.position_embeddings",), LeadingAxis()),
@@ -207,6 +200,10 @@ class Entry(Rule):
     def their_shapes(self, model: ModelConfig) -> dict[str, Shape]:
         """Name and shape of every counterpart."""
         return dict(zip(self.theirs, self.transform.shapes(self.shape, model), strict=True))
+
+    def parted(self, tensor: LazyTensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """The counterparts in an export of the tensor of a checkpoint, which is read now."""
+        return self.transform.split(tensor.read(), model)
 
     def joined(self, theirs: Mapping[str, LazyTensor], model: ModelConfig) -> LazyTensor:
         """The tensor of a checkpoint, made of the counterparts in an export when it is read."""

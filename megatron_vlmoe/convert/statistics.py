@@ -18,15 +18,9 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class Measure:
-    """What one pass over the values of one or several tensors finds.
+    """What one pass over the values of one or several tensors finds: sum of squares and largest of the finite ones.
 
-    Args:
-        numel: number of values.
-        square_sum: of the finite values.
-        largest: largest absolute finite value.
-        nans: values that are not a number.
-        infinities: infinite values.
-        first: place of the first value of these two kinds; None if all are finite.
+    `first` is the place of the first value that is NaN or infinite; None if all are finite.
     """
 
     numel: int = 0

@@ -51,13 +51,7 @@ def conversion_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of known shape whose values come when they are asked for.
-
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor.
-        read: makes it.
-    """
+    """A tensor of known shape and type, which is read when its values are asked for."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -86,14 +80,9 @@ def check_tensors(
     said_by: str,
     other_side: str,
 ) -> None:
-    """Compares what is there with what a configuration asks for.
+    """Compares tensors with name and shape of everything that must be there, and of nothing else.
 
-    Args:
-        where: the folder, for messages.
-        tensors: what is there.
-        shapes: name and shape of everything that must be there, and of nothing else.
-        said_by: what says so, for messages.
-        other_side: what they are to become, for messages.
+    Messages name the folder, what asks for these shapes, and what the tensors are to become.
 
     Raises:
         ConvertError: naming the first tensor that is missing, of another shape, or unknown.
@@ -134,14 +123,7 @@ def counted(tensors: Mapping[str, LazyTensor], what: str) -> Iterator[dict[str, 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are made together, because they come from one tensor.
-
-    Args:
-        names: of the tensors.
-        shapes: in the order of the names.
-        dtype: in which they are written.
-        read: makes the values in this order.
-    """
+    """Tensors that are made together, because they come from one; names, shapes and values have one order."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]

@@ -138,48 +138,18 @@ class VLMoEConfig(PretrainedConfig):
         training: Optional[dict[str, Any]] = None,
         **kwargs: Any,
     ) -> None:
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.num_vl_layers = num_vl_layers
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.num_channels = num_channels
-        self.text_length = text_length
-        self.pair_text_length = pair_text_length
-        self.vocab_size = vocab_size
-        self.visual_vocab_size = visual_vocab_size
-        self.layer_norm_eps = layer_norm_eps
-        self.layer_scale_init_value = layer_scale_init_value
-        self.drop_path_rate = drop_path_rate
-        self.initializer_range = initializer_range
-        self.use_token_type_embeddings = use_token_type_embeddings
-        self.hidden_act = hidden_act
+        # Every option becomes the attribute of its name; ids of tokens are those of the base class.
+        given = dict(locals())
+        for name, value in given.items():
+            if name not in ("self", "kwargs", "__class__") and not name.endswith("_token_id"):
+                setattr(self, name, value)
         self.moe_layers = list(moe_layers)
-        self.moe_modalities = moe_modalities
-        self.num_vision_experts = num_vision_experts
-        self.num_text_experts = num_text_experts
-        self.num_vl_experts = num_vl_experts
-        self.moe_vl = moe_vl
-        self.shared_router = shared_router
-        self.num_experts_per_tok = num_experts_per_tok
-        self.normalize_gate = normalize_gate
-        self.batch_priority = batch_priority
-        self.route_padding = route_padding
-        self.capacity_multiple_of = capacity_multiple_of
-        self.capacity_factor = capacity_factor
-        self.output_router_logits = output_router_logits
-        self.router_aux_loss_coef = router_aux_loss_coef
         if text_router_losses is None:
             text_router_losses = {"load": 1.0}
         if vision_router_losses is None:
             vision_router_losses = {"importance": 0.5, "load": 0.5}
         self.text_router_losses = dict(text_router_losses)
         self.vision_router_losses = dict(vision_router_losses)
-        self.router_noise_std = router_noise_std
-        self.logit_scale_init_value = logit_scale_init_value
-        self.task = task
         self.training = dict(training or {})
         has_text = vocab_size != 0
         kwargs.setdefault("tie_word_embeddings", False)
@@ -233,7 +203,12 @@ class VLMoEConfig(PretrainedConfig):
             ValueError: naming the first field that does not fit.
         """
         self._check_sizes()
-        self._check_tokens()
+        for name in ("bos_token_id", "pad_token_id", "eos_token_id", "mask_token_id"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value < self.vocab_size,
+                f"{name}={value} is not below vocab_size={self.vocab_size}",
+            )
         self._check_experts()
         _require(isinstance(self.training, dict), "training must be a dictionary")
         # An export of a task that a plug-in added names it there too.
@@ -274,12 +249,6 @@ class VLMoEConfig(PretrainedConfig):
         _require(0.0 <= value < math.inf, f"layer_scale_init_value={value} must be at least 0")
         value = self.drop_path_rate
         _require(0.0 <= value < 1.0, f"drop_path_rate={value} must be at least 0 and below 1")
-
-    def _check_tokens(self) -> None:
-        for name in ("bos_token_id", "pad_token_id", "eos_token_id", "mask_token_id"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < self.vocab_size:
-                raise ValueError(f"{name}={value} is not below vocab_size={self.vocab_size}")
 
     def _check_experts(self) -> None:
         _require(

@@ -265,12 +265,7 @@ class VLMoEDropPath(nn.Module):
 
 
 class VLMoELayer(GradientCheckpointingLayer):
-    """A block: ``x += lambda_1 * attention(LN(x))``, then ``x += lambda_2 * feed_forward(x)``.
-
-    Args:
-        config: sizes.
-        layer_number: number of the block, from 1.
-    """
+    """A block, by its number from 1: ``x += lambda_1 * attention(LN(x))``, then ``x += lambda_2 * feed_forward(x)``."""
 
     def __init__(self, config: VLMoEConfig, layer_number: int) -> None:
         super().__init__()
@@ -414,21 +409,16 @@ class VLMoEClassifier(nn.Module):
         return self.output(F.gelu(self.norm(self.dense(features))))
 
 
-def prediction_head(config: VLMoEConfig, classes: int) -> Optional[nn.Linear]:
-    """The head that predicts one of so many pieces or codes; None for none."""
-    return nn.Linear(config.hidden_size, classes) if classes else None
-
-
-def needed_head(config: VLMoEConfig, field: str) -> nn.Linear:
-    """The prediction head whose size a field of the configuration gives.
+def prediction_head(config: VLMoEConfig, field: str) -> nn.Linear:
+    """The head that predicts one of as many pieces or codes as a field of the configuration says.
 
     Raises:
         ValueError: that is 0.
     """
-    head = prediction_head(config, getattr(config, field))
-    if head is None:
+    classes = getattr(config, field)
+    if not classes:
         raise ValueError(f"a model with {field}=0 has no such head")
-    return head
+    return nn.Linear(config.hidden_size, classes)
 
 
 class VLMoEPreTrainedModel(PreTrainedModel):

@@ -24,7 +24,6 @@ from .layers_vlmoe import (
     VLMoEPooler,
     VLMoEPreTrainedModel,
     VLMoETextEmbeddings,
-    needed_head,
     prediction_head,
 )
 from .moe_vlmoe import VLMoEExperts, VLMoERouter
@@ -203,8 +202,10 @@ class VLMoEForPreTraining(VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mlm_head = prediction_head(config, config.vocab_size)
-        self.mim_head = prediction_head(config, config.visual_vocab_size)
+        self.mlm_head = prediction_head(config, "vocab_size") if config.vocab_size else None
+        self.mim_head = (
+            prediction_head(config, "visual_vocab_size") if config.visual_vocab_size else None
+        )
         self.post_init()
 
     @can_return_tuple
@@ -256,7 +257,7 @@ class VLMoEForMaskedLM(VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mlm_head: nn.Linear = needed_head(config, "vocab_size")
+        self.mlm_head: nn.Linear = prediction_head(config, "vocab_size")
         self.post_init()
 
     @can_return_tuple
@@ -283,7 +284,7 @@ class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mim_head = needed_head(config, "visual_vocab_size")
+        self.mim_head = prediction_head(config, "visual_vocab_size")
         self.post_init()
 
     @can_return_tuple

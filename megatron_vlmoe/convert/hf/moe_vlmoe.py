@@ -1,7 +1,7 @@
 """Feed-forward branches of VL-MoE: dense FFNs, and pools of experts with their routers.
 
 Letters in shapes: n samples, L tokens of a sample, Lt of them text, T tokens of a pool in the batch, D width, F inner
-width, E experts, K experts per token, R rows: one for every choice of a token, T * K.
+width, E experts, K experts per token, R rows: one for every choice of a token, T * K. Blocks are numbered from 1.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 class VLMoEBranchOutput(nn.Linear):
-    """The last linear layer of a residual branch, whose initial weights shrink with the depth of its block.
-
-    Args:
-        inputs: width of its inputs.
-        outputs: width of its outputs.
-        layer_number: number of the block, from 1.
-    """
+    """The last linear layer of a residual branch, whose initial weights shrink with the depth of its block."""
 
     def __init__(self, inputs: int, outputs: int, layer_number: int) -> None:
         super().__init__(inputs, outputs)
@@ -33,12 +27,7 @@ class VLMoEBranchOutput(nn.Linear):
 
 
 class VLMoEDenseBranch(nn.Module):
-    """LayerNorm and one FFN: ``W2 gelu(W1 x + b1) + b2``.
-
-    Args:
-        config: sizes.
-        layer_number: number of the block, from 1.
-    """
+    """LayerNorm and one FFN: ``W2 gelu(W1 x + b1) + b2``."""
 
     def __init__(self, config: VLMoEConfig, layer_number: int) -> None:
         super().__init__()
@@ -75,11 +64,8 @@ class VLMoERouter(nn.Module):
 class VLMoEExperts(nn.Module):
     """The FFNs of one pool as batched weights ``[E, ...]``.
 
-    Args:
-        config: sizes, and with transformers 5 `_experts_implementation`: "eager" runs one expert after the other,
-            "grouped_mm" (the default) all of them in one product, "batched_mm" gathers the weights of every choice.
-        num_experts: E.
-        layer_number: number of the block, from 1.
+    With transformers 5 `config._experts_implementation` chooses how they run: "eager" one expert after the other,
+    "grouped_mm" (the default) all of them in one product, "batched_mm" with the weights of every choice gathered.
     """
 
     def __init__(self, config: VLMoEConfig, num_experts: int, layer_number: int) -> None:
@@ -230,13 +216,8 @@ class RouterOutput(NamedTuple):
 class VLMoESparseBranch(nn.Module):
     """LayerNorm, a router and a pool of experts.
 
-    Args:
-        config: sizes and routing options, of which those of capacity, padding, noise and losses may change between
-            calls.
-        num_experts: E.
-        layer_number: number of the block, from 1.
-        name: of the branch; "text" has the losses of `config.text_router_losses`, others those of
-            `config.vision_router_losses`.
+    Options of capacity, padding, noise and losses may change between calls. The branch named "text" has the losses of
+    `config.text_router_losses`, others those of `config.vision_router_losses`.
     """
 
     def __init__(
@@ -328,8 +309,7 @@ class VLMoESparseBranch(nn.Module):
     def _router_output(
         self, logits: Tensor, noisy: Tensor, routing: Routing, mask: Optional[Tensor]
     ) -> RouterOutput:
-        config = self.config
-        text = self.name == "text"
+        config, text = self.config, self.name == "text"
         loss = router_loss(
             logits,
             noisy,
@@ -346,12 +326,7 @@ class VLMoESparseBranch(nn.Module):
 
 
 class VLMoEFeedForward(nn.Module):
-    """The feed-forward half of a block: every token goes through the branch of its modality.
-
-    Args:
-        config: says which branches the block has.
-        layer_number: number of the block, from 1.
-    """
+    """The feed-forward half of a block: every token goes through the branch of its modality."""
 
     def __init__(self, config: VLMoEConfig, layer_number: int) -> None:
         super().__init__()

@@ -185,11 +185,7 @@ def retrieval_fields(
 ) -> dict[str, Any]:
     """The fields of [`VLMoEForImageAndTextRetrievalOutput`] that come from what the model has read.
 
-    Args:
-        texts: of texts alone.
-        images: of images alone.
-        pairs: of text i with image i.
-        drawn: of these and of hard negatives.
+    That are texts alone, images alone, pairs of text i with image i, and pairs drawn for the matching loss.
     """
     only = images if texts is None else texts if images is None else None
     whole = only if pairs is None else pairs

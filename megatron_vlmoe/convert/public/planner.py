@@ -111,7 +111,7 @@ def run_config(
     Args:
         source: the source.
         options: of the import.
-        vocab_size: of the new model.
+        vocab_size: pieces of the new model's text tokenizer.
         patch_weight: the source's patch projection, ``[D, 3, P, P]``.
         image_size: of the source; 0 where it does not tell.
         heads: attention heads of the source; 0 where it does not tell.
@@ -171,13 +171,7 @@ def image_size_of_positions(num_rows: int, patch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Taken:
-    """A tensor of the new checkpoint that comes from the source.
-
-    Args:
-        ours: its key.
-        sources: names there, in the order in which it is made of them.
-        how: what was done besides moving values; empty if nothing was.
-    """
+    """A tensor of the new checkpoint, the ones of the source that it is made of, and how; empty if values only move."""
 
     ours: str
     sources: tuple[str, ...]
@@ -186,14 +180,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Left:
-    """A tensor of the source that is not used.
-
-    Args:
-        name: its name.
-        shape: its shape.
-        why: what that means.
-        known: whether the importer expects it; false is a tensor that it does not know.
-    """
+    """A tensor of the source that is not used, and what that means; `known` if the importer expects it."""
 
     name: str
     shape: Shape
@@ -219,8 +206,6 @@ class ImportReport:
         what: which model it is, in a few words.
         taken: used as they are (rows may be reordered, axes added).
         adapted: used after a change of values.
-        left: not used.
-        new: not in the source.
         remarks: what a reader must know besides.
     """
 
@@ -347,12 +332,7 @@ class Planner:
         self._made[ours] = Taken(ours, (), f"zero: {why}"), lambda _: torch.zeros(shape)
 
     def leave(self, why: str, *patterns: str) -> None:
-        """Says what it means that tensors of the source are left, if they are.
-
-        Args:
-            why: the meaning.
-            *patterns: regular expressions of whole names.
-        """
+        """Says what it means that tensors of the source are left, if they are; patterns are of whole names."""
         self._known += [(re.compile(pattern), why) for pattern in patterns]
 
     def take_pair(self, ours: str, theirs: str, how: str = "") -> None:
@@ -510,11 +490,7 @@ class Planner:
         return tuple(found)
 
     def report(self, what: str) -> ImportReport:
-        """The fate of every tensor.
-
-        Args:
-            what: which model the source is.
-        """
+        """The fate of every tensor; `what` says which model the source is."""
         initial = Taken("", (), "initial values")
         fates = {key: self._made[key][0] if key in self._made else initial for key in self.shapes}
         taken = [fate for fate in fates.values() if fate.sources]

@@ -52,11 +52,7 @@ class PublicState:
     skipped: tuple[str, ...] = ()
 
     def shape(self, name: str, axes: Optional[int] = None) -> tuple[int, ...]:
-        """Shape of a tensor.
-
-        Args:
-            name: of the tensor.
-            axes: how many it must have; None allows any number.
+        """Shape of a tensor, which must have so many axes; None allows any number.
 
         Raises:
             ConvertError: there is none of that name, or it has another number of axes.

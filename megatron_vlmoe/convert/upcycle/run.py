@@ -52,11 +52,8 @@ SAMPLED_TOKENS = 4096
 class GrownPool(NamedTuple):
     """A pool with everything that is decided about it before tensors are written.
 
-    Args:
-        plan: what it is made of.
-        router: rows ``[E, D]`` in fp32.
-        norm: weight and bias of the LayerNorm before it.
-        scale: factor of the output layer.
+    The router has rows ``[E, D]`` in fp32, `norm` is weight and bias of the LayerNorm before it, `scale` the factor of
+    the output layer.
     """
 
     plan: PoolPlan
@@ -354,14 +351,9 @@ def small_router(
     key: str,
     logit_std: float = SMALL_LOGIT_STD,
 ) -> Tensor:
-    """Rows ``[E, D]`` whose logits have a small standard deviation.
+    """Rows ``[E, D]`` whose logits have a small standard deviation; seed and the router's key draw them.
 
-    Args:
-        num_experts: E.
-        norm: weight and bias of the LayerNorm before the router; they fix the length of its inputs.
-        seed: seed.
-        key: the router's key.
-        logit_std: the standard deviation.
+    Weight and bias of the LayerNorm before the router fix the length of its inputs.
     """
     weight, bias = norm
     generator = keyed_generator(torch.device("cpu"), seed, "small router", key)
