@@ -170,19 +170,16 @@ def write_checkpoint(
     optimizer: Optional[Mapping[str, Any]] = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes ``root/iter_N`` whole or not at all, then the tracker file.
+    """Writes ``root/iter_N`` whole or not at all, then the tracker file; returns the former.
 
     Args:
         root: checkpoint folder; made where it is missing.
         tensors: the model's by checkpoint key, and the optimizer's where it travels.
-        config: of the run; goes into the checkpoint.
+        config: of the run.
         state: step and counters; None is step 0.
         optimizer: what the checkpoint holds of the optimizer besides tensors (`optimizer` and `scheduler`); None
             makes a checkpoint of weights that training starts from with a fresh optimizer.
         overwrite: replaces a checkpoint that is there.
-
-    Returns:
-        The iteration folder.
 
     Raises:
         ConvertError: see `check_output`; or a tensor cannot be read or written; nothing is left behind.

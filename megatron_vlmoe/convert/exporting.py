@@ -94,15 +94,9 @@ class ExportOptions:
 
 
 def export_checkpoint(location: str | Path, output: Path, options: ExportOptions) -> Path:
-    """Writes a folder that transformers loads with ``trust_remote_code=True`` and that imports back.
+    """Writes a folder that transformers loads with ``trust_remote_code=True`` and that imports back; returns it.
 
-    Args:
-        location: run, checkpoint or iteration folder; of pretraining or of a task, of any layout.
-        output: the folder to make.
-        options: see there.
-
-    Returns:
-        The folder.
+    The checkpoint, of pretraining or of a task and of any layout, is named by run, checkpoint or iteration folder.
 
     Raises:
         ConvertError: a tensor is missing, unknown or of another shape, the tokenizer or the labels do not go with the
@@ -209,13 +203,7 @@ in the same way."""
 
 
 def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: CardOptions) -> str:
-    """The card, in Markdown with the Hub's metadata in front.
-
-    Args:
-        reader: the checkpoint; its run folder has the metrics.
-        config_json: the export's `config.json`.
-        card: what only the author knows.
-    """
+    """The card, in Markdown with the Hub's metadata in front; metrics are those in the run folder of the checkpoint."""
     config, state = reader.config, reader.train_state
     optim, train, parallel, data = config.optim, config.train, config.parallel, config.data
     task = config.task.name if isinstance(config, FinetuneConfig) else ""
@@ -291,11 +279,9 @@ def _metadata(
 
 
 def usage(kind: str, name: str) -> str:
-    """Python code that loads an export and computes something.
+    """Python code that loads an export, by name or folder, and computes something.
 
-    Args:
-        kind: its task, or "" for pretraining, or "images" for pretraining on images alone.
-        name: of the model, or its folder.
+    Its kind is its task, or "" for pretraining, or "images" for pretraining on images alone.
     """
     model, inputs, code = _USES["VLMoEModel" if kind == "images" else architecture(kind)]
     reader = "tokenizer" if inputs == "AutoTokenizer" else "processor"

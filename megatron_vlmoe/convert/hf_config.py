@@ -74,12 +74,7 @@ def export_config(
     tokenizer: Optional[TextTokenizer] = None,
     labels: Optional[Labels] = None,
 ) -> dict[str, Any]:
-    """The content of `config.json`.
-
-    Args:
-        config: the run.
-        tokenizer: gives the ids of special tokens; None for a model without text.
-        labels: the classes of a task.
+    """The content of `config.json`: the tokenizer gives the ids of special tokens, the labels the classes of a task.
 
     Raises:
         ConvertError: no class of transformers has the head of the task.

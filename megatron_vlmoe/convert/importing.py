@@ -35,7 +35,7 @@ class HuggingFaceModel:
 
     Args:
         location: the folder.
-        verify: compares the files with the export's checksums where there are any.
+        verify: compares the files with the export's checksums, if any.
 
     Attributes:
         config: of the run that an import makes.
@@ -119,15 +119,8 @@ def import_checkpoint(
 ) -> Path:
     """Writes a checkpoint with the weights of a Hugging Face folder, tokenizer and class names beside it.
 
-    Args:
-        location: the Hugging Face folder.
-        output: folder of the checkpoint.
-        parallel: options of `parallel` to note in it. A checkpoint loads at any layout: they only say what a run that
-            takes its configuration from it starts with.
-        overwrite: replaces a checkpoint that is there.
-
-    Returns:
-        The iteration folder.
+    Options of `parallel` are only noted in it: a checkpoint loads at any layout, and they say what a run that takes its
+    configuration from it starts with. Returns the iteration folder.
 
     Raises:
         ConvertError: see `HuggingFaceModel` and `check_output`; nothing is left behind.

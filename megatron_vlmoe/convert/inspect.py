@@ -57,11 +57,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors by our key, wherever they come from.
+    """Tensors by our key, wherever they come from: an iteration folder, or a Hugging Face folder.
 
     Args:
-        path: iteration folder, or Hugging Face folder.
-        config: of the run.
         tensors: the model's; of a Hugging Face folder they are joined by the name table, and those that have no key
             of ours come under their own name.
         optimizer_tensors: the optimizer's, as `optimizer.state.KIND.KEY`.
@@ -281,10 +279,7 @@ class Inspection:
 
 
 def inspect_checkpoint(location: str | Path) -> Inspection:
-    """Reads every tensor once.
-
-    Args:
-        location: run, checkpoint or iteration folder of any layout, or Hugging Face folder.
+    """Reads every tensor of a run, checkpoint or iteration folder of any layout, or of a Hugging Face folder, once.
 
     Raises:
         ConvertError: there is none, or it cannot be read.

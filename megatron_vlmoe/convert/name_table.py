@@ -64,10 +64,9 @@ class PatchConvolution(Transform):
 
 @dataclass(frozen=True)
 class VocabularyRows(Transform):
-    """Rows beyond the vocabulary, which only fill it up to a multiple of 128, do not travel; they come back as zero.
+    """Rows beyond a vocabulary, which only fill it up to a multiple of 128, do not travel; they come back as zero.
 
-    Args:
-        field: which vocabulary, `vocab_size` or `visual_vocab_size`.
+    The field is that of its size, `vocab_size` or `visual_vocab_size`.
     """
 
     field: str
@@ -88,8 +87,7 @@ class VocabularyRows(Transform):
 class FusedQkv(Transform):
     """megatron-core's fused projection, rows ``[H, (q, k, v), K]``, is three matrices there.
 
-    Args:
-        parts: what travels, in the order of the names there. The key's bias is zero by construction and does not.
+    Parts travel in the order of the names there. The key's bias is zero by construction and does not.
     """
 
     parts: tuple[str, ...] = ("q", "k", "v")
@@ -111,13 +109,7 @@ class FusedQkv(Transform):
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table.
-
-    Args:
-        ours: key in a checkpoint.
-        theirs: names in an export.
-        transform: how the values become each other.
-    """
+    """One line of the table: a key in a checkpoint, its names in an export, and how the values become each other."""
 
     ours: str
     theirs: tuple[str, ...]

@@ -77,8 +77,7 @@ class Distance:
         not_finite: of these, those that are no number or infinite on one side or both.
         largest: largest absolute difference of the other values.
         square_sum: of the differences of the values that are finite on both sides.
-        left_square_sum: of the values on the left, likewise.
-        right_square_sum: of the values on the right, likewise.
+        left_square_sum: of these values on the left, as `right_square_sum` on the right.
         product: sum of the products of left and right.
     """
 

@@ -132,12 +132,9 @@ class Group:
 
 
 def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) -> Iterator[Group]:
-    """Writes the tensors into one file, or into several with an index, and the checksums of the files.
+    """Writes the tensors, in this order, into one file, or into several with an index, and the checksums of the files.
 
-    Args:
-        folder: must exist.
-        groups: what to write, in this order.
-        max_shard_bytes: size of a file, unless a single tensor is larger.
+    The folder must exist. A file is at most of `max_shard_bytes`, unless a single tensor is larger.
 
     Yields:
         Every group after it is written, for a progress bar.
@@ -217,9 +214,6 @@ def _header(shard: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> bytes:
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder, one file or several with an index.
 
-    Args:
-        folder: the folder.
-
     Raises:
         ConvertError: no safetensors there, a file is missing, truncated or no safetensors, or an index that names
             tensors its files do not have.
@@ -235,18 +229,15 @@ class SafetensorsFolder:
         if where and (lost := sorted(set(where) - set(self.tensors))):
             raise ConvertError(f"{self.folder / INDEX_FILE}: names {lost[0]}, which no file has")
 
-    def verify_checksums(self) -> bool:
-        """Compares the files with `SHA256SUMS`.
-
-        Returns:
-            False where there is no such file (a folder that `save_pretrained` wrote).
+    def verify_checksums(self) -> None:
+        """Compares the files with `SHA256SUMS`, where there is one: `save_pretrained` writes none.
 
         Raises:
             ConvertError: naming the first file that differs.
         """
         sums = self.folder / SUMS_FILE
         if not sums.is_file():
-            return False
+            return
         for line in sums.read_text().splitlines():
             expected, _, name = line.partition("  ")
             file = self.folder / name
@@ -258,7 +249,6 @@ class SafetensorsFolder:
                 raise ConvertError(
                     f"{file}: differs from what was exported ({SUMS_FILE}); if that was meant, delete {SUMS_FILE}"
                 )
-        return True
 
     def _files(self) -> dict[str, str]:
         """Name of every tensor and its file; empty where there is one file without an index."""

@@ -111,12 +111,7 @@ def folded_layer(
 
     ``W LN(x) + b = (W' x) / s(x) + b'`` with s the deviation of x, which the result leaves out:
     ``W' = W diag(g) (1 - mean)``, ``b' = b + W h`` for a LayerNorm of weight g and bias h.
-
-    Args:
-        weight: ``[D, K]``.
-        bias: ``[D]``.
-        norm_weight: ``[K]``.
-        norm_bias: ``[K]``.
+    The layer has ``[D, K]`` and ``[D]``, the LayerNorm ``[K]`` each.
     """
     scaled = weight * norm_weight
     return scaled - scaled.mean(dim=1, keepdim=True), bias + weight @ norm_bias

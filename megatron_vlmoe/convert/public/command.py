@@ -40,14 +40,7 @@ def open_source(options: ImportOptions) -> PublicState:
 
 
 def plan_import(options: ImportOptions, source: PublicState) -> tuple[Planner, str]:
-    """What becomes of every tensor, decided by names and shapes; values are read later.
-
-    Args:
-        options: of the import.
-        source: its tensors.
-
-    Returns:
-        The plan, and the source in a few words.
+    """What becomes of every tensor, decided by names and shapes, and the source in a few words; values are read later.
 
     Raises:
         ConvertError: the source is not of that family, or an option does not go with it.
@@ -79,7 +72,7 @@ def import_public(
         output: folder of the checkpoint.
         strict: refuses a source with tensors that the importer does not know.
         overwrite: replaces a checkpoint that is there.
-        write: false only reports.
+        write: False only reports.
 
     Raises:
         ConvertError: see `open_source` and `plan_import`; or strict, and a tensor is unknown; or a file cannot be

@@ -109,7 +109,7 @@ def run_config(
     """The configuration of a checkpoint with the model of a source.
 
     Args:
-        source: the source.
+        source: its tensors.
         options: of the import.
         vocab_size: pieces of the new model's text tokenizer.
         patch_weight: the source's patch projection, ``[D, 3, P, P]``.

@@ -39,12 +39,9 @@ _UNREADABLE = (*UNREADABLE, ImportError, AssertionError)
 
 @dataclass(frozen=True)
 class PublicState:
-    """The tensors of a checkpoint that another project wrote.
+    """The tensors of a checkpoint that another project wrote, a file or a folder.
 
-    Args:
-        path: file or folder.
-        tensors: by the name of the parameter, wrappers' prefixes removed.
-        skipped: classes whose objects were read as empty ones.
+    They are named as the parameters, without wrappers' prefixes; objects of `skipped` classes were read as empty.
     """
 
     path: Path
@@ -93,14 +90,10 @@ class _Empty:
 
 
 def read_torch(path: Path, allow_pickle: bool = False) -> tuple[Any, tuple[str, ...]]:
-    """Content of a file on the CPU, its tensors mapped into memory, not read.
+    """Content of a file of `torch.save` on the CPU, its tensors mapped into memory, not read.
 
-    Args:
-        path: what `torch.save` wrote.
-        allow_pickle: where the file cannot be read without running what it names, run it.
-
-    Returns:
-        The content, and the names of classes whose objects were read as empty ones.
+    With it the names of classes whose objects were read as empty ones. Where the file cannot be read without running
+    what it names, `allow_pickle` runs it.
 
     Raises:
         ConvertError: the file is missing, damaged, or needs `allow_pickle`.

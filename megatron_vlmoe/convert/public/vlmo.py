@@ -63,14 +63,8 @@ class TextTables:
 def additive_tables(
     words: Tensor, token_type: Tensor, positions: Optional[Tensor], weight: Tensor, bias: Tensor
 ) -> TextTables:
-    """The tables of an embedding.
-
-    Args:
-        words: ``[V, D]``.
-        token_type: ``[D]``, the row that every token gets.
-        positions: ``[L, D]``; None where they are not added.
-        weight: ``[D]``, of the LayerNorm.
-        bias: ``[D]``, of the LayerNorm.
+    """The tables of an embedding of words ``[V, D]``, the row ``[D]`` of every token's type, positions ``[L, D]`` where
+    they are added, and a LayerNorm of weight and bias ``[D]``.
     """
 
     def normalized(values: Tensor) -> Tensor:

@@ -45,12 +45,7 @@ FAIRSEQ_SPECIAL = MappingProxyType({BOS_PIECE: 0, PAD_PIECE: 1, EOS_PIECE: 2, UN
 
 @dataclass(frozen=True)
 class RowMap:
-    """Which row of the source belongs to each of our pieces.
-
-    Args:
-        rows: one per piece, NO_ROW where there is none.
-        without: the pieces that have none.
-    """
+    """Which row of the source belongs to each of our pieces: NO_ROW for those `without` one."""
 
     rows: tuple[int, ...]
     without: tuple[str, ...] = ()
@@ -68,14 +63,9 @@ class RowMap:
             )
 
     def place(self, table: Tensor, fresh: Tensor) -> Tensor:
-        """Our table: rows of the source where there is one, else fresh ones.
+        """Our table: rows of the source's ``[R, ...]`` where there are, else of a fresh one ``[V', ...]``.
 
-        Args:
-            table: ``[R, ...]``, the source's.
-            fresh: ``[V', ...]``, rows beyond the vocabulary included.
-
-        Returns:
-            ``[V', ...]``.
+        Rows beyond the vocabulary are included.
         """
         rows = torch.tensor(self.rows)
         found = rows >= 0
@@ -94,14 +84,10 @@ class RowMap:
 
 
 def wordpiece_rows(tokenizer: TextTokenizer, vocabulary: Path) -> RowMap:
-    """Rows of a WordPiece vocabulary, piece by piece.
+    """Rows of a WordPiece vocabulary, BERT's `vocab.txt` with a piece a line, for our pieces.
 
     A vocabulary without capital letters is of a tokenizer that lowers and strips accents: so are our pieces, to find
     their row. Punctuation never continues a word there.
-
-    Args:
-        tokenizer: ours.
-        vocabulary: BERT's `vocab.txt`, a piece a line.
 
     Raises:
         ConvertError: the file cannot be read or is no WordPiece vocabulary.
@@ -122,11 +108,7 @@ def wordpiece_rows(tokenizer: TextTokenizer, vocabulary: Path) -> RowMap:
 
 
 def fairseq_rows(tokenizer: TextTokenizer, model: Path) -> RowMap:
-    """Rows of a vocabulary in fairseq's order over another SentencePiece model, piece by piece.
-
-    Args:
-        tokenizer: ours.
-        model: the other SentencePiece model (`beit3.spm`).
+    """Rows of a vocabulary in fairseq's order over another SentencePiece model (`beit3.spm`), for our pieces.
 
     Raises:
         ConvertError: the file is no SentencePiece model.

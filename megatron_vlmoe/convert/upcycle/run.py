@@ -98,12 +98,7 @@ def upcycle_checkpoint(
 ) -> Upcycled:
     """Writes the sparse checkpoint, tensor by tensor, whole or not at all; the run's tokenizer goes beside it.
 
-    Args:
-        reader: the source.
-        config: configuration of the result; differs from the source's in `moe` alone.
-        output: folder of the checkpoint.
-        options: how experts, routers and optimizer start.
-        overwrite: replaces a checkpoint that is there.
+    Its configuration differs from the source's in `moe` alone.
 
     Raises:
         ConvertError: the configurations do not fit each other, a tensor is missing or damaged, or there is a
@@ -127,10 +122,7 @@ def upcycle_checkpoint(
 def upcycled_tensors(
     reader: CheckpointReader, config: RunConfig, options: UpcycleOptions
 ) -> tuple[tuple[GrownPool, ...], dict[str, LazyTensor]]:
-    """What the sparse checkpoint will hold, without writing it.
-
-    Returns:
-        The new and grown pools, and all tensors by checkpoint key.
+    """The new and grown pools, and all tensors of the sparse checkpoint by key, without writing it.
 
     Raises:
         ConvertError: the configurations do not fit each other, or a tensor is missing.
@@ -387,14 +379,9 @@ def sampled_gates(
     noise_std: float = 0.0,
     seed: int = 0,
 ) -> GateRange:
-    """The gates of a router for random tokens, there being no data: normal ones that went through the LayerNorm.
+    """The gates of a router ``[E, D]`` for random tokens, there being no data: normal ones after the LayerNorm `norm`.
 
-    Args:
-        router: rows ``[E, D]``.
-        norm: weight and bias of the LayerNorm before the router.
-        topk: K.
-        noise_std: of the router noise; 0 in evaluation.
-        seed: of tokens and noise.
+    Router noise is 0 in evaluation; tokens and noise are drawn by the seed.
     """
     weight, bias = norm
     generator = keyed_generator(torch.device("cpu"), seed, "sampled gates")
@@ -412,11 +399,8 @@ def sparse_optimizer(common: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     A dense run has one optimizer with two parameter groups (with weight decay and without); a sparse run chains two,
     `0` with a further group of routers and `1` with the experts. Groups are recognised by their factors and by
-    `is_expert_parallel` and `is_decoupled_lr` (which marks routers).
-
-    Args:
-        common: the source's, as stored.
-        where: the checkpoint, for messages.
+    `is_expert_parallel` and `is_decoupled_lr` (which marks routers). Given is what the source stored, and its name for
+    messages.
 
     Raises:
         ConvertError: it holds no optimizer, or one of another kind.
