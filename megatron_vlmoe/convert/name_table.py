@@ -116,8 +116,11 @@ class Rule:
     transform: Transform = Transform()
 
 
-def _same(ours: str, theirs: str, *endings: str) -> tuple[Rule, ...]:
-    return tuple(Rule(f"{ours}.{end}", (f"{theirs}.{end}",)) for end in endings)
+_LINEAR = ("weight", "bias")
+
+
+def _same(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{ours}.{end}", (f"{theirs}.{end}",)) for end in _LINEAR)
 
 
 _TEXT, _IMAGE = "vlmoe.text_embeddings", "vlmoe.image_embeddings"
@@ -125,7 +128,6 @@ _WORDS, _PATCHES = f"{_TEXT}.word_embeddings", f"{_IMAGE}.patch_embeddings.proje
 _OURS, _THEIRS = "decoder.layers.*", "vlmoe.encoder.layer.*"
 _QKV, _ATTENTION = f"{_OURS}.self_attention.linear_qkv", f"{_THEIRS}.attention"
 _BRANCH = f"{_THEIRS}.feed_forward.*"
-_LINEAR = ("weight", "bias")
 
 RULES: tuple[Rule, ...] = (
     Rule("embedding.text.word.weight", (f"{_WORDS}.weight",), VocabularyRows("vocab_size")),
@@ -139,7 +141,7 @@ RULES: tuple[Rule, ...] = (
     Rule("embedding.image.token_type", (f"{_IMAGE}.token_type_embedding",), LeadingAxis()),
     Rule(f"{_OURS}.gamma_1", (f"{_THEIRS}.lambda_1",)),
     Rule(f"{_OURS}.gamma_2", (f"{_THEIRS}.lambda_2",)),
-    *_same(f"{_OURS}.input_layernorm", f"{_THEIRS}.layernorm_before", *_LINEAR),
+    *_same(f"{_OURS}.input_layernorm", f"{_THEIRS}.layernorm_before"),
     Rule(
         f"{_QKV}.weight",
         tuple(f"{_ATTENTION}.{part}.weight" for part in ("query", "key", "value")),
@@ -150,16 +152,16 @@ RULES: tuple[Rule, ...] = (
         tuple(f"{_ATTENTION}.{part}.bias" for part in ("query", "value")),
         FusedQkv(("q", "v")),
     ),
-    *_same(f"{_OURS}.self_attention.linear_proj", f"{_ATTENTION}.output", *_LINEAR),
-    *_same(f"{_OURS}.mlp.*_norm", f"{_BRANCH}.layernorm", *_LINEAR),
-    *_same(f"{_OURS}.mlp.*_ffn.linear_fc1", f"{_BRANCH}.fc1", *_LINEAR),
-    *_same(f"{_OURS}.mlp.*_ffn.linear_fc2", f"{_BRANCH}.fc2", *_LINEAR),
+    *_same(f"{_OURS}.self_attention.linear_proj", f"{_ATTENTION}.output"),
+    *_same(f"{_OURS}.mlp.*_norm", f"{_BRANCH}.layernorm"),
+    *_same(f"{_OURS}.mlp.*_ffn.linear_fc1", f"{_BRANCH}.fc1"),
+    *_same(f"{_OURS}.mlp.*_ffn.linear_fc2", f"{_BRANCH}.fc2"),
     Rule(f"{_OURS}.mlp.moe.router.*.weight", (f"{_BRANCH}.router.weight",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.weight1", (f"{_BRANCH}.experts.fc1_weight",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.bias1", (f"{_BRANCH}.experts.fc1_bias",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.weight2", (f"{_BRANCH}.experts.fc2_weight",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.bias2", (f"{_BRANCH}.experts.fc2_bias",)),
-    *_same("decoder.final_layernorm", "vlmoe.layernorm", *_LINEAR),
+    *_same("decoder.final_layernorm", "vlmoe.layernorm"),
     *(
         Rule(f"heads.{ours}.linear.{end}", (f"{theirs}.{end}",), VocabularyRows(vocabulary))
         for ours, theirs, vocabulary in (
@@ -168,15 +170,15 @@ RULES: tuple[Rule, ...] = (
         )
         for end in _LINEAR
     ),
-    *_same("heads.pooler.dense", "pooler.dense", *_LINEAR),
-    *_same("heads.classifier", "classifier", *_LINEAR),
-    *_same("heads.classifier.dense", "classifier.dense", *_LINEAR),
-    *_same("heads.classifier.norm", "classifier.norm", *_LINEAR),
-    *_same("heads.classifier.output", "classifier.output", *_LINEAR),
+    *_same("heads.pooler.dense", "pooler.dense"),
+    *_same("heads.classifier", "classifier"),
+    *_same("heads.classifier.dense", "classifier.dense"),
+    *_same("heads.classifier.norm", "classifier.norm"),
+    *_same("heads.classifier.output", "classifier.output"),
     Rule("heads.text_projection.weight", ("text_projection.weight",)),
     Rule("heads.image_projection.weight", ("image_projection.weight",)),
     Rule("heads.logit_scale", ("logit_scale",)),
-    *_same("heads.matching", "matching", *_LINEAR),
+    *_same("heads.matching", "matching"),
 )
 
 # Kept in fp32 whatever the rest is stored in (paper section 3.2: the router; the temperature moves in small steps).

@@ -1,7 +1,8 @@
 """Layers of VL-MoE: embeddings, attention, blocks, what heads are made of, and what all models have in common.
 
 Letters in shapes: n samples, L tokens of a sample, Lt of them text, D width, N patches, S image side, H heads,
-C classes.
+C classes. Masks are bool, None means all: that of attention has the keys that may be seen ``[n, 1, 1, L]``, that of
+tokens those that are no padding ``[n, L]``.
 """
 
 from __future__ import annotations
@@ -225,12 +226,7 @@ class VLMoEAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """``[n, L, D]`` to ``[n, L, D]``, and the weights where the implementation has them.
-
-        Args:
-            hidden_states: ``[n, L, D]``.
-            attention_mask: keys that may be seen, bool ``[n, 1, 1, L]``; None: all.
-        """
+        """``[n, L, D]`` to ``[n, L, D]``, and the weights where the implementation has them."""
         samples, length, width = hidden_states.shape
         query, key, value = (
             project(hidden_states).view(samples, length, -1, self.head_dim).transpose(1, 2)
@@ -292,14 +288,7 @@ class VLMoELayer(GradientCheckpointingLayer):
         """``[n, L, D]`` to ``[n, L, D]``, attention weights where the implementation has them, and what routers did.
 
         The latter one after the other, the three fields of a `RouterOutput` each: a checkpoint of the layer hands
-        gradients on to tensors that it returns, not to those inside of tuples.
-
-        Args:
-            hidden_states: text tokens, then image tokens ``[n, L, D]``.
-            attention_mask: keys that may be seen, bool ``[n, 1, 1, L]``; None: all.
-            token_mask: tokens that are no padding, bool ``[n, L]``; None: all.
-            text_length: Lt.
-            output_router_logits: returns what every router of the block did.
+        gradients on to tensors that it returns, not to those inside of tuples. Tokens of the text come first.
         """
         branch, weights = self.attention(self.layernorm_before(hidden_states), attention_mask)
         hidden_states = self._add(hidden_states, branch, self.lambda_1)

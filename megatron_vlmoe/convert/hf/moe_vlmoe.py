@@ -80,15 +80,12 @@ class VLMoEExperts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.zeros(num_experts, width))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Gated sum of the outputs of every token's experts.
+        """Gated sum ``[T, D]`` of the outputs of every token's experts.
 
         Args:
             hidden_states: tokens ``[T, D]``.
             top_k_index: chosen experts ``[T, K]``; E is a choice that is not carried out, whose share is 0.
             top_k_weights: gates ``[T, K]``.
-
-        Returns:
-            ``[T, D]``.
         """
         num_tokens, k = top_k_index.shape
         # Shapes that no value decides: choices that are not carried out come last and stay.
@@ -130,11 +127,8 @@ class VLMoEExperts(nn.Module):
     ) -> Tensor:
         """`run` with one product of all groups for either layer; the host need not know their sizes.
 
-        Args:
-            rows: see `run`.
-            expert: see `run`.
-            product: rows ``[R, D]``, of which those up to ``ends[e]`` are of expert e, times weights ``[E, F, D]``:
-                ``[R, F]``; rows of no expert may come out as anything.
+        The product is that of rows ``[R, D]``, of which those up to ``ends[e]`` are of expert e, and weights
+        ``[E, F, D]``: ``[R, F]``; rows of no expert may come out as anything.
         """
         dtype = rows.dtype
         ends = self._ends(expert).to(torch.int32)
@@ -186,12 +180,9 @@ class VLMoEExperts(nn.Module):
 
 
 class Routing(NamedTuple):
-    """Where the tokens of a pool go.
+    """Where the tokens of a pool go: gates in fp32, chosen experts, and choices that are carried out, None: all.
 
-    Args:
-        gate: combine weights ``[T, K]`` in fp32.
-        expert: chosen experts ``[T, K]``.
-        kept: choices that are carried out ``[T, K]``; None means all.
+    Each is ``[T, K]``.
     """
 
     gate: Tensor
@@ -238,16 +229,10 @@ class VLMoESparseBranch(nn.Module):
         mask: Optional[Tensor],
         output_router_logits: bool = False,
     ) -> tuple[Tensor, Optional[RouterOutput]]:
-        """Gated sum of the experts' outputs; zero for choices that found no place and for padding.
+        """Gated sum of the experts' outputs ``[n, L, D]``, and the router's output where asked for.
 
-        Args:
-            hidden_states: ``[n, L, D]``.
-            text_length: Lt, which come before the image's tokens.
-            mask: True for tokens that are no padding ``[n, L]``; None if none is.
-            output_router_logits: returns what the router did.
-
-        Returns:
-            ``[n, L, D]``, and the router's output where asked for.
+        Zero for choices that found no place and for padding, where the mask ``[n, L]`` is False; None if there is none.
+        The text's tokens come before the image's.
         """
         samples, length, _ = hidden_states.shape
         tokens = to_stream(self.layernorm(hidden_states), text_length)
@@ -441,7 +426,7 @@ def choices_with_place(
     mask: Optional[Tensor],
     batch_priority: bool,
 ) -> Tensor:
-    """Which choices find a place at their expert, by Batch Priority Routing (V-MoE, arXiv 2106.05974).
+    """Which choices ``[T, K]`` find a place at their expert, by Batch Priority Routing (V-MoE, arXiv 2106.05974).
 
     Tokens are served in falling order of their largest gate, equal ones by their position; all first choices come
     before all second ones.
@@ -453,9 +438,6 @@ def choices_with_place(
         capacity: places at every expert.
         mask: tokens with False take no place ``[T]``; None: there are none.
         batch_priority: False serves the tokens by position.
-
-    Returns:
-        ``[T, K]`` bool.
     """
     num_tokens, k = expert.shape
     served = torch.arange(num_tokens, device=expert.device)
@@ -485,7 +467,7 @@ def router_loss(
     weights: Mapping[str, float],
     mask: Optional[Tensor],
 ) -> Tensor:
-    """Weighted sum of the auxiliary losses of one router, over the tokens that count; 0 if none does.
+    """Weighted sum, a scalar in fp32, of the losses of one router over the tokens that count; 0 if none does.
 
     Args:
         logits: without noise, in fp32 ``[T, E]``.
@@ -500,9 +482,6 @@ def router_loss(
             and minus the entropy of the mean gates, with `global_entropy_experts` S above 0 as
             ``max(0, log S - entropy)`` (LIMoE, arXiv 2206.02770).
         mask: tokens that count ``[T]``; None: all.
-
-    Returns:
-        A scalar in fp32.
     """
     counted = logits.new_ones(logits.shape[0], 1)
     if mask is not None:

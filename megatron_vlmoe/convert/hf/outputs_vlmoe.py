@@ -276,12 +276,9 @@ def answer_loss(logits: Tensor, labels: Optional[Tensor], config: VLMoEConfig) -
 def classification_loss(
     logits: Tensor, labels: Optional[Tensor], config: VLMoEConfig
 ) -> Optional[Tensor]:
-    """The loss that `config.problem_type` names; by number and type of the labels where it names none.
+    """The loss of logits ``[n, C]`` that `config.problem_type` names; by number and type of labels where it names none.
 
-    Args:
-        logits: ``[n, C]``.
-        labels: ``[n]``, or ``[n, C]`` for several labels or values.
-        config: of the model.
+    Labels are ``[n]``, or ``[n, C]`` for several labels or values.
     """
     if labels is None:
         return None
@@ -314,13 +311,8 @@ def contrastive_loss(similarity: Optional[Tensor]) -> Tensor:
 def hard_negative_pairs(similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs to judge: of every row the right one, its text with a wrong image, its image with a wrong text (VLMo).
 
-    Wrong partners are drawn, the more similar the likelier (ALBEF). A single row has none.
-
-    Args:
-        similarity: of texts and images ``[n, n]``.
-
-    Returns:
-        Numbers of the texts, numbers of the images, and 1 for a match, else 0: ``[3 n]`` each.
+    Wrong partners are drawn, the more similar ``[n, n]`` the likelier (ALBEF). A single row has none. Returned are the
+    numbers of texts and of images, and 1 for a match, else 0: ``[3 n]`` each.
     """
     samples = similarity.shape[0]
     own = torch.arange(samples, device=similarity.device)
