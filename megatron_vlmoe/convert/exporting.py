@@ -74,35 +74,31 @@ class CardOptions:
     limitations: str = ""
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What an export looks like.
+def export_checkpoint(
+    location: str | Path,
+    output: Path,
+    dtype: Optional[torch.dtype] = None,
+    max_shard_bytes: int = 5_000_000_000,
+    text_tokenizer: str = "",
+    overwrite: bool = False,
+    card: Optional[CardOptions] = None,
+) -> Path:
+    """Writes a folder that transformers loads with ``trust_remote_code=True`` and that imports back; returns it.
 
     Args:
+        location: run, checkpoint or iteration folder; of pretraining or of a task, of any layout.
+        output: the folder to make.
         dtype: of the weights; None keeps that of the checkpoint. Routers are fp32 always.
         max_shard_bytes: size of a safetensors file, unless a single tensor is larger.
         text_tokenizer: SentencePiece model; empty takes that of the run.
         overwrite: replaces a folder that is there.
         card: what only the author knows for the model card.
-    """
-
-    dtype: Optional[torch.dtype] = None
-    max_shard_bytes: int = 5_000_000_000
-    text_tokenizer: str = ""
-    overwrite: bool = False
-    card: CardOptions = CardOptions()
-
-
-def export_checkpoint(location: str | Path, output: Path, options: ExportOptions) -> Path:
-    """Writes a folder that transformers loads with ``trust_remote_code=True`` and that imports back; returns it.
-
-    The checkpoint, of pretraining or of a task and of any layout, is named by run, checkpoint or iteration folder.
 
     Raises:
         ConvertError: a tensor is missing, unknown or of another shape, the tokenizer or the labels do not go with the
             checkpoint, or the folder exists; nothing is left behind.
     """
-    if output.exists() and not options.overwrite:
+    if output.exists() and not overwrite:
         raise ConvertError(f"{output}: exists (--overwrite replaces it)")
     reader = CheckpointReader(location)
     config = reader.config
@@ -111,7 +107,7 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
     check_tensors(reader.path, reader.tensors, shapes, "its configuration", "an export")
     tokenizer: Optional[TextTokenizer] = None
     if config.model.vocab_size:
-        given = options.text_tokenizer or run_file(reader.path, TOKENIZER_FILE)
+        given = text_tokenizer or run_file(reader.path, TOKENIZER_FILE)
         path = given or config.data.text_tokenizer
         if not path or not Path(path).is_file():
             raise ConvertError(
@@ -131,12 +127,12 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
     groups = []
     for entry in table:
         tensor, theirs = reader.tensors[entry.ours], entry.their_shapes(config.model)
-        dtype = torch.float32 if FP32_KEYS.search(entry.ours) else options.dtype or tensor.dtype
+        stored = torch.float32 if FP32_KEYS.search(entry.ours) else dtype or tensor.dtype
         read = partial(entry.parted, tensor, config.model)
-        groups.append(Group(tuple(theirs), tuple(theirs.values()), dtype, read))
+        groups.append(Group(tuple(theirs), tuple(theirs.values()), stored, read))
     try:
         with folder_atomic(output) as temporary:
-            written = write_folder(temporary, groups, options.max_shard_bytes)
+            written = write_folder(temporary, groups, max_shard_bytes)
             for _ in with_progress(written, len(groups), "export"):
                 pass
             content = export_config(config, tokenizer, labels)
@@ -150,8 +146,8 @@ def export_checkpoint(location: str | Path, output: Path, options: ExportOptions
                 shutil.copyfile(labels_file, temporary / LABELS_FILE)
             for source in hf_source_files():
                 shutil.copyfile(source, temporary / source.name)
-            card = model_card(reader, content, options.card)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            text = model_card(reader, content, card or CardOptions())
+            (temporary / "README.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConvertError(f"{output}: {error.strerror or error}") from None
     return output

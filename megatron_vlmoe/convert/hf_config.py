@@ -152,8 +152,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     found = content.get("model_type") if isinstance(content, dict) else None
     if found != MODEL_TYPE:
         raise ConvertError(f"{file}: model_type is {found!r}, not {MODEL_TYPE!r}")
-    fields: dict[str, Any] = content
-    return fields
+    return content
 
 
 def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:

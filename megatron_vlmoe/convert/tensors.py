@@ -153,7 +153,7 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
     if len(shards) > 1:
         numbers = range(1, len(shards) + 1)
         files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
-    values = _values(groups)
+    values, last_of = _values(groups), {group.names[-1]: group for group in groups}
     sums, where = [], {}
     for file_name, shard in zip(files, shards):
         digest = hashlib.sha256()
@@ -162,15 +162,15 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
             file.write(header)
             digest.update(header)
             for name, _, _ in shard:
-                found, value, finished = next(values)
+                found, value = next(values)
                 assert found == name
                 where[name] = file_name
                 # safetensors is little-endian, as every machine that torch runs on.
                 content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 file.write(content)
                 digest.update(content)
-                if finished is not None:
-                    yield finished
+                if name in last_of:
+                    yield last_of[name]
         sums.append(f"{digest.hexdigest()}  {file_name}\n")
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
@@ -178,8 +178,7 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
     write_text_atomic(folder / SUMS_FILE, "".join(sums))
 
 
-def _values(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor, Group | None]]:
-    """Name and value of every tensor, with its group where it is the last of it."""
+def _values(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
     for group in groups:
         parts = list(group.read())
         for index, name in enumerate(group.names):
@@ -190,8 +189,7 @@ def _values(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor, Group | None
                 raise ConvertError(
                     f"{name}: has shape {list(value.shape)}, not {list(group.shapes[index])}"
                 )
-            last = index == len(group.names) - 1
-            yield name, value.to(group.dtype), group if last else None
+            yield name, value.to(group.dtype)
 
 
 def _header(shard: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> bytes:

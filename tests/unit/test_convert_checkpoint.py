@@ -21,7 +21,7 @@ from small_checkpoints import CONFIGS, MODEL, SPARSE, random_tensors, save
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, RunConfig
 from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoint
-from megatron_vlmoe.convert.exporting import CardOptions, ExportOptions, export_checkpoint
+from megatron_vlmoe.convert.exporting import CardOptions, export_checkpoint
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(run: Path, output: Path, **options: Any) -> Path:
-    return export_checkpoint(run, output, ExportOptions(**options))
+    return export_checkpoint(run, output, **options)
 
 
 @pytest.mark.process

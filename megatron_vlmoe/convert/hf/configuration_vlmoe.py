@@ -12,6 +12,18 @@ ROUTER_LOSSES = (
     *("importance", "load", "z", "gshard", "local_entropy", "global_entropy"),
     "global_entropy_experts",
 )
+# By the least that they may be.
+SIZES = {
+    1: (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        *("image_size", "patch_size", "num_channels", "text_length", "pair_text_length"),
+        *("num_experts_per_tok", "capacity_multiple_of"),
+    ),
+    0: (
+        *("num_vl_layers", "vocab_size", "visual_vocab_size"),
+        *("num_vision_experts", "num_text_experts", "num_vl_experts"),
+    ),
+}
 TASKS = ("", "vqa", "nlvr2", "retrieval", "imagenet", "mnli")
 
 
@@ -222,13 +234,14 @@ class VLMoEConfig(PretrainedConfig):
         )
 
     def _check_sizes(self) -> None:
-        for name in (
-            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-            *("image_size", "patch_size", "num_channels", "text_length", "pair_text_length"),
-        ):
-            _require_integer(name, getattr(self, name), 1)
-        for name in ("num_vl_layers", "vocab_size", "visual_vocab_size"):
-            _require_integer(name, getattr(self, name), 0)
+        for least, names in SIZES.items():
+            for name in names:
+                value = getattr(self, name)
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                _require(
+                    whole and value >= least,
+                    f"{name}={value!r} must be an integer of at least {least}",
+                )
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}",
@@ -255,10 +268,6 @@ class VLMoEConfig(PretrainedConfig):
             self.moe_modalities in MODALITIES,
             f"moe_modalities={self.moe_modalities!r} is not one of {MODALITIES}",
         )
-        for name in ("num_vision_experts", "num_text_experts", "num_vl_experts"):
-            _require_integer(name, getattr(self, name), 0)
-        for name in ("num_experts_per_tok", "capacity_multiple_of"):
-            _require_integer(name, getattr(self, name), 1)
         for name in ("capacity_factor", "router_aux_loss_coef", "router_noise_std"):
             value = getattr(self, name)
             _require(math.isfinite(value), f"{name}={value} must be finite")
@@ -290,13 +299,6 @@ class VLMoEConfig(PretrainedConfig):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _require_integer(name: str, value: Any, least: int) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    _require(
-        is_integer and value >= least, f"{name}={value!r} must be an integer of at least {least}"
-    )
 
 
 __all__ = ["Branch", "VLMoEConfig"]
