@@ -188,13 +188,14 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
                 raise ConvertError(f"{file}: has no {theirs}")
     if task:
         sections.setdefault("task", {})["name"] = task
+        if find_task(task).has_labels and isinstance(classes := content.get("id2label"), Mapping):
+            sections["task"]["num_classes"] = len(classes)
     try:
         config = from_dict(sections, root, str(file))
-        numbers = list(config.moe.layers)
-        if listed is not None:
-            rule = dataclasses.replace(config.moe, layers=tuple(listed))
-            if list(moe_layer_numbers(config.model, rule)) == numbers:
-                config = dataclasses.replace(config, moe=rule)
+        rule = dataclasses.replace(config.moe, layers=tuple(listed or ()))
+        same = tuple(moe_layer_numbers(config.model, rule)) == tuple(config.moe.layers)
+        if listed is not None and same:
+            config = dataclasses.replace(config, moe=rule)
     except (ConfigError, TypeError) as error:
         raise ConvertError(str(error)) from None
     return config

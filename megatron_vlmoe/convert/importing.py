@@ -54,9 +54,7 @@ class HuggingFaceModel:
         config = import_config(self.path, content)
         self.labels = _labels(self.path, content, config)
         if isinstance(config, FinetuneConfig) and self.labels is not None:
-            count, digest = len(self.labels.labels), self.labels.sha256
-            task = replace(config.task, num_classes=count, labels_sha256=digest)
-            config = replace(config, task=task)
+            config = replace(config, task=replace(config.task, labels_sha256=self.labels.sha256))
         self.tokenizer: Optional[Path] = None
         vocab_size = config.model.vocab_size
         if vocab_size:

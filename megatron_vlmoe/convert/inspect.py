@@ -161,12 +161,7 @@ def _optimizer_problems(reader: CheckpointReader, wanted: Mapping[str, Shape]) -
 
 
 def _hugging_face(folder: Path) -> TensorSource:
-    content = read_config(folder)
-    config = import_config(folder, content)
-    names = content.get("id2label")
-    if isinstance(config, FinetuneConfig) and config.task.spec.has_labels and names:
-        task = dataclasses.replace(config.task, num_classes=len(names))
-        config = dataclasses.replace(config, task=task)
+    config = import_config(folder, read_config(folder))
     files = SafetensorsFolder(folder)
     table = name_table(config)
     wanted = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}

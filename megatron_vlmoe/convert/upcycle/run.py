@@ -127,37 +127,30 @@ def upcycled_tensors(
     Raises:
         ConvertError: the configurations do not fit each other, or a tensor is missing.
     """
-    plans = grown_pools(reader.config, config, options.shared_from)
-    pools = tuple(_grown_pool(plan, reader, config, options) for plan in plans)
+    pools = []
+    for plan in grown_pools(reader.config, config, options.shared_from):
+        key, scale = plan.router_key, plan.scale(config.moe)
+        norm = (
+            mean_of(reader.tensors, plan.norm_keys("weight"), reader),
+            mean_of(reader.tensors, plan.norm_keys("bias"), reader),
+        )
+        shape, start = (plan.num_experts, config.model.hidden_size), router_start(options, config)
+        if plan.source_experts:
+            rows = tensor_of(reader.tensors, key, reader).read().float()
+            router = grown_router(rows, plan.copies, norm, options.seed, key)
+        elif start == "zero":
+            router = torch.zeros(shape)
+        elif start == "small":
+            router = small_router(plan.num_experts, norm, options.seed, key)
+        else:
+            router = full_initial_value(key, shape, config.model, options.seed)
+            if not config.moe.normalize_gate:
+                scale = 1.0 / sampled_gates(router, norm, config.moe.topk).mean
+        pools.append(GrownPool(plan, router, norm, scale))
     tensors: dict[str, LazyTensor] = {}
     for moment in ("", *MOMENTS) if options.carry_optimizer else ("",):
         tensors |= grown_tensors(reader, config, pools, options, moment)
-    return pools, tensors
-
-
-def _grown_pool(
-    plan: PoolPlan, reader: CheckpointReader, config: RunConfig, options: UpcycleOptions
-) -> GrownPool:
-    weight, bias = (
-        mean_of(reader.tensors, plan.norm_keys(part), reader) for part in ("weight", "bias")
-    )
-    norm = (weight, bias)
-    key, scale = plan.router_key, plan.scale(config.moe)
-    if plan.source_experts:
-        rows = tensor_of(reader.tensors, key, reader).read().float()
-        router = grown_router(rows, plan.copies, norm, options.seed, key)
-        return GrownPool(plan, router, norm, scale)
-    shape = (plan.num_experts, config.model.hidden_size)
-    start = router_start(options, config)
-    if start == "zero":
-        router = torch.zeros(shape)
-    elif start == "small":
-        router = small_router(plan.num_experts, norm, options.seed, key)
-    else:
-        router = full_initial_value(key, shape, config.model, options.seed)
-        if not config.moe.normalize_gate:
-            scale = 1.0 / sampled_gates(router, norm, config.moe.topk).mean
-    return GrownPool(plan, router, norm, scale)
+    return tuple(pools), tensors
 
 
 def router_start(options: UpcycleOptions, config: RunConfig) -> str:
