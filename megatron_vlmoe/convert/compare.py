@@ -115,6 +115,8 @@ def compare_checkpoints(
         found = pair.distance
         return (found.not_finite == 0, -found.relative, -found.largest, pair.equal)
 
+    # How a run trains does not travel with an export.
+    compared = ("model.", "moe.", "task.name", "task.num_classes") if exported else ("",)
     left_options, right_options = (
         flat_options(dataclasses.asdict(source.config)) for source in (first, second)
     )
@@ -124,9 +126,7 @@ def compare_checkpoints(
         options=tuple(
             OptionDifference(name, left_options.get(name), right_options.get(name))
             for name in {**left_options, **right_options}
-            if left_options.get(name) != right_options.get(name)
-            # How a run trains does not travel with an export.
-            and (not exported or name.startswith(("model.", "moe.", "task.name", "task.num_class")))
+            if left_options.get(name) != right_options.get(name) and name.startswith(compared)
         ),
         only_left=tuple(name for name in ours if name not in theirs),
         only_right=tuple(name for name in theirs if name not in ours),

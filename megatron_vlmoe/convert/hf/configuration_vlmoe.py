@@ -180,11 +180,6 @@ class VLMoEConfig(PretrainedConfig):
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def max_text_length(self) -> int:
-        """Most tokens that a text may have: the rows of the position table."""
-        return max(self.text_length, self.pair_text_length)
-
-    @property
     def has_experts(self) -> bool:
         """Whether the options ask for any pool of experts."""
         if self.moe_modalities == "none":

@@ -61,7 +61,8 @@ class VLMoETextEmbeddings(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, config.max_text_length, width))
+        most = max(config.text_length, config.pair_text_length)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, most, width))
         self.token_type_embedding = (
             nn.Parameter(torch.zeros(1, 1, width)) if config.use_token_type_embeddings else None
         )
