@@ -201,10 +201,11 @@ in the same way."""
 def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: CardOptions) -> str:
     """The card, in Markdown with the Hub's metadata in front; metrics are those in the run folder of the checkpoint."""
     config, state = reader.config, reader.train_state
+    model, moe = config.model, config.moe
     optim, train, parallel, data = config.optim, config.train, config.parallel, config.data
     task = config.task.name if isinstance(config, FinetuneConfig) else ""
     metrics = run_metrics(reader)
-    kind = task or ("" if config.model.vocab_size else "images")
+    kind = task or ("" if model.vocab_size else "images")
     front = yaml.safe_dump(_metadata(kind, config, card, metrics), sort_keys=False)
     pretrained = {"": "masked texts, images and pairs", "images": "masked images"}
     trained = f"pretrained on {pretrained[kind]}" if kind in pretrained else f"fine-tuned on {kind}"
@@ -212,6 +213,23 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
     batch = f"{data.global_texts} texts, {data.global_images} images, {data.global_pairs} pairs"
     if isinstance(config, FinetuneConfig):
         batch = f"{config.task.global_batch_size} samples"
+    architecture_lines = [
+        f"- {model.num_layers} blocks, width {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"inner width {model.ffn_hidden_size}; the last {model.num_vl_layers} blocks have a feed-forward "
+        "branch for pairs",
+        f"- images of {model.image_size} pixels in patches of {model.patch_size}; texts of "
+        f"{model.text_length} tokens, captions of {model.pair_text_length}; vocabulary {model.vocab_size}",
+    ]
+    if numbers := config_json["moe_layers"]:
+        found = [pool for number in numbers for pool in block_plan(model, moe, number).pools]
+        sizes = {pool.name: pool.num_experts for pool in found}
+        pools = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        architecture_lines += [
+            f"- experts in blocks {', '.join(map(str, numbers))}: {pools}; {moe.topk} per token",
+            "- inference drops no token (`capacity_factor` 0); trained with capacity factor "
+            f"{moe.capacity_factor}, evaluated by the trainer with {moe.eval_capacity_factor}. "
+            "`capacity_factor` 1.0 with the same batches gives the paper's evaluation",
+        ]
     results = ["Not recorded."]
     if metrics:
         rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
@@ -227,7 +245,7 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
             f"```python\n{usage(kind, card.name)}\n```"
             + (_IMAGES if not task or find_task(task).images else "")
         ],
-        "Architecture": _architecture(config, config_json),
+        "Architecture": architecture_lines,
         "Training data": training_data(config),
         "Training": [
             f"- {state.step} of {train.steps} steps of {batch}; seed {train.seed}, "
@@ -290,28 +308,6 @@ def usage(kind: str, name: str) -> str:
         f"from transformers import {', '.join(sorted((model, inputs)))}\n\n"
         f"model = {model}.{load}.eval()\n{reader} = {inputs}.{load}\n{code}"
     )
-
-
-def _architecture(config: RunConfig, config_json: Mapping[str, Any]) -> list[str]:
-    model, moe = config.model, config.moe
-    lines = [
-        f"- {model.num_layers} blocks, width {model.hidden_size}, {model.num_attention_heads} heads, "
-        f"inner width {model.ffn_hidden_size}; the last {model.num_vl_layers} blocks have a feed-forward "
-        "branch for pairs",
-        f"- images of {model.image_size} pixels in patches of {model.patch_size}; texts of "
-        f"{model.text_length} tokens, captions of {model.pair_text_length}; vocabulary {model.vocab_size}",
-    ]
-    if numbers := config_json["moe_layers"]:
-        found = [pool for number in numbers for pool in block_plan(model, moe, number).pools]
-        sizes = {pool.name: pool.num_experts for pool in found}
-        pools = ", ".join(f"{size} {name}" for name, size in sizes.items())
-        lines += [
-            f"- experts in blocks {', '.join(map(str, numbers))}: {pools}; {moe.topk} per token",
-            "- inference drops no token (`capacity_factor` 0); trained with capacity factor "
-            f"{moe.capacity_factor}, evaluated by the trainer with {moe.eval_capacity_factor}. "
-            "`capacity_factor` 1.0 with the same batches gives the paper's evaluation",
-        ]
-    return lines
 
 
 def training_data(config: RunConfig) -> list[str]:

@@ -62,18 +62,9 @@ class PublicState:
         return found
 
 
-class _EmptyMapping:
-    """Stands for a class of dictionaries; torch fills no object but a plain one, so that is what is made."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return OrderedDict()
-
-
-class _EmptySequence:
-    """Stands for a class of lists, likewise."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return []
+def _stand_in(plain: type) -> type:
+    """Stands for a class of dictionaries or lists; torch fills no object but a plain one, so that is what is made."""
+    return type("_StandIn", (), {"__new__": lambda cls, *args, **kwargs: plain()})
 
 
 class _Empty:
@@ -157,7 +148,7 @@ def _load_emptied(load: Callable[..., Any], names: Sequence[str]) -> Any:
             name = next((n for n, k in classes.items() if f"but got {k}" in message), "")
             if not name or not issubclass(classes[name], _Empty):
                 raise
-            classes[name] = _EmptyMapping if "SETITEM" in message else _EmptySequence
+            classes[name] = _stand_in(OrderedDict if "SETITEM" in message else list)
 
 
 def state_of(content: Any, path: Path) -> dict[str, Tensor]:
