@@ -44,7 +44,6 @@ from .outputs_vlmoe import (
     hard_negative_pairs,
     masked_loss,
     needed,
-    retrieval_fields,
     total_loss,
     unit_features,
 )
@@ -552,15 +551,32 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
             contrastive = contrastive_loss(per_text)
             if labels is None and per_text is not None:
                 drawn, matching = self._matching_loss(per_text, *given, **kwargs)
-        fields = retrieval_fields(texts, images, pairs, drawn)
+        # Hidden states are those of pairs, or where only texts or only images were given theirs.
+        only = images if texts is None else texts if images is None else None
+        whole = only if pairs is None else pairs
+        read: list[Any] = [x for x in (texts, images, pairs, drawn) if x is not None]
+        routed = [x for x in read if x.aux_loss is not None]
+        aux_loss = router_logits = dropped_tokens = None
+        if routed:
+            aux_loss = sum(x.aux_loss.to(routed[0].aux_loss.device) for x in routed)
+            router_logits = sum((x.router_logits for x in routed), ())
+            dropped_tokens = sum((x.dropped_tokens for x in routed), ())
         return VLMoEForImageAndTextRetrievalOutput(
-            loss=self._with_aux_loss(total_loss(contrastive, matching), fields["aux_loss"]),
+            loss=self._with_aux_loss(total_loss(contrastive, matching), aux_loss),
             contrastive_loss=contrastive,
             matching_loss=matching,
             logits_per_image=None if per_text is None else per_text.t(),
             logits_per_text=per_text,
             match_logits=match_logits,
-            **fields,
+            text_features=None if texts is None else texts.pooler_output,
+            image_features=None if images is None else images.pooler_output,
+            hidden_states=None if whole is None else whole.hidden_states,
+            attentions=None if whole is None else whole.attentions,
+            aux_loss=aux_loss,
+            router_logits=router_logits,
+            dropped_tokens=dropped_tokens,
+            text_model_output=texts,
+            vision_model_output=images,
         )
 
     def _matching_loss(

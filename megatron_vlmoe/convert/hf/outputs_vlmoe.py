@@ -177,35 +177,6 @@ def unit_features(outputs: VLMoEModelOutput, vectors: Tensor) -> VLMoEFeaturesOu
     )
 
 
-def retrieval_fields(
-    texts: Optional[VLMoEFeaturesOutput],
-    images: Optional[VLMoEFeaturesOutput],
-    pairs: Optional[VLMoEModelOutput],
-    drawn: Optional[VLMoEModelOutput],
-) -> dict[str, Any]:
-    """The fields of [`VLMoEForImageAndTextRetrievalOutput`] that come from what the model has read.
-
-    That are texts alone, images alone, pairs of text i with image i, and pairs drawn for the matching loss.
-    """
-    only = images if texts is None else texts if images is None else None
-    whole = only if pairs is None else pairs
-    routed: list[Any] = [
-        x for x in (texts, images, pairs, drawn) if x is not None and x.aux_loss is not None
-    ]
-    device = routed[0].aux_loss.device if routed else None
-    return {
-        "text_features": None if texts is None else texts.pooler_output,
-        "image_features": None if images is None else images.pooler_output,
-        "hidden_states": None if whole is None else whole.hidden_states,
-        "attentions": None if whole is None else whole.attentions,
-        "aux_loss": sum(x.aux_loss.to(device) for x in routed) if routed else None,
-        "router_logits": sum((x.router_logits for x in routed), ()) if routed else None,
-        "dropped_tokens": sum((x.dropped_tokens for x in routed), ()) if routed else None,
-        "text_model_output": texts,
-        "vision_model_output": images,
-    }
-
-
 def first_text_tokens(outputs: VLMoEModelOutput, attention_mask: Optional[Tensor]) -> Tensor:
     """The first token of every text that is no padding ``[n, D]``; of the mask ``[n, Lt]``, None without padding.
 
