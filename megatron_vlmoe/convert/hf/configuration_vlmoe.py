@@ -272,17 +272,15 @@ class VLMoEConfig(PretrainedConfig):
             for loss, weight in weights.items():
                 _require(loss in ROUTER_LOSSES, f"{name} has {loss!r}, not one of {ROUTER_LOSSES}")
                 _require(math.isfinite(weight), f"{name}[{loss!r}]={weight} must be finite")
-        blocks = range(1, self.num_hidden_layers + 1)
-        for number in self.moe_layers:
-            _require(
-                number in blocks,
-                f"moe_layers has block {number}, but the blocks are 1 to {self.num_hidden_layers}",
-            )
         _require(
             len(set(self.moe_layers)) == len(self.moe_layers),
             f"moe_layers={self.moe_layers} lists a block twice",
         )
         for number in self.moe_layers:
+            _require(
+                number in range(1, self.num_hidden_layers + 1),
+                f"moe_layers has block {number}, but the blocks are 1 to {self.num_hidden_layers}",
+            )
             for branch in self.branches(number):
                 _require(
                     not branch.num_experts or self.num_experts_per_tok <= branch.num_experts,
