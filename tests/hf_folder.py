@@ -11,6 +11,7 @@ from typing import Any
 
 import sentencepiece
 
+from megatron_vlmoe.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_vlmoe.convert.hf_config import (
     CUSTOM_PIPELINES,
     architecture,
@@ -69,14 +70,14 @@ SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "mask_to
 def write_processors(folder: Path, with_text: bool = True) -> None:
     """The files of tokenizer and processors."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = processor_files(
+    model = ModelConfig(
         image_size=TINY["image_size"],
-        image_mean=(0.5, 0.4, 0.3),
-        image_std=(0.5, 0.6, 0.7),
         text_length=TINY["text_length"],
         pair_text_length=TINY["pair_text_length"],
-        with_text=with_text,
+        vocab_size=TINY["vocab_size"] if with_text else 0,
     )
+    data = DataConfig(pixel_mean=(0.5, 0.4, 0.3), pixel_std=(0.5, 0.6, 0.7))
+    files = processor_files(RunConfig(model=model, data=data))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     if with_text:

@@ -20,8 +20,7 @@ from torch import Tensor
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.public.command import import_public, open_source, plan_import
-from megatron_vlmoe.convert.public.options import ImportOptions
-from megatron_vlmoe.convert.public.recipes import ImportReport
+from megatron_vlmoe.convert.public.planner import ImportOptions, ImportReport
 from megatron_vlmoe.convert.public.torch_files import PublicState
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer

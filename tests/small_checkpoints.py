@@ -16,8 +16,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
 from megatron_vlmoe.convert.checkpoints import write_checkpoint
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, export_config
 from megatron_vlmoe.convert.name_table import name_table
-from megatron_vlmoe.convert.safetensors_files import Group, write_folder
-from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.convert.tensors import Group, LazyTensor, write_folder
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TrainState
 

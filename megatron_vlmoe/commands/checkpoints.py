@@ -70,14 +70,16 @@ def export(words: Sequence[str]) -> None:
         intended_use=options.intended_use,
         limitations=options.limitations,
     )
-    how = exporting.ExportOptions(
+    made = exporting.export_checkpoint(
+        options.load,
+        options.output,
         dtype=exporting.DTYPES[options.dtype] if options.dtype else None,
         max_shard_bytes=int(options.max_shard_gb * 1e9),
         text_tokenizer=options.text_tokenizer,
         overwrite=options.overwrite,
         card=card,
     )
-    print(f"wrote {exporting.export_checkpoint(options.load, options.output, how)}")
+    print(f"wrote {made}")
 
 
 @user_files()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError, FileError
+from megatron_vlmoe.config.errors import ConvertError, FileError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.convert.tensors import LazyTensor, conversion_errors
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
 from megatron_vlmoe.train.checkpoint_files import (
@@ -65,13 +65,18 @@ class CheckpointReader:
             metadata = self._reader.read_metadata()
         except (Exception, CheckpointException) as error:
             raise ConvertError(f"{self.path}: no readable .metadata ({one_line(error)})") from None
-        self.common = _read_common(self.path)
+        file = self.path / COMMON_FILE
+        try:
+            self.common = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
+        fields = {"config", "train_state"}
+        if not isinstance(self.common, dict) or not fields <= self.common.keys():
+            raise ConvertError(f"{file}: not of a checkpoint of this project")
         options = self.common["config"]
         root: RunConfig = FinetuneConfig() if "task" in options else RunConfig()
-        try:
+        with conversion_errors():
             self.config = from_dict(options, root, str(self.path))
-        except ConfigError as error:
-            raise ConvertError(str(error)) from None
         self._entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -130,24 +135,11 @@ def resolve_checkpoint(location: str | Path) -> Path:
     Raises:
         ConvertError: there is none, or it is incomplete.
     """
-    try:
+    with conversion_errors():
         path = find_best_or_last(location)
-    except CheckpointError as error:
-        raise ConvertError(str(error)) from None
     if path is None:
         raise ConvertError(f"{location}: no checkpoint there")
     return path
-
-
-def _read_common(path: Path) -> dict[str, Any]:
-    file = path / COMMON_FILE
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
-    if not isinstance(content, dict) or not {"config", "train_state"} <= content.keys():
-        raise ConvertError(f"{file}: not of a checkpoint of this project")
-    return content
 
 
 def extra_state_keys(config: RunConfig) -> list[str]:
@@ -178,19 +170,16 @@ def write_checkpoint(
     optimizer: Optional[Mapping[str, Any]] = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes ``root/iter_N`` whole or not at all, then the tracker file.
+    """Writes ``root/iter_N`` whole or not at all, then the tracker file; returns the former.
 
     Args:
         root: checkpoint folder; made where it is missing.
         tensors: the model's by checkpoint key, and the optimizer's where it travels.
-        config: of the run; goes into the checkpoint.
+        config: of the run.
         state: step and counters; None is step 0.
         optimizer: what the checkpoint holds of the optimizer besides tensors (`optimizer` and `scheduler`); None
             makes a checkpoint of weights that training starts from with a fresh optimizer.
         overwrite: replaces a checkpoint that is there.
-
-    Returns:
-        The iteration folder.
 
     Raises:
         ConvertError: see `check_output`; or a tensor cannot be read or written; nothing is left behind.
@@ -206,7 +195,7 @@ def write_checkpoint(
     }
     try:
         with folder_atomic(target) as temporary:
-            _write_tensors(temporary, tensors, extra_state_keys(config))
+            _write_tensors(temporary, tensors, config)
             torch.save(common, temporary / COMMON_FILE)
             (temporary / MARKER_FILE).write_text(json.dumps(MARKER))
         write_text_atomic(root / TRACKER, f"{state.step}\n")
@@ -231,16 +220,13 @@ def check_output(root: Path, overwrite: bool = False) -> None:
         raise ConvertError(f"{root}: is the folder of a run with checkpoints: name another")
 
 
-def _write_tensors(
-    folder: Path, tensors: Mapping[str, LazyTensor], extra_states: Iterable[str]
-) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], config: RunConfig) -> None:
     content: dict[str, Any] = {
         key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for key, tensor in tensors.items()
     }
     # What megatron-core itself stores for a layer without state.
-    content |= {key: [None] for key in extra_states}
-    planner = _LazyPlanner(tensors)
+    content |= {key: [None] for key in extra_state_keys(config)}
     # Nothing is copied ahead: a tensor is given back before the next one is read.
     writer = FileSystemWriter(
         str(folder), thread_count=1, sync_files=False, per_thread_copy_ahead=0
@@ -248,7 +234,7 @@ def _write_tensors(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            dcp.save(content, storage_writer=writer, planner=planner, no_dist=True)
+            dcp.save(content, storage_writer=writer, planner=_LazyPlanner(tensors), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0] if error.failures else error
         if not isinstance(cause, ConvertError):

@@ -6,19 +6,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_vlmoe.config.command_line import flat_options
-from megatron_vlmoe.convert.inspect import number, to_json
+from megatron_vlmoe.convert.inspect import TensorSource, number, open_source, optimizer_key, to_json
 from megatron_vlmoe.convert.statistics import Distance, distance
-from megatron_vlmoe.convert.tensor_source import TensorSource, open_source, optimizer_key
 from megatron_vlmoe.convert.tensors import type_name, with_progress
 from megatron_vlmoe.planning.dry_run import table
 from megatron_vlmoe.planning.parameters import part_of, part_order
 
 
-@dataclass(frozen=True)
-class OptionDifference:
+class OptionDifference(NamedTuple):
     """An option that is not the same, with both values; None where a side does not have it."""
 
     name: str
@@ -28,15 +26,7 @@ class OptionDifference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor that both sides have in the same shape.
-
-    Args:
-        name: its key.
-        shape: its shape.
-        left_type: type on the left.
-        right_type: type on the right.
-        distance: how far the values are apart.
-    """
+    """A tensor that both sides have in the same shape: its key, type on either side, and how far values are apart."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,23 +39,10 @@ class Pair:
         """Same type and same values."""
         return self.left_type == self.right_type and self.distance.equal
 
-    @property
-    def unlikeness(self) -> tuple[bool, float, float, bool]:
-        """Larger for a pair that is less alike."""
-        found = self.distance
-        return (found.not_finite > 0, found.relative, found.largest, not self.equal)
-
 
 @dataclass(frozen=True)
 class PartDistance:
-    """The tensors of one part of the model together.
-
-    Args:
-        part: its name.
-        tensors: how many there are.
-        equal: how many of them are equal.
-        distance: of all of them as one vector.
-    """
+    """The tensors of one part of the model: how many, how many equal, and the distance of all as one vector."""
 
     part: str
     tensors: int
@@ -78,11 +55,7 @@ class Comparison:
     """Everything that two checkpoints differ in.
 
     Args:
-        left: the first.
-        right: the second.
         options: options of the configuration that differ; they do not make checkpoints different.
-        only_left: tensors that only the first has.
-        only_right: tensors that only the second has.
         shapes: tensors of different shapes, with both.
         pairs: all other tensors, the least alike first.
         parts: the same by part of the model.
@@ -107,12 +80,7 @@ class Comparison:
 def compare_checkpoints(
     left: str | Path, right: str | Path, with_optimizer: bool = False
 ) -> Comparison:
-    """Compares run, checkpoint, iteration or Hugging Face folders.
-
-    Args:
-        left: the first.
-        right: the second.
-        with_optimizer: compares the optimizer state too.
+    """Compares run, checkpoint, iteration or Hugging Face folders, with the optimizer state only if asked for.
 
     Raises:
         ConvertError: one of them is not there or cannot be read.
@@ -133,76 +101,84 @@ def compare_checkpoints(
         if ours[name].shape != theirs[name].shape
     }
     same_shape = [name for name in common if name not in shapes]
-    progress = with_progress(same_shape, len(same_shape), "compare")
     pairs = []
-    for name in progress:
+    groups: dict[str, list[Pair]] = {}
+    for name in with_progress(same_shape, len(same_shape), "compare"):
         a, b = ours[name], theirs[name]
         found = distance(a.read(), b.read())
         pairs.append(Pair(name, a.shape, type_name(a.dtype), type_name(b.dtype), found))
+        kind, key = optimizer_key(name)
+        part = part_of(key or name)
+        groups.setdefault(f"{part}, {kind}" if kind else part, []).append(pairs[-1])
+
+    def likeness(pair: Pair) -> tuple[bool, float, float, bool]:
+        found = pair.distance
+        return (found.not_finite == 0, -found.relative, -found.largest, pair.equal)
+
+    # How a run trains does not travel with an export.
+    compared = ("model.", "moe.", "task.name", "task.num_classes") if exported else ("",)
+    left_options, right_options = (
+        flat_options(dataclasses.asdict(source.config)) for source in (first, second)
+    )
     return Comparison(
         first,
         second,
-        options=tuple(_option_differences(first, second)),
+        options=tuple(
+            OptionDifference(name, left_options.get(name), right_options.get(name))
+            for name in {**left_options, **right_options}
+            if left_options.get(name) != right_options.get(name) and name.startswith(compared)
+        ),
         only_left=tuple(name for name in ours if name not in theirs),
         only_right=tuple(name for name in theirs if name not in ours),
         shapes=shapes,
-        pairs=tuple(sorted(pairs, key=lambda pair: pair.unlikeness, reverse=True)),
-        parts=_by_part(pairs),
+        pairs=tuple(sorted(pairs, key=likeness)),
+        parts=tuple(
+            PartDistance(
+                part,
+                len(group),
+                sum(pair.equal for pair in group),
+                sum((pair.distance for pair in group), Distance()),
+            )
+            for part, group in sorted(
+                groups.items(),
+                key=lambda item: ("," in item[0], part_order(item[0].partition(",")[0])),
+            )
+        ),
     )
-
-
-def _by_part(pairs: list[Pair]) -> tuple[PartDistance, ...]:
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        kind, key = optimizer_key(pair.name)
-        part = part_of(key or pair.name)
-        groups.setdefault(f"{part}, {kind}" if kind else part, []).append(pair)
-    names = sorted(groups, key=lambda name: ("," in name, part_order(name.partition(",")[0])))
-    return tuple(
-        PartDistance(
-            name,
-            len(groups[name]),
-            sum(pair.equal for pair in groups[name]),
-            sum((pair.distance for pair in groups[name]), Distance()),
-        )
-        for name in names
-    )
-
-
-def _option_differences(left: TensorSource, right: TensorSource) -> list[OptionDifference]:
-    a, b = (flat_options(dataclasses.asdict(source.config)) for source in (left, right))
-    # How a run trains does not travel with an export.
-    whole = left.reader is not None and right.reader is not None
-    return [
-        OptionDifference(name, a.get(name), b.get(name))
-        for name in {**a, **b}
-        if a.get(name) != b.get(name)
-        and (whole or name.startswith(("model.", "moe.", "task.name", "task.num_classes")))
-    ]
 
 
 _NUMBERS = ("max abs", "relative", "cosine")
 
 
 def comparison_lines(comparison: Comparison, top: int) -> list[str]:
-    """The report as text.
-
-    Args:
-        comparison: what was found.
-        top: most lines of a list; 0 prints all.
-    """
-    left, right = comparison.left, comparison.right
+    """The report as text, with no more than `top` lines of a list; 0 prints all."""
+    titles = []
+    for letter, source in (("A", comparison.left), ("B", comparison.right)):
+        where = f"step {source.reader.train_state.step}" if source.reader else "Hugging Face folder"
+        titles.append(f"{letter}  {source.path} ({where})")
+    parts = [
+        (part.part, f"{part.equal} of {part.tensors}", *_cells(part.distance))
+        for part in comparison.parts
+    ]
+    count = len(comparison.pairs)
+    verdict = f"Equal: all {count} tensors, in every value."
+    if not comparison.equal:
+        differ = sum(not pair.equal for pair in comparison.pairs)
+        verdict = (
+            f"Different: {differ} of {count} tensors, {len(comparison.shapes)} shapes, "
+            f"{len(comparison.only_left)} only in A, {len(comparison.only_right)} only in B."
+        )
     options = [f"{o.name}: {o.left} | {o.right}" for o in comparison.options]
     shapes = [f"{name}: {list(a)} | {list(b)}" for name, (a, b) in comparison.shapes.items()]
     sections = (
-        [f"A  {_title(left)}", f"B  {_title(right)}"],
+        titles,
         _listed("Options that differ (A | B)", options, 0),
         _listed("Only in A", comparison.only_left, top),
         _listed("Only in B", comparison.only_right, top),
         _listed("Shapes that differ (A | B)", shapes, top),
         _pair_lines(comparison, top),
-        _part_lines(comparison),
-        [_verdict(comparison)],
+        ["Parts", *table(("part", "equal", *_NUMBERS), parts)] if parts else [],
+        [verdict],
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines).split("\n")
 
@@ -213,34 +189,24 @@ def comparison_json(comparison: Comparison) -> str:
         "left": str(comparison.left.path),
         "right": str(comparison.right.path),
         "equal": comparison.equal,
-        "options": [dataclasses.asdict(option) for option in comparison.options],
+        "options": [option._asdict() for option in comparison.options],
         "only_left": list(comparison.only_left),
         "only_right": list(comparison.only_right),
         "shapes": [
             {"name": name, "left": a, "right": b} for name, (a, b) in comparison.shapes.items()
         ],
         "tensors": [
-            {
-                "name": pair.name,
-                "shape": pair.shape,
-                "left_type": pair.left_type,
-                "right_type": pair.right_type,
-                "equal": pair.equal,
-                **_numbers(pair.distance),
-            }
+            {**_told(pair), "equal": pair.equal, **_numbers(pair.distance)}
             for pair in comparison.pairs
         ],
-        "parts": [
-            {
-                "part": part.part,
-                "tensors": part.tensors,
-                "equal": part.equal,
-                **_numbers(part.distance),
-            }
-            for part in comparison.parts
-        ],
+        "parts": [{**_told(part), **_numbers(part.distance)} for part in comparison.parts],
     }
     return to_json(content)
+
+
+def _told(entry: Pair | PartDistance) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(entry) if field.name != "distance"]
+    return {name: getattr(entry, name) for name in names}
 
 
 def _numbers(found: Distance) -> dict[str, Any]:
@@ -251,12 +217,6 @@ def _numbers(found: Distance) -> dict[str, Any]:
         "relative": found.relative,
         "cosine": found.cosine,
     }
-
-
-def _title(source: TensorSource) -> str:
-    if source.reader is None:
-        return f"{source.path} (Hugging Face folder)"
-    return f"{source.path} (step {source.reader.train_state.step})"
 
 
 def _listed(title: str, entries: Sequence[str], top: int) -> list[str]:
@@ -291,21 +251,3 @@ def _pair_lines(comparison: Comparison, top: int) -> list[str]:
     if len(shown) < len(different):
         title += f"; the {len(shown)} that differ most"
     return [title, *table(("tensor", "shape", "type", "values", *_NUMBERS), rows)]
-
-
-def _part_lines(comparison: Comparison) -> list[str]:
-    rows = [
-        (part.part, f"{part.equal} of {part.tensors}", *_cells(part.distance))
-        for part in comparison.parts
-    ]
-    return ["Parts", *table(("part", "equal", *_NUMBERS), rows)] if rows else []
-
-
-def _verdict(comparison: Comparison) -> str:
-    if comparison.equal:
-        return f"Equal: all {len(comparison.pairs)} tensors, in every value."
-    differ = sum(not pair.equal for pair in comparison.pairs)
-    return (
-        f"Different: {differ} of {len(comparison.pairs)} tensors, {len(comparison.shapes)} shapes, "
-        f"{len(comparison.only_left)} only in A, {len(comparison.only_right)} only in B."
-    )

@@ -11,14 +11,16 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 from megatron_vlmoe.config.command_line import from_dict
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.schema import AuxLossConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task, task_names
+from megatron_vlmoe.convert.tensors import conversion_errors
 from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.runtime.json_files import read_json
 from megatron_vlmoe.stream.block_plan import moe_layer_numbers
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import HUGGING_FACE_FILE
@@ -72,12 +74,7 @@ def export_config(
     tokenizer: Optional[TextTokenizer] = None,
     labels: Optional[Labels] = None,
 ) -> dict[str, Any]:
-    """The content of `config.json`.
-
-    Args:
-        config: the run.
-        tokenizer: gives the ids of special tokens; None for a model without text.
-        labels: the classes of a task.
+    """The content of `config.json`: the tokenizer gives the ids of special tokens, the labels the classes of a task.
 
     Raises:
         ConvertError: no class of transformers has the head of the task.
@@ -150,16 +147,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConvertError: it is missing, damaged, or of another architecture.
     """
     file = folder / CONFIG_FILE
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ConvertError(f"{file}: not found") from None
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{file}: not readable ({error})") from None
+    with conversion_errors():
+        content: Any = read_json(file)
     found = content.get("model_type") if isinstance(content, dict) else None
     if found != MODEL_TYPE:
         raise ConvertError(f"{file}: model_type is {found!r}, not {MODEL_TYPE!r}")
-    assert isinstance(content, dict)
     return content
 
 
@@ -196,19 +188,18 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
                 raise ConvertError(f"{file}: has no {theirs}")
     if task:
         sections.setdefault("task", {})["name"] = task
+        if find_task(task).has_labels and isinstance(classes := content.get("id2label"), Mapping):
+            sections["task"]["num_classes"] = len(classes)
     try:
         config = from_dict(sections, root, str(file))
-        numbers = list(config.moe.layers)
-        if listed is not None:
-            rule = dataclasses.replace(config.moe, layers=tuple(listed))
-            if list(moe_layer_numbers(config.model, rule)) == numbers:
-                config = dataclasses.replace(config, moe=rule)
+        rule = dataclasses.replace(config.moe, layers=tuple(listed or ()))
+        same = tuple(moe_layer_numbers(config.model, rule)) == tuple(config.moe.layers)
+        if listed is not None and same:
+            config = dataclasses.replace(config, moe=rule)
     except (ConfigError, TypeError) as error:
         raise ConvertError(str(error)) from None
     return config
 
-
-SOURCE_FOLDER = Path(__file__).with_name("hf")
 
 AUTO_MODELS = {
     "AutoModel": "VLMoEModel",
@@ -236,7 +227,8 @@ CUSTOM_PIPELINES = {
 
 def hf_source_files() -> list[Path]:
     """The Python files that an export needs, which are copied into one folder."""
-    return sorted(path for path in SOURCE_FOLDER.glob("*.py") if path.name != "__init__.py")
+    folder = Path(__file__).with_name("hf")
+    return sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
 
 
 def architecture(task: str = "") -> str:
@@ -268,27 +260,13 @@ def auto_map(task: str = "") -> dict[str, str]:
     }
 
 
-def processor_files(
-    image_size: int,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
-    text_length: int,
-    pair_text_length: int,
-    with_text: bool = True,
-) -> dict[str, dict[str, Any]]:
-    """Contents of the JSON files of tokenizer and processors, by file name.
+def processor_files(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Contents of the JSON files of tokenizer and processors of a run's model, by file name.
 
     The tokenizer's `sentencepiece.model` goes beside them. The image processor has a file of its own, which both
-    transformers 4 and 5 read.
-
-    Args:
-        image_size: side of the square in pixels.
-        image_mean: mean of every channel, of pixels between 0 and 1.
-        image_std: standard deviation.
-        text_length: tokens of a text without image.
-        pair_text_length: tokens of the text of a pair.
-        with_text: False for a model of images alone.
+    transformers 4 and 5 read. A model of images alone has no other.
     """
+    model = config.model
     processor = {"AutoProcessor": "processing_vlmoe.VLMoEProcessor"}
     own_map = {"AutoImageProcessor": "image_processing_vlmoe.VLMoEImageProcessor"}
     image_processor: dict[str, Any] = {
@@ -296,17 +274,17 @@ def processor_files(
         "auto_map": own_map,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": image_size, "width": image_size},
+        "size": {"height": model.image_size, "width": model.image_size},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image_mean),
-        "image_std": list(image_std),
+        "image_mean": list(config.data.pixel_mean),
+        "image_std": list(config.data.pixel_std),
         "exif": "turn",
         "alpha": "white",
     }
-    if not with_text:
+    if not model.vocab_size:
         return {"preprocessor_config.json": image_processor}
     image_processor["processor_class"] = "VLMoEProcessor"
     image_processor["auto_map"] = own_map | processor
@@ -315,13 +293,13 @@ def processor_files(
         "processor_config.json": {
             "processor_class": "VLMoEProcessor",
             "auto_map": processor,
-            "text_length": text_length,
-            "pair_text_length": pair_text_length,
+            "text_length": model.text_length,
+            "pair_text_length": model.pair_text_length,
         },
         "tokenizer_config.json": {
             "tokenizer_class": "VLMoETokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_vlmoe.VLMoETokenizer", None]},
-            "model_max_length": max(text_length, pair_text_length),
+            "model_max_length": max(model.text_length, model.pair_text_length),
             "padding_side": "right",
         },
     }

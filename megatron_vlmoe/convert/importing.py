@@ -4,75 +4,109 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
-from megatron_vlmoe.config.errors import CheckpointError, ConvertError, DataError
+from megatron_vlmoe.config.errors import CheckpointError, ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoints import check_output, write_checkpoint
 from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, import_config, read_config
 from megatron_vlmoe.convert.name_table import name_table
-from megatron_vlmoe.convert.safetensors_files import SafetensorsFolder
-from megatron_vlmoe.convert.tensors import LazyTensor, check_tensors, counted
+from megatron_vlmoe.convert.tensors import (
+    SafetensorsFolder,
+    check_tensors,
+    conversion_errors,
+    counted,
+)
 from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 
 
-@dataclass(frozen=True)
 class HuggingFaceModel:
-    """A Hugging Face folder as the checkpoint that it stands for.
+    """A folder that an export or `save_pretrained` wrote, as the checkpoint that it stands for.
+
+    It is a `WeightSource` of train/resume.py. Every name and shape is checked at once.
 
     Args:
-        folder: the folder.
+        location: the folder.
+        verify: compares the files with the export's checksums, if any.
+
+    Attributes:
         config: of the run that an import makes.
         tensors: by checkpoint key, read lazily.
         tokenizer: its text tokenizer's file; None for a model without text.
         labels: the classes of a task.
-    """
-
-    folder: Path
-    config: RunConfig
-    tensors: Mapping[str, LazyTensor]
-    tokenizer: Optional[Path]
-    labels: Optional[Labels]
-
-
-def open_hugging_face(location: str | Path, verify: bool = True) -> HuggingFaceModel:
-    """Opens a folder that an export or `save_pretrained` wrote, and checks every name and shape.
-
-    Args:
-        location: the folder.
-        verify: compares the files with the export's checksums where there are any.
 
     Raises:
         ConvertError: another architecture, a damaged or tampered file, or a tensor that is missing, unknown or of
             another shape (a missing expert, for one).
     """
-    folder = Path(location)
-    content = read_config(folder)
-    config = import_config(folder, content)
-    labels = _labels(folder, content, config)
-    if isinstance(config, FinetuneConfig) and labels is not None:
-        task = replace(config.task, num_classes=len(labels.labels), labels_sha256=labels.sha256)
-        config = replace(config, task=task)
-    tokenizer = _tokenizer(folder, config)
-    files = SafetensorsFolder(folder)
-    table = name_table(config)
-    shapes = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}
-    check_tensors(folder, files.tensors, shapes, CONFIG_FILE, "a checkpoint")
-    if verify:
-        files.verify_checksums()
-    tensors = {entry.ours: entry.joined(files.tensors, config.model) for entry in table}
-    if tokenizer is not None:
-        config = replace(config, data=replace(config.data, text_tokenizer=str(tokenizer)))
-    return HuggingFaceModel(folder, config, tensors, tokenizer, labels)
+
+    def __init__(self, location: str | Path, verify: bool = True) -> None:
+        self.path = Path(location)
+        content = read_config(self.path)
+        config = import_config(self.path, content)
+        self.labels = _labels(self.path, content, config)
+        if isinstance(config, FinetuneConfig) and self.labels is not None:
+            config = replace(config, task=replace(config.task, labels_sha256=self.labels.sha256))
+        self.tokenizer: Optional[Path] = None
+        vocab_size = config.model.vocab_size
+        if vocab_size:
+            self.tokenizer = self.path / SPM_FILE
+            with conversion_errors():
+                size = TextTokenizer(self.tokenizer).size
+            if size != vocab_size:
+                raise ConvertError(
+                    f"{self.tokenizer}: has {size} pieces, but {CONFIG_FILE} says vocab_size {vocab_size}"
+                )
+        files = SafetensorsFolder(self.path)
+        table = name_table(config)
+        shapes = {
+            name: shape for e in table for name, shape in e.their_shapes(config.model).items()
+        }
+        check_tensors(self.path, files.tensors, shapes, CONFIG_FILE, "a checkpoint")
+        if verify:
+            files.verify_checksums()
+        self.tensors = {entry.ours: entry.joined(files.tensors, config.model) for entry in table}
+        if self.tokenizer is not None:
+            data = replace(config.data, text_tokenizer=str(self.tokenizer))
+            config = replace(config, data=data)
+        self.config: RunConfig = config
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The configuration that the weights belong to."""
+        return dataclasses.asdict(self.config)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Key of our checkpoints and whole shape of every tensor."""
+        return {key: tensor.shape for key, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load(self, wanted: Mapping[str, Any]) -> None:
+        """Fills shards (megatron-core's ShardedTensor) in place; one whole tensor is in memory at a time.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        for shard in wanted.values():
+            try:
+                whole = self.tensors[shard.key].read()
+            except ConvertError as error:
+                raise CheckpointError(str(error)) from None
+            skip = shard.prepend_axis_num
+            part = tuple(
+                slice(start, start + size)
+                for start, size in zip(shard.global_offset[skip:], shard.local_shape)
+            )
+            shard.data.copy_(whole[part].view_as(shard.data))
 
 
 def import_checkpoint(
@@ -83,21 +117,14 @@ def import_checkpoint(
 ) -> Path:
     """Writes a checkpoint with the weights of a Hugging Face folder, tokenizer and class names beside it.
 
-    Args:
-        location: the Hugging Face folder.
-        output: folder of the checkpoint.
-        parallel: options of `parallel` to note in it. A checkpoint loads at any layout: they only say what a run that
-            takes its configuration from it starts with.
-        overwrite: replaces a checkpoint that is there.
-
-    Returns:
-        The iteration folder.
+    Options of `parallel` are only noted in it: a checkpoint loads at any layout, and they say what a run that takes its
+    configuration from it starts with. Returns the iteration folder.
 
     Raises:
-        ConvertError: see `open_hugging_face` and `check_output`; nothing is left behind.
+        ConvertError: see `HuggingFaceModel` and `check_output`; nothing is left behind.
     """
     check_output(output, overwrite)
-    model = open_hugging_face(location)
+    model = HuggingFaceModel(location)
     config = replace(model.config, parallel=replace(model.config.parallel, **(parallel or {})))
     if model.tokenizer is not None:
         # Found beside the checkpoint, wherever it is moved.
@@ -111,21 +138,6 @@ def import_checkpoint(
     return path
 
 
-def _tokenizer(folder: Path, config: RunConfig) -> Optional[Path]:
-    if not config.model.vocab_size:
-        return None
-    path = folder / SPM_FILE
-    try:
-        size = TextTokenizer(path).size
-    except ValueError as error:
-        raise ConvertError(str(error)) from None
-    if size != config.model.vocab_size:
-        raise ConvertError(
-            f"{path}: has {size} pieces, but {CONFIG_FILE} says vocab_size {config.model.vocab_size}"
-        )
-    return path
-
-
 def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Optional[Labels]:
     """Of `labels.json`, or where a library wrote the folder, of `id2label`."""
     if not isinstance(config, FinetuneConfig) or not config.task.spec.has_labels:
@@ -136,60 +148,10 @@ def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Opti
     names = tuple(str(given[str(index)]) for index in range(len(given)))
     path = folder / LABELS_FILE
     if path.is_file():
-        try:
+        with conversion_errors():
             labels = read_labels(path)
-        except DataError as error:
-            raise ConvertError(str(error)) from None
         if len(labels.labels) == len(names):
             return labels
     if len(set(names)) != len(names):
         raise ConvertError(f"{folder / CONFIG_FILE}: id2label names a class twice")
     return Labels(config.task.name, names)
-
-
-class HuggingFaceWeights:
-    """The weights of a folder that an export or `save_pretrained` wrote (a `WeightSource` of train/resume.py).
-
-    Args:
-        folder: the folder.
-        verify: compares its files with the checksums of the export; once per node is enough.
-
-    Raises:
-        CheckpointError: see `open_hugging_face`.
-    """
-
-    def __init__(self, folder: str | Path, verify: bool = True) -> None:
-        self.path = Path(folder)
-        try:
-            self.model: HuggingFaceModel = open_hugging_face(folder, verify)
-        except ConvertError as error:
-            raise CheckpointError(str(error)) from None
-
-    @property
-    def sections(self) -> Mapping[str, Any]:
-        """The configuration that the weights belong to."""
-        return dataclasses.asdict(self.model.config)
-
-    @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Key of our checkpoints and whole shape of every tensor."""
-        return {key: tensor.shape for key, tensor in self.model.tensors.items()}
-
-    @torch.no_grad()
-    def load(self, wanted: Mapping[str, Any]) -> None:
-        """Fills shards (megatron-core's ShardedTensor) in place; one whole tensor is in memory at a time.
-
-        Raises:
-            CheckpointError: a file cannot be read.
-        """
-        for shard in wanted.values():
-            try:
-                whole = self.model.tensors[shard.key].read()
-            except ConvertError as error:
-                raise CheckpointError(str(error)) from None
-            skip = shard.prepend_axis_num
-            part = tuple(
-                slice(start, start + size)
-                for start, size in zip(shard.global_offset[skip:], shard.local_shape)
-            )
-            shard.data.copy_(whole[part].view_as(shard.data))

@@ -1,4 +1,8 @@
-"""What a checkpoint holds and whether it is sound: one pass over its tensors, one of them in memory at a time."""
+"""What a checkpoint holds and whether it is sound: one pass over its tensors, one of them in memory at a time.
+
+A checkpoint of any layout and a Hugging Face folder are read as one mapping from our keys to whole tensors. Nothing is
+refused that can be described: a missing, unexpected or misshapen tensor becomes a `Problem`.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +11,182 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoints import CheckpointReader
-from megatron_vlmoe.convert.statistics import (
-    Measure,
-    mean_cosine,
-    measure,
-    row_digests,
-    row_norms,
-)
-from megatron_vlmoe.convert.tensor_source import (
-    Problem,
-    TensorSource,
-    open_source,
-    optimizer_key,
-)
-from megatron_vlmoe.convert.tensors import type_name, with_progress
+from megatron_vlmoe.convert.checkpoints import OPTIMIZER, CheckpointReader
+from megatron_vlmoe.convert.hf_config import import_config, read_config
+from megatron_vlmoe.convert.name_table import VocabularyRows, name_table
+from megatron_vlmoe.convert.statistics import Measure, mean_cosine, measure, row_digests, row_norms
+from megatron_vlmoe.convert.tensors import LazyTensor, SafetensorsFolder, type_name, with_progress
 from megatron_vlmoe.planning.dry_run import block_ranges, table
-from megatron_vlmoe.planning.parameters import parameters, part_of, part_order
+from megatron_vlmoe.planning.parameters import (
+    Shape,
+    checkpoint_shapes,
+    parameters,
+    part_of,
+    part_order,
+)
 from megatron_vlmoe.stream.block_plan import block_plans, moe_layer_numbers
+from megatron_vlmoe.train.run_files import is_hugging_face
 
-_EXPERTS = re.compile(r"decoder\.layers\.(\d+)\.mlp\.moe\.experts\.([a-z]+)\.(\w+)$")
-_ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.moe\.router\.([a-z]+)\.weight$")
+_POOL = re.compile(
+    r"decoder\.layers\.(\d+)\.mlp\.moe\.(?:router\.([a-z]+)\.weight|experts\.([a-z]+)\.(\w+))$"
+)
 _FILE_RANK = re.compile(r"__(\d+)_\d+\.distcp$")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with what a checkpoint holds, in a few words.
+
+    Its kind is `missing`, `unexpected`, `shape`, `not finite` or `checksum`; its name that of the tensor or file.
+    """
+
+    kind: str
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Tensors by our key, wherever they come from: an iteration folder, or a Hugging Face folder.
+
+    Args:
+        tensors: the model's; of a Hugging Face folder they are joined by the name table, and those that have no key
+            of ours come under their own name.
+        optimizer_tensors: the optimizer's, as `optimizer.state.KIND.KEY`.
+        problems: what does not go with the configuration.
+        reader: of a checkpoint; None for a Hugging Face folder.
+        stored: of a Hugging Face folder, the tensors in the files that make a key's.
+    """
+
+    path: Path
+    config: RunConfig
+    tensors: Mapping[str, LazyTensor]
+    optimizer_tensors: Mapping[str, LazyTensor]
+    problems: tuple[Problem, ...]
+    reader: Optional[CheckpointReader] = None
+    stored: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+
+    def without_padding(self) -> dict[str, LazyTensor]:
+        """The tensors with zeros in the rows that only fill a vocabulary up, which do not travel with an export.
+
+        They take no part in the model, but were drawn at random in checkpoints of the first version.
+        """
+        tensors = dict(self.tensors)
+        for entry in name_table(self.config):
+            tensor = tensors.get(entry.ours)
+            padded = isinstance(entry.transform, VocabularyRows)
+            if padded and tensor is not None and tensor.shape == entry.shape:
+                rows = entry.their_shapes(self.config.model)[entry.theirs[0]][0]
+
+                def read(tensor: LazyTensor = tensor, rows: int = rows) -> Tensor:
+                    value = tensor.read()
+                    value[rows:] = 0.0
+                    return value
+
+                tensors[entry.ours] = dataclasses.replace(tensor, read=read)
+        return tensors
+
+
+def open_source(location: str | Path) -> TensorSource:
+    """Opens a run, checkpoint or iteration folder, or a Hugging Face folder.
+
+    Raises:
+        ConvertError: neither is there, or what tells its tensors and its configuration is damaged.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        raise ConvertError(f"{folder}: no such folder")
+    if is_hugging_face(folder):
+        return _hugging_face(folder)
+    reader = CheckpointReader(folder)
+    wanted = checkpoint_shapes(reader.config)
+    problems = (*_differences(reader.tensors, wanted), *_optimizer_problems(reader, wanted))
+    # In the order of the model, then what it does not know.
+    tensors = {key: reader.tensors[key] for key in wanted if key in reader.tensors} | reader.tensors
+    return TensorSource(
+        reader.path, reader.config, tensors, reader.optimizer_tensors, problems, reader
+    )
+
+
+def _differences(
+    tensors: Mapping[str, LazyTensor], wanted: Mapping[str, Shape]
+) -> Iterator[Problem]:
+    """What is missing, of another shape, or not wanted."""
+    for name, shape in wanted.items():
+        if name not in tensors:
+            yield Problem("missing", name, f"not there; expected {list(shape)}")
+        elif tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            yield Problem("shape", name, f"{found}, but the configuration says {list(shape)}")
+    for name in tensors:
+        if name not in wanted:
+            yield Problem("unexpected", name, "no tensor of this configuration")
+
+
+def optimizer_key(name: str) -> tuple[str, str]:
+    """Kind and parameter of an optimizer's tensor: `exp_avg` and the key; two empty strings if it is none."""
+    if not name.startswith(OPTIMIZER):
+        return "", ""
+    kind, _, key = name.removeprefix(f"{OPTIMIZER}state.").partition(".")
+    return (kind, key) if name.startswith(f"{OPTIMIZER}state.") else ("other", name)
+
+
+def _optimizer_problems(reader: CheckpointReader, wanted: Mapping[str, Shape]) -> Iterator[Problem]:
+    """Frozen parameters have no state, so a parameter may lack all of it, but not one of its moments."""
+    kinds_of: dict[str, set[str]] = {}
+    for name, tensor in reader.optimizer_tensors.items():
+        kind, key = optimizer_key(name)
+        if key not in wanted:
+            yield Problem("unexpected", name, "no optimizer state of this configuration")
+            continue
+        kinds_of.setdefault(key, set()).add(kind)
+        if tensor.shape != wanted[key]:
+            detail = f"{list(tensor.shape)}, but the configuration says {list(wanted[key])}"
+            yield Problem("shape", name, detail)
+    # Copies in fp32 are kept of what is stored in less.
+    moments = {kind for kinds in kinds_of.values() for kind in kinds if "param" not in kind}
+    for key, found in kinds_of.items():
+        for kind in sorted(moments - found):
+            yield Problem("missing", f"{OPTIMIZER}state.{kind}.{key}", "not there")
+
+
+def _hugging_face(folder: Path) -> TensorSource:
+    config = import_config(folder, read_config(folder))
+    files = SafetensorsFolder(folder)
+    table = name_table(config)
+    wanted = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}
+    problems = list(_differences(files.tensors, wanted))
+    try:
+        files.verify_checksums()
+    except ConvertError as error:
+        name, _, detail = str(error).partition(": ")
+        problems.append(Problem("checksum", Path(name).name, detail))
+    bad = {problem.name for problem in problems}
+    whole = [entry for entry in table if not bad.intersection(entry.theirs)]
+    stored = {e.ours: {name: files.tensors[name] for name in e.theirs} for e in whole}
+    tensors = {e.ours: e.joined(stored[e.ours], config.model) for e in whole}
+    used = {name for parts in stored.values() for name in parts}
+    tensors |= {name: tensor for name, tensor in files.tensors.items() if name not in used}
+    return TensorSource(folder, config, tensors, {}, tuple(problems), None, stored)
 
 
 @dataclass
 class PoolSummary:
-    """The experts of one block and pool.
+    """The experts of one block (from 1) and pool.
 
-    Args:
-        block: number of the block, from 1.
-        pool: name of the pool.
-        fc1_norms: Euclidean norm of every expert's first matrix.
-        fc2_norms: of every expert's second matrix.
-        router_norms: of every expert's row of the router.
-        fc1_cosine: mean cosine between the first matrices of two experts; None for less than two.
-        identical: numbers of experts, from 0, that are equal in every weight and bias, by group.
+    The Euclidean norms are of every expert's two matrices and of its row of the router; the mean cosine is that between
+    the first matrices of two experts, None for less than two; `identical` groups experts, numbered from 0, that are
+    equal in every weight and bias.
     """
 
     block: int
@@ -65,14 +200,10 @@ class PoolSummary:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """The parameters of one part of the model.
+    """The parameters of one part of the model, as planning/parameters.py names it.
 
-    Args:
-        part: as config/estimate names it.
-        total: parameters that the checkpoint holds.
-        activated: of these, those that one image-text pair applies.
-        rms: root mean square of the values.
-        largest: largest absolute value.
+    All that the checkpoint holds, of these those that one image-text pair applies, the root mean square of the values,
+    and the largest absolute one.
     """
 
     part: str
@@ -86,11 +217,8 @@ class PartSummary:
 class OptimizerSummary:
     """The optimizer state of a checkpoint.
 
-    Args:
-        kinds: number of tensors by kind, such as `exp_avg`.
-        nbytes: bytes of their values.
-        steps: updates that the optimizer counts; None where the checkpoint does not tell.
-        parts: root mean square and largest value by kind.
+    Number of tensors by kind, such as `exp_avg`; bytes of their values; updates that the optimizer counts, None where
+    the checkpoint does not tell; root mean square and largest value by kind.
     """
 
     kinds: Mapping[str, int]
@@ -101,11 +229,9 @@ class OptimizerSummary:
 
 @dataclass(frozen=True)
 class Written:
-    """How a checkpoint lies on the disk.
+    """How a checkpoint lies on the disk: files with tensors, and bytes of all files of the folder.
 
     Args:
-        files: number of files with tensors.
-        file_bytes: bytes of all files of the folder.
         writers: processes that wrote them; 0 for a Hugging Face folder.
         attention_pieces: pieces of a tensor-parallel matrix: the tensor-parallel size that wrote it.
         expert_pieces: pieces of a pool of experts: the expert-parallel size; 0 without experts.
@@ -122,17 +248,9 @@ class Written:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that `inspect_checkpoint` finds.
+    """Everything that `inspect_checkpoint` finds: of the model bytes, numbers of tensors by type, and parts in order.
 
-    Args:
-        source: the checkpoint.
-        written: how it lies on the disk.
-        weight_bytes: bytes of the model's values.
-        types: number of tensors by type.
-        parts: the parameters by part, in the order of the model.
-        optimizer: None for a checkpoint of weights alone.
-        pools: the experts by block and pool.
-        problems: whatever is wrong with it.
+    A checkpoint of weights alone has no optimizer.
     """
 
     source: TensorSource
@@ -156,107 +274,76 @@ class Inspection:
 
 
 def inspect_checkpoint(location: str | Path) -> Inspection:
-    """Reads every tensor once.
-
-    Args:
-        location: run, checkpoint or iteration folder of any layout, or Hugging Face folder.
+    """Reads every tensor of a run, checkpoint or iteration folder of any layout, or of a Hugging Face folder, once.
 
     Raises:
         ConvertError: there is none, or it cannot be read.
     """
     source = open_source(location)
-    scan = _Scan(source)
+    problems = list(source.problems)
+    parts: dict[str, Measure] = {}
+    states: dict[str, Measure] = {}
+    pools: dict[tuple[int, str], PoolSummary] = {}
+    digests: dict[tuple[int, str], list[tuple[bytes, ...]]] = {}
     tensors = {**source.tensors, **source.optimizer_tensors}
     for name, tensor in with_progress(tensors.items(), len(tensors), "inspect"):
-        scan.add(name, tensor.read())
+        value = tensor.read()
+        found = measure(value)
+        if found.first is not None:
+            problems += _not_finite(source, name, found)
+        kind, _ = optimizer_key(name)
+        measures, group = (states, kind) if kind else (parts, part_of(name))
+        measures[group] = measures.get(group, Measure()) + found
+        if match := _POOL.match(name):
+            block, of_router, of_experts, end = match.groups()
+            where = (int(block) + 1, of_router or of_experts)
+            pool = pools.setdefault(where, PoolSummary(*where))
+            if of_router:
+                pool.router_norms = row_norms(value)
+            else:
+                known = digests.setdefault(where, [()] * len(value))
+                # Pools of the wrong shape are a problem already.
+                digests[where] = [(*old, new) for old, new in zip(known, row_digests(value))]
+            if end == "weight1":
+                pool.fc1_norms, pool.fc1_cosine = row_norms(value), mean_cosine(value)
+            elif end == "weight2":
+                pool.fc2_norms = row_norms(value)
+        # Given back before the next one is read.
+        del value
+    for where, experts in digests.items():
+        groups: dict[tuple[bytes, ...], list[int]] = {}
+        for number, prints in enumerate(experts):
+            groups.setdefault(prints, []).append(number)
+        pools[where].identical = [group for group in groups.values() if len(group) > 1]
+    activated: Counter[str] = Counter()
+    for parameter in parameters(source.config):
+        activated[parameter.part] += parameter.activated
     return Inspection(
         source,
         written=_written(source),
         weight_bytes=sum(tensor.nbytes for tensor in source.tensors.values()),
         types=dict(Counter(type_name(tensor.dtype) for tensor in source.tensors.values())),
-        parts=scan.part_summaries(),
-        optimizer=_optimizer(source, scan.states),
-        pools=scan.pool_summaries(),
-        problems=(*source.problems, *scan.problems),
+        parts=tuple(
+            PartSummary(part, found.numel, activated[part], found.rms, found.largest)
+            for part, found in sorted(parts.items(), key=lambda entry: part_order(entry[0]))
+        ),
+        optimizer=_optimizer(source, states),
+        pools=tuple(pools[where] for where in sorted(pools)),
+        problems=tuple(problems),
     )
 
 
-class _Scan:
-    """What is known after some of the tensors.
-
-    Args:
-        source: the checkpoint.
-    """
-
-    def __init__(self, source: TensorSource) -> None:
-        self.source = source
-        self.parts: dict[str, Measure] = {}
-        self.states: dict[str, Measure] = {}
-        self.pools: dict[tuple[int, str], PoolSummary] = {}
-        self.digests: dict[tuple[int, str], list[tuple[bytes, ...]]] = {}
-        self.problems: list[Problem] = []
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Takes in one tensor."""
-        found = measure(value)
-        if found.first is not None:
-            self.problems += self._not_finite(name, found)
-        kind, key = optimizer_key(name)
-        if kind:
-            self.states[kind] = self.states.get(kind, Measure()) + found
-            return
-        part = part_of(name)
-        self.parts[part] = self.parts.get(part, Measure()) + found
-        if match := _EXPERTS.match(name):
-            self._add_experts((int(match[1]) + 1, match[2]), match[3], value)
-        elif match := _ROUTER.match(name):
-            self._pool((int(match[1]) + 1, match[2])).router_norms = row_norms(value)
-
-    def _pool(self, where: tuple[int, str]) -> PoolSummary:
-        return self.pools.setdefault(where, PoolSummary(*where))
-
-    def _add_experts(self, where: tuple[int, str], name: str, value: Tensor) -> None:
-        pool = self._pool(where)
-        if name == "weight1":
-            pool.fc1_norms, pool.fc1_cosine = row_norms(value), mean_cosine(value)
-        elif name == "weight2":
-            pool.fc2_norms = row_norms(value)
-        known = self.digests.setdefault(where, [()] * len(value))
-        # Pools of the wrong shape are a problem already.
-        self.digests[where] = [(*old, new) for old, new in zip(known, row_digests(value))]
-
-    def _not_finite(self, key: str, found: Measure) -> list[Problem]:
-        measures = {key: found}
-        if stored := self.source.stored.get(key):
-            # Named, counted and placed as the files have it.
-            measures = {name: measure(tensor.read()) for name, tensor in stored.items()}
-        problems = []
-        for name, one in measures.items():
-            counts = {"NaN": one.nans, "Inf": one.infinities}
-            many = " and ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-            if one.first is not None:
-                detail = f"{many} of {one.numel:,} values, first at {list(one.first)}"
-                problems.append(Problem("not finite", name, detail))
-        return problems
-
-    def part_summaries(self) -> tuple[PartSummary, ...]:
-        """The parts in the order of the model."""
-        activated: Counter[str] = Counter()
-        for parameter in parameters(self.source.config):
-            activated[parameter.part] += parameter.activated
-        return tuple(
-            PartSummary(part, found.numel, activated[part], found.rms, found.largest)
-            for part, found in sorted(self.parts.items(), key=lambda entry: part_order(entry[0]))
-        )
-
-    def pool_summaries(self) -> tuple[PoolSummary, ...]:
-        """The pools by block, with the groups of equal experts."""
-        for where, experts in self.digests.items():
-            groups: dict[tuple[bytes, ...], list[int]] = {}
-            for number, digests in enumerate(experts):
-                groups.setdefault(digests, []).append(number)
-            self.pools[where].identical = [group for group in groups.values() if len(group) > 1]
-        return tuple(self.pools[where] for where in sorted(self.pools))
+def _not_finite(source: TensorSource, key: str, found: Measure) -> Iterator[Problem]:
+    measures = {key: found}
+    if stored := source.stored.get(key):
+        # Named, counted and placed as the files have it.
+        measures = {name: measure(tensor.read()) for name, tensor in stored.items()}
+    for name, one in measures.items():
+        counts = {"NaN": one.nans, "Inf": one.infinities}
+        many = " and ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        if one.first is not None:
+            detail = f"{many} of {one.numel:,} values, first at {list(one.first)}"
+            yield Problem("not finite", name, detail)
 
 
 def _written(source: TensorSource) -> Written:
@@ -282,18 +369,9 @@ def _optimizer(source: TensorSource, states: Mapping[str, Measure]) -> Optional[
     if not source.optimizer_tensors:
         return None
     assert source.reader is not None
-    return OptimizerSummary(
-        dict(Counter(optimizer_key(name)[0] for name in source.optimizer_tensors)),
-        sum(tensor.nbytes for tensor in source.optimizer_tensors.values()),
-        _optimizer_steps(source.reader),
-        {kind: (found.rms, found.largest) for kind, found in states.items()},
-    )
-
-
-def _optimizer_steps(reader: CheckpointReader) -> Optional[int]:
-    """Adam's own count, which lags behind the run's step where fp16 skipped updates."""
+    # Adam's own count, which lags behind the run's step where fp16 skipped updates.
     steps: list[int] = []
-    stack: list[Any] = [reader.common.get("optimizer")]
+    stack: list[Any] = [source.reader.common.get("optimizer")]
     while stack:
         item = stack.pop()
         if isinstance(item, Mapping):
@@ -302,7 +380,12 @@ def _optimizer_steps(reader: CheckpointReader) -> Optional[int]:
             stack.extend(item.values())
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
-    return max(steps, default=None)
+    return OptimizerSummary(
+        dict(Counter(optimizer_key(name)[0] for name in source.optimizer_tensors)),
+        sum(tensor.nbytes for tensor in source.optimizer_tensors.values()),
+        max(steps, default=None),
+        {kind: (found.rms, found.largest) for kind, found in states.items()},
+    )
 
 
 SHOWN_PROBLEMS = 50
@@ -310,13 +393,25 @@ SHOWN_PROBLEMS = 50
 
 def inspection_lines(inspection: Inspection) -> list[str]:
     """The report as text."""
+    path, config = inspection.source.path, inspection.source.config
+    parts = [
+        (p.part, f"{p.total:,}", f"{p.activated:,}", number(p.rms), number(p.largest))
+        for p in inspection.parts
+    ]
+    parts.append(("total", f"{inspection.total:,}", f"{inspection.activated:,}", "", ""))
+    problems = ["No problem: every tensor is there and finite."]
+    if inspection.problems:
+        shown = [f"  {p.kind}: {p.name}: {p.detail}" for p in inspection.problems[:SHOWN_PROBLEMS]]
+        problems = [f"{len(inspection.problems)} problem(s)", *shown]
+        if more := len(inspection.problems) - len(shown):
+            problems.append(f"  and {more} more (--json lists all)")
     sections = (
-        [str(inspection.source.path), *_indented(_origin_lines(inspection))],
-        ["Model", *_indented(_architecture_lines(inspection.source.config))],
-        ["Written", *_indented(_written_lines(inspection))],
-        ["Parameters", *_parameter_lines(inspection)],
+        [str(path), *(f"  {line}" for line in _origin_lines(inspection))],
+        ["Model", *(f"  {line}" for line in _architecture_lines(config))],
+        ["Written", *(f"  {line}" for line in _written_lines(inspection))],
+        ["Parameters", *table(("part", "number", "per token of a pair", "RMS", "largest"), parts)],
         _pool_lines(inspection.pools),
-        _problem_lines(inspection),
+        problems,
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines).split("\n")
 
@@ -342,16 +437,16 @@ def inspection_json(inspection: Inspection) -> str:
 
 
 def to_json(content: Any) -> str:
-    """Strict JSON."""
-    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Strict JSON: numbers that are not finite are null."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def size_text(nbytes: int) -> str:
@@ -365,10 +460,6 @@ def size_text(nbytes: int) -> str:
 def number(value: float) -> str:
     """Four significant digits."""
     return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _indented(lines: list[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
 
 
 def _architecture_lines(config: RunConfig) -> list[str]:
@@ -429,12 +520,9 @@ def _written_lines(inspection: Inspection) -> list[str]:
         of = f"{counts[-1]} of {sum(inspection.types.values())} tensors"
         steps = f", {optimizer.steps} updates" if optimizer.steps is not None else ""
         lines.append(f"optimizer state: {kinds} of {of}, {size_text(optimizer.nbytes)}{steps}")
-    return lines + (_layout_lines(inspection) if inspection.source.reader else [])
-
-
-def _layout_lines(inspection: Inspection) -> list[str]:
-    """The layout that the pieces tell (tensor and expert parallel; a pipeline leaves no trace), and the noted one."""
-    written = inspection.written
+    if not inspection.source.reader:
+        return lines
+    # The layout that the pieces tell (tensor and expert parallel; a pipeline leaves no trace), and the noted one.
     tensor = int(written.parallel["tensor_model_parallel_size"])
     expert = int(written.parallel["expert_model_parallel_size"])
     noted = {
@@ -444,29 +532,13 @@ def _layout_lines(inspection: Inspection) -> list[str]:
         "EP": expert,
     }
     pools = f", experts in {written.expert_pieces} (EP)" if written.expert_pieces else ""
-    lines = [
+    lines += [
         f"pieces: attention in {written.attention_pieces} (TP){pools}",
         "layout of the run: " + " x ".join(f"{name} {size}" for name, size in noted.items()),
     ]
-    told = (written.attention_pieces, written.expert_pieces or expert)
-    if told != (tensor, expert):
+    if (written.attention_pieces, written.expert_pieces or expert) != (tensor, expert):
         lines.append("the pieces are not those of that layout: a converter wrote them")
     return lines
-
-
-def _parameter_lines(inspection: Inspection) -> list[str]:
-    rows = [
-        (
-            part.part,
-            f"{part.total:,}",
-            f"{part.activated:,}",
-            number(part.rms),
-            number(part.largest),
-        )
-        for part in inspection.parts
-    ]
-    rows.append(("total", f"{inspection.total:,}", f"{inspection.activated:,}", "", ""))
-    return table(("part", "number", "per token of a pair", "RMS", "largest"), rows)
 
 
 def _pool_lines(pools: tuple[PoolSummary, ...]) -> list[str]:
@@ -498,15 +570,4 @@ def _pool_lines(pools: tuple[PoolSummary, ...]) -> list[str]:
             )
         if pool.router_norms and not any(pool.router_norms):
             lines.append(f"{where}: the router is zero, every gate is 1/E")
-    return lines
-
-
-def _problem_lines(inspection: Inspection) -> list[str]:
-    problems = inspection.problems
-    if not problems:
-        return ["No problem: every tensor is there and finite."]
-    lines = [f"{len(problems)} problem(s)"]
-    lines += [f"  {p.kind}: {p.name}: {p.detail}" for p in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more (--json lists all)")
     return lines

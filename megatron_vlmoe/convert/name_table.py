@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,9 @@ class PatchConvolution(Transform):
 
 @dataclass(frozen=True)
 class VocabularyRows(Transform):
-    """Rows beyond the vocabulary, which only fill it up to a multiple of 128, do not travel; they come back as zero.
+    """Rows beyond a vocabulary, which only fill it up to a multiple of 128, do not travel; they come back as zero.
 
-    Args:
-        field: which vocabulary, `vocab_size` or `visual_vocab_size`.
+    The field is that of its size, `vocab_size` or `visual_vocab_size`.
     """
 
     field: str
@@ -88,8 +87,7 @@ class VocabularyRows(Transform):
 class FusedQkv(Transform):
     """megatron-core's fused projection, rows ``[H, (q, k, v), K]``, is three matrices there.
 
-    Args:
-        parts: what travels, in the order of the names there. The key's bias is zero by construction and does not.
+    Parts travel in the order of the names there. The key's bias is zero by construction and does not.
     """
 
     parts: tuple[str, ...] = ("q", "k", "v")
@@ -111,50 +109,39 @@ class FusedQkv(Transform):
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table.
-
-    Args:
-        ours: key in a checkpoint.
-        theirs: names in an export.
-        transform: how the values become each other.
-    """
+    """One line of the table: a key in a checkpoint, its names in an export, and how the values become each other."""
 
     ours: str
     theirs: tuple[str, ...]
     transform: Transform = Transform()
 
 
-def _same(ours: str, theirs: str, *endings: str) -> tuple[Rule, ...]:
-    return tuple(Rule(f"{ours}.{end}", (f"{theirs}.{end}",)) for end in endings)
+_LINEAR = ("weight", "bias")
+
+
+def _same(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{ours}.{end}", (f"{theirs}.{end}",)) for end in _LINEAR)
 
 
 _TEXT, _IMAGE = "vlmoe.text_embeddings", "vlmoe.image_embeddings"
+_WORDS, _PATCHES = f"{_TEXT}.word_embeddings", f"{_IMAGE}.patch_embeddings.projection"
 _OURS, _THEIRS = "decoder.layers.*", "vlmoe.encoder.layer.*"
 _QKV, _ATTENTION = f"{_OURS}.self_attention.linear_qkv", f"{_THEIRS}.attention"
 _BRANCH = f"{_THEIRS}.feed_forward.*"
-_LINEAR = ("weight", "bias")
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        "embedding.text.word.weight",
-        (f"{_TEXT}.word_embeddings.weight",),
-        VocabularyRows("vocab_size"),
-    ),
+    Rule("embedding.text.word.weight", (f"{_WORDS}.weight",), VocabularyRows("vocab_size")),
     Rule("embedding.text.position", (f"{_TEXT}.position_embeddings",), LeadingAxis()),
     Rule("embedding.text.token_type", (f"{_TEXT}.token_type_embedding",), LeadingAxis()),
-    Rule(
-        "embedding.image.weight",
-        (f"{_IMAGE}.patch_embeddings.projection.weight",),
-        PatchConvolution(),
-    ),
-    Rule("embedding.image.bias", (f"{_IMAGE}.patch_embeddings.projection.bias",)),
+    Rule("embedding.image.weight", (f"{_PATCHES}.weight",), PatchConvolution()),
+    Rule("embedding.image.bias", (f"{_PATCHES}.bias",)),
     Rule("embedding.image.cls_token", (f"{_IMAGE}.cls_token",), LeadingAxis()),
     Rule("embedding.image.mask_token", (f"{_IMAGE}.mask_token",), LeadingAxis()),
     Rule("embedding.image.position", (f"{_IMAGE}.position_embeddings",), LeadingAxis()),
     Rule("embedding.image.token_type", (f"{_IMAGE}.token_type_embedding",), LeadingAxis()),
     Rule(f"{_OURS}.gamma_1", (f"{_THEIRS}.lambda_1",)),
     Rule(f"{_OURS}.gamma_2", (f"{_THEIRS}.lambda_2",)),
-    *_same(f"{_OURS}.input_layernorm", f"{_THEIRS}.layernorm_before", *_LINEAR),
+    *_same(f"{_OURS}.input_layernorm", f"{_THEIRS}.layernorm_before"),
     Rule(
         f"{_QKV}.weight",
         tuple(f"{_ATTENTION}.{part}.weight" for part in ("query", "key", "value")),
@@ -165,16 +152,16 @@ RULES: tuple[Rule, ...] = (
         tuple(f"{_ATTENTION}.{part}.bias" for part in ("query", "value")),
         FusedQkv(("q", "v")),
     ),
-    *_same(f"{_OURS}.self_attention.linear_proj", f"{_ATTENTION}.output", *_LINEAR),
-    *_same(f"{_OURS}.mlp.*_norm", f"{_BRANCH}.layernorm", *_LINEAR),
-    *_same(f"{_OURS}.mlp.*_ffn.linear_fc1", f"{_BRANCH}.fc1", *_LINEAR),
-    *_same(f"{_OURS}.mlp.*_ffn.linear_fc2", f"{_BRANCH}.fc2", *_LINEAR),
+    *_same(f"{_OURS}.self_attention.linear_proj", f"{_ATTENTION}.output"),
+    *_same(f"{_OURS}.mlp.*_norm", f"{_BRANCH}.layernorm"),
+    *_same(f"{_OURS}.mlp.*_ffn.linear_fc1", f"{_BRANCH}.fc1"),
+    *_same(f"{_OURS}.mlp.*_ffn.linear_fc2", f"{_BRANCH}.fc2"),
     Rule(f"{_OURS}.mlp.moe.router.*.weight", (f"{_BRANCH}.router.weight",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.weight1", (f"{_BRANCH}.experts.fc1_weight",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.bias1", (f"{_BRANCH}.experts.fc1_bias",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.weight2", (f"{_BRANCH}.experts.fc2_weight",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.bias2", (f"{_BRANCH}.experts.fc2_bias",)),
-    *_same("decoder.final_layernorm", "vlmoe.layernorm", *_LINEAR),
+    *_same("decoder.final_layernorm", "vlmoe.layernorm"),
     *(
         Rule(f"heads.{ours}.linear.{end}", (f"{theirs}.{end}",), VocabularyRows(vocabulary))
         for ours, theirs, vocabulary in (
@@ -183,15 +170,15 @@ RULES: tuple[Rule, ...] = (
         )
         for end in _LINEAR
     ),
-    *_same("heads.pooler.dense", "pooler.dense", *_LINEAR),
-    *_same("heads.classifier", "classifier", *_LINEAR),
-    *_same("heads.classifier.dense", "classifier.dense", *_LINEAR),
-    *_same("heads.classifier.norm", "classifier.norm", *_LINEAR),
-    *_same("heads.classifier.output", "classifier.output", *_LINEAR),
+    *_same("heads.pooler.dense", "pooler.dense"),
+    *_same("heads.classifier", "classifier"),
+    *_same("heads.classifier.dense", "classifier.dense"),
+    *_same("heads.classifier.norm", "classifier.norm"),
+    *_same("heads.classifier.output", "classifier.output"),
     Rule("heads.text_projection.weight", ("text_projection.weight",)),
     Rule("heads.image_projection.weight", ("image_projection.weight",)),
     Rule("heads.logit_scale", ("logit_scale",)),
-    *_same("heads.matching", "matching", *_LINEAR),
+    *_same("heads.matching", "matching"),
 )
 
 # Kept in fp32 whatever the rest is stored in (paper section 3.2: the router; the temperature moves in small steps).
@@ -199,24 +186,18 @@ FP32_KEYS = re.compile(r"\.router\.\w+\.weight$|^heads\.logit_scale$")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint and its counterparts.
+class Entry(Rule):
+    """One tensor of a checkpoint, its `shape` there, and its counterparts."""
 
-    Args:
-        ours: key in a checkpoint.
-        shape: its shape there.
-        theirs: names in an export.
-        transform: how the values become each other.
-    """
-
-    ours: str
-    shape: Shape
-    theirs: tuple[str, ...]
-    transform: Transform
+    shape: Shape = field(kw_only=True)
 
     def their_shapes(self, model: ModelConfig) -> dict[str, Shape]:
         """Name and shape of every counterpart."""
         return dict(zip(self.theirs, self.transform.shapes(self.shape, model), strict=True))
+
+    def parted(self, tensor: LazyTensor, model: ModelConfig) -> tuple[Tensor, ...]:
+        """The counterparts in an export of the tensor of a checkpoint, which is read now."""
+        return self.transform.split(tensor.read(), model)
 
     def joined(self, theirs: Mapping[str, LazyTensor], model: ModelConfig) -> LazyTensor:
         """The tensor of a checkpoint, made of the counterparts in an export when it is read."""
@@ -244,5 +225,5 @@ def name_table(config: RunConfig) -> tuple[Entry, ...]:
             raise LookupError(f"{len(found)} rules for {key}")
         match, rule = found[0]
         theirs = tuple(name.replace("*", "{}").format(*match.groups()) for name in rule.theirs)
-        entries.append(Entry(key, shape, theirs, rule.transform))
+        entries.append(Entry(key, theirs, rule.transform, shape=shape))
     return tuple(entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Optional
 
 import numpy as np
@@ -18,15 +18,9 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class Measure:
-    """What one pass over the values of one or several tensors finds.
+    """What one pass over the values of one or several tensors finds: sum of squares and largest of the finite ones.
 
-    Args:
-        numel: number of values.
-        square_sum: of the finite values.
-        largest: largest absolute finite value.
-        nans: values that are not a number.
-        infinities: infinite values.
-        first: place of the first value of these two kinds; None if all are finite.
+    `first` is the place of the first value that is NaN or infinite; None if all are finite.
     """
 
     numel: int = 0
@@ -83,8 +77,7 @@ class Distance:
         not_finite: of these, those that are no number or infinite on one side or both.
         largest: largest absolute difference of the other values.
         square_sum: of the differences of the values that are finite on both sides.
-        left_square_sum: of the values on the left, likewise.
-        right_square_sum: of the values on the right, likewise.
+        left_square_sum: of these values on the left, as `right_square_sum` on the right.
         product: sum of the products of left and right.
     """
 
@@ -98,16 +91,9 @@ class Distance:
     product: float = 0.0
 
     def __add__(self, other: Distance) -> Distance:
-        return Distance(
-            self.numel + other.numel,
-            self.different + other.different,
-            self.not_finite + other.not_finite,
-            max(self.largest, other.largest),
-            self.square_sum + other.square_sum,
-            self.left_square_sum + other.left_square_sum,
-            self.right_square_sum + other.right_square_sum,
-            self.product + other.product,
-        )
+        ours, theirs = asdict(self), asdict(other)
+        sums = {name: value + theirs[name] for name, value in ours.items()}
+        return Distance(**sums | {"largest": max(self.largest, other.largest)})
 
     @property
     def equal(self) -> bool:

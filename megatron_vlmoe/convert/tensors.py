@@ -1,32 +1,57 @@
-"""Tensors that are read when they are written: a converter holds one at a time."""
+"""Tensors that are read when they are written, so that a converter holds one at a time; folders of safetensors files.
+
+Such a folder is written tensor by tensor and read lazily; damage is found before anything is used. The format: eight
+bytes with the length of a JSON header, the header (dtype, shape and place of every tensor), then the values. The
+safetensors package itself can only write a file whose tensors are all in memory; reading goes through it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError, DataError
+from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.progress import Progress
 
 Item = TypeVar("Item")
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SUMS_FILE = "SHA256SUMS"
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_FROM_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+# The format asks for values that start at a multiple of eight bytes.
+_ALIGNMENT = 8
+
+
+@contextlib.contextmanager
+def conversion_errors() -> Iterator[None]:
+    """Around what a conversion asks of others: their errors name the file already, and are its own."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, DataError) as error:
+        raise ConvertError(str(error)) from None
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of known shape whose values come when they are asked for.
-
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor.
-        read: makes it.
-    """
+    """A tensor of known shape and type, which is read when its values are asked for."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -55,14 +80,9 @@ def check_tensors(
     said_by: str,
     other_side: str,
 ) -> None:
-    """Compares what is there with what a configuration asks for.
+    """Compares tensors with name and shape of everything that must be there, and of nothing else.
 
-    Args:
-        where: the folder, for messages.
-        tensors: what is there.
-        shapes: name and shape of everything that must be there, and of nothing else.
-        said_by: what says so, for messages.
-        other_side: what they are to become, for messages.
+    Messages name the folder, what asks for these shapes, and what the tensors are to become.
 
     Raises:
         ConvertError: naming the first tensor that is missing, of another shape, or unknown.
@@ -99,3 +119,175 @@ def counted(tensors: Mapping[str, LazyTensor], what: str) -> Iterator[dict[str, 
 
         yield {key: replace(tensor, read=partial(read, tensor)) for key, tensor in tensors.items()}
         progress.finish()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are made together, because they come from one; names, shapes and values have one order."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    read: Callable[[], Sequence[Tensor]]
+
+
+def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) -> Iterator[Group]:
+    """Writes the tensors, in this order, into one file, or into several with an index, and the checksums of the files.
+
+    The folder must exist. A file is at most of `max_shard_bytes`, unless a single tensor is larger.
+
+    Yields:
+        Every group after it is written, for a progress bar.
+    """
+    shards: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
+    sizes = [0]
+    for group in groups:
+        for name, shape in zip(group.names, group.shapes, strict=True):
+            nbytes = torch.Size(shape).numel() * group.dtype.itemsize
+            if shards[-1] and sizes[-1] + nbytes > max_shard_bytes:
+                shards.append([])
+                sizes.append(0)
+            shards[-1].append((name, shape, group.dtype))
+            sizes[-1] += nbytes
+    files = [SINGLE_FILE]
+    if len(shards) > 1:
+        numbers = range(1, len(shards) + 1)
+        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
+    values, last_of = _values(groups), {group.names[-1]: group for group in groups}
+    sums, where = [], {}
+    for file_name, shard in zip(files, shards):
+        digest = hashlib.sha256()
+        with (folder / file_name).open("wb") as file:
+            header = _header(shard)
+            file.write(header)
+            digest.update(header)
+            for name, _, _ in shard:
+                found, value = next(values)
+                assert found == name
+                where[name] = file_name
+                # safetensors is little-endian, as every machine that torch runs on.
+                content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                file.write(content)
+                digest.update(content)
+                if name in last_of:
+                    yield last_of[name]
+        sums.append(f"{digest.hexdigest()}  {file_name}\n")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
+        write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    write_text_atomic(folder / SUMS_FILE, "".join(sums))
+
+
+def _values(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
+    for group in groups:
+        parts = list(group.read())
+        for index, name in enumerate(group.names):
+            # Given away: the parts of a group need not be held until the last of them is written.
+            value = parts[index]
+            parts[index] = torch.empty(0)
+            if tuple(value.shape) != group.shapes[index]:
+                raise ConvertError(
+                    f"{name}: has shape {list(value.shape)}, not {list(group.shapes[index])}"
+                )
+            yield name, value.to(group.dtype)
+
+
+def _header(shard: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> bytes:
+    # transformers reads only files that say what framework their tensors are for.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape, dtype in shard:
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % _ALIGNMENT)
+    return len(content).to_bytes(8, "little") + content
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder, one file or several with an index.
+
+    Raises:
+        ConvertError: no safetensors there, a file is missing, truncated or no safetensors, or an index that names
+            tensors its files do not have.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.tensors: dict[str, LazyTensor] = {}
+        """By name."""
+        where = self._files()
+        for file in sorted(set(where.values()) if where else {SINGLE_FILE}):
+            self._open(file)
+        if where and (lost := sorted(set(where) - set(self.tensors))):
+            raise ConvertError(f"{self.folder / INDEX_FILE}: names {lost[0]}, which no file has")
+
+    def verify_checksums(self) -> None:
+        """Compares the files with `SHA256SUMS`, where there is one: `save_pretrained` writes none.
+
+        Raises:
+            ConvertError: naming the first file that differs.
+        """
+        sums = self.folder / SUMS_FILE
+        if not sums.is_file():
+            return
+        for line in sums.read_text().splitlines():
+            expected, _, name = line.partition("  ")
+            file = self.folder / name
+            if not file.is_file():
+                raise ConvertError(f"{file}: missing, though {SUMS_FILE} lists it")
+            with file.open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            if found != expected:
+                raise ConvertError(
+                    f"{file}: differs from what was exported ({SUMS_FILE}); if that was meant, delete {SUMS_FILE}"
+                )
+
+    def _files(self) -> dict[str, str]:
+        """Name of every tensor and its file; empty where there is one file without an index."""
+        index = self.folder / INDEX_FILE
+        if not index.is_file():
+            if not (self.folder / SINGLE_FILE).is_file():
+                raise ConvertError(f"{self.folder}: no {SINGLE_FILE} and no {INDEX_FILE} there")
+            return {}
+        try:
+            where = json.loads(index.read_bytes())["weight_map"]
+            names = {str(name): str(file) for name, file in where.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConvertError(f"{index}: damaged ({type(error).__name__})") from None
+        outside = [file for file in names.values() if Path(file).name != file]
+        if outside or not names:
+            raise ConvertError(f"{index}: damaged ({outside[0] if outside else 'no tensors'})")
+        return names
+
+    def _open(self, name: str) -> None:
+        file = self.folder / name
+        if not file.is_file():
+            raise ConvertError(f"{file}: missing")
+        try:
+            with safe_open(file, framework="pt") as content:
+                for key in content.keys():
+                    if key in self.tensors:
+                        raise ConvertError(f"{file}: has {key} a second time")
+                    part = content.get_slice(key)
+                    dtype = _FROM_NAME.get(part.get_dtype())
+                    if dtype is None:
+                        raise ConvertError(f"{file}: {key} is of type {part.get_dtype()}")
+                    read = partial(_read, file, key)
+                    self.tensors[key] = LazyTensor(tuple(part.get_shape()), dtype, read)
+        except (SafetensorError, OSError) as error:
+            raise ConvertError(f"{file}: damaged or truncated ({error})") from None
+
+
+def _read(file: Path, name: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as content:
+            value: Tensor = content.get_tensor(name)
+            return value
+    except (SafetensorError, OSError) as error:
+        raise ConvertError(f"{file}: {name}: {error}") from None

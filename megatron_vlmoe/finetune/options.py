@@ -158,7 +158,7 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
     path = checkpoint_of(location, step)
     if is_hugging_face(path):
         try:
-            folder = load("megatron_vlmoe.convert.importing").open_hugging_face(path, verify=False)
+            folder = load("megatron_vlmoe.convert.importing").HuggingFaceModel(path, verify=False)
         except ConvertError as error:
             raise ConfigError(f"--load {error}") from None
         exported: RunConfig = folder.config

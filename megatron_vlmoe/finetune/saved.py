@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmoe.config.errors import CheckpointError
+from megatron_vlmoe.config.errors import CheckpointError, ConvertError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.convert.importing import HuggingFaceWeights
+from megatron_vlmoe.convert.importing import HuggingFaceModel
 from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.resume import CheckpointWeights, WeightSource, warm_start
 from megatron_vlmoe.train.run_files import is_hugging_face
@@ -20,10 +20,13 @@ def weight_source(path: Path) -> WeightSource:
     Raises:
         CheckpointError: a Hugging Face folder that is damaged, tampered with, or of another architecture.
     """
-    if is_hugging_face(path):
+    if not is_hugging_face(path):
+        return CheckpointWeights(path)
+    try:
         # Checksums cost a whole reading: once per node.
-        return HuggingFaceWeights(path, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
-    return CheckpointWeights(path)
+        return HuggingFaceModel(path, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+    except ConvertError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def load_weights(path: Path, config: RunConfig, parts: Any) -> None:

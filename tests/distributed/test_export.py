@@ -13,7 +13,7 @@ from export_runs import SAMPLES, compute, config_of, inputs, load_imported, writ
 from helpers import Layout, Workers, layout
 
 from megatron_vlmoe.convert.checkpoints import CheckpointReader
-from megatron_vlmoe.convert.exporting import ExportOptions, export_checkpoint
+from megatron_vlmoe.convert.exporting import export_checkpoint
 from megatron_vlmoe.convert.hf_config import architecture
 from megatron_vlmoe.convert.importing import import_checkpoint
 from megatron_vlmoe.data.task_labels import Labels
@@ -57,7 +57,7 @@ def exported(folder: Path, task: str, tokenizer: Path, **options: Any) -> Path:
     if task:
         labels = Labels(task, tuple(f"class {number}" for number in range(CLASSES[task])))
         (folder / LABELS_FILE).write_text(labels.to_json())
-    return export_checkpoint(folder, folder / "hf", ExportOptions(**options))
+    return export_checkpoint(folder, folder / "hf", **options)
 
 
 def loaded(folder: Path, task: str, factor: float) -> Any:

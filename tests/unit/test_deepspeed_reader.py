@@ -28,7 +28,7 @@ from vlmo_reference import VLMoReference, encode_with_checkpoint
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.public.command import import_public, open_source, plan_import
-from megatron_vlmoe.convert.public.options import ImportOptions
+from megatron_vlmoe.convert.public.planner import ImportOptions
 from megatron_vlmoe.convert.public.torch_files import read_deepspeed
 
 # Blocks from 0, and experts of their MoE layers: a pool of each modality.

@@ -15,13 +15,13 @@ import torch
 from hf_folder import TINY, VOCAB, write_folder
 from PIL import Image
 
+from megatron_vlmoe.convert.exporting import usage
 from megatron_vlmoe.convert.hf_config import (
     CUSTOM_PIPELINES,
     architecture,
     auto_map,
     hf_source_files,
 )
-from megatron_vlmoe.convert.model_card import usage
 
 pytest.importorskip("transformers")
 

@@ -30,7 +30,7 @@ from public_states import (
 
 from megatron_vlmoe.commands.main import run as run_command
 from megatron_vlmoe.config.errors import ConvertError
-from megatron_vlmoe.convert.public.options import ImportOptions
+from megatron_vlmoe.convert.public.planner import ImportOptions
 from megatron_vlmoe.convert.public.torch_files import read_public_file
 from megatron_vlmoe.train.checkpoint_files import TRACKER
 

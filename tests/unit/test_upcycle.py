@@ -22,20 +22,18 @@ from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoin
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
 from megatron_vlmoe.convert.upcycle.run import (
+    GrownPool,
     Upcycled,
-    read_source,
-    report_lines,
-    upcycle_checkpoint,
-    upcycled_tensors,
-)
-from megatron_vlmoe.convert.upcycle.tensors import GrownPool, sparse_optimizer
-from megatron_vlmoe.convert.upcycle.values import (
-    Diversity,
     diversify,
     dropped_channels,
     grown_router,
+    read_source,
+    report_lines,
     sampled_gates,
     small_router,
+    sparse_optimizer,
+    upcycle_checkpoint,
+    upcycled_tensors,
 )
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.checkpoint_files import TrainState
@@ -297,14 +295,14 @@ def test_shared_pool(dense: Source, start: str) -> None:
 def test_noise_is_relative_and_a_function_of_seed_and_expert() -> None:
     source = 3.0 + 0.01 * torch.randn((1, 200, 300), generator=torch.Generator().manual_seed(2))
     experts = source.repeat(3, 1, 1)
-    how = Diversity(noise=0.1, seed=1)
+    how = UpcycleOptions(noise=0.1, seed=1)
     made = diversify(experts, "weight1", "pool", how)
     added = made - experts
     assert float(added.std()) == pytest.approx(0.001, rel=0.02)
     assert not torch.equal(added[0], added[1])
     assert torch.equal(made, diversify(experts, "weight1", "pool", how))
     assert torch.equal(made[:2], diversify(experts[:2], "weight1", "pool", how))
-    for other in (Diversity(noise=0.1, seed=2), Diversity(noise=0.2, seed=1)):
+    for other in (UpcycleOptions(noise=0.1, seed=2), UpcycleOptions(noise=0.2, seed=1)):
         assert not torch.equal(made, diversify(experts, "weight1", "pool", other))
     assert not torch.equal(made, diversify(experts, "weight1", "another", how))
     bias = torch.randn(3, 200)
@@ -313,7 +311,7 @@ def test_noise_is_relative_and_a_function_of_seed_and_expert() -> None:
 
 
 def test_dropped_channels_are_drawn_from_their_own_statistics() -> None:
-    how = Diversity(drop_fraction=0.25, seed=3)
+    how = UpcycleOptions(drop_fraction=0.25, seed=3)
     generator = torch.Generator().manual_seed(4)
     channels, width, experts = 400, 150, 2
     source = {
@@ -429,7 +427,7 @@ def test_moments_are_carried(dense: Source) -> None:
         assert torch.equal(new[qkv], old[qkv])
         expected = old[f"{ffn}fc2.weight"].repeat(8, 1, 1) / 8.0**power
         if name == "exp_avg":
-            how = Diversity(drop_fraction=0.5, seed=UpcycleOptions().seed)
+            how = UpcycleOptions(drop_fraction=0.5, seed=UpcycleOptions().seed)
             for expert in range(8):
                 channels = dropped_channels(f"{SECOND_BLOCK}text", expert, INNER, how)
                 assert len(channels) == INNER // 2

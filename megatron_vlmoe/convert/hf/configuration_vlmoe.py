@@ -12,6 +12,18 @@ ROUTER_LOSSES = (
     *("importance", "load", "z", "gshard", "local_entropy", "global_entropy"),
     "global_entropy_experts",
 )
+# By the least that they may be.
+SIZES = {
+    1: (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        *("image_size", "patch_size", "num_channels", "text_length", "pair_text_length"),
+        *("num_experts_per_tok", "capacity_multiple_of"),
+    ),
+    0: (
+        *("num_vl_layers", "vocab_size", "visual_vocab_size"),
+        *("num_vision_experts", "num_text_experts", "num_vl_experts"),
+    ),
+}
 TASKS = ("", "vqa", "nlvr2", "retrieval", "imagenet", "mnli")
 
 
@@ -138,48 +150,18 @@ class VLMoEConfig(PretrainedConfig):
         training: Optional[dict[str, Any]] = None,
         **kwargs: Any,
     ) -> None:
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.num_vl_layers = num_vl_layers
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.num_channels = num_channels
-        self.text_length = text_length
-        self.pair_text_length = pair_text_length
-        self.vocab_size = vocab_size
-        self.visual_vocab_size = visual_vocab_size
-        self.layer_norm_eps = layer_norm_eps
-        self.layer_scale_init_value = layer_scale_init_value
-        self.drop_path_rate = drop_path_rate
-        self.initializer_range = initializer_range
-        self.use_token_type_embeddings = use_token_type_embeddings
-        self.hidden_act = hidden_act
+        # Every option becomes the attribute of its name; ids of tokens are those of the base class.
+        given = dict(locals())
+        for name, value in given.items():
+            if name not in ("self", "kwargs", "__class__") and not name.endswith("_token_id"):
+                setattr(self, name, value)
         self.moe_layers = list(moe_layers)
-        self.moe_modalities = moe_modalities
-        self.num_vision_experts = num_vision_experts
-        self.num_text_experts = num_text_experts
-        self.num_vl_experts = num_vl_experts
-        self.moe_vl = moe_vl
-        self.shared_router = shared_router
-        self.num_experts_per_tok = num_experts_per_tok
-        self.normalize_gate = normalize_gate
-        self.batch_priority = batch_priority
-        self.route_padding = route_padding
-        self.capacity_multiple_of = capacity_multiple_of
-        self.capacity_factor = capacity_factor
-        self.output_router_logits = output_router_logits
-        self.router_aux_loss_coef = router_aux_loss_coef
         if text_router_losses is None:
             text_router_losses = {"load": 1.0}
         if vision_router_losses is None:
             vision_router_losses = {"importance": 0.5, "load": 0.5}
         self.text_router_losses = dict(text_router_losses)
         self.vision_router_losses = dict(vision_router_losses)
-        self.router_noise_std = router_noise_std
-        self.logit_scale_init_value = logit_scale_init_value
-        self.task = task
         self.training = dict(training or {})
         has_text = vocab_size != 0
         kwargs.setdefault("tie_word_embeddings", False)
@@ -196,11 +178,6 @@ class VLMoEConfig(PretrainedConfig):
     def num_patches(self) -> int:
         """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def max_text_length(self) -> int:
-        """Most tokens that a text may have: the rows of the position table."""
-        return max(self.text_length, self.pair_text_length)
 
     @property
     def has_experts(self) -> bool:
@@ -233,7 +210,12 @@ class VLMoEConfig(PretrainedConfig):
             ValueError: naming the first field that does not fit.
         """
         self._check_sizes()
-        self._check_tokens()
+        for name in ("bos_token_id", "pad_token_id", "eos_token_id", "mask_token_id"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value < self.vocab_size,
+                f"{name}={value} is not below vocab_size={self.vocab_size}",
+            )
         self._check_experts()
         _require(isinstance(self.training, dict), "training must be a dictionary")
         # An export of a task that a plug-in added names it there too.
@@ -247,13 +229,14 @@ class VLMoEConfig(PretrainedConfig):
         )
 
     def _check_sizes(self) -> None:
-        for name in (
-            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-            *("image_size", "patch_size", "num_channels", "text_length", "pair_text_length"),
-        ):
-            _require_integer(name, getattr(self, name), 1)
-        for name in ("num_vl_layers", "vocab_size", "visual_vocab_size"):
-            _require_integer(name, getattr(self, name), 0)
+        for least, names in SIZES.items():
+            for name in names:
+                value = getattr(self, name)
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                _require(
+                    whole and value >= least,
+                    f"{name}={value!r} must be an integer of at least {least}",
+                )
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}",
@@ -275,21 +258,11 @@ class VLMoEConfig(PretrainedConfig):
         value = self.drop_path_rate
         _require(0.0 <= value < 1.0, f"drop_path_rate={value} must be at least 0 and below 1")
 
-    def _check_tokens(self) -> None:
-        for name in ("bos_token_id", "pad_token_id", "eos_token_id", "mask_token_id"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < self.vocab_size:
-                raise ValueError(f"{name}={value} is not below vocab_size={self.vocab_size}")
-
     def _check_experts(self) -> None:
         _require(
             self.moe_modalities in MODALITIES,
             f"moe_modalities={self.moe_modalities!r} is not one of {MODALITIES}",
         )
-        for name in ("num_vision_experts", "num_text_experts", "num_vl_experts"):
-            _require_integer(name, getattr(self, name), 0)
-        for name in ("num_experts_per_tok", "capacity_multiple_of"):
-            _require_integer(name, getattr(self, name), 1)
         for name in ("capacity_factor", "router_aux_loss_coef", "router_noise_std"):
             value = getattr(self, name)
             _require(math.isfinite(value), f"{name}={value} must be finite")
@@ -299,17 +272,15 @@ class VLMoEConfig(PretrainedConfig):
             for loss, weight in weights.items():
                 _require(loss in ROUTER_LOSSES, f"{name} has {loss!r}, not one of {ROUTER_LOSSES}")
                 _require(math.isfinite(weight), f"{name}[{loss!r}]={weight} must be finite")
-        blocks = range(1, self.num_hidden_layers + 1)
-        for number in self.moe_layers:
-            _require(
-                number in blocks,
-                f"moe_layers has block {number}, but the blocks are 1 to {self.num_hidden_layers}",
-            )
         _require(
             len(set(self.moe_layers)) == len(self.moe_layers),
             f"moe_layers={self.moe_layers} lists a block twice",
         )
         for number in self.moe_layers:
+            _require(
+                number in range(1, self.num_hidden_layers + 1),
+                f"moe_layers has block {number}, but the blocks are 1 to {self.num_hidden_layers}",
+            )
             for branch in self.branches(number):
                 _require(
                     not branch.num_experts or self.num_experts_per_tok <= branch.num_experts,
@@ -321,13 +292,6 @@ class VLMoEConfig(PretrainedConfig):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _require_integer(name: str, value: Any, least: int) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    _require(
-        is_integer and value >= least, f"{name}={value!r} must be an integer of at least {least}"
-    )
 
 
 __all__ = ["Branch", "VLMoEConfig"]

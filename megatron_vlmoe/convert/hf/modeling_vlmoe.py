@@ -15,16 +15,18 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vlmoe import VLMoEConfig
 from .layers_vlmoe import (
+    PRETRAINING_HEADS,
+    TASK_HEADS,
     VLMoEClassifier,
     VLMoEEncoder,
     VLMoEImageEmbeddings,
     VLMoEOutputLinear,
     VLMoEPooler,
+    VLMoEPreTrainedModel,
     VLMoETextEmbeddings,
-    needed_head,
     prediction_head,
 )
-from .moe_vlmoe import VLMoEExperts, VLMoERouter, routing_outputs
+from .moe_vlmoe import VLMoEExperts, VLMoERouter
 from .outputs_vlmoe import (
     VLMoEFeaturesOutput,
     VLMoEForImageAndTextRetrievalOutput,
@@ -42,11 +44,9 @@ from .outputs_vlmoe import (
     hard_negative_pairs,
     masked_loss,
     needed,
-    retrieval_fields,
     total_loss,
     unit_features,
 )
-from .pretrained_vlmoe import PRETRAINING_HEADS, TASK_HEADS, VLMoEPreTrainedModel
 
 
 class VLMoEModel(VLMoEPreTrainedModel):
@@ -145,13 +145,23 @@ class VLMoEModel(VLMoEPreTrainedModel):
             output_router_logits=output_router_logits,
         )
         hidden = self.layernorm(hidden)
+        routed: dict[str, Any] = {}
+        if routers is not None:
+            routed = {
+                "aux_loss": sum(
+                    (r.loss.to(hidden.device) for r in routers),
+                    torch.zeros((), device=hidden.device),
+                ),
+                "router_logits": tuple(router.logits for router in routers),
+                "dropped_tokens": tuple(router.dropped for router in routers),
+            }
         return VLMoEModelOutput(
             last_hidden_state=hidden,
             text_hidden_state=None if text is None else hidden[:, :text_length],
             image_hidden_state=None if image is None else hidden[:, text_length:],
             hidden_states=states,
             attentions=attentions,
-            **routing_outputs(routers, hidden.device),
+            **routed,
         )
 
     def _embed_text(
@@ -191,8 +201,10 @@ class VLMoEForPreTraining(VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mlm_head = prediction_head(config, config.vocab_size)
-        self.mim_head = prediction_head(config, config.visual_vocab_size)
+        self.mlm_head = prediction_head(config, "vocab_size") if config.vocab_size else None
+        self.mim_head = (
+            prediction_head(config, "visual_vocab_size") if config.visual_vocab_size else None
+        )
         self.post_init()
 
     @can_return_tuple
@@ -244,7 +256,7 @@ class VLMoEForMaskedLM(VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mlm_head: nn.Linear = needed_head(config, "vocab_size")
+        self.mlm_head: nn.Linear = prediction_head(config, "vocab_size")
         self.post_init()
 
     @can_return_tuple
@@ -259,10 +271,7 @@ class VLMoEForMaskedLM(VLMoEPreTrainedModel):
         """Logits ``[n, Lt, V]``; `labels` are pieces, -100 where none is predicted ``[n, Lt]``."""
         outputs = self.vlmoe(input_ids, attention_mask, pixel_values, **_nested(kwargs))
         logits = self.mlm_head(needed(outputs.text_hidden_state, "input_ids"))
-        loss = masked_loss(logits, labels)
-        return VLMoEMaskedLMOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoEMaskedLMOutput, masked_loss(logits, labels), logits, outputs)
 
 
 class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
@@ -274,7 +283,7 @@ class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig) -> None:
         super().__init__(config)
         self.vlmoe = VLMoEModel(config)
-        self.mim_head = needed_head(config, "visual_vocab_size")
+        self.mim_head = prediction_head(config, "visual_vocab_size")
         self.post_init()
 
     @can_return_tuple
@@ -293,9 +302,7 @@ class VLMoEForMaskedImageModeling(VLMoEPreTrainedModel):
         )
         logits = self.mim_head(needed(outputs.image_hidden_state, "pixel_values")[:, 1:])
         loss = masked_loss(logits, labels)
-        return VLMoEMaskedImageModelingOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoEMaskedImageModelingOutput, loss, logits, outputs)
 
 
 class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
@@ -325,9 +332,7 @@ class VLMoEForVisualQuestionAnswering(VLMoEPreTrainedModel):
         pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
         loss = answer_loss(logits, labels, self.config)
-        return VLMoESequenceClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoESequenceClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
@@ -381,9 +386,7 @@ class VLMoEForImagesAndTextClassification(VLMoEPreTrainedModel):
         pooled = self.pooler(first_text_tokens(outputs, mask))
         logits = self.classifier(pooled.view(images.shape[0], -1))
         loss = classification_loss(logits, labels, self.config)
-        return VLMoESequenceClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoESequenceClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForImageClassification(VLMoEPreTrainedModel):
@@ -411,9 +414,7 @@ class VLMoEForImageClassification(VLMoEPreTrainedModel):
         outputs = self.vlmoe(None, None, images, masked, None, **_nested(kwargs))
         logits = self.classifier(outputs.image_hidden_state[:, 1:].mean(dim=1))
         loss = classification_loss(logits, labels, self.config)
-        return VLMoEImageClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoEImageClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
@@ -441,9 +442,7 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
         pooled = self.pooler(first_text_tokens(outputs, attention_mask))
         logits = self.classifier(pooled)
         loss = classification_loss(logits, labels, self.config)
-        return VLMoESequenceClassifierOutput(
-            self._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs)
-        )
+        return _output(self, VLMoESequenceClassifierOutput, loss, logits, outputs)
 
 
 class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
@@ -538,7 +537,11 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         if pixel_values is not None:
             images = self.get_image_features(pixel_values, **_nested(kwargs))
         if texts is not None and images is not None:
-            per_text = self._similarity(texts.pooler_output, images.pooler_output)
+            # Cosine over temperature [m, n], in fp32.
+            vectors = texts.pooler_output
+            with torch.autocast(vectors.device.type, enabled=False):
+                scale = self.logit_scale.to(vectors.device, torch.float32).exp()
+                per_text = scale * (vectors @ images.pooler_output.to(vectors.device).t())
         given = (input_ids, attention_mask, pixel_values)
         if output_match_logits or labels is not None:
             pairs, match_logits = self._match(*given, **kwargs)
@@ -548,22 +551,33 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
             contrastive = contrastive_loss(per_text)
             if labels is None and per_text is not None:
                 drawn, matching = self._matching_loss(per_text, *given, **kwargs)
-        fields = retrieval_fields(texts, images, pairs, drawn)
+        # Hidden states are those of pairs, or where only texts or only images were given theirs.
+        only = images if texts is None else texts if images is None else None
+        whole = only if pairs is None else pairs
+        read: list[Any] = [x for x in (texts, images, pairs, drawn) if x is not None]
+        routed = [x for x in read if x.aux_loss is not None]
+        aux_loss = router_logits = dropped_tokens = None
+        if routed:
+            aux_loss = sum(x.aux_loss.to(routed[0].aux_loss.device) for x in routed)
+            router_logits = sum((x.router_logits for x in routed), ())
+            dropped_tokens = sum((x.dropped_tokens for x in routed), ())
         return VLMoEForImageAndTextRetrievalOutput(
-            loss=self._with_aux_loss(total_loss(contrastive, matching), fields["aux_loss"]),
+            loss=self._with_aux_loss(total_loss(contrastive, matching), aux_loss),
             contrastive_loss=contrastive,
             matching_loss=matching,
             logits_per_image=None if per_text is None else per_text.t(),
             logits_per_text=per_text,
             match_logits=match_logits,
-            **fields,
+            text_features=None if texts is None else texts.pooler_output,
+            image_features=None if images is None else images.pooler_output,
+            hidden_states=None if whole is None else whole.hidden_states,
+            attentions=None if whole is None else whole.attentions,
+            aux_loss=aux_loss,
+            router_logits=router_logits,
+            dropped_tokens=dropped_tokens,
+            text_model_output=texts,
+            vision_model_output=images,
         )
-
-    def _similarity(self, texts: Tensor, images: Tensor) -> Tensor:
-        """Cosine over temperature ``[m, n]``, in fp32."""
-        with torch.autocast(texts.device.type, enabled=False):
-            scale = self.logit_scale.to(texts.device, torch.float32).exp()
-            return scale * (texts @ images.to(texts.device).t())
 
     def _matching_loss(
         self,
@@ -579,6 +593,17 @@ class VLMoEForImageAndTextRetrieval(VLMoEPreTrainedModel):
         mask = None if mask is None else mask[texts]
         outputs, logits = self._match(ids[texts], mask, pixels[images], **kwargs)
         return outputs, F.cross_entropy(logits, target.to(logits.device))
+
+
+def _output(
+    model: VLMoEPreTrainedModel,
+    kind: Any,
+    loss: Optional[Tensor],
+    logits: Tensor,
+    outputs: VLMoEModelOutput,
+) -> Any:
+    """Output of a head, whose loss is without that of the routers."""
+    return kind(model._with_aux_loss(loss, outputs.aux_loss), logits, **carried(outputs))
 
 
 def _nested(kwargs: dict[str, Any]) -> dict[str, Any]:

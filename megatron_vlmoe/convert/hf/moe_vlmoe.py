@@ -1,13 +1,13 @@
 """Feed-forward branches of VL-MoE: dense FFNs, and pools of experts with their routers.
 
 Letters in shapes: n samples, L tokens of a sample, Lt of them text, T tokens of a pool in the batch, D width, F inner
-width, E experts, K experts per token, R rows: one for every choice of a token, T * K.
+width, E experts, K experts per token, R rows: one for every choice of a token, T * K. Blocks are numbered from 1.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Callable, Mapping, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,7 @@ EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 class VLMoEBranchOutput(nn.Linear):
-    """The last linear layer of a residual branch, whose initial weights shrink with the depth of its block.
-
-    Args:
-        inputs: width of its inputs.
-        outputs: width of its outputs.
-        layer_number: number of the block, from 1.
-    """
+    """The last linear layer of a residual branch, whose initial weights shrink with the depth of its block."""
 
     def __init__(self, inputs: int, outputs: int, layer_number: int) -> None:
         super().__init__(inputs, outputs)
@@ -33,12 +27,7 @@ class VLMoEBranchOutput(nn.Linear):
 
 
 class VLMoEDenseBranch(nn.Module):
-    """LayerNorm and one FFN: ``W2 gelu(W1 x + b1) + b2``.
-
-    Args:
-        config: sizes.
-        layer_number: number of the block, from 1.
-    """
+    """LayerNorm and one FFN: ``W2 gelu(W1 x + b1) + b2``."""
 
     def __init__(self, config: VLMoEConfig, layer_number: int) -> None:
         super().__init__()
@@ -75,11 +64,8 @@ class VLMoERouter(nn.Module):
 class VLMoEExperts(nn.Module):
     """The FFNs of one pool as batched weights ``[E, ...]``.
 
-    Args:
-        config: sizes, and with transformers 5 `_experts_implementation`: "eager" runs one expert after the other,
-            "grouped_mm" (the default) all of them in one product, "batched_mm" gathers the weights of every choice.
-        num_experts: E.
-        layer_number: number of the block, from 1.
+    With transformers 5 `config._experts_implementation` chooses how they run: "eager" one expert after the other,
+    "grouped_mm" (the default) all of them in one product, "batched_mm" with the weights of every choice gathered.
     """
 
     def __init__(self, config: VLMoEConfig, num_experts: int, layer_number: int) -> None:
@@ -94,15 +80,12 @@ class VLMoEExperts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.zeros(num_experts, width))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Gated sum of the outputs of every token's experts.
+        """Gated sum ``[T, D]`` of the outputs of every token's experts.
 
         Args:
             hidden_states: tokens ``[T, D]``.
             top_k_index: chosen experts ``[T, K]``; E is a choice that is not carried out, whose share is 0.
             top_k_weights: gates ``[T, K]``.
-
-        Returns:
-            ``[T, D]``.
         """
         num_tokens, k = top_k_index.shape
         # Shapes that no value decides: choices that are not carried out come last and stay.
@@ -144,11 +127,8 @@ class VLMoEExperts(nn.Module):
     ) -> Tensor:
         """`run` with one product of all groups for either layer; the host need not know their sizes.
 
-        Args:
-            rows: see `run`.
-            expert: see `run`.
-            product: rows ``[R, D]``, of which those up to ``ends[e]`` are of expert e, times weights ``[E, F, D]``:
-                ``[R, F]``; rows of no expert may come out as anything.
+        The product is that of rows ``[R, D]``, of which those up to ``ends[e]`` are of expert e, and weights
+        ``[E, F, D]``: ``[R, F]``; rows of no expert may come out as anything.
         """
         dtype = rows.dtype
         ends = self._ends(expert).to(torch.int32)
@@ -200,12 +180,9 @@ class VLMoEExperts(nn.Module):
 
 
 class Routing(NamedTuple):
-    """Where the tokens of a pool go.
+    """Where the tokens of a pool go: gates in fp32, chosen experts, and choices that are carried out, None: all.
 
-    Args:
-        gate: combine weights ``[T, K]`` in fp32.
-        expert: chosen experts ``[T, K]``.
-        kept: choices that are carried out ``[T, K]``; None means all.
+    Each is ``[T, K]``.
     """
 
     gate: Tensor
@@ -227,32 +204,11 @@ class RouterOutput(NamedTuple):
     dropped: Tensor
 
 
-def routing_outputs(
-    routers: Optional[Sequence[RouterOutput]], device: torch.device
-) -> dict[str, Any]:
-    """The fields of a [`VLMoERoutingOutput`]; the loss is added up on `device`."""
-    if routers is None:
-        return {}
-    aux_loss = torch.zeros((), device=device)
-    for router in routers:
-        aux_loss = aux_loss + router.loss.to(device)
-    return {
-        "aux_loss": aux_loss,
-        "router_logits": tuple(router.logits for router in routers),
-        "dropped_tokens": tuple(router.dropped for router in routers),
-    }
-
-
 class VLMoESparseBranch(nn.Module):
     """LayerNorm, a router and a pool of experts.
 
-    Args:
-        config: sizes and routing options, of which those of capacity, padding, noise and losses may change between
-            calls.
-        num_experts: E.
-        layer_number: number of the block, from 1.
-        name: of the branch; "text" has the losses of `config.text_router_losses`, others those of
-            `config.vision_router_losses`.
+    Options of capacity, padding, noise and losses may change between calls. The branch named "text" has the losses of
+    `config.text_router_losses`, others those of `config.vision_router_losses`.
     """
 
     def __init__(
@@ -273,16 +229,10 @@ class VLMoESparseBranch(nn.Module):
         mask: Optional[Tensor],
         output_router_logits: bool = False,
     ) -> tuple[Tensor, Optional[RouterOutput]]:
-        """Gated sum of the experts' outputs; zero for choices that found no place and for padding.
+        """Gated sum of the experts' outputs ``[n, L, D]``, and the router's output where asked for.
 
-        Args:
-            hidden_states: ``[n, L, D]``.
-            text_length: Lt, which come before the image's tokens.
-            mask: True for tokens that are no padding ``[n, L]``; None if none is.
-            output_router_logits: returns what the router did.
-
-        Returns:
-            ``[n, L, D]``, and the router's output where asked for.
+        Zero for choices that found no place and for padding, where the mask ``[n, L]`` is False; None if there is none.
+        The text's tokens come before the image's.
         """
         samples, length, _ = hidden_states.shape
         tokens = to_stream(self.layernorm(hidden_states), text_length)
@@ -344,8 +294,7 @@ class VLMoESparseBranch(nn.Module):
     def _router_output(
         self, logits: Tensor, noisy: Tensor, routing: Routing, mask: Optional[Tensor]
     ) -> RouterOutput:
-        config = self.config
-        text = self.name == "text"
+        config, text = self.config, self.name == "text"
         loss = router_loss(
             logits,
             noisy,
@@ -362,12 +311,7 @@ class VLMoESparseBranch(nn.Module):
 
 
 class VLMoEFeedForward(nn.Module):
-    """The feed-forward half of a block: every token goes through the branch of its modality.
-
-    Args:
-        config: says which branches the block has.
-        layer_number: number of the block, from 1.
-    """
+    """The feed-forward half of a block: every token goes through the branch of its modality."""
 
     def __init__(self, config: VLMoEConfig, layer_number: int) -> None:
         super().__init__()
@@ -482,7 +426,7 @@ def choices_with_place(
     mask: Optional[Tensor],
     batch_priority: bool,
 ) -> Tensor:
-    """Which choices find a place at their expert, by Batch Priority Routing (V-MoE, arXiv 2106.05974).
+    """Which choices ``[T, K]`` find a place at their expert, by Batch Priority Routing (V-MoE, arXiv 2106.05974).
 
     Tokens are served in falling order of their largest gate, equal ones by their position; all first choices come
     before all second ones.
@@ -494,9 +438,6 @@ def choices_with_place(
         capacity: places at every expert.
         mask: tokens with False take no place ``[T]``; None: there are none.
         batch_priority: False serves the tokens by position.
-
-    Returns:
-        ``[T, K]`` bool.
     """
     num_tokens, k = expert.shape
     served = torch.arange(num_tokens, device=expert.device)
@@ -526,7 +467,7 @@ def router_loss(
     weights: Mapping[str, float],
     mask: Optional[Tensor],
 ) -> Tensor:
-    """Weighted sum of the auxiliary losses of one router, over the tokens that count; 0 if none does.
+    """Weighted sum, a scalar in fp32, of the losses of one router over the tokens that count; 0 if none does.
 
     Args:
         logits: without noise, in fp32 ``[T, E]``.
@@ -541,9 +482,6 @@ def router_loss(
             and minus the entropy of the mean gates, with `global_entropy_experts` S above 0 as
             ``max(0, log S - entropy)`` (LIMoE, arXiv 2206.02770).
         mask: tokens that count ``[T]``; None: all.
-
-    Returns:
-        A scalar in fp32.
     """
     counted = logits.new_ones(logits.shape[0], 1)
     if mask is not None:

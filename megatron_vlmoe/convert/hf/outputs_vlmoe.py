@@ -177,39 +177,6 @@ def unit_features(outputs: VLMoEModelOutput, vectors: Tensor) -> VLMoEFeaturesOu
     )
 
 
-def retrieval_fields(
-    texts: Optional[VLMoEFeaturesOutput],
-    images: Optional[VLMoEFeaturesOutput],
-    pairs: Optional[VLMoEModelOutput],
-    drawn: Optional[VLMoEModelOutput],
-) -> dict[str, Any]:
-    """The fields of [`VLMoEForImageAndTextRetrievalOutput`] that come from what the model has read.
-
-    Args:
-        texts: of texts alone.
-        images: of images alone.
-        pairs: of text i with image i.
-        drawn: of these and of hard negatives.
-    """
-    only = images if texts is None else texts if images is None else None
-    whole = only if pairs is None else pairs
-    routed: list[Any] = [
-        x for x in (texts, images, pairs, drawn) if x is not None and x.aux_loss is not None
-    ]
-    device = routed[0].aux_loss.device if routed else None
-    return {
-        "text_features": None if texts is None else texts.pooler_output,
-        "image_features": None if images is None else images.pooler_output,
-        "hidden_states": None if whole is None else whole.hidden_states,
-        "attentions": None if whole is None else whole.attentions,
-        "aux_loss": sum(x.aux_loss.to(device) for x in routed) if routed else None,
-        "router_logits": sum((x.router_logits for x in routed), ()) if routed else None,
-        "dropped_tokens": sum((x.dropped_tokens for x in routed), ()) if routed else None,
-        "text_model_output": texts,
-        "vision_model_output": images,
-    }
-
-
 def first_text_tokens(outputs: VLMoEModelOutput, attention_mask: Optional[Tensor]) -> Tensor:
     """The first token of every text that is no padding ``[n, D]``; of the mask ``[n, Lt]``, None without padding.
 
@@ -280,12 +247,9 @@ def answer_loss(logits: Tensor, labels: Optional[Tensor], config: VLMoEConfig) -
 def classification_loss(
     logits: Tensor, labels: Optional[Tensor], config: VLMoEConfig
 ) -> Optional[Tensor]:
-    """The loss that `config.problem_type` names; by number and type of the labels where it names none.
+    """The loss of logits ``[n, C]`` that `config.problem_type` names; by number and type of labels where it names none.
 
-    Args:
-        logits: ``[n, C]``.
-        labels: ``[n]``, or ``[n, C]`` for several labels or values.
-        config: of the model.
+    Labels are ``[n]``, or ``[n, C]`` for several labels or values.
     """
     if labels is None:
         return None
@@ -318,13 +282,8 @@ def contrastive_loss(similarity: Optional[Tensor]) -> Tensor:
 def hard_negative_pairs(similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs to judge: of every row the right one, its text with a wrong image, its image with a wrong text (VLMo).
 
-    Wrong partners are drawn, the more similar the likelier (ALBEF). A single row has none.
-
-    Args:
-        similarity: of texts and images ``[n, n]``.
-
-    Returns:
-        Numbers of the texts, numbers of the images, and 1 for a match, else 0: ``[3 n]`` each.
+    Wrong partners are drawn, the more similar ``[n, n]`` the likelier (ALBEF). A single row has none. Returned are the
+    numbers of texts and of images, and 1 for a match, else 0: ``[3 n]`` each.
     """
     samples = similarity.shape[0]
     own = torch.arange(samples, device=similarity.device)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError, ConvertError
-from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.checkpoints import check_output, write_checkpoint
 from megatron_vlmoe.convert.public import beit2, beit3, vlmo
-from megatron_vlmoe.convert.public.options import ImportOptions, Vocabulary
-from megatron_vlmoe.convert.public.recipes import ImportReport, Planner
-from megatron_vlmoe.convert.public.torch_files import PublicState, read_deepspeed, read_public_file
-from megatron_vlmoe.convert.public.vocabulary import (
-    RowMap,
-    fairseq_rows,
-    wordpiece_rows,
+from megatron_vlmoe.convert.public.planner import ImportOptions, ImportReport, Planner
+from megatron_vlmoe.convert.public.torch_files import (
+    PublicState,
+    read_deepspeed,
+    read_public_file,
+    some,
 )
-from megatron_vlmoe.convert.tensors import counted
+from megatron_vlmoe.convert.public.vocabulary import RowMap, fairseq_rows, wordpiece_rows
+from megatron_vlmoe.convert.tensors import conversion_errors, counted
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
@@ -40,29 +40,22 @@ def open_source(options: ImportOptions) -> PublicState:
 
 
 def plan_import(options: ImportOptions, source: PublicState) -> tuple[Planner, str]:
-    """What becomes of every tensor, decided by names and shapes; values are read later.
-
-    Args:
-        options: of the import.
-        source: its tensors.
-
-    Returns:
-        The plan, and the source in a few words.
+    """What becomes of every tensor, decided by names and shapes, and the source in a few words; values are read later.
 
     Raises:
         ConvertError: the source is not of that family, or an option does not go with it.
     """
     family = {"vlmo": vlmo, "beit3": beit3, "beit2": beit2}[options.family]
-    vocabulary = _vocabulary(options, source)
+    vocab_size, rows = _vocabulary(options, source)
     try:
-        config: RunConfig = family.infer(source, options, vocabulary)
+        config = family.infer(source, options, vocab_size)
     except ConfigError as error:
         raise ConvertError(f"{source.path}: {error}") from None
-    planner = Planner(source, config)
-    family.plan(planner, options, vocabulary)
-    if vocabulary.rows is not None:
-        planner.remarks.append(vocabulary.rows.summary())
-    return planner, family.describe(config)
+    planner = Planner(source, config, options, rows)
+    what = family.plan(planner)
+    if rows is not None:
+        planner.remarks.append(rows.summary())
+    return planner, what
 
 
 def import_public(
@@ -79,7 +72,7 @@ def import_public(
         output: folder of the checkpoint.
         strict: refuses a source with tensors that the importer does not know.
         overwrite: replaces a checkpoint that is there.
-        write: false only reports.
+        write: False only reports.
 
     Raises:
         ConvertError: see `open_source` and `plan_import`; or strict, and a tensor is unknown; or a file cannot be
@@ -91,10 +84,8 @@ def import_public(
     planner, what = plan_import(options, source)
     unknown = [left.name for left in planner.left() if not left.known]
     if strict and unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ConvertError(
-            f"{source.path}: --strict, and {len(unknown)} tensors are unknown to this importer: "
-            f"{', '.join(unknown[:5])}{more}"
+            f"{source.path}: --strict, and {len(unknown)} tensors are unknown to this importer: {some(unknown, 5)}"
         )
     if write:
         with counted(planner.tensors(), "import") as read:
@@ -108,7 +99,8 @@ def import_public(
     return report
 
 
-def _vocabulary(options: ImportOptions, source: PublicState) -> Vocabulary:
+def _vocabulary(options: ImportOptions, source: PublicState) -> tuple[int, Optional[RowMap]]:
+    """Pieces of the new model, 0 without text; rows of the source for them, None where nothing tells which."""
     given = [options.source_vocab, options.source_spm, options.same_vocabulary or None]
     count = sum(choice is not None for choice in given)
     if count > 1:
@@ -116,13 +108,11 @@ def _vocabulary(options: ImportOptions, source: PublicState) -> Vocabulary:
     if options.text_tokenizer is None:
         if count:
             raise ConvertError("a vocabulary of the source is of use only with --text-tokenizer")
-        return Vocabulary()
-    try:
+        return 0, None
+    with conversion_errors():
         tokenizer = TextTokenizer(options.text_tokenizer)
-    except ValueError as error:
-        raise ConvertError(str(error)) from None
     if not count:
-        return Vocabulary(tokenizer.size)
+        return tokenizer.size, None
     if options.family not in WORDS:
         raise ConvertError(f"a vocabulary of the source: {options.family} has no text")
     num_rows = source.shape(WORDS[options.family], 2)[0]
@@ -137,4 +127,4 @@ def _vocabulary(options: ImportOptions, source: PublicState) -> Vocabulary:
             f"--same-vocabulary: {source.path} has {num_rows} rows, {options.text_tokenizer} "
             f"{tokenizer.size} pieces"
         )
-    return Vocabulary(tokenizer.size, rows)
+    return tokenizer.size, rows

@@ -11,12 +11,11 @@ order of its modules and e the experts over all ranks. They become one state dic
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,19 +32,16 @@ from megatron_vlmoe.train.checkpoint_files import one_line
 # In the order in which VLMo's own loader looks for them; a file without any of them is the state dict itself.
 CONTAINERS = ("state_dict", "module", "model")
 # What wrappers put before a parameter's name: DeepSpeed and DistributedDataParallel, and Lightning's strategies.
-WRAPPERS = ("module.", "_forward_module.")
+WRAPPERS = re.compile(r"^(module\.|_forward_module\.)+")
 # Besides what a damaged file gives: what following the names in somebody's file may.
 _UNREADABLE = (*UNREADABLE, ImportError, AssertionError)
 
 
 @dataclass(frozen=True)
 class PublicState:
-    """The tensors of a checkpoint that another project wrote.
+    """The tensors of a checkpoint that another project wrote, a file or a folder.
 
-    Args:
-        path: file or folder.
-        tensors: by the name of the parameter, wrappers' prefixes removed.
-        skipped: classes whose objects were read as empty ones.
+    They are named as the parameters, without wrappers' prefixes; objects of `skipped` classes were read as empty.
     """
 
     path: Path
@@ -53,11 +49,7 @@ class PublicState:
     skipped: tuple[str, ...] = ()
 
     def shape(self, name: str, axes: Optional[int] = None) -> tuple[int, ...]:
-        """Shape of a tensor.
-
-        Args:
-            name: of the tensor.
-            axes: how many it must have; None allows any number.
+        """Shape of a tensor, which must have so many axes; None allows any number.
 
         Raises:
             ConvertError: there is none of that name, or it has another number of axes.
@@ -70,18 +62,9 @@ class PublicState:
         return found
 
 
-class _EmptyMapping:
-    """Stands for a class of dictionaries; torch fills no object but a plain one, so that is what is made."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return OrderedDict()
-
-
-class _EmptySequence:
-    """Stands for a class of lists, likewise."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return []
+def _stand_in(plain: type) -> type:
+    """Stands for a class of dictionaries or lists; torch fills no object but a plain one, so that is what is made."""
+    return type("_StandIn", (), {"__new__": lambda cls, *args, **kwargs: plain()})
 
 
 class _Empty:
@@ -98,14 +81,10 @@ class _Empty:
 
 
 def read_torch(path: Path, allow_pickle: bool = False) -> tuple[Any, tuple[str, ...]]:
-    """Content of a file on the CPU, its tensors mapped into memory, not read.
+    """Content of a file of `torch.save` on the CPU, its tensors mapped into memory, not read.
 
-    Args:
-        path: what `torch.save` wrote.
-        allow_pickle: where the file cannot be read without running what it names, run it.
-
-    Returns:
-        The content, and the names of classes whose objects were read as empty ones.
+    With it the names of classes whose objects were read as empty ones. Where the file cannot be read without running
+    what it names, `allow_pickle` runs it.
 
     Raises:
         ConvertError: the file is missing, damaged, or needs `allow_pickle`.
@@ -116,17 +95,11 @@ def read_torch(path: Path, allow_pickle: bool = False) -> tuple[Any, tuple[str, 
     with path.open("rb") as file:
         if not mapped and file.read(1) != b"\x80":
             raise ConvertError(f"{path}: not a file that torch.save wrote, or cut off")
-    with _no_registered_classes():
-        return _read(path, mapped, allow_pickle)
-
-
-@contextlib.contextmanager
-def _no_registered_classes() -> Iterator[None]:
-    """What a file is read as must not depend on what other packages (megatron-core) have told torch to trust."""
+    # What a file is read as must not depend on what other packages (megatron-core) have told torch to trust.
     registered = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        yield
+        return _read(path, mapped, allow_pickle)
     finally:
         torch.serialization.add_safe_globals(registered)
 
@@ -175,7 +148,7 @@ def _load_emptied(load: Callable[..., Any], names: Sequence[str]) -> Any:
             name = next((n for n, k in classes.items() if f"but got {k}" in message), "")
             if not name or not issubclass(classes[name], _Empty):
                 raise
-            classes[name] = _EmptyMapping if "SETITEM" in message else _EmptySequence
+            classes[name] = _stand_in(OrderedDict if "SETITEM" in message else list)
 
 
 def state_of(content: Any, path: Path) -> dict[str, Tensor]:
@@ -191,7 +164,7 @@ def state_of(content: Any, path: Path) -> dict[str, Tensor]:
         raise ConvertError(
             f"{path}: no tensors under {', '.join(CONTAINERS)}, nor at the top: not a checkpoint of weights"
         )
-    return {bare_name(str(k)): v for k, v in state.items() if isinstance(v, Tensor)}
+    return {WRAPPERS.sub("", str(k)): v for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def read_public_file(path: Path, allow_pickle: bool = False) -> PublicState:
@@ -208,13 +181,6 @@ def as_lazy(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     }
 
 
-def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put before it."""
-    while prefix := next((p for p in WRAPPERS if name.startswith(p)), ""):
-        name = name[len(prefix) :]
-    return name
-
-
 def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
@@ -222,6 +188,21 @@ def _is_state(value: Any) -> bool:
 DENSE_FILE = "mp_rank_00_model_states.pt"
 EXPERT_FILE = "layer_{}_expert_{}_mp_rank_00_model_states.pt"
 EXPERT_NAME = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+# Files that tell a checkpoint of another kind: the first always, the others where there is no dense file.
+UNREAD_KINDS = (
+    (
+        r"(layer_\d+_expert_\d+_)?mp_rank_(?!00)\d+_model_states\.pt",
+        "several tensor-parallel ranks, which are not merged",
+    ),
+    (
+        r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",
+        "ZeRO stage 3, whose files hold pieces of weights",
+    ),
+    (
+        r"layer_\d+-(model_\d+-)?model_states\.pt",
+        "DeepSpeed's pipeline engine, which is not read",
+    ),
+)
 GATE = ".deepspeed_moe.gate.wg.weight"
 EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
 
@@ -242,15 +223,14 @@ def read_deepspeed(location: Path, allow_pickle: bool = False) -> PublicState:
             pipeline, ZeRO stage 3, residual MoE).
     """
     folder = find_folder(location)
-    _check_kind(folder)
     dense = folder / DENSE_FILE
     content, skipped = read_torch(dense, allow_pickle)
     state = state_of(content, dense)
-    residual = [name for name in state if re.search(r"\.coefficient\.(weight|bias)$", name)]
     gates = [name.removesuffix(GATE) for name in state if name.endswith(GATE)]
-    residual = [name for name in residual if name.rpartition(".coefficient.")[0] in gates]
-    if residual:
-        raise ConvertError(f"{dense}: residual MoE ({residual[0]}) has no counterpart here")
+    for name in state:
+        owner, found, end = name.rpartition(".coefficient.")
+        if found and end in ("weight", "bias") and owner in gates:
+            raise ConvertError(f"{dense}: residual MoE ({name}) has no counterpart here")
     tensors = as_lazy(state)
     experts = {gate: PublicState(folder, tensors).shape(gate + GATE, 2)[0] for gate in gates}
     _check_complete(folder, list(experts.values()))
@@ -258,55 +238,56 @@ def read_deepspeed(location: Path, allow_pickle: bool = False) -> PublicState:
     for layer, (gate, count) in enumerate(experts.items()):
         names: set[str] = set()
         for expert in range(count):
-            found, more = _expert(folder, layer, expert, gate, allow_pickle)
-            all_skipped |= set(more)
-            own = {name.partition(f"{EXPERTS}{expert}.")[2] for name in found}
+            file = folder / EXPERT_FILE.format(layer, expert)
+            content, skipped = read_torch(file, allow_pickle)
+            all_skipped |= set(skipped)
+            prefix, own = f"{gate}{EXPERTS}{expert}.", set()
+            for name, value in state_of(content, file).items():
+                if not name.startswith(prefix):
+                    raise ConvertError(f"{file}: holds {name}, expected expert {expert} of {gate}")
+                own.add(name.removeprefix(prefix))
+                # Files of experts are many: none stays open.
+                read = partial(_reread, file, name, allow_pickle)
+                tensors[name] = LazyTensor(tuple(value.shape), value.dtype, read)
             if own != (names or own) or not own:
-                file = folder / EXPERT_FILE.format(layer, expert)
                 raise ConvertError(f"{file}: has {sorted(own)}, other experts {sorted(names)}")
             names = own
-            tensors |= found
     return PublicState(folder, tensors, tuple(sorted(all_skipped)))
+
+
+def _reread(file: Path, name: str, allow_pickle: bool) -> Tensor:
+    return state_of(read_torch(file, allow_pickle)[0], file)[name]
 
 
 def find_folder(location: Path) -> Path:
     """The folder with the model's files that a checkpoint folder names.
 
     Raises:
-        ConvertError: there is none, or more than one.
+        ConvertError: there is none, or more than one, or the files are of a kind that is not read.
     """
     if not location.is_dir():
         raise ConvertError(f"{location}: no such folder")
-    latest = location / "latest"
+    folder, latest = location, location / "latest"
     if latest.is_file():
-        return location / latest.read_text(errors="replace").strip()
-    steps = sorted(path for path in location.glob("global_step*") if path.is_dir())
-    if len(steps) > 1 and not (location / DENSE_FILE).exists():
-        names = ", ".join(path.name for path in steps)
-        raise ConvertError(f"{location}: has {names} and no file `latest`: name one of them")
-    return steps[0] if steps and not (location / DENSE_FILE).exists() else location
-
-
-def _check_kind(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConvertError(f"{folder}: no such folder, though `latest` names it")
+        folder = location / latest.read_text(errors="replace").strip()
+        if not folder.is_dir():
+            raise ConvertError(f"{folder}: no such folder, though `latest` names it")
+    elif not (location / DENSE_FILE).exists():
+        steps = sorted(path for path in location.glob("global_step*") if path.is_dir())
+        if len(steps) > 1:
+            found = ", ".join(path.name for path in steps)
+            raise ConvertError(f"{location}: has {found} and no file `latest`: name one of them")
+        folder = steps[0] if steps else location
     names = [path.name for path in folder.iterdir()]
-
-    def some(pattern: str) -> bool:
-        return any(re.fullmatch(pattern, name) for name in names)
-
-    if some(r"(layer_\d+_expert_\d+_)?mp_rank_(?!00)\d+_model_states\.pt"):
-        raise ConvertError(f"{folder}: of several tensor-parallel ranks, which are not merged")
-    if DENSE_FILE in names:
-        return
-    if some(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"):
-        raise ConvertError(f"{folder}: of ZeRO stage 3, whose files hold pieces of weights")
-    if some(r"layer_\d+-model_\d+-model_states\.pt|layer_\d+-model_states\.pt"):
-        raise ConvertError(f"{folder}: of DeepSpeed's pipeline engine, which is not read")
-    raise ConvertError(f"{folder}: has no {DENSE_FILE}: not a DeepSpeed checkpoint")
+    for pattern, what in UNREAD_KINDS[:1] if DENSE_FILE in names else UNREAD_KINDS:
+        if any(re.fullmatch(pattern, name) for name in names):
+            raise ConvertError(f"{folder}: of {what}")
+    if DENSE_FILE not in names:
+        raise ConvertError(f"{folder}: has no {DENSE_FILE}: not a DeepSpeed checkpoint")
+    return folder
 
 
-def _check_complete(folder: Path, counts: Iterable[int]) -> None:
+def _check_complete(folder: Path, counts: Sequence[int]) -> None:
     """Every gate's experts must be there, and no other expert."""
     wanted = {
         EXPERT_FILE.format(layer, expert)
@@ -314,43 +295,22 @@ def _check_complete(folder: Path, counts: Iterable[int]) -> None:
         for expert in range(count)
     }
     there = {path.name for path in folder.iterdir() if EXPERT_NAME.fullmatch(path.name)}
-    missing, extra = sorted(wanted - there, key=_numbers), sorted(there - wanted, key=_numbers)
-    if missing:
+
+    def listed(names: set[str]) -> str:
+        return some(sorted(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]), 8)
+
+    if missing := wanted - there:
         raise ConvertError(
             f"{folder}: {len(missing)} of {len(wanted)} expert files are missing (each expert-parallel rank writes its "
-            f"own): {_some(missing)}"
+            f"own): {listed(missing)}"
         )
-    if extra:
+    if extra := there - wanted:
         raise ConvertError(
-            f"{folder}: {len(extra)} expert files belong to no gate of {DENSE_FILE}: {_some(extra)}"
+            f"{folder}: {len(extra)} expert files belong to no gate of {DENSE_FILE}: {listed(extra)}"
         )
 
 
-def _expert(
-    folder: Path, layer: int, expert: int, gate: str, allow_pickle: bool
-) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """The tensors of one expert, which must be the one that its place says."""
-    file = folder / EXPERT_FILE.format(layer, expert)
-    content, skipped = read_torch(file, allow_pickle)
-
-    def reread(name: str) -> Tensor:
-        # Files of experts are many: none stays open.
-        return state_of(read_torch(file, allow_pickle)[0], file)[name]
-
-    found = {
-        name: LazyTensor(tuple(value.shape), value.dtype, partial(reread, name))
-        for name, value in state_of(content, file).items()
-    }
-    for name in found:
-        if not name.startswith(f"{gate}{EXPERTS}{expert}."):
-            raise ConvertError(f"{file}: holds {name}, expected expert {expert} of {gate}")
-    return found, skipped
-
-
-def _numbers(name: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", name))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+def some(names: Sequence[str], shown: int) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

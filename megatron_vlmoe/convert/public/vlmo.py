@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from typing import Optional
 
 import torch
@@ -26,28 +26,16 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
-from megatron_vlmoe.convert.public.options import (
+from megatron_vlmoe.convert.public.planner import (
+    NO_ABSOLUTE,
+    TEXT_POSITION,
     ImportOptions,
-    Vocabulary,
-    common_sizes,
+    Planner,
     count_blocks,
     image_size_of_positions,
     run_config,
 )
-from megatron_vlmoe.convert.public.recipes import Planner
 from megatron_vlmoe.convert.public.torch_files import EXPERTS, GATE, PublicState
-from megatron_vlmoe.convert.public.vit import (
-    IMAGE_POSITION,
-    NO_ABSOLUTE,
-    TEXT_POSITION,
-    take_attention,
-    take_branch,
-    take_image_positions,
-    take_pair,
-    take_patches,
-    take_row,
-    text_position_change,
-)
 from megatron_vlmoe.convert.public.vocabulary import RowMap
 from megatron_vlmoe.model.initial_values import resize_text_positions
 from megatron_vlmoe.stream.block_plan import block_plans
@@ -75,14 +63,8 @@ class TextTables:
 def additive_tables(
     words: Tensor, token_type: Tensor, positions: Optional[Tensor], weight: Tensor, bias: Tensor
 ) -> TextTables:
-    """The tables of an embedding.
-
-    Args:
-        words: ``[V, D]``.
-        token_type: ``[D]``, the row that every token gets.
-        positions: ``[L, D]``; None where they are not added.
-        weight: ``[D]``, of the LayerNorm.
-        bias: ``[D]``, of the LayerNorm.
+    """The tables of an embedding of words ``[V, D]``, the row ``[D]`` of every token's type, positions ``[L, D]`` where
+    they are added, and a LayerNorm of weight and bias ``[D]``.
     """
 
     def normalized(values: Tensor) -> Tensor:
@@ -125,82 +107,75 @@ FOLDED = (
 TEXT_TABLE = f"{TEXT}.position_embeddings.weight"
 
 
-def infer(source: PublicState, options: ImportOptions, vocabulary: Vocabulary) -> RunConfig:
+def infer(source: PublicState, options: ImportOptions, vocab_size: int) -> RunConfig:
     """The configuration that the shapes tell.
 
     Raises:
         ConvertError: a tensor that it is read from is missing, or experts lie where ours cannot.
     """
     depth = count_blocks(source, BLOCKS)
-    patches = source.shape("transformer.patch_embed.proj.weight", 4)
+    projection = "transformer.patch_embed.proj.weight"
     size = heads = 0
     if ABSOLUTE in source.tensors:
-        size = image_size_of_positions(source.shape(ABSOLUTE, 3)[1], patches[-1])
+        patch = source.shape(projection, 4)[-1]
+        size = image_size_of_positions(source.shape(ABSOLUTE, 3)[1], patch)
     if RELATIVE in source.tensors:
         heads = source.shape(RELATIVE, 2)[1] // depth
-    model = common_sizes(options, vocabulary, source, patches, size, heads)
     dense, expert = (f"{BLOCKS}0.mlp_imag{e}.fc1.weight" for e in ("", f"{EXPERTS}0"))
     pools = _pools(source, depth)
     if not pools and options.topk > 1:
         raise ConvertError(f"--topk {options.topk}: {source.path} has no experts")
-    model = replace(
-        model,
+    vl = [
+        number for number in range(depth) if f"{BLOCKS}{number}.norm2_vl.weight" in source.tensors
+    ]
+    if vl and vl != list(range(depth - len(vl), depth)):
+        raise ConvertError(f"{source.path}: VL-FFN in blocks {vl} (from 0), not in the last ones")
+    config = run_config(
+        *(source, options, vocab_size, projection, size, heads),
+        moe=_moe(pools, options.topk),
         num_layers=depth,
         ffn_hidden_size=source.shape(expert if expert in source.tensors else dense, 2)[0],
-        num_vl_layers=_vl_layers(source, depth, options),
+        # The stage of texts alone has none yet.
+        num_vl_layers=len(vl) or options.num_vl_layers,
         layer_scale_init=0.1 if f"{BLOCKS}0.gamma_1" in source.tensors else 0.0,
         token_type_embeddings=TOKEN_TYPE in source.tensors,
     )
-    moe = _moe(pools, options.topk)
-    config = run_config(options, model, moe)
-    _check_pools(source, config, pools)
+    for block in block_plans(config.model, config.moe):
+        ours = {pool.name: pool.num_experts for pool in block.pools}
+        theirs = pools.get(block.layer_number, {})
+        if ours != theirs:
+            raise ConvertError(
+                f"{source.path}: block {block.layer_number} has experts {theirs}, here it would have {ours}: all "
+                "blocks with experts need the same pools"
+            )
     return config
 
 
-def describe(config: RunConfig) -> str:
-    """The source in a few words."""
-    model, moe = config.model, config.moe
+def plan(planner: Planner) -> str:
+    """Fills the plan; returns the source in a few words."""
+    model, moe = planner.model, planner.config.moe
+    planner.take_patches("transformer.patch_embed.proj")
+    planner.take_row("embedding.image.cls_token", "transformer.cls_token")
+    planner.take_image_positions(ABSOLUTE)
+    if planner.has(TOKEN_TYPE):
+        more = planner.source.shape(TOKEN_TYPE, 2)[0] > 2
+        how = "the type of the second image of NLVR2 is dropped" if more else ""
+        planner.take_row("embedding.image.token_type", TOKEN_TYPE, row=1, how=how)
+        if planner.wants("embedding.text.token_type"):
+            planner.take_row("embedding.text.token_type", TOKEN_TYPE, row=0)
+    if planner.rows is not None:
+        _take_text(planner, planner.rows)
+    elif planner.wants(TEXT_POSITION) and not planner.has(ABSOLUTE):
+        planner.zero(TEXT_POSITION, NO_ABSOLUTE)
+    for number in range(model.num_layers):
+        _take_block(planner, number)
+    planner.take_pair("decoder.final_layernorm", "transformer.norm")
+    _leave(planner)
     experts = "" if not moe.layers else f", experts in blocks {list(moe.layers)}"
     return (
         f"VLMo, {model.num_layers} blocks of width {model.hidden_size}, {model.num_attention_heads} heads, "
         f"VL-FFN in the last {model.num_vl_layers}{experts}"
     )
-
-
-def plan(planner: Planner, options: ImportOptions, vocabulary: Vocabulary) -> None:
-    """Fills the plan."""
-    take_patches(planner, "transformer.patch_embed.proj")
-    take_row(planner, "embedding.image.cls_token", "transformer.cls_token")
-    if planner.has(ABSOLUTE):
-        take_image_positions(planner, ABSOLUTE)
-    else:
-        planner.zero(IMAGE_POSITION, NO_ABSOLUTE)
-    if planner.has(TOKEN_TYPE):
-        more = planner.source.shape(TOKEN_TYPE, 2)[0] > 2
-        how = "the type of the second image of NLVR2 is dropped" if more else ""
-        take_row(planner, "embedding.image.token_type", TOKEN_TYPE, row=1, how=how)
-        if planner.wants("embedding.text.token_type"):
-            take_row(planner, "embedding.text.token_type", TOKEN_TYPE, row=0)
-    if vocabulary.rows is not None:
-        _take_text(planner, vocabulary.rows)
-    elif planner.wants(TEXT_POSITION) and not planner.has(ABSOLUTE):
-        planner.zero(TEXT_POSITION, NO_ABSOLUTE)
-    for number in range(planner.model.num_layers):
-        _take_block(planner, number, options)
-    take_pair(planner, "decoder.final_layernorm", "transformer.norm")
-    _leave(planner, vocabulary)
-
-
-def _vl_layers(source: PublicState, depth: int, options: ImportOptions) -> int:
-    """VL blocks of the source, which must be its last ones; those asked for where it has none (text-only stage)."""
-    numbers = [n for n in range(depth) if f"{BLOCKS}{n}.norm2_vl.weight" in source.tensors]
-    if not numbers:
-        return options.num_vl_layers
-    if numbers != list(range(depth - len(numbers), depth)):
-        raise ConvertError(
-            f"{source.path}: VL-FFN in blocks {numbers} (from 0), not in the last ones"
-        )
-    return len(numbers)
 
 
 def _pools(source: PublicState, depth: int) -> dict[int, dict[str, int]]:
@@ -215,7 +190,7 @@ def _pools(source: PublicState, depth: int) -> dict[int, dict[str, int]]:
 
 
 def _moe(pools: dict[int, dict[str, int]], topk: int) -> MoEConfig:
-    """The routing that fits the pools best; `_check_pools` says whether it does."""
+    """The routing that fits the pools best; whether it does shows when the blocks are compared."""
     if not pools:
         return MoEConfig()
     counts = {name: max(pool.get(name, 0) for pool in pools.values()) for name, _ in BRANCHES}
@@ -233,107 +208,83 @@ def _moe(pools: dict[int, dict[str, int]], topk: int) -> MoEConfig:
     )
 
 
-def _check_pools(source: PublicState, config: RunConfig, pools: dict[int, dict[str, int]]) -> None:
-    for block in block_plans(config.model, config.moe):
-        ours = {pool.name: pool.num_experts for pool in block.pools}
-        theirs = pools.get(block.layer_number, {})
-        if ours != theirs:
-            raise ConvertError(
-                f"{source.path}: block {block.layer_number} has experts {theirs}, here it would have {ours}: all "
-                "blocks with experts need the same pools"
-            )
-
-
-def _take_block(planner: Planner, number: int, options: ImportOptions) -> None:
-    theirs = f"{BLOCKS}{number}"
-    take_attention(planner, number, theirs)
+def _take_block(planner: Planner, number: int) -> None:
+    theirs, vl_ffn = f"{BLOCKS}{number}", planner.options.vl_ffn
+    planner.take_attention(number, theirs)
     block = block_plans(planner.model, planner.config.moe)[number]
     names = dict(BRANCHES)
     for branch in block.branches:
-        name = names[branch.name]
-        norm, mlp, how = f"{theirs}.norm2_{name}", f"{theirs}.mlp_{name}", ""
-        if branch.name == "vl" and not planner.has(f"{norm}.weight"):
-            if options.vl_ffn == "fresh":
+        name, how = names[branch.name], ""
+        if branch.name == "vl" and not planner.has(f"{theirs}.norm2_{name}.weight"):
+            if vl_ffn == "fresh":
                 continue
-            copied = names[options.vl_ffn]
-            norm, mlp = f"{theirs}.norm2_{copied}", f"{theirs}.mlp_{copied}"
-            how = f"VL-FFN from the {options.vl_ffn} FFN"
-        if branch.num_experts:
-            take_pair(planner, f"decoder.layers.{number}.mlp.{branch.name}_norm", norm)
-            _take_pool(planner, number, branch.name, mlp, branch.num_experts)
-        else:
-            take_branch(planner, number, branch.name, norm, mlp, how)
-
-
-def _take_pool(planner: Planner, number: int, branch: str, mlp: str, experts: int) -> None:
-    """Stacks DeepSpeed's experts ``E x [...]`` to ``[E, ...]``; its gate ``[E, D]`` is the router."""
-    ours = f"decoder.layers.{number}.mlp.moe"
-    planner.take(f"{ours}.router.{branch}.weight", f"{mlp}{GATE}")
-    for kind in ("weight", "bias"):
-        for layer in (1, 2):
-            names = [f"{mlp}{EXPERTS}{e}.fc{layer}.{kind}" for e in range(experts)]
-            made = f"{ours}.experts.{branch}.{kind}{layer}"
-            planner.take(made, *names, make=lambda tensors: torch.stack(list(tensors)))
-
-
-class _Text:
-    """The source's text embedding as two tables, for the rows that are used; made once, when first asked for."""
-
-    def __init__(self, planner: Planner, rows: RowMap) -> None:
-        self.planner = planner
-        self.rows = rows
-        self.absolute = planner.has(ABSOLUTE)
-
-    @cached_property
-    def tables(self) -> TextTables:
-        words, types, weight, bias = (self._read(name) for name in FOLDED)
-        used = torch.tensor(sorted({row for row in self.rows.rows if row >= 0}))
-        positions = self._read(TEXT_TABLE) if self.absolute else None
-        tables = additive_tables(words[used], types[0], positions, weight, bias)
-        whole = torch.zeros_like(words)
-        whole[used] = tables.words
-        return replace(tables, words=whole)
-
-    def _read(self, name: str) -> Tensor:
-        return self.planner.source.tensors[name].read().float()
-
-    def words(self, _: Sequence[Tensor]) -> Tensor:
-        return self.rows.place(self.tables.words, self.planner.initial(WORD))
-
-    def positions(self, _: Sequence[Tensor]) -> Tensor:
-        assert self.tables.positions is not None
-        return resize_text_positions(self.tables.positions, self.planner.initial(TEXT_POSITION))
+            name, how = names[vl_ffn], f"VL-FFN from the {vl_ffn} FFN"
+        norm, mlp = f"{theirs}.norm2_{name}", f"{theirs}.mlp_{name}"
+        if not branch.num_experts:
+            planner.take_branch(number, branch.name, norm, mlp, how)
+            continue
+        # DeepSpeed's experts E x [...] are stacked to [E, ...]; its gate [E, D] is the router.
+        ours = f"decoder.layers.{number}.mlp"
+        planner.take_pair(f"{ours}.{branch.name}_norm", norm)
+        planner.take(f"{ours}.moe.router.{branch.name}.weight", f"{mlp}{GATE}")
+        for kind in ("weight", "bias"):
+            for layer in (1, 2):
+                experts = range(branch.num_experts)
+                planner.take(
+                    f"{ours}.moe.experts.{branch.name}.{kind}{layer}",
+                    *(f"{mlp}{EXPERTS}{expert}.fc{layer}.{kind}" for expert in experts),
+                    make=lambda tensors: torch.stack(list(tensors)),
+                )
 
 
 def _take_text(planner: Planner, rows: RowMap) -> None:
-    text = _Text(planner, rows)
-    source = planner.source
+    source, absolute = planner.source, planner.has(ABSOLUTE)
+    names = (*FOLDED, TEXT_TABLE) if absolute else FOLDED
+
+    @cache
+    def tables() -> TextTables:
+        """The source's text embedding as two tables, for the rows that are used; made when first asked for."""
+        words, types, weight, bias, *added = (source.tensors[n].read().float() for n in names)
+        used = torch.tensor(sorted({row for row in rows.rows if row >= 0}))
+        positions = added[0] if added else None
+        found = additive_tables(words[used], types[0], positions, weight, bias)
+        whole = torch.zeros_like(words)
+        whole[used] = found.words
+        return replace(found, words=whole)
+
+    def make_words(_: Sequence[Tensor]) -> Tensor:
+        return rows.place(tables().words, planner.initial(WORD))
+
+    def make_positions(_: Sequence[Tensor]) -> Tensor:
+        positions = tables().positions
+        assert positions is not None
+        return resize_text_positions(positions, planner.initial(TEXT_POSITION))
+
     count, width = source.shape(FOLDED[0], 2)
     rows.check(count, f"{source.path}: {FOLDED[0]}")
     found = f"{rows.num_found} of {len(rows.rows)} rows"
-    names = (*FOLDED, TEXT_TABLE) if text.absolute else FOLDED
     how = (
         f"{found}; LayerNorm(word + type 0 + position) as a sum of two tables: an approximation"
-        if text.absolute
+        if absolute
         else f"{found}; LayerNorm(word + type 0) taken up row by row (exact: no positions are added before it)"
     )
-    planner.take(WORD, *names, make=text.words, how=how, planned=(planner.shapes[WORD][0], width))
-    if not text.absolute:
+    planned = (planner.shapes[WORD][0], width)
+    planner.take(WORD, *names, make=make_words, how=how, planned=planned)
+    if not absolute:
         planner.zero(TEXT_POSITION, NO_ABSOLUTE)
         return
-    wanted, length = planner.shapes[TEXT_POSITION][0], source.shape(TEXT_TABLE, 2)[0]
-    change = "" if length == wanted else f"; {text_position_change(length, wanted)}"
-    planner.take(
-        TEXT_POSITION, *names, make=text.positions, how=how + change, planned=(wanted, width)
-    )
-    planner.measure(
+    if change := planner.text_position_change(source.shape(TEXT_TABLE, 2)[0]):
+        how += f"; {change}"
+    planned = (planner.shapes[TEXT_POSITION][0], width)
+    planner.take(TEXT_POSITION, *names, make=make_positions, how=how, planned=planned)
+    planner.measures.append(
         lambda: (
-            f"text embedding: the sum of the two tables misses {text.tables.residual:.2%} of the original (rms)"
+            f"text embedding: the sum of the two tables misses {tables().residual:.2%} of the original (rms)"
         )
     )
 
 
-def _leave(planner: Planner, vocabulary: Vocabulary) -> None:
+def _leave(planner: Planner) -> None:
     planner.leave(
         "relative position bias has no counterpart: positions are absolute here, and until they are trained the model "
         "does not know where a patch or a word is",
@@ -344,7 +295,7 @@ def _leave(planner: Planner, vocabulary: Vocabulary) -> None:
         planner.leave(
             "a model with relative positions never adds it", rf"{TEXT}\.position_embeddings\.weight"
         )
-    if vocabulary.rows is None:
+    if planner.rows is None:
         planner.leave(
             "nothing says which row belongs to which of our text pieces (--text-tokenizer and --source-vocab do)",
             rf"{TEXT}\..*",

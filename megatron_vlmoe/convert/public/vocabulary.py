@@ -8,7 +8,7 @@ special ones of its own and puts the mask behind the last.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -45,12 +45,7 @@ FAIRSEQ_SPECIAL = MappingProxyType({BOS_PIECE: 0, PAD_PIECE: 1, EOS_PIECE: 2, UN
 
 @dataclass(frozen=True)
 class RowMap:
-    """Which row of the source belongs to each of our pieces.
-
-    Args:
-        rows: one per piece, NO_ROW where there is none.
-        without: the pieces that have none.
-    """
+    """Which row of the source belongs to each of our pieces: NO_ROW for those `without` one."""
 
     rows: tuple[int, ...]
     without: tuple[str, ...] = ()
@@ -68,14 +63,9 @@ class RowMap:
             )
 
     def place(self, table: Tensor, fresh: Tensor) -> Tensor:
-        """Our table: rows of the source where there is one, else fresh ones.
+        """Our table: rows of the source's ``[R, ...]`` where there are, else of a fresh one ``[V', ...]``.
 
-        Args:
-            table: ``[R, ...]``, the source's.
-            fresh: ``[V', ...]``, rows beyond the vocabulary included.
-
-        Returns:
-            ``[V', ...]``.
+        Rows beyond the vocabulary are included.
         """
         rows = torch.tensor(self.rows)
         found = rows >= 0
@@ -94,34 +84,31 @@ class RowMap:
 
 
 def wordpiece_rows(tokenizer: TextTokenizer, vocabulary: Path) -> RowMap:
-    """Rows of a WordPiece vocabulary, piece by piece.
+    """Rows of a WordPiece vocabulary, BERT's `vocab.txt` with a piece a line, for our pieces.
 
     A vocabulary without capital letters is of a tokenizer that lowers and strips accents: so are our pieces, to find
     their row. Punctuation never continues a word there.
 
-    Args:
-        tokenizer: ours.
-        vocabulary: BERT's `vocab.txt`, a piece a line.
-
     Raises:
         ConvertError: the file cannot be read or is no WordPiece vocabulary.
     """
-    numbers = _wordpieces(vocabulary)
+    try:
+        lines = vocabulary.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        raise ConvertError(f"{vocabulary}: not a readable text file") from None
+    pieces = lines[:-1] if lines[-1] == "" else lines
+    numbers = {piece.rstrip("\r"): number for number, piece in enumerate(pieces)}
+    missing = [piece for piece in BERT_SPECIAL.values() if piece not in numbers]
+    if missing:
+        raise ConvertError(
+            f"{vocabulary}: has no line {', '.join(missing)}: not a WordPiece vocab.txt with a piece a line"
+        )
     uncased = not any(p != p.lower() for p in numbers if not p.startswith("["))
-    rows = []
-    for index in range(tokenizer.size):
-        piece = tokenizer.piece(index)
-        theirs = BERT_SPECIAL.get(piece) or _as_wordpiece(piece, uncased)
-        rows.append(numbers.get(theirs, NO_ROW))
-    return _row_map(tokenizer, rows)
+    return _row_map(tokenizer, numbers, lambda p: BERT_SPECIAL.get(p) or _wordpiece(p, uncased))
 
 
 def fairseq_rows(tokenizer: TextTokenizer, model: Path) -> RowMap:
-    """Rows of a vocabulary in fairseq's order over another SentencePiece model, piece by piece.
-
-    Args:
-        tokenizer: ours.
-        model: the other SentencePiece model (`beit3.spm`).
+    """Rows of a vocabulary in fairseq's order over another SentencePiece model (`beit3.spm`), for our pieces.
 
     Raises:
         ConvertError: the file is no SentencePiece model.
@@ -137,26 +124,10 @@ def fairseq_rows(tokenizer: TextTokenizer, model: Path) -> RowMap:
         if not (other.is_control(i) or other.is_unknown(i))
     }
     numbers |= {**FAIRSEQ_SPECIAL, MASK_PIECE: size + FAIRSEQ_OFFSET}
-    pieces = (tokenizer.piece(index) for index in range(tokenizer.size))
-    return _row_map(tokenizer, [numbers.get(piece, NO_ROW) for piece in pieces])
+    return _row_map(tokenizer, numbers, lambda piece: piece)
 
 
-def _wordpieces(path: Path) -> Mapping[str, int]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        raise ConvertError(f"{path}: not a readable text file") from None
-    pieces = lines[:-1] if lines[-1] == "" else lines
-    numbers = {piece.rstrip("\r"): number for number, piece in enumerate(pieces)}
-    missing = [piece for piece in BERT_SPECIAL.values() if piece not in numbers]
-    if missing:
-        raise ConvertError(
-            f"{path}: has no line {', '.join(missing)}: not a WordPiece vocab.txt with a piece a line"
-        )
-    return numbers
-
-
-def _as_wordpiece(piece: str, uncased: bool) -> str:
+def _wordpiece(piece: str, uncased: bool) -> str:
     """How WordPiece writes the piece; empty for the bare mark of a word's beginning."""
     start = piece.startswith(WORD_START)
     text = piece.removeprefix(WORD_START)
@@ -169,6 +140,9 @@ def _as_wordpiece(piece: str, uncased: bool) -> str:
     return text if start or alone else f"##{text}"
 
 
-def _row_map(tokenizer: TextTokenizer, rows: list[int]) -> RowMap:
-    without = tuple(tokenizer.piece(i) for i, row in enumerate(rows) if row == NO_ROW)
-    return RowMap(tuple(rows), without)
+def _row_map(
+    tokenizer: TextTokenizer, numbers: Mapping[str, int], theirs: Callable[[str], str]
+) -> RowMap:
+    pieces = [tokenizer.piece(index) for index in range(tokenizer.size)]
+    rows = tuple(numbers.get(theirs(piece), NO_ROW) for piece in pieces)
+    return RowMap(rows, tuple(piece for piece, row in zip(pieces, rows) if row == NO_ROW))

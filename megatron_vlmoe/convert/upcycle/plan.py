@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -71,7 +71,14 @@ def sparse_config(
             )
     moe = source.moe if has_experts(source.moe) else MoEConfig()
     if preset_name:
-        moe = _preset_moe(source, where, preset_name)
+        chosen = preset(preset_name)
+        for field in SIZES:
+            here, there = getattr(source.model, field), getattr(chosen.model, field)
+            if here != there:
+                raise ConvertError(
+                    f"--preset {preset_name} is of another size than {where}: {field} {here}, not {there}"
+                )
+        moe = chosen.moe
     start = replace(source, moe=moe)
     moe = parse_options("upcycle", normalized, start).config.moe
     if num_experts:
@@ -90,18 +97,6 @@ def sparse_config(
     # The layout is that of the run that loads it.
     validate(replace(made, parallel=ParallelConfig()))
     return made
-
-
-def _preset_moe(source: RunConfig, where: str, name: str) -> MoEConfig:
-    chosen = preset(name)
-    different = [
-        f"{field} {getattr(source.model, field)}, not {getattr(chosen.model, field)}"
-        for field in SIZES
-        if getattr(source.model, field) != getattr(chosen.model, field)
-    ]
-    if different:
-        raise ConvertError(f"--preset {name} is of another size than {where}: {different[0]}")
-    return chosen.moe
 
 
 # Parameters of an expert pool, and of the dense FFN that they are stacked from.
@@ -144,7 +139,7 @@ class PoolPlan:
 
     @property
     def router_key(self) -> str:
-        """Key of the router."""
+        """Key of the router's rows."""
         return f"{self.block}moe.router.{self.name}.weight"
 
     def expert_key(self, part: str) -> str:
@@ -184,7 +179,7 @@ def grown_pools(source: RunConfig, target: RunConfig, shared_from: SharedFrom) -
     found = []
     pairs = zip(block_plans(source.model, source.moe), block_plans(target.model, target.moe))
     for before, after in pairs:
-        old = {branch.name: branch for branch in before.branches}
+        old = {branch.name: branch.num_experts for branch in before.branches}
         for branch in after.branches:
             plan = _grown(after.layer_number, old, branch, shared_from)
             if plan.source_experts:
@@ -196,29 +191,23 @@ def grown_pools(source: RunConfig, target: RunConfig, shared_from: SharedFrom) -
     return found
 
 
-def _grown(
-    number: int, old: dict[str, Branch], branch: Branch, shared_from: SharedFrom
-) -> PoolPlan:
-    count = branch.num_experts
-    if branch.name in old:
-        before = old[branch.name].num_experts
-        if before and count % before:
+def _grown(number: int, old: dict[str, int], branch: Branch, shared_from: SharedFrom) -> PoolPlan:
+    name, count = branch.name, branch.num_experts
+    if name in old:
+        before = old[name]
+        if before and (not count or count % before):
+            wanted = f"{count}: the number must be a multiple" if count else "one FFN"
             raise ConvertError(
-                f"block {number} has {before} {branch.name} experts, which cannot become {count}: "
-                "the number must be a multiple"
+                f"block {number} has {before} {name} experts, which cannot become {wanted}"
             )
-        if before and not count:
-            raise ConvertError(
-                f"block {number} has {before} {branch.name} experts, which cannot become one FFN"
-            )
-        return PoolPlan(number, branch.name, count, (branch.name,), before)
-    if branch.name != "shared":
+        return PoolPlan(number, name, count, (name,), before)
+    if name != "shared":
         raise ConvertError(f"block {number} has a shared pool, which cannot be split by modality")
-    pools = [name for name in ("text", "vision") if old[name].num_experts]
-    if pools:
-        raise ConvertError(
-            f"block {number} has {pools[0]} experts, which cannot become a shared pool"
-        )
+    for pool in ("text", "vision"):
+        if old[pool]:
+            raise ConvertError(
+                f"block {number} has {pool} experts, which cannot become a shared pool"
+            )
     sources = ("vision", "text") if shared_from == "mean" else (shared_from,)
     return PoolPlan(number, "shared", count, sources)
 
@@ -237,11 +226,3 @@ def _check_choice(plan: PoolPlan, before: MoEConfig, after: MoEConfig) -> None:
             f"{where}: moe.topk is {before.topk} in the checkpoint and {after.topk} here; "
             f"only {numbers} keeps what the model computes"
         )
-
-
-def copied_norms(plans: list[PoolPlan]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """LayerNorm keys of new shared pools, and the keys in the source that they are the mean of."""
-    for plan in plans:
-        if (plan.name,) != plan.sources:
-            for part in ("weight", "bias"):
-                yield f"{plan.block}{plan.name}_norm.{part}", plan.norm_keys(part)
