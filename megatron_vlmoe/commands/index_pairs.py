@@ -19,7 +19,7 @@ from megatron_vlmoe.commands.options import (
 )
 from megatron_vlmoe.config.errors import DataError, user_files
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.prepare.pairs import DEFAULT_MAX_CAPTION_TOKENS, PairOptions, preprocess_pairs
+from megatron_vlmoe.prepare.corpora import DEFAULT_MAX_CAPTION_TOKENS, PairOptions, preprocess_pairs
 from megatron_vlmoe.prepare.readers.pair_formats import (
     FORMATS_WITH_KEYS,
     FORMATS_WITH_SPLITS,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_vlmoe.commands.options import OUTPUT_PREFIX, CommandParser
 from megatron_vlmoe.config.errors import user_files
-from megatron_vlmoe.prepare.merge import merge_datasets
+from megatron_vlmoe.prepare.corpora import merge_datasets
 
 
 def build_parser() -> CommandParser:

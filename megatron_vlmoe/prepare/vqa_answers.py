@@ -63,15 +63,12 @@ _CONTRACTIONS = _misspellings()
 
 
 def normalize_answer(text: str) -> str:
-    """The spelling under which the VQA evaluator compares answers.
+    """The spelling under which the VQA evaluator compares answers: words joined by single spaces, maybe none.
 
     1. Each of 21 punctuation marks vanishes if, anywhere in the text, it stands beside a space or a comma stands
        between digits; otherwise it becomes a space. Commas are among the marks, so none is left.
     2. A period vanishes unless a digit follows (the first 32 of them, as there).
     3. Lower case; none and zero to ten become digits; a, an and the go; contractions get their apostrophe back.
-
-    Returns:
-        Words joined by single spaces; an empty text if nothing but articles and marks was there.
     """
     numeric = _DIGIT_COMMA_DIGIT.search(text) is not None
     spaced = text
@@ -97,16 +94,9 @@ def build_answer_vocabulary(answers: Iterable[str], min_count: int) -> list[str]
 def soft_scores(answers: Sequence[str], vocabulary: Mapping[str, int]) -> dict[int, float]:
     """Target of one question: label -> score, in the order of first appearance.
 
-    The annotators' answers are counted as they are written, without normalisation (as ViLT, VLMo and BEiT-3
-    do); those outside the vocabulary are left out.
-
-    Args:
-        answers: what the annotators said (ten of them in VQAv2).
-        vocabulary: answer -> label.
-
-    Returns:
-        Scores 0.3, 0.6, 0.9 and 1.0 for one, two, three and more equal answers: of ten annotators, exactly
-        the ``leave_one_out_score``.
+    The annotators' answers (ten in VQAv2) are counted as they are written, without normalisation (as ViLT, VLMo and
+    BEiT-3 do); those outside the vocabulary (answer -> label) are left out. The scores are 0.3, 0.6, 0.9 and 1.0 for
+    one, two, three and more equal answers: of ten annotators, exactly the ``leave_one_out_score``.
     """
     return {
         vocabulary[answer]: _SOFT_SCORES[min(count, 4)]
@@ -129,12 +119,7 @@ def compared_answers(answers: Sequence[str]) -> tuple[list[str], bool]:
 def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The official VQA accuracy of a prediction, 0 to 1 (GT-Vision-Lab/VQA, vqaEval.py at a013f00).
 
-    Args:
-        prediction: an answer, as it would be submitted.
-        answers: what the annotators said, as published.
-
-    Raises:
-        ValueError: nobody answered.
+    Raises ValueError if nobody answered. The answers are what the annotators said, as published.
     """
     compared, normalised = compared_answers(answers)
     own = _stripped(prediction)
@@ -148,11 +133,8 @@ def _stripped(answer: str) -> str:
 def leave_one_out_score(answer: str, answers: Sequence[str]) -> float:
     """The VQA accuracy of an answer, 0 to 1, by the texts as they are; see `official_accuracy`.
 
-    Mean over every annotator left out of min(1, equal answers among the others / 3). Texts are compared as they
-    are.
-
-    Raises:
-        ValueError: nobody answered.
+    Mean over every annotator left out of min(1, equal answers among the others / 3). Raises ValueError if nobody
+    answered.
     """
     if not answers:
         raise ValueError("no annotator answers to score against")

@@ -5,6 +5,7 @@ Also where the image lies that a list names: the one look-up of all readers of l
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import os
@@ -60,21 +61,18 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
 
     Folders are walked in sorted order; tars found in them are read in their place. An image is what has the suffix or
     the contents of one. Other files are `PassedOver`; hidden files and what operating systems put beside them
-    (`is_side_file`) are no data.
-
-    Raises:
-        DataError: an input is missing, or is neither a folder, a tar nor an image.
+    (`is_side_file`) are no data. Raises DataError if an input is missing, or is neither a folder, a tar nor an image.
     """
     check_inputs(inputs)
     for path in inputs:
         if os.path.isdir(path):
             for file in walk_files(path):
                 if is_tar(file):
-                    yield from tar_images(file)
+                    yield from _tar_images(file)
                 else:
                     yield as_image(ImageFile(path, os.path.relpath(file, path), file), file)
         elif is_tar(path):
-            yield from tar_images(path)
+            yield from _tar_images(path)
         elif is_image_file(ImageFile(path, "", path), path):
             yield ImageFile(path, "", path)
         else:
@@ -84,8 +82,7 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
             )
 
 
-def tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
-    """Yields the images of one tar in its order."""
+def _tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
     for member in tar_members(path):
         yield member if isinstance(member, Reject) else as_image(member, member.record)
 
@@ -110,12 +107,10 @@ def tar_members(path: str) -> Iterator[ImageFile | Reject]:
     """Yields the regular files of a tar and of tars in it, in order, whether they are images or not.
 
     Of an uncompressed tar they are places in it, else contents. The name of a file in a tar in the tar begins with
-    that of the inner tar.
-    Links are followed within an uncompressed tar. A `Reject` with its name stands for each that cannot be followed, a
-    `BrokenTar` where an archive breaks off. Side files (`is_side_file`) are left out.
+    that of the inner tar. Links are followed within an uncompressed tar. A `Reject` with its name stands for each that
+    cannot be followed, a `BrokenTar` where an archive breaks off. Side files (`is_side_file`) are left out.
 
-    Raises:
-        DataError: the file cannot be opened.
+    Raises DataError if the file cannot be opened.
     """
     try:
         with open(path, "rb") as file:
@@ -199,12 +194,20 @@ class _Links:
     def __init__(self, file: IO[bytes], start: int) -> None:
         self._file = file
         self._start = start
-        self._members: dict[str, tarfile.TarInfo] | None = None
+
+    @cached_property
+    def _members(self) -> dict[str, tarfile.TarInfo]:
+        found: dict[str, tarfile.TarInfo] = {}
+        self._file.seek(self._start)
+        # What comes before damage is known; the reader of the tar reports it.
+        with contextlib.suppress(tarfile.TarError, OSError):
+            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+                for member in archive:
+                    found[posixpath.normpath(member.name)] = member
+        return found
 
     def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | str:
         """The regular file at the end of a link, or why there is none."""
-        if self._members is None:
-            self._members = {posixpath.normpath(member.name): member for member in self._listed()}
         member = link
         for _ in range(_MAX_LINKS):
             # A hard link names its target from the root of the archive, a symbolic one from its own folder.
@@ -216,14 +219,6 @@ class _Links:
                 return found
             member = found
         return f"a link to {link.linkname}, which leads to no file"
-
-    def _listed(self) -> Iterator[tarfile.TarInfo]:
-        self._file.seek(self._start)
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
-                yield from archive
-        except (tarfile.TarError, OSError):
-            return  # what comes before the damage is known; the reader of the tar reports it
 
 
 class _Part(io.RawIOBase):
@@ -265,9 +260,6 @@ class ImageFinder:
 
     Folders are looked up, not files: a picture that is missing in the folder that its list names is
     missing, whatever lies in other folders. The letters' case counts.
-
-    Args:
-        folder: the image folder.
     """
 
     def __init__(self, folder: str) -> None:

@@ -48,6 +48,14 @@ class Reject:
         return f"{place}: {self.reason}"
 
 
+def decoded(data: bytes, encoding: str = "utf-8") -> str:
+    """The text of some bytes. Raises DataError with the reason alone."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """A good record or sample that nobody asked for."""
@@ -95,7 +103,7 @@ class TextBlock:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file; of a named pipe among images no writer is waited for."""
+    # Of a named pipe among images no writer is waited for.
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -111,10 +119,8 @@ class ImageFile:
     data: bytes | None = None
 
     def read(self, limit: int | None = None) -> bytes:
-        """The encoded bytes, or the first of them. Raises DataError (a reason, without the record) if unreadable.
-
-        Args:
-            limit: number of bytes to read at most.
+        """The encoded bytes, or at most ``limit`` of them. Raises DataError (a reason, without the record) if
+        unreadable.
         """
         if self.data is not None:
             return self.data[:limit]
@@ -194,8 +200,7 @@ def check_inputs(paths: tuple[str, ...]) -> None:
 def walk_files(folder: str, ancestors: tuple[str, ...] = ()) -> Iterator[str]:
     """Paths of all files under a folder, in sorted order, through symbolic links; without side files.
 
-    Raises:
-        DataError: a folder cannot be listed.
+    Raises DataError if a folder cannot be listed.
     """
     real = os.path.realpath(folder)
     if real in ancestors:  # a link back to a folder that we are in

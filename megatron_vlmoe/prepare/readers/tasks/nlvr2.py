@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.files import json_list, json_rows, load_json
+from megatron_vlmoe.prepare.readers.files import json_entries, json_rows
 from megatron_vlmoe.prepare.readers.records import ImageFile, Reject
 from megatron_vlmoe.prepare.readers.tables import (
     TABLE_SUFFIXES,
@@ -25,12 +24,13 @@ from megatron_vlmoe.prepare.readers.tables import (
     TableFiles,
     choose_columns,
     column_names,
-    row_name,
     table_rows,
     told_classes,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
+    Row,
+    Rows,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -38,6 +38,8 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     find_file,
     find_folder,
     first_file,
+    id_of,
+    row_samples,
 )
 
 _PARTS = {"train": "train", "dev": "dev", "test": "test1"}
@@ -57,20 +59,6 @@ _SIDES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A sentence as a file has it, before its label is read."""
-
-    record: str
-    id: str
-    sentence: object
-    label: object
-    images: tuple[ImageFile, ...]
-
-
-_Pairs = Iterator[_Pair | Reject]
-
-
 class Nlvr2Source:
     """NLVR2 in a folder. Raises DataError if ``--class-names`` are not those of the task."""
 
@@ -87,6 +75,7 @@ class Nlvr2Source:
         }
         found = {s: first_file(source.raw, _LIST_FOLDERS, f"nlvr_{s}.json") for s in _PARTS}
         self._lists = {split: path for split, path in found.items() if path is not None}
+        self._told_numbers: set[str] = set()  # splits
 
     @cached_property
     def _tables(self) -> TableFiles | None:
@@ -105,13 +94,12 @@ class Nlvr2Source:
         raw = self._source.raw
         if self._tables is not None:
             paths = self._tables.found(split, _TABLE_WORDS.get(split, (split,)))
-            read = [(path, _table_columns(path, split)) for path in paths]
-            files = [(path, self._table_pairs(path, columns)) for path, columns in read]
+            files = [(path, self._table_rows(path, _table_columns(path, split))) for path in paths]
             return self._samples(split, files)
         check_split("nlvr2", split, tuple(_PARTS))
         if split in self._lists and split not in self._published:
             path = self._lists[split]
-            return self._samples(split, [(path, _list_pairs(path, self._images))])
+            return self._samples(split, [(path, self._list_rows(path))])
         if not self._published and not self._lists:
             raise DataError(
                 f"{raw}: no NLVR2 in it: no data/{_PARTS[split]}.json, no nlvr_{split}.json and no "
@@ -120,57 +108,72 @@ class Nlvr2Source:
         part = _PARTS[split]
         path = find_file(raw, _DATA_FOLDERS, f"{part}.json")
         folder = find_folder(raw, (os.path.join("images", part), part))
-        return self._samples(split, [(path, _published_pairs(path, folder))])
+        return self._samples(split, [(path, _published_rows(path, folder))])
 
-    def _table_pairs(self, path: str, columns: Mapping[str, str]) -> _Pairs:
+    def _table_rows(self, path: str, columns: Mapping[str, str]) -> Rows:
         for item in table_rows(path, columns):
             if isinstance(item, Reject):
                 yield item
                 continue
             record, row = item
-            name = "" if row.get("id") is None else str(row["id"])
             cells = row["images"] if "images" in row else [row["left"], row["right"]]
             try:
                 if not isinstance(cells, list) or len(cells) != 2:
                     raise DataError("not two images")
                 images = tuple(self._images.cell(path, record, cell) for cell in cells)
             except DataError as error:
+                yield Reject(path, record, str(error), sample=id_of(row))
+            else:
+                yield record, {**row, "images": images}
+
+    def _list_rows(self, path: str) -> Rows:
+        for record, entry in json_entries(path):
+            identifier, images = entry.get("identifier"), entry.get("images")
+            name = identifier if isinstance(identifier, str) else ""
+            record = f"{record} ({name})" if name else record
+            try:
+                if (
+                    not isinstance(images, list)
+                    or len(images) != 2
+                    or not all(isinstance(image, str) and image for image in images)
+                ):
+                    raise DataError('"images" is no list of two paths')
+                files = tuple(self._images.listed(path, record, image) for image in images)
+            except DataError as error:
                 yield Reject(path, record, str(error), sample=name)
-                continue
-            yield _Pair(record, name, row["sentence"], row.get("label"), images)
+            else:
+                yield record, {**entry, "id": name, "images": files}
 
-    def _samples(self, split: str, files: Sequence[tuple[str, _Pairs]]) -> SampleStream:
-        seen: set[str] = set()
-        given, said = self._given, False
-        for path, pairs in files:
-            told = _told_names(path)
-            classes = Classes(_CLASSES, told or given or _CLASSES)
-            for pair in pairs:
-                if isinstance(pair, Reject):
-                    # Its id may be that of a sample that is there.
-                    yield replace(pair, sample="") if pair.sample in seen else pair
-                    continue
-                if pair.id and pair.id in seen:
-                    yield Reject(path, pair.record, f"identifier {pair.id} came before")
-                    continue
-                seen.add(pair.id)
-                try:
-                    labels = _labels(pair.label, classes, "test" in split)
-                except DataError as error:
-                    yield Reject(path, pair.record, str(error), sample=pair.id)
-                    continue
-                if not said and type(pair.label) is int and labels and not (told or given):
-                    said = True
-                    print(
-                        f"nlvr2 {split}: labels 0 and 1 stand for False and True", file=sys.stderr
-                    )
-                name = pair.id or row_name(path, pair.record, self._source.raw, len(files))
-                texts = (pair.sentence,)
-                scores = (1.0,) * len(labels)
-                yield TaskSample(path, pair.record, name, pair.images, texts, labels, scores)
+    def _samples(self, split: str, files: Sequence[tuple[str, Rows]]) -> SampleStream:
+        known = {path: _told_names(path) or self._given for path, _ in files}
+        make = partial(self._sample, split, known)
+        return row_samples(files, self._source.raw, "identifier {} came before", make)
+
+    def _sample(
+        self,
+        split: str,
+        known: Mapping[str, tuple[str, ...] | None],
+        path: str,
+        record: str,
+        name: str,
+        row: Row,
+    ) -> TaskSample:
+        label, names = row.get("label"), known[path]
+        labels: tuple[int, ...] = ()
+        if label not in (None, -1) or "test" not in split:
+            spelled = str(label).capitalize() if isinstance(label, bool | str) else label
+            try:
+                labels = (Classes(_CLASSES, names or _CLASSES).label(spelled),)
+            except DataError as error:
+                raise DataError(f"label {label!r} is neither True nor False") from error
+        if type(label) is int and labels and not names and split not in self._told_numbers:
+            self._told_numbers.add(split)
+            print(f"nlvr2 {split}: labels 0 and 1 stand for False and True", file=sys.stderr)
+        texts, scores = (row.get("sentence"),), (1.0,) * len(labels)
+        return TaskSample(path, record, name, row["images"], texts, labels, scores)
 
 
-def _published_pairs(path: str, folder: str) -> _Pairs:
+def _published_rows(path: str, folder: str) -> Rows:
     for item in json_rows(path):
         if isinstance(item, Reject):
             yield item
@@ -184,35 +187,14 @@ def _published_pairs(path: str, folder: str) -> _Pairs:
         stem, where = identifier.rpartition("-")[0], str(row.get("directory", ""))
         names = (os.path.join(folder, where, f"{stem}-img{side}.png") for side in (0, 1))
         images = tuple(ImageFile(path, record, name) for name in names)
-        yield _Pair(record, identifier, row.get("sentence"), row.get("label"), images)
-
-
-def _list_pairs(path: str, found: ListedImages) -> _Pairs:
-    for number, entry in enumerate(json_list(path, load_json(path))):
-        record, given = f"entry {number}", entry if isinstance(entry, dict) else {}
-        identifier, images = given.get("identifier"), given.get("images")
-        name = identifier if isinstance(identifier, str) else ""
-        record = f"{record} ({name})" if name else record
-        if not (
-            isinstance(images, list)
-            and len(images) == 2
-            and all(isinstance(image, str) and image for image in images)
-        ):
-            yield Reject(path, record, '"images" is no list of two paths', sample=name)
-            continue
-        try:
-            files = tuple(found.listed(path, record, image) for image in images)
-        except DataError as error:
-            yield Reject(path, record, str(error), sample=name)
-            continue
-        yield _Pair(record, name, given.get("sentence"), given.get("label"), files)
+        yield record, {**row, "id": identifier, "images": images}
 
 
 def _table_columns(path: str, split: str) -> dict[str, str]:
     """Columns of the sentence, the label, the identifier and the images. Raises DataError."""
     names = column_names(path)
     optional = ("id", "label") if "test" in split else ("id",)
-    columns = choose_columns(path, names, _COLUMNS, optional)
+    columns = choose_columns(path, _COLUMNS, optional, names)
     sides = next((sides for sides in _SIDES if all(side in names for side in sides)), None)
     if sides is None:
         raise DataError(
@@ -235,13 +217,3 @@ def _told_names(path: str) -> tuple[str, ...] | None:
         return None
     told = told_classes((path,), _COLUMNS["label"])
     return _true_and_false(told, path) if told else None
-
-
-def _labels(value: object, classes: Classes, is_test: bool) -> tuple[int, ...]:
-    """The class of a label as a file has it; () where a test split does not tell it. Raises DataError."""
-    if value in (None, -1) and is_test:
-        return ()
-    try:
-        return (classes.label(str(value).capitalize() if isinstance(value, bool | str) else value),)
-    except DataError as error:
-        raise DataError(f"label {value!r} is neither True nor False") from error

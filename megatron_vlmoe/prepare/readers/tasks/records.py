@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
@@ -89,8 +89,7 @@ class Classes:
     def label(self, value: object) -> int:
         """The label of a class as the data gives it: a name, a number, or the number as text.
 
-        Raises:
-            DataError: no such class, or nobody says what its number means.
+        Raises DataError if there is no such class, or nobody says what its number means.
         """
         number = value if isinstance(value, int) and not isinstance(value, bool) else None
         if number is None and isinstance(value, str):
@@ -131,6 +130,53 @@ class TaskSource(Protocol):
             DataError: an unknown split, or a file or folder of it is missing.
         """
         ...
+
+
+Row = Mapping[str, Any]
+"""What a record says, by name."""
+Rows = Iterator[tuple[str, Row] | Reject]
+"""The records of a file, each with its name."""
+
+
+def id_of(row: Row) -> str:
+    """The ``id`` of a row; empty if it has none."""
+    value = row.get("id")
+    return "" if value is None else str(value)
+
+
+def row_samples(
+    files: Sequence[tuple[str, Rows]],
+    raw: str,
+    came_before: str,
+    make: Callable[[str, str, str, Row], TaskSample | LeftOut | Reject],
+) -> SampleStream:
+    """The samples of rows, of which those that have an ``id`` may come once.
+
+    Args:
+        files: path and rows of each.
+        raw: folder of the raw data.
+        came_before: what is wrong with an id that comes again; {} stands for it.
+        make: the sample of a path, a record, a name and a row; raises DataError. The name is the id, else the record,
+            of several files with the file's path below ``raw``.
+    """
+    seen: set[str] = set()
+    for path, rows in files:
+        for item in rows:
+            if isinstance(item, Reject):
+                # Its id may be that of a sample that is there.
+                yield replace(item, sample="") if item.sample in seen else item
+                continue
+            record, row = item
+            name = id_of(row)
+            if name and name in seen:
+                yield Reject(path, record, came_before.format(name))
+                continue
+            seen.add(name)
+            own = record if len(files) == 1 else f"{os.path.relpath(path, raw)} {record}"
+            try:
+                yield make(path, record, name or own, row)
+            except DataError as error:
+                yield Reject(path, record, str(error), sample=name)
 
 
 def chosen(items: Iterable[Item], count: int, seed: int) -> frozenset[Item]:

@@ -16,28 +16,28 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.files import json_rows, numbered_lines
+from megatron_vlmoe.prepare.readers.files import json_rows, text_lines
 from megatron_vlmoe.prepare.readers.records import LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tables import (
     TableFiles,
     choose_columns,
-    column_names,
-    row_name,
     table_rows,
     told_classes,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
+    Row,
+    Rows,
     SampleStream,
     TaskInput,
     TaskSample,
+    id_of,
+    row_samples,
 )
 
 _MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched")
@@ -51,8 +51,6 @@ _FILE = re.compile(r"(?:(?:multi|s)nli_\d[\d.]*_)?(\w+?)(?:_unlabeled)?(\.tsv|\.
 _PREMISES, _HYPOTHESES = ("sentence1", "premise"), ("sentence2", "hypothesis")
 _LABELS = ("gold_label", "label")
 _IDS = ("index", "pairID", "idx", "uid")
-
-Rows = Iterator[tuple[str, Mapping[str, Any]] | Reject]
 
 
 class SentencePairSource:
@@ -71,6 +69,7 @@ class SentencePairSource:
             "label": (source.label,) if source.label else _LABELS,
         }
         self._files = _named_files(source.raw)
+        self._told_numbers: set[str] = set()  # splits
 
     @cached_property
     def _tables(self) -> TableFiles:
@@ -128,72 +127,30 @@ class SentencePairSource:
                 "as .jsonl or .txt, nor a parquet or .arrow table with the split in its name)"
             )
         optional = ("id", "label") if split.startswith("test") else ("id",)
-        return self._samples(split, [_open(path, self._columns, optional) for path in paths])
-
-    def _samples(self, split: str, files: Sequence[_File]) -> SampleStream:
-        ids, told = set[str](), False
-        for file in files:
-            for item in file.rows(file.path, file.columns):
-                if isinstance(item, Reject):
-                    # Its id may be that of a sample that is there.
-                    yield replace(item, sample="") if item.sample in ids else item
-                    continue
-                record, row = item
-                name = _id_of(row)
-                if name and name in ids:
-                    yield Reject(file.path, record, f"id {name} came before")
-                    continue
-                ids.add(name)
-                try:
-                    own = name or row_name(file.path, record, self._source.raw, len(files))
-                    sample = self._sample(split, file, record, own, row)
-                except DataError as error:
-                    yield Reject(file.path, record, str(error), sample=name)
-                    continue
-                if not told and isinstance(sample, TaskSample) and sample.labels:
-                    told = str(row["label"]).strip() not in self._classes.names
-                    if told:
-                        self._tell_numbers(split)
-                yield sample
+        opened = {path: _open(path, self._columns, optional) for path in paths}
+        make = partial(self._sample, split, {path: one[0] for path, one in opened.items()})
+        rows = [(path, rows) for path, (_, rows) in opened.items()]
+        return row_samples(rows, self._source.raw, "id {} came before", make)
 
     def _sample(
-        self, split: str, file: _File, record: str, name: str, row: Mapping[str, Any]
+        self, split: str, columns: Mapping[str, Row], path: str, record: str, name: str, row: Row
     ) -> TaskSample | LeftOut:
         value = row.get("label")
         value = value.strip() if isinstance(value, str) else value
         is_test, unlabelled = split.startswith("test"), value in (-1, "-1")
         if value == _NO_CLASS or (unlabelled and not is_test):
-            return LeftOut(f"{file.columns['label']} is {value}")
+            return LeftOut(f"{columns[path]['label']} is {value}")
         hidden = is_test and (unlabelled or value in (None, _HIDDEN))
-        labels = () if hidden else (self._classes.label(value),)
+        classes = self._classes
+        labels = () if hidden else (classes.label(value),)
+        if labels and str(value) not in classes.names and split not in self._told_numbers:
+            self._told_numbers.add(split)
+            numbered = ", ".join(f"{i} {name}" for i, name in enumerate(classes.numbered or ()))
+            why = "--class-names" if self._source.class_names else "the order of MNLI and SNLI"
+            why = "their schema" if self._told_names else why
+            print(f"mnli {split}: class numbers stand for {numbered} (by {why})", file=sys.stderr)
         texts, scores = (row["sentence1"], row["sentence2"]), (1.0,) * len(labels)
-        return TaskSample(file.path, record, name, (), texts, labels, scores)
-
-    def _tell_numbers(self, split: str) -> None:
-        numbered = ", ".join(f"{i} {name}" for i, name in enumerate(self._classes.numbered or ()))
-        why = "--class-names" if self._source.class_names else "the order of MNLI and SNLI"
-        why = "their schema" if self._told_names else why
-        print(f"mnli {split}: class numbers stand for {numbered} (by {why})", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file whose columns have been found.
-
-    Attributes:
-        path: the file.
-        columns: column of "sentence1", "sentence2", "label" and "id", as far as it has them.
-        rows: reads it, given the path and the columns.
-    """
-
-    path: str
-    columns: Mapping[str, str]
-    rows: Callable[[str, Mapping[str, str]], Rows]
-
-
-def _id_of(row: Mapping[str, Any]) -> str:
-    value = row.get("id")
-    return "" if value is None else str(value)
+        return TaskSample(path, record, name, (), texts, labels, scores)
 
 
 def _named_files(raw: str) -> dict[str, list[str]]:
@@ -219,21 +176,27 @@ def _named_files(raw: str) -> dict[str, list[str]]:
     return found
 
 
-def _open(path: str, wanted: Mapping[str, Sequence[str]], optional: Sequence[str]) -> _File:
-    """Finds the columns of a file. Raises DataError if one that is needed is missing."""
+def _open(
+    path: str, wanted: Mapping[str, Sequence[str]], optional: Sequence[str]
+) -> tuple[dict[str, str], Rows]:
+    """The columns of a file by name, and its rows. Raises DataError if a column that is needed is missing."""
+    wanted = {**wanted, "id": _IDS}
     suffix = os.path.splitext(path)[1]
-    rows: Callable[[str, Mapping[str, str]], Rows]
     if suffix == ".jsonl":
         first = next((item for item in json_rows(path) if not isinstance(item, Reject)), None)
         if first is None:
             raise DataError(f"{path}: no JSON object in it")
-        names, rows = list(first[1]), _json_rows
-    elif suffix in (".tsv", ".txt"):
-        names, rows = _tsv_header(path), _tsv_rows
-    else:
-        names, rows = column_names(path), table_rows
-    columns = choose_columns(path, names, {**wanted, "id": _IDS}, optional)
-    return _File(path, columns, rows)
+        columns = choose_columns(path, wanted, optional, list(first[1]))
+        return columns, _json_rows(path, columns)
+    if suffix in (".tsv", ".txt"):
+        header = next(text_lines(path), None)
+        if header is None or isinstance(header, Reject):
+            raise DataError(str(header) if header else f"{path}: empty file")
+        names = header[1].split("\t")
+        columns = choose_columns(path, wanted, optional, names)
+        return columns, _tsv_rows(path, names, columns)
+    columns = choose_columns(path, wanted, optional)
+    return columns, table_rows(path, columns)
 
 
 def _json_rows(path: str, columns: Mapping[str, str]) -> Rows:
@@ -249,19 +212,9 @@ def _json_rows(path: str, columns: Mapping[str, str]) -> Rows:
             yield record, {name: row[column] for name, column in columns.items()}
 
 
-def _tsv_header(path: str) -> list[str]:
-    first = next(numbered_lines(path, strip=False), None)
-    if first is None or isinstance(first, Reject):
-        raise DataError(f"{path}: {first.reason if first else 'empty file'}")
-    try:
-        return first[1].decode("utf-8").split("\t")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: line 1: invalid UTF-8 at byte {error.start}") from error
-
-
-def _tsv_rows(path: str, columns: Mapping[str, str]) -> Rows:
+def _tsv_rows(path: str, names: Sequence[str], columns: Mapping[str, str]) -> Rows:
     """The rows after the header."""
-    names, lines = _tsv_header(path), numbered_lines(path, strip=False)
+    lines = text_lines(path)
     next(lines)
     places = {name: names.index(column) for name, column in columns.items()}
     place = max(place for name, place in places.items() if name != "id")
@@ -269,19 +222,14 @@ def _tsv_rows(path: str, columns: Mapping[str, str]) -> Rows:
         if isinstance(item, Reject):
             yield item
             continue
-        number, line = item
+        record, line = f"line {item[0]}", item[1]
         if not line.strip():
             continue
-        record = f"line {number}"
-        try:
-            cells = line.decode("utf-8").split("\t")
-        except UnicodeDecodeError as error:
-            yield Reject(path, record, f"invalid UTF-8 at byte {error.start}")
-            continue
+        cells = line.split("\t")
         row = {name: cells[p] for name, p in places.items() if p < len(cells)}
         reason = ""
         if len(cells) <= place:
             reason = f"{len(cells)} columns, but {names[place]!r} is column {place + 1}"
         elif len(cells) > len(names):
             reason = f"{len(cells)} columns, but the header names {len(names)}"
-        yield Reject(path, record, reason, sample=_id_of(row)) if reason else (record, row)
+        yield Reject(path, record, reason, sample=id_of(row)) if reason else (record, row)
