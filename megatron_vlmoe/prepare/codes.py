@@ -139,13 +139,13 @@ class CropOptions:
         _check_crops(self.min_scale, self.workers)
 
 
+@dataclass
 class _TrainingCrops(Dataset[Any]):
     """Crops at some positions of the endless training order; positions count slots of all steps."""
 
-    def __init__(self, source: ImageSource, options: CropOptions) -> None:
-        self.source = source
-        self.options = options
-        self.order = SampleOrder(len(source), options.seed)
+    source: ImageSource
+    options: CropOptions
+    order: SampleOrder
 
     def __getitem__(self, positions: list[int]) -> Tensor:
         crops = []
@@ -159,12 +159,12 @@ class _TrainingCrops(Dataset[Any]):
         return torch.stack(crops)
 
 
+@dataclass
 class _WholeImages(Dataset[Any]):
     """Images, each resized as a whole."""
 
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source = source
-        self.size = size
+    source: ImageSource
+    size: int
 
     def __getitem__(self, indices: list[int]) -> Tensor:
         images = [self.source[index] for index in indices]
@@ -190,7 +190,8 @@ class TokenizerCrops:
             first_step * self.options.batch_size + rank * share, self.options.batch_size
         )
         batches = (list(range(start, start + share)) for start in starts)
-        dataset = _TrainingCrops(self.source, self.options)
+        order = SampleOrder(self.num_images, self.options.seed)
+        dataset = _TrainingCrops(self.source, self.options, order)
         return iter(Loader(dataset, batches, self.options.workers))
 
     def evaluation_batches(self) -> Iterator[Tensor]:
@@ -229,13 +230,13 @@ class CodesOptions:
         _check_crops(self.min_scale, self.workers)
 
 
+@dataclass
 class _Views(Dataset[Any]):
     """Image numbers -> headers int32 `[N * V, 6]` and crops uint8 `[N * V, 3, S, S]`, image by image."""
 
-    def __init__(self, source: ImageSource, size: int, options: CodesOptions) -> None:
-        self.source = source
-        self.size = size
-        self.options = options
+    source: ImageSource
+    size: int
+    options: CodesOptions
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         headers, crops = [], []

@@ -340,6 +340,13 @@ DEFAULT_MAX_CAPTION_TOKENS = 512
 _MAX_CHARACTERS_PER_TOKEN = 64
 
 
+_FATES = {
+    "records": ("kept", "rejected", "left_out"),  # left out: of a split that is not wanted
+    "images": ("kept", "rejected"),
+    "captions": ("kept", "rejected", "lost"),  # lost: with their image or record
+}
+
+
 @dataclass
 class PairCounts:
     """What became of records, images and captions, each counted apart.
@@ -348,12 +355,8 @@ class PairCounts:
     kept if anything of it is.
     """
 
-    records: Counter[str] = field(default_factory=Counter)
-    """``kept``, ``rejected``, ``left_out`` (of a split that is not wanted)."""
-    images: Counter[str] = field(default_factory=Counter)
-    """``kept``, ``rejected``."""
-    captions: Counter[str] = field(default_factory=Counter)
-    """``kept``, ``rejected``, ``lost`` (with their image or record)."""
+    fates: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By what is counted and what became of it: those of ``_FATES``."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Records left out, by reason."""
     listed: Counter[str] = field(default_factory=Counter)
@@ -361,12 +364,12 @@ class PairCounts:
 
     def keep(self, item: CaptionedImage, bad: Collection[int]) -> None:
         """Counts an image and all but the bad ones of its captions, which are rejects."""
-        self.images["kept"] += 1
-        self.captions["kept"] += len(item.captions) - len(bad)
+        self.fates["images", "kept"] += 1
+        self.fates["captions", "kept"] += len(item.captions) - len(bad)
         place = 0
         for size in item.captions_per_record or (len(item.captions),):
             good = not size or any(p not in bad for p in range(place, place + size))
-            self.records["kept" if good else "rejected"] += 1
+            self.fates["records", "kept" if good else "rejected"] += 1
             place += size
 
     def add(self, other: PairCounts) -> None:
@@ -376,15 +379,10 @@ class PairCounts:
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """For the manifest: each kind's total, ``read``, and what it is the sum of."""
-        fates = {
-            "records": (self.records, ("kept", "rejected", "left_out")),
-            "images": (self.images, ("kept", "rejected")),
-            "captions": (self.captions, ("kept", "rejected", "lost")),
+        counted = {
+            kind: {fate: self.fates[kind, fate] for fate in names} for kind, names in _FATES.items()
         }
-        return {
-            kind: {"read": counts.total()} | {fate: counts[fate] for fate in names}
-            for kind, (counts, names) in fates.items()
-        }
+        return {kind: {"read": sum(fates.values())} | fates for kind, fates in counted.items()}
 
 
 @dataclass
@@ -401,12 +399,12 @@ class CheckedPairs:
     def reject(self, reject: Reject) -> None:
         """Takes and counts a reject."""
         self.rejects.append(reject)
-        counts = self.counts
-        counts.listed[reject.unit] += 1
-        counts.records["rejected"] += reject.records
-        counts.images["rejected"] += reject.unit == "image"
-        counts.captions["rejected"] += reject.unit == "caption"
-        counts.captions["lost"] += reject.captions
+        self.counts.listed[reject.unit] += 1
+        fates = self.counts.fates
+        fates["records", "rejected"] += reject.records
+        fates["images", "rejected"] += reject.unit == "image"
+        fates["captions", "rejected"] += reject.unit == "caption"
+        fates["captions", "lost"] += reject.captions
 
 
 @dataclass(frozen=True)
@@ -443,7 +441,7 @@ class CheckPairs:
                 if isinstance(item, Reject):
                     result.reject(item)
                 elif isinstance(item, LeftOut):
-                    result.counts.records["left_out"] += 1
+                    result.counts.fates["records", "left_out"] += 1
                     result.counts.left_out[item.reason] += 1
                 else:
                     self._add(item, result)
@@ -542,7 +540,7 @@ def preprocess_pairs(
                 np.array(result.captions_per_image, np.int64),
             )
             counts.add(result.counts)
-            progress.add(result.counts.records.total())
+            progress.add(result.counts.as_dict()["records"]["read"])
         manifest = output.manifest(
             run.source,
             tokenizer,
@@ -555,14 +553,7 @@ def preprocess_pairs(
     progress.finish()  # what is rejected follows, kind by kind
     if source.format == "auto":
         print(f"pairs: read as --format {chosen.format}", file=sys.stderr)
-    for line in _summary(counts, run.output_prefix, output.rejects.passed_over):
-        print(f"pairs: {line}", file=sys.stderr)
-    report_unknown("pairs", manifest)
-    return manifest
-
-
-def _summary(counts: PairCounts, prefix: str, passed_over: Mapping[PassedOver, int]) -> list[str]:
-    """What became of records, images, captions and other files, a line for each kind."""
+    # What became of records, images, captions and other files, a line for each kind.
     lines = []
     for kind, fates in counts.as_dict().items():
         shown = [
@@ -574,17 +565,19 @@ def _summary(counts: PairCounts, prefix: str, passed_over: Mapping[PassedOver, i
     left_out = [f"{count} of {reason}" for reason, count in sorted(counts.left_out.items())]
     if left_out:
         lines[0] += f" ({', '.join(left_out)}; choose with --split)"
-    if counts.captions["lost"]:
+    if counts.fates["captions", "lost"]:
         lines[-1] += " with their image"
     if passed_over:
         lines.append(passed_over_line(kinds_of(passed_over)))
     if total := counts.listed.total() + len(passed_over):
         units = [f"{n} {unit}{'s' * (n > 1)}" for unit, n in sorted(counts.listed.items())]
         units += [f"{len(passed_over)} of what is passed over"] if passed_over else []
-        lines.append(
-            f"{total} line{'s' * (total > 1)} in {rejects_path(prefix)}: {', '.join(units)}"
-        )
-    return lines
+        where = rejects_path(run.output_prefix)
+        lines.append(f"{total} line{'s' * (total > 1)} in {where}: {', '.join(units)}")
+    for line in lines:
+        print(f"pairs: {line}", file=sys.stderr)
+    report_unknown("pairs", manifest)
+    return manifest
 
 
 def merge_datasets(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,14 +59,19 @@ class Cell:
 
 def draw_sheet(cells: Iterable[Cell]) -> Image.Image:
     """Draws cells in rows of six; a row is as high as its pictures and texts need."""
-    font, is_known = _font()
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    # DejaVu Sans comes with matplotlib and has most alphabets.
+    path = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    font, known = ImageFont.truetype(path, _FONT_SIZE), FT2Font(path).get_charmap()
     drawn: list[tuple[list[Image.Image], list[tuple[str, str]]]] = []
     for cell in cells:
-        lines = [(line, _SOFT) for line in _wrapped(cell.heading, font, is_known, 1)]
+        lines = [(line, _SOFT) for line in _wrapped(cell.heading, font, known, 1)]
         share = max(1, _TEXT_LINES // max(1, len(cell.texts)))
         for text in cell.texts:
-            lines += [(line, _INK) for line in _wrapped(text, font, is_known, share)]
-        lines += [(line, _LABEL) for line in _wrapped(cell.label, font, is_known, 2)]
+            lines += [(line, _INK) for line in _wrapped(text, font, known, share)]
+        lines += [(line, _LABEL) for line in _wrapped(cell.label, font, known, 2)]
         # Pictures fill a cell side by side, small ones enlarged.
         width = (_CELL - _GAP * (len(cell.images) - 1)) // len(cell.images)
         pictures = []
@@ -96,24 +102,14 @@ def draw_sheet(cells: Iterable[Cell]) -> Image.Image:
     return sheet
 
 
-def _font() -> tuple[ImageFont.FreeTypeFont, Callable[[str], bool]]:
-    """DejaVu Sans, which comes with matplotlib and has most alphabets, and which characters it has."""
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
-
-    path = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-    known = FT2Font(path).get_charmap()
-    return ImageFont.truetype(path, _FONT_SIZE), lambda letter: ord(letter) in known
-
-
 def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont, is_known: Callable[[str], bool], most: int
+    text: str, font: ImageFont.FreeTypeFont, known: Container[int], most: int
 ) -> list[str]:
     """Lines of whole words that fit a cell; only a word that is longer than a line is divided.
 
     Characters that the font does not have are shown by their numbers, as in ``<U+661F>``.
     """
-    shown = "".join(x if is_known(x) or x.isspace() else f"<U+{ord(x):04X}>" for x in text)
+    shown = "".join(x if ord(x) in known or x.isspace() else f"<U+{ord(x):04X}>" for x in text)
     lines = [""]
     for word in shown.split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -270,16 +266,12 @@ class TaskView(View):
         self.dataset = TaskDataset.open(prefix, task, fingerprint)
         check_dataset(prefix, task, checksums=checksums)
         self.prefix, self.size = self.dataset.prefix, len(self.dataset)
-        self.labels = self._find_labels()
-
-    def _find_labels(self) -> Labels | None:
-        """The class names, if they lie where the tool wrote them and are still the same."""
+        # The class names, if they lie where the tool wrote them and are still the same.
+        self.labels: Labels | None = None
         split = self.dataset.manifest.source.get("split")
-        try:
+        with contextlib.suppress(DataError):
             labels = load_labels(self.prefix.removesuffix(f"_{split}"))
-        except DataError:
-            return None
-        return labels if labels.sha256 == self.dataset.labels_sha256 else None
+            self.labels = labels if labels.sha256 == self.dataset.labels_sha256 else None
 
     def summary(self) -> Iterator[str]:
         """Lines of counts and percentiles."""

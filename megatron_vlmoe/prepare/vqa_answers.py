@@ -47,19 +47,18 @@ NUM_ANNOTATORS = 10
 _SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
-def _misspellings() -> Mapping[str, str]:
-    """Every contraction with one of its apostrophes left out -> the contraction."""
-    table: dict[str, str] = {}
-    for ending, beginnings in _CONTRACTIONS_BY_ENDING:
-        for word in (beginning + ending for beginning in beginnings.split()):
-            for place in (i for i, letter in enumerate(word) if letter == "'"):
-                table[word[:place] + word[place + 1 :]] = word
+# Every contraction with one of its apostrophes left out -> the contraction.
+_CONTRACTIONS = MappingProxyType(
+    {
+        word[:place] + word[place + 1 :]: word
+        for ending, beginnings in _CONTRACTIONS_BY_ENDING
+        for word in (beginning + ending for beginning in beginnings.split())
+        for place, letter in enumerate(word)
+        if letter == "'"
+    }
     # The evaluator has this one pair the wrong way round, and scores depend on it.
-    table["somebody'd"] = "somebodyd"
-    return MappingProxyType(table)
-
-
-_CONTRACTIONS = _misspellings()
+    | {"somebody'd": "somebodyd"}
+)
 
 
 def normalize_answer(text: str) -> str:

@@ -141,15 +141,23 @@ PIXEL_CONSTANTS = {
 }
 
 
-def load_official(path: Path, *, num_heads: int | None = None) -> tuple[VQKD, ImportReport]:
+def load_official(path: Path) -> tuple[VQKD, ImportReport]:
     """Build a model from a published checkpoint, in fp32 on the CPU.
 
     The decoder is taken where the file has a whole one. Raises ValueError (one line) if the file
     cannot be read, is no VQ-KD checkpoint, or lacks a tensor or holds one of another shape.
     """
-    weights, arguments = read_checkpoint(path)
+    content = read_torch_file(path, "cpu", allowed=(argparse.Namespace,))
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a checkpoint: holds a {type(content).__name__}, not a dict")
+    weights = content.get("model", content.get("state_dict", content))
+    if not isinstance(weights, dict):
+        raise DataError(f"{path}: not a checkpoint: its model is a {type(weights).__name__}")
+    weights = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    recorded = content.get("args")  # the command line that made it
+    arguments = vars(recorded) if isinstance(recorded, argparse.Namespace) else {}
     try:
-        config = infer_config(weights, arguments, num_heads)
+        config = infer_config(weights, arguments)
     except (KeyError, ValueError) as error:
         reason = f"no tensor {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a BEiT v2 VQ-KD checkpoint: {reason}") from error
@@ -180,22 +188,7 @@ def load_official(path: Path, *, num_heads: int | None = None) -> tuple[VQKD, Im
     return model, ImportReport(taken, tuple(sorted(set(weights) - set(taken))))
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and recorded command-line arguments (empty if none) of a `.pth` file."""
-    content = read_torch_file(path, "cpu", allowed=(argparse.Namespace,))
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: not a checkpoint: holds a {type(content).__name__}, not a dict")
-    weights = content.get("model", content.get("state_dict", content))
-    if not isinstance(weights, dict):
-        raise DataError(f"{path}: not a checkpoint: its model is a {type(weights).__name__}")
-    arguments = content.get("args")
-    recorded = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    return {k: v for k, v in weights.items() if isinstance(v, Tensor)}, recorded
-
-
-def infer_config(
-    weights: dict[str, Tensor], arguments: dict[str, Any], num_heads: int | None
-) -> VQKDConfig:
+def infer_config(weights: dict[str, Tensor], arguments: dict[str, Any]) -> VQKDConfig:
     """Architecture by tensor shapes; KeyError names a tensor that is not there."""
     width, in_channels, patch_size, _ = shape_of(weights, "encoder.patch_embed.proj.weight", 4)
     if in_channels != 3:
@@ -215,7 +208,7 @@ def infer_config(
         patch_size=patch_size,
         width=width,
         depth=count_blocks(weights, "encoder"),
-        num_heads=num_heads or max(1, width // HEAD_DIM),
+        num_heads=max(1, width // HEAD_DIM),
         mlp_ratio=shape_of(weights, "encoder.blocks.0.mlp.fc1.weight", 2)[0] / width,
         decoder_depth=count_blocks(weights, "decoder") if has_decoder else 0,
         num_codes=num_codes,

@@ -14,6 +14,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any, Self, cast
 
@@ -188,20 +189,20 @@ def _members(
         yield BrokenTar(path, f"{inside}after {last}", f"damaged tar: {error}")
 
 
+@dataclass
 class _Links:
     """Finds what the links of an uncompressed tar point at; lists the tar once, at the first link."""
 
-    def __init__(self, file: IO[bytes], start: int) -> None:
-        self._file = file
-        self._start = start
+    file: IO[bytes]
+    start: int
 
     @cached_property
     def _members(self) -> dict[str, tarfile.TarInfo]:
         found: dict[str, tarfile.TarInfo] = {}
-        self._file.seek(self._start)
+        self.file.seek(self.start)
         # What comes before damage is known; the reader of the tar reports it.
         with contextlib.suppress(tarfile.TarError, OSError):
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+            with tarfile.open(fileobj=self.file, mode="r:") as archive:
                 for member in archive:
                     found[posixpath.normpath(member.name)] = member
         return found

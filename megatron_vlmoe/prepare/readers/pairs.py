@@ -20,6 +20,7 @@ img2dataset's ``webdataset`` and ``files`` outputs are of this form.
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 from collections import Counter
@@ -345,30 +346,20 @@ def csv_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
             yield row
             continue
         first, last, values = row
-        record = lines_record(first, last)
-        if reason := _swallowed(values, names.index(image_key), separator):
-            yield Reject(path, record, reason)
-        else:
-            yield record, dict(zip(names, values, strict=True))
-
-
-def _swallowed(values: list[str], image: int, separator: str) -> str:
-    """What is wrong with a row whose cell seems to hold further rows; empty: nothing.
-
-    A caption over several lines is as good as any, unless there is a file name in it like that of the
-    row's own image, or any column where that name has no suffix.
-    """
-    suffix = os.path.splitext(values[image])[1].lower()
-    for cell in values:
-        lines = cell.splitlines()
-        if len(lines) > 1 and any(
+        # A caption over several lines is as good as any, unless there is a file name in it like that of the
+        # row's own image, or any column where that name has no suffix: then it seems to hold further rows.
+        suffix = os.path.splitext(values[names.index(image_key)])[1].lower()
+        over_lines = [cell.splitlines() for cell in values if len(cell.splitlines()) > 1]
+        if any(
             os.path.splitext(part.strip('" '))[1].lower() == suffix
-            for line in lines
+            for line in itertools.chain.from_iterable(over_lines)
             if separator in line
             for part in line.split(separator)
         ):
-            return "a quotation mark that is not closed takes in what follows"
-    return ""
+            reason = "a quotation mark that is not closed takes in what follows"
+            yield Reject(path, lines_record(first, last), reason)
+        else:
+            yield lines_record(first, last), dict(zip(names, values, strict=True))
 
 
 TOKEN_LINE = re.compile(r"(?P<image>[^\t]+)#\d+\t(?P<caption>.*)")
@@ -455,51 +446,47 @@ class _Sample:
 
     key: str
     images: list[ImageFile] = field(default_factory=list)
-    text: tuple[object, ...] = ()
-    described: tuple[object, ...] = ()
-    seen: set[str] = field(default_factory=set)
-    """Suffixes of captions."""
+    captions: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    """By the suffix of their file."""
     others: list[PassedOver] = field(default_factory=list)
     """Members that are neither image nor caption."""
     problem: str = ""
     """Why the sample is of no use: the first of its members that is not."""
 
-    def add(self, member: ImageFile, keys: _CaptionKeys) -> None:
-        """Takes one member, an image or not. Raises DataError if it is unreadable."""
+    def add(self, member: ImageFile | Reject, keys: _CaptionKeys) -> None:
+        """Takes one member, an image or not. Raises DataError if it is of no use."""
         suffix = os.path.splitext(member.record)[1].lower()
-        if suffix not in (".txt", ".json"):
-            found = as_image(member, member.record)
-            if isinstance(found, Reject):
-                raise DataError(found.reason)
-            if isinstance(found, PassedOver):
-                self.others.append(found)
-            else:
-                self.images.append(found)
-            return
-        if suffix in self.seen:
+        caption = suffix in (".txt", ".json") and not isinstance(member, Reject)
+        found = member if caption or isinstance(member, Reject) else as_image(member, member.record)
+        if isinstance(found, Reject):
+            raise DataError(found.reason)
+        if isinstance(found, PassedOver):
+            self.others.append(found)
+        elif not caption:
+            self.images.append(found)
+        elif suffix in self.captions:
             raise DataError(f"a second {suffix} in the sample")
-        self.seen.add(suffix)
-        content = decoded(member.read(), "utf-8-sig")
-        if suffix == ".txt":
-            self.text = (content,)
         else:
-            self.described = keys.captions(content)
+            self.captions[suffix] = ()
+            content = decoded(found.read(), "utf-8-sig")
+            self.captions[suffix] = keys.captions(content) if suffix == ".json" else (content,)
 
-    def captions(self, keys: _CaptionKeys) -> tuple[object, ...]:
-        """Those under a key that was asked for come before ``.txt``."""
-        return (self.described if keys.wanted else ()) or self.text or self.described
+    def chosen(self, keys: _CaptionKeys) -> tuple[object, ...]:
+        """The captions that count: those under a key that was asked for come before ``.txt``."""
+        text, described = (self.captions.get(suffix, ()) for suffix in (".txt", ".json"))
+        return (described if keys.wanted else ()) or text or described
 
     def finish(self, tar: str, keys: _CaptionKeys) -> Iterator[PairItem | PassedOver]:
         """The complete sample, or why there is none.
 
         What has neither an image nor the file of a caption is no sample.
         """
-        captions = self.captions(keys)
+        captions = self.chosen(keys)
         if self.problem:
             yield Reject(tar, self.key, self.problem, captions=len(captions))
         elif len(self.images) == 1:
             yield CaptionedImage(tar, self.key, self.images[0], captions)
-        elif self.images or self.seen:
+        elif self.images or self.captions:
             others = f" ({passed_over_line(kinds_of(Counter(self.others)))})" if self.others else ""
             reason = f"{len(self.images)} images in the sample, not 1{others}"
             yield Reject(tar, self.key, reason, captions=len(captions))
@@ -515,8 +502,7 @@ def _samples(
     for member in members:
         if isinstance(member, BrokenTar):
             # It stands for the sample under way too, which may lack its rest.
-            lost = 0 if sample is None else len(sample.captions(keys))
-            yield replace(member, captions=lost)
+            yield replace(member, captions=0 if sample is None else len(sample.chosen(keys)))
             sample = None
             continue
         folder, base = os.path.split(member.record)
@@ -526,8 +512,6 @@ def _samples(
             sample = None
         sample = sample or _Sample(key)
         try:
-            if isinstance(member, Reject):
-                raise DataError(member.reason)
             sample.add(member, keys)
         except DataError as error:
             sample.problem = sample.problem or f"{member.record}: {error}"

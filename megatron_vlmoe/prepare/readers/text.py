@@ -289,27 +289,21 @@ def read_training_texts(
                 continue
             record, value = item
             for text in as_captions(value):
-                checked = _checked(path, record, text)
-                if checked:
-                    some = some or isinstance(checked, str)
-                    yield checked
+                try:
+                    if isinstance(text, bytes):
+                        text = decoded(text)
+                    if text is not None and not isinstance(text, str):
+                        raise DataError("not a string")
+                    if text:
+                        text.encode("utf-8")
+                        some = True
+                        yield text
+                except UnicodeEncodeError:
+                    yield Reject(path, record, "invalid Unicode")
+                except DataError as error:
+                    yield Reject(path, record, str(error))
         if not some:
             raise DataError(f"{path} holds no text")
-
-
-def _checked(path: str, record: str, value: object) -> str | Reject:
-    """A text, or what is wrong with it; an empty string for none."""
-    try:
-        if isinstance(value, bytes):
-            return value.decode("utf-8")
-        if isinstance(value, str):
-            value.encode("utf-8")
-            return value
-    except UnicodeDecodeError as error:
-        return Reject(path, record, f"invalid UTF-8 at byte {error.start}")
-    except UnicodeEncodeError:
-        return Reject(path, record, "invalid Unicode")
-    return "" if value is None else Reject(path, record, "not a string")
 
 
 def _found(path: str, keys: tuple[str, ...], text_key: str | None) -> Found:

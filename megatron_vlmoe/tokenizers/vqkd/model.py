@@ -63,7 +63,7 @@ def sum_by_code(unit_TC: Tensor, codes_T: Tensor, num_codes: int) -> tuple[Tenso
 
 
 def spherical_kmeans(
-    unit_TC: Tensor, num_codes: int, generator: torch.Generator, iterations: int = KMEANS_ITERATIONS
+    unit_TC: Tensor, num_codes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Cosine k-means from randomly chosen vectors: centres `[K, C]` (unit length), counts `[K]`.
 
@@ -77,7 +77,7 @@ def spherical_kmeans(
         chosen = torch.randint(total, (num_codes,), generator=generator)
     centres = unit_TC[chosen.to(unit_TC.device)]
     counts = unit_TC.new_zeros(num_codes)
-    for _ in range(iterations):
+    for _ in range(KMEANS_ITERATIONS):
         counts, sums = sum_by_code(unit_TC, nearest_codes(unit_TC, centres), num_codes)
         centres = torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), centres)
     return centres, counts

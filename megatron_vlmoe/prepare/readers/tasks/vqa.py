@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
@@ -104,11 +103,6 @@ class VqaLayout(ABC):
         """``multiple_choice_answer`` of every question of an annotated part, in order. Raises DataError."""
         items = (item for _, item in self.questions(part, images=False))
         return [item.main_answer for item in items if isinstance(item, Question)]
-
-    def image_ids(self, part: str) -> frozenset[str]:
-        """Ids of the pictures that a part asks about. Raises DataError."""
-        found = self.questions(part, images=False)
-        return frozenset(image for image, _ in found if image is not None)
 
     def _read(
         self,
@@ -376,30 +370,27 @@ class _AnswerLists(VqaLayout):
             yield record, {**entry, **named, "id": _number(entry.get("question_id"))}
 
     def _answers(self, row: Row) -> tuple[tuple[str, ...], str]:
-        answers = _listed_answers(row)
+        value = row.get("answer", row.get("answers"))
+        weights = next((row[key] for key in ("weight", "weights") if key in row), None)
+        if isinstance(value, list) and isinstance(weights, list):
+            if len(value) != len(weights) or not all(isinstance(text, str) for text in value):
+                raise DataError("not one weight for each answer")
+            value = dict(zip(value, weights, strict=True))
+        if isinstance(value, dict):
+            shares = value.values()
+            if not all(isinstance(share, int | float) for share in shares):
+                raise DataError("weights are not numbers")
+            counts = {text: round(NUM_ANNOTATORS * share) for text, share in value.items()}
+            whole = all(abs(NUM_ANNOTATORS * value[text] - n) < 0.01 for text, n in counts.items())
+            if not whole or sum(counts.values()) != NUM_ANNOTATORS or min(counts.values()) < 0:
+                raise DataError(
+                    f"weights {', '.join(map(str, shares))} are no tenths that add up to 1: "
+                    "give the ten answers, or the share of the annotators who gave each"
+                )
+            answers = tuple(text for text, count in counts.items() for _ in range(count))
+        else:
+            answers = _answers(value)
         return answers, Counter(answers).most_common(1)[0][0]
-
-
-def _listed_answers(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the annotators said, from an object of a list. Raises DataError."""
-    value = entry.get("answer", entry.get("answers"))
-    weights = next((entry[key] for key in ("weight", "weights") if key in entry), None)
-    if isinstance(value, list) and isinstance(weights, list):
-        if len(value) != len(weights) or not all(isinstance(text, str) for text in value):
-            raise DataError("not one weight for each answer")
-        value = dict(zip(value, weights, strict=True))
-    if not isinstance(value, dict):
-        return _answers(value)
-    if not all(isinstance(share, int | float) for share in value.values()):
-        raise DataError("weights are not numbers")
-    counts = {text: round(NUM_ANNOTATORS * share) for text, share in value.items()}
-    exact = all(abs(NUM_ANNOTATORS * value[text] - count) < 0.01 for text, count in counts.items())
-    if not exact or sum(counts.values()) != NUM_ANNOTATORS or min(counts.values()) < 0:
-        raise DataError(
-            f"weights {', '.join(map(str, value.values()))} are no tenths that add up to 1: "
-            "give the ten answers, or the share of the annotators who gave each"
-        )
-    return tuple(text for text, count in counts.items() for _ in range(count))
 
 
 class _AnswerTables(VqaLayout):
@@ -512,7 +503,8 @@ class VqaSource:
     @cached_property
     def _held_out(self) -> frozenset[str]:
         """The images of ``rest_val``."""
-        images = self._layout.image_ids("val2014")
+        found = self._layout.questions("val2014", images=False)
+        images = {image for image, _ in found if image is not None}
         count = min(self._source.num_val_images, len(images) // 2)
         return chosen(images, count, self._source.seed)
 
