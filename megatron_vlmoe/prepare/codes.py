@@ -113,30 +113,34 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _check_crops(min_scale: float, workers: int) -> None:
-    if not 0.0 < min_scale <= 1.0:
-        raise ConfigError(f"min_scale must be in (0, 1], not {min_scale}")
-    if workers < 0:
-        raise ConfigError(f"workers must not be negative, not {workers}")
+@dataclass(frozen=True, kw_only=True)
+class _Cropping:
+    """How random crops are drawn."""
+
+    seed: int = 0
+    """Crops depend on it and on their numbers only."""
+    min_scale: float
+    """Smallest crop as a share of the image's area."""
+    workers: int = 0
+    """Decoding processes, of each rank."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_scale <= 1.0:
+            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, not {self.workers}")
 
 
-@dataclass(frozen=True)
-class CropOptions:
-    """What is done to an image before the tokenizer sees it in training."""
+@dataclass(frozen=True, kw_only=True)
+class CropOptions(_Cropping):
+    """What is done to an image before the tokenizer sees it in training, in an order of the seed too."""
 
     size: int
     """S."""
     batch_size: int
     """Images per step over all ranks."""
     min_scale: float = 0.08
-    """Smallest crop as a share of the image's area (0.08 as published)."""
-    seed: int = 0
-    """Of order and crops."""
-    workers: int = 0
-    """Decoding processes per rank."""
-
-    def __post_init__(self) -> None:
-        _check_crops(self.min_scale, self.workers)
+    """As published."""
 
 
 @dataclass
@@ -205,21 +209,17 @@ class TokenizerCrops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesOptions:
-    """How views are drawn and encoded."""
+class CodesOptions(_Cropping):
+    """How views are drawn and encoded; view v of image i depends on (seed, i, v) only."""
 
     num_views: int
     """Views of every image."""
-    seed: int = 0
-    """View v of image i depends on (seed, i, v) only."""
     min_scale: float = 0.2
-    """Smallest crop as a share of the image's area (BEiT v2's pretraining)."""
+    """That of BEiT v2's pretraining."""
     flip_probability: float = 0.5
     """Share of mirrored views."""
     batch_size: int = 64
     """Views encoded at once."""
-    workers: int = 0
-    """Decoding processes."""
 
     def __post_init__(self) -> None:
         for name in ("num_views", "batch_size"):
@@ -227,7 +227,7 @@ class CodesOptions:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 <= self.flip_probability <= 1.0:
             raise ConfigError(f"flip_probability must be in [0, 1], not {self.flip_probability}")
-        _check_crops(self.min_scale, self.workers)
+        super().__post_init__()
 
 
 @dataclass

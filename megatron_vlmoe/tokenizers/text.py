@@ -197,22 +197,9 @@ def train_text_tokenizer(training: TextTokenizerTraining, texts: Iterable[str]) 
     sentences = sample_sentences(iterate_sentences(texts), training.max_sentences, training.seed)
     if not sentences:
         raise DataError("no text to train on")
-    model = _fit(sentences + whole_word_hints(sentences), training)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    size = int(processor.get_piece_size())
-    vocab = "".join(
-        f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(size)
-    )
-    prefix = str(training.output_prefix)
-    # The model last: where it exists, its vocabulary listing does too.
-    write_text_atomic(prefix + ".vocab", vocab)
-    write_bytes_atomic(prefix + ".model", model)
-    return size
-
-
-def _fit(sentences: list[str], training: TextTokenizerTraining) -> bytes:
-    writer = io.BytesIO()
+    sentences += whole_word_hints(sentences)
     sentences.reverse()
+    writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             # Handing the sample over and letting it go keeps one copy in memory instead of two.
@@ -246,7 +233,17 @@ def _fit(sentences: list[str], training: TextTokenizerTraining) -> bytes:
                 f"special pieces alone need {found[1]} (or lower character_coverage)"
             )
         raise DataError(reason) from error
-    return writer.getvalue()
+    model = writer.getvalue()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = int(processor.get_piece_size())
+    vocab = "".join(
+        f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(size)
+    )
+    prefix = str(training.output_prefix)
+    # The model last: where it exists, its vocabulary listing does too.
+    write_text_atomic(prefix + ".vocab", vocab)
+    write_bytes_atomic(prefix + ".model", model)
+    return size
 
 
 def sample_sentences(sentences: Iterable[str], max_sentences: int, seed: int) -> list[str]:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any, Self, cast
+from typing import IO, Self, cast
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.image_files import HEADER_BYTES, begins_like_image, is_image_data
@@ -123,7 +123,7 @@ def tar_members(path: str) -> Iterator[ImageFile | Reject]:
 
 
 def _members(
-    path: str, inside: str, file: IO[bytes], in_file: bool = True
+    path: str, inside: str, file: IO[bytes], place: int | None = 0, size: int | None = None
 ) -> Iterator[ImageFile | Reject]:
     """The members of a tar that begins where the file stands.
 
@@ -131,18 +131,18 @@ def _members(
         path: the outermost tar.
         inside: name of this one in it with a slash; empty for the outermost.
         file: to read it from.
-        in_file: whether places in `file` are places in the file at `path`.
+        place: where it begins in the outermost; None: within something compressed.
+        size: how many bytes it has there, of an inner one.
     """
-    start = file.tell()
     head = file.read(8)
-    file.seek(start)
+    file.seek(0)
     if head.startswith(_OTHERWISE_COMPRESSED):
         reason = "a tar compressed by zstd or lz4, which is not read: decompress it"
         yield BrokenTar(path, inside.rstrip("/"), reason)
         return
     compressed = head.startswith(_COMPRESSED)
-    in_file = in_file and not compressed
-    links = _Links(file, start)
+    place = None if compressed else place
+    links = _Links(file)
     last = "start"
     try:
         # "r|" reads a compressed archive once, front to back; "r:" may skip the contents.
@@ -162,29 +162,23 @@ def _members(
                     found = where or links.target(member)
                 elif not member.isfile():
                     found = "neither a file nor a link"
-                elif (
-                    in_file
-                    and isinstance(file, _Part)
-                    and member.offset_data + member.size > file.end
-                ):
+                elif None not in (place, size) and member.offset_data + member.size > (size or 0):
                     # In the outer tar other bytes follow.
                     found = f"damaged tar: {inside.rstrip('/')} ends inside it"
                 if isinstance(found, str):
                     yield Reject(path, name, found)
                     continue
                 data = None
-                if not in_file or found.issparse():
-                    stream = archive.extractfile(found)
-                    data = stream.read() if stream is not None else b""
+                if place is None or found.issparse():
+                    data = cast(IO[bytes], archive.extractfile(found)).read()
+                begin = (place or 0) + found.offset_data
                 if not is_tar(name):
-                    yield ImageFile(path, name, path, found.offset_data, found.size, data)
+                    yield ImageFile(path, name, path, begin, found.size, data)
                 elif data is not None:
-                    yield from _members(path, f"{name}/", io.BytesIO(data), in_file=False)
+                    yield from _members(path, f"{name}/", io.BytesIO(data), place=None)
                 else:
-                    with open(path, "rb") as again:
-                        again.seek(found.offset_data)
-                        part = cast(IO[bytes], _Part(again, found.size))
-                        yield from _members(path, f"{name}/", part)
+                    inner = cast(IO[bytes], archive.extractfile(found))
+                    yield from _members(path, f"{name}/", inner, begin, found.size)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         yield BrokenTar(path, f"{inside}after {last}", f"damaged tar: {error}")
 
@@ -194,12 +188,11 @@ class _Links:
     """Finds what the links of an uncompressed tar point at; lists the tar once, at the first link."""
 
     file: IO[bytes]
-    start: int
 
     @cached_property
     def _members(self) -> dict[str, tarfile.TarInfo]:
         found: dict[str, tarfile.TarInfo] = {}
-        self.file.seek(self.start)
+        self.file.seek(0)
         # What comes before damage is known; the reader of the tar reports it.
         with contextlib.suppress(tarfile.TarError, OSError):
             with tarfile.open(fileobj=self.file, mode="r:") as archive:
@@ -220,33 +213,6 @@ class _Links:
                 return found
             member = found
         return f"a link to {link.linkname}, which leads to no file"
-
-
-class _Part(io.RawIOBase):
-    """The next `size` bytes of a file, at their places in it."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self._file = file
-        self.end = file.tell() + size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END:
-            offset, whence = self.end + offset, os.SEEK_SET
-        return self._file.seek(offset, whence)
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(max(0, min(len(buffer), self.end - self._file.tell())))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 Parts = tuple[str, ...]

@@ -52,7 +52,6 @@ from megatron_vlmoe.prepare.readers.pairs import (
     PairItems,
     PairReader,
     RowReader,
-    SplitChoice,
     column_rows,
     csv_rows,
     find_keys,
@@ -147,7 +146,7 @@ def read_karpathy(source: PairInput) -> Iterator[PairItem]:
 
     Raises DataError for another layout, or a wanted split that no image of any file has.
     """
-    items, splits = PairItems(source), SplitChoice(source)
+    items = PairItems(source)
     source.image_folder()
     for path in source.annotations:
         (images,) = json_lists(path, "images")
@@ -159,7 +158,7 @@ def read_karpathy(source: PairInput) -> Iterator[PairItem]:
             name = os.path.join(str(image.get("filepath") or ""), image["filename"])
             record = f"image {number} ({name})"
             earlier = first.setdefault(name, number)
-            refusal = splits.refusal(path, record, image.get("split"))
+            refusal = items.refusal(path, record, image.get("split"))
             if refusal is not None:
                 yield refusal
                 continue
@@ -181,7 +180,7 @@ def read_karpathy(source: PairInput) -> Iterator[PairItem]:
                 captions.append(given.get("raw"))
                 names.append(caption)
             yield items.item([CaptionRow(path, record, name, tuple(captions))], tuple(names))
-    splits.finish(source.annotations[0])
+    items.check_splits()
 
 
 def _as_object(value: Any) -> dict[str, Any]:

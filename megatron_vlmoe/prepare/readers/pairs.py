@@ -124,10 +124,13 @@ class CaptionRow:
 
 
 class PairItems:
-    """Makes what readers yield of what their records say."""
+    """Makes what readers yield of what their records say, and chooses by the splits that these may name."""
 
     def __init__(self, source: PairInput) -> None:
         self._source = source
+        self._wanted = DEFAULT_SPLITS if source.splits is None else source.splits
+        self._seen: Counter[str] = Counter()
+        self._undivided = 0
 
     @cached_property
     def finder(self) -> ImageFinder:
@@ -191,28 +194,17 @@ class PairItems:
             yield self.item(group)
         yield from between
 
-
-class SplitChoice:
-    """Which records are taken where they name their split."""
-
-    def __init__(self, source: PairInput) -> None:
-        self._given = source.splits
-        self._wanted = DEFAULT_SPLITS if source.splits is None else source.splits
-        self._key = source.split_key
-        self._seen: Counter[str] = Counter()
-        self._undivided = 0
-
     def refusal(self, source: str, record: str, split: object) -> LeftOut | Reject | None:
         """Why a record of this split is not taken; None: it is. No split is None or an empty text."""
         if split is None or split == "":
             self._undivided += 1
-            if self._given is None:
+            if self._source.splits is None:
                 return None
-            return Reject(source, record, f"names no split (key {self._key})")
+            return Reject(source, record, f"names no split (key {self._source.split_key})")
         self._seen[str(split)] += 1
         return None if str(split) in self._wanted else LeftOut(f"split {split}")
 
-    def finish(self, source: str) -> None:
+    def check_splits(self) -> None:
         """Raises DataError if no record was of a wanted split.
 
         ``restval`` may be absent while it is wanted together with ``train``: Flickr30K has none.
@@ -220,10 +212,12 @@ class SplitChoice:
         absent = [split for split in self._wanted if not self._seen[split]]
         if absent == ["restval"] and "train" in self._wanted:
             return
-        if not absent or (self._given is None and (self._undivided or not self._seen)):
+        given = self._source.splits
+        if not absent or (given is None and (self._undivided or not self._seen)):
             return
         has = f"it has {', '.join(sorted(self._seen))}" if self._seen else "none is named"
-        choose = "" if self._given else ": choose with --split"
+        choose = "" if given else ": choose with --split"
+        source = self._source.annotations[0]
         raise DataError(f"{source}: no image of split {', '.join(absent)}; {has}{choose}")
 
 
@@ -252,20 +246,20 @@ RowReader = Callable[[PairInput, str], Iterator[NumberedRow | Reject]]
 
 def read_records(read_rows: RowReader, source: PairInput) -> Iterator[PairItem]:
     """Yields the images of files of records. Raises DataError if a file is of another kind, or lacks a column."""
-    items, splits = PairItems(source), SplitChoice(source)
+    items = PairItems(source)
     for path in source.annotations:
         rows = (
-            item if isinstance(item, Reject) else _pair(source, splits, path, *item)
+            item if isinstance(item, Reject) else _pair(source, items, path, *item)
             for item in read_rows(source, path)
         )
         yield from items.grouped(rows)
-    splits.finish(source.annotations[0])
+    items.check_splits()
 
 
 def _pair(
-    source: PairInput, splits: SplitChoice, path: str, record: str, row: Mapping[str, Any]
+    source: PairInput, items: PairItems, path: str, record: str, row: Mapping[str, Any]
 ) -> CaptionRow | Reject | LeftOut:
-    refusal = splits.refusal(path, record, row.get(source.split_key))
+    refusal = items.refusal(path, record, row.get(source.split_key))
     if refusal is not None:
         return refusal
     image_key, caption_key = find_keys(source, row)

@@ -150,19 +150,6 @@ class VqaLayout(ABC):
             yield image, Question(path, record, number, image, text, picture, answers, main, kind)
 
 
-def find_layout(raw: str) -> VqaLayout:
-    """The layout of a folder: the first that has any part of VQAv2. Raises DataError if none has."""
-    parts = (*ANNOTATED, *TEST_PARTS.values())
-    for layout in (_PublishedFiles, _AnswerLists, _AnswerTables):
-        opened = layout(raw)
-        if any(map(opened.has, parts)):
-            return opened
-    raise DataError(
-        f"{raw}: no VQAv2 in it: no v2_OpenEnded_mscoco_train2014_questions.json, no vqa_train.json and "
-        "no parquet or .arrow table of train"
-    )
-
-
 _FILES = {
     "questions": "v2_OpenEnded_mscoco_{}_questions.json",
     "annotations": "v2_mscoco_{}_annotations.json",
@@ -465,7 +452,16 @@ class VqaSource:
 
     def __init__(self, source: TaskInput) -> None:
         self._source = source
-        self._layout = find_layout(source.raw)
+        parts = (*ANNOTATED, *TEST_PARTS.values())
+        layouts = (kind(source.raw) for kind in (_PublishedFiles, _AnswerLists, _AnswerTables))
+        # The first that has any part of VQAv2.
+        found = next((layout for layout in layouts if any(map(layout.has, parts))), None)
+        if found is None:
+            raise DataError(
+                f"{source.raw}: no VQAv2 in it: no v2_OpenEnded_mscoco_train2014_questions.json, no "
+                "vqa_train.json and no parquet or .arrow table of train"
+            )
+        self._layout: VqaLayout = found
 
     def splits(self) -> tuple[str, ...]:
         """``train`` and ``val``, and the test splits whose questions are there."""
