@@ -63,11 +63,13 @@ from megatron_vlmoe.prepare.readers.records import (
 )
 from megatron_vlmoe.prepare.readers.text import TextInput, block_texts, read_text
 from megatron_vlmoe.prepare.tool import (
+    BadTexts,
     DatasetOutput,
+    GoodTexts,
     Run,
-    checked_text,
     chunked,
     encode_all,
+    encode_groups,
     ordered_map,
     record_counts,
     rejected_words,
@@ -436,6 +438,9 @@ class CheckPairs:
     def __call__(self, chunk: list[PairItem]) -> CheckedPairs:
         """Checks every image and caption."""
         result = CheckedPairs()
+        groups = [item.captions for item in chunk if isinstance(item, CaptionedImage)]
+        longest = self.options.max_caption_tokens * _MAX_CHARACTERS_PER_TOKEN
+        captions = encode_groups(self._tokenizer, groups, "caption", longest)
         with quiet_pillow():
             for item in chunk:
                 if isinstance(item, Reject):
@@ -444,12 +449,19 @@ class CheckPairs:
                     result.counts.fates["records", "left_out"] += 1
                     result.counts.left_out[item.reason] += 1
                 else:
-                    self._add(item, result)
+                    self._add(item, *next(captions), result)
         return result
 
-    def _add(self, item: CaptionedImage, result: CheckedPairs) -> None:
+    def _add(
+        self, item: CaptionedImage, good: GoodTexts, others: BadTexts, result: CheckedPairs
+    ) -> None:
         """Adds an image with its usable captions, or one reject for all of it."""
-        captions, bad = self._captions(item)
+        captions, bad, most = list[list[int]](), dict(others), self.options.max_caption_tokens
+        for number, _, ids in good:
+            if len(ids) > most:
+                bad[number] = f"caption of {len(ids)} tokens, more than {most}"
+            else:
+                captions.append(ids)
         try:
             if not captions:
                 raise DataError(_no_caption(item, bad))
@@ -470,28 +482,6 @@ class CheckPairs:
         for ids in captions:
             result.tokens.fromlist(ids)
             result.caption_lengths.append(len(ids))
-
-    def _captions(self, item: CaptionedImage) -> tuple[list[list[int]], dict[int, str]]:
-        """Ids of the usable captions, and by their numbers what is wrong with the others."""
-        most = self.options.max_caption_tokens
-        usable: list[tuple[int, str]] = []
-        bad: dict[int, str] = {}
-        for number, caption in enumerate(item.captions):
-            try:
-                text = checked_text(caption, "caption", most * _MAX_CHARACTERS_PER_TOKEN)
-                usable.append((number, text))
-            except DataError as error:
-                bad[number] = str(error)
-        result = []
-        encoded = encode_all(self._tokenizer, [text for _, text in usable], "caption")
-        for (number, _), ids in zip(usable, encoded, strict=True):
-            if isinstance(ids, str):
-                bad[number] = ids
-            elif len(ids) > most:
-                bad[number] = f"caption of {len(ids)} tokens, more than {most}"
-            else:
-                result.append(ids)
-        return result, bad
 
 
 def _no_caption(item: CaptionedImage, bad: Mapping[int, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,10 @@ _FRAME, _SOFT, _INK, _LABEL = "#9aa4af", "#57606a", "#1b1f24", "#1f5fa8"
 
 @dataclass(frozen=True)
 class Cell:
-    """One sample.
+    """One sample: RGB pictures, drawn side by side, and below them a line of heading, texts and a label.
 
-    Args:
-        images: RGB pictures, drawn side by side; at least one.
-        heading: a line above the texts, such as the sample's number.
-        texts: each begins a line of its own; what does not fit into four lines is cut.
-        label: answer or class, on lines of its own below the texts; may be empty.
+    Each text begins a line of its own; what does not fit into four lines is cut. The label, an answer or a class, has
+    lines of its own and may be empty.
     """
 
     images: Sequence[Image.Image]
@@ -140,6 +137,7 @@ class View(ABC):
 
     prefix: str
     size: int
+    _image_bytes: Callable[[int], npt.NDArray[np.uint8]]
 
     @abstractmethod
     def summary(self) -> Iterator[str]:
@@ -148,10 +146,6 @@ class View(ABC):
     @abstractmethod
     def _described(self, index: int) -> Iterator[str]:
         """What a line about a document or sample says."""
-
-    @abstractmethod
-    def _image_bytes(self, document: int) -> npt.NDArray[np.uint8]:
-        """An encoded image."""
 
     @abstractmethod
     def _cell(self, index: int) -> Cell:
@@ -178,20 +172,13 @@ class View(ABC):
 
 
 class DatasetView(View):
-    """A dataset for pretraining.
+    """A dataset for pretraining. Raises DataError if it is damaged or was made with another tokenizer.
 
-    Args:
-        prefix: path prefix of the dataset.
-        tokenizer_model: SentencePiece model that decodes texts; None shows token ids.
-        checksums: also compare the SHA-256 of every file.
-
-    Raises:
-        DataError: the dataset is damaged or was made with another tokenizer.
+    ``tokenizer_model`` decodes texts; without one token ids are shown. ``checksums`` compares the SHA-256 of every
+    file.
     """
 
-    def __init__(
-        self, prefix: str, tokenizer_model: str | None = None, checksums: bool = False
-    ) -> None:
+    def __init__(self, prefix: str, tokenizer_model: str | None, checksums: bool) -> None:
         kind = load_manifest(prefix).kind
         self.tokenizer: TextTokenizer | None = None
         fingerprint = None
@@ -204,6 +191,7 @@ class DatasetView(View):
         self.readers = {
             part: IndexedReader(part_prefix(prefix, part)) for part in dataset_parts(kind)
         }
+        self._image_bytes = lambda document: self.readers["image"].document(document)[0]
 
     def summary(self) -> Iterator[str]:
         """Lines of counts and percentiles."""
@@ -246,9 +234,6 @@ class DatasetView(View):
         if self.manifest.kind != "images":
             yield from map(shortened, self._captions(index))
 
-    def _image_bytes(self, document: int) -> npt.NDArray[np.uint8]:
-        return self.readers["image"].document(document)[0]
-
     def _captions(self, index: int) -> list[str]:
         reader = self.readers["text" if "text" in self.readers else "text_document"]
         heads = [ids[:_MAX_SHOWN].tolist() for ids in reader.document(index)]
@@ -258,14 +243,13 @@ class DatasetView(View):
 class TaskView(View):
     """A split of a task; the arguments and errors are those of `DatasetView`. The tokenizer is compared alone."""
 
-    def __init__(
-        self, prefix: str, tokenizer_model: str | None = None, checksums: bool = False
-    ) -> None:
+    def __init__(self, prefix: str, tokenizer_model: str | None, checksums: bool) -> None:
         task = load_manifest(prefix).kind
         fingerprint = TextTokenizer(tokenizer_model).fingerprint if tokenizer_model else None
         self.dataset = TaskDataset.open(prefix, task, fingerprint)
         check_dataset(prefix, task, checksums=checksums)
         self.prefix, self.size = self.dataset.prefix, len(self.dataset)
+        self._image_bytes = self.dataset.image_bytes
         # The class names, if they lie where the tool wrote them and are still the same.
         self.labels: Labels | None = None
         split = self.dataset.manifest.source.get("split")
@@ -307,9 +291,6 @@ class TaskView(View):
         yield from map(shortened, row.raw)
         if targets := self._targets(row):
             yield targets
-
-    def _image_bytes(self, document: int) -> npt.NDArray[np.uint8]:
-        return self.dataset.image_bytes(document)
 
     def _targets(self, row: TaskRow) -> str:
         """Names of the classes of a sample, with their scores where these are not 1; empty if unknown."""

@@ -28,11 +28,12 @@ from megatron_vlmoe.prepare.corpora import add_images, checked_image
 from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tasks.records import TaskInput, TaskSample, TaskSource
 from megatron_vlmoe.prepare.tool import (
+    BadTexts,
     DatasetOutput,
+    GoodTexts,
     Run,
-    checked_text,
     chunked,
-    encode_all,
+    encode_groups,
     ordered_map,
     rejected_words,
     report_unknown,
@@ -59,14 +60,11 @@ class SampleChunk(NamedTuple):
     images: list[ImageFile]
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedSample:
-    """A sample with its usable texts: their places, stripped texts and token ids."""
+class CheckedSample(NamedTuple):
+    """A sample with its usable texts."""
 
     sample: TaskSample
-    places: list[int] = field(default_factory=list)
-    raw: list[str] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)
+    texts: GoodTexts
 
 
 @dataclass
@@ -123,55 +121,34 @@ class CheckSamples:
                     result.images[_key(image)] = f"{error} ({image.path})" if own else str(error)
         spec = find_task(self.task)
         what = "caption" if spec.target == "match" else "text"
-        found = [i if isinstance(i, Reject) else _raw_texts(i, what) for i in chunk.items]
-        raw = [text for one in found if not isinstance(one, Reject) for text in one[0].raw]
-        encoded = iter(encode_all(self._tokenizer, raw, what) if self._tokenizer and raw else [])
-        for one in found:
-            result.items += [one] if isinstance(one, Reject) else _encoded(*one, spec, encoded)
+        groups = [item.texts for item in chunk.items if isinstance(item, TaskSample)]
+        texts: Iterator[tuple[GoodTexts, BadTexts]] = (([], []) for _ in groups)
+        if self._tokenizer is not None:
+            texts = encode_groups(self._tokenizer, groups, what, _MAX_CHARACTERS)
+        for item in chunk.items:
+            if isinstance(item, Reject):
+                result.items.append(item)
+            else:
+                result.items += _checked(item, spec, *next(texts))
         return result
 
 
-BadTexts = list[tuple[int, str]]
-"""Place of each text of no use, and what is wrong with it."""
-
-
-def _raw_texts(sample: TaskSample, what: str) -> tuple[CheckedSample, BadTexts] | Reject:
-    """The texts of a sample before they are tokenized; a `Reject` if it has a name of no use."""
+def _checked(
+    sample: TaskSample, spec: TaskSpec, good: GoodTexts, bad: BadTexts
+) -> list[CheckedSample | Reject]:
+    """The sample with its texts; bad captions go alone, any other bad text, or a name of no use, takes all."""
     try:
         for name in (sample.id, *sample.answers, sample.answer_type):
             name.encode("utf-8")
     except UnicodeEncodeError:
         reason = "invalid Unicode in its id or answers"
         lost = sample.id.encode("utf-8", "replace").decode()
-        return Reject(sample.source, sample.record, reason, sample=lost)
-    found, bad = CheckedSample(sample), BadTexts()
-    for place, text in enumerate(sample.texts):
-        try:
-            found.raw.append(checked_text(text, what, _MAX_CHARACTERS))
-            found.places.append(place)
-        except DataError as error:
-            bad.append((place, str(error)))
-    return found, bad
-
-
-def _encoded(
-    found: CheckedSample, bad: BadTexts, spec: TaskSpec, encoded: Iterator[list[int] | str]
-) -> list[CheckedSample | Reject]:
-    """The sample with the ids of its texts; bad captions go alone, any other bad text takes all."""
-    sample = found.sample
-    checked = CheckedSample(sample)
-    for place, text in zip(found.places, found.raw, strict=True):
-        ids = next(encoded)
-        if isinstance(ids, str):
-            bad.append((place, ids))
-            continue
-        checked.places.append(place)
-        checked.raw.append(text)
-        checked.ids.append(ids)
+        return [Reject(sample.source, sample.record, reason, sample=lost)]
+    checked = CheckedSample(sample, good)
     rejects: list[CheckedSample | Reject] = []
     # An image's captions are samples of their own.
     captions = spec.target == "match"
-    for place, reason in sorted(bad):
+    for place, reason in bad:
         number = f", caption {place}" if captions else f", text {place + 1}"
         record = sample.record + (number if captions or len(spec.texts) > 1 else "")
         name = f"{sample.id}#{place}" if captions else sample.id
@@ -180,7 +157,7 @@ def _encoded(
         # One line for a sample: a count of rejects is a count of samples.
         return rejects[:1] or [checked]
     nothing = Reject(sample.source, sample.record, "no usable caption", sample=sample.id)
-    return [*rejects, checked if checked.ids else nothing]
+    return [*rejects, checked if good else nothing]
 
 
 def sample_chunks(
@@ -251,17 +228,18 @@ class SampleSink:
         if self._spec.texts:
             writer = self._output.writers["text"]
             first = writer.num_sequences
-            arrays = [np.asarray(ids) for ids in item.ids]
+            arrays = [np.asarray(ids) for _, _, ids in item.texts]
             assert self._tokenizer is not None
             self._output.count_unknown(np.concatenate(arrays), self._tokenizer)
             writer.add_document(arrays)
             texts = tuple(range(first, writer.num_sequences))
         if self._spec.target == "match":
-            for place, text, raw in zip(item.places, texts, item.raw, strict=True):
+            for (place, raw, _), text in zip(item.texts, texts, strict=True):
                 self._samples.add(TaskRow(f"{sample.id}#{place}", images, (text,), (raw,)))
             return
         targets = (sample.labels, sample.scores, sample.answers, sample.answer_type)
-        self._samples.add(TaskRow(sample.id, images, texts, tuple(item.raw), *targets))
+        raws = tuple(raw for _, raw, _ in item.texts)
+        self._samples.add(TaskRow(sample.id, images, texts, raws, *targets))
 
     def _document(self, key: ImageKey) -> int:
         """Number of an image, which is stored at its first use."""

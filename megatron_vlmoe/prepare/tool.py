@@ -121,6 +121,33 @@ def checked_text(value: object, what: str, max_characters: int) -> str:
     return text
 
 
+GoodTexts = list[tuple[int, str, list[int]]]
+"""Place, stripped text and ids of usable texts."""
+BadTexts = list[tuple[int, str]]
+"""Places of the others, and what is wrong with them."""
+
+
+def encode_groups(
+    tokenizer: TextTokenizer, groups: Sequence[Sequence[object]], what: str, max_characters: int
+) -> Iterator[tuple[GoodTexts, BadTexts]]:
+    """The texts of each group as `checked_text` and `encode_all` take them; they are tokenized in one call."""
+    good, bad = [GoodTexts() for _ in groups], [BadTexts() for _ in groups]
+    usable: list[tuple[int, int, str]] = []
+    for number, group in enumerate(groups):
+        for place, text in enumerate(group):
+            try:
+                usable.append((number, place, checked_text(text, what, max_characters)))
+            except DataError as error:
+                bad[number].append((place, str(error)))
+    encoded = encode_all(tokenizer, [text for *_, text in usable], what)
+    for (number, place, text), ids in zip(usable, encoded, strict=True):
+        if isinstance(ids, str):
+            bad[number].append((place, ids))
+        else:
+            good[number].append((place, text, ids))
+    yield from zip(good, map(sorted, bad), strict=True)
+
+
 @lru_cache(maxsize=1)
 def _first_of_equal(work: Work[Any, Any]) -> Work[Any, Any]:
     return work
@@ -198,8 +225,7 @@ def record_counts(kept: int, rejected: int) -> dict[str, dict[str, int]]:
 class RejectLog:
     """Stops at the first reject, or counts them and writes them to ``PREFIX.rejects.jsonl``.
 
-    Attributes:
-        passed_over: files among images that are none, by where and what they are; they stop nothing.
+    What is `PassedOver`, files among images that are none, stops nothing, and is listed at the end.
     """
 
     def __init__(self, prefix: str, on_error: OnError) -> None:
@@ -320,8 +346,7 @@ class DatasetOutput:
             inputs: name or names of what was read, for the error; None: those of ``source``.
             known: further fields of the manifest, which count more than what is found here.
 
-        Raises:
-            DataError: the disk is full, or there was no usable record.
+        Raises DataError if the disk is full, or there was no usable record.
         """
         if not any(writer.num_documents for writer in self.writers.values()):
             inputs = inputs or source.get("inputs", "the input")

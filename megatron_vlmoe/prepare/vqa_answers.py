@@ -82,9 +82,8 @@ def normalize_answer(text: str) -> str:
 def build_answer_vocabulary(answers: Iterable[str], min_count: int) -> list[str]:
     """Answers that are frequent enough, in the order of their first appearance: label i is answer i.
 
-    Args:
-        answers: one answer per question (``multiple_choice_answer``), not normalised; train before val.
-        min_count: how often a normalised answer must occur; 9 gives the 3,129 of VQAv2.
+    The answers are one per question (``multiple_choice_answer``), not normalised, train before val; 9 as ``min_count``,
+    of normalised answers, gives the 3,129 of VQAv2.
     """
     counts = Counter(map(normalize_answer, answers))
     return [answer for answer, count in counts.items() if count >= min_count]

@@ -21,7 +21,7 @@ from itertools import chain
 from typing import IO, Any, Literal, cast
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.records import Reject
+from megatron_vlmoe.prepare.readers.records import Reject, Row, Rows
 from megatron_vlmoe.prepare.readers.tables import TABLE_MAGIC, table_format
 from megatron_vlmoe.runtime.json_files import parse_json
 
@@ -387,14 +387,8 @@ def read_column(
 ) -> Iterator[tuple[int, str] | Reject]:
     """Yields (number of the first line, cell) of one column, row by row.
 
-    Args:
-        path: the file.
-        names: what the column may be called in the header, the best first.
-        captions: also read the captions of files without a header, where they stand beside an
-            address or behind the name of an image.
-
-    Raises:
-        DataError: there is no such column.
+    The best of the ``names`` that the header has counts. With ``captions`` files without a header are read too, whose
+    captions stand beside an address or behind the name of an image. Raises DataError if there is no such column.
     """
     lines = TableLines(path)
     first = next(lines, None)
@@ -459,13 +453,13 @@ def json_lists(path: str, *keys: str) -> list[list[Any]]:
     return [json_list(path, value.get(key), f'"{key}"') for key in keys]
 
 
-def json_entries(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_entries(path: str) -> Iterator[tuple[str, Row]]:
     """Yields (``entry N``, object) of a file that is one JSON list; what is no object comes as an empty one."""
     for number, entry in enumerate(json_list(path, load_json(path))):
         yield f"entry {number}", entry if isinstance(entry, dict) else {}
 
 
-def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]] | Reject]:
+def json_rows(path: str) -> Rows:
     """Yields (``line N``, object) of a JSON-lines file, and a `Reject` for a line that is none.
 
     Raises DataError if the file cannot be opened, or is binary.

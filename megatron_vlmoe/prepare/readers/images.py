@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import lzma
 import os
 import posixpath
@@ -25,6 +26,7 @@ from megatron_vlmoe.prepare.readers.records import (
     PassedOver,
     Reject,
     check_inputs,
+    files_by_name,
     is_image,
     is_side_file,
     is_tar,
@@ -125,14 +127,10 @@ def tar_members(path: str) -> Iterator[ImageFile | Reject]:
 def _members(
     path: str, inside: str, file: IO[bytes], place: int | None = 0, size: int | None = None
 ) -> Iterator[ImageFile | Reject]:
-    """The members of a tar that begins where the file stands.
+    """The members of a tar, in the outermost one at ``path``.
 
-    Args:
-        path: the outermost tar.
-        inside: name of this one in it with a slash; empty for the outermost.
-        file: to read it from.
-        place: where it begins in the outermost; None: within something compressed.
-        size: how many bytes it has there, of an inner one.
+    ``inside`` is its name there with a slash, empty for the outermost; ``place`` where it begins, None within something
+    compressed; ``size`` how many bytes an inner one has.
     """
     head = file.read(8)
     file.seek(0)
@@ -239,10 +237,8 @@ class ImageFinder:
     def find(self, path: str) -> str:
         """The file that a list names ``path``.
 
-        Raises:
-            NoImageError: no file, or several, may be meant.
-            DataError: two folders of the list are looked for in one folder, so that one of them
-                would get the other's pictures; or a folder cannot be listed.
+        Raises NoImageError if no file, or several, may be meant; DataError if two folders of the list are looked for in
+        one folder, so that one of them would get the other's pictures, or a folder cannot be listed.
         """
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) and not path.startswith("file://"):
             raise NoImageError(f"{path} is a URL, not a file")
@@ -270,10 +266,7 @@ class ImageFinder:
 
     @cached_property
     def _files_by_name(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for file in walk_files(self._folder):
-            found.setdefault(os.path.basename(file), []).append(file)
-        return found
+        return files_by_name(self._folder)
 
     @cached_property
     def _folders_by_name(self) -> dict[str, list[tuple[str, Parts]]]:
@@ -287,12 +280,8 @@ class ImageFinder:
 
     def _shared(self, relative: Parts, listed: Parts) -> int:
         """How many parts a folder and a listed one have in common, counted from their ends."""
-        shared = 0
-        for one, other in zip(reversed(self._root + relative), reversed(listed)):
-            if one != other:
-                break
-            shared += 1
-        return shared
+        pairs = zip(reversed(self._root + relative), reversed(listed))
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _folders_of(self, listed: Parts) -> list[str]:
         """The folders that a listed one may mean: those with the longest common end."""

@@ -68,6 +68,7 @@ from megatron_vlmoe.prepare.readers.records import (
     PassedOver,
     Reject,
     check_inputs,
+    files_by_name,
     is_image,
     is_tar,
     walk_files,
@@ -263,9 +264,7 @@ class DownloadedImages:
 
     def __init__(self, file: str, folder: str, urls: Iterable[str]) -> None:
         self._folder = folder
-        self._files: dict[str, list[str]] = {}
-        for path in walk_files(folder):
-            self._files.setdefault(os.path.basename(path), []).append(path)
+        self._files = files_by_name(folder)
         self._numbered = {
             os.path.splitext(name)[0]: name for name in self._files if re.match(r"\d+_\d", name)
         }

@@ -24,10 +24,9 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.files import (
@@ -52,6 +51,8 @@ from megatron_vlmoe.prepare.readers.records import (
     PairItem,
     PassedOver,
     Reject,
+    Row,
+    Rows,
     check_inputs,
     decoded,
     is_tar,
@@ -234,14 +235,12 @@ def as_captions(value: object) -> tuple[object, ...]:
     return tuple(c.get("raw") if isinstance(c, dict) else c for c in captions)
 
 
-def find_key(record: Mapping[str, Any], wanted: str | None, usual: tuple[str, ...]) -> str | None:
+def find_key(record: Row, wanted: str | None, usual: tuple[str, ...]) -> str | None:
     """``wanted``, or else the first of the usual keys, if the record has it."""
     return next((key for key in ((wanted,) if wanted else usual) if key in record), None)
 
 
-NumberedRow = tuple[str, Mapping[str, Any]]
-"""The name of a record and what it holds by key."""
-RowReader = Callable[[PairInput, str], Iterator[NumberedRow | Reject]]
+RowReader = Callable[[PairInput, str], Rows]
 
 
 def read_records(read_rows: RowReader, source: PairInput) -> Iterator[PairItem]:
@@ -257,7 +256,7 @@ def read_records(read_rows: RowReader, source: PairInput) -> Iterator[PairItem]:
 
 
 def _pair(
-    source: PairInput, items: PairItems, path: str, record: str, row: Mapping[str, Any]
+    source: PairInput, items: PairItems, path: str, record: str, row: Row
 ) -> CaptionRow | Reject | LeftOut:
     refusal = items.refusal(path, record, row.get(source.split_key))
     if refusal is not None:
@@ -280,7 +279,7 @@ def _pair(
     return Reject(path, record, reason, unit="image", captions=len(captions))
 
 
-def find_keys(source: PairInput, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+def find_keys(source: PairInput, row: Row) -> tuple[str | None, str | None]:
     """The keys of the image and of the caption."""
     return (
         find_key(row, source.image_key, IMAGE_KEYS),
@@ -288,13 +287,13 @@ def find_keys(source: PairInput, row: Mapping[str, Any]) -> tuple[str | None, st
     )
 
 
-def _check_urls(place: str, row: Mapping[str, Any]) -> None:
+def _check_urls(place: str, row: Row) -> None:
     """Raises DataError if a record names its image by a URL alone."""
     if any(key.lower() in ("url", "image_url") for key in row):
         raise DataError(f"{place} {DOWNLOAD_FIRST}")
 
 
-def _check_columns(source: PairInput, path: str, names: Mapping[str, Any]) -> tuple[str, str]:
+def _check_columns(source: PairInput, path: str, names: Row) -> tuple[str, str]:
     """The columns of the image and the caption. Raises DataError if one is missing."""
     image_key, caption_key = find_keys(source, names)
     if image_key is None:
@@ -311,21 +310,21 @@ def _check_columns(source: PairInput, path: str, names: Mapping[str, Any]) -> tu
     return image_key, caption_key
 
 
-def json_list_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+def json_list_rows(source: PairInput, path: str) -> Rows:
     """The objects of a JSON list, as ALBEF, BLIP and LAVIS have them."""
     for number, entry in enumerate(json_list(path, load_json(path))):
         record = f"entry {number}"
         yield (record, entry) if isinstance(entry, dict) else Reject(path, record, "no JSON object")
 
 
-def column_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+def column_rows(source: PairInput, path: str) -> Rows:
     """The rows of parquet and Arrow files."""
     names = dict.fromkeys(column_names(path))
     wanted = {*_check_columns(source, path, names), source.split_key, "filepath"}
     return table_rows(path, {name: name for name in names if name in wanted})
 
 
-def csv_rows(source: PairInput, path: str) -> Iterator[NumberedRow | Reject]:
+def csv_rows(source: PairInput, path: str) -> Rows:
     """The rows of a table of text with a line of column names."""
     lines = TableLines(path, "surrogateescape")
     head = next(lines, "")

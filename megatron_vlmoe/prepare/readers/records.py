@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vlmoe.config.errors import DataError
 
@@ -46,6 +46,12 @@ class Reject:
     def __str__(self) -> str:
         place = f"{self.source}: {self.record}" if self.record else self.source
         return f"{place}: {self.reason}"
+
+
+Row = Mapping[str, Any]
+"""What a record says, by name."""
+Rows = Iterator[tuple[str, Row] | Reject]
+"""The records of a file, each with its name."""
 
 
 def decoded(data: bytes, encoding: str = "utf-8") -> str:
@@ -217,3 +223,11 @@ def walk_files(folder: str, ancestors: tuple[str, ...] = ()) -> Iterator[str]:
             yield from walk_files(path, (*ancestors, real))
         else:
             yield path
+
+
+def files_by_name(folder: str) -> dict[str, list[str]]:
+    """Paths of all files under a folder by their name; holds every path in memory. Raises DataError."""
+    found: dict[str, list[str]] = {}
+    for path in walk_files(folder):
+        found.setdefault(os.path.basename(path), []).append(path)
+    return found

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.images import ImageFinder
-from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, walk_files
+from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, Rows, walk_files
 
 _TABLE_BUFFER = 1 << 22
 
@@ -234,14 +234,8 @@ def choose_columns(
 ) -> dict[str, str]:
     """The column of each thing that is wanted: the first of its usual names that a table has.
 
-    Args:
-        path: the table.
-        wanted: usual columns by name.
-        optional: the names that a table may lack; then the result does.
-        names: its columns; None: of parquet or Arrow, which tell them.
-
-    Raises:
-        DataError: one that is not optional is missing.
+    ``names`` are the columns; None: of parquet or Arrow, which tell them. Raises DataError if one is missing that is
+    not optional; the result lacks those that are.
     """
     found: dict[str, str] = {}
     names = column_names(path) if names is None else names
@@ -254,9 +248,7 @@ def choose_columns(
     return found
 
 
-def table_rows(
-    path: str, columns: Mapping[str, str]
-) -> Iterator[tuple[str, dict[str, Any]] | Reject]:
+def table_rows(path: str, columns: Mapping[str, str]) -> Rows:
     """Yields (record, values by name) of a table, given the column of each name."""
     kinds: dict[str, ColumnKind] = {column: "any" for column in columns.values()}
     for first, batch in read_columns(path, kinds, _BATCH_ROWS):

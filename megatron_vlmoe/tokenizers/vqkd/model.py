@@ -174,18 +174,15 @@ class Quantizer(nn.Module):
         self.codebook.copy_(F.normalize(self.codebook, dim=1))
         self.usage.lerp_(counts, 1.0 - self.decay)
         if self.restart_threshold > 0:
-            self._restart_dead_codes(unit_TC, counts.sum() / self.num_codes)
+            uniform_share = counts.sum() / self.num_codes
+            dead = torch.nonzero(self.usage < self.restart_threshold * uniform_share).flatten()
+            if count := dead.numel():
+                vectors = gather_rows(unit_TC)
+                chosen = torch.randint(vectors.shape[0], (count,), generator=self._generator())
+                self.codebook[dead] = vectors[chosen.to(vectors.device)]
+                # A moved code starts as an average one: it has time to find vectors before it is judged.
+                self.usage[dead] = uniform_share
         self.updates += 1
-
-    def _restart_dead_codes(self, unit_TC: Tensor, uniform_share: Tensor) -> None:
-        dead = torch.nonzero(self.usage < self.restart_threshold * uniform_share).flatten()
-        if dead.numel() == 0:
-            return
-        vectors = gather_rows(unit_TC)
-        chosen = torch.randint(vectors.shape[0], (dead.numel(),), generator=self._generator())
-        self.codebook[dead] = vectors[chosen.to(vectors.device)]
-        # A moved code starts as an average one: it has time to find vectors before it is judged.
-        self.usage[dead] = uniform_share
 
     def _generator(self) -> torch.Generator:
         """Equal on every rank and after a resume: seeded by the number of the training call."""

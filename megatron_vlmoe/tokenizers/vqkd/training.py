@@ -80,7 +80,15 @@ class FeatureTeacher:
             self.native_size = int(vision["image_size"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{folder}: config.json names no patch_size and image_size") from error
-        mean, std = read_pixel_constants(folder, self.is_clip)
+        path = folder / "preprocessor_config.json"
+        mean, std = list(CLIP_MEAN), list(CLIP_STD)  # known without the file
+        if path.is_file():
+            content = _read_object(path)
+            mean, std = content.get("image_mean", 0), content.get("image_std", 0)
+        elif not self.is_clip:
+            raise DataError(f"{folder}: no preprocessor_config.json with image_mean and image_std")
+        if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
+            raise DataError(f"{path}: image_mean and image_std are not three numbers each")
         self.mean, self.std = pixel_constant(mean).to(device), pixel_constant(std).to(device)
         self.num_patches = grid**2
         self.model = load_hf_model(folder, self.is_clip).to(device)
@@ -149,20 +157,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a JSON object")
     return content
-
-
-def read_pixel_constants(folder: Path, is_clip: bool) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation from `preprocessor_config.json`; for CLIP known without it."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        if is_clip:
-            return list(CLIP_MEAN), list(CLIP_STD)
-        raise DataError(f"{folder}: no preprocessor_config.json with image_mean and image_std")
-    content = _read_object(path)
-    mean, std = content.get("image_mean"), content.get("image_std")
-    if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
-        raise DataError(f"{path}: image_mean and image_std are not three numbers each")
-    return mean, std
 
 
 class RunningMeans:
@@ -518,11 +512,11 @@ class TrainingRequest:
     log_interval: int = 20
     save_interval: int = 500
 
-    def build_config(self, teacher_dim: int | None = None) -> VQKDConfig:
+    def build_config(self) -> VQKDConfig:
         """The architecture. Raises ValueError for sizes that do not fit."""
         names = ("image_size", "patch_size", "num_codes", "code_dim", "restart_threshold")
         overrides: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return build_preset(self.preset, teacher=self.teacher, teacher_dim=teacher_dim, **overrides)
+        return build_preset(self.preset, teacher=self.teacher, **overrides)
 
     def build_options(self) -> TrainingOptions:
         """Steps, batch and rates. Raises ValueError for values that make no sense."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
+from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject, Row, Rows
 
 Item = TypeVar("Item", int, str)
 
@@ -132,12 +132,6 @@ class TaskSource(Protocol):
         ...
 
 
-Row = Mapping[str, Any]
-"""What a record says, by name."""
-Rows = Iterator[tuple[str, Row] | Reject]
-"""The records of a file, each with its name."""
-
-
 def id_of(row: Row) -> str:
     """The ``id`` of a row; empty if it has none."""
     value = row.get("id")
@@ -150,14 +144,11 @@ def row_samples(
     came_before: str,
     make: Callable[[str, str, str, Row], TaskSample | LeftOut | Reject],
 ) -> SampleStream:
-    """The samples of rows, of which those that have an ``id`` may come once.
+    """The samples of the rows of files, of which those that have an ``id`` may come once.
 
-    Args:
-        files: path and rows of each.
-        raw: folder of the raw data.
-        came_before: what is wrong with an id that comes again; {} stands for it.
-        make: the sample of a path, a record, a name and a row; raises DataError. The name is the id, else the record,
-            of several files with the file's path below ``raw``.
+    ``came_before`` says what is wrong with an id that comes again, which stands in the place of {}. ``make`` makes a
+    sample of path, record, name and row, or raises DataError; the name is the id, else the record, of several files
+    with the file's path below ``raw``.
     """
     seen: set[str] = set()
     for path, rows in files:
@@ -206,16 +197,17 @@ def first_file(raw: str, folders: Sequence[str], name: str) -> str | None:
 
 def find_file(raw: str, folders: Sequence[str], name: str) -> str:
     """As `first_file`. Raises DataError if none of the folders has it."""
-    paths = [os.path.normpath(os.path.join(raw, folder, name)) for folder in folders]
-    return first_file(raw, folders, name) or _missing(paths, "file")
+    return _first(raw, [os.path.join(folder, name) for folder in folders], os.path.isfile, "file")
 
 
 def find_folder(raw: str, names: Sequence[str]) -> str:
     """Path of the first of these folders below ``raw`` that exists. Raises DataError."""
+    return _first(raw, names, os.path.isdir, "folder")
+
+
+def _first(raw: str, names: Sequence[str], exists: Callable[[str], bool], what: str) -> str:
     paths = [os.path.normpath(os.path.join(raw, name)) for name in names]
-    return next((path for path in paths if os.path.isdir(path)), "") or _missing(paths, "folder")
-
-
-def _missing(paths: Sequence[str], what: str) -> str:
+    if (found := next(filter(exists, paths), None)) is not None:
+        return found
     others = f" (nor {', '.join(paths[1:])})" if len(paths) > 1 else ""
     raise DataError(f"{paths[0]}: no such {what}{others}")

@@ -111,14 +111,11 @@ class VqaLayout(ABC):
         part: str,
         seen: set[int],
     ) -> Questions:
-        """The questions of rows of one file.
+        """The questions of rows of one file, which come with their records.
 
-        Args:
-            path: the file.
-            rows: with their records, in order. ``id`` and ``image_id`` are None where they are not as they should be;
-                ``image`` is an `ImageFile` or what `ListedImages.cell` reads, or is not there if it is not wanted.
-            part: the part they are of.
-            seen: ids that came before in the part; grows.
+        ``id`` and ``image_id`` of a row are None where they are not as they should be; ``image`` is an `ImageFile` or
+        what `ListedImages.cell` reads, or is not there if it is not wanted. ``seen`` are ids that came before in the
+        part; it grows.
         """
         for item in rows:
             if isinstance(item, LeftOut | Reject):
@@ -349,12 +346,12 @@ class _AnswerLists(VqaLayout):
             if entry.get("dataset", "vqa") != "vqa":
                 yield LeftOut(f"of dataset {entry['dataset']}")
                 continue
-            image = entry.pop("image", None)
+            image = entry.get("image")
             image = image if isinstance(image, str) and image else None
             digits = re.search(r"(\d+)\.\w+$", image or "")
-            named = {"image": image} if images else {}
-            named["image_id"] = str(int(digits[1])) if digits else image
-            yield record, {**entry, **named, "id": _number(entry.get("question_id"))}
+            row = {key: value for key, value in entry.items() if key != "image" or images}
+            row["image_id"] = str(int(digits[1])) if digits else image
+            yield record, row | {"id": _number(entry.get("question_id"))}
 
     def _answers(self, row: Row) -> tuple[tuple[str, ...], str]:
         value = row.get("answer", row.get("answers"))
