@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -253,19 +253,16 @@ def preprocess_images(
     return manifest
 
 
-@dataclass
-class TokenizedText:
-    """The result of one block."""
+class TokenizedText(NamedTuple):
+    """The result of one block: of lines, rows or entries some are kept in the documents, and others rejected."""
 
     tokens: np.ndarray
     """``[sum(lengths)]``."""
     lengths: np.ndarray
     """Tokens per document, ``[N]``."""
-    rejects: list[Reject] = field(default_factory=list)
-    kept: int = 0
-    """Lines, rows or entries in the documents."""
-    rejected: int = 0
-    """Those that are not."""
+    rejects: list[Reject]
+    kept: int
+    rejected: int
 
 
 @dataclass(frozen=True)
@@ -282,7 +279,7 @@ class TokenizeText:
         """Tokenizes the documents of a block."""
         dtype = token_dtype(self._tokenizer.size)
         if isinstance(block, Reject):
-            return TokenizedText(np.empty(0, dtype), np.empty(0, np.int64), [block], rejected=1)
+            return TokenizedText(np.empty(0, dtype), np.empty(0, np.int64), [block], 0, 1)
         documents, bad = block_texts(block)
         rejects = [(n, Reject(block.source, f"{block.unit} {n}", reason)) for n, reason in bad]
         tokens, lengths = array("I"), array("q")
@@ -340,8 +337,6 @@ def preprocess_text(source: TextInput, tokenizer_model: str, run: Run) -> Datase
 
 DEFAULT_MAX_CAPTION_TOKENS = 512
 _MAX_CHARACTERS_PER_TOKEN = 64
-
-
 _FATES = {
     "records": ("kept", "rejected", "left_out"),  # left out: of a split that is not wanted
     "images": ("kept", "rejected"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,11 +137,14 @@ class View(ABC):
 
     prefix: str
     size: int
+    manifest: DatasetManifest
+    _counts: Mapping[str, int]
+    _lengths: Mapping[str, np.ndarray]
     _image_bytes: Callable[[int], npt.NDArray[np.uint8]]
 
     @abstractmethod
-    def summary(self) -> Iterator[str]:
-        """Lines of counts and percentiles."""
+    def _fates(self) -> Iterator[str]:
+        """Lines about what was indexed and what was not."""
 
     @abstractmethod
     def _described(self, index: int) -> Iterator[str]:
@@ -150,6 +153,25 @@ class View(ABC):
     @abstractmethod
     def _cell(self, index: int) -> Cell:
         """A document or sample on the contact sheet. Raises DataError if there are no images."""
+
+    def summary(self) -> Iterator[str]:
+        """Lines of counts and percentiles."""
+        manifest = self.manifest
+        yield f"{self.prefix}: {manifest.kind}"
+        counts = {**self._counts, "bytes": manifest.bytes, "rejects": manifest.rejects}
+        yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
+        yield from self._fates()
+        if manifest.tokenizer_fingerprint:
+            yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
+            yield f"  {unknown_line(manifest)}"
+        for unit, lengths in self._lengths.items():
+            shown = length_percentiles(lengths)
+            yield f"  {unit}: " + ", ".join(f"{name} {value}" for name, value in shown.items())
+
+    def _rules(self) -> Iterator[str]:
+        """A line about what was done with the images when they were indexed, if that is recorded."""
+        if self.manifest.exif or self.manifest.alpha:
+            yield f"  images: exif {self.manifest.exif}, alpha {self.manifest.alpha}"
 
     def samples(self, count: int) -> Iterator[str]:
         """One line for each of ``count`` documents or samples, spread evenly."""
@@ -186,24 +208,24 @@ class DatasetView(View):
             self.tokenizer = TextTokenizer(tokenizer_model)
             fingerprint = self.tokenizer.fingerprint
         self.prefix = prefix
-        self.manifest = check_dataset(prefix, kind, fingerprint, checksums=checksums)
-        self.size = self.manifest.documents
+        self.manifest = manifest = check_dataset(prefix, kind, fingerprint, checksums=checksums)
+        self.size = manifest.documents
+        self._counts = {"documents": manifest.documents}
+        if kind == "pairs":
+            self._counts["captions"] = manifest.sequences
+        if kind != "images":
+            self._counts["tokens"] = manifest.tokens
         self.readers = {
             part: IndexedReader(part_prefix(prefix, part)) for part in dataset_parts(kind)
         }
         self._image_bytes = lambda document: self.readers["image"].document(document)[0]
+        self._lengths = {
+            "bytes per image" if part == "image" else "tokens per sequence": reader.sequence_lengths
+            for part, reader in self.readers.items()
+        }
 
-    def summary(self) -> Iterator[str]:
-        """Lines of counts and percentiles."""
+    def _fates(self) -> Iterator[str]:
         manifest = self.manifest
-        yield f"{self.prefix}: {manifest.kind}"
-        counts = {"documents": manifest.documents}
-        if manifest.kind == "pairs":
-            counts["captions"] = manifest.sequences
-        if manifest.kind != "images":
-            counts["tokens"] = manifest.tokens
-        counts |= {"bytes": manifest.bytes, "rejects": manifest.rejects}
-        yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
         known = manifest.counts or {}
         for kind in filter(known.__contains__, _COUNTED):
             fates = known[kind]
@@ -213,12 +235,7 @@ class DatasetView(View):
             yield f"  {count} records left out: {reason}"
         if manifest.passed_over:
             yield f"  {passed_over_line(manifest.passed_over)}"
-        yield from image_rules(manifest)
-        yield from tokenizer_lines(manifest)
-        for part, reader in self.readers.items():
-            unit = "bytes per image" if part == "image" else "tokens per sequence"
-            shown = length_percentiles(reader.sequence_lengths)
-            yield f"  {unit}: " + ", ".join(f"{name} {value}" for name, value in shown.items())
+        yield from self._rules()
 
     def _cell(self, index: int) -> Cell:
         if "image" not in self.readers:
@@ -249,32 +266,26 @@ class TaskView(View):
         self.dataset = TaskDataset.open(prefix, task, fingerprint)
         check_dataset(prefix, task, checksums=checksums)
         self.prefix, self.size = self.dataset.prefix, len(self.dataset)
-        self._image_bytes = self.dataset.image_bytes
+        self._image_bytes, self.manifest = self.dataset.image_bytes, self.dataset.manifest
+        data = self.dataset
+        self._counts = {"samples": self.size, "images": data.num_images, "texts": data.num_texts}
+        self._counts["tokens"] = self.manifest.tokens
+        self._lengths = {"tokens per text": data.text_lengths()} if data.num_texts else {}
         # The class names, if they lie where the tool wrote them and are still the same.
         self.labels: Labels | None = None
-        split = self.dataset.manifest.source.get("split")
+        split = self.manifest.source.get("split")
         with contextlib.suppress(DataError):
             labels = load_labels(self.prefix.removesuffix(f"_{split}"))
             self.labels = labels if labels.sha256 == self.dataset.labels_sha256 else None
 
-    def summary(self) -> Iterator[str]:
-        """Lines of counts and percentiles."""
-        data, manifest = self.dataset, self.dataset.manifest
-        yield f"{self.prefix}: {data.task}"
-        counts = {"samples": self.size, "images": data.num_images, "texts": data.num_texts}
-        counts |= {"tokens": manifest.tokens, "bytes": manifest.bytes, "rejects": manifest.rejects}
-        yield "  " + ", ".join(f"{count} {name}" for name, count in counts.items())
-        yield from image_rules(manifest)
-        for reason, count in sorted((manifest.omitted or {}).items()):
+    def _fates(self) -> Iterator[str]:
+        yield from self._rules()
+        for reason, count in sorted((self.manifest.omitted or {}).items()):
             yield f"  {count} samples left out: {reason}"
         if self.labels is not None:
             yield f"  {len(self.labels.labels)} classes"
-        elif manifest.labels_sha256 is not None:
+        elif self.manifest.labels_sha256 is not None:
             yield "  class names: not found beside it"
-        yield from tokenizer_lines(manifest)
-        if data.num_texts:
-            shown = length_percentiles(data.text_lengths())
-            yield "  tokens per text: " + ", ".join(f"{n} {v}" for n, v in shown.items())
 
     def _cell(self, index: int) -> Cell:
         if not self.dataset.num_images:
@@ -307,19 +318,6 @@ def spread(total: int, count: int) -> list[int]:
     """``count`` numbers below ``total`` (all if there are fewer), evenly apart."""
     count = min(count, total)
     return [place * (total - 1) // max(count - 1, 1) for place in range(count)]
-
-
-def tokenizer_lines(manifest: DatasetManifest) -> Iterator[str]:
-    """The tokenizer that made the ids, and how much it did not know, if there are any."""
-    if manifest.tokenizer_fingerprint:
-        yield f"  tokenizer {manifest.tokenizer_fingerprint} ({manifest.vocab_size} pieces)"
-        yield f"  {unknown_line(manifest)}"
-
-
-def image_rules(manifest: DatasetManifest) -> Iterator[str]:
-    """A line about what was done with the images when they were indexed, if that is recorded."""
-    if manifest.exif or manifest.alpha:
-        yield f"  images: exif {manifest.exif}, alpha {manifest.alpha}"
 
 
 def shortened(text: str) -> str:

@@ -73,9 +73,6 @@ class TextTokenizer:
         later = ("_processor", "_words")
         return {name: value for name, value in vars(self).items() if name not in later}
 
-    def __repr__(self) -> str:
-        return f"TextTokenizer({str(self.model_path)!r}, size={self.size})"
-
     @cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
         try:

@@ -131,12 +131,9 @@ def open_binary(path: str) -> IO[bytes]:
     if os.path.isfile(path):  # of a pipe, what has been read cannot be read again
         file.close()
         source = path
-    if kind == "gzip":
-        return cast(IO[bytes], gzip.open(source))
-    if kind == "bz2":
-        return bz2.open(source)
-    if kind == "xz":
-        return lzma.open(source)
+    opener: Any = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}.get(kind)
+    if opener is not None:
+        return cast(IO[bytes], opener(source))
     import pyarrow  # type: ignore[import-untyped]
 
     return io.BufferedReader(pyarrow.input_stream(source, compression=kind), _READ_BUFFER)
@@ -285,11 +282,9 @@ def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield number, line.strip() if strip else line.rstrip(b"\r\n")
-    except OSError as error:
-        if number == 0:
-            raise DataError(f"{path}: {error.strerror or error}") from error
-        yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
     except (*DAMAGE, ValueError) as error:
+        if number == 0 and isinstance(error, OSError):
+            raise DataError(f"{path}: {error.strerror or error}") from error
         yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
 
 
@@ -319,13 +314,9 @@ def text_lines(path: str, errors: str = "strict") -> Iterator[tuple[int, str] | 
             yield Reject(path, f"line {item[0]}", f"invalid UTF-8 at byte {error.start}")
 
 
-SEPARATORS = ("\t", ",", "|", ";")
-"""What may separate columns, in the order in which the first line is searched for it."""
-
-
 def columns_of(line: str, separator: str | None = None) -> tuple[str, list[str]]:
     """The separator of a first line, if it is not given, and the cells of the line."""
-    separator = separator or next((one for one in SEPARATORS if one in line), SEPARATORS[0])
+    separator = separator or next((one for one in "\t,|;" if one in line), "\t")
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     cells = next(csv.reader([line], delimiter=separator), [])
     return separator, [cell.strip() for cell in cells]

@@ -78,11 +78,6 @@ class VQKDConfig:
         """Patches per side."""
         return self.image_size // self.patch_size
 
-    @property
-    def num_patches(self) -> int:
-        """Codes per image, in row-major order."""
-        return self.grid**2
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of `from_dict`."""
         fields = dataclasses.asdict(self)

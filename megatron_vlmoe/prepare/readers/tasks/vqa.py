@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
@@ -52,23 +53,17 @@ TEST_PARTS = {"test": "test2015", "test-dev": "test-dev2015"}
 """Part by split."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question with its picture; ``answers`` is empty where none are published."""
+class Asked(NamedTuple):
+    """A question, or why there is none."""
 
-    source: str
-    record: str
-    id: int
-    image_id: str
-    text: object
-    image: ImageFile
-    answers: tuple[str, ...] = ()
+    image_id: str | None
+    """That of its picture, which some rejects lack."""
+    item: TaskSample | LeftOut | Reject
+    """As a sample without labels; without answers where none are published."""
     main_answer: str = ""
-    answer_type: str = ""
 
 
-Questions = Iterator[tuple[str | None, Question | LeftOut | Reject]]
-"""Each with the id of its image, which some rejects lack."""
+Questions = Iterator[Asked]
 
 
 class VqaLayout(ABC):
@@ -101,8 +96,8 @@ class VqaLayout(ABC):
 
     def main_answers(self, part: str) -> list[str]:
         """``multiple_choice_answer`` of every question of an annotated part, in order. Raises DataError."""
-        items = (item for _, item in self.questions(part, images=False))
-        return [item.main_answer for item in items if isinstance(item, Question)]
+        questions = self.questions(part, images=False)
+        return [asked.main_answer for asked in questions if isinstance(asked.item, TaskSample)]
 
     def _read(
         self,
@@ -119,17 +114,17 @@ class VqaLayout(ABC):
         """
         for item in rows:
             if isinstance(item, LeftOut | Reject):
-                yield None, item
+                yield Asked(None, item)
                 continue
             record, row = item
             number, image = row["id"], row["image_id"]
             if number is None or image is None:
                 lost = str(number) if number is not None and number not in seen else ""
                 reason = f"no whole question_id and {self._MISSING}"
-                yield None, Reject(path, record, reason, sample=lost)
+                yield Asked(None, Reject(path, record, reason, sample=lost))
                 continue
             if number in seen:
-                yield None, Reject(path, record, f"question {number} came before")
+                yield Asked(None, Reject(path, record, f"question {number} came before"))
                 continue
             seen.add(number)
             record = self._NAMED.format(record, number)
@@ -139,12 +134,15 @@ class VqaLayout(ABC):
                     picture = self._images.cell(path, record, picture)
                 answers, main = self._answers(row) if part in ANNOTATED else ((), "")
             except DataError as error:
-                yield image, Reject(path, record, str(error), sample=str(number))
+                yield Asked(image, Reject(path, record, str(error), sample=str(number)))
                 continue
             kind = row.get("answer_type") if part in ANNOTATED else ""
             kind = kind if isinstance(kind, str) else ""
-            text = row.get("question")
-            yield image, Question(path, record, number, image, text, picture, answers, main, kind)
+            images, texts = (picture,), (row.get("question"),)
+            sample = TaskSample(
+                path, record, str(number), images, texts, answers=answers, answer_type=kind
+            )
+            yield Asked(image, sample, main)
 
 
 _FILES = {
@@ -218,24 +216,24 @@ class _PublishedFiles(VqaLayout):
             return
         annotations = self._read_annotations(part)
         for reject in annotations.rejects:
-            yield None, reject
+            yield Asked(None, reject)
         bad, left = dict(annotations.bad), set(annotations.answers)
-        for image, item in questions:
-            if not isinstance(item, Question):
-                yield image, item
-                continue
-            left.discard(item.id)
-            if item.id not in annotations.answers:
-                missing = Reject(path, item.record, f"no annotation in {annotations.path}")
-                yield image, replace(bad.pop(item.id, missing), sample=str(item.id))
-                continue
-            answers, kind = annotations.answers[item.id]
-            yield image, replace(item, answers=answers, answer_type=kind)
+        for image, item, _ in questions:
+            if isinstance(item, TaskSample):
+                number = int(item.id)
+                left.discard(number)
+                if number in annotations.answers:
+                    answers, kind = annotations.answers[number]
+                    item = replace(item, answers=answers, answer_type=kind)
+                else:
+                    missing = Reject(path, item.record, f"no annotation in {annotations.path}")
+                    item = replace(bad.pop(number, missing), sample=item.id)
+            yield Asked(image, item)
         for reject in bad.values():
-            yield None, reject
+            yield Asked(None, reject)
         for number in sorted(left):
             record = f"annotation of question {number}"
-            yield None, Reject(annotations.path, record, f"no such question in {path}")
+            yield Asked(None, Reject(annotations.path, record, f"no such question in {path}"))
 
     def _rows(self, path: str, part: str) -> Rows:
         folder = self._image_folder(part)
@@ -497,7 +495,7 @@ class VqaSource:
     def _held_out(self) -> frozenset[str]:
         """The images of ``rest_val``."""
         found = self._layout.questions("val2014", images=False)
-        images = {image for image, _ in found if image is not None}
+        images = {asked.image_id for asked in found if asked.image_id is not None}
         count = min(self._source.num_val_images, len(images) // 2)
         return chosen(images, count, self._source.seed)
 
@@ -510,9 +508,9 @@ class VqaSource:
         return self._samples(split, parts)
 
     def _samples(self, split: str, parts: Iterable[str]) -> SampleStream:
-        seen: set[int] = set()
+        seen: set[str] = set()
         for part in parts:
-            for image, item in self._layout.questions(part):
+            for image, item, _ in self._layout.questions(part):
                 if isinstance(item, LeftOut):
                     if split != "val":  # these are counted with ``train``
                         yield item
@@ -533,14 +531,5 @@ class VqaSource:
                     # ``val`` keeps a question that cannot be answered rightly.
                     yield LeftOut("no answer in the vocabulary")
                     continue
-                yield TaskSample(
-                    item.source,
-                    item.record,
-                    str(item.id),
-                    (item.image,),
-                    (item.text,),
-                    tuple(label for label, _ in targets),
-                    tuple(score for _, score in targets),
-                    item.answers,
-                    item.answer_type,
-                )
+                labels, scores = zip(*targets, strict=True) if targets else ((), ())
+                yield replace(item, labels=labels, scores=scores)
