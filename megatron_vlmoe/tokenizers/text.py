@@ -114,10 +114,12 @@ class TextTokenizer:
         """
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text. Raises ValueError if one holds an unpaired surrogate."""
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """`encode` of every text, on ``num_threads`` threads. Raises ValueError if one holds an unpaired surrogate."""
         try:
-            ids: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=1)
+            ids: list[list[int]] = self._processor.encode(
+                list(texts), out_type=int, num_threads=num_threads
+            )
         except (TypeError, UnicodeEncodeError):
             # The binding reports half of a surrogate pair as a wrong type, without saying where.
             for text in texts:
