@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_vlmoe.commands.options import OUTPUT_PREFIX, TEXT_TOKENIZER, CommandParser
 from megatron_vlmoe.config.errors import user_files
+from megatron_vlmoe.prepare.corpora import merge_datasets
 from megatron_vlmoe.prepare.inspect import open_view, save_contact_sheet
-from megatron_vlmoe.prepare.merge import merge_datasets
 from megatron_vlmoe.prepare.tool import positive_int
 from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
 

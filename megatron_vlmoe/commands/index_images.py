@@ -16,7 +16,7 @@ from megatron_vlmoe.commands.options import (
 )
 from megatron_vlmoe.config.errors import user_files
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.prepare.images import preprocess_images
+from megatron_vlmoe.prepare.corpora import preprocess_images
 
 
 def build_parser() -> CommandParser:

@@ -6,7 +6,6 @@ vlmoe index-pairs --format karpathy --annotations dataset_coco.json --images coc
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from megatron_vlmoe.commands.options import (
@@ -19,7 +18,7 @@ from megatron_vlmoe.commands.options import (
 )
 from megatron_vlmoe.config.errors import DataError, user_files
 from megatron_vlmoe.data.image_files import ImageRules
-from megatron_vlmoe.prepare.pairs import DEFAULT_MAX_CAPTION_TOKENS, PairOptions, preprocess_pairs
+from megatron_vlmoe.prepare.corpora import DEFAULT_MAX_CAPTION_TOKENS, PairOptions, preprocess_pairs
 from megatron_vlmoe.prepare.readers.pair_formats import (
     FORMATS_WITH_KEYS,
     FORMATS_WITH_SPLITS,
@@ -90,23 +89,14 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line. Raises ConfigError on options that do not go together."""
+@user_files()
+def main(words: Sequence[str]) -> None:
+    """Indexes."""
     parser = build_parser()
     options = parser.parse_args(words)
     if not options.annotations and options.images is None:
         parser.error("neither --annotations nor --images is given")
-    if options.format != "auto":
-        try:
-            check_options(input_of(options))
-        except DataError as error:
-            parser.error(str(error))
-    return options
-
-
-def input_of(options: argparse.Namespace) -> PairInput:
-    """Which files to read, and how."""
-    return PairInput(
+    source = PairInput(
         options.format,
         tuple(options.annotations),
         options.images,
@@ -116,14 +106,13 @@ def input_of(options: argparse.Namespace) -> PairInput:
         options.split_key,
         None if options.separator is None else options.separator.replace("\\t", "\t"),
     )
-
-
-@user_files()
-def main(words: Sequence[str]) -> None:
-    """Indexes."""
-    options = parse_arguments(words)
+    if options.format != "auto":
+        try:
+            check_options(source)
+        except DataError as error:
+            parser.error(str(error))
     inputs = [*options.annotations, *([options.images] if options.images else [])]
     run = run_of(options, "index-pairs", words, inputs)
     rules = ImageRules(options.exif, options.alpha)
     store = PairOptions(options.resize_short, options.max_caption_tokens, rules)
-    preprocess_pairs(input_of(options), options.text_tokenizer, run, store)
+    preprocess_pairs(source, options.text_tokenizer, run, store)

@@ -6,7 +6,6 @@ vlmoe index-task --task vqa --raw raw/vqa --output data/vqa \
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
@@ -54,25 +53,7 @@ def build_parser() -> CommandParser:
         tokenizer="needed but for imagenet",
     )
     add_image_rules(parser)
-    add_task_options(parser)
-    return parser
-
-
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line. Raises ConfigError on options that do not go together."""
-    parser = build_parser()
-    options = parser.parse_args(words)
-    spec = find_task(options.task)
-    if spec.texts and options.text_tokenizer is None:
-        parser.error(f"--task {options.task} needs --text-tokenizer")
-    for name in READER_OPTIONS:
-        if getattr(options, name) is not None and name not in spec.reader_options:
-            parser.error(f"--{name.replace('_', '-')} is no option of --task {options.task}")
-    return options
-
-
-def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that only some tasks have; None stands for the default of `TaskInput`."""
+    # Options that only some tasks have; None stands for the default of `TaskInput`.
     group = parser.add_argument_group("options of some tasks")
     group.add_argument(
         "--seed", type=int, help="vqa, imagenet: chooses what is held out of training (0)"
@@ -126,15 +107,23 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         help="mnli, nlvr2, imagenet: what the class numbers of a table stand for where its schema does "
         "not tell; for mnli also the classes of another task (entailment neutral contradiction)",
     )
+    return parser
 
 
 @user_files()
 def main(words: Sequence[str]) -> None:
     """Prepares."""
-    options = parse_arguments(words)
+    parser = build_parser()
+    options = parser.parse_args(words)
+    spec = find_task(options.task)
+    if spec.texts and options.text_tokenizer is None:
+        parser.error(f"--task {options.task} needs --text-tokenizer")
     given = {
         name: value for name in READER_OPTIONS if (value := getattr(options, name)) is not None
     }
+    for name in given:
+        if name not in spec.reader_options:
+            parser.error(f"--{name.replace('_', '-')} is no option of --task {options.task}")
     if "class_names" in given:
         given["class_names"] = tuple(given["class_names"])
     source = TaskInput(options.task, options.raw, **given)

@@ -16,8 +16,8 @@ from megatron_vlmoe.commands.options import (
     run_of,
 )
 from megatron_vlmoe.config.errors import DataError, user_files
+from megatron_vlmoe.prepare.corpora import preprocess_text
 from megatron_vlmoe.prepare.readers.text import TextInput, lines_of_document
-from megatron_vlmoe.prepare.text import preprocess_text
 
 
 def build_parser() -> CommandParser:

@@ -215,7 +215,7 @@ _ROWS = (
         images=("left", "right"),
         texts=("sentence",),
         shared_images=True,
-        reader=f"{_READERS}.nlvr2:Nlvr2Source",
+        reader=f"{_READERS}.sentences:Nlvr2Source",
         reader_options=("class_names",),
         recipe="nlvr2",
         splits=("dev", "test"),
@@ -255,7 +255,7 @@ _ROWS = (
     TaskSpec(
         name="mnli",
         texts=("premise", "hypothesis"),
-        reader=f"{_READERS}.sentence_pairs:SentencePairSource",
+        reader=f"{_READERS}.sentences:SentencePairSource",
         reader_options=("sentence1", "sentence2", "label", "class_names"),
         recipe="mnli",
         splits=("dev_matched", "dev_mismatched"),

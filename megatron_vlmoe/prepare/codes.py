@@ -16,14 +16,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
@@ -48,17 +47,7 @@ from megatron_vlmoe.tokenizers.image import ImageTokenizer
 _EVALUATION_IMAGES = 256
 
 
-class ImageSource(Protocol):
-    """Images by number; it pickles, so that workers can have it."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> Image.Image:
-        """An image in RGB. Raises DataError, naming it, if it is damaged."""
-        ...
-
-
-class IndexedImages:
+class IndexedImages(Dataset[Image.Image]):
     """The images of an indexed dataset, `PREFIX_image.bin` and `.idx`."""
 
     def __init__(self, prefix: str) -> None:
@@ -68,12 +57,11 @@ class IndexedImages:
     def __len__(self) -> int:
         return self._reader.num_sequences
 
-    def image(self, index: int) -> Image.Image:
-        """Image `index` in RGB."""
+    def __getitem__(self, index: int) -> Image.Image:
         return decode_image(self._reader.sequence(index), f"{self.prefix}.bin: image {index}")
 
 
-class FolderImages:
+class FolderImages(Dataset[Image.Image]):
     """The images of a folder, at any depth, in sorted order; a damaged tar in it is an error."""
 
     def __init__(self, folder: str, rules: ImageRules = DEFAULT_RULES) -> None:
@@ -92,8 +80,7 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self._files)
 
-    def image(self, index: int) -> Image.Image:
-        """Image `index` in RGB."""
+    def __getitem__(self, index: int) -> Image.Image:
         file = self._files[index]
         try:
             return read_image_file(file.read(), self._rules)
@@ -101,31 +88,16 @@ class FolderImages:
             raise DataError(str(Reject(file.source, file.record, str(error)))) from error
 
 
-class ChainedImages:
-    """Several sources one after another."""
-
-    def __init__(self, sources: Sequence[ImageSource]) -> None:
-        self._sources = list(sources)
-        self._ends = np.cumsum([len(source) for source in self._sources])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def image(self, index: int) -> Image.Image:
-        """Image `index` in RGB."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        return self._sources[number].image(index - start)
+ImageSource = IndexedImages | FolderImages | ConcatDataset[Image.Image]
+"""Images in RGB by number; a damaged one is a DataError that names it."""
 
 
 def open_images(paths: Sequence[str], rules: ImageRules = DEFAULT_RULES) -> ImageSource:
     """Indexed prefixes (`PREFIX_image.idx` exists) and image folders, in the given order.
 
-    Args:
-        paths: prefixes and folders.
-        rules: about orientation and transparency of images in folders; indexed ones have had theirs.
+    ``rules`` are for images in folders; indexed ones have had theirs.
     """
-    sources: list[ImageSource] = []
+    sources: list[IndexedImages | FolderImages] = []
     for path in paths:
         if Path(f"{part_prefix(path, 'image')}.idx").is_file():
             sources.append(IndexedImages(path))
@@ -133,7 +105,7 @@ def open_images(paths: Sequence[str], rules: ImageRules = DEFAULT_RULES) -> Imag
             sources.append(FolderImages(path, rules))
         else:
             raise DataError(f"{path}: neither an image folder nor an indexed dataset's prefix")
-    return sources[0] if len(sources) == 1 else ChainedImages(sources)
+    return sources[0] if len(sources) == 1 else ConcatDataset(sources)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -141,60 +113,65 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _check_crops(min_scale: float, workers: int) -> None:
-    if not 0.0 < min_scale <= 1.0:
-        raise ConfigError(f"min_scale must be in (0, 1], not {min_scale}")
-    if workers < 0:
-        raise ConfigError(f"workers must not be negative, not {workers}")
+@dataclass(frozen=True, kw_only=True)
+class _Cropping:
+    """How random crops are drawn."""
+
+    seed: int = 0
+    """Crops depend on it and on their numbers only."""
+    min_scale: float
+    """Smallest crop as a share of the image's area."""
+    workers: int = 0
+    """Decoding processes, of each rank."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_scale <= 1.0:
+            raise ConfigError(f"min_scale must be in (0, 1], not {self.min_scale}")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, not {self.workers}")
 
 
-@dataclass(frozen=True)
-class CropOptions:
-    """What is done to an image before the tokenizer sees it in training."""
+@dataclass(frozen=True, kw_only=True)
+class CropOptions(_Cropping):
+    """What is done to an image before the tokenizer sees it in training, in an order of the seed too."""
 
     size: int
     """S."""
     batch_size: int
     """Images per step over all ranks."""
     min_scale: float = 0.08
-    """Smallest crop as a share of the image's area (0.08 as published)."""
-    seed: int = 0
-    """Of order and crops."""
-    workers: int = 0
-    """Decoding processes per rank."""
-
-    def __post_init__(self) -> None:
-        _check_crops(self.min_scale, self.workers)
+    """As published."""
 
 
+@dataclass
 class _TrainingCrops(Dataset[Any]):
     """Crops at some positions of the endless training order; positions count slots of all steps."""
 
-    def __init__(self, source: ImageSource, options: CropOptions) -> None:
-        self.source = source
-        self.options = options
-        self.order = SampleOrder(len(source), options.seed)
+    source: ImageSource
+    options: CropOptions
+    order: SampleOrder
 
     def __getitem__(self, positions: list[int]) -> Tensor:
-        return torch.stack([self._crop(position) for position in positions])
+        crops = []
+        for position in positions:
+            _, index = self.order.locate(position)
+            rng = keyed_rng(self.options.seed, Purpose.AUGMENTATION, index=position)
+            image: Image.Image = self.source[index]
+            box = draw_crop(*image.size, rng, scale=(self.options.min_scale, 1.0))
+            flip = bool(rng.random() < 0.5)
+            crops.append(to_tensor(apply_crop(image, box, self.options.size, flip=flip)))
+        return torch.stack(crops)
 
-    def _crop(self, position: int) -> Tensor:
-        _, index = self.order.locate(position)
-        rng = keyed_rng(self.options.seed, Purpose.AUGMENTATION, index=position)
-        image = self.source.image(index)
-        box = draw_crop(*image.size, rng, scale=(self.options.min_scale, 1.0))
-        return to_tensor(apply_crop(image, box, self.options.size, flip=bool(rng.random() < 0.5)))
 
-
+@dataclass
 class _WholeImages(Dataset[Any]):
     """Images, each resized as a whole."""
 
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source = source
-        self.size = size
+    source: ImageSource
+    size: int
 
     def __getitem__(self, indices: list[int]) -> Tensor:
-        images = [self.source.image(index) for index in indices]
+        images = [self.source[index] for index in indices]
         whole = [apply_crop(one, CropBox.whole(*one.size), self.size) for one in images]
         return torch.stack([to_tensor(image) for image in whole])
 
@@ -217,7 +194,8 @@ class TokenizerCrops:
             first_step * self.options.batch_size + rank * share, self.options.batch_size
         )
         batches = (list(range(start, start + share)) for start in starts)
-        dataset = _TrainingCrops(self.source, self.options)
+        order = SampleOrder(self.num_images, self.options.seed)
+        dataset = _TrainingCrops(self.source, self.options, order)
         return iter(Loader(dataset, batches, self.options.workers))
 
     def evaluation_batches(self) -> Iterator[Tensor]:
@@ -231,21 +209,17 @@ class TokenizerCrops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodesOptions:
-    """How views are drawn and encoded."""
+class CodesOptions(_Cropping):
+    """How views are drawn and encoded; view v of image i depends on (seed, i, v) only."""
 
     num_views: int
     """Views of every image."""
-    seed: int = 0
-    """View v of image i depends on (seed, i, v) only."""
     min_scale: float = 0.2
-    """Smallest crop as a share of the image's area (BEiT v2's pretraining)."""
+    """That of BEiT v2's pretraining."""
     flip_probability: float = 0.5
     """Share of mirrored views."""
     batch_size: int = 64
     """Views encoded at once."""
-    workers: int = 0
-    """Decoding processes."""
 
     def __post_init__(self) -> None:
         for name in ("num_views", "batch_size"):
@@ -253,53 +227,29 @@ class CodesOptions:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 <= self.flip_probability <= 1.0:
             raise ConfigError(f"flip_probability must be in [0, 1], not {self.flip_probability}")
-        _check_crops(self.min_scale, self.workers)
+        super().__post_init__()
 
 
-def draw_view(width: int, height: int, image: int, view: int, options: CodesOptions) -> list[int]:
-    """Header of a view without its resolution: left, top, width, height, flip.
-
-    A pure function of (seed, image, view) and the image's size.
-    """
-    rng = keyed_rng(options.seed, Purpose.AUGMENTATION, epoch=view, index=image)
-    box = draw_crop(width, height, rng, scale=(options.min_scale, 1.0))
-    flip = rng.random() < options.flip_probability
-    return [box.left, box.top, box.width, box.height, int(flip)]
-
-
+@dataclass
 class _Views(Dataset[Any]):
     """Image numbers -> headers int32 `[N * V, 6]` and crops uint8 `[N * V, 3, S, S]`, image by image."""
 
-    def __init__(self, source: ImageSource, size: int, options: CodesOptions) -> None:
-        self.source = source
-        self.size = size
-        self.options = options
+    source: ImageSource
+    size: int
+    options: CodesOptions
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         headers, crops = [], []
         for index in indices:
-            image = self.source.image(index)
+            image: Image.Image = self.source[index]
             for view in range(self.options.num_views):
-                *box, flip = draw_view(*image.size, index, view, self.options)
-                crop = apply_crop(image, CropBox(*box), self.size, flip=bool(flip))
-                crops.append(to_tensor(crop))
-                headers.append([*box, flip, self.size])
+                # A pure function of (seed, image, view) and the image's size.
+                rng = keyed_rng(self.options.seed, Purpose.AUGMENTATION, epoch=view, index=index)
+                box = draw_crop(*image.size, rng, scale=(self.options.min_scale, 1.0))
+                flip = bool(rng.random() < self.options.flip_probability)
+                crops.append(to_tensor(apply_crop(image, box, self.size, flip=flip)))
+                headers.append([box.left, box.top, box.width, box.height, int(flip), self.size])
         return torch.tensor(headers, dtype=torch.int32), torch.stack(crops)
-
-
-def _encoded_batches(
-    source: ImageSource, tokenizer: ImageTokenizer, options: CodesOptions
-) -> Iterator[npt.NDArray[np.int32]]:
-    """Records `[images of the batch * V, 6 + grid^2]`, image by image."""
-    per_batch = max(1, options.batch_size // options.num_views)
-    batches = (
-        list(range(start, min(start + per_batch, len(source))))
-        for start in range(0, len(source), per_batch)
-    )
-    dataset = _Views(source, tokenizer.image_size, options)
-    for headers, crops in Loader(dataset, batches, options.workers):
-        codes = tokenizer.encode(crops.to(tokenizer.device).float().div_(255.0))
-        yield torch.cat((headers, codes.to("cpu", torch.int32)), dim=1).numpy()
 
 
 def open_encoder(path: str, bf16: bool) -> ImageTokenizer:
@@ -319,26 +269,27 @@ def write_codes(
 ) -> CodesManifest:
     """Encodes every image of `PREFIX_image` and writes `PREFIX_codes` (all of it or nothing).
 
-    An image that cannot be decoded ends it: codes are matched to images by their number, so none
-    can be left out.
-
-    Raises:
-        DataError: one line that names the file and the image.
+    An image that cannot be decoded ends it with a DataError that names it: codes are matched to images by their number,
+    so none can be left out.
     """
     source = IndexedImages(images_prefix)
     prefix = codes_prefix(output_prefix or images_prefix)
-    length = HEADER_LENGTH + tokenizer.grid**2
+    per_batch = max(1, options.batch_size // options.num_views)
+    batches = (
+        list(range(start, min(start + per_batch, len(source))))
+        for start in range(0, len(source), per_batch)
+    )
+    views = _Views(source, tokenizer.image_size, options)
     with (
         Progress("encode", "images", len(source)) as progress,
         IndexedWriter(prefix, np.int32) as writer,
     ):
-        for records in _encoded_batches(source, tokenizer, options):
+        for headers, crops in Loader(views, batches, options.workers):
+            codes = tokenizer.encode(crops.to(tokenizer.device).float().div_(255.0))
+            records = torch.cat((headers, codes.to("cpu", torch.int32)), dim=1).numpy()
             images = len(records) // options.num_views
-            writer.add_documents(
-                records.reshape(-1),
-                np.full(len(records), length),
-                np.full(images, options.num_views),
-            )
+            lengths = np.full(len(records), HEADER_LENGTH + tokenizer.grid**2)
+            writer.add_documents(records.reshape(-1), lengths, np.full(images, options.num_views))
             progress.add(images)
         manifest = CodesManifest(
             num_images=len(source),

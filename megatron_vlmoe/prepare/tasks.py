@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.tasks import TaskSpec, find_task, load_code
@@ -20,21 +23,17 @@ from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pil
 from megatron_vlmoe.data.indexed import token_dtype
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import TaskRow, check_task
-from megatron_vlmoe.data.task_labels import Labels, write_labels
-from megatron_vlmoe.prepare.images import add_images, checked_image
+from megatron_vlmoe.data.task_labels import write_labels
+from megatron_vlmoe.prepare.corpora import add_images, checked_image
 from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
-from megatron_vlmoe.prepare.readers.tasks.records import (
-    SampleStream,
-    TaskInput,
-    TaskSample,
-    TaskSource,
-)
+from megatron_vlmoe.prepare.readers.tasks.records import TaskInput, TaskSample, TaskSource
 from megatron_vlmoe.prepare.tool import (
+    BadTexts,
     DatasetOutput,
+    GoodTexts,
     Run,
-    checked_text,
     chunked,
-    encode_all,
+    encode_groups,
     ordered_map,
     rejected_words,
     report_unknown,
@@ -54,22 +53,18 @@ def _key(image: ImageFile) -> ImageKey:
     return image.path, image.offset
 
 
-@dataclass(frozen=True)
-class SampleChunk:
+class SampleChunk(NamedTuple):
     """Some consecutive samples, and the images that no chunk before them had."""
 
     items: list[TaskSample | Reject]
     images: list[ImageFile]
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedSample:
-    """A sample with its usable texts: their places, stripped texts and token ids."""
+class CheckedSample(NamedTuple):
+    """A sample with its usable texts."""
 
     sample: TaskSample
-    places: list[int] = field(default_factory=list)
-    raw: list[str] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)
+    texts: GoodTexts
 
 
 @dataclass
@@ -105,86 +100,55 @@ class CheckSamples:
     task: str
     options: TaskOptions
 
-    def build(self) -> Callable[[SampleChunk], CheckedChunk]:
-        """Loads the tokenizer."""
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer | None:
         model = self.options.tokenizer_model
-        tokenizer = None if model is None else TextTokenizer(model)
-        return lambda chunk: self._check(tokenizer, chunk)
+        return None if model is None else TextTokenizer(model)
 
-    def _check(self, tokenizer: TextTokenizer | None, chunk: SampleChunk) -> CheckedChunk:
+    def __call__(self, chunk: SampleChunk) -> CheckedChunk:
+        """Checks every image and text."""
         result = CheckedChunk(records=len(chunk.items))
         with quiet_pillow():
             for image in chunk.images:
                 try:
-                    result.images[_key(image)] = checked_image(
+                    data = checked_image(
                         image.read(), self.options.resize_short, self.options.rules
                     )
+                    result.images[_key(image)] = data
                 except DataError as error:
-                    result.images[_key(image)] = _named(image, error)
+                    # With the image's own file, where it has one that is not the record that names it.
+                    own = image.data is None and image.path not in str(error)
+                    result.images[_key(image)] = f"{error} ({image.path})" if own else str(error)
         spec = find_task(self.task)
-        found = [item if isinstance(item, Reject) else _texts(item, spec) for item in chunk.items]
-        raw = [text for one in found if not isinstance(one, Reject) for _, text in one[0]]
         what = "caption" if spec.target == "match" else "text"
-        encoded = iter(encode_all(tokenizer, raw, what) if tokenizer is not None and raw else [])
-        for item, one in zip(chunk.items, found, strict=True):
-            if isinstance(one, Reject) or isinstance(item, Reject):
-                result.items += [one] if isinstance(one, Reject) else []
+        groups = [item.texts for item in chunk.items if isinstance(item, TaskSample)]
+        texts: Iterator[tuple[GoodTexts, BadTexts]] = (([], []) for _ in groups)
+        if self._tokenizer is not None:
+            texts = encode_groups(self._tokenizer, groups, what, _MAX_CHARACTERS)
+        for item in chunk.items:
+            if isinstance(item, Reject):
+                result.items.append(item)
             else:
-                texts, rejects = one
-                result.items += _encoded(item, spec, texts, rejects, encoded)
+                result.items += _checked(item, spec, *next(texts))
         return result
 
 
-def _named(image: ImageFile, error: DataError) -> str:
-    """The reason with the image's own file, where it has one that is not the record that names it."""
-    own = image.data is None and image.path not in str(error)
-    return f"{error} ({image.path})" if own else str(error)
-
-
-TextsOfSample = tuple[list[tuple[int, str]], list[tuple[int, str]]]
-"""Place and text of the usable ones; place of the others and what is wrong with them."""
-
-
-def _texts(sample: TaskSample, spec: TaskSpec) -> TextsOfSample | Reject:
-    """The texts of a sample before they are tokenized; a `Reject` if it has a name of no use."""
+def _checked(
+    sample: TaskSample, spec: TaskSpec, good: GoodTexts, bad: BadTexts
+) -> list[CheckedSample | Reject]:
+    """The sample with its texts; bad captions go alone, any other bad text, or a name of no use, takes all."""
     try:
         for name in (sample.id, *sample.answers, sample.answer_type):
             name.encode("utf-8")
     except UnicodeEncodeError:
         reason = "invalid Unicode in its id or answers"
         lost = sample.id.encode("utf-8", "replace").decode()
-        return Reject(sample.source, sample.record, reason, sample=lost)
-    what = "caption" if spec.target == "match" else "text"
-    usable, bad = list[tuple[int, str]](), list[tuple[int, str]]()
-    for place, text in enumerate(sample.texts):
-        try:
-            usable.append((place, checked_text(text, what, _MAX_CHARACTERS)))
-        except DataError as error:
-            bad.append((place, str(error)))
-    return usable, bad
-
-
-def _encoded(
-    sample: TaskSample,
-    spec: TaskSpec,
-    usable: list[tuple[int, str]],
-    bad: list[tuple[int, str]],
-    encoded: Iterator[list[int] | str],
-) -> list[CheckedSample | Reject]:
-    """The sample with the ids of its texts; bad captions go alone, any other bad text takes all."""
-    checked = CheckedSample(sample)
-    for place, text in usable:
-        ids = next(encoded)
-        if isinstance(ids, str):
-            bad.append((place, ids))
-            continue
-        checked.places.append(place)
-        checked.raw.append(text)
-        checked.ids.append(ids)
+        return [Reject(sample.source, sample.record, reason, sample=lost)]
+    checked = CheckedSample(sample, good)
     rejects: list[CheckedSample | Reject] = []
     # An image's captions are samples of their own.
     captions = spec.target == "match"
-    for place, reason in sorted(bad):
+    for place, reason in bad:
         number = f", caption {place}" if captions else f", text {place + 1}"
         record = sample.record + (number if captions or len(spec.texts) > 1 else "")
         name = f"{sample.id}#{place}" if captions else sample.id
@@ -192,24 +156,16 @@ def _encoded(
     if not captions:
         # One line for a sample: a count of rejects is a count of samples.
         return rejects[:1] or [checked]
-    if not checked.ids:
-        return [
-            *rejects,
-            Reject(sample.source, sample.record, "no usable caption", sample=sample.id),
-        ]
-    return [*rejects, checked]
+    nothing = Reject(sample.source, sample.record, "no usable caption", sample=sample.id)
+    return [*rejects, checked if good else nothing]
 
 
 def sample_chunks(
     items: Iterable[TaskSample | Reject], size: int, shared: bool
 ) -> Iterator[SampleChunk]:
-    """Cuts samples into chunks and finds the images that come for the first time.
+    """Cuts samples into chunks of ``size`` and finds the images that come for the first time.
 
-    Args:
-        items: samples and rejects in order.
-        size: samples in a chunk.
-        shared: several samples may have an image in common. Then every path is remembered; else
-            memory does not grow.
+    Where several samples may have an image in common (``shared``) every path is remembered; else memory does not grow.
     """
     seen: set[ImageKey] = set()
     for chunk in chunked(items, size):
@@ -220,24 +176,18 @@ def sample_chunks(
                     new[_key(image)] = image
         if shared:
             seen.update(new)
-        yield SampleChunk([_without_bytes(item) for item in chunk], list(new.values()))
-
-
-def _without_bytes(item: TaskSample | Reject) -> TaskSample | Reject:
-    """The sample with the names of its images alone: workers would get and return every byte of them."""
-    if isinstance(item, Reject) or all(image.data is None for image in item.images):
-        return item
-    return replace(item, images=tuple(replace(image, data=None) for image in item.images))
+        # Samples keep the names of their images alone: workers would get and return every byte of them.
+        named = [
+            replace(item, images=tuple(replace(image, data=None) for image in item.images))
+            if isinstance(item, TaskSample) and any(i.data is not None for i in item.images)
+            else item
+            for item in chunk
+        ]
+        yield SampleChunk(named, list(new.values()))
 
 
 class SampleSink:
-    """Puts checked samples into the files of a split.
-
-    Args:
-        output: the files.
-        task: name of the task.
-        tokenizer: the one that made the ids; None for a task without texts.
-    """
+    """Puts checked samples into the files of a split."""
 
     def __init__(self, output: DatasetOutput, task: str, tokenizer: TextTokenizer | None) -> None:
         assert output.samples is not None
@@ -255,23 +205,19 @@ class SampleSink:
         """Takes the next chunk. Raises DataError as `RejectLog.add` does, or on a full disk."""
         self._images.update(chunk.images)
         for item in chunk.items:
-            if isinstance(item, Reject):
-                self._reject(item)
-                continue
-            sample = item.sample
-            bad = [self._images.get(_key(image)) for image in sample.images]
-            reason = next((image for image in bad if isinstance(image, str)), None)
-            if reason is not None:
-                self._reject(Reject(sample.source, sample.record, reason, sample=sample.id))
-            else:
-                self._add_sample(item)
+            if isinstance(item, CheckedSample):
+                sample = item.sample
+                bad = [self._images.get(_key(image)) for image in sample.images]
+                reason = next((image for image in bad if isinstance(image, str)), None)
+                if reason is None:
+                    self._add_sample(item)
+                    continue
+                item = Reject(sample.source, sample.record, reason, sample=sample.id)
+            self._output.rejects.add([item])
+            if item.sample:
+                self.left_out[item.sample] = item.reason
         if not self._spec.shared_images:
             self._images.clear()
-
-    def _reject(self, reject: Reject) -> None:
-        self._output.rejects.add([reject])
-        if reject.sample:
-            self.left_out[reject.sample] = reject.reason
 
     def _add_sample(self, item: CheckedSample) -> None:
         sample = item.sample
@@ -282,17 +228,18 @@ class SampleSink:
         if self._spec.texts:
             writer = self._output.writers["text"]
             first = writer.num_sequences
-            arrays = [np.asarray(ids) for ids in item.ids]
+            arrays = [np.asarray(ids) for _, _, ids in item.texts]
             assert self._tokenizer is not None
             self._output.count_unknown(np.concatenate(arrays), self._tokenizer)
             writer.add_document(arrays)
             texts = tuple(range(first, writer.num_sequences))
         if self._spec.target == "match":
-            for place, text, raw in zip(item.places, texts, item.raw, strict=True):
+            for (place, raw, _), text in zip(item.texts, texts, strict=True):
                 self._samples.add(TaskRow(f"{sample.id}#{place}", images, (text,), (raw,)))
             return
         targets = (sample.labels, sample.scores, sample.answers, sample.answer_type)
-        self._samples.add(TaskRow(sample.id, images, texts, tuple(item.raw), *targets))
+        raws = tuple(raw for _, raw, _ in item.texts)
+        self._samples.add(TaskRow(sample.id, images, texts, raws, *targets))
 
     def _document(self, key: ImageKey) -> int:
         """Number of an image, which is stored at its first use."""
@@ -308,20 +255,15 @@ class SampleSink:
         return number
 
 
-def prepare_task(
-    source: TaskInput,
-    run: Run,
-    options: TaskOptions,
-) -> dict[str, DatasetManifest]:
+def prepare_task(source: TaskInput, run: Run, options: TaskOptions) -> dict[str, DatasetManifest]:
     """Prepares splits of a task under ``run.output_prefix``; returns their manifests.
 
     All splits are looked for before the first is read. Splits are published one by one, the class
     names (``P_labels.json``) before the first. The result does not depend on ``run.workers``.
 
     Raises:
-        DataError: an unknown task, bad input (with ``on_error`` "stop"), a missing file, a split without a usable
-            sample, or a full disk; of the split in which it happens nothing is left behind.
-        ValueError: the tokenizer cannot be loaded.
+        DataError: an unknown task, bad input (with ``on_error`` "stop"), a missing file, a tokenizer that cannot be
+            loaded, a split without a usable sample, or a full disk; of the split in which it happens nothing is left.
     """
     check_task(source.task)
     spec = find_task(source.task)
@@ -338,57 +280,41 @@ def prepare_task(
     if labels is not None:
         print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
     work = CheckSamples(source.task, replace(options, tokenizer_model=model))
-    job = _Job(run, work, tokenizer, labels, raw.fallback_answer)
-    return {split: job.prepare(split, stream) for split, stream in streams.items()}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all splits of one run share."""
-
-    run: Run
-    work: CheckSamples
-    tokenizer: TextTokenizer | None
-    labels: Labels | None
-    fallback_answer: str | None
-
-    def prepare(self, split: str, stream: SampleStream) -> DatasetManifest:
-        """Reads, checks and publishes one split."""
-        task, run = self.work.task, self.run
-        spec = find_task(task)
-        omitted: Counter[LeftOut] = Counter()
-        dtypes: Sequence[np.dtype] = [np.dtype(np.uint8)] if spec.images else []
-        if self.tokenizer is not None:
-            dtypes = [*dtypes, token_dtype(self.tokenizer.size)]
+    dtypes: list[npt.DTypeLike] = [np.uint8] if spec.images else []
+    if tokenizer is not None:
+        dtypes.append(token_dtype(tokenizer.size))
+    inputs = ", ".join(map(str, run.source.get("inputs", ("the input",))))
+    manifests: dict[str, DatasetManifest] = {}
+    for split, stream in streams.items():
+        name, omitted = f"{source.task} {split}", Counter[LeftOut]()
         prefix = f"{run.output_prefix}_{split}"
         with (
-            Progress(f"{task} {split}") as progress,
-            DatasetOutput(prefix, task, dtypes, run.on_error) as output,
+            Progress(name) as progress,
+            DatasetOutput(prefix, source.task, dtypes, run.on_error) as output,
         ):
-            sink = SampleSink(output, task, self.tokenizer)
+            sink = SampleSink(output, source.task, tokenizer)
             size = _IMAGE_CHUNK if spec.images else _TEXT_CHUNK
             kept: Iterator[TaskSample | Reject] = without(stream, LeftOut, omitted)
             chunks = sample_chunks(kept, size, spec.shared_images)
-            for result in ordered_map(self.work, chunks, run.workers):
+            for result in ordered_map(work, chunks, run.workers):
                 sink.add(result)
                 progress.add(result.records)
-            inputs = ", ".join(map(str, run.source.get("inputs", ("the input",))))
-            manifest = output.manifest(
+            manifests[split] = manifest = output.manifest(
                 {**run.source, "split": split},
-                self.tokenizer,
-                self.work.options.rules,
+                tokenizer,
+                options.rules,
                 f"split {split} of {inputs}",
                 omitted={item.reason: count for item, count in omitted.items()},
                 left_out=sink.left_out,
-                fallback_answer=self.fallback_answer,
-                labels_sha256=None if self.labels is None else self.labels.sha256,
+                fallback_answer=raw.fallback_answer,
+                labels_sha256=None if labels is None else labels.sha256,
             )
-            if self.labels is not None:
-                write_labels(run.output_prefix, self.labels)
+            if labels is not None:
+                write_labels(run.output_prefix, labels)
             output.commit(manifest)
         progress.finish(rejected_words(manifest.rejects))
         if manifest.unknown_tokens is not None:
-            report_unknown(f"{task} {split}", manifest)
+            report_unknown(name, manifest)
         for reason, count in sorted((manifest.omitted or {}).items()):
-            print(f"{task} {split}: {count} samples left out: {reason}", file=sys.stderr)
-        return manifest
+            print(f"{name}: {count} samples left out: {reason}", file=sys.stderr)
+    return manifests

@@ -1,6 +1,6 @@
 """What the preprocessing tools share: worker processes, rejects, publishing.
 
-A tool is a reader (records in order), a `Work` (done to a chunk of records in a worker) and a sink
+A tool is a reader (records in order), some `Work` (done to a chunk of records in a worker) and a sink
 (results, in the order of the input, into a `DatasetOutput`).
 """
 
@@ -17,11 +17,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,6 @@ from megatron_vlmoe.data.indexed import IndexedWriter
 from megatron_vlmoe.data.manifest import (
     SAMPLES_SUFFIX,
     DatasetManifest,
-    FileRecord,
     check_replaceable,
     dataset_parts,
     is_task,
@@ -44,7 +43,13 @@ from megatron_vlmoe.data.manifest import (
     unknown_line,
 )
 from megatron_vlmoe.data.task_dataset import SamplesWriter
-from megatron_vlmoe.prepare.readers.records import PassedOver, Reject, kinds_of, passed_over_line
+from megatron_vlmoe.prepare.readers.records import (
+    PassedOver,
+    Reject,
+    decoded,
+    kinds_of,
+    passed_over_line,
+)
 from megatron_vlmoe.runtime.files import StagedFile
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -52,21 +57,12 @@ OnError = Literal["stop", "skip"]
 Chunk = TypeVar("Chunk")
 Item = TypeVar("Item")
 Other = TypeVar("Other")
-Chunk_contra = TypeVar("Chunk_contra", contravariant=True)
 Result = TypeVar("Result")
-Result_co = TypeVar("Result_co", covariant=True)
+Work = Callable[[Chunk], Result]
+"""What is done to a chunk: hashable and picklable. What it loads it keeps, and each worker keeps it."""
 
 _CHUNKS_IN_FLIGHT_PER_WORKER = 3
 _UNKNOWN_SHARE = 0.01
-
-
-class Work(Protocol, Generic[Chunk_contra, Result_co]):
-    """What is done to a chunk: hashable, picklable, and built once in each worker."""
-
-    def build(self) -> Callable[[Chunk_contra], Result_co]:
-        """Loads what is needed and returns the function of one chunk."""
-
-    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -89,13 +85,7 @@ class Run:
 def encode_all(
     tokenizer: TextTokenizer, texts: Sequence[str], what: str = "text"
 ) -> list[list[int] | str]:
-    """Ids of each text, at least one, or the reason why it is of no use.
-
-    Args:
-        tokenizer: what makes the ids.
-        texts: raw texts.
-        what: their name in reasons, as ``caption``.
-    """
+    """Ids of each text, at least one, or the reason why it is of no use, which calls it ``what``, as ``caption``."""
     try:
         # One call for many texts is several times faster than a call for each.
         encoded = tokenizer.encode_batch(texts)
@@ -114,21 +104,13 @@ def encode_all(
 
 
 def checked_text(value: object, what: str, max_characters: int) -> str:
-    """A raw text as a string without space around it.
+    """A raw text as a string without space around it; bytes are decoded.
 
-    Args:
-        value: the text as parsed; bytes are decoded.
-        what: its name for errors, as ``caption``.
-        max_characters: longer texts are refused before they are tokenized.
-
-    Raises:
-        DataError: with the reason why it is no usable text.
+    Raises DataError with the reason why it is no usable text, which calls it ``what``; one of more than
+    ``max_characters`` is refused before it is tokenized.
     """
     if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"invalid UTF-8 at byte {error.start}") from error
+        value = decoded(value)
     if not isinstance(value, str):
         raise DataError(f"{what} is not a string")
     text = value.strip()
@@ -139,35 +121,53 @@ def checked_text(value: object, what: str, max_characters: int) -> str:
     return text
 
 
+GoodTexts = list[tuple[int, str, list[int]]]
+"""Place, stripped text and ids of usable texts."""
+BadTexts = list[tuple[int, str]]
+"""Places of the others, and what is wrong with them."""
+
+
+def encode_groups(
+    tokenizer: TextTokenizer, groups: Sequence[Sequence[object]], what: str, max_characters: int
+) -> Iterator[tuple[GoodTexts, BadTexts]]:
+    """The texts of each group as `checked_text` and `encode_all` take them; they are tokenized in one call."""
+    good, bad = [GoodTexts() for _ in groups], [BadTexts() for _ in groups]
+    usable: list[tuple[int, int, str]] = []
+    for number, group in enumerate(groups):
+        for place, text in enumerate(group):
+            try:
+                usable.append((number, place, checked_text(text, what, max_characters)))
+            except DataError as error:
+                bad[number].append((place, str(error)))
+    encoded = encode_all(tokenizer, [text for *_, text in usable], what)
+    for (number, place, text), ids in zip(usable, encoded, strict=True):
+        if isinstance(ids, str):
+            bad[number].append((place, ids))
+        else:
+            good[number].append((place, text, ids))
+    yield from zip(good, map(sorted, bad), strict=True)
+
+
 @lru_cache(maxsize=1)
-def _built(work: Work[Any, Any]) -> Callable[[Any], Any]:
-    return work.build()
+def _first_of_equal(work: Work[Any, Any]) -> Work[Any, Any]:
+    return work
 
 
 def _run_in_worker(work: Work[Any, Any], chunk: Any) -> Any:
-    return _built(work)(chunk)
-
-
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return _first_of_equal(work)(chunk)
 
 
 def ordered_map(
     work: Work[Chunk, Result], chunks: Iterable[Chunk], workers: int
 ) -> Iterator[Result]:
-    """Yields ``work`` of each chunk in order, a bounded number of chunks ahead.
-
-    Raises:
-        DataError: a worker process died.
-    """
+    """Yields ``work`` of each chunk in order, a bounded number of chunks ahead. Raises DataError if a worker dies."""
     if workers == 1:
-        function = work.build()
-        yield from map(function, chunks)
+        yield from map(work, chunks)
         return
     # Spawned, not forked: libraries of the parent may have threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
+    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     waiting: deque[Future[Result]] = deque()
     try:
         for chunk in chunks:
@@ -223,12 +223,9 @@ def record_counts(kept: int, rejected: int) -> dict[str, dict[str, int]]:
 
 
 class RejectLog:
-    """Stops at the first reject, or writes them to ``PREFIX.rejects.jsonl``.
+    """Stops at the first reject, or counts them and writes them to ``PREFIX.rejects.jsonl``.
 
-    Attributes:
-        count: rejects.
-        first: the first of them.
-        passed_over: files among images that are none, by where and what they are; they stop nothing.
+    What is `PassedOver`, files among images that are none, stops nothing, and is listed at the end.
     """
 
     def __init__(self, prefix: str, on_error: OnError) -> None:
@@ -300,12 +297,11 @@ class DatasetOutput:
     def __init__(
         self, prefix: str, kind: str, dtypes: Sequence[npt.DTypeLike], on_error: OnError = "stop"
     ) -> None:
-        self.prefix = prefix
-        self.kind = kind
+        self.prefix, self.kind = prefix, kind
         self.rejects = RejectLog(prefix, on_error)
         self.writers: dict[str, IndexedWriter] = {}
-        self.unknown_tokens = 0
         self.samples: SamplesWriter | None = None
+        self.unknown_tokens = 0
         if not Path(prefix).name or prefix.endswith(os.sep):
             raise DataError(f"{prefix}: an output prefix needs a name after its folder")
         check_replaceable(prefix)
@@ -313,41 +309,25 @@ class DatasetOutput:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{Path(prefix).parent}: {error.strerror}") from error
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.rejects.abort)
             for part, dtype in zip(dataset_parts(kind), dtypes, strict=True):
                 self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype)
+                undo.callback(self.writers[part].abort)
             if is_task(kind):
                 self.samples = SamplesWriter(prefix, kind)
-        except BaseException:
-            self._abort()
-            raise
+                undo.callback(self.samples.abort)
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
 
     def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: TextTokenizer) -> None:
         """Counts the unknown ones of token ids ``[N]`` that are stored."""
         self.unknown_tokens += int(np.count_nonzero(tokens == tokenizer.unk_id))
-
-    def finish(self, inputs: object = "the input") -> dict[str, FileRecord]:
-        """Completes all files under temporary names; returns their records by suffix.
-
-        Args:
-            inputs: name or names of what was read, for the error.
-
-        Raises:
-            DataError: the disk is full, or there was no usable record.
-        """
-        if not any(writer.num_documents for writer in self.writers.values()):
-            first = f" ({self.rejects.count} rejected; the first: {self.rejects.first})"
-            names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
-            if self.rejects.passed_over:
-                names = f"{names} ({passed_over_line(kinds_of(self.rejects.passed_over))})"
-            raise DataError(f"no usable record in {names}{first if self.rejects.first else ''}")
-        self.rejects.finish()
-        records = {
-            f"_{part}{suffix}": record
-            for part, writer in self.writers.items()
-            for suffix, record in writer.finish().items()
-        }
-        return records | ({SAMPLES_SUFFIX: self.samples.finish()} if self.samples else {})
 
     def manifest(
         self,
@@ -357,17 +337,34 @@ class DatasetOutput:
         inputs: object = None,
         **known: Any,
     ) -> DatasetManifest:
-        """Completes the files as `finish` does, and says what is in them.
+        """Completes all files under temporary names, and says what is in them.
 
         Args:
             source: as in the manifest.
             tokenizer: the one that made the token ids, if there are any.
             rules: about orientation and transparency of images, if there are any.
-            inputs: as for `finish`; None: those of ``source``.
+            inputs: name or names of what was read, for the error; None: those of ``source``.
             known: further fields of the manifest, which count more than what is found here.
+
+        Raises DataError if the disk is full, or there was no usable record.
         """
-        files = self.finish(inputs or source.get("inputs", "the input"))
-        first, last = list(self.writers.values())[0], list(self.writers.values())[-1]
+        if not any(writer.num_documents for writer in self.writers.values()):
+            inputs = inputs or source.get("inputs", "the input")
+            names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
+            if self.rejects.passed_over:
+                names = f"{names} ({passed_over_line(kinds_of(self.rejects.passed_over))})"
+            why = f" ({self.rejects.count} rejected; the first: {self.rejects.first})"
+            raise DataError(f"no usable record in {names}{why if self.rejects.first else ''}")
+        self.rejects.finish()
+        files = {
+            f"_{part}{suffix}": record
+            for part, writer in self.writers.items()
+            for suffix, record in writer.finish().items()
+        }
+        if self.samples is not None:
+            files[SAMPLES_SUFFIX] = self.samples.finish()
+        writers = list(self.writers.values())
+        first, last = writers[0], writers[-1]
         has_text = last is not self.writers.get("image")
         fields: dict[str, Any] = {
             "kind": self.kind,
@@ -400,30 +397,13 @@ class DatasetOutput:
         try:
             manifest_path(self.prefix).unlink(missing_ok=True)
             self.rejects.publish()
-            for writer in self._all_writers():
+            for writer in self.writers.values():
                 writer.publish()
+            if self.samples is not None:
+                self.samples.publish()
             staged.publish()
         finally:
             staged.abort()
-
-    def _all_writers(self) -> list[IndexedWriter | SamplesWriter]:
-        return [*self.writers.values(), *([self.samples] if self.samples else [])]
-
-    def _abort(self) -> None:
-        self.rejects.abort()
-        for writer in self._all_writers():
-            writer.abort()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._abort()
 
 
 def positive_int(text: str) -> int:

@@ -47,31 +47,27 @@ NUM_ANNOTATORS = 10
 _SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
-def _misspellings() -> Mapping[str, str]:
-    """Every contraction with one of its apostrophes left out -> the contraction."""
-    table: dict[str, str] = {}
-    for ending, beginnings in _CONTRACTIONS_BY_ENDING:
-        for word in (beginning + ending for beginning in beginnings.split()):
-            for place in (i for i, letter in enumerate(word) if letter == "'"):
-                table[word[:place] + word[place + 1 :]] = word
+# Every contraction with one of its apostrophes left out -> the contraction.
+_CONTRACTIONS = MappingProxyType(
+    {
+        word[:place] + word[place + 1 :]: word
+        for ending, beginnings in _CONTRACTIONS_BY_ENDING
+        for word in (beginning + ending for beginning in beginnings.split())
+        for place, letter in enumerate(word)
+        if letter == "'"
+    }
     # The evaluator has this one pair the wrong way round, and scores depend on it.
-    table["somebody'd"] = "somebodyd"
-    return MappingProxyType(table)
-
-
-_CONTRACTIONS = _misspellings()
+    | {"somebody'd": "somebodyd"}
+)
 
 
 def normalize_answer(text: str) -> str:
-    """The spelling under which the VQA evaluator compares answers.
+    """The spelling under which the VQA evaluator compares answers: words joined by single spaces, maybe none.
 
     1. Each of 21 punctuation marks vanishes if, anywhere in the text, it stands beside a space or a comma stands
        between digits; otherwise it becomes a space. Commas are among the marks, so none is left.
     2. A period vanishes unless a digit follows (the first 32 of them, as there).
     3. Lower case; none and zero to ten become digits; a, an and the go; contractions get their apostrophe back.
-
-    Returns:
-        Words joined by single spaces; an empty text if nothing but articles and marks was there.
     """
     numeric = _DIGIT_COMMA_DIGIT.search(text) is not None
     spaced = text
@@ -86,9 +82,8 @@ def normalize_answer(text: str) -> str:
 def build_answer_vocabulary(answers: Iterable[str], min_count: int) -> list[str]:
     """Answers that are frequent enough, in the order of their first appearance: label i is answer i.
 
-    Args:
-        answers: one answer per question (``multiple_choice_answer``), not normalised; train before val.
-        min_count: how often a normalised answer must occur; 9 gives the 3,129 of VQAv2.
+    The answers are one per question (``multiple_choice_answer``), not normalised, train before val; 9 as ``min_count``,
+    of normalised answers, gives the 3,129 of VQAv2.
     """
     counts = Counter(map(normalize_answer, answers))
     return [answer for answer, count in counts.items() if count >= min_count]
@@ -97,16 +92,9 @@ def build_answer_vocabulary(answers: Iterable[str], min_count: int) -> list[str]
 def soft_scores(answers: Sequence[str], vocabulary: Mapping[str, int]) -> dict[int, float]:
     """Target of one question: label -> score, in the order of first appearance.
 
-    The annotators' answers are counted as they are written, without normalisation (as ViLT, VLMo and BEiT-3
-    do); those outside the vocabulary are left out.
-
-    Args:
-        answers: what the annotators said (ten of them in VQAv2).
-        vocabulary: answer -> label.
-
-    Returns:
-        Scores 0.3, 0.6, 0.9 and 1.0 for one, two, three and more equal answers: of ten annotators, exactly
-        the ``leave_one_out_score``.
+    The annotators' answers (ten in VQAv2) are counted as they are written, without normalisation (as ViLT, VLMo and
+    BEiT-3 do); those outside the vocabulary (answer -> label) are left out. The scores are 0.3, 0.6, 0.9 and 1.0 for
+    one, two, three and more equal answers: of ten annotators, exactly the ``leave_one_out_score``.
     """
     return {
         vocabulary[answer]: _SOFT_SCORES[min(count, 4)]
@@ -129,12 +117,7 @@ def compared_answers(answers: Sequence[str]) -> tuple[list[str], bool]:
 def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The official VQA accuracy of a prediction, 0 to 1 (GT-Vision-Lab/VQA, vqaEval.py at a013f00).
 
-    Args:
-        prediction: an answer, as it would be submitted.
-        answers: what the annotators said, as published.
-
-    Raises:
-        ValueError: nobody answered.
+    Raises ValueError if nobody answered. The answers are what the annotators said, as published.
     """
     compared, normalised = compared_answers(answers)
     own = _stripped(prediction)
@@ -148,11 +131,8 @@ def _stripped(answer: str) -> str:
 def leave_one_out_score(answer: str, answers: Sequence[str]) -> float:
     """The VQA accuracy of an answer, 0 to 1, by the texts as they are; see `official_accuracy`.
 
-    Mean over every annotator left out of min(1, equal answers among the others / 3). Texts are compared as they
-    are.
-
-    Raises:
-        ValueError: nobody answered.
+    Mean over every annotator left out of min(1, equal answers among the others / 3). Raises ValueError if nobody
+    answered.
     """
     if not answers:
         raise ValueError("no annotator answers to score against")

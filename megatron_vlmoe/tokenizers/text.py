@@ -32,11 +32,8 @@ SPECIAL_PIECES = (BOS_PIECE, PAD_PIECE, EOS_PIECE, UNK_PIECE, MASK_PIECE)
 class TextTokenizer:
     """Text to piece ids and back; satisfies the ``vocab`` argument of ``data.masking.mask_tokens``.
 
-    The object pickles as the model itself, so worker processes need no access to the file.
-
-    Raises:
-        ValueError: the file cannot be read, is no SentencePiece model, lacks a special piece, or
-            holds one that plain text could spell.
+    The object pickles as the model itself, so worker processes need no access to the file. Raises ValueError if the
+    file cannot be read, is no SentencePiece model, lacks a special piece, or holds one that plain text could spell.
     """
 
     def __init__(self, model_path: str | Path) -> None:
@@ -46,13 +43,35 @@ class TextTokenizer:
         except OSError as error:
             reason = error.strerror or error
             raise DataError(f"cannot read text tokenizer {self.model_path}: {reason}") from error
-        self._check_special_pieces()
+        processor = self._processor
+        ids = [int(processor.piece_to_id(piece)) for piece in SPECIAL_PIECES]
+        self.bos_id, self.pad_id, self.eos_id, self.unk_id, self.mask_id = ids
+        """Of the special pieces; ``<unk>`` stands for characters that the model does not know."""
+        self.special_ids = frozenset(ids)
+        # An absent piece maps to the unknown id.
+        named = dict(zip(SPECIAL_PIECES, ids, strict=True))
+        missing = [piece for piece, i in named.items() if processor.id_to_piece(i) != piece]
+        if missing:
+            raise DataError(
+                f"text tokenizer {self.model_path} has no piece {', '.join(missing)}: "
+                "train it with tools/train_text_tokenizer.py"
+            )
+        if not processor.is_unknown(self.unk_id):
+            raise DataError(
+                f"text tokenizer {self.model_path}: {UNK_PIECE} is not its unknown piece"
+            )
+        # SentencePiece matches user-defined and normal pieces in raw text, control pieces never.
+        spelled = [p for p, i in named.items() if p != UNK_PIECE and not processor.is_control(i)]
+        if spelled:
+            raise DataError(
+                f"text tokenizer {self.model_path}: {', '.join(spelled)} must be control pieces, "
+                "or plain text could spell special tokens"
+            )
 
     def __getstate__(self) -> dict[str, object]:
-        return {"model_path": self.model_path, "_model": self._model}
-
-    def __repr__(self) -> str:
-        return f"TextTokenizer({str(self.model_path)!r}, size={self.size})"
+        # What is loaded or found again when it is needed, and the processor does not pickle.
+        later = ("_processor", "_words")
+        return {name: value for name, value in vars(self).items() if name not in later}
 
     @cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -64,72 +83,10 @@ class TextTokenizer:
         except RuntimeError as error:
             raise DataError(f"{self.model_path} is not a SentencePiece model") from error
 
-    def _check_special_pieces(self) -> None:
-        processor = self._processor
-        missing = [p for p in SPECIAL_PIECES if self._find(p) is None]
-        if missing:
-            raise DataError(
-                f"text tokenizer {self.model_path} has no piece {', '.join(missing)}: "
-                "train it with tools/train_text_tokenizer.py"
-            )
-        if not processor.is_unknown(self.unk_id):
-            raise DataError(
-                f"text tokenizer {self.model_path}: {UNK_PIECE} is not its unknown piece"
-            )
-        # SentencePiece matches user-defined and normal pieces in raw text, control pieces never.
-        spelled = [
-            p for p in SPECIAL_PIECES if p != UNK_PIECE and not processor.is_control(self._id(p))
-        ]
-        if spelled:
-            raise DataError(
-                f"text tokenizer {self.model_path}: {', '.join(spelled)} must be control pieces, "
-                "or plain text could spell special tokens"
-            )
-
-    def _find(self, piece: str) -> int | None:
-        index = int(self._processor.piece_to_id(piece))
-        # An absent piece maps to the unknown id.
-        return index if self._processor.id_to_piece(index) == piece else None
-
-    def _id(self, piece: str) -> int:
-        index = self._find(piece)
-        assert index is not None, piece
-        return index
-
     @property
     def size(self) -> int:
         """Number of pieces in the file, special ones included."""
         return int(self._processor.get_piece_size())
-
-    @cached_property
-    def bos_id(self) -> int:
-        """``<s>``, the paper's [T_CLS]."""
-        return self._id(BOS_PIECE)
-
-    @cached_property
-    def pad_id(self) -> int:
-        """``<pad>``."""
-        return self._id(PAD_PIECE)
-
-    @cached_property
-    def eos_id(self) -> int:
-        """``</s>``, the paper's [T_SEP]."""
-        return self._id(EOS_PIECE)
-
-    @cached_property
-    def unk_id(self) -> int:
-        """``<unk>``: stands for characters that the model does not know."""
-        return self._id(UNK_PIECE)
-
-    @cached_property
-    def mask_id(self) -> int:
-        """``[MASK]``."""
-        return self._id(MASK_PIECE)
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """The ids of the five special pieces."""
-        return frozenset(self._id(piece) for piece in SPECIAL_PIECES)
 
     @cached_property
     def _words(self) -> frozenset[int]:
@@ -158,11 +115,7 @@ class TextTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-        """`encode` of every text, on ``num_threads`` threads.
-
-        Raises:
-            ValueError: a text holds an unpaired surrogate.
-        """
+        """`encode` of every text, on ``num_threads`` threads. Raises ValueError if one holds an unpaired surrogate."""
         try:
             ids: list[list[int]] = self._processor.encode(
                 list(texts), out_type=int, num_threads=num_threads
@@ -170,16 +123,17 @@ class TextTokenizer:
         except (TypeError, UnicodeEncodeError):
             # The binding reports half of a surrogate pair as a wrong type, without saying where.
             for text in texts:
-                _check_unicode(text)
+                if not isinstance(text, str):
+                    raise TypeError(f"text must be str, got {type(text).__name__}") from None
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"text is not valid Unicode: {text!a:.80}") from error
             raise
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; control pieces give nothing, ``<unk>`` gives U+2047.
-
-        Raises:
-            ValueError: an id is not in 0..size-1.
-        """
+        """Text of ``ids``; control pieces give nothing, ``<unk>`` U+2047. Raises ValueError on ids not in 0..size-1."""
         checked = [int(i) for i in ids]
         if bad := [i for i in checked if not 0 <= i < self.size]:
             raise ValueError(f"token id {bad[0]} is not in 0..{self.size - 1} ({self.model_path})")
@@ -188,15 +142,6 @@ class TextTokenizer:
     def piece(self, index: int) -> str:
         """The piece with id ``index``, as it is written in the model ("▁" marks a word start)."""
         return str(self._processor.id_to_piece(int(index)))
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"text is not valid Unicode: {text!a:.80}") from error
-    except AttributeError as error:
-        raise TypeError(f"text must be str, got {type(text).__name__}") from error
 
 
 MAX_SENTENCE_CHARACTERS = 1000
@@ -242,38 +187,18 @@ class TextTokenizerTraining:
 
 
 def train_text_tokenizer(training: TextTokenizerTraining, texts: Iterable[str]) -> int:
-    """Trains a unigram model and writes PREFIX.model and PREFIX.vocab.
+    """Trains a unigram model on texts, which are read once, and writes PREFIX.model and PREFIX.vocab.
 
-    Args:
-        training: how.
-        texts: what on; read once.
-
-    Returns:
-        The vocabulary size, below ``vocab_size`` where the corpus cannot fill it.
-
-    Raises:
-        ValueError: bad option, no text, or a corpus that SentencePiece refuses.
+    Returns the vocabulary size, below ``vocab_size`` where the corpus cannot fill it. Raises ValueError for a bad
+    option, no text, or a corpus that SentencePiece refuses.
     """
     training.validate()
     sentences = sample_sentences(iterate_sentences(texts), training.max_sentences, training.seed)
     if not sentences:
         raise DataError("no text to train on")
-    model = _fit(sentences + whole_word_hints(sentences), training)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    size = int(processor.get_piece_size())
-    vocab = "".join(
-        f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(size)
-    )
-    prefix = str(training.output_prefix)
-    # The model last: where it exists, its vocabulary listing does too.
-    write_text_atomic(prefix + ".vocab", vocab)
-    write_bytes_atomic(prefix + ".model", model)
-    return size
-
-
-def _fit(sentences: list[str], training: TextTokenizerTraining) -> bytes:
-    writer = io.BytesIO()
+    sentences += whole_word_hints(sentences)
     sentences.reverse()
+    writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             # Handing the sample over and letting it go keeps one copy in memory instead of two.
@@ -299,18 +224,25 @@ def _fit(sentences: list[str], training: TextTokenizerTraining) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(_explain(error, training)) from error
-    return writer.getvalue()
-
-
-def _explain(error: RuntimeError, training: TextTokenizerTraining) -> str:
-    message = str(error)
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"vocab_size {training.vocab_size} is too small: the characters of the corpus and the "
-            f"special pieces alone need {found[1]} (or lower character_coverage)"
-        )
-    return f"SentencePiece cannot train on this corpus: {message.splitlines()[0]}"
+        message = str(error)
+        reason = f"SentencePiece cannot train on this corpus: {message.splitlines()[0]}"
+        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+            reason = (
+                f"vocab_size {training.vocab_size} is too small: the characters of the corpus and the "
+                f"special pieces alone need {found[1]} (or lower character_coverage)"
+            )
+        raise DataError(reason) from error
+    model = writer.getvalue()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = int(processor.get_piece_size())
+    vocab = "".join(
+        f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(size)
+    )
+    prefix = str(training.output_prefix)
+    # The model last: where it exists, its vocabulary listing does too.
+    write_text_atomic(prefix + ".vocab", vocab)
+    write_bytes_atomic(prefix + ".model", model)
+    return size
 
 
 def sample_sentences(sentences: Iterable[str], max_sentences: int, seed: int) -> list[str]:
@@ -344,15 +276,11 @@ def whole_word_hints(sentences: Sequence[str]) -> list[str]:
 def iterate_sentences(texts: Iterable[str]) -> Iterator[str]:
     """Non-empty lines of all texts, longer ones cut into at most 1,000 characters."""
     for text in texts:
-        for line in text.splitlines():
-            yield from _cut(" ".join(line.split()))
-
-
-def _cut(line: str) -> Iterator[str]:
-    while len(line) > MAX_SENTENCE_CHARACTERS:
-        end = line.rfind(" ", 0, MAX_SENTENCE_CHARACTERS + 1)
-        end = end if end > 0 else MAX_SENTENCE_CHARACTERS
-        yield line[:end]
-        line = line[end:].lstrip()
-    if line:
-        yield line
+        for line in (" ".join(line.split()) for line in text.splitlines()):
+            while len(line) > MAX_SENTENCE_CHARACTERS:
+                end = line.rfind(" ", 0, MAX_SENTENCE_CHARACTERS + 1)
+                end = end if end > 0 else MAX_SENTENCE_CHARACTERS
+                yield line[:end]
+                line = line[end:].lstrip()
+            if line:
+                yield line

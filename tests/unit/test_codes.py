@@ -288,7 +288,7 @@ class TestTokenizerCrops:
         assert len(source) == 8
         for place, number in ((6, 6), (7, 20)):
             expected = Image.open(io.BytesIO(encoded_image(number)))
-            assert source.image(place).tobytes() == expected.tobytes()
+            assert source[place].tobytes() == expected.tobytes()
         with pytest.raises(DataError, match="neither an image folder nor"):
             open_images([str(tmp_path / "nothing")])
         shutil.rmtree(folder / "deep")

@@ -80,7 +80,7 @@ def test_a_users_error_is_one_line(words: list[str | Path], message: str, status
 
 BROKEN = """
 import sys
-import megatron_vlmoe.prepare.merge as merge
+import megatron_vlmoe.prepare.corpora as merge
 from megatron_vlmoe.commands.main import main, run
 def broken(*_):
     raise ValueError("an invariant does not hold")

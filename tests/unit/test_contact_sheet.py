@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from megatron_vlmoe.prepare.contact_sheet import Cell, draw_sheet
+from megatron_vlmoe.prepare.inspect import Cell, draw_sheet
 
 Written = list[tuple[int, int, str, str]]
 QUESTION = "What is the colour of the unbelievably large horse beside the tree?"

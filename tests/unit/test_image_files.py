@@ -23,7 +23,7 @@ from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.inference.inputs import Item, pixels, read_image
 from megatron_vlmoe.prepare.codes import open_images
-from megatron_vlmoe.prepare.images import checked_image
+from megatron_vlmoe.prepare.corpora import checked_image
 
 Array = npt.NDArray[Any]
 KEEP = ImageRules(exif="keep")
@@ -423,7 +423,7 @@ class TestLargeImages:
         half = read_image(Item("image", tmp_path / "a.jpg"))
         assert distance(half, np.asarray(ramps(36, 24))) < 4
         assert pixels([Item("image", tmp_path / "a.jpg")], 8).shape == (1, 3, 8, 8)
-        assert open_images([str(tmp_path)]).image(0).size == (36, 24)
+        assert open_images([str(tmp_path)])[0].size == (36, 24)
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
     def test_bombs_are_refused(self, kind: str) -> None:
@@ -524,13 +524,13 @@ def test_a_model_and_a_folder_of_images_read_the_same(tmp_path: Path) -> None:
     upright = [[[255] * 3, [200, 100, 50]], *[[[255] * 3] * 2] * 2]
     for value in (path, str(path), path.read_bytes(), Image.open(path)):
         assert np.asarray(read_image(Item("image", value))).tolist() == upright
-    assert np.asarray(open_images([str(tmp_path)]).image(0)).tolist() == upright
+    assert np.asarray(open_images([str(tmp_path)])[0]).tolist() == upright
     rules = ImageRules("keep", "drop")
     kept = [[[200, 100, 50], [9] * 3, [9] * 3], [[9] * 3] * 3]
     for value in (path, Image.open(path)):
         assert np.asarray(read_image(Item("image", value), rules)).tolist() == kept
         assert pixels([Item("image", value)], 3, rules).shape == (1, 3, 3, 3)
-    assert np.asarray(open_images([str(tmp_path)], rules).image(0)).tolist() == kept
+    assert np.asarray(open_images([str(tmp_path)], rules)[0]).tolist() == kept
 
 
 def test_a_contact_sheet_names_a_damaged_image(

@@ -11,7 +11,6 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from megatron_vlmoe.data.image_files import quiet_pillow
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import check_dataset, load_manifest
 from megatron_vlmoe.prepare import tool as preprocess
-from megatron_vlmoe.prepare.images import checked_image
+from megatron_vlmoe.prepare.corpora import checked_image
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
@@ -232,8 +231,8 @@ def test_dead_worker_is_an_error() -> None:
 class Dying:
     """Work that ends its process."""
 
-    def build(self) -> Callable[[int], None]:
-        return lambda chunk: os._exit(9)
+    def __call__(self, chunk: int) -> None:
+        os._exit(9)
 
     def __hash__(self) -> int:
         return 1
@@ -251,8 +250,8 @@ def test_chunks_are_read_only_a_little_ahead() -> None:
 class Doubling:
     """Work that doubles a number."""
 
-    def build(self) -> Callable[[int], int]:
-        return double
+    def __call__(self, chunk: int) -> int:
+        return double(chunk)
 
     def __hash__(self) -> int:
         return 2

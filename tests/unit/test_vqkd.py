@@ -20,18 +20,21 @@ from megatron_vlmoe.tokenizers.vqkd.model import (
     VQKD,
     Attention,
     PatchEmbedding,
+    Quantizer,
     compute_fingerprint,
     load_vqkd,
+    nearest_codes,
     save_vqkd,
+    spherical_kmeans,
 )
-from megatron_vlmoe.tokenizers.vqkd.quantizer import Quantizer, nearest_codes, spherical_kmeans
-from megatron_vlmoe.tokenizers.vqkd.teachers import PixelTeacher, build_teacher
 from megatron_vlmoe.tokenizers.vqkd.training import (
     CodeStatistics,
+    PixelTeacher,
     Trainer,
     TrainingOptions,
     build_model,
     build_optimizer,
+    build_teacher,
     learning_rate,
 )
 
@@ -73,7 +76,7 @@ class TestQuantizer:
         assert nearest_codes(vectors, codebook).tolist() == [0, 1, 3]
 
     def test_many_rows_are_searched_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("megatron_vlmoe.tokenizers.vqkd.quantizer.SEARCH_ROWS", 3)
+        monkeypatch.setattr("megatron_vlmoe.tokenizers.vqkd.model.SEARCH_ROWS", 3)
         vectors = F.normalize(torch.randn(10, 4), dim=1)
         codebook = F.normalize(torch.randn(5, 4), dim=1)
         expected = torch.cdist(vectors.double(), codebook.double()).argmin(dim=1)

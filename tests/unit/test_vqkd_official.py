@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_vlmoe.tokenizers.image import ImageTokenizer
+from megatron_vlmoe.tokenizers.image import ImageTokenizer, load_official
 from megatron_vlmoe.tokenizers.vqkd.model import save_vqkd
-from megatron_vlmoe.tokenizers.vqkd.official import load_official
 
 
 def vit_shapes(prefix: str, width: int, depth: int, chans: int, patch: int, tokens: int) -> dict:

@@ -21,9 +21,7 @@ from itertools import chain
 from typing import IO, Any, Literal, cast
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.records import (
-    Reject,
-)
+from megatron_vlmoe.prepare.readers.records import Reject, Row, Rows
 from megatron_vlmoe.prepare.readers.tables import TABLE_MAGIC, table_format
 from megatron_vlmoe.runtime.json_files import parse_json
 
@@ -116,12 +114,13 @@ _DELIMITED = re.compile(
     rb"|[^\t\n]+\thttps?://\S+\s*\Z|https?://\S+\t"
 )
 
+_IMAGE_OR_ADDRESS = re.compile(r"https?://\S+|\S+\.(?i:jpe?g|png|webp)(?:#\d)?")
+
 
 def open_binary(path: str) -> IO[bytes]:
     """Opens a file for reading, decompressed as its first bytes say (gzip, bz2, xz, zstd, lz4).
 
-    Raises:
-        OSError: it cannot be opened. Damage inside raises one of `DAMAGE` later.
+    Raises OSError if it cannot be opened. Damage inside raises one of `DAMAGE` later.
     """
     file = open(path, "rb", buffering=_READ_BUFFER)
     first = cast(io.BufferedReader, file).peek(16)
@@ -132,12 +131,9 @@ def open_binary(path: str) -> IO[bytes]:
     if os.path.isfile(path):  # of a pipe, what has been read cannot be read again
         file.close()
         source = path
-    if kind == "gzip":
-        return cast(IO[bytes], gzip.open(source))
-    if kind == "bz2":
-        return bz2.open(source)
-    if kind == "xz":
-        return lzma.open(source)
+    opener: Any = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}.get(kind)
+    if opener is not None:
+        return cast(IO[bytes], opener(source))
     import pyarrow  # type: ignore[import-untyped]
 
     return io.BufferedReader(pyarrow.input_stream(source, compression=kind), _READ_BUFFER)
@@ -146,21 +142,23 @@ def open_binary(path: str) -> IO[bytes]:
 def file_kind(path: str, given: TextFormat = "auto") -> FileKind:
     """What a file is.
 
-    A first line that is a JSON object makes it JSON lines, whatever its name; compressed files are
-    looked into. ``given`` decides between what a file of characters could be; binary content is
-    refused all the same.
+    A first line that is a JSON object makes it JSON lines, whatever its name; compressed files are looked into.
+    ``given`` decides between what a file of characters could be; binary content is refused all the same.
 
-    Raises:
-        DataError: a file that cannot be read, or that holds what is not read as text; the message
-            says what it is and what to do.
+    Raises DataError for a file that cannot be read, or that is not read as text; it says what it is and what to do.
     """
     kind = None if given == "auto" else _GIVEN[given]
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise DataError(f"{path}: a folder: name the files in it{_first_file(path)}")
+            names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+            first = f", as {os.path.join(path, names[0])}" if names else " (it is empty)"
+            raise DataError(f"{path}: a folder: name the files in it{first}")
         if not stat.S_ISREG(mode):
-            return kind or _kind_of_pipe(path)
+            # By the suffix alone: what is read of a pipe to find out is gone.
+            if kind := kind or _SUFFIXES.get(_suffix(path)):
+                return kind
+            raise DataError(f"{path}: no regular file: say with --format what comes out of it")
         if kind == "table" or table_format(path) is not None:
             return "table"
         with open_binary(path) as file:
@@ -199,20 +197,17 @@ def _kind_of_head(path: str, head: bytes, file: IO[bytes], given: FileKind | Non
     _refuse(path, head.lstrip(), _MARKUP)
     if _suffix(path) in (".xml", ".html", ".htm"):
         raise refused(path, f"a {_suffix(path)} file", _EXPORT)
-    return _json_kind(path, head, file) or _kind_of_characters(path, head)
-
-
-def _first_file(folder: str) -> str:
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    return f", as {os.path.join(folder, names[0])}" if names else " (it is empty)"
-
-
-def _kind_of_pipe(path: str) -> FileKind:
-    """By the suffix alone: what is read of a pipe to find out is gone."""
-    kind = _SUFFIXES.get(_suffix(path))
-    if kind is None:
-        raise DataError(f"{path}: no regular file: say with --format what comes out of it")
-    return kind
+    if (json_kind := _json_kind(path, head, file)) is not None:
+        return json_kind
+    kind = _SUFFIXES.get(_suffix(path), "text")
+    lines = head.strip().splitlines()[:_TABLE_LINES]
+    # Three columns or more, as of SNLI's .txt: prose has no tabs at all the same places.
+    tabs = {line.count(b"\t") for line in lines}
+    columns = len(lines) > 1 and len(tabs) == 1 and max(tabs) > 1
+    if kind == "text" and lines and (columns or _DELIMITED.match(lines[0])):
+        return "delimited"
+    # An empty .json is without documents, which is no damage.
+    return "text" if kind == "json" and not lines else kind
 
 
 def _suffix(path: str) -> str:
@@ -260,21 +255,6 @@ def _parsed(line: bytes) -> Any:
         return None
 
 
-def _kind_of_characters(path: str, head: bytes) -> FileKind:
-    """Between plain text and delimited columns, by the suffix and the first line."""
-    kind = _SUFFIXES.get(_suffix(path), "text")
-    lines = head.strip().splitlines()[:_TABLE_LINES]
-    if kind == "text" and lines and _DELIMITED.match(lines[0]):
-        return "delimited"
-    # Three columns or more, as of SNLI's .txt: prose has no tabs at all the same places.
-    tabs = {line.count(b"\t") for line in lines}
-    if kind == "text" and len(lines) > 1 and len(tabs) == 1 and tabs.pop() > 1:
-        return "delimited"
-    if kind == "json" and not head.strip():
-        return "text"  # without documents, which is no damage
-    return kind
-
-
 _SKIP_BYTES = 1 << 17
 
 Payload = tuple[int, bytes]
@@ -282,15 +262,11 @@ Payload = tuple[int, bytes]
 
 
 def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
-    """Lines with their numbers, from 1.
+    """Lines with their numbers, from 1, of a file that may be compressed.
 
-    Args:
-        path: file to read, decompressed if need be.
-        strip: take white space off both ends, so that a blank line is ``b""``; else the line end
-            alone.
+    White space is taken off both ends (``strip``), so that a blank line is ``b""``; else the line end alone.
 
-    Raises:
-        DataError: the file cannot be opened, or is binary. What breaks off later is a `Reject`.
+    Raises DataError if the file cannot be opened, or is binary. What breaks off later is a `Reject`.
     """
     check_characters(path)
     number = 0
@@ -306,11 +282,9 @@ def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield number, line.strip() if strip else line.rstrip(b"\r\n")
-    except OSError as error:
-        if number == 0:
-            raise DataError(f"{path}: {error.strerror or error}") from error
-        yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
     except (*DAMAGE, ValueError) as error:
+        if number == 0 and isinstance(error, OSError):
+            raise DataError(f"{path}: {error.strerror or error}") from error
         yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
 
 
@@ -324,47 +298,79 @@ def too_long(path: str, unit: str, number: int, why: str = "") -> Reject:
     return Reject(path, f"{unit} {number}", f"longer than {MAX_DOCUMENT_BYTES} bytes{why}")
 
 
-SEPARATORS = ("\t", ",", "|", ";")
-"""What may separate columns, in the order in which the first line is searched for it."""
+def text_lines(path: str, errors: str = "strict") -> Iterator[tuple[int, str] | Reject]:
+    """`numbered_lines` as text without line ends.
+
+    ``errors`` is as of `bytes.decode`: with "surrogateescape" a caption that is no UTF-8 is rejected later, with the
+    other bad captions; with "strict" the whole line is rejected here.
+    """
+    for item in numbered_lines(path, strip=False):
+        if isinstance(item, Reject):
+            yield item
+            continue
+        try:
+            yield item[0], item[1].decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            yield Reject(path, f"line {item[0]}", f"invalid UTF-8 at byte {error.start}")
 
 
 def columns_of(line: str, separator: str | None = None) -> tuple[str, list[str]]:
     """The separator of a first line, if it is not given, and the cells of the line."""
-    separator = separator or next((one for one in SEPARATORS if one in line), SEPARATORS[0])
+    separator = separator or next((one for one in "\t,|;" if one in line), "\t")
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     cells = next(csv.reader([line], delimiter=separator), [])
     return separator, [cell.strip() for cell in cells]
 
 
-def wrong_number_of(cells: Sequence[str], columns: Sequence[str]) -> str:
-    """What is wrong with a row that has more or fewer cells than the first line; empty: nothing."""
-    if len(cells) == len(columns):
-        return ""
-    return f"{len(cells)} columns, not the {len(columns)} of the first line"
+class TableLines(Iterator[str]):
+    """The lines of a file for `csv.reader`; what is no line goes to ``rejects``.
 
+    Attributes:
+        first: number of the first line since it was set to 0; ``last``: of the last line.
+    """
 
-class _DecodedLines(Iterator[str]):
-    """Decoded lines; ``first`` is the number of the first one since it was set to 0, ``last`` of the last."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._items = numbered_lines(path, strip=False)
+    def __init__(self, path: str, errors: str = "strict") -> None:
+        self.path = path
+        self._items = text_lines(path, errors)
         self.first = self.last = 0
         self.rejects: list[Reject] = []
 
     def __next__(self) -> str:
         for item in self._items:
-            if isinstance(item, Reject):
-                self.rejects.append(item)
-                continue
-            try:
-                line = item[1].decode("utf-8") + "\n"
+            if not isinstance(item, Reject):
                 self.first, self.last = self.first or item[0], item[0]
-                return line
-            except UnicodeDecodeError as error:
-                reason = f"invalid UTF-8 at byte {error.start}"
-                self.rejects.append(Reject(self._path, f"line {item[0]}", reason))
+                return item[1] + "\n"
+            self.rejects.append(item)
         raise StopIteration
+
+    def rows(
+        self, reader: Iterator[list[str]], columns: Sequence[str]
+    ) -> Iterator[tuple[int, int, list[str]] | Reject]:
+        """Yields (number of the first line, number of the last, cells) of each row that ``reader`` makes of the lines.
+
+        A `Reject` stands for a row that is none, or that has not as many cells as there are columns.
+        """
+        cells: list[str] | None = []
+        while cells is not None:
+            bad, self.first = "", 0
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                bad = f"not a row of the table: {error}"
+            yield from self.rejects
+            self.rejects.clear()
+            if cells and not bad and len(cells) != len(columns):
+                bad = f"{len(cells)} columns, not the {len(columns)} of the first line"
+            first = self.first or 1  # 1: that of a first line that is no header
+            if bad:
+                yield Reject(self.path, lines_record(first, self.last), bad)
+            elif cells:
+                yield first, self.last, cells
+
+
+def lines_record(first: int, last: int) -> str:
+    """The name of a row in errors, by the numbers of its lines."""
+    return f"line {first}" + (f" to {last}" if last > first else "")
 
 
 def read_column(
@@ -372,26 +378,25 @@ def read_column(
 ) -> Iterator[tuple[int, str] | Reject]:
     """Yields (number of the first line, cell) of one column, row by row.
 
-    Args:
-        path: the file.
-        names: what the column may be called in the header, the best first.
-        captions: also read the captions of files without a header, where they stand beside an
-            address or behind the name of an image.
-
-    Raises:
-        DataError: there is no such column.
+    The best of the ``names`` that the header has counts. With ``captions`` files without a header are read too, whose
+    captions stand beside an address or behind the name of an image. Raises DataError if there is no such column.
     """
-    lines = _DecodedLines(path)
+    lines = TableLines(path)
     first = next(lines, None)
     if first is None:
         yield from lines.rejects
         return
     delimiter, header = columns_of(first)
     place = next((header.index(name) for name in names if name in header), None)
-    headless = place is None and captions
-    if headless:
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    if place is None and captions:
         header = first.strip().split(delimiter)
-        place = _place_of_caption(header)
+        if len(header) == 2 and re.match(r"https?://", header[1]):
+            place = 0
+        elif len(header) == 2 and _IMAGE_OR_ADDRESS.fullmatch(header[0]):
+            place = 1
+        strings = chain([first], lines)
+        rows = csv.reader(strings, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
     if place is None:
         yield from lines.rejects
         what = f"a table of columns ({', '.join(header[:8])}) without {' or '.join(names)}"
@@ -399,45 +404,14 @@ def read_column(
         raise refused(
             path, what, f"{advice}; plain text: --format text" if not captions else advice
         )
-    if headless:
-        strings = chain([first], lines)
-        rows = csv.reader(strings, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
-    else:
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    cells: list[str] | None = []
-    while cells is not None:
-        bad, lines.first = "", 0
-        try:
-            cells = next(rows, None)
-        except csv.Error as error:
-            bad = f"not a row of the table: {error}"
-        yield from lines.rejects
-        lines.rejects.clear()
-        if cells and not bad:
-            bad = wrong_number_of(cells, header)
-        if bad:
-            begin = lines.first or 1
-            more = f" to {lines.last}" if lines.last > begin else ""
-            yield Reject(path, f"line {begin}{more}", bad)
-        elif cells:
-            yield lines.first or 1, cells[place]  # 1: that of ``first``, which is no header
-
-
-def _place_of_caption(cells: Sequence[str]) -> int | None:
-    """Which of two cells is a caption: that beside an address, or behind the name of an image."""
-    if len(cells) != 2:
-        return None
-    if re.match(r"https?://", cells[1]):
-        return 0
-    named = re.fullmatch(r"https?://\S+|\S+\.(?i:jpe?g|png|webp)(?:#\d)?", cells[0])
-    return 1 if named else None
+    for row in lines.rows(rows, header):
+        yield row if isinstance(row, Reject) else (row[0], row[2][place])
 
 
 def load_json(path: str) -> Any:
     """Parses a whole JSON file, compressed or not; memory is several times its size.
 
-    Raises:
-        DataError: unreadable, binary, invalid UTF-8 or invalid JSON; names the line.
+    Raises DataError, which names the line, if it is unreadable, binary, invalid UTF-8 or invalid JSON.
     """
     try:
         check_characters(path)
@@ -462,19 +436,24 @@ def json_list(path: str, value: Any, key: str = "") -> list[Any]:
     return value
 
 
-def json_object(path: str) -> dict[str, Any]:
-    """`load_json` of a file that holds an object. Raises DataError."""
+def json_lists(path: str, *keys: str) -> list[list[Any]]:
+    """The lists under some keys of a file that is one JSON object. Raises DataError."""
     value = load_json(path)
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
-    return value
+    return [json_list(path, value.get(key), f'"{key}"') for key in keys]
 
 
-def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]] | Reject]:
+def json_entries(path: str) -> Iterator[tuple[str, Row]]:
+    """Yields (``entry N``, object) of a file that is one JSON list; what is no object comes as an empty one."""
+    for number, entry in enumerate(json_list(path, load_json(path))):
+        yield f"entry {number}", entry if isinstance(entry, dict) else {}
+
+
+def json_rows(path: str) -> Rows:
     """Yields (``line N``, object) of a JSON-lines file, and a `Reject` for a line that is none.
 
-    Raises:
-        DataError: the file cannot be opened, or is binary.
+    Raises DataError if the file cannot be opened, or is binary.
     """
     for item in filled_lines(path):
         if isinstance(item, Reject):

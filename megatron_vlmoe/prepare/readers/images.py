@@ -5,7 +5,9 @@ Also where the image lies that a list names: the one look-up of all readers of l
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import lzma
 import os
 import posixpath
@@ -13,8 +15,9 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any, Self, cast
+from typing import IO, Self, cast
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.image_files import HEADER_BYTES, begins_like_image, is_image_data
@@ -23,6 +26,7 @@ from megatron_vlmoe.prepare.readers.records import (
     PassedOver,
     Reject,
     check_inputs,
+    files_by_name,
     is_image,
     is_side_file,
     is_tar,
@@ -60,21 +64,18 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
 
     Folders are walked in sorted order; tars found in them are read in their place. An image is what has the suffix or
     the contents of one. Other files are `PassedOver`; hidden files and what operating systems put beside them
-    (`is_side_file`) are no data.
-
-    Raises:
-        DataError: an input is missing, or is neither a folder, a tar nor an image.
+    (`is_side_file`) are no data. Raises DataError if an input is missing, or is neither a folder, a tar nor an image.
     """
     check_inputs(inputs)
     for path in inputs:
         if os.path.isdir(path):
             for file in walk_files(path):
                 if is_tar(file):
-                    yield from tar_images(file)
+                    yield from _tar_images(file)
                 else:
                     yield as_image(ImageFile(path, os.path.relpath(file, path), file), file)
         elif is_tar(path):
-            yield from tar_images(path)
+            yield from _tar_images(path)
         elif is_image_file(ImageFile(path, "", path), path):
             yield ImageFile(path, "", path)
         else:
@@ -84,8 +85,7 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
             )
 
 
-def tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
-    """Yields the images of one tar in its order."""
+def _tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
     for member in tar_members(path):
         yield member if isinstance(member, Reject) else as_image(member, member.record)
 
@@ -110,12 +110,10 @@ def tar_members(path: str) -> Iterator[ImageFile | Reject]:
     """Yields the regular files of a tar and of tars in it, in order, whether they are images or not.
 
     Of an uncompressed tar they are places in it, else contents. The name of a file in a tar in the tar begins with
-    that of the inner tar.
-    Links are followed within an uncompressed tar. A `Reject` with its name stands for each that cannot be followed, a
-    `BrokenTar` where an archive breaks off. Side files (`is_side_file`) are left out.
+    that of the inner tar. Links are followed within an uncompressed tar. A `Reject` with its name stands for each that
+    cannot be followed, a `BrokenTar` where an archive breaks off. Side files (`is_side_file`) are left out.
 
-    Raises:
-        DataError: the file cannot be opened.
+    Raises DataError if the file cannot be opened.
     """
     try:
         with open(path, "rb") as file:
@@ -127,26 +125,22 @@ def tar_members(path: str) -> Iterator[ImageFile | Reject]:
 
 
 def _members(
-    path: str, inside: str, file: IO[bytes], in_file: bool = True
+    path: str, inside: str, file: IO[bytes], place: int | None = 0, size: int | None = None
 ) -> Iterator[ImageFile | Reject]:
-    """The members of a tar that begins where the file stands.
+    """The members of a tar, in the outermost one at ``path``.
 
-    Args:
-        path: the outermost tar.
-        inside: name of this one in it with a slash; empty for the outermost.
-        file: to read it from.
-        in_file: whether places in `file` are places in the file at `path`.
+    ``inside`` is its name there with a slash, empty for the outermost; ``place`` where it begins, None within something
+    compressed; ``size`` how many bytes an inner one has.
     """
-    start = file.tell()
     head = file.read(8)
-    file.seek(start)
+    file.seek(0)
     if head.startswith(_OTHERWISE_COMPRESSED):
         reason = "a tar compressed by zstd or lz4, which is not read: decompress it"
         yield BrokenTar(path, inside.rstrip("/"), reason)
         return
     compressed = head.startswith(_COMPRESSED)
-    in_file = in_file and not compressed
-    links = _Links(file, start)
+    place = None if compressed else place
+    links = _Links(file)
     last = "start"
     try:
         # "r|" reads a compressed archive once, front to back; "r:" may skip the contents.
@@ -166,45 +160,46 @@ def _members(
                     found = where or links.target(member)
                 elif not member.isfile():
                     found = "neither a file nor a link"
-                elif (
-                    in_file
-                    and isinstance(file, _Part)
-                    and member.offset_data + member.size > file.end
-                ):
+                elif None not in (place, size) and member.offset_data + member.size > (size or 0):
                     # In the outer tar other bytes follow.
                     found = f"damaged tar: {inside.rstrip('/')} ends inside it"
                 if isinstance(found, str):
                     yield Reject(path, name, found)
                     continue
                 data = None
-                if not in_file or found.issparse():
-                    stream = archive.extractfile(found)
-                    data = stream.read() if stream is not None else b""
+                if place is None or found.issparse():
+                    data = cast(IO[bytes], archive.extractfile(found)).read()
+                begin = (place or 0) + found.offset_data
                 if not is_tar(name):
-                    yield ImageFile(path, name, path, found.offset_data, found.size, data)
+                    yield ImageFile(path, name, path, begin, found.size, data)
                 elif data is not None:
-                    yield from _members(path, f"{name}/", io.BytesIO(data), in_file=False)
+                    yield from _members(path, f"{name}/", io.BytesIO(data), place=None)
                 else:
-                    with open(path, "rb") as again:
-                        again.seek(found.offset_data)
-                        part = cast(IO[bytes], _Part(again, found.size))
-                        yield from _members(path, f"{name}/", part)
+                    inner = cast(IO[bytes], archive.extractfile(found))
+                    yield from _members(path, f"{name}/", inner, begin, found.size)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         yield BrokenTar(path, f"{inside}after {last}", f"damaged tar: {error}")
 
 
+@dataclass
 class _Links:
     """Finds what the links of an uncompressed tar point at; lists the tar once, at the first link."""
 
-    def __init__(self, file: IO[bytes], start: int) -> None:
-        self._file = file
-        self._start = start
-        self._members: dict[str, tarfile.TarInfo] | None = None
+    file: IO[bytes]
+
+    @cached_property
+    def _members(self) -> dict[str, tarfile.TarInfo]:
+        found: dict[str, tarfile.TarInfo] = {}
+        self.file.seek(0)
+        # What comes before damage is known; the reader of the tar reports it.
+        with contextlib.suppress(tarfile.TarError, OSError):
+            with tarfile.open(fileobj=self.file, mode="r:") as archive:
+                for member in archive:
+                    found[posixpath.normpath(member.name)] = member
+        return found
 
     def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | str:
         """The regular file at the end of a link, or why there is none."""
-        if self._members is None:
-            self._members = {posixpath.normpath(member.name): member for member in self._listed()}
         member = link
         for _ in range(_MAX_LINKS):
             # A hard link names its target from the root of the archive, a symbolic one from its own folder.
@@ -216,41 +211,6 @@ class _Links:
                 return found
             member = found
         return f"a link to {link.linkname}, which leads to no file"
-
-    def _listed(self) -> Iterator[tarfile.TarInfo]:
-        self._file.seek(self._start)
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
-                yield from archive
-        except (tarfile.TarError, OSError):
-            return  # what comes before the damage is known; the reader of the tar reports it
-
-
-class _Part(io.RawIOBase):
-    """The next `size` bytes of a file, at their places in it."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self._file = file
-        self.end = file.tell() + size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END:
-            offset, whence = self.end + offset, os.SEEK_SET
-        return self._file.seek(offset, whence)
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(max(0, min(len(buffer), self.end - self._file.tell())))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 Parts = tuple[str, ...]
@@ -265,9 +225,6 @@ class ImageFinder:
 
     Folders are looked up, not files: a picture that is missing in the folder that its list names is
     missing, whatever lies in other folders. The letters' case counts.
-
-    Args:
-        folder: the image folder.
     """
 
     def __init__(self, folder: str) -> None:
@@ -280,10 +237,8 @@ class ImageFinder:
     def find(self, path: str) -> str:
         """The file that a list names ``path``.
 
-        Raises:
-            NoImageError: no file, or several, may be meant.
-            DataError: two folders of the list are looked for in one folder, so that one of them
-                would get the other's pictures; or a folder cannot be listed.
+        Raises NoImageError if no file, or several, may be meant; DataError if two folders of the list are looked for in
+        one folder, so that one of them would get the other's pictures, or a folder cannot be listed.
         """
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) and not path.startswith("file://"):
             raise NoImageError(f"{path} is a URL, not a file")
@@ -311,10 +266,7 @@ class ImageFinder:
 
     @cached_property
     def _files_by_name(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for file in walk_files(self._folder):
-            found.setdefault(os.path.basename(file), []).append(file)
-        return found
+        return files_by_name(self._folder)
 
     @cached_property
     def _folders_by_name(self) -> dict[str, list[tuple[str, Parts]]]:
@@ -328,12 +280,8 @@ class ImageFinder:
 
     def _shared(self, relative: Parts, listed: Parts) -> int:
         """How many parts a folder and a listed one have in common, counted from their ends."""
-        shared = 0
-        for one, other in zip(reversed(self._root + relative), reversed(listed)):
-            if one != other:
-                break
-            shared += 1
-        return shared
+        pairs = zip(reversed(self._root + relative), reversed(listed))
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _folders_of(self, listed: Parts) -> list[str]:
         """The folders that a listed one may mean: those with the longest common end."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vlmoe.config.errors import DataError
 
@@ -46,6 +46,20 @@ class Reject:
     def __str__(self) -> str:
         place = f"{self.source}: {self.record}" if self.record else self.source
         return f"{place}: {self.reason}"
+
+
+Row = Mapping[str, Any]
+"""What a record says, by name."""
+Rows = Iterator[tuple[str, Row] | Reject]
+"""The records of a file, each with its name."""
+
+
+def decoded(data: bytes, encoding: str = "utf-8") -> str:
+    """The text of some bytes. Raises DataError with the reason alone."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +109,7 @@ class TextBlock:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file; of a named pipe among images no writer is waited for."""
+    # Of a named pipe among images no writer is waited for.
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -111,10 +125,8 @@ class ImageFile:
     data: bytes | None = None
 
     def read(self, limit: int | None = None) -> bytes:
-        """The encoded bytes, or the first of them. Raises DataError (a reason, without the record) if unreadable.
-
-        Args:
-            limit: number of bytes to read at most.
+        """The encoded bytes, or at most ``limit`` of them. Raises DataError (a reason, without the record) if
+        unreadable.
         """
         if self.data is not None:
             return self.data[:limit]
@@ -194,8 +206,7 @@ def check_inputs(paths: tuple[str, ...]) -> None:
 def walk_files(folder: str, ancestors: tuple[str, ...] = ()) -> Iterator[str]:
     """Paths of all files under a folder, in sorted order, through symbolic links; without side files.
 
-    Raises:
-        DataError: a folder cannot be listed.
+    Raises DataError if a folder cannot be listed.
     """
     real = os.path.realpath(folder)
     if real in ancestors:  # a link back to a folder that we are in
@@ -212,3 +223,11 @@ def walk_files(folder: str, ancestors: tuple[str, ...] = ()) -> Iterator[str]:
             yield from walk_files(path, (*ancestors, real))
         else:
             yield path
+
+
+def files_by_name(folder: str) -> dict[str, list[str]]:
+    """Paths of all files under a folder by their name; holds every path in memory. Raises DataError."""
+    found: dict[str, list[str]] = {}
+    for path in walk_files(folder):
+        found.setdefault(os.path.basename(path), []).append(path)
+    return found

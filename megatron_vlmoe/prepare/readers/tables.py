@@ -15,13 +15,13 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Literal
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.images import ImageFinder
-from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, walk_files
+from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, Rows, walk_files
 
 _TABLE_BUFFER = 1 << 22
 
@@ -52,41 +52,29 @@ def table_format(path: str) -> TableFormat | None:
 
 def column_names(path: str) -> list[str]:
     """Top-level columns of a table. Raises DataError if it is not one."""
-    with ExitStack() as stack:
-        schema, _ = _open_table(path, None, 1, stack)
+    with _open_table(path) as (schema, _):
         return list(schema.names)
 
 
-def class_names(path: str, column: str) -> tuple[str, ...] | None:
-    """Names of the classes that the whole numbers of a column stand for, in their order.
-
-    Hugging Face's ``datasets`` writes them into the schema (a ``ClassLabel`` in the JSON text under
-    ``huggingface``). None: this table does not tell. Raises DataError if it is no table.
-    """
-    with ExitStack() as stack:
-        schema, _ = _open_table(path, None, 1, stack)
-        written = (schema.metadata or {}).get(b"huggingface", b"{}")
-    try:
-        names = json.loads(written)["info"]["features"][column]["names"]
-    except (ValueError, LookupError, TypeError):
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None
-    return tuple(names)
-
-
 def told_classes(paths: Iterable[str], columns: Sequence[str]) -> tuple[str, ...] | None:
-    """`class_names` of the first of these columns that a table has; None if no table tells them.
+    """Names of the classes that the whole numbers of a column stand for, in their order; None if no table tells them.
 
-    Raises:
-        DataError: two tables tell different names, or one is no table.
+    Hugging Face's ``datasets`` writes them into the schema (a ``ClassLabel`` in the JSON text under ``huggingface``).
+    Of the possible names of the column the first that a table has counts.
+
+    Raises DataError if two tables tell different names, or one is no table.
     """
     told: dict[tuple[str, ...], str] = {}
     for path in paths:
-        column = next((column for column in columns if column in column_names(path)), None)
-        names = class_names(path, column) if column is not None else None
-        if names is not None:
-            told.setdefault(names, path)
+        with _open_table(path) as (schema, _):
+            column = next((column for column in columns if column in schema.names), None)
+            written = (schema.metadata or {}).get(b"huggingface", b"{}")
+        try:
+            names = json.loads(written)["info"]["features"][column]["names"]
+        except (ValueError, LookupError, TypeError):
+            continue
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            told.setdefault(tuple(names), path)
     if len(told) > 1:
         raise DataError(f"{' and '.join(list(told.values())[:2])} name different classes")
     return next(iter(told), None)
@@ -97,18 +85,14 @@ def read_columns(
 ) -> Iterator[tuple[int, dict[str, list[Any]] | Reject]]:
     """Yields (number of the first row, values by column), at most ``batch_rows`` rows at a time.
 
-    Args:
-        path: a table of any kind that `table_format` knows.
-        columns: what to read. A ``text`` column comes as bytes, so that one string of invalid
-            UTF-8 spoils one row and not the batch; an ``any`` column as Python objects.
+    A ``text`` column comes as bytes, so that one string of invalid UTF-8 spoils one row and not the batch; an ``any``
+    column as Python objects.
 
-    Raises:
-        DataError: not a table, a missing column, or a text column that holds no strings.
+    Raises DataError if it is no table, a column is missing, or a text column holds no strings.
     """
     import pyarrow
 
-    with ExitStack() as stack:
-        schema, batches = _open_table(path, columns, batch_rows, stack)
+    with _open_table(path, columns, batch_rows) as (schema, batches):
         for name in columns:
             if name not in schema.names:
                 raise DataError(f"{path}: no column {name!r}; it has {', '.join(schema.names)}")
@@ -125,34 +109,34 @@ def read_columns(
             yield row, Reject(path, f"row {row}", f"unreadable from here on: {_one_line(error)}")
 
 
+@contextmanager
 def _open_table(
-    path: str, columns: Mapping[str, ColumnKind] | None, batch_rows: int, stack: ExitStack
-) -> tuple[Any, Iterator[Any]]:
-    """The schema of a table and its record batches, open as long as ``stack`` is.
-
-    Raises:
-        DataError: not a table.
-    """
+    path: str, columns: Iterable[str] = (), batch_rows: int = 1
+) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema of a table and its record batches. Raises DataError if it is none."""
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     kind = table_format(path)
-    try:
-        if kind == "arrow stream":
-            stream = pyarrow.ipc.open_stream(stack.enter_context(pyarrow.memory_map(path)))
-            return stream.schema, _slices(stream, batch_rows)
-        if kind == "arrow file":
-            file = pyarrow.ipc.open_file(stack.enter_context(pyarrow.memory_map(path)))
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            return file.schema, _slices(batches, batch_rows)
-        # With a read buffer a column streams; else a whole row group of it is held.
-        table = stack.enter_context(pyarrow.parquet.ParquetFile(path, buffer_size=_TABLE_BUFFER))
-        wanted = None if columns is None else list(columns)
-        rows = table.iter_batches(batch_rows, columns=wanted, use_threads=False)
-        return table.schema_arrow, rows
-    except (OSError, pyarrow.ArrowException) as error:
-        what = "parquet or Arrow" if kind is None else kind.replace("arrow", "Arrow IPC")
-        raise DataError(f"{path}: not a readable {what} file: {_one_line(error)}") from error
+    with ExitStack() as stack:
+        try:
+            if kind == "arrow stream":
+                batches = pyarrow.ipc.open_stream(stack.enter_context(pyarrow.memory_map(path)))
+                opened = batches.schema, _slices(batches, batch_rows)
+            elif kind == "arrow file":
+                file = pyarrow.ipc.open_file(stack.enter_context(pyarrow.memory_map(path)))
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+                opened = file.schema, _slices(batches, batch_rows)
+            else:
+                # With a read buffer a column streams; else a whole row group of it is held.
+                table = pyarrow.parquet.ParquetFile(path, buffer_size=_TABLE_BUFFER)
+                stack.enter_context(table)
+                rows = table.iter_batches(batch_rows, columns=list(columns), use_threads=False)
+                opened = table.schema_arrow, rows
+        except (OSError, pyarrow.ArrowException) as error:
+            what = "parquet or Arrow" if kind is None else kind.replace("arrow", "Arrow IPC")
+            raise DataError(f"{path}: not a readable {what} file: {_one_line(error)}") from error
+        yield opened
 
 
 def _slices(batches: Iterable[Any], rows: int) -> Iterator[Any]:
@@ -166,7 +150,10 @@ def _values(path: str, name: str, column: Any, kind: ColumnKind) -> list[Any]:
     import pyarrow
 
     if kind == "any":
-        return _any_values(column)
+        try:
+            return list(column.to_pylist())
+        except UnicodeDecodeError:
+            return [_value_or_invalid(item) for item in column]
     types = pyarrow.types
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -182,19 +169,11 @@ def _values(path: str, name: str, column: Any, kind: ColumnKind) -> list[Any]:
     return list(column.cast(pyarrow.large_binary()).to_pylist())
 
 
-def _any_values(column: Any) -> list[Any]:
-    """Python objects; `INVALID_TEXT` in the place of a value with invalid UTF-8."""
+def _value_or_invalid(item: Any) -> Any:
     try:
-        return list(column.to_pylist())
+        return item.as_py()
     except UnicodeDecodeError:
-        pass
-    values: list[Any] = []
-    for item in column:
-        try:
-            values.append(item.as_py())
-        except UnicodeDecodeError:
-            values.append(INVALID_TEXT)
-    return values
+        return INVALID_TEXT
 
 
 def _one_line(error: Exception) -> str:
@@ -206,11 +185,7 @@ _BATCH_ROWS = 32
 
 
 class TableFiles:
-    """The tables below a folder, found once.
-
-    Args:
-        raw: folder of the raw data.
-    """
+    """The tables below the folder of the raw data, found once."""
 
     def __init__(self, raw: str) -> None:
         self._raw = raw
@@ -252,20 +227,18 @@ class TableFiles:
 
 
 def choose_columns(
-    path: str, names: Sequence[str], wanted: Mapping[str, Sequence[str]], optional: Sequence[str]
+    path: str,
+    wanted: Mapping[str, Sequence[str]],
+    optional: Sequence[str],
+    names: Sequence[str] | None = None,
 ) -> dict[str, str]:
     """The column of each thing that is wanted: the first of its usual names that a table has.
 
-    Args:
-        path: the table, for the error.
-        names: its columns.
-        wanted: usual columns by name.
-        optional: the names that a table may lack; then the result does.
-
-    Raises:
-        DataError: one that is not optional is missing.
+    ``names`` are the columns; None: of parquet or Arrow, which tell them. Raises DataError if one is missing that is
+    not optional; the result lacks those that are.
     """
     found: dict[str, str] = {}
+    names = column_names(path) if names is None else names
     for name, usual in wanted.items():
         column = next((column for column in usual if column in names), None)
         if column is not None:
@@ -275,15 +248,8 @@ def choose_columns(
     return found
 
 
-def table_rows(
-    path: str, columns: Mapping[str, str]
-) -> Iterator[tuple[str, dict[str, Any]] | Reject]:
-    """Yields (record, values by name) of a table.
-
-    Args:
-        path: the table.
-        columns: column by name.
-    """
+def table_rows(path: str, columns: Mapping[str, str]) -> Rows:
+    """Yields (record, values by name) of a table, given the column of each name."""
     kinds: dict[str, ColumnKind] = {column: "any" for column in columns.values()}
     for first, batch in read_columns(path, kinds, _BATCH_ROWS):
         if isinstance(batch, Reject):
@@ -294,19 +260,11 @@ def table_rows(
             yield f"row {number}", dict(zip(columns, values, strict=True))
 
 
-def row_name(path: str, record: str, raw: str, files: int) -> str:
-    """Name of a sample without an id: its record, of several files with the file's path below ``raw``."""
-    return record if files == 1 else f"{os.path.relpath(path, raw)} {record}"
-
-
 class ListedImages:
     """The images that lists and tables name by their paths, below a folder of raw data.
 
     A path is taken as it stands below the folder; else `ImageFinder` looks it up below ``images``, or
     in the folder itself where there is none.
-
-    Args:
-        raw: the folder.
     """
 
     def __init__(self, raw: str) -> None:
@@ -326,8 +284,7 @@ class ListedImages:
     def cell(self, source: str, record: str, value: Any) -> ImageFile:
         """The image of a table's cell: encoded bytes, Hugging Face's {bytes, path}, or a path.
 
-        Raises:
-            DataError: it is none of these, or the path is that of no file.
+        Raises DataError if it is none of these, or the path is that of no file.
         """
         data = value.get("bytes") if isinstance(value, dict) else value
         name = value.get("path") if isinstance(value, dict) else value

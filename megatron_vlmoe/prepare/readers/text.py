@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from megatron_vlmoe.config.errors import DataError
@@ -26,10 +27,20 @@ from megatron_vlmoe.prepare.readers.files import (
     refused,
     too_long,
 )
-from megatron_vlmoe.prepare.readers.pair_records import read_webdataset
-from megatron_vlmoe.prepare.readers.pairs import PairInput, as_captions, find_key
-from megatron_vlmoe.prepare.readers.records import CaptionedImage, Reject, TextBlock, check_inputs
-from megatron_vlmoe.prepare.readers.tables import column_names, read_columns
+from megatron_vlmoe.prepare.readers.pairs import (
+    PairInput,
+    as_captions,
+    find_key,
+    read_webdataset,
+)
+from megatron_vlmoe.prepare.readers.records import (
+    CaptionedImage,
+    Reject,
+    TextBlock,
+    check_inputs,
+    decoded,
+)
+from megatron_vlmoe.prepare.readers.tables import ColumnKind, column_names, read_columns
 from megatron_vlmoe.runtime.json_files import parse_json
 
 _BLOCK_BYTES = 1 << 17
@@ -71,35 +82,35 @@ def lines_of_document(documents: str) -> int:
 def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
     """Yields the documents of all files in order, in blocks of about 128 KiB.
 
-    Blank lines of plain text and JSON lines separate documents and are no records. A document ends
-    with its file.
+    Blank lines of plain text and JSON lines separate documents and are no records. A document ends with its file.
 
-    Raises:
-        DataError: a file is missing, unreadable or of a kind that is not read, or a table lacks
-            the column.
+    Raises DataError if a file is missing, unreadable or of a kind that is not read, or a table lacks the column.
     """
     key, join = source.text_key, lines_of_document(source.documents)
     check_inputs(source.files)
     for path in source.files:
         kind = file_kind(path, source.format)
-        if kind == "table":
-            yield from _blocks(path, "row", None, _rows(path, key), join)
-        elif kind == "json":
-            yield from _blocks(path, "entry", None, _json_entries(path, key), join)
-        elif kind == "delimited":
-            cells = read_column(path, (key,))
-            column = (c if isinstance(c, Reject) else (c[0], c[1].encode()) for c in cells)
-            yield from _blocks(path, "line", None, column, join)
-        elif kind == "tar":
+        unit, json_key = "line", None
+        items: Iterator[Payload | Reject]
+        if kind == "tar":
             advice = "unpack it (pairs of WebDataset: tools/preprocess_pairs.py)"
             raise refused(path, "a tar archive", advice)
+        if kind == "table":
+            # A null is an empty document, which the worker rejects by its row number.
+            rows = _column(path, key, "text")
+            unit, items = "row", (r if isinstance(r, Reject) else (r[0], r[1] or b"") for r in rows)
+        elif kind == "json":
+            unit, items = "entry", _json_entries(path, key)
+        elif kind == "delimited":
+            cells = read_column(path, (key,))
+            items = (c if isinstance(c, Reject) else (c[0], c[1].encode()) for c in cells)
         elif kind == "jsonl":
-            yield from _blocks(path, "line", key, filled_lines(path), join)
+            json_key, items = key, filled_lines(path)
+        elif source.documents == "blank-line":
+            items = _watched(path, _paragraph_documents(path))
         else:
-            lines = filled_lines(path)
-            if source.documents == "blank-line":
-                lines = _paragraph_documents(path, numbered_lines(path))
-            yield from _blocks(path, "line", None, _watched(path, lines), join)
+            items = _watched(path, filled_lines(path))
+        yield from _blocks(path, unit, json_key, items, join)
 
 
 class TextDocument(NamedTuple):
@@ -112,11 +123,7 @@ class TextDocument(NamedTuple):
 
 
 def block_texts(block: TextBlock) -> tuple[list[TextDocument], list[tuple[int, str]]]:
-    """Decodes and parses a block.
-
-    Returns:
-        The documents; and number and reason of each part that is none.
-    """
+    """The documents of a block, decoded and parsed; and number and reason of each part that is none."""
     documents: list[TextDocument] = []
     bad: list[tuple[int, str]] = []
     for start in range(0, len(block.payloads), block.join):
@@ -124,7 +131,9 @@ def block_texts(block: TextBlock) -> tuple[list[TextDocument], list[tuple[int, s
         for place in range(start, min(start + block.join, len(block.payloads))):
             number = block.numbers[place]
             try:
-                parts.append((number, _parse(block.payloads[place], block.json_key)))
+                content, key = block.payloads[place], block.json_key
+                text = decoded(content) if key is None else text_of_object(parse_json(content), key)
+                parts.append((number, text))
             except DataError as error:
                 bad.append((number, str(error)))
         if block.join > 1:
@@ -134,16 +143,6 @@ def block_texts(block: TextBlock) -> tuple[list[TextDocument], list[tuple[int, s
             text = "\n".join(text for _, text in parts)
             documents.append(TextDocument(parts[0][0], text, len(parts)))
     return documents, sorted(bad)
-
-
-def _parse(payload: bytes, json_key: str | None) -> str:
-    """The text of one payload. Raises DataError with the reason why there is none."""
-    if json_key is not None:
-        return text_of_object(parse_json(payload), json_key)
-    try:
-        return payload.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"invalid UTF-8 at byte {error.start}") from error
 
 
 def text_of_object(value: object, key: str) -> str:
@@ -163,13 +162,11 @@ def has_keys(value: Iterable[object]) -> str:
     return f"; it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 
 
-def _paragraph_documents(
-    path: str, lines: Iterator[Payload | Reject]
-) -> Iterator[Payload | Reject]:
+def _paragraph_documents(path: str) -> Iterator[Payload | Reject]:
     """Joins lines up to a blank one; a document has the number of its first line."""
     why = ": no blank line in it (a sentence per line is --documents line, or lines:N)"
     first, parts, size = 0, list[bytes](), 0
-    for item in lines:
+    for item in chain(numbered_lines(path), [(0, b"")]):  # the end of the file ends a document too
         if isinstance(item, Reject):
             yield item
             continue
@@ -184,9 +181,6 @@ def _paragraph_documents(
             document = (first, b"\n".join(parts))
             yield document if size <= MAX_DOCUMENT_BYTES else too_long(path, "line", first, why)
         first, parts, size = 0, [], 0
-    if first:
-        document = (first, b"\n".join(parts))
-        yield document if size <= MAX_DOCUMENT_BYTES else too_long(path, "line", first, why)
 
 
 def _watched(path: str, documents: Iterable[Payload | Reject]) -> Iterator[Payload | Reject]:
@@ -209,40 +203,33 @@ def _blocks(
     """Collects payloads; a block ends where a document does."""
     numbers: list[int] = []
     payloads: list[bytes] = []
-    size = document = 0  # bytes of the block, and of the document that it ends with
+    size = document = 0  # bytes of the block, and of the unfinished document that it ends with
     for item in items:
-        if isinstance(item, Reject) or len(item[1]) > MAX_DOCUMENT_BYTES:
-            if payloads:
-                yield TextBlock(path, unit, key, numbers, payloads, join)
-                numbers, payloads, size, document = [], [], 0, 0
-            yield item if isinstance(item, Reject) else too_long(path, unit, item[0])
-            continue
-        number, payload = item
-        if document + len(payload) > MAX_DOCUMENT_BYTES:
+        length = 0 if isinstance(item, Reject) else len(item[1])
+        bad = isinstance(item, Reject) or length > MAX_DOCUMENT_BYTES
+        full = size >= _BLOCK_BYTES or len(payloads) >= _BLOCK_DOCUMENTS
+        full = full and len(payloads) % join == 0
+        if payloads and (bad or full or document + length > MAX_DOCUMENT_BYTES):
             yield TextBlock(path, unit, key, numbers, payloads, join)
             numbers, payloads, size, document = [], [], 0, 0
-        numbers.append(number)
-        payloads.append(payload)
-        size += len(payload)
-        document += len(payload)
-        if len(payloads) % join:
+        if isinstance(item, Reject) or bad:
+            yield item if isinstance(item, Reject) else too_long(path, unit, item[0])
             continue
-        document = 0
-        if size >= _BLOCK_BYTES or len(payloads) >= _BLOCK_DOCUMENTS:
-            yield TextBlock(path, unit, key, numbers, payloads, join)
-            numbers, payloads, size = [], [], 0
+        numbers.append(item[0])
+        payloads.append(item[1])
+        size += length
+        document = document + length if len(payloads) % join else 0
     if payloads:
         yield TextBlock(path, unit, key, numbers, payloads, join)
 
 
-def _rows(path: str, key: str) -> Iterator[Payload | Reject]:
-    for first, batch in read_columns(path, {key: "text"}, _BLOCK_ROWS):
+def _column(path: str, key: str, kind: ColumnKind) -> Iterator[tuple[int, Any] | Reject]:
+    """Yields (number, value) of each row of a table."""
+    for first, batch in read_columns(path, {key: kind}, _BLOCK_ROWS):
         if isinstance(batch, Reject):
             yield batch
-            continue
-        for number, value in enumerate(batch[key], start=first):
-            # A null is an empty document, which the worker rejects by its row number.
-            yield number, value or b""
+        else:
+            yield from enumerate(batch[key], start=first)
 
 
 def _json_entries(path: str, key: str) -> Iterator[Payload | Reject]:
@@ -288,14 +275,9 @@ def read_training_texts(
 
     Reads what `read_text` does, and captions: COCO, Karpathy, Visual Genome, lists of [path,
     caption] (CC3M, SBU), SBU's own file, JSON lines, lists and tables with a key or column of
-    captions, CC3M's .tsv and Flickr30k's .token, tars of WebDataset.
+    captions (``text_key``; None: the usual ones), CC3M's .tsv and Flickr30k's .token, tars of WebDataset.
 
-    Args:
-        paths: files of any of these kinds.
-        text_key: JSON key or column of the text or texts; None: the usual ones.
-
-    Raises:
-        DataError: a file is missing, unreadable, of another kind, or without any text.
+    Raises DataError if a file is missing, unreadable, of another kind, or without any text.
     """
     check_inputs(tuple(paths))
     keys = (text_key,) if text_key else _TEXT_KEYS
@@ -307,33 +289,34 @@ def read_training_texts(
                 continue
             record, value = item
             for text in as_captions(value):
-                checked = _checked(path, record, text)
-                if checked:
-                    some = some or isinstance(checked, str)
-                    yield checked
+                try:
+                    if isinstance(text, bytes):
+                        text = decoded(text)
+                    if text is not None and not isinstance(text, str):
+                        raise DataError("not a string")
+                    if text:
+                        text.encode("utf-8")
+                        some = True
+                        yield text
+                except UnicodeEncodeError:
+                    yield Reject(path, record, "invalid Unicode")
+                except DataError as error:
+                    yield Reject(path, record, str(error))
         if not some:
             raise DataError(f"{path} holds no text")
-
-
-def _checked(path: str, record: str, value: object) -> str | Reject:
-    """A text, or what is wrong with it; an empty string for none."""
-    try:
-        if isinstance(value, bytes):
-            return value.decode("utf-8")
-        if isinstance(value, str):
-            value.encode("utf-8")
-            return value
-    except UnicodeDecodeError as error:
-        return Reject(path, record, f"invalid UTF-8 at byte {error.start}")
-    except UnicodeEncodeError:
-        return Reject(path, record, "invalid Unicode")
-    return "" if value is None else Reject(path, record, "not a string")
 
 
 def _found(path: str, keys: tuple[str, ...], text_key: str | None) -> Found:
     kind = file_kind(path)
     if kind == "table":
-        yield from _table_texts(path, keys)
+        names = column_names(path)
+        key = find_key(dict.fromkeys(names), None, keys)
+        if key is None:
+            raise DataError(
+                f"{path}: no column {' or '.join(keys)}{has_keys(names)}: name it with --text-key"
+            )
+        for cell in _column(path, key, "any"):
+            yield cell if isinstance(cell, Reject) else (f"row {cell[0]}", cell[1])
     elif kind == "json":
         yield from json_texts(path, read_json(path), keys)
     elif kind == "jsonl":
@@ -358,20 +341,6 @@ def _found(path: str, keys: tuple[str, ...], text_key: str | None) -> Found:
             yield from (Reject(path, f"line {number}", reason) for number, reason in bad)
 
 
-def _table_texts(path: str, keys: tuple[str, ...]) -> Found:
-    names = column_names(path)
-    key = find_key(dict.fromkeys(names), None, keys)
-    if key is None:
-        raise DataError(
-            f"{path}: no column {' or '.join(keys)}{has_keys(names)}: name it with --text-key"
-        )
-    for first, batch in read_columns(path, {key: "any"}, _BLOCK_ROWS):
-        if isinstance(batch, Reject):
-            yield batch
-        else:
-            yield from ((f"row {row}", value) for row, value in enumerate(batch[key], first))
-
-
 def _line_texts(path: str, keys: tuple[str, ...]) -> Found:
     """An object per line; a file of captions may be one object on one line."""
     for item in json_rows(path):
@@ -389,11 +358,7 @@ def _line_texts(path: str, keys: tuple[str, ...]) -> Found:
 
 
 def json_texts(path: str, value: object, keys: tuple[str, ...]) -> Found:
-    """The texts of a file that is one JSON value.
-
-    Raises:
-        DataError: an object of no known layout.
-    """
+    """The texts of a file that is one JSON value. Raises DataError for an object of no known layout."""
     if isinstance(value, list):
         for number, entry in enumerate(value):
             texts = _texts_of_entry(entry, keys)

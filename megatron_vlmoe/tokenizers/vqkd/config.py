@@ -69,20 +69,14 @@ class VQKDConfig:
             raise ConfigError(
                 f"num_codes and code_dim must be at least 2, not {self.num_codes}, {self.code_dim}"
             )
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ConfigError(f"ema_decay must be in [0, 1), not {self.ema_decay}")
-        if not 0.0 <= self.restart_threshold < 1.0:
-            raise ConfigError(f"restart_threshold must be in [0, 1), not {self.restart_threshold}")
+        for name in ("ema_decay", "restart_threshold"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
 
     @property
     def grid(self) -> int:
         """Patches per side."""
         return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        """Codes per image, in row-major order."""
-        return self.grid**2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of `from_dict`."""

@@ -4,8 +4,11 @@ A folder holds `config.json` (format version, architecture, how it was trained) 
 `model.safetensors` (encoder, quantiser and, where there is one, decoder). Encoder and decoder are plain pre-norm
 vision transformers.
 
-Letters: N images, C input channels, S input side, P patch side, L = (S/P)^2 patches, D width,
-H heads.
+The quantiser is a codebook on the unit sphere, learned by moving averages: the formulas of section 2.1 and the EMA
+quantiser of BEiT v2's repository.
+
+Letters: N images, C input channels or code dimensions, S input side, P patch side, L = (S/P)^2 patches, D width,
+H heads; T vectors to quantise, K codes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import math
 import pickle
 import struct
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +26,168 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
 from megatron_vlmoe.tokenizers.vqkd.config import FORMAT_VERSION, VQKDConfig
-from megatron_vlmoe.tokenizers.vqkd.quantizer import Quantized, Quantizer
+
+KMEANS_ITERATIONS = 10
+# Rows per block of the [T, K] similarity matrix: 8192 codes x 8192 rows of fp32 are 256 MiB.
+SEARCH_ROWS = 8192
+
+
+class Quantized(NamedTuple):
+    """Result of one quantisation of `[..., C]` vectors."""
+
+    vectors: Tensor
+    """`[..., C]` codes of unit length, with the gradient passed straight to the input."""
+    codes: Tensor
+    """`[...]` int64 code numbers."""
+    commitment: Tensor
+    """beta * mean((code - z)^2) over all elements, a scalar."""
+
+
+def nearest_codes(unit_TC: Tensor, codebook_KC: Tensor) -> Tensor:
+    """Number `[T]` of the code with the largest cosine; ties go to the lower number."""
+    blocks = [torch.argmax(rows @ codebook_KC.t(), dim=1) for rows in unit_TC.split(SEARCH_ROWS)]
+    return torch.cat(blocks) if blocks else unit_TC.new_zeros(0, dtype=torch.int64)
+
+
+def sum_by_code(unit_TC: Tensor, codes_T: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Counts `[K]` and sums `[K, C]` of the vectors of each code, as fp32."""
+    counts = torch.bincount(codes_T, minlength=num_codes).to(unit_TC.dtype)
+    sums = unit_TC.new_zeros(num_codes, unit_TC.shape[1]).index_add_(0, codes_T, unit_TC)
+    return counts, sums
+
+
+def spherical_kmeans(
+    unit_TC: Tensor, num_codes: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Cosine k-means from randomly chosen vectors: centres `[K, C]` (unit length), counts `[K]`.
+
+    Centres are drawn without replacement, or with it where there are fewer vectors than codes; an
+    empty cluster keeps its centre. `generator` is a CPU generator.
+    """
+    total = unit_TC.shape[0]
+    if total >= num_codes:
+        chosen = torch.randperm(total, generator=generator)[:num_codes]
+    else:
+        chosen = torch.randint(total, (num_codes,), generator=generator)
+    centres = unit_TC[chosen.to(unit_TC.device)]
+    counts = unit_TC.new_zeros(num_codes)
+    for _ in range(KMEANS_ITERATIONS):
+        counts, sums = sum_by_code(unit_TC, nearest_codes(unit_TC, centres), num_codes)
+        centres = torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), centres)
+    return centres, counts
+
+
+def is_distributed() -> bool:
+    """Whether statistics have to be shared with other processes."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order; every rank must hold the same number."""
+    if not is_distributed():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+class Quantizer(nn.Module):
+    """Nearest code by cosine with a straight-through gradient; the codebook is not trained by SGD.
+
+    In training mode each call moves the codebook: the codes' batch means (over all ranks) are
+    l2-normalised, averaged into the codebook with `decay` and normalised again; codes without a
+    vector keep their place. The first training call places the codes by spherical k-means. With
+    `restart_threshold` > 0, codes whose average use falls below that share of T/K are moved onto
+    random vectors of the batch.
+    """
+
+    codebook: Tensor
+    usage: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        commitment: float = 1.0,
+        decay: float = 0.99,
+        restart_threshold: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.commitment = commitment
+        self.decay = decay
+        self.restart_threshold = restart_threshold
+        self.register_buffer("codebook", torch.zeros(num_codes, code_dim))
+        # Moving average of the vectors that a code receives per training batch.
+        self.register_buffer("usage", torch.zeros(num_codes))
+        # Training calls so far, the k-means placement counted as the first.
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def num_codes(self) -> int:
+        """Codebook entries K."""
+        return self.codebook.shape[0]
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise `[..., C]` (any length; normalised here). Computed in fp32."""
+        unit = F.normalize(z.float(), dim=-1)
+        rows = unit.detach().reshape(-1, unit.shape[-1])
+        if self.training:
+            self.initialize(rows)
+        codes = nearest_codes(rows, self.codebook)
+        vectors = self.codebook[codes].view_as(unit)
+        if self.training:
+            self.update(rows, codes)
+        loss = self.commitment * F.mse_loss(unit, vectors)
+        straight_through = unit + (vectors - unit).detach()
+        return Quantized(straight_through, codes.view(unit.shape[:-1]), loss)
+
+    @torch.no_grad()
+    def initialize(self, unit_TC: Tensor) -> None:
+        """Place the codes by k-means over the vectors of all ranks; later calls do nothing."""
+        if self.updates > 0:
+            return
+        centres, counts = spherical_kmeans(gather_rows(unit_TC), self.num_codes, self._generator())
+        if is_distributed():  # all ranks computed the same; this makes it bit-equal
+            distributed.broadcast(centres, 0)
+            distributed.broadcast(counts, 0)
+        self.codebook.copy_(centres)
+        self.usage.copy_(counts)
+        self.updates += 1
+
+    @torch.no_grad()
+    def update(self, unit_TC: Tensor, codes_T: Tensor) -> None:
+        """One moving-average step of codebook and usage from the vectors of all ranks."""
+        counts, sums = sum_by_code(unit_TC, codes_T, self.num_codes)
+        if is_distributed():
+            distributed.all_reduce(counts)
+            distributed.all_reduce(sums)
+        means = torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), self.codebook)
+        self.codebook.lerp_(means, 1.0 - self.decay)
+        self.codebook.copy_(F.normalize(self.codebook, dim=1))
+        self.usage.lerp_(counts, 1.0 - self.decay)
+        if self.restart_threshold > 0:
+            uniform_share = counts.sum() / self.num_codes
+            dead = torch.nonzero(self.usage < self.restart_threshold * uniform_share).flatten()
+            if count := dead.numel():
+                vectors = gather_rows(unit_TC)
+                chosen = torch.randint(vectors.shape[0], (count,), generator=self._generator())
+                self.codebook[dead] = vectors[chosen.to(vectors.device)]
+                # A moved code starts as an average one: it has time to find vectors before it is judged.
+                self.usage[dead] = uniform_share
+        self.updates += 1
+
+    def _generator(self) -> torch.Generator:
+        """Equal on every rank and after a resume: seeded by the number of the training call."""
+        return torch.Generator().manual_seed(1 + int(self.updates))
+
 
 LAYER_NORM_EPS = 1e-6
 
@@ -54,28 +213,17 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
-class FeedForward(nn.Module):
-    """fc2(gelu(fc1(x)))."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` -> `[..., D]`."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + FFN(LN(x)); no LayerScale, no dropout."""
+    """x + attention(LN(x)), then x + fc2(gelu(fc1(LN(x)))); no LayerScale, no dropout."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = FeedForward(width, int(width * mlp_ratio))
+        hidden = int(width * mlp_ratio)
+        layers = {"fc1": nn.Linear(width, hidden), "gelu": nn.GELU()}
+        self.mlp = nn.Sequential(OrderedDict(layers, fc2=nn.Linear(hidden, width)))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, L, D]` -> `[N, L, D]`."""
@@ -103,27 +251,18 @@ class PatchTransformer(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        image_size: int,
-        patch_size: int,
-        in_channels: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
+        self, config: VQKDConfig, *, image_size: int, patch_size: int, in_channels: int, depth: int
     ) -> None:
         super().__init__()
-        num_patches = (image_size // patch_size) ** 2
+        width, num_patches = config.width, (image_size // patch_size) ** 2
         self.patch_embed = PatchEmbedding(patch_size, in_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, width))
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, config.mlp_ratio) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """BEiT's initialisation: normal 0.02, then the output projections of block l / sqrt(2l)."""
+        # BEiT's initialisation: normal 0.02, then the output projections of block l / sqrt(2l).
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
         self.apply(initialize_linear)
@@ -131,7 +270,7 @@ class PatchTransformer(nn.Module):
             assert isinstance(block, Block)
             with torch.no_grad():
                 block.attn.proj.weight.div_(math.sqrt(2.0 * number))
-                block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
+                block.mlp.get_parameter("fc2.weight").div_(math.sqrt(2.0 * number))
 
     def forward(self, x_NCSS: Tensor) -> Tensor:
         """`[N, C, S, S]` -> layer-normalised patch tokens `[N, L, D]`, row-major."""
@@ -152,15 +291,8 @@ def initialize_linear(module: nn.Module) -> None:
 
 # What torch's unpickler raises for bytes that are cut off or were never a checkpoint.
 UNREADABLE = (
-    pickle.UnpicklingError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
+    *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
+    *(ValueError, LookupError, AttributeError, TypeError),
 )
 
 
@@ -183,16 +315,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 # Fields of the config that change the codes of an image; the others only matter in training.
 INFERENCE_FIELDS = (
-    "image_size",
-    "patch_size",
-    "width",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "num_codes",
-    "code_dim",
-    "pixel_mean",
-    "pixel_std",
+    *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_ratio"),
+    *("num_codes", "code_dim", "pixel_mean", "pixel_std"),
 )
 INFERENCE_WEIGHTS = ("encoder.", "code_head.", "quantizer.codebook")
 
@@ -219,17 +343,12 @@ class VQKD(nn.Module):
     def __init__(self, config: VQKDConfig) -> None:
         super().__init__()
         self.config = config
-        shared = {
-            "width": config.width,
-            "num_heads": config.num_heads,
-            "mlp_ratio": config.mlp_ratio,
-        }
         self.encoder = PatchTransformer(
+            config,
             image_size=config.image_size,
             patch_size=config.patch_size,
             in_channels=3,
             depth=config.depth,
-            **shared,  # type: ignore[arg-type]
         )
         self.code_head = tanh_head(config.width, config.code_dim)
         self.quantizer = Quantizer(
@@ -243,11 +362,11 @@ class VQKD(nn.Module):
         self.feature_head: nn.Sequential | None = None
         if config.decoder_depth > 0:
             self.decoder = PatchTransformer(
+                config,
                 image_size=config.grid,
                 patch_size=1,
                 in_channels=config.code_dim,
                 depth=config.decoder_depth,
-                **shared,  # type: ignore[arg-type]
             )
             self.feature_head = tanh_head(config.width, config.teacher_dim)
         self.register_buffer("pixel_mean", pixel_constant(config.pixel_mean), persistent=False)
@@ -276,10 +395,8 @@ class VQKD(nn.Module):
         if self.decoder is None or self.feature_head is None:
             raise ValueError("this image tokenizer was built without a decoder")
         grid = self.config.grid
-        code_map = (
-            vectors.transpose(1, 2).reshape(-1, self.config.code_dim, grid, grid).contiguous()
-        )
-        return self.feature_head(self.decoder(code_map))
+        code_map = vectors.transpose(1, 2).reshape(-1, self.config.code_dim, grid, grid)
+        return self.feature_head(self.decoder(code_map.contiguous()))
 
     def forward(self, pixels: Tensor, target: Tensor) -> VQKDLosses:
         """Losses for pixels `[N, 3, S, S]` in [0, 1] and features `[N, L, teacher_dim]`."""
@@ -296,7 +413,7 @@ def tanh_head(width: int, out_features: int) -> nn.Sequential:
     return head.apply(initialize_linear)
 
 
-def pixel_constant(values: tuple[float, float, float]) -> Tensor:
+def pixel_constant(values: Sequence[float]) -> Tensor:
     """Per-channel constant, shaped `[1, 3, 1, 1]`."""
     return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
 
@@ -334,8 +451,12 @@ def save_vqkd(folder: Path, model: VQKD, training: dict[str, Any]) -> None:
     write_text_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
-def read_config(folder: Path) -> VQKDConfig:
-    """Architecture of a saved tokenizer; ValueError if the folder holds none or another format."""
+def load_vqkd(folder: Path) -> VQKD:
+    """Build the saved model, in fp32 on the CPU.
+
+    Raises ValueError (one line) for a folder without a tokenizer, another format, a truncated file, or tensors
+    that do not fit the config.
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise DataError(f"{folder}: no {CONFIG_FILE}: not an image tokenizer folder")
@@ -344,18 +465,9 @@ def read_config(folder: Path) -> VQKDConfig:
         kind, version = content.get("kind"), content.get("format_version")
         if (kind, version) != ("vqkd", FORMAT_VERSION):
             raise ValueError(f"kind {kind!r} version {version!r}, expected vqkd {FORMAT_VERSION}")
-        return VQKDConfig.from_dict(content["model"])
+        config = VQKDConfig.from_dict(content["model"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not an image tokenizer config: {error}") from error
-
-
-def load_vqkd(folder: Path) -> VQKD:
-    """Build the saved model, in fp32 on the CPU.
-
-    Raises ValueError (one line) for a folder without a tokenizer, a truncated file, or tensors
-    that do not fit the config.
-    """
-    config = read_config(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise DataError(f"{folder}: no {WEIGHTS_FILE}: the image tokenizer is incomplete")

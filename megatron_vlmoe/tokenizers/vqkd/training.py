@@ -1,8 +1,10 @@
-"""Training of the VQ-KD image tokenizer; alone or under torchrun (data parallel).
+"""Training of the VQ-KD image tokenizer, alone or under torchrun (data parallel), and what its decoder regresses.
 
 Published recipe (BEiT v2, TOKENIZER.md and run_vqkd_training.py): ImageNet-1k, 100 epochs, batch
 512, AdamW (0.9, 0.99), weight decay 1e-4, crops of 0.08 to 1 of the image, flip; peak learning
 rate 5e-5 * batch / 128 after 10 epochs of linear warm-up, then a cosine down to 1e-5.
+
+Letters: N images, S side in pixels, L = grid^2 patches, F target dimensions.
 """
 
 from __future__ import annotations
@@ -13,28 +15,148 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_vlmoe.config.errors import ConfigError, DataError, TrainingError
 from megatron_vlmoe.runtime.files import open_atomic, write_parts_atomic
-from megatron_vlmoe.runtime.json_files import logged_step
-from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset
+from megatron_vlmoe.runtime.json_files import logged_step, read_json
+from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset, pixel_teacher_dim
 from megatron_vlmoe.tokenizers.vqkd.model import (
     VQKD,
+    VQKDLosses,
     build_model,
     compute_fingerprint,
+    is_distributed,
+    pixel_constant,
     read_torch_file,
     save_vqkd,
 )
-from megatron_vlmoe.tokenizers.vqkd.quantizer import is_distributed
-from megatron_vlmoe.tokenizers.vqkd.teachers import Teacher, build_teacher
+
+HF_PREFIX = "hf:"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MODEL_TYPES = ("clip", "clip_vision_model")
+
+
+class PixelTeacher:
+    """The patch's own pixels in [-1, 1], and one constant; needs no download.
+
+    The loss is a cosine, blind to the length of a target. The constant, half as long as the
+    pixels of a white patch, gives a mid-grey patch a direction and tells bright from dull.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        self.patch_size = patch_size
+        self.dim = pixel_teacher_dim(patch_size)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """`[N, 3, S, S]` in [0, 1] -> `[N, L, 3 P^2 + 1]`."""
+        patches = F.unfold(2.0 * pixels - 1.0, self.patch_size, stride=self.patch_size)
+        constant = 0.5 * (3 * self.patch_size**2) ** 0.5
+        return F.pad(patches.transpose(1, 2), (0, 1), value=constant)
+
+
+class FeatureTeacher:
+    """Patch features of a frozen CLIP or ViT model in HF format.
+
+    CLIP: patch tokens after the final layer norm times the visual projection, as BEiT v2. Others:
+    the last hidden state of the patch tokens. Where the teacher's patches are larger or smaller,
+    its input is resized so that its grid is the tokenizer's.
+    """
+
+    def __init__(self, folder: Path, grid: int, device: torch.device) -> None:
+        hf_config = _read_object(folder / "config.json")
+        self.is_clip = hf_config.get("model_type") in CLIP_MODEL_TYPES
+        vision = hf_config.get("vision_config", hf_config) if self.is_clip else hf_config
+        try:
+            self.input_size = grid * int(vision["patch_size"])
+            self.native_size = int(vision["image_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{folder}: config.json names no patch_size and image_size") from error
+        path = folder / "preprocessor_config.json"
+        mean, std = list(CLIP_MEAN), list(CLIP_STD)  # known without the file
+        if path.is_file():
+            content = _read_object(path)
+            mean, std = content.get("image_mean", 0), content.get("image_std", 0)
+        elif not self.is_clip:
+            raise DataError(f"{folder}: no preprocessor_config.json with image_mean and image_std")
+        if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
+            raise DataError(f"{path}: image_mean and image_std are not three numbers each")
+        self.mean, self.std = pixel_constant(mean).to(device), pixel_constant(std).to(device)
+        self.num_patches = grid**2
+        self.model = load_hf_model(folder, self.is_clip).to(device)
+        self.model.eval().requires_grad_(False)
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, self.input_size, self.input_size, device=device)
+            self.dim = self(blank).shape[-1]
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """`[N, 3, S, S]` in [0, 1] -> `[N, L, F]`."""
+        if pixels.shape[-1] != self.input_size:
+            size = (self.input_size, self.input_size)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+        resized = self.input_size != self.native_size
+        options = {"interpolate_pos_encoding": True} if resized else {}
+        inputs = (pixels - self.mean) / self.std
+        if not self.is_clip:
+            hidden = self.model(pixel_values=inputs, **options).last_hidden_state
+            return hidden[:, -self.num_patches :]
+        vision = self.model.vision_model
+        hidden = vision(pixel_values=inputs, **options).last_hidden_state
+        return self.model.visual_projection(vision.post_layernorm(hidden[:, -self.num_patches :]))
+
+
+Teacher = PixelTeacher | FeatureTeacher
+"""Maps pixels `[N, 3, S, S]` in [0, 1] to targets `[N, L, F]`, row-major, without gradient; ``dim`` is F."""
+
+
+def build_teacher(spec: str, *, patch_size: int, grid: int, device: torch.device) -> Teacher:
+    """`pixels` or `hf:DIR`; ValueError (one line) for anything else or an unusable folder."""
+    if spec == "pixels":
+        return PixelTeacher(patch_size)
+    if not spec.startswith(HF_PREFIX):
+        raise ConfigError(f"unknown teacher {spec!r}: expected pixels or hf:DIR")
+    folder = Path(spec[len(HF_PREFIX) :])
+    if not folder.is_dir():
+        raise DataError(f"teacher {spec}: no such folder")
+    return FeatureTeacher(folder, grid, device)
+
+
+def load_hf_model(folder: Path, is_clip: bool) -> Any:
+    """The vision model of a folder, from disk only; every one of its weights must be there."""
+    try:
+        import transformers  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise DataError(
+            f"teacher {HF_PREFIX}{folder} needs the package transformers: pip install transformers"
+        ) from error
+    factory: Any = transformers.CLIPVisionModelWithProjection if is_clip else transformers.AutoModel
+    try:
+        model, info = factory.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"teacher {HF_PREFIX}{folder}: cannot be loaded: {reason}") from error
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise DataError(f"teacher {HF_PREFIX}{folder}: weights are missing: {missing[:4]}")
+    return model
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return content
 
 
 class RunningMeans:
@@ -59,17 +181,18 @@ class CodeStatistics:
     """How a set of codes spreads over the codebook."""
 
     def __init__(self, num_codes: int) -> None:
-        self.num_codes = num_codes
-        self._counts: Tensor | None = None
+        self._counts = torch.zeros(num_codes, dtype=torch.int64)
 
     def add(self, codes: Tensor) -> None:
         """Count codes of any shape."""
-        counts = torch.bincount(codes.detach().flatten(), minlength=self.num_codes)
-        self._counts = counts if self._counts is None else self._counts + counts
+        counts = torch.bincount(codes.detach().flatten(), minlength=len(self._counts))
+        self._counts = self._counts.to(counts.device) + counts
 
-    def values(self) -> dict[str, float]:
+    def values(self, all_ranks: bool = False) -> dict[str, float]:
         """`codebook/usage`, the share of codes seen, and `codebook/perplexity` = exp(entropy)."""
-        counts = self._counts if self._counts is not None else torch.zeros(self.num_codes)
+        counts = self._counts
+        if all_ranks and is_distributed():
+            distributed.all_reduce(counts)
         share = counts.double() / counts.sum().clamp(min=1)
         entropy = -torch.special.xlogy(share, share).sum()
         return {
@@ -77,43 +200,8 @@ class CodeStatistics:
             "codebook/perplexity": float(entropy.exp()),
         }
 
-    def reduced(self) -> dict[str, float]:
-        """`values` over the codes of all ranks."""
-        if is_distributed() and self._counts is not None:
-            distributed.all_reduce(self._counts)
-        return self.values()
 
-
-class MetricsLog:
-    """One JSON object per line, and a progress line; silent where not `active`.
-
-    Lines of steps after `first_step` (written by a run that was interrupted before its save) are
-    dropped; so is everything when a run starts at step 0.
-    """
-
-    def __init__(self, path: Path, *, first_step: int, active: bool) -> None:
-        self.path = path
-        self.active = active
-        if active:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            kept = [line for line in lines if 0 < first_step >= logged_step(line)]
-            write_parts_atomic(path, [f"{line}\n" for line in kept])
-
-    def write(self, step: int, values: dict[str, float], total: int | None = None) -> None:
-        """Append `{"step": step, ...}` and print it in short."""
-        if not self.active:
-            return
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step} | values) + "\n")
-        shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.say(f"step {step}{f'/{total}' if total else ''} | {shown}")
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        if self.active:
-            print(line, flush=True)
-
-
+_LOSSES = ("total", "cosine", "commitment")
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.jsonl"
 
@@ -221,11 +309,8 @@ class Trainer:
             raise ConfigError(
                 f"batch size {options.batch_size} does not divide by {self.world_size} processes"
             )
-        self.options = options
-        self.teacher = teacher
-        self.crops = crops
-        self.folder = folder
-        self.device = device
+        self.options, self.teacher, self.crops = options, teacher, crops
+        self.folder, self.device = folder, device
         self.model = build_model(config, options.seed).to(device)
         self.optimizer = build_optimizer(self.model, options)
         self.step = 0
@@ -243,67 +328,72 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
-        log = MetricsLog(self.folder / METRICS_FILE, first_step=self.step, active=self.rank == 0)
+        path = self.folder / METRICS_FILE
+        if self.rank == 0:
+            # Lines of a run that was interrupted before its save are dropped; at step 0 all that are there.
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in lines if 0 < self.step >= logged_step(line)]
+            write_parts_atomic(path, [f"{line}\n" for line in kept])
         if self.step < self.options.steps:
-            self._train(log)
+            self._train()
         fingerprint = compute_fingerprint(self.model)
-        log.say(f"image tokenizer {self.folder}: {self.step} steps, fingerprint {fingerprint[:16]}")
+        if self.rank == 0:
+            shown = f"{self.step} steps, fingerprint {fingerprint[:16]}"
+            print(f"image tokenizer {self.folder}: {shown}", flush=True)
         return fingerprint
 
-    def _train(self, log: MetricsLog) -> None:
+    def _log(self, values: dict[str, float], of: str = "") -> None:
+        """Writes a line of metrics, one JSON object, and prints it in short."""
+        if self.rank != 0:
+            return
+        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": self.step} | values) + "\n")
+        shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(f"step {self.step}{of} | {shown}", flush=True)
+
+    def _train(self) -> None:
         options = self.options
         batches = self.crops.training_batches(self.step, self.rank, self.world_size)
-        wrapped = self._wrap()
+        wrapped: nn.Module = self.model
+        if self.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(self.model, device_ids=ids)
         means, statistics = RunningMeans(), CodeStatistics(self.model.config.num_codes)
         started, first = time.perf_counter(), self.step
         for images in batches:
             pixels = self._to_pixels(images)
             if self.step == 0:
-                self._place_codes(pixels)
-                log.write(0, self.evaluate())
-            losses, codes = self._training_step(wrapped, pixels)
-            means.add(losses)
-            statistics.add(codes)
+                # K-means on the first batch, before step 0 is evaluated.
+                self.model.train()
+                with torch.no_grad(), self._autocast():
+                    vectors = self.model.project(pixels).flatten(0, 1)
+                unit = nn.functional.normalize(vectors.float(), dim=-1)
+                self.model.quantizer.initialize(unit)
+                self._log(self.evaluate())
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, options)
+            with self._autocast():
+                losses: VQKDLosses = wrapped(pixels, self.teacher(pixels))
+            self.optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            self.optimizer.step()
+            self.step += 1
+            means.add({f"loss/{name}": getattr(losses, name).detach() for name in _LOSSES})
+            statistics.add(losses.codes)
             if self.step % options.log_interval == 0 or self.step == options.steps:
-                values = self._reduced(means) | statistics.reduced()
+                values = self._reduced(means) | statistics.values(all_ranks=True)
                 values["learning_rate"] = learning_rate(self.step - 1, options)
                 rate = (self.step - first) * options.batch_size / (time.perf_counter() - started)
-                log.write(self.step, values | {"images_per_second": rate}, total=options.steps)
+                self._log(values | {"images_per_second": rate}, f"/{options.steps}")
                 means, statistics = RunningMeans(), CodeStatistics(self.model.config.num_codes)
                 started, first = time.perf_counter(), self.step
             if self.step == options.steps:
-                log.write(self.step, self.evaluate())
+                self._log(self.evaluate())
             if self.step % options.save_interval == 0 or self.step == options.steps:
                 self.save()
             if self.step == options.steps:
                 return
         raise DataError(f"the images ended before step {options.steps}")
-
-    def _training_step(
-        self, wrapped: nn.Module, pixels: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step; the losses by name, and the codes `[n, L]`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.options)
-        with self._autocast():
-            losses = wrapped(pixels, self.teacher(pixels))
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        self.optimizer.step()
-        self.step += 1
-        named = {
-            "loss/total": losses.total.detach(),
-            "loss/cosine": losses.cosine.detach(),
-            "loss/commitment": losses.commitment.detach(),
-        }
-        return named, losses.codes
-
-    def _place_codes(self, pixels: Tensor) -> None:
-        """K-means on the first batch, before step 0 is evaluated."""
-        self.model.train()
-        with torch.no_grad(), self._autocast():
-            vectors = self.model.project(pixels).flatten(0, 1)
-        self.model.quantizer.initialize(nn.functional.normalize(vectors.float(), dim=-1))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -314,12 +404,11 @@ class Trainer:
             pixels = self._to_pixels(images)
             with self._autocast():
                 losses = self.model(pixels, self.teacher(pixels))
-            weight = pixels.shape[0]
-            means.add({"eval/loss/cosine": losses.cosine}, weight)
-            means.add({"eval/loss/commitment": losses.commitment}, weight)
+            named = {f"loss/{name}": getattr(losses, name) for name in _LOSSES[1:]}
+            means.add(named, pixels.shape[0])
             statistics.add(losses.codes)
         self.model.train()
-        return means.values() | {f"eval/{k}": v for k, v in statistics.values().items()}
+        return {f"eval/{k}": v for k, v in (means.values() | statistics.values()).items()}
 
     def resume(self) -> None:
         """Load `training_state.pt` where there is one; ValueError if it is of another run."""
@@ -351,26 +440,18 @@ class Trainer:
     def save(self) -> None:
         """Write the training state (alone enough to go on), then the tokenizer for its users."""
         if self.rank == 0:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "identity": json.dumps(self.identity),
+            }
             with open_atomic(self.folder / STATE_FILE) as stream:
-                torch.save(
-                    {
-                        "model": self.model.state_dict(),
-                        "optimizer": self.optimizer.state_dict(),
-                        "step": self.step,
-                        "identity": json.dumps(self.identity),
-                    },
-                    stream,
-                )
+                torch.save(state, stream)
             training: dict[str, Any] = {k: v for k, v in self.identity.items() if k != "model"}
             save_vqkd(self.folder, self.model, training | {"steps": self.step})
         if is_distributed():
             distributed.barrier()
-
-    def _wrap(self) -> nn.Module:
-        if self.world_size == 1:
-            return self.model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=ids)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
@@ -391,17 +472,14 @@ class Trainer:
         return values
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """What a preset trains with unless told otherwise."""
 
     steps: int
     batch_size: int
     lr: float
-    warmup_share: float
-    """Warm-up steps divided by all steps."""
-    min_scale: float
-    """Smallest crop as a share of the image's area."""
+    warmup_share: float  # warm-up steps divided by all steps
+    min_scale: float  # smallest crop as a share of the image's area
 
 
 PRESETS: Mapping[str, Recipe] = {
@@ -434,11 +512,11 @@ class TrainingRequest:
     log_interval: int = 20
     save_interval: int = 500
 
-    def build_config(self, teacher_dim: int | None = None) -> VQKDConfig:
+    def build_config(self) -> VQKDConfig:
         """The architecture. Raises ValueError for sizes that do not fit."""
         names = ("image_size", "patch_size", "num_codes", "code_dim", "restart_threshold")
         overrides: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return build_preset(self.preset, teacher=self.teacher, teacher_dim=teacher_dim, **overrides)
+        return build_preset(self.preset, teacher=self.teacher, **overrides)
 
     def build_options(self) -> TrainingOptions:
         """Steps, batch and rates. Raises ValueError for values that make no sense."""
@@ -470,7 +548,13 @@ def train_image_tokenizer(request: TrainingRequest, crops: CropStream) -> str:
     Under torchrun every process takes its share of each batch. Raises ValueError (one line).
     """
     config, options = request.build_config(), request.build_options()
-    with process_group() as device:
+    device, launched = torch.device("cpu"), distributed.is_torchelastic_launched()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", distributed.get_node_local_rank(fallback_rank=0))
+        torch.cuda.set_device(device)
+    if launched:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
         if request.deterministic and device.type == "cuda":
             # The same seed then gives the same bits; it comes before the first matrix product.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -482,20 +566,6 @@ def train_image_tokenizer(request: TrainingRequest, crops: CropStream) -> str:
         return Trainer(
             config, options, teacher=teacher, crops=crops, folder=request.output, device=device
         ).run()
-
-
-@contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Join the other processes where torchrun started this one; yields the device to use."""
-    launched = distributed.is_torchelastic_launched()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", distributed.get_node_local_rank(fallback_rank=0))
-        torch.cuda.set_device(device)
-    if launched:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
     finally:
         if launched:
             distributed.destroy_process_group()

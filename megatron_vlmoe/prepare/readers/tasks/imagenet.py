@@ -14,8 +14,8 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
@@ -34,13 +34,12 @@ from megatron_vlmoe.prepare.readers.tables import (
     ListedImages,
     TableFiles,
     choose_columns,
-    column_names,
-    row_name,
     table_rows,
     told_classes,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
     Classes,
+    Row,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -49,6 +48,7 @@ from megatron_vlmoe.prepare.readers.tasks.records import (
     chosen,
     find_folder,
     first_file,
+    row_samples,
 )
 
 _WORDS = ("words.txt", "LOC_synset_mapping.txt")
@@ -131,42 +131,34 @@ class ImageNetSource:
             if wnid not in self._label_of:
                 yield Reject(folder, "", f"class {wnid} is not in {self._train}")
                 continue
-            empty = True
-            for item in self._share(wnid, read_images((folder,)), split):
-                empty = empty and isinstance(item, PassedOver)
+            found: Iterable[ImageFile | Reject | PassedOver] = read_images((folder,))
+            fraction, held_out, empty = self._source.val_fraction, frozenset[str](), True
+            if fraction:
+                found = list(found)
+                names = [f"{wnid}/{item.record}" for item in found if isinstance(item, ImageFile)]
+                count = min(int(fraction * len(names) + 0.5), max(len(names) - 1, 0))
+                held_out = chosen(names, count, self._source.seed)
+            for item in found:
+                is_held_out = isinstance(item, ImageFile) and f"{wnid}/{item.record}" in held_out
+                of_other_split = bool(fraction) and is_held_out != (split == "val")
+                empty = empty and isinstance(item, PassedOver) and not of_other_split
+                if of_other_split:
+                    continue
                 if isinstance(item, Reject):
                     yield item
                 elif isinstance(item, PassedOver):
                     yield LeftOut(f"passed over: {item.kind}")
-                elif isinstance(item, ImageFile):
+                else:
                     if is_tar(folder) and is_tar(item.record.partition("/")[0]):
                         raise DataError(f"{folder}: a tar of tars: unpack it into {self._train}")
                     yield self._sample(item, f"{wnid}/{item.record}", wnid)
             if empty:
                 yield Reject(folder, "", "no image in it")
 
-    def _share(
-        self, wnid: str, images: Iterator[ImageFile | Reject | PassedOver], split: str
-    ) -> Iterator[ImageFile | Reject | PassedOver | None]:
-        """The images of a class, with None for those of the other split."""
-        fraction = self._source.val_fraction
-        if not fraction:
-            yield from images
-            return
-        found = list(images)
-        names = [item.record for item in found if isinstance(item, ImageFile)]
-        count = min(int(fraction * len(names) + 0.5), max(len(names) - 1, 0))
-        keys = chosen([f"{wnid}/{name}" for name in names], count, self._source.seed)
-        for item in found:
-            if not isinstance(item, ImageFile):
-                yield item if split == "train" else None
-            else:
-                held_out = f"{wnid}/{item.record}" in keys
-                yield item if held_out == (split == "val") else None
-
     def _flat_samples(self, classes: Mapping[str, str] | list[str]) -> SampleStream:
-        given = self._val_labels_file
-        found = [as_image(file, file.record) for file in _flat_files(self._val)]
+        given, folder = self._val_labels_file, self._val
+        files = sorted((entry.name, entry.path) for entry in _entries(folder) if entry.is_file())
+        found = [as_image(ImageFile(folder, name, path), name) for name, path in files]
         images = [file.record for file in found if isinstance(file, ImageFile)]
         yield from (item for item in found if isinstance(item, Reject))
         others = (item.kind for item in found if isinstance(item, PassedOver))
@@ -192,31 +184,21 @@ class ImageNetSource:
 
 def _class_folders(folder: str) -> dict[str, str]:
     """Path of each class's folder, or else its tar, by class in sorted order. Raises DataError."""
-    folders: dict[str, str] = {}
-    tars: dict[str, str] = {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if is_side_file(entry.name):
-                    continue
-                if entry.is_dir():
-                    folders[entry.name] = entry.path
-                elif entry.name.endswith(".tar"):
-                    tars[entry.name.removesuffix(".tar")] = entry.path
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from error
+    entries = _entries(folder)
+    folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
+    files = {entry.name: entry.path for entry in entries if entry.name not in folders}
+    tars = {n.removesuffix(".tar"): path for n, path in files.items() if n.endswith(".tar")}
     # A tar that has been unpacked beside itself is not a second class.
     return dict(sorted((tars | folders).items()))
 
 
-def _flat_files(folder: str) -> list[ImageFile]:
-    """The files of a folder by name, but for side files. Raises DataError."""
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, but for side files. Raises DataError."""
     try:
         with os.scandir(folder) as entries:
-            names = [e.name for e in entries if e.is_file() and not is_side_file(e.name)]
+            return [entry for entry in entries if not is_side_file(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}") from error
-    return [ImageFile(folder, name, os.path.join(folder, name)) for name in sorted(names)]
 
 
 def _text_lines(path: str) -> list[str]:
@@ -231,9 +213,10 @@ def _text_lines(path: str) -> list[str]:
 
 
 def read_words(source: TaskInput) -> dict[str, str] | None:
-    """Words by class id, from the file of words; None: there is none.
+    """Words by class id, from the file of words, whose lines are the id, white space, and the words; None: there is
+    none.
 
-    A line is the id, white space, and the words. Raises DataError if it cannot be read.
+    Raises DataError if it cannot be read.
     """
     paths = [os.path.join(source.raw, name) for name in _WORDS]
     path = source.words or next(filter(os.path.isfile, paths), None)
@@ -249,15 +232,11 @@ def read_words(source: TaskInput) -> dict[str, str] | None:
 def read_val_labels(path: str, raw: str) -> dict[str, str] | list[str]:
     """Class ids of flat images: by file name without suffix, or in the order of the names.
 
-    Args:
-        path: a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), a file
-            name and a class id per line, a class id per line, or the development kit's ground truth: a
-            class number per line, which the kit's ``meta.mat`` (beside the file, or in the raw folder)
-            explains.
-        raw: the raw folder.
+    The file is a CSV file of ``ImageId,PredictionString`` (the string begins with the class id), a file name and a
+    class id per line, a class id per line, or the development kit's ground truth: a class number per line, which the
+    kit's ``meta.mat`` (beside the file, or in the raw folder) explains.
 
-    Raises:
-        DataError: unreadable, empty, or class numbers that nothing explains.
+    Raises DataError if it is unreadable or empty, or nothing explains its class numbers.
     """
     lines = _text_lines(path)
     if not lines:
@@ -338,10 +317,8 @@ _TABLE_FOLDERS = (
 def open_imagenet(source: TaskInput) -> TaskSource:
     """Tables, where some lie in the raw folder or where they usually do below it, else class folders.
 
-    A table beside class folders in ``train`` is not the images.
-
-    Raises:
-        DataError: neither, or options that contradict what is there.
+    A table beside class folders in ``train`` is not the images. Raises DataError if there are neither, or options
+    contradict what is there.
     """
     train = os.path.join(source.raw, "train")
     if os.path.isdir(train) and _class_folders(train):
@@ -411,23 +388,18 @@ class ImageNetTables:
         check_split("imagenet", split, tuple(_TABLE_WORDS))
         paths = self._tables.found(split, _TABLE_WORDS[split])
         optional = ("label",) if split == "test" else ()
-        columns = {p: choose_columns(p, column_names(p), _TABLE_COLUMNS, optional) for p in paths}
-        return self._samples(split, columns)
+        columns = {path: choose_columns(path, _TABLE_COLUMNS, optional) for path in paths}
+        files = [(path, table_rows(path, named)) for path, named in columns.items()]
+        return row_samples(files, self._source.raw, "", partial(self._sample, split))
 
-    def _samples(self, split: str, files: Mapping[str, Mapping[str, str]]) -> SampleStream:
-        for path, columns in files.items():
-            for item in table_rows(path, columns):
-                if isinstance(item, Reject):
-                    yield item
-                    continue
-                record, row = item
-                name = row_name(path, record, self._source.raw, len(files))
-                label = row.get("label")
-                hidden = split == "test" and label in (None, -1)
-                try:
-                    image = self._images.cell(path, record, row["image"])
-                    labels = () if hidden else (self._classes.label(label),)
-                except DataError as error:
-                    yield Reject(path, record, str(error), sample=name)
-                    continue
-                yield TaskSample(path, record, name, (image,), (), labels, (1.0,) * len(labels))
+    def _sample(
+        self, split: str, path: str, record: str, name: str, row: Row
+    ) -> TaskSample | Reject:
+        label = row.get("label")
+        hidden = split == "test" and label in (None, -1)
+        try:
+            image = self._images.cell(path, record, row["image"])
+            labels = () if hidden else (self._classes.label(label),)
+        except DataError as error:
+            return Reject(path, record, str(error), sample=name)
+        return TaskSample(path, record, name, (image,), (), labels, (1.0,) * len(labels))

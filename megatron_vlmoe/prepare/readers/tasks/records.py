@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
+from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject, Row, Rows
 
 Item = TypeVar("Item", int, str)
 
@@ -89,8 +89,7 @@ class Classes:
     def label(self, value: object) -> int:
         """The label of a class as the data gives it: a name, a number, or the number as text.
 
-        Raises:
-            DataError: no such class, or nobody says what its number means.
+        Raises DataError if there is no such class, or nobody says what its number means.
         """
         number = value if isinstance(value, int) and not isinstance(value, bool) else None
         if number is None and isinstance(value, str):
@@ -133,6 +132,44 @@ class TaskSource(Protocol):
         ...
 
 
+def id_of(row: Row) -> str:
+    """The ``id`` of a row; empty if it has none."""
+    value = row.get("id")
+    return "" if value is None else str(value)
+
+
+def row_samples(
+    files: Sequence[tuple[str, Rows]],
+    raw: str,
+    came_before: str,
+    make: Callable[[str, str, str, Row], TaskSample | LeftOut | Reject],
+) -> SampleStream:
+    """The samples of the rows of files, of which those that have an ``id`` may come once.
+
+    ``came_before`` says what is wrong with an id that comes again, which stands in the place of {}. ``make`` makes a
+    sample of path, record, name and row, or raises DataError; the name is the id, else the record, of several files
+    with the file's path below ``raw``.
+    """
+    seen: set[str] = set()
+    for path, rows in files:
+        for item in rows:
+            if isinstance(item, Reject):
+                # Its id may be that of a sample that is there.
+                yield replace(item, sample="") if item.sample in seen else item
+                continue
+            record, row = item
+            name = id_of(row)
+            if name and name in seen:
+                yield Reject(path, record, came_before.format(name))
+                continue
+            seen.add(name)
+            own = record if len(files) == 1 else f"{os.path.relpath(path, raw)} {record}"
+            try:
+                yield make(path, record, name or own, row)
+            except DataError as error:
+                yield Reject(path, record, str(error), sample=name)
+
+
 def chosen(items: Iterable[Item], count: int, seed: int) -> frozenset[Item]:
     """``count`` of the items, by the smallest hashes of seed and item.
 
@@ -160,16 +197,17 @@ def first_file(raw: str, folders: Sequence[str], name: str) -> str | None:
 
 def find_file(raw: str, folders: Sequence[str], name: str) -> str:
     """As `first_file`. Raises DataError if none of the folders has it."""
-    paths = [os.path.normpath(os.path.join(raw, folder, name)) for folder in folders]
-    return first_file(raw, folders, name) or _missing(paths, "file")
+    return _first(raw, [os.path.join(folder, name) for folder in folders], os.path.isfile, "file")
 
 
 def find_folder(raw: str, names: Sequence[str]) -> str:
     """Path of the first of these folders below ``raw`` that exists. Raises DataError."""
+    return _first(raw, names, os.path.isdir, "folder")
+
+
+def _first(raw: str, names: Sequence[str], exists: Callable[[str], bool], what: str) -> str:
     paths = [os.path.normpath(os.path.join(raw, name)) for name in names]
-    return next((path for path in paths if os.path.isdir(path)), "") or _missing(paths, "folder")
-
-
-def _missing(paths: Sequence[str], what: str) -> str:
+    if (found := next(filter(exists, paths), None)) is not None:
+        return found
     others = f" (nor {', '.join(paths[1:])})" if len(paths) > 1 else ""
     raise DataError(f"{paths[0]}: no such {what}{others}")

@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.prepare.readers.files import json_list, load_json
-from megatron_vlmoe.prepare.readers.pair_lists import read_karpathy
+from megatron_vlmoe.prepare.readers.files import json_entries
+from megatron_vlmoe.prepare.readers.pair_formats import read_karpathy
 from megatron_vlmoe.prepare.readers.pairs import PairInput, as_captions
 from megatron_vlmoe.prepare.readers.records import LeftOut, Reject, check_inputs
 from megatron_vlmoe.prepare.readers.tables import (
@@ -25,14 +24,17 @@ from megatron_vlmoe.prepare.readers.tables import (
     TableFiles,
     choose_columns,
     column_names,
-    row_name,
     table_rows,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
+    Row,
+    Rows,
     SampleStream,
     TaskInput,
     TaskSample,
     check_split,
+    id_of,
+    row_samples,
 )
 
 _ANNOTATIONS = ("dataset_coco.json", "dataset_flickr30k.json")
@@ -46,7 +48,7 @@ _COLUMNS = {
     "image": ("image",),
     "captions": ("caption", "captions", "sentences", "raw", "text"),
     "split": ("split",),
-    "name": ("filename", "file_name", "image_id", "img_id", "imgid"),
+    "id": ("filename", "file_name", "image_id", "img_id", "imgid"),
     "folder": ("filepath",),
 }
 
@@ -62,7 +64,10 @@ class RetrievalSource:
         self._listed = ListedImages(source.raw)
         check_inputs(() if source.annotations is None else (source.annotations,))
         self._lists: Mapping[str, str] = {}
-        self._annotations = source.annotations or _find_annotations(source.raw)
+        there = [p for name in _ANNOTATIONS if os.path.isfile(p := os.path.join(source.raw, name))]
+        if len(there) > 1 and source.annotations is None:
+            raise DataError(f"{' and '.join(there)}: choose one with --annotations")
+        self._annotations = source.annotations or next(iter(there), None)
         folder, name = os.path.split(self._annotations or "")
         listed = _LIST.fullmatch(name)
         if self._annotations is None or listed is not None:
@@ -105,7 +110,9 @@ class RetrievalSource:
         tables = self._tables_of(split)
         if not tables:
             self._tables.found(split, _TABLE_WORDS[split])
-        return self._table_samples(split, tables)
+        files = [(path, self._table_rows(path, split)) for path in tables]
+        reason = "image {} came before: a row must have all captions of its image"
+        return row_samples(files, self._raw, reason, partial(_table_sample, self._listed))
 
     @cached_property
     def _columns(self) -> dict[str, dict[str, str]]:
@@ -113,50 +120,37 @@ class RetrievalSource:
         found: dict[str, dict[str, str]] = {}
         for path in self._tables.paths:
             names = column_names(path)
-            optional = ("split", "folder", "image" if "filename" in names else "name")
-            found[path] = choose_columns(path, names, _COLUMNS, optional)
+            optional = ("split", "folder", "image" if "filename" in names else "id")
+            found[path] = choose_columns(path, _COLUMNS, optional, names)
         return found
 
     @cached_property
     def _splits_in(self) -> dict[str, set[str]]:
-        """What the column ``split`` of a table holds, where it has one."""
+        """What the column ``split`` of a table holds; without one it is told by the name of the file."""
         found: dict[str, set[str]] = {}
         for path, columns in self._columns.items():
             if "split" in columns:
                 rows = table_rows(path, {"split": columns["split"]})
                 found[path] = {str(row[1]["split"]) for row in rows if not isinstance(row, Reject)}
+            else:
+                words = _TABLE_WORDS.items()
+                found[path] = {split for split, names in words if path in self._tables.of(names)}
         return found
 
     def _tables_of(self, split: str) -> list[str]:
-        named = self._tables.of(_TABLE_WORDS[split])
-        inside = self._splits_in
-        return [
-            path
-            for path in self._tables.paths
-            if (path in named if path not in inside else inside[path].intersection(_PARTS[split]))
-        ]
+        return [path for path, has in self._splits_in.items() if has.intersection(_PARTS[split])]
 
-    def _table_samples(self, split: str, paths: list[str]) -> SampleStream:
-        seen: set[str] = set()
-        for path in paths:
-            for item in table_rows(path, self._columns[path]):
-                if isinstance(item, Reject):
-                    yield item
-                    continue
-                record, row = item
-                if str(row.get("split", split)) in (*_PARTS[split], split):
-                    own = row_name(path, record, self._raw, len(paths))
-                    yield _table_sample(path, record, own, row, self._listed, seen)
+    def _table_rows(self, path: str, split: str) -> Rows:
+        wanted = (*_PARTS[split], split)
+        for item in table_rows(path, self._columns[path]):
+            if isinstance(item, Reject) or str(item[1].get("split", split)) in wanted:
+                yield item
 
 
 def _table_sample(
-    path: str, record: str, own: str, row: Mapping[str, Any], images: ListedImages, seen: set[str]
+    images: ListedImages, path: str, record: str, own: str, row: Row
 ) -> TaskSample | Reject:
-    name = "" if row.get("name") is None else str(row["name"])
-    if name and name in seen:
-        reason = f"image {name} came before: a row must have all captions of its image"
-        return Reject(path, record, reason)
-    seen.add(name)
+    name = id_of(row)
     record = f"{record} ({name})" if name else record
     try:
         if "image" in row:
@@ -165,25 +159,13 @@ def _table_sample(
             image = images.listed(path, record, os.path.join(row.get("folder") or "", name))
     except DataError as error:
         return Reject(path, record, str(error), sample=name)
-    return TaskSample(path, record, name or own, (image,), as_captions(row["captions"]))
-
-
-def _find_annotations(raw: str) -> str | None:
-    found = [path for name in _ANNOTATIONS if os.path.isfile(path := os.path.join(raw, name))]
-    if len(found) > 1:
-        raise DataError(f"{' and '.join(found)}: choose one with --annotations")
-    return next(iter(found), None)
+    return TaskSample(path, record, own, (image,), as_captions(row["captions"]))
 
 
 def _find_lists(raw: str, corpus: str | None) -> dict[str, str]:
-    """The list of each split that has one.
+    """The list of each split that has one, in the folder or one of the usual ones below it.
 
-    Args:
-        raw: the folder that has them, itself or in one of the usual folders below it.
-        corpus: whose lists are wanted; None: of the only one that has any.
-
-    Raises:
-        DataError: several corpora have lists.
+    Raises DataError if no corpus is given, and several have lists.
     """
     found: dict[str, dict[str, str]] = {}
     for folder in (os.path.normpath(os.path.join(raw, name)) for name in _LIST_FOLDERS):
@@ -201,32 +183,29 @@ def _find_lists(raw: str, corpus: str | None) -> dict[str, str]:
 def _karpathy_samples(pairs: PairInput) -> SampleStream:
     seen: set[str] = set()
     for item in read_karpathy(pairs):
-        if isinstance(item, LeftOut):
-            continue
         if isinstance(item, Reject):
             yield item
-            continue
-        name = os.path.relpath(item.image.path, pairs.images)
-        if name in seen:
-            yield Reject(item.source, item.record, f"image {name} came before")
-            continue
-        seen.add(name)
-        yield TaskSample(item.source, item.record, name, (item.image,), item.captions)
+        elif not isinstance(item, LeftOut):
+            name = os.path.relpath(item.image.path, pairs.images)
+            if name in seen:
+                yield Reject(item.source, item.record, f"image {name} came before")
+                continue
+            seen.add(name)
+            yield TaskSample(item.source, item.record, name, (item.image,), item.captions)
 
 
 def _list_samples(path: str, images: ListedImages) -> SampleStream:
     captions: dict[str, list[object]] = {}
     image_of: dict[str, str] = {}
-    for number, entry in enumerate(json_list(path, load_json(path))):
-        given = entry if isinstance(entry, dict) else {}
-        image, words = given.get("image"), given.get("caption")
+    for record, entry in json_entries(path):
+        image, words = entry.get("image"), entry.get("caption")
         if not isinstance(image, str) or not image or words is None:
-            yield Reject(path, f"entry {number}", "no image or no caption")
+            yield Reject(path, record, "no image or no caption")
             continue
-        name = str(given.get("image_id", image))
+        name = str(entry.get("image_id", image))
         if image_of.setdefault(name, image) != image:
             reason = f"image_id {name} is that of {image_of[name]} too"
-            yield Reject(path, f"entry {number} ({image})", reason)
+            yield Reject(path, f"{record} ({image})", reason)
             continue
         captions.setdefault(image, []).extend(words if isinstance(words, list) else [words])
     for image, words in captions.items():

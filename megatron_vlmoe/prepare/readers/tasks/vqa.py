@@ -14,23 +14,24 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.task_labels import Labels
-from megatron_vlmoe.prepare.readers.files import json_list, json_object, load_json
+from megatron_vlmoe.prepare.readers.files import json_entries, json_lists
 from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tables import (
     ListedImages,
     TableFiles,
     choose_columns,
-    column_names,
     table_rows,
 )
 from megatron_vlmoe.prepare.readers.tasks.records import (
+    Row,
+    Rows,
     SampleStream,
     TaskInput,
     TaskSample,
@@ -52,31 +53,34 @@ TEST_PARTS = {"test": "test2015", "test-dev": "test-dev2015"}
 """Part by split."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question with its picture; ``answers`` is empty where none are published."""
+class Asked(NamedTuple):
+    """A question, or why there is none."""
 
-    source: str
-    record: str
-    id: int
-    image_id: str
-    text: object
-    image: ImageFile
-    answers: tuple[str, ...] = ()
+    image_id: str | None
+    """That of its picture, which some rejects lack."""
+    item: TaskSample | LeftOut | Reject
+    """As a sample without labels; without answers where none are published."""
     main_answer: str = ""
-    answer_type: str = ""
 
 
-Questions = Iterator[tuple[str | None, Question | LeftOut | Reject]]
-"""Each with the id of its image, which some rejects lack."""
+Questions = Iterator[Asked]
 
 
 class VqaLayout(ABC):
     """One way in which the parts lie in a folder, with entries that hold question and answers or in two files."""
 
+    _NAMED = "question {1}"
+    """How a record is called once its id is known, by its record in the file and the id."""
+    _MISSING = "image_id"
+    """What names the picture, for errors."""
+
     def __init__(self, raw: str) -> None:
         self._raw = raw
         self._images = ListedImages(raw)
+
+    def _answers(self, row: Row) -> tuple[tuple[str, ...], str]:
+        """What the annotators said, and the main answer. Raises DataError."""
+        return (), ""
 
     @abstractmethod
     def check(self, part: str) -> str:
@@ -90,36 +94,61 @@ class VqaLayout(ABC):
     def questions(self, part: str, images: bool = True) -> Questions:
         """The questions of a part in order; without ``images`` these need not be looked for."""
 
-    def parts(self) -> tuple[str, ...]:
-        """The test parts that are there, besides the annotated ones."""
-        return tuple(part for part in TEST_PARTS.values() if self.has(part))
-
     def main_answers(self, part: str) -> list[str]:
         """``multiple_choice_answer`` of every question of an annotated part, in order. Raises DataError."""
-        items = (item for _, item in self.questions(part, images=False))
-        return [item.main_answer for item in items if isinstance(item, Question)]
+        questions = self.questions(part, images=False)
+        return [asked.main_answer for asked in questions if isinstance(asked.item, TaskSample)]
 
-    def image_ids(self, part: str) -> frozenset[str]:
-        """Ids of the pictures that a part asks about. Raises DataError."""
-        found = self.questions(part, images=False)
-        return frozenset(image for image, _ in found if image is not None)
+    def _read(
+        self,
+        path: str,
+        rows: Iterable[tuple[str, Row] | LeftOut | Reject],
+        part: str,
+        seen: set[int],
+    ) -> Questions:
+        """The questions of rows of one file, which come with their records.
+
+        ``id`` and ``image_id`` of a row are None where they are not as they should be; ``image`` is an `ImageFile` or
+        what `ListedImages.cell` reads, or is not there if it is not wanted. ``seen`` are ids that came before in the
+        part; it grows.
+        """
+        for item in rows:
+            if isinstance(item, LeftOut | Reject):
+                yield Asked(None, item)
+                continue
+            record, row = item
+            number, image = row["id"], row["image_id"]
+            if number is None or image is None:
+                lost = str(number) if number is not None and number not in seen else ""
+                reason = f"no whole question_id and {self._MISSING}"
+                yield Asked(None, Reject(path, record, reason, sample=lost))
+                continue
+            if number in seen:
+                yield Asked(None, Reject(path, record, f"question {number} came before"))
+                continue
+            seen.add(number)
+            record = self._NAMED.format(record, number)
+            try:
+                picture = row.get("image", ImageFile(path, record))
+                if not isinstance(picture, ImageFile):
+                    picture = self._images.cell(path, record, picture)
+                answers, main = self._answers(row) if part in ANNOTATED else ((), "")
+            except DataError as error:
+                yield Asked(image, Reject(path, record, str(error), sample=str(number)))
+                continue
+            kind = row.get("answer_type") if part in ANNOTATED else ""
+            kind = kind if isinstance(kind, str) else ""
+            images, texts = (picture,), (row.get("question"),)
+            sample = TaskSample(
+                path, record, str(number), images, texts, answers=answers, answer_type=kind
+            )
+            yield Asked(image, sample, main)
 
 
-def find_layout(raw: str) -> VqaLayout:
-    """The layout of a folder: the first that has any part of VQAv2. Raises DataError if none has."""
-    parts = (*ANNOTATED, *TEST_PARTS.values())
-    for layout in (PublishedFiles, AnswerLists, AnswerTables):
-        opened = layout(raw)
-        if any(map(opened.has, parts)):
-            return opened
-    raise DataError(
-        f"{raw}: no VQAv2 in it: no v2_OpenEnded_mscoco_train2014_questions.json, no vqa_train.json and "
-        "no parquet or .arrow table of train"
-    )
-
-
-_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
-_ANNOTATIONS = "v2_mscoco_{}_annotations.json"
+_FILES = {
+    "questions": "v2_OpenEnded_mscoco_{}_questions.json",
+    "annotations": "v2_mscoco_{}_annotations.json",
+}
 
 
 @dataclass
@@ -127,10 +156,8 @@ class _Annotations:
     """One annotation file, without what is not used."""
 
     path: str
-    answers: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    """Raw answers by question id."""
-    answer_types: dict[int, str] = field(default_factory=dict)
-    """``answer_type`` by question id, where the file has one."""
+    answers: dict[int, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    """Raw answers and ``answer_type``, where the file has one, by question id."""
     main_answers: list[str] = field(default_factory=list)
     """``multiple_choice_answer`` of every annotation, in order."""
     rejects: list[Reject] = field(default_factory=list)
@@ -139,7 +166,7 @@ class _Annotations:
     """The others that cannot be used, by question id."""
 
 
-class PublishedFiles(VqaLayout):
+class _PublishedFiles(VqaLayout):
     """The files of VQAv2's authors.
 
     ``v2_OpenEnded_mscoco_{part}_questions.json`` hold ``questions`` ({image_id, question,
@@ -152,22 +179,17 @@ class PublishedFiles(VqaLayout):
         super().__init__(raw)
         self._annotations: dict[str, _Annotations] = {}
 
-    def _question_file(self, part: str) -> str:
-        return find_file(self._raw, ("", "questions"), _QUESTIONS.format(part))
-
-    def _annotation_file(self, part: str) -> str:
-        return find_file(self._raw, ("", "annotations"), _ANNOTATIONS.format(part))
+    def _file(self, kind: str, part: str) -> str:
+        return find_file(self._raw, ("", kind), _FILES[kind].format(part))
 
     def has(self, part: str) -> bool:
-        """Whether the questions or the annotations of a part are there."""
-        kinds = (("questions", _QUESTIONS), ("annotations", _ANNOTATIONS))
-        return any(first_file(self._raw, ("", kind), name.format(part)) for kind, name in kinds)
+        names = _FILES.items()
+        return any(first_file(self._raw, ("", kind), name.format(part)) for kind, name in names)
 
     def check(self, part: str) -> str:
-        """As `VqaLayout`."""
-        path = self._question_file(part)
+        path = self._file("questions", part)
         if part in ANNOTATED:
-            self._annotation_file(part)
+            self._file("annotations", part)
         self._image_folder(part)
         return path
 
@@ -177,75 +199,66 @@ class PublishedFiles(VqaLayout):
 
     def _read_annotations(self, part: str) -> _Annotations:
         if part not in self._annotations:
-            self._annotations[part] = _read_annotations(self._annotation_file(part))
+            self._annotations[part] = _read_annotations(self._file("annotations", part))
         return self._annotations[part]
 
     def main_answers(self, part: str) -> list[str]:
         """As `VqaLayout`, in the order of the annotations."""
-        self._question_file(part)
+        self._file("questions", part)
         return self._read_annotations(part).main_answers
-
-    def image_ids(self, part: str) -> frozenset[str]:
-        """As `VqaLayout`."""
-        questions = self._read_questions(part)
-        return frozenset(item.image_id for item in questions if isinstance(item, Question))
 
     def questions(self, part: str, images: bool = True) -> Questions:
         """As `VqaLayout`. Every annotation must have its question, and the other way round."""
+        path = self._file("questions", part)
+        questions = self._read(path, self._rows(path, part), part, set())
         if part not in ANNOTATED:
-            for item in self._read_questions(part):
-                yield None, item
+            yield from questions
             return
         annotations = self._read_annotations(part)
         for reject in annotations.rejects:
-            yield None, reject
-        path, bad = self._question_file(part), dict(annotations.bad)
-        left = set(annotations.answers)
-        for item in self._read_questions(part):
-            if isinstance(item, Reject):
-                yield None, item
-                continue
-            left.discard(item.id)
-            answers = annotations.answers.get(item.id)
-            if answers is None:
-                missing = Reject(path, item.record, f"no annotation in {annotations.path}")
-                lost = bad.pop(item.id, missing)
-                yield item.image_id, replace(lost, sample=str(item.id))
-                continue
-            kind = annotations.answer_types.get(item.id, "")
-            given = (item.source, item.record, item.id, item.image_id, item.text, item.image)
-            yield item.image_id, Question(*given, answers, answer_type=kind)
+            yield Asked(None, reject)
+        bad, left = dict(annotations.bad), set(annotations.answers)
+        for image, item, _ in questions:
+            if isinstance(item, TaskSample):
+                number = int(item.id)
+                left.discard(number)
+                if number in annotations.answers:
+                    answers, kind = annotations.answers[number]
+                    item = replace(item, answers=answers, answer_type=kind)
+                else:
+                    missing = Reject(path, item.record, f"no annotation in {annotations.path}")
+                    item = replace(bad.pop(number, missing), sample=item.id)
+            yield Asked(image, item)
         for reject in bad.values():
-            yield None, reject
+            yield Asked(None, reject)
         for number in sorted(left):
             record = f"annotation of question {number}"
-            yield None, Reject(annotations.path, record, f"no such question in {path}")
+            yield Asked(None, Reject(annotations.path, record, f"no such question in {path}"))
 
-    def _read_questions(self, part: str) -> Iterator[Question | Reject]:
-        path, folder = self._question_file(part), self._image_folder(part)
-        entries = json_list(path, json_object(path).get("questions"), '"questions"')
-        seen: set[int] = set()
-        for number, entry in enumerate(entries):
-            record = f"question entry {number}"
+    def _rows(self, path: str, part: str) -> Rows:
+        folder = self._image_folder(part)
+        prefix = f"COCO_{os.path.basename(folder)}"
+        (entries,) = json_lists(path, "questions")
+        for place, entry in enumerate(entries):
             given = entry if isinstance(entry, dict) else {}
-            name, image = given.get("question_id"), given.get("image_id")
-            name, image = (one if type(one) is int else None for one in (name, image))
-            if (reject := _unusable(path, record, name, image, "image_id", seen)) is not None:
-                yield reject
-            else:
-                assert name is not None
-                record = f"question {name}"
-                part_name = os.path.basename(folder)
-                file = os.path.join(folder, f"COCO_{part_name}_{image:012d}.jpg")
-                picture = ImageFile(path, record, file)
-                yield Question(path, record, name, str(image), given.get("question"), picture)
+            number, image = given.get("question_id"), given.get("image_id")
+            name = f"{prefix}_{image:012d}.jpg" if type(image) is int else ""
+            yield (
+                f"question entry {place}",
+                {
+                    "id": number if type(number) is int else None,
+                    "image_id": str(image) if type(image) is int else None,
+                    "question": given.get("question"),
+                    "image": ImageFile(path, f"question {number}", os.path.join(folder, name)),
+                },
+            )
 
 
 def _read_annotations(path: str) -> _Annotations:
     """The annotations of a file. Raises DataError."""
     result = _Annotations(path)
     known: dict[str, str] = {}  # equal answers share one string
-    entries = json_list(path, json_object(path).get("annotations"), '"annotations"')
+    (entries,) = json_lists(path, "annotations")
     for number, entry in enumerate(entries):
         record = f"annotation entry {number}"
         question = entry.get("question_id") if isinstance(entry, dict) else None
@@ -265,9 +278,10 @@ def _read_annotations(path: str) -> _Annotations:
             result.bad[question] = Reject(path, record, str(error))
             continue
         result.main_answers.append(known.setdefault(main, main))
-        result.answers[question] = tuple(known.setdefault(a, a) for a in answers)
-        if isinstance(kind := entry.get("answer_type"), str):
-            result.answer_types[question] = known.setdefault(kind, kind)
+        kind = entry.get("answer_type")
+        kind = kind if isinstance(kind, str) else ""
+        shared = tuple(known.setdefault(answer, answer) for answer in answers)
+        result.answers[question] = shared, known.setdefault(kind, kind)
     return result
 
 
@@ -293,20 +307,7 @@ def _number(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _unusable(
-    path: str, record: str, name: int | None, image: object, what: str, seen: set[int]
-) -> Reject | None:
-    """Why an entry is no question: an id is missing, or came before; None, and ``seen`` grows: it is one."""
-    if name is None or image is None:
-        lost = str(name) if name is not None and name not in seen else ""
-        return Reject(path, record, f"no whole question_id and {what}", sample=lost)
-    if name in seen:
-        return Reject(path, record, f"question {name} came before")
-    seen.add(name)
-    return None
-
-
-class AnswerLists(VqaLayout):
+class _AnswerLists(VqaLayout):
     """The lists of ALBEF and BLIP: ``vqa_train.json``, ``vqa_val.json``, ``vqa_test.json``.
 
     An object has ``question_id``, ``question``, ``image`` (a path) and, but for the test list,
@@ -315,6 +316,7 @@ class AnswerLists(VqaLayout):
     ``multiple_choice_answer``; the most frequent answer, of several the first, stands for it.
     """
 
+    _MISSING = "path of an image"
     _NAMES: Mapping[str, tuple[str, ...]] = {
         "train2014": ("vqa_train.json",),
         "val2014": ("vqa_val.json",),
@@ -328,83 +330,59 @@ class AnswerLists(VqaLayout):
         return next(filter(None, found), None)
 
     def has(self, part: str) -> bool:
-        """Whether the list of a part is there."""
         return self._found(part) is not None
 
     def check(self, part: str) -> str:
-        """As `VqaLayout`."""
         return self._found(part) or find_file(self._raw, self._FOLDERS, self._NAMES[part][0])
 
     def questions(self, part: str, images: bool = True) -> Questions:
-        """As `VqaLayout`."""
         path = self.check(part)
-        seen: set[int] = set()
-        for number, entry in enumerate(json_list(path, load_json(path))):
-            record = f"entry {number}"
-            given = entry if isinstance(entry, dict) else {}
-            if given.get("dataset", "vqa") != "vqa":
-                yield None, LeftOut(f"of dataset {given['dataset']}")
+        return self._read(path, self._rows(path, images), part, set())
+
+    def _rows(self, path: str, images: bool) -> Iterator[tuple[str, Row] | LeftOut]:
+        for record, entry in json_entries(path):
+            if entry.get("dataset", "vqa") != "vqa":
+                yield LeftOut(f"of dataset {entry['dataset']}")
                 continue
-            name, image = _number(given.get("question_id")), given.get("image")
+            image = entry.get("image")
             image = image if isinstance(image, str) and image else None
-            reject = _unusable(path, record, name, image, "path of an image", seen)
-            if reject is not None:
-                yield None, reject
-                continue
-            assert name is not None and image is not None
-            record = f"question {name}"
-            digits = re.search(r"(\d+)\.\w+$", image)
-            image_id = str(int(digits[1])) if digits else image
-            picture = ImageFile(path, record)
-            try:
-                if images:
-                    picture = self._images.listed(path, record, image)
-            except DataError as error:
-                yield image_id, Reject(path, record, str(error), sample=str(name))
-                continue
-            fixed = (path, record, name, image_id, given.get("question"), picture)
-            if part not in ANNOTATED:
-                yield image_id, Question(*fixed)
-                continue
-            try:
-                answers = _listed_answers(given)
-            except DataError as error:
-                yield image_id, Reject(path, record, str(error), sample=str(name))
-                continue
-            kind = given.get("answer_type")
-            main = Counter(answers).most_common(1)[0][0]
-            yield image_id, Question(*fixed, answers, main, kind if isinstance(kind, str) else "")
+            digits = re.search(r"(\d+)\.\w+$", image or "")
+            row = {key: value for key, value in entry.items() if key != "image" or images}
+            row["image_id"] = str(int(digits[1])) if digits else image
+            yield record, row | {"id": _number(entry.get("question_id"))}
+
+    def _answers(self, row: Row) -> tuple[tuple[str, ...], str]:
+        value = row.get("answer", row.get("answers"))
+        weights = next((row[key] for key in ("weight", "weights") if key in row), None)
+        if isinstance(value, list) and isinstance(weights, list):
+            if len(value) != len(weights) or not all(isinstance(text, str) for text in value):
+                raise DataError("not one weight for each answer")
+            value = dict(zip(value, weights, strict=True))
+        if isinstance(value, dict):
+            shares = value.values()
+            if not all(isinstance(share, int | float) for share in shares):
+                raise DataError("weights are not numbers")
+            counts = {text: round(NUM_ANNOTATORS * share) for text, share in value.items()}
+            whole = all(abs(NUM_ANNOTATORS * value[text] - n) < 0.01 for text, n in counts.items())
+            if not whole or sum(counts.values()) != NUM_ANNOTATORS or min(counts.values()) < 0:
+                raise DataError(
+                    f"weights {', '.join(map(str, shares))} are no tenths that add up to 1: "
+                    "give the ten answers, or the share of the annotators who gave each"
+                )
+            answers = tuple(text for text, count in counts.items() for _ in range(count))
+        else:
+            answers = _answers(value)
+        return answers, Counter(answers).most_common(1)[0][0]
 
 
-def _listed_answers(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the annotators said, from an object of a list. Raises DataError."""
-    value = entry.get("answer", entry.get("answers"))
-    weights = next((entry[key] for key in ("weight", "weights") if key in entry), None)
-    if isinstance(value, list) and isinstance(weights, list):
-        if len(value) != len(weights) or not all(isinstance(text, str) for text in value):
-            raise DataError("not one weight for each answer")
-        value = dict(zip(value, weights, strict=True))
-    if not isinstance(value, dict):
-        return _answers(value)
-    if not all(isinstance(share, int | float) for share in value.values()):
-        raise DataError("weights are not numbers")
-    counts = {text: round(NUM_ANNOTATORS * share) for text, share in value.items()}
-    exact = all(abs(NUM_ANNOTATORS * value[text] - count) < 0.01 for text, count in counts.items())
-    if not exact or sum(counts.values()) != NUM_ANNOTATORS or min(counts.values()) < 0:
-        raise DataError(
-            f"weights {', '.join(map(str, value.values()))} are no tenths that add up to 1: "
-            "give the ten answers, or the share of the annotators who gave each"
-        )
-    return tuple(text for text, count in counts.items() for _ in range(count))
-
-
-class AnswerTables(VqaLayout):
+class _AnswerTables(VqaLayout):
     """Tables of Hugging Face, as HuggingFaceM4/VQAv2 and lmms-lab/VQAv2 have them.
 
     Columns: question_id, question, image_id, image, answers (objects with ``answer``, or texts),
     multiple_choice_answer and answer_type.
     """
 
+    _NAMED = "{0} (question {1})"
     _SPLITS: Mapping[str, tuple[str, ...]] = {
         "train2014": ("train",),
         "val2014": ("validation", "val"),
@@ -414,11 +392,11 @@ class AnswerTables(VqaLayout):
     _COLUMNS: Mapping[str, tuple[str, ...]] = {
         "id": ("question_id",),
         "image_id": ("image_id", "id_image"),
-        "text": ("question",),
+        "question": ("question",),
         "image": ("image",),
         "answers": ("answers",),
         "main": ("multiple_choice_answer",),
-        "type": ("answer_type",),
+        "answer_type": ("answer_type",),
     }
 
     def __init__(self, raw: str) -> None:
@@ -426,57 +404,39 @@ class AnswerTables(VqaLayout):
         self._tables = TableFiles(raw)
 
     def has(self, part: str) -> bool:
-        """Whether there is a table of a part."""
         return bool(self._tables.of(self._SPLITS[part]))
 
     def check(self, part: str) -> str:
         """As `VqaLayout`; every table of the part must have the columns."""
         for path in self._tables.found(part, self._SPLITS[part]):
-            self._chosen(path, part, True)
+            self._columns(path, part)
         return self._raw
 
-    def _chosen(self, path: str, part: str, images: bool) -> dict[str, str]:
-        optional = ("type",) if part in ANNOTATED else ("type", "answers", "main")
-        columns = choose_columns(path, column_names(path), self._COLUMNS, optional)
-        if not images:
-            del columns["image"]
-        return columns
+    def _columns(self, path: str, part: str) -> dict[str, str]:
+        optional = ("answer_type",) if part in ANNOTATED else ("answer_type", "answers", "main")
+        return choose_columns(path, self._COLUMNS, optional)
 
     def questions(self, part: str, images: bool = True) -> Questions:
-        """As `VqaLayout`."""
         seen: set[int] = set()
         for path in self._tables.found(part, self._SPLITS[part]):
-            for item in table_rows(path, self._chosen(path, part, images)):
-                if isinstance(item, Reject):
-                    yield None, item
-                    continue
-                record, row = item
-                name = _number(row["id"])
-                reject = _unusable(path, record, name, row["image_id"], "image_id", seen)
-                if reject is not None:
-                    yield None, reject
-                    continue
-                assert name is not None
-                record, image_id = f"{record} (question {name})", str(row["image_id"])
-                try:
-                    yield image_id, self._question(path, record, row, name, image_id, part)
-                except DataError as error:
-                    yield image_id, Reject(path, record, str(error), sample=str(name))
+            columns = self._columns(path, part)
+            if not images:
+                del columns["image"]
+            yield from self._read(path, self._rows(path, columns), part, seen)
 
-    def _question(
-        self, path: str, record: str, row: Mapping[str, Any], name: int, image_id: str, part: str
-    ) -> Question:
-        picture = ImageFile(path, record)
-        if "image" in row:
-            picture = self._images.cell(path, record, row["image"])
-        fixed = (path, record, name, image_id, row["text"], picture)
-        if part not in ANNOTATED:
-            return Question(*fixed)
+    def _rows(self, path: str, columns: Mapping[str, str]) -> Rows:
+        for item in table_rows(path, columns):
+            if isinstance(item, Reject):
+                yield item
+                continue
+            record, row = item
+            image = None if row["image_id"] is None else str(row["image_id"])
+            yield record, {**row, "id": _number(row["id"]), "image_id": image}
+
+    def _answers(self, row: Row) -> tuple[tuple[str, ...], str]:
         if not isinstance(row["main"], str):
             raise DataError("multiple_choice_answer is not a string")
-        kind = row.get("type")
-        answers = _answers(row["answers"])
-        return Question(*fixed, answers, row["main"], kind if isinstance(kind, str) else "")
+        return _answers(row["answers"]), row["main"]
 
 
 _SPLITS = ("train", "val", *TEST_PARTS)
@@ -487,12 +447,21 @@ class VqaSource:
 
     def __init__(self, source: TaskInput) -> None:
         self._source = source
-        self._layout = find_layout(source.raw)
+        parts = (*ANNOTATED, *TEST_PARTS.values())
+        layouts = (kind(source.raw) for kind in (_PublishedFiles, _AnswerLists, _AnswerTables))
+        # The first that has any part of VQAv2.
+        found = next((layout for layout in layouts if any(map(layout.has, parts))), None)
+        if found is None:
+            raise DataError(
+                f"{source.raw}: no VQAv2 in it: no v2_OpenEnded_mscoco_train2014_questions.json, no "
+                "vqa_train.json and no parquet or .arrow table of train"
+            )
+        self._layout: VqaLayout = found
 
     def splits(self) -> tuple[str, ...]:
         """``train`` and ``val``, and the test splits whose questions are there."""
-        present = self._layout.parts()
-        return ("train", "val", *(name for name, part in TEST_PARTS.items() if part in present))
+        tests = (split for split, part in TEST_PARTS.items() if self._layout.has(part))
+        return ("train", "val", *tests)
 
     @cached_property
     def _main_answers(self) -> list[str]:
@@ -525,62 +494,42 @@ class VqaSource:
     @cached_property
     def _held_out(self) -> frozenset[str]:
         """The images of ``rest_val``."""
-        images = self._layout.image_ids("val2014")
+        found = self._layout.questions("val2014", images=False)
+        images = {asked.image_id for asked in found if asked.image_id is not None}
         count = min(self._source.num_val_images, len(images) // 2)
         return chosen(images, count, self._source.seed)
 
     def read(self, split: str) -> SampleStream:
         """The samples of a split in the order of its question files. Raises DataError."""
         check_split("vqa", split, _SPLITS)
-        if split in TEST_PARTS:
-            self._layout.check(TEST_PARTS[split])
-            return self._test_samples(TEST_PARTS[split])
-        for part in ANNOTATED if split == "train" else ("val2014",):
+        parts = ANNOTATED if split == "train" else (TEST_PARTS.get(split, "val2014"),)
+        for part in parts:
             self._layout.check(part)
-        return self._train_samples() if split == "train" else self._val_samples()
+        return self._samples(split, parts)
 
-    def _test_samples(self, part: str) -> SampleStream:
-        for _, item in self._layout.questions(part):
-            yield self._sample(item) if isinstance(item, Question) else item
-
-    def _val_samples(self) -> SampleStream:
-        for image, item in self._layout.questions("val2014"):
-            if isinstance(item, LeftOut):
-                continue  # counted with ``train``
-            if image is None or image in self._held_out:
-                # Kept without a label too: a question that cannot be answered rightly.
-                yield self._sample(item) if isinstance(item, Question) else item
-
-    def _train_samples(self) -> SampleStream:
-        seen: set[int] = set()
-        for part in ANNOTATED:
-            for image, item in self._layout.questions(part):
+    def _samples(self, split: str, parts: Iterable[str]) -> SampleStream:
+        seen: set[str] = set()
+        for part in parts:
+            for image, item, _ in self._layout.questions(part):
                 if isinstance(item, LeftOut):
-                    yield item
+                    if split != "val":  # these are counted with ``train``
+                        yield item
                     continue
                 # What no image of val2014 can be held to account for is told with ``val``.
-                if part == "val2014" and (image is None or image in self._held_out):
+                held_out = part == "val2014" and (image is None or image in self._held_out)
+                if held_out and split == "train" or split == "val" and not held_out:
                     continue
                 if isinstance(item, Reject):
                     yield item
-                elif item.id in seen:
-                    reason = "its id came before in another part"
-                    yield Reject(item.source, item.record, reason)
-                else:
-                    seen.add(item.id)
-                    sample = self._sample(item)
-                    yield sample if sample.labels else LeftOut("no answer in the vocabulary")
-
-    def _sample(self, question: Question) -> TaskSample:
-        targets = sorted(soft_scores(question.answers, self._label_of).items())
-        return TaskSample(
-            question.source,
-            question.record,
-            str(question.id),
-            (question.image,),
-            (question.text,),
-            tuple(label for label, _ in targets),
-            tuple(score for _, score in targets),
-            question.answers,
-            question.answer_type,
-        )
+                    continue
+                if item.id in seen:
+                    yield Reject(item.source, item.record, "its id came before in another part")
+                    continue
+                seen.add(item.id)
+                targets = sorted(soft_scores(item.answers, self._label_of).items())
+                if split == "train" and not targets:
+                    # ``val`` keeps a question that cannot be answered rightly.
+                    yield LeftOut("no answer in the vocabulary")
+                    continue
+                labels, scores = zip(*targets, strict=True) if targets else ((), ())
+                yield replace(item, labels=labels, scores=scores)
