@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 source examples/setup_env.sh dev
 # Tests start several processes on few cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
-# Tests that share what is expensive to make run in one process (tests/conftest.py); those with several processes first.
-SIDE_BY_SIDE=(-n "${TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder)
+export TOKENIZERS_PARALLELISM=false
+# Which tests stay together, and their order: tests/conftest.py.
+SIDE_BY_SIDE=(-n "${TEST_WORKERS:-2}")
 
 check_source() {
     echo "== lint"
