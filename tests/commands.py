@@ -64,7 +64,6 @@ def environment(**more: str) -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
-        "PYTHONDONTWRITEBYTECODE": "1",
         **more,
     }
 
@@ -79,7 +78,7 @@ def run(
     """Runs `python WORDS...`, in a process of its own.
 
     Importing torch and megatron-core takes seconds, so that modules and scripts run in a process that is forked from
-    one that has imported them. A new interpreter is started for `-c`, for another PYTHONPATH, and where there is a GPU.
+    one that has imported them. A new interpreter is started for `-c` and where there is a GPU.
 
     Args:
         *words: what follows `python`.
@@ -93,7 +92,7 @@ def run(
     variables = environment(**(environ or {}))
     if ranks:
         return _run_forked(command, str(cwd), variables, timeout, ranks)
-    if command[0] != "-c" and "PYTHONPATH" not in (environ or {}) and not GPU.exists():
+    if command[0] != "-c" and not GPU.exists():
         return _run_forked(command, str(cwd), variables, timeout)
     done = subprocess.run(
         [sys.executable, *command],
@@ -114,7 +113,7 @@ def _run_forked(
         out, err = Path(folder, "out"), Path(folder, "err")
         for path in (out, err):
             path.touch()
-        processes = [start_process(_child, words, cwd, own, str(out), str(err)) for own in owns]
+        processes = [start_process(child, words, cwd, own, str(out), str(err)) for own in owns]
         deadline = time.monotonic() + timeout
         for process in processes:
             process.join(max(deadline - time.monotonic(), 0.1))
@@ -141,7 +140,7 @@ def as_ranks(variables: Mapping[str, str], ranks: int) -> list[dict[str, str]]:
     ]
 
 
-def _child(words: list[str], cwd: str, variables: dict[str, str], out: str, err: str) -> None:
+def child(words: list[str], cwd: str, variables: dict[str, str], out: str, err: str) -> None:
     """Becomes what `python WORDS...` is: folder, variables, output, path of modules and arguments."""
     os.setsid()
     os.environ.clear()
@@ -158,7 +157,7 @@ def _child(words: list[str], cwd: str, variables: dict[str, str], out: str, err:
     tests = str(REPOSITORY / "tests")
     first = cwd if is_module else str(Path(words[0]).parent)
     others = [path for path in sys.path if not path.startswith(tests)]
-    sys.path[:] = [first, str(REPOSITORY), *others]
+    sys.path[:] = [first, *variables["PYTHONPATH"].split(os.pathsep), *others]
     sys.argv = words[1:] if is_module else words
     try:
         if is_module:

@@ -25,24 +25,54 @@ STARTED = pytest.StashKey[list[str]]()
 """Processes that the running test has started."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests by folder and fixtures, and keeps those together that share what is made once per pytest process.
+# Side by side, a file stays in one pytest process, and so do those that share what takes long to make.
+SHARED = {
+    "corpus": "e2e/test_e2e_signals.py e2e/test_e2e_pretrain.py e2e/test_e2e_bad_input.py e2e/test_e2e_docs.py"
+    " e2e/test_e2e_layouts.py",
+    "prepared": "e2e/test_e2e_finetune.py e2e/test_e2e_inference.py distributed/test_resume.py"
+    " distributed/test_finetune_parity.py unit/test_devices.py",
+}
+# What takes longest goes first, so that no process has long work left when the others are done.
+FIRST = ("corpus", "prepared", "distributed/", "e2e/")
 
-    A file stays whole. Layouts of up to four processes are in one group, so that never two run at the same time.
-    """
-    groups: dict[Path, str] = {}
+
+def group_of(nodeid: str) -> str:
+    """The group of a test: its file, from the folder of tests on, or what files are gathered under in `SHARED`."""
+    file = nodeid.partition("::")[0].rpartition("tests/")[2]
+    return next((name for name, files in SHARED.items() if file in files.split()), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives whole groups to the processes: `--dist loadgroup` of pytest-xdist 3.8 does nothing under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    # The order is that of the tests.
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by folder and fixtures, and puts the longest groups first."""
     for item in items:
         fixtures, folder = getattr(item, "fixturenames", ()), item.path.parent.name
         if folder == "e2e":
             item.add_marker("e2e")
         if folder == "distributed" or "workers" in fixtures:
             item.add_marker("dist")
-        if folder == "distributed" or {"workers", "prepared"} & set(fixtures):
-            groups[item.path] = "workers"
-        elif folder == "e2e":
-            groups.setdefault(item.path, "e2e")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups.get(item.path, item.path.name)))
+        for name in {"corpus", "prepared"} & set(fixtures) if folder != "unit" else ():
+            if group_of(item.nodeid) != name:
+                raise pytest.UsageError(f"{item.path}: uses `{name}`: add it to SHARED, {__file__}")
+
+    def rank(item: pytest.Item) -> int:
+        group = group_of(item.nodeid)
+        return next((i for i, name in enumerate(FIRST) if group.startswith(name)), len(FIRST))
+
+    items.sort(key=rank)
 
 
 def pytest_configure(config: pytest.Config) -> None:

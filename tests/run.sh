@@ -10,27 +10,34 @@ cd "$(dirname "$0")/.."
 source examples/setup_env.sh dev
 # Tests start several processes on few cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
-# Tests that share what is expensive to make run in one process (tests/conftest.py); those with several processes first.
-SIDE_BY_SIDE=(-n "${TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder)
+export TOKENIZERS_PARALLELISM=false
+# Which tests stay together, and their order: tests/conftest.py.
+SIDE_BY_SIDE=(-n "${TEST_WORKERS:-2}")
 
-check_source() {
+# Lint, then tests; the check of types, one process that takes long, runs beside them.
+check_all() {
     echo "== lint"
     ruff check .
     ruff format --check .
+    echo "== tests and types"
+    local found status=0
+    found="$(mktemp)"
+    mypy >"$found" 2>&1 &
+    local checker=$!
+    trap 'kill $checker 2>/dev/null || true; rm -f "$found"' EXIT
+    python -m pytest "${SIDE_BY_SIDE[@]}" "$@" || status=$?
     echo "== types"
-    mypy
-    echo "== tests"
+    wait "$checker" || status=$?
+    cat "$found"
+    exit "$status"
 }
 
 case "${1:-}" in
     "")
-        check_source
-        exec python -m pytest "${SIDE_BY_SIDE[@]}"
+        check_all
         ;;
     quick)
-        check_source
-        exec python -m pytest "${SIDE_BY_SIDE[@]}" -m "not dist and not e2e and not process" "${@:2}"
+        check_all -m "not dist and not e2e and not process" "${@:2}"
         ;;
     nightly)
         exec bash tests/nightly.sh

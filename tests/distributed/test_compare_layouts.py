@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import REPOSITORY, Outcome, run
 from helpers import SMALL
 
 from megatron_vlmoe.analysis.layouts import largest_difference, parse_layout
 from megatron_vlmoe.config.errors import ConfigError
-
-TOOL = Path(__file__).resolve().parents[2] / "tools/compare_layouts.py"
 
 
 @pytest.mark.parametrize(
@@ -59,18 +54,13 @@ def test_largest_difference() -> None:
     assert largest_difference(second, first)[0] == math.inf
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=400, check=False, env=environment
-    )
+def compare(*words: str) -> Outcome:
+    command = [REPOSITORY / "tools/compare_layouts.py", "--preset", "tiny-8e", *SMALL]
+    return run(*command, "--random-data", *words, timeout=400, environ={"CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_two_layouts_from_one_seed_checkpoint() -> None:
-    command = [sys.executable, str(TOOL), "--preset", "tiny-8e", *SMALL, "--random-data"]
-    command += ["--steps", "2", "--layouts", "tp1", "tp2,ep2"]
-    done = run(command)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = compare("--steps", "2", "--layouts", "tp1", "tp2,ep2").succeeded()
     rows = [line.split() for line in done.stdout.splitlines() if "loss/total" in line]
     assert [row[0] for row in rows[:2]] == ["1", "2"] and len(rows[0]) == 4
     assert float(rows[0][2]) == pytest.approx(float(rows[0][3]), rel=1e-5)
@@ -78,9 +68,7 @@ def test_two_layouts_from_one_seed_checkpoint() -> None:
 
 
 def test_refused_layout_is_one_line() -> None:
-    command = [sys.executable, str(TOOL), "--preset", "tiny-8e", *SMALL, "--random-data"]
-    command += ["--layouts", "pp3"]
-    done = run(command)
-    assert done.returncode == 2
+    done = compare("--layouts", "pp3")
+    assert done.code == 2
     assert done.stderr.splitlines()[-1].startswith("error: layout pp3: ")
     assert "pipeline_model_parallel_size" in done.stderr

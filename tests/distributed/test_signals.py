@@ -5,39 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import LAYOUT_OPTIONS, SMALL, free_port
+from commands import REPOSITORY, as_ranks, child, environment
+from helpers import LAYOUT_OPTIONS, SMALL, start_process
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def launch(folder: Path, *options: str) -> list[subprocess.Popen[bytes]]:
+def launch(folder: Path, *options: str) -> list[Any]:
     """Two expert-parallel processes of the real entry point on random data."""
-    words = [*SMALL, LAYOUT_OPTIONS["ep"], "2", *options, "--save", str(folder)]
-    port = str(free_port())
-    processes = []
-    for rank in ("0", "1"):
-        environment = {
-            **os.environ,
-            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, "-m", "megatron_vlmoe.train.random_pretrain"]
-        processes.append(
-            subprocess.Popen(
-                [*command, "--preset", "tiny-8e", *words],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-            )
-        )
-    return processes
+    words = ["-m", "megatron_vlmoe.train.random_pretrain", "--preset", "tiny-8e", *SMALL]
+    words += [LAYOUT_OPTIONS["ep"], "2", *options, "--save", str(folder)]
+    return [
+        start_process(child, words, str(REPOSITORY), own, os.devnull, os.devnull)
+        for own in as_ranks(environment(), 2)
+    ]
 
 
 def logged_steps(folder: Path) -> list[int]:
@@ -55,14 +39,16 @@ def test_signal_saves_and_exits_cleanly(name: str, rank: int, tmp_path: Path) ->
         deadline = time.monotonic() + 300
         while 2 not in logged_steps(tmp_path):
             assert time.monotonic() < deadline, "no second step"
-            assert all(process.poll() is None for process in processes), "a process ended"
+            assert all(process.is_alive() for process in processes), "a process ended"
             time.sleep(0.1)
-        processes[rank].send_signal(signal.Signals[name])
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+        os.kill(processes[rank].pid, signal.Signals[name])
+        for process in processes:
+            process.join(timeout=200)
+        assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     last = logged_steps(tmp_path)[-1]
     assert 2 <= last < 100000
     folder = tmp_path / "checkpoints"

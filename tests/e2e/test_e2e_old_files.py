@@ -204,6 +204,7 @@ def test_the_notebook_runs(old: Old) -> None:
     for there, here in HERE.items():
         assert program.count(there) == 1
         program = program.replace(there, here)
-    outcome = run("-c", program, cwd=old.folder).succeeded()
+    (old.folder / "explore.py").write_text(program)
+    outcome = run("explore.py", cwd=old.folder).succeeded()
     assert "pretrain, last evaluation" in outcome.stdout
     assert "how many squares are there? [(" in outcome.stdout

@@ -154,7 +154,8 @@ def test_it_is_evaluated_predicted_and_exported(lab: Lab) -> None:
     assert "pipeline_tag: visual-question-answering\n" in card
     assert "processor(text=sentence, images=image, return_tensors" in card
 
-    answer = lab.python("-c", ASK, "alone", "export", image, sentence(1)).succeeded()
+    (lab.folder / "ask.py").write_text(ASK)
+    answer = lab.python("ask.py", "alone", "export", image, sentence(1)).succeeded()
     found = json.loads(answer.stdout.splitlines()[-1])
     for where in ("decision", "export", "pipeline"):
         assert found[where] == pytest.approx(expected, abs=1e-4), where
