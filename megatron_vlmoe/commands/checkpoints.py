@@ -52,7 +52,7 @@ def export(words: Sequence[str]) -> None:
     )
     add("--max-shard-gb", type=float, default=5.0, help="size of a file (%(default)s)")
     add("--text-tokenizer", default="", metavar="FILE", help="default: that of the run")
-    add("--overwrite", action="store_true", help="replace a folder that is there")
+    add("--overwrite", action="store_true", help="replace an exported model that is there")
     add("--name", default="", help="of the model, for its card (default: name of DIR)")
     add("--license", default="", help="identifier such as apache-2.0, for the card")
     add("--language", default="en", help="of the texts, for the card (%(default)s)")

@@ -47,6 +47,7 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import (
     LABELS_FILE,
     TOKENIZER_FILE,
+    is_hugging_face,
     open_labels,
     open_text_tokenizer,
     run_file,
@@ -100,6 +101,10 @@ def export_checkpoint(
     """
     if output.exists() and not overwrite:
         raise ConvertError(f"{output}: exists (--overwrite replaces it)")
+    if output.exists() and not _may_be_replaced(output):
+        raise ConvertError(
+            f"{output}: --overwrite replaces exported models alone, and this holds something else"
+        )
     reader = CheckpointReader(location)
     config = reader.config
     table = name_table(config)
@@ -151,6 +156,14 @@ def export_checkpoint(
     except OSError as error:
         raise ConvertError(f"{output}: {error.strerror or error}") from None
     return output
+
+
+def _may_be_replaced(output: Path) -> bool:
+    """Whether a folder is empty or an exported model. With folders in it there is more than that: a run, or `.git`."""
+    if not output.is_dir():
+        return False
+    inside = list(output.iterdir())
+    return not inside or (is_hugging_face(output) and not any(path.is_dir() for path in inside))
 
 
 PAPER = "https://arxiv.org/abs/2303.07226"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -249,6 +250,35 @@ def test_an_import_refuses_its_output_before_it_reads(run: Path, tmp_path: Path)
     with pytest.raises(ConvertError, match="config.json"):
         import_checkpoint(folder, tmp_path / "back", overwrite=True)
     assert kept == {path: path.read_bytes() for path in kept}
+
+
+def test_overwriting_replaces_an_export_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    """The run that is read, data, and an export in which something was put all stay."""
+    folder = export(run, tmp_path / "hf")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "text_document.bin").write_bytes(b"0")
+    (folder / "kept" / "run").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for output in (
+        run,
+        run.parent,
+        run / "checkpoints",
+        *map(tmp_path.joinpath, ("data", "hf", "file")),
+    ):
+        with pytest.raises(ConvertError, match="--overwrite replaces exported models alone"):
+            export(run, output, overwrite=True)
+    # It looks like an export from outside, and the checkpoint that is read lies in it.
+    inside = folder / "kept" / "run"
+    shutil.copytree(run, inside, dirs_exist_ok=True)
+    with pytest.raises(ConvertError, match="--overwrite replaces exported models alone"):
+        export(inside, folder, overwrite=True)
+    shutil.rmtree(folder / "kept")
+    assert sorted(tmp_path.rglob("*")) == [path for path in before if "kept" not in path.parts]
+    (folder / "config.json").write_text("{}")
+    assert json.loads((export(run, folder, overwrite=True) / "config.json").read_text())
+    (tmp_path / "empty").mkdir()
+    assert (export(run, tmp_path / "empty", overwrite=True) / "config.json").is_file()
 
 
 def test_a_model_of_images_alone_needs_no_tokenizer(tmp_path: Path) -> None:
