@@ -29,12 +29,7 @@ Reader = Callable[[Any], Any]
 def checked(
     options: Mapping[str, Any], readers: Mapping[str, Reader], owner: str
 ) -> dict[str, Any]:
-    """Options in one form each; those that are None are left out.
-
-    Args:
-        options: as a caller gave them.
-        readers: the known options, with functions that return a value in one form or raise a ValueError.
-        owner: whose options they are, for the error.
+    """Options in one form each, which the reader of each makes of its value; those that are None are left out.
 
     Raises:
         TypeError: unknown options, by name.
