@@ -152,11 +152,9 @@ def _rgb(image: Image.Image, exif: str, alpha: str, convert: bool) -> Image.Imag
 
 
 def load_pixels(image: Image.Image, exif: str) -> int:
-    """Decodes the pixels; returns the orientation out of which they have yet to be turned, 1 if none.
+    """Decodes the pixels of an opened image; returns the orientation out of which they must yet be turned, 1 if none.
 
-    Args:
-        image: opened, its pixels loaded or not.
-        exif: "turn" or "keep".
+    `exif` is "turn" or "keep".
     """
     _correct_key(image)
     # Pillow turns a TIFF while it decodes the pixels, and forgets the tag.
@@ -253,14 +251,11 @@ def channels_last(image: Any, layout: Optional[str]) -> tuple[np.ndarray, float]
     """An array or tensor as an array ``[H, W, C]`` or ``[H, W]`` with values of 0..255, and what made them so.
 
     Bytes stay. Other whole numbers must be of 0..255, but those of 16 bits without sign are divided by 257.
-    Floating-point numbers become fp64; where all are of 0..1 they are multiplied by 255.
+    Floating-point numbers become fp64; where all are of 0..1 they are multiplied by 255; that factor is returned.
 
     Args:
         image: ``[C, H, W]``, ``[H, W, C]`` or ``[H, W]``, with C of 1, 3 or 4.
         layout: "channels_first" or "channels_last"; None finds it, first where it may be both.
-
-    Returns:
-        The array, and 255.0 for floating-point numbers of 0..1, else 1.0.
 
     Raises:
         ValueError: another shape, or other values.

@@ -97,11 +97,9 @@ class VLMoEExperts(nn.Module):
         return by_choice.view(num_tokens, k, -1).sum(dim=1)
 
     def run(self, rows: Tensor, expert: Tensor) -> Tensor:
-        """Every row through its expert, by the implementation that the configuration names.
+        """Every row ``[R, D]`` through its expert ``[R]``, by which they are sorted; rows of E give 0.
 
-        Args:
-            rows: ``[R, D]``, sorted by expert.
-            expert: their experts ``[R]``; rows of E give 0.
+        The configuration names the implementation.
         """
         implementation = getattr(self.config, "_experts_implementation", None) or "grouped_mm"
         if implementation not in EXPERTS_IMPLEMENTATIONS:

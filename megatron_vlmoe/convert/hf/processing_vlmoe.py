@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_vlmoe import (
+from .options_vlmoe import (
     IMAGE_CALL_OPTIONS,
     LENGTH_OPTIONS,
     OPTION_NAMES,
