@@ -292,18 +292,17 @@ def test_a_model_of_images_alone_needs_no_tokenizer(tmp_path: Path) -> None:
 # A small model first, so that what the libraries take is not counted; then the peak of each conversion alone, over what
 # the process had before it (Linux: writing 5 there sets the peak back to what is resident now).
 MEASURE = """
-import runpy, sys
+import sys
 from pathlib import Path
-tool, run, hf, back, small, shard = sys.argv[1:]
+from megatron_vlmoe.commands.main import main
+run, hf, back, small, shard = sys.argv[1:]
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-main = runpy.run_path(tool)["main"]
 def convert(command, source, target, *more):
-    sys.argv = [tool, command, "--load", source, "--output", target, *more]
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    assert main() == 0
+    assert main([command, "--load", source, "--output", target, *more]) == 0
     return resident("VmHWM") - before
 convert("export", small, small + "-hf")
 convert("import", small + "-hf", small + "-back")
@@ -325,7 +324,7 @@ def test_memory_stays_below_two_shards(run: Path, tmp_path: Path) -> None:
         for key, shape in shapes.items()
     }
     write_checkpoint(tmp_path / "run", tensors, config)
-    words = [TOOL, tmp_path / "run", tmp_path / "hf", tmp_path / "back", run, shard]
+    words = [tmp_path / "run", tmp_path / "hf", tmp_path / "back", run, shard]
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, words)],
         capture_output=True,
