@@ -43,7 +43,7 @@ def layouts(words: Sequence[str]) -> int:
     add("--tolerance", type=float, default=1e-4, help="largest relative difference (fp32: 1e-4)")
     add("--random-data", action="store_true", help="needs no datasets")
     add("--output", default="", help="keeps the runs in this new folder")
-    options, others = parser.parse_known_args(words)
+    options, others = parser.parse_passing_on(words)
     if options.output and Path(options.output).exists():
         raise ConfigError(f"--output {options.output} exists; name a new folder")
     with tempfile.TemporaryDirectory() as temporary:
@@ -100,7 +100,7 @@ def bench(words: Sequence[str]) -> None:
         help="short for --moe.dispatcher",
     )
     add("--output", type=Path, metavar="FILE", help="JSON file, rewritten after every round")
-    options, others = parser.parse_known_args(words)
+    options, others = parser.parse_passing_on(words)
     if options.rounds < 1 or options.steps < 1 or options.warmup < 0:
         parser.error("--rounds and --steps must be at least 1 and --warmup at least 0")
     if len(set(options.presets)) != len(options.presets):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from megatron_vlmoe.config.command_line import normalize_arguments
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.prepare.tool import Run, positive_int
@@ -40,6 +41,12 @@ class CommandParser(argparse.ArgumentParser):
         if unknown and not self._subparsers:
             self.error(f"unknown option {unknown[0]}{did_you_mean(unknown[0], known)}")
         return super().parse_args(words, namespace)
+
+    def parse_passing_on(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parses the options of this command; gives the others, which must be options of `pretrain`, as they are."""
+        options, others = self.parse_known_args(words)
+        normalize_arguments(others, own=self._option_string_actions)
+        return options, others
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

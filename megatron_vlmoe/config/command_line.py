@@ -12,7 +12,7 @@ import shutil
 import typing
 from argparse import SUPPRESS, Action
 from pathlib import Path
-from typing import Any, Literal, Mapping, Sequence
+from typing import Any, Iterable, Literal, Mapping, Sequence
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -66,8 +66,12 @@ def option_types(root: type) -> dict[str, Any]:
     return types
 
 
-def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunConfig) -> list[str]:
+def normalize_arguments(
+    arguments: Sequence[str], root: type[RunConfig] = RunConfig, own: Iterable[str] = ()
+) -> list[str]:
     """Spells aliases out, gathers several values into one and lets a bare boolean mean true.
+
+    A command that has options of its `own`, already taken out, names them here, for it may be one that is misspelt.
 
     Returns:
         Option names, which are those of the class `root`, and values in turn; a flag has no value.
@@ -91,7 +95,7 @@ def normalize_arguments(arguments: Sequence[str], root: type[RunConfig] = RunCon
             if name.startswith(("--task.", "--contrastive.")) and "--task.name" not in types:
                 raise ConfigError(f"unknown option {given}, which finetune and evaluate have")
             shorts = [short for short, full in ALIASES.items() if full in types]
-            hint = did_you_mean_option(name, [*types, *shorts]) or "; see --help"
+            hint = did_you_mean_option(name, [*own, *types, *shorts]) or "; see --help"
             raise ConfigError(f"unknown option {given}{hint}")
         kind = types.get(name, str)
         values = [inline] if equals else []

@@ -72,13 +72,16 @@ def user_files() -> Iterator[None]:
         raise DataError(named) from error
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """`; did you mean X?` with the candidate closest to a misspelt word, or two equally close; else empty."""
+def did_you_mean(word: str, candidates: Iterable[str], likeness: float = 0.65) -> str:
+    """`; did you mean X?` with the candidate closest to a misspelt word, or two equally close; else empty.
+
+    `likeness` is the least, from 0 to 1, that a candidate must have.
+    """
     # Compared without regard to case, hyphens and underscores, which are easily mixed up.
     plain = {_plain(candidate): candidate for candidate in candidates}
     score = {
         name: difflib.SequenceMatcher(None, _plain(word), name).ratio()
-        for name in difflib.get_close_matches(_plain(word), plain, n=2, cutoff=0.65)
+        for name in difflib.get_close_matches(_plain(word), plain, n=2, cutoff=likeness)
     }
     return _question(plain[name] for name in score if score[name] > max(score.values()) - 0.05)
 
@@ -91,7 +94,13 @@ def did_you_mean_option(name: str, known: Iterable[str]) -> str:
     known = list(known)
     last = _plain(name.rpartition(".")[2])
     same = [option for option in known if _plain(option.rpartition(".")[2]) == last]
-    return _question(same[:3]) or did_you_mean(name, known) or did_you_mean(last, known)
+    # A slip of one letter in the whole name is likelier than a wrong section: train.step is train.steps.
+    return (
+        did_you_mean(name, known, 0.88)
+        or _question(same[:3])
+        or did_you_mean(name, known)
+        or did_you_mean(last, known)
+    )
 
 
 def unknown_name(name: str, names: Iterable[str]) -> str:

@@ -348,6 +348,7 @@ def message(words: str, ranks: int = 1) -> str:
 # What a user types after `pretrain --preset tiny-8e`, and the whole answer.
 ANSWERS = {
     "--train.stesp 5": "unknown option --train.stesp; did you mean --train.steps?",
+    "--train.step 5": "unknown option --train.step; did you mean --train.steps?",
     "--modle.hidden_size 64": "unknown option --modle.hidden_size; did you mean --model.hidden_size?",
     "--steps 5": "unknown option --steps; did you mean --train.steps or --profile.steps?",
     "--train.lr 1e-3": "unknown option --train.lr; did you mean --optim.lr?",

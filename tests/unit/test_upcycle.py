@@ -487,6 +487,8 @@ def test_what_does_not_fit_the_dense_checkpoint(dense: Source) -> None:
     message = refused(dense, name="base-32e")
     assert message == "--preset base-32e is of another size than memory: num_layers 4, not 12"
     assert "--model.hidden_size: only --moe" in refused(dense, "--model.hidden_size", "32")
+    with pytest.raises(ConfigError):  # a wrong command line, so exit status 2
+        upcycle(dense, "--train.steps", "4", num_experts=2)
     assert "no experts" in refused(dense)
     assert "unknown" in refused(dense, name="base-33e")
     assert "moe.topk=3" in refused(dense, "--moe.topk", "3", num_experts=2)

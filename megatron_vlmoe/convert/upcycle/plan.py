@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_vlmoe.config.command_line import normalize_arguments, parse_options
-from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.config.errors import ConfigError, ConvertError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import MoEConfig, ParallelConfig, RunConfig
 from megatron_vlmoe.planning.validate import validate
@@ -60,13 +60,13 @@ def sparse_config(
         words: options `--moe.NAME VALUE`.
 
     Raises:
-        ConvertError: a preset of another size, an option of another section, or no experts.
-        ConfigError: options that contradict each other.
+        ConvertError: a preset of another size, or no experts.
+        ConfigError: an option of another section, or options that contradict each other.
     """
     normalized = normalize_arguments(words)
     for name in (word for word in normalized if word.startswith("--")):
         if not name.startswith("--moe."):
-            raise ConvertError(
+            raise ConfigError(
                 f"{name}: only --moe options; everything else comes from the checkpoint"
             )
     moe = source.moe if has_experts(source.moe) else MoEConfig()
