@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -218,7 +216,7 @@ def upcycle(words: Sequence[str]) -> None:
         help="carry takes moments, schedule and step along (%(default)s)",
     )
     add("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    arguments, others = parser.parse_known_args(words)
+    arguments, others = parser.parse_passing_on(words)
     give_back_freed_tensors()
     options = UpcycleOptions(
         router=arguments.router,
@@ -310,8 +308,6 @@ def _trouble() -> Iterator[None]:
 def _output(lines: Sequence[str], content: str, json_file: str | None) -> None:
     if json_file and json_file != "-":
         write_text_atomic(Path(json_file), content)
-    try:
+    # Where the reader went away (`... | head`), the exit status still tells what was found.
+    with contextlib.suppress(BrokenPipeError):
         print(content.rstrip() if json_file == "-" else "\n".join(lines), flush=True)
-    except BrokenPipeError:
-        # The reader went away (`... | head`); the exit status still tells what was found.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

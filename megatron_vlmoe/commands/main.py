@@ -11,8 +11,10 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TextIO, cast
 
 from megatron_vlmoe import __version__
 from megatron_vlmoe.commands.table import COMMANDS
@@ -24,26 +26,31 @@ from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit statuses after Ctrl-C and SIGTERM, as shells have them."""
+RANK_0_FAILS_WITHIN = 5.0
+"""Seconds in which rank 0 has found an error that every rank finds, and torchrun has ended the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`vlmoe` with its words; returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["--version"]:
-        print(__version__)
-        return 0
-    if words and words[0] not in ("-h", "--help"):
-        return run_one_of(tuple(COMMANDS), words)
-    width = max(map(len, COMMANDS))
+        return run_command(lambda: print(__version__))
+    return run_one_of(tuple(COMMANDS), words) if words else run_command(lambda: _help(COMMANDS, 2))
+
+
+def _help(names: Collection[str], status: int) -> int:
+    """Prints the commands of these names with what each does; returns the exit status."""
+    width = max(map(len, names))
     print("usage: vlmoe COMMAND [OPTIONS]   (the same: python -m megatron_vlmoe COMMAND)")
     group = ""
-    for name, command in COMMANDS.items():
+    for name in names:
+        command = COMMANDS[name]
         if command.group != group:
             group = command.group
             print(f"\n{group}:")
         print(f"  {name:<{width}}  {command.summary}")
     print("\nCOMMAND --help explains its options; of training, --dry-run prints what would run.")
-    return 0 if words else 2
+    return status
 
 
 def run_one_of(names: Sequence[str], arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +58,8 @@ def run_one_of(names: Sequence[str], arguments: Sequence[str] | None = None) -> 
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0] in names:
         return run(words[0], words[1:])
+    if words and words[0] in ("-h", "--help"):
+        return run_command(lambda: _help(names, 0))
 
     def refuse() -> None:
         asked = f"unknown command {words[0]!r}" if words else "no command"
@@ -76,7 +85,8 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
     """Runs the work of a command and returns its exit status.
 
     An error that the user can mend becomes one line on stderr. Every other exception is a mistake in this program and
-    keeps its traceback.
+    keeps its traceback. Output that cannot be written is such an error, but log lines may be lost: a run goes on
+    without its console. Where the reader of the output went away (`... | head`), nothing is left to say.
 
     Args:
         action: the work; a number that it returns is the exit status.
@@ -84,30 +94,110 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
             which has its own handlers, and which must end at once while it waits for other ranks.
     """
     take_signals()
+    _open_closed_streams()
     configure_logging()
+    output = sys.stdout
+    told = _Output(output)
+    sys.stdout = cast(TextIO, told)
     try:
         with _unwinding_on_sigterm() if cleans_up else contextlib.nullcontext():
             status = action()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of our output went away (`... | head`); nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UserError as error:
-        # Every rank finds the same error in the options; one line is enough.
-        if error.exit_status != 2 or environment_rank() == 0:
-            line = " ".join(str(error).split())
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            write_to_run_log(line)
-        return error.exit_status
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception:
-        begin_run_logs()
-        write_to_run_log(traceback.format_exc().rstrip())
-        raise
-    return status if isinstance(status, int) else 0
+        status = INTERRUPTED
+    except SystemExit as leaving:  # after --help or SIGTERM
+        if isinstance(leaving.code, str):
+            raise
+        status = leaving.code
+    except Exception as error:
+        status = 1
+        if told.lost is not None and told.lost in (error, error.__cause__):
+            pass  # told below
+        elif not isinstance(error, UserError):
+            begin_run_logs()
+            write_to_run_log(traceback.format_exc().rstrip())
+            raise
+        else:
+            status = error.exit_status
+            if environment_rank() == 0 or _only_this_rank_fails(error):
+                line = " ".join(str(error).split())
+                print(f"error: {line}", file=sys.stderr, flush=True)
+                write_to_run_log(line)
+    finally:
+        sys.stdout = output
+    status = status if isinstance(status, int) else 0
+    with contextlib.suppress(OSError):
+        told.flush()
+    if told.lost is None or isinstance(told.lost, BrokenPipeError):
+        return status
+    print(f"error: stdout: {told.lost.strerror}", file=sys.stderr)
+    return status or 1
+
+
+def _only_this_rank_fails(error: UserError) -> bool:
+    """Whether an error of a rank other than 0 is to be told; what every rank finds is one line, that of rank 0."""
+    if error.exit_status == 2:  # every rank has the same options
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # If rank 0 fails too, torchrun ends this process meanwhile.
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(RANK_0_FAILS_WITHIN)
+    return True
+
+
+def _open_closed_streams() -> None:
+    """Puts /dev/null where a standard stream was closed (`>&-`), whose number the next file would get otherwise."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
+class _Output:
+    """Standard output that remembers the first error in writing it, which others may catch, as argparse does."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return action(*arguments)
+        except OSError as error:
+            self.lost = error
+            _drop(self._stream)
+            raise
+
+
+def _drop(stream: TextIO) -> None:
+    """From here on what is written to a stream goes nowhere, also what it has not got rid of so far."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Log lines on stdout as long as they can be written there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            _drop(self.stream)
+        else:
+            super().handleError(record)
 
 
 @contextlib.contextmanager
@@ -128,7 +218,7 @@ def configure_logging() -> None:
     rank = environment_rank()
     logger = logging.getLogger("megatron_vlmoe")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Console(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False

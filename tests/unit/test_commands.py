@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_parsers import parser_of
 
-from megatron_vlmoe.commands.main import main, run
+from megatron_vlmoe.commands.main import main, run, run_one_of
 from megatron_vlmoe.commands.table import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +77,106 @@ def test_a_users_error_is_one_line(words: list[str | Path], message: str, status
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line
 
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("bench --preset tiny-8e --step 2", "--steps"),
+        ("compare-layouts --layouts dp1 --step 2", "--steps"),
+        ("upcycle --load x --output y --num-expert 4", "--num-experts"),
+        ("upcycle --load x --output y --overwrit", "--overwrite"),
+        ("upcycle --load x --output y --moe.tpok 2", "--moe.topk"),
+    ],
+)
+def test_commands_that_pass_options_on_know_their_own(
+    words: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
+
+
+def console(line: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs a line of bash in which `vlmoe` is the program, and `python` its interpreter."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    program = f'set -o pipefail; vlmoe() {{ {sys.executable} -m megatron_vlmoe "$@"; }}; {line}'
+    return subprocess.run(
+        ["bash", "-c", program], capture_output=True, text=True, env=variables, timeout=200
+    )
+
+
+LOGGED = """
+import logging, sys, time
+from pathlib import Path
+from megatron_vlmoe.commands.main import run_command
+from megatron_vlmoe.train.run_log import begin_run_logs, open_run_log
+def train():
+    open_run_log(Path(sys.argv[1]))
+    begin_run_logs()
+    for step in (1, 2):
+        time.sleep(0.2)
+        logging.getLogger("megatron_vlmoe").info("step %d", step)
+sys.exit(run_command(train))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("console_gone", [">&-", "| true", "> /dev/full"])
+def test_training_goes_on_without_its_console(
+    console_gone: str, unbuffered: str, tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text(LOGGED)
+    done = console(f"python {tmp_path}/program.py {tmp_path} {console_gone}", unbuffered)
+    assert (done.returncode, done.stderr) == (0, "")
+    log = (tmp_path / "log.txt").read_text()
+    assert "INFO step 2" in log and "Traceback" not in log
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("words", ["--help", "--version", "", "bench --help", "pretrain --help"])
+def test_a_reader_may_go_away(words: str) -> None:
+    assert console(f"vlmoe {words} | true").stderr == ""
+    assert console(f"vlmoe {words} >&-").stderr == ""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "words", ["--help", "--version", "bench --help", "pretrain --preset tiny-8e --dry-run"]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(words: str, unbuffered: str) -> None:
+    data = "--data.text x --data.images x --data.pairs x" if "dry-run" in words else ""
+    done = console(f"vlmoe {words} {data} > /dev/full", unbuffered)
+    assert (done.returncode, done.stderr) == (1, "error: stdout: No space left on device\n")
+
+
+def test_what_a_tool_of_several_commands_says_of_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_one_of(("export", "import"), ["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert COMMANDS["export"].summary in printed and "pretrain" not in printed
+
+
+@pytest.mark.process
+def test_an_error_of_every_rank_is_one_line(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ONE_OR_ALL)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program)
+    for ranks, line in (("01", "error: rank 0: no data"), ("1", "error: rank 1: no data")):
+        told = started(*launch, ranks).stderr.splitlines()
+        assert [words for words in told if words.startswith("error: ")] == [line]
+
+
+ONE_OR_ALL = """
+import os, sys, time
+from megatron_vlmoe.commands.main import run_command
+from megatron_vlmoe.config.errors import DataError
+def fail():
+    if os.environ["RANK"] in sys.argv[1]:
+        raise DataError(f"rank {os.environ['RANK']}: no data")
+    time.sleep(60)
+sys.exit(run_command(fail))
+"""
 
 BROKEN = """
 import sys

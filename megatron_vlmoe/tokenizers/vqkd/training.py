@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -38,6 +39,8 @@ from megatron_vlmoe.tokenizers.vqkd.model import (
     read_torch_file,
     save_vqkd,
 )
+
+log = logging.getLogger(__name__)
 
 HF_PREFIX = "hf:"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -339,7 +342,7 @@ class Trainer:
         fingerprint = compute_fingerprint(self.model)
         if self.rank == 0:
             shown = f"{self.step} steps, fingerprint {fingerprint[:16]}"
-            print(f"image tokenizer {self.folder}: {shown}", flush=True)
+            log.info("image tokenizer %s: %s", self.folder, shown)
         return fingerprint
 
     def _log(self, values: dict[str, float], of: str = "") -> None:
@@ -349,7 +352,7 @@ class Trainer:
         with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": self.step} | values) + "\n")
         shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(f"step {self.step}{of} | {shown}", flush=True)
+        log.info("step %d%s | %s", self.step, of, shown)
 
     def _train(self) -> None:
         options = self.options
