@@ -147,8 +147,11 @@ def _picture(patches: Tensor, tokenizer: VQKD) -> Array:
     return picture
 
 
-def draw_filled(filled: Filled, output: Path) -> None:
-    """Four pictures side by side: the whole, what the model sees, what it fills in, what the true codes render."""
+def draw_filled(filled: Filled, output: Path) -> Path:
+    """Four pictures side by side: the whole, what the model sees, what it fills in, what the true codes render.
+
+    Returns the file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,7 +176,7 @@ def draw_filled(filled: Filled, output: Path) -> None:
         axis.axis("off")
     guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in filled.guesses)
     figure.suptitle(f"{filled.text}\n{guesses}   (truth: {filled.truth})", fontsize=11)
-    save_figure(figure, output)
+    return save_figure(figure, output)
 
 
 def open_tokenizer(folder: str) -> VQKD:

@@ -31,19 +31,25 @@ _EXPERT_KEY = re.compile(r"moe/(\w+)/layer_(\d+)/load_max")
 _LOWEST = 1 / 64
 
 
-def save_figure(figure: Figure, output: Path) -> None:
-    """Writes a figure and closes it. The suffix says in what format; without one it is PNG, and the name gets it.
+def save_figure(figure: Figure, output: Path) -> Path:
+    """Writes a figure and closes it; returns the file.
+
+    The suffix says in what format; without one it is PNG, and the name gets it.
 
     Raises:
         FileError: the file cannot be written.
-        ValueError: a format that matplotlib does not know.
+        MetricsError: a format that matplotlib does not know.
     """
     import matplotlib.pyplot as plt
 
     target = output if output.suffix else output.with_suffix(".png")
+    formats = figure.canvas.get_supported_filetypes()
+    if target.suffix[1:].lower() not in formats:
+        raise MetricsError(f"{output}: not a picture's name; it may end in .{', .'.join(formats)}")
     with open_atomic(target) as file:
         figure.savefig(file, format=target.suffix[1:], dpi=110)
     plt.close(figure)
+    return target
 
 
 def read_metrics(run: Path) -> list[Row]:
@@ -70,8 +76,8 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def draw_losses(runs: Mapping[str, Sequence[Row]], output: Path) -> None:
-    """One panel per loss: training, evaluation and what guessing by frequency would lose."""
+def draw_losses(runs: Mapping[str, Sequence[Row]], output: Path) -> Path:
+    """One panel per loss: training, evaluation and what guessing by frequency would lose; returns the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,7 +109,7 @@ def draw_losses(runs: Mapping[str, Sequence[Row]], output: Path) -> None:
         axis.legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    save_figure(figure, output)
+    return save_figure(figure, output)
 
 
 def last_evaluation_table(run: str, rows: Sequence[Row]) -> str:
@@ -139,10 +145,10 @@ def experts_of_pools(run: Path) -> dict[str, int]:
         return {}
 
 
-def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], output: Path) -> None:
+def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], output: Path) -> Path:
     """One column per pool of experts; load, dropped tokens and router entropy over the steps, a line per block.
 
-    The largest possible entropy is drawn for pools whose number of experts is known.
+    The largest possible entropy is drawn for pools whose number of experts is known. Returns the file.
 
     Raises:
         MetricsError: the run has no metrics of single blocks.
@@ -227,4 +233,4 @@ def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], outp
         Line2D([], [], color="gray", linestyle=":", label="emptiest expert"),
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=7, fontsize=9)
-    save_figure(figure, output)
+    return save_figure(figure, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError, UserError, user_files
 from megatron_vlmoe.convert.public import FAMILY_NAMES
 from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
+from megatron_vlmoe.prepare.tool import positive_int
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.lazy import load
 from megatron_vlmoe.runtime.memory import give_back_freed_tensors
@@ -57,8 +59,8 @@ def export(words: Sequence[str]) -> None:
     add("--intended-use", default="", help="sentences for the card")
     add("--limitations", default="", help="sentences for the card")
     options = parser.parse_args(words)
-    if options.max_shard_gb <= 0:
-        raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
+    if not 0 < options.max_shard_gb < math.inf:
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0 and finite")
     give_back_freed_tensors()
     exporting = load("megatron_vlmoe.convert.exporting")
     card = exporting.CardOptions(
@@ -91,7 +93,7 @@ def import_exported(words: Sequence[str]) -> None:
     for name in LAYOUT:
         add(
             f"--{name.replace('_', '-')}",
-            type=int,
+            type=positive_int,
             metavar="N",
             help="noted in the checkpoint's configuration; it loads at any layout",
         )
@@ -117,7 +119,8 @@ def import_public(words: Sequence[str]) -> None:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("family", choices=FAMILY_NAMES, help="whose layout the source has")
+    about = f"whose layout the source has: {', '.join(FAMILY_NAMES)}"
+    add("family", metavar="FAMILY", choices=FAMILY_NAMES, help=about)
     add("--source", type=Path, required=True, metavar="F", help="file, or DeepSpeed folder (vlmo)")
     add("--output", type=Path, required=True, metavar="DIR", help="checkpoint folder to make")
     add("--text-tokenizer", type=Path, metavar="M", help="our SentencePiece model; none: no text")
@@ -240,6 +243,7 @@ def inspect(words: Sequence[str]) -> int:
     parser = CommandParser(
         "inspect-checkpoint",
         "Print what a checkpoint holds; exit status 1 if a tensor is missing, unexpected or not finite.",
+        epilog="`compare-checkpoints A B`, or `tools/inspect_checkpoint.py diff A B`, shows how two differ.",
     )
     parser.add_argument("path", metavar="PATH", help=PATH_HELP)
     parser.add_argument("--config", action="store_true", help="print the whole configuration too")
@@ -288,10 +292,9 @@ def _add_json(parser: CommandParser) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("expected a whole number of at least 0")
+    return int(text)
 
 
 @contextlib.contextmanager

@@ -129,14 +129,15 @@ def plot_losses(words: Sequence[str]) -> None:
     )
     options = parser.parse_args(words)
     runs = {path: read_metrics(Path(path)) for path in options.run}
-    draw_losses(runs, Path(options.output))
+    drawn = draw_losses(runs, Path(options.output))
     for path, rows in runs.items():
         print(last_evaluation_table(path, rows))
-    print(f"wrote {options.output}")
+    print(f"wrote {drawn}")
     if options.experts:
         first = options.run[0]
-        draw_experts(first, runs[first], experts_of_pools(Path(first)), Path(options.experts))
-        print(f"wrote {options.experts}")
+        experts = experts_of_pools(Path(first))
+        drawn = draw_experts(first, runs[first], experts, Path(options.experts))
+        print(f"wrote {drawn}")
 
 
 def downstream(words: Sequence[str]) -> None:

@@ -42,6 +42,19 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"unknown option {unknown[0]}{did_you_mean(unknown[0], known)}")
         return super().parse_args(words, namespace)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            expected = _EXPECTED.get(action.type, error.message)
+            raise ConfigError(f"{_name(action)} {arg_string}: {expected}") from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), action.choices)
+            listed = ", ".join(action.choices)
+            raise ConfigError(f"{_name(action)} {value}: expected one of {listed}{hint}")
+
     def parse_passing_on(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parses the options of this command; gives the others, which must be options of `pretrain`, as they are."""
         options, others = self.parse_known_args(words)
@@ -62,6 +75,13 @@ class CommandParser(argparse.ArgumentParser):
                     file=sys.stderr,
                 )
         return super().parse_known_args(words, namespace)
+
+
+_EXPECTED: Mapping[Any, str] = {int: "expected a whole number", float: "expected a number"}
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[-1] if action.option_strings else str(action.metavar)
 
 
 OUTPUT_PREFIX = {"--output-prefix": "--output"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_vlmoe.config.command_line import parse_run, to_yaml
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, did_you_mean
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.finetune.options import check_task_options
 from megatron_vlmoe.planning.dry_run import dry_run_text
@@ -60,4 +60,5 @@ def check_options(words: Sequence[str]) -> None:
     elif command in ("finetune", "evaluate"):
         check_task_options(command, options)
     else:
-        raise ConfigError(f"{command} is not a training command")
+        hint = did_you_mean(command, ("pretrain", "pretrain-random", "finetune", "evaluate"))
+        raise ConfigError(f"{command} is not a training command{hint}")

@@ -158,23 +158,31 @@ class _HelpFormatter(DefaultHelpFormatter):
         return f"{text} (default: {shown})"
 
 
-def build_parser(
-    command: str, start: RunConfig, presets: Sequence[str] = preset_names()
-) -> ArgumentParser:
-    """The parser of a command whose defaults are a preset's; the options are those of the class of `start`.
+class _HelpWithoutDefaults(_HelpFormatter):
+    """For commands whose defaults are known only when they start."""
 
-    Descriptions and headings come from the docstrings of the configuration's classes.
+    def _get_help_string(self, action: Action) -> str:
+        return (action.help or "").strip().removesuffix(".")
+
+
+def build_parser(
+    command: str, start: RunConfig, presets: Sequence[str] = preset_names(), base: str = ""
+) -> ArgumentParser:
+    """The parser of a command whose defaults are those of `start`; the options are those of its class.
+
+    Descriptions and headings come from the docstrings of the configuration's classes. Where `start` is no preset,
+    `base` says what takes its place, and --help lists no defaults, of which it knows none.
     """
-    program = f"python -m megatron_vlmoe {command}"
+    program = f"vlmoe {command}"
     parser = ArgumentParser(
         prog=program,
         usage=f"{program} [--preset NAME] [--config FILE] [--section.option VALUE ...]",
-        formatter_class=_HelpFormatter,
+        formatter_class=_HelpWithoutDefaults if base else _HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
-        description="Later sources of an option win: first the preset, then the file of --config, then the command "
-        "line. An option with several values takes them one after another, as in `--moe.layers 2 4 6`. The same "
-        "names stand in YAML files, as in `moe: {layers: [2, 4, 6]}`.",
+        description=f"Later sources of an option win: first {base or 'the preset'}, then the file of --config, then "
+        "the command line. An option with several values takes them one after another, as in `--moe.layers 2 4 6`. "
+        "The same names stand in YAML files, as in `moe: {layers: [2, 4, 6]}`.",
     )
     starts_from = f"what the other options start from: {', '.join(presets)}"
     if not presets:
@@ -231,6 +239,7 @@ def parse_options(
     normalized: Sequence[str],
     start: RunConfig,
     presets: Sequence[str] = preset_names(),
+    base: str = "",
 ) -> ParsedCommand:
     """Puts `--config` and options, as `normalize_arguments` leaves them, on top of `start`, whose class they fit.
 
@@ -241,7 +250,7 @@ def parse_options(
     file = option_value(normalized, "--config")
     if file:
         start = merge_file(start, Path(file))
-    parser = build_parser(command, start, presets)
+    parser = build_parser(command, start, presets, base)
     try:
         parsed = parser.parse_args(list(normalized))
     except (ArgumentError, TypeError, ValueError) as error:
@@ -252,6 +261,12 @@ def parse_options(
                 several = typing.get_origin(types[name]) is tuple
                 shown = value.strip("[]").replace(",", "") if several else value
                 raise ConfigError(f"{name} {shown}: {_wrong(types[name], value)}") from None
+            if name.startswith("--") and name not in types and name not in PROGRAM_OPTIONS:
+                # A section of its own; what is wrong with it is told as of --config.
+                section: Any = _read_yaml(Path(value), name)
+                for part in reversed(name[2:].split(".")):
+                    section = {part: section}
+                from_dict(section, start, f"{name} {value}")
         raise ConfigError(" ".join(str(error).split())) from None
     for name in ("world_size", "gpus_per_node"):
         size, least = getattr(parsed, f"dry_run_{name}"), int(name == "gpus_per_node")
@@ -272,23 +287,39 @@ def merge_file(start: RunConfig, path: Path) -> RunConfig:
     Raises:
         ConfigError: if the file cannot be read or has an unknown section or option.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--config {path}: not a text file in UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"--config {path}: not valid YAML: {where}{error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+    content = _read_yaml(path, "--config")
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected sections such as `model:`")
     return from_dict(content, start, where=f"--config {path}")
+
+
+def _read_yaml(path: Path, option: str) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option} {path}: not a text file in UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{option} {path}: not valid YAML: {where}{error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{option} {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice in one section, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in names[:place]:
+                problem = f"{key.value} is there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfig:
@@ -314,6 +345,10 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
             parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
             if above := [parent for parent in parents if parent in types]:
                 wrong = f"{above[0]}: {_expected(types[above[0]])} is expected there, not a section"
+            elif f"--{name}" in PROGRAM_OPTIONS:
+                wrong = f"{name} is not for files; give --{name} on the command line"
+            elif name.startswith(("task.", "contrastive.")) and "task" not in sections:
+                wrong = f"unknown section {parents[0]}, which finetune and evaluate have"
             elif parents and parents[0] not in sections:
                 tops = [section for section in sections if "." not in section]
                 wrong = f"unknown section {parents[0]} ({name}){did_you_mean(parents[0], tops)}"
@@ -356,6 +391,8 @@ def _wrong(kind: Any, value: Any) -> str:
             return f"{message} as a list" + (f", as in [{items}]" if items is not None else "")
         element = typing.get_args(kind)[0]
         bad = [item for item in items if not _fits(element, item)]
+        if bad and element is str:
+            return f"{message}, got {bad[0]}, which needs quotes: '{bad[0]}'"
         return f"{message}, got {bad[0]}" if bad else f"{message}, got {len(items)}"
     if kind is int:
         try:

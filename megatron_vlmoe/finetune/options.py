@@ -51,9 +51,9 @@ def parse_finetune(arguments: Sequence[str]) -> ParsedCommand:
     if task and task not in task_names():
         raise ConfigError(f"--task {task}: {unknown_name(task, task_names())}")
     if asks:
-        return parse_options(
-            "finetune", words, apply_recipe(recipe or "vqa", RunConfig()), recipe_names()
-        )
+        base = "the architecture of --load and the recipe of the task, which --dry-run shows"
+        start = apply_recipe(recipe or "vqa", RunConfig())
+        return parse_options("finetune", words, start, recipe_names(), base)
     start = apply_recipe(recipe or default_recipe(task), _architecture(words, file))
     if task and start.task.name != task:
         raise ConfigError(f"--preset {recipe} is a recipe of {start.task.name}, not of {task}")
@@ -89,7 +89,7 @@ def parse_evaluate(arguments: Sequence[str]) -> ParsedCommand:
         )
         if option_value(words, "--preset"):
             raise ConfigError("--preset: evaluate takes its options from the checkpoint")
-    return parse_options("evaluate", words, start, ())
+    return parse_options("evaluate", words, start, (), "the options in the checkpoint of --load")
 
 
 def check_task_options(command: str, arguments: Sequence[str]) -> None:

@@ -155,11 +155,12 @@ def _check_bounds(config: RunConfig, bounds: Mapping[str, Sequence[str]], form: 
 
 def _check_any_run(config: RunConfig) -> None:
     """What pretraining and tasks have in common."""
+    possible = [name for name in signal.Signals.__members__ if name not in ("SIGKILL", "SIGSTOP")]
     for name in config.train.exit_signals:
         _require(
-            name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
+            name in possible,
             f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)"
-            f"{did_you_mean(name, signal.Signals.__members__)}",
+            f"{did_you_mean(name, possible)}",
         )
     _check_bounds(config, _ANY_RUN, "g")
 

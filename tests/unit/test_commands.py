@@ -95,6 +95,44 @@ def test_commands_that_pass_options_on_know_their_own(
     assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "index-images --input x --output y --workers abc",
+            "--workers abc: expected a whole number of at least 1",
+        ),
+        ("bench --preset x --texts many", "--texts many: expected a whole number"),
+        (
+            "export --load x --output y --dtype float8",
+            "--dtype float8: expected one of float32, bfloat16, float16; did you mean float32 or float16?",
+        ),
+        (
+            "export --load x --output y --max-shard-gb nan",
+            "--max-shard-gb nan: must be above 0 and finite",
+        ),
+        (
+            "import --load x --output y --tensor-model-parallel-size 0",
+            "--tensor-model-parallel-size 0: expected a whole number of at least 1",
+        ),
+        (
+            "import-public vlmoo",
+            "FAMILY vlmoo: expected one of vlmo, beit3, beit2; did you mean vlmo?",
+        ),
+        (
+            "compare-checkpoints a b --top -1",
+            "--top -1: expected a whole number of at least 0",
+        ),
+        ("check-options pretrian", "pretrian is not a training command; did you mean pretrain?"),
+    ],
+)
+def test_wrong_values_are_told_in_plain_words(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
 def console(line: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
     """Runs a line of bash in which `vlmoe` is the program, and `python` its interpreter."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
@@ -155,6 +193,8 @@ def test_what_a_tool_of_several_commands_says_of_itself(capsys: pytest.CaptureFi
     assert run_one_of(("export", "import"), ["--help"]) == 0
     printed = capsys.readouterr().out
     assert COMMANDS["export"].summary in printed and "pretrain" not in printed
+    assert run("inspect-checkpoint", ["--help"]) == 0
+    assert "diff A B" in capsys.readouterr().out
 
 
 @pytest.mark.process

@@ -231,7 +231,7 @@ def test_records_that_cannot_be_asked(content: dict[str, Any], message: str) -> 
         ([], "--load"),
         (["--load", "x"], "no input: give --input FILE or the inputs of a task"),
         (["--load", "x", "--top-k", "0", "--image", "y"], "--top-k 0: must be at least 1"),
-        (["--load", "x", "--task", "coco"], "argument --task: invalid choice: 'coco'"),
+        (["--load", "x", "--task", "coco"], "--task coco: expected one of vqa, "),
         (["--load", "x", "--imag", "y"], "unknown option --imag; did you mean --image?"),
         (["--load", "x", "--input", "no"], "--input no: No such file or directory"),
         (["--load", "x", "--input", "no", "--text", "a"], "--text does not go with --input"),

@@ -308,9 +308,23 @@ def test_help_is_in_plain_words(helps: dict[str, str]) -> None:
         "--save, --checkpoint.save TEXT",
     ):
         assert f"  {line}\n" in text
-    assert "(default: SIGTERM SIGUSR1)" in " ".join(text.split()) and "(default: true)" in text
+    pretraining = helps["pretrain --help"]
+    assert "(default: SIGTERM SIGUSR1)" in " ".join(pretraining.split())
+    assert "(default: true)" in pretraining
     for word in ("class '", "ITEM", "tuple", "Literal", "CONFIG", "type:"):
         assert word not in text
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("command", "base"),
+    [("finetune", "the recipe of the task"), ("evaluate", "the options in the checkpoint")],
+)
+def test_help_shows_no_default_that_the_checkpoint_or_the_recipe_replaces(
+    helps: dict[str, str], command: str, base: str
+) -> None:
+    text = helps[f"{command} --help"]
+    assert base in " ".join(text.split()) and "(default: " not in text.split("\nModel:")[1]
 
 
 @pytest.mark.process
@@ -373,6 +387,9 @@ ANSWERS = {
     "--dry-run-world-size -2": "--dry-run-world-size -2: must be at least 0",
     "--train.exit_signals SIGTEM": "train.exit_signals has SIGTEM, which is no signal that a process can answer "
     "(SIGTERM, SIGUSR1, ...); did you mean SIGTERM?",
+    "--train.exit_signals SIGKILL": "train.exit_signals has SIGKILL, which is no signal that a process can answer "
+    "(SIGTERM, SIGUSR1, ...); did you mean SIGILL?",
+    "--model nosuch.yaml": "--model nosuch.yaml: No such file or directory",
     "--data.text d/X_text_document.bin": "--data.text d/X_text_document.bin: is one file of a dataset; give the prefix"
     " of all its files: --data.text d/X",
     "--data.images d/X_image.idx": "--data.images d/X_image.idx: is one file of a dataset; give the prefix of all its"
@@ -433,6 +450,10 @@ YAML_ANSWERS = {
     "did you mean alltoall?",
     "moe: {vl: maybe}": "moe.vl=maybe: expected true or false",
     "moe: {layers: [2, four]}": "moe.layers=[2, 'four']: expected whole numbers, got four",
+    "data: {text: [0.7, a]}": "data.text=[0.7, 'a']: expected texts, got 0.7, which needs quotes: '0.7'",
+    "train: {steps: 2, steps: 3}": "not valid YAML: line 1, column 19: steps is there twice",
+    "preset: tiny-8e": "preset is not for files; give --preset on the command line",
+    "task: {name: vqa}": "unknown section task, which finetune and evaluate have",
     "data: {text: a}": "data.text=a: expected texts as a list, as in [a]",
     "log: {wandb_name: 5}": "log.wandb_name=5: expected a text, as in '5'",
     "model: {num_layers: 3": "not valid YAML: line 1, column 22: expected ',' or '}', but got '<stream end>'",
@@ -444,6 +465,13 @@ def test_answers_to_mistakes_in_a_file(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(content)
     assert message(f"pretrain --config {path}") == f"--config {path}: {YAML_ANSWERS[content]}"
+
+
+def test_answers_to_mistakes_in_the_file_of_a_section(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text("hiden_size: 64")
+    wrong = "unknown option model.hiden_size; did you mean model.hidden_size?"
+    assert message(f"pretrain --model {path}") == f"--model {path}: {wrong}"
 
 
 def test_a_section_without_options_changes_nothing(tmp_path: Path) -> None:

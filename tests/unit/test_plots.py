@@ -108,3 +108,10 @@ def test_a_dense_run_has_no_experts_to_draw(tmp_path: Path) -> None:
     with pytest.raises(MetricsError, match="runs/dense: .* no loads of experts"):
         draw_experts("runs/dense", read_metrics(tmp_path), {}, tmp_path / "experts.png")
     assert experts_of_pools(tmp_path) == {} and not (tmp_path / "experts.png").exists()
+
+
+def test_the_name_says_the_format(tmp_path: Path) -> None:
+    runs = {"run": [row(1)]}
+    assert draw_losses(runs, tmp_path / "losses") == tmp_path / "losses.png"
+    with pytest.raises(MetricsError, match=r"losses\.xyz: .* it may end in .*\.png"):
+        draw_losses(runs, tmp_path / "losses.xyz")
