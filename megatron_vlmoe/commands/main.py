@@ -119,10 +119,7 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
             raise
         else:
             status = error.exit_status
-            if environment_rank() == 0 or _only_this_rank_fails(error):
-                line = " ".join(str(error).split())
-                print(f"error: {line}", file=sys.stderr, flush=True)
-                write_to_run_log(line)
+            _tell(error)
     finally:
         sys.stdout = output
     status = status if isinstance(status, int) else 0
@@ -134,16 +131,19 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
     return status or 1
 
 
-def _only_this_rank_fails(error: UserError) -> bool:
-    """Whether an error of a rank other than 0 is to be told; what every rank finds is one line, that of rank 0."""
-    if error.exit_status == 2:  # every rank has the same options
-        return False
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+def _tell(error: UserError) -> None:
+    """Prints and logs an error as one line; one that every rank finds is printed by rank 0 alone."""
+    line = " ".join(str(error).split())
+    rank = environment_rank()
+    if rank and error.exit_status == 2:  # every rank has the same options
+        return
+    write_to_run_log(line)
+    if rank and "TORCHELASTIC_RUN_ID" in os.environ:
         # If rank 0 fails too, torchrun ends this process meanwhile.
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_0_FAILS_WITHIN)
-    return True
+    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def _open_closed_streams() -> None:
