@@ -64,6 +64,10 @@ def run_one_of(names: Sequence[str], arguments: Sequence[str] | None = None) -> 
     def refuse() -> None:
         asked = f"unknown command {words[0]!r}" if words else "no command"
         hint = did_you_mean(words[0], names) if words else ""
+        # Former names had another verb: prepare-task is index-task.
+        ends = [name for name in names if words and name.split("-")[-1] == words[0].split("-")[-1]]
+        if ends and not hint:
+            hint = f"; did you mean {' or '.join(ends)}?"
         raise ConfigError(f"{asked}; one of {', '.join(names)}{hint}")
 
     return run_command(refuse)

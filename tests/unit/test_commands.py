@@ -123,6 +123,10 @@ def test_commands_that_pass_options_on_know_their_own(
             "compare-checkpoints a b --top -1",
             "--top -1: expected a whole number of at least 0",
         ),
+        (
+            "prepare-task --task vqa",
+            f"unknown command 'prepare-task'; one of {', '.join(COMMANDS)}; did you mean index-task?",
+        ),
         ("check-options pretrian", "pretrian is not a training command; did you mean pretrain?"),
     ],
 )
