@@ -127,6 +127,7 @@ def test_commands_that_pass_options_on_know_their_own(
             "prepare-task --task vqa",
             f"unknown command 'prepare-task'; one of {', '.join(COMMANDS)}; did you mean index-task?",
         ),
+        ("upcycle --load x --output y --noise nan", "--noise nan: must be 0 or more"),
         ("check-options pretrian", "pretrian is not a training command; did you mean pretrain?"),
     ],
 )

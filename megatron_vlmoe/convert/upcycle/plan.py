@@ -42,9 +42,9 @@ class UpcycleOptions:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.noise < float("inf"):
-            raise ConvertError(f"--noise {self.noise:g}: must be 0 or more")
+            raise ConfigError(f"--noise {self.noise:g}: must be 0 or more")
         if not 0.0 <= self.drop_fraction <= 1.0:
-            raise ConvertError(f"--drop-fraction {self.drop_fraction:g}: must be in 0..1")
+            raise ConfigError(f"--drop-fraction {self.drop_fraction:g}: must be in 0..1")
 
 
 def sparse_config(
