@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ GROUP = "megatron_vlmoe.tasks"
 """Group of the entry points of plug-ins."""
 # Kinds of prepared datasets that are no task (data/manifest.py).
 _OTHER_KINDS = ("text", "images", "pairs")
+
+PREDICT_OPTIONS = (
+    *("help", "load", "task", "input", "exif", "alpha", "json", "output", "top_k", "precision"),
+    *("batch_size", "capacity_factor", "text_tokenizer", "tokenizer", "labels"),
+)
+"""The options of ``predict`` besides the inputs of the tasks, which therefore have other names."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class TaskSpec:
     Args:
         name: of the task, as in ``--task``; also in prepared data and in checkpoints.
         images: names of a sample's images, as ``predict`` and `VLMoE` take them; one at most where there is no text.
-        texts: names of a sample's texts, which become one: ``<s> A </s> B </s>``.
+            None may be one of `PREDICT_OPTIONS`.
+        texts: names of a sample's texts, which become one: ``<s> A </s> B </s>``; named as `images` are.
         target: what is to be found of a sample: its ``class``, one of the ``answers`` that several annotators gave
             (each with a score), or which image and caption ``match``.
         shared_images: several samples may be about one image, which is then stored once.
@@ -113,8 +121,11 @@ class TaskSpec:
             raise ValueError(f"a task cannot be named {self.name!r}")
         if not (self.images or self.texts) or not self.splits:
             raise ValueError(f"task {self.name}: needs images or texts, and splits")
-        if bad := [name for name in (*self.images, *self.texts) if not name.isidentifier()]:
-            raise ValueError(f"task {self.name}: {bad[0]!r} cannot be the name of an argument")
+        for name in (*self.images, *self.texts):
+            if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
+                raise ValueError(f"task {self.name}: {name!r} cannot be the name of an argument")
+            if name in PREDICT_OPTIONS:
+                raise ValueError(f"task {self.name}: input {name!r} is named as an option of predict")
         if len(self.images) > 1 and not self.texts:
             raise ValueError(f"task {self.name}: several images need a text that they go with")
 

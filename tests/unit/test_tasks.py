@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vlmoe.commands.predict import parse_arguments
 from megatron_vlmoe.config import tasks
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.presets import apply_recipe, default_recipe, recipe_names
@@ -32,6 +33,9 @@ def make():
 
 def broken():
     return replace(ROW, name="no name")
+
+def clashing():
+    return replace(ROW, texts=("output",))
 """
 Install = Callable[[str, str], None]
 
@@ -80,6 +84,10 @@ def test_what_a_row_names_is_there(name: str) -> None:
         ({"splits": ()}, "and splits"),
         ({"images": ("left", "right")}, "several images need a text"),
         ({"images": ("an image",)}, "'an image' cannot be the name of an argument"),
+        ({"texts": ("class",)}, "'class' cannot be the name of an argument"),
+        ({"texts": ("self",)}, "'self' cannot be the name of an argument"),
+        ({"texts": ("output",)}, "input 'output' is named as an option of predict"),
+        ({"images": ("top_k",)}, "input 'top_k' is named as an option of predict"),
     ],
 )
 def test_a_row_that_contradicts_itself(change: dict[str, Any], message: str) -> None:
@@ -139,6 +147,11 @@ def test_packages_add_tasks(install: Install) -> None:
             "",
             "plug-in nowhere:ROW of package a does not load: ModuleNotFoundError",
         ),
+        (
+            "birds = birds:clashing",
+            "",
+            "plug-in birds:clashing of package a does not load: ValueError: task birds: input 'output'",
+        ),
         ("birds = birds:ROW", "birds = birds:make", "plug-in birds:"),
         ("vqa = birds:ROW", "", "plug-in birds:ROW of package a takes the name of a built-in task"),
         (
@@ -163,3 +176,11 @@ def test_a_wrong_package_is_named_in_one_line(
     # Other tasks are not disturbed by it.
     assert TaskConfig(name="mnli").spec.best_metric == "accuracy"
     assert [spec.name for spec in tasks.working_tasks()].count("mnli") == 1
+    assert parse_arguments(["--load", "run", "--premise", "a"]).premise == "a"
+
+
+def test_no_option_of_predict_can_be_the_name_of_an_input() -> None:
+    inputs = {name for spec in TASKS.values() for name in (*spec.images, *spec.texts)}
+    options = vars(parse_arguments(["--load", "run"])).keys() - inputs
+    # An option that is gone in the result: that of the help, and the former spelling of --text-tokenizer.
+    assert options | {"help", "tokenizer"} == set(tasks.PREDICT_OPTIONS)
