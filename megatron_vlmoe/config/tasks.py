@@ -125,7 +125,9 @@ class TaskSpec:
             if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
                 raise ValueError(f"task {self.name}: {name!r} cannot be the name of an argument")
             if name in PREDICT_OPTIONS:
-                raise ValueError(f"task {self.name}: input {name!r} is named as an option of predict")
+                raise ValueError(
+                    f"task {self.name}: input {name!r} is named as an option of predict"
+                )
         if len(self.images) > 1 and not self.texts:
             raise ValueError(f"task {self.name}: several images need a text that they go with")
 
