@@ -321,7 +321,7 @@ def prepare_task(source: TaskInput, run: Run, options: TaskOptions) -> dict[str,
         raise DataError(f"task {source.task} needs --text-tokenizer")
     if not os.path.isdir(source.raw):
         raise DataError(f"{source.raw}: not a folder")
-    raw: TaskSource = load_code(spec.reader)(source)
+    raw: TaskSource = load_code(spec.reader, spec.name)(source)
     splits = tuple(dict.fromkeys(options.splits)) or raw.splits()
     streams = {split: raw.read(split) for split in splits}
     model = options.tokenizer_model if spec.texts else None
