@@ -19,7 +19,7 @@ class TaskConfig:
 
     Args:
         name: vqa, nlvr2, retrieval, imagenet, mnli, or the task of an installed plug-in.
-        data: prefix P of a dataset that tools/prepare_task.py wrote.
+        data: prefix P of a dataset that `vlmoe index-task` wrote.
         train_split: split to train on.
         eval_splits: splits to evaluate on, the first of which chooses the best checkpoint; empty takes the task's own.
         architecture: preset of the model where `--load` names no checkpoint (training from scratch).
