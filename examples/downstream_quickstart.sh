@@ -32,7 +32,7 @@ say "1/3 the five tasks"
 prepare() {
     local task="$1" raw="$2"; shift 2
     [ -e "$TASKS/$task.prepared" ] && { echo "have $TASKS/$task"; return; }
-    python tools/prepare_task.py --task "$task" --raw "$CORPUS/tasks/$raw" --output "$TASKS/$task" "$@"
+    python -m megatron_vlmoe index-task --task "$task" --raw "$CORPUS/tasks/$raw" --output "$TASKS/$task" "$@"
     touch "$TASKS/$task.prepared"
 }
 TOKENIZER=(--text-tokenizer "$INDEXED/text.model")
@@ -72,4 +72,4 @@ for START in scratch dense moe; do
 done | xargs -P "$JOBS" -L 1 bash -c 'finetune "$@"' finetune
 
 say "3/3 results"
-python tools/downstream_table.py --runs "$RUNS" --data "$TASKS" --output "$RUNS/table.json"
+python -m megatron_vlmoe downstream-table --runs "$RUNS" --data "$TASKS" --output "$RUNS/table.json"

@@ -30,7 +30,7 @@ TOKENIZER=(--text-tokenizer "$TEXT_TOKENIZER")
 # Written after the last split, by hand too if the task was prepared elsewhere.
 if [ "$NODE_RANK" = 0 ] && [ ! -e "$DATA.prepared" ] && ! given --task.data "$@"; then
     [ -n "${RAW:-}" ] || die "$DATA.prepared is not there, and RAW is not set (see the head of $COMMON)"
-    python tools/prepare_task.py --task "$TASK" --raw "$RAW" --output "$DATA" "${TOKENIZER[@]}" \
+    python -m megatron_vlmoe index-task --task "$TASK" --raw "$RAW" --output "$DATA" "${TOKENIZER[@]}" \
         --workers "${WORKERS:-$(nproc)}" --on-error skip
     touch "$DATA.prepared"
 fi

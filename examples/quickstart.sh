@@ -27,28 +27,28 @@ say() { printf '\n== %s\n' "$*"; }
 once() { local made="$1"; shift; if [ -e "$made" ]; then echo "have $made"; else "$@"; fi; }
 
 say "1/7 sample corpus: pictures of shapes, captions, paragraphs"
-python tools/make_sample_corpus.py --output "$CORPUS" --num-images "$NUM_IMAGES" --seed 1
+python -m megatron_vlmoe sample-corpus --output "$CORPUS" --num-images "$NUM_IMAGES" --seed 1
 
 say "2/7 text tokenizer (SentencePiece)"
-once "$INDEXED/text.model" python tools/train_text_tokenizer.py \
+once "$INDEXED/text.model" python -m megatron_vlmoe train-text-tokenizer \
     --input "$CORPUS/text/train.jsonl" "$CORPUS/coco/annotations/captions_train2014.json" \
     --vocab-size 320 --output "$INDEXED/text"
 
 say "3/7 indexed datasets"
 for SPLIT in train val; do
-    once "$INDEXED/text_$SPLIT.json" python tools/preprocess_text.py \
+    once "$INDEXED/text_$SPLIT.json" python -m megatron_vlmoe index-text \
         --input "$CORPUS/text/$SPLIT.jsonl" --output "$INDEXED/text_$SPLIT" \
         --text-tokenizer "$INDEXED/text.model" --workers 2
-    once "$INDEXED/images_$SPLIT.json" python tools/preprocess_images.py \
+    once "$INDEXED/images_$SPLIT.json" python -m megatron_vlmoe index-images \
         --input "$CORPUS/images/$SPLIT" --output "$INDEXED/images_$SPLIT" --workers 2
-    once "$INDEXED/pairs_$SPLIT.json" python tools/preprocess_pairs.py \
+    once "$INDEXED/pairs_$SPLIT.json" python -m megatron_vlmoe index-pairs \
         --format coco --annotations "$CORPUS/coco/annotations/captions_${SPLIT}2014.json" \
         --images "$CORPUS/coco/${SPLIT}2014" --output "$INDEXED/pairs_$SPLIT" \
         --text-tokenizer "$INDEXED/text.model" --workers 2
 done
 
 say "4/7 image tokenizer (VQ-KD)"
-once "$INDEXED/image_tokenizer/config.json" python tools/train_image_tokenizer.py \
+once "$INDEXED/image_tokenizer/config.json" python -m megatron_vlmoe train-image-tokenizer \
     --images "$INDEXED/images_train" "$INDEXED/pairs_train" --output "$INDEXED/image_tokenizer" \
     --preset tiny --image-size 64 --patch-size 8 --num-codes 256 --steps 400 --seed 1
 
@@ -66,9 +66,9 @@ torchrun --standalone --nproc-per-node "$PROCESSES" -m megatron_vlmoe pretrain \
     --train.steps "$STEPS" --train.seed 1 --save "$RUN"
 
 say "6/7 losses"
-python tools/plot_losses.py --run "$RUN" --output "$RUN/losses.png"
+python -m megatron_vlmoe plot-losses --run "$RUN" --output "$RUN/losses.png"
 
 say "7/7 export to Hugging Face, and what the exported model makes of a masked word and masked patches"
-python tools/convert_checkpoint.py export --load "$RUN" --output "$RUN/hf" --overwrite
-python tools/fill_masked.py --model "$RUN/hf" --image-tokenizer "$INDEXED/image_tokenizer" \
+python -m megatron_vlmoe export --load "$RUN" --output "$RUN/hf" --overwrite
+python -m megatron_vlmoe fill-masked --model "$RUN/hf" --image-tokenizer "$INDEXED/image_tokenizer" \
     --pairs "$INDEXED/pairs_val" --number 8 --output "$RUN/filled.png"

@@ -4,7 +4,7 @@
 #   DENSE=runs/base-dense       run or checkpoint folder to start from
 #   START=runs/base-32e-start   the sparse checkpoint; made where it is missing
 #   MOE                         options of the sparse model in one string, such as "--moe.topk 2"
-#   UPCYCLE                     further options of tools/upcycle.py in one string (docs/upcycling.md)
+#   UPCYCLE                     further options of `vlmoe upcycle` in one string (docs/upcycling.md)
 # Data, processes, layout and RUN: examples/pretrain_common.sh. Everything after the script's name goes to the training:
 #   TEXT=... IMAGES=... PAIRS=... TEXT_TOKENIZER=... RUN=runs/base-32e bash examples/upcycle_base_32e.sh --train.steps 50000
 set -euo pipefail
@@ -21,7 +21,7 @@ case " $* " in
     *" --dry-run "*) ;;
     *)
         if [ "${NODE_RANK:-0}" = 0 ] && [ ! -e "$START/latest_checkpointed_iteration.txt" ]; then
-            python tools/upcycle.py --load "$DENSE" --preset base-32e --output "$START" \
+            python -m megatron_vlmoe upcycle --load "$DENSE" --preset base-32e --output "$START" \
                 "${MOE_OPTIONS[@]}" "${UPCYCLE_OPTIONS[@]}"
         fi
         set -- --load "$START" "$@"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import sentencepiece
 from PIL import Image
 
@@ -19,12 +21,18 @@ WORDS += ["of", "the", "under", "over"]
 
 
 def tool(name: str) -> Callable[[Sequence[str]], int]:
-    """``main`` of a tool."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    main: Callable[[Sequence[str]], int] = module.main
+    """Runs a tool with words, in this process, and returns its exit status."""
+    script = str(ROOT / "tools" / f"{name}.py")
+
+    def main(words: Sequence[str]) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *words])
+            patch.setattr(sys, "path", list(sys.path))
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(script, run_name="__main__")
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
     return main
 
 

@@ -55,7 +55,7 @@ class Options:
         model: folder of the export.
         data: raw folder of the task.
         task: vqa or imagenet (images in folders named by their class).
-        labels: `labels.json` of an export or `P_labels.json` of tools/prepare_task.py: the classes in order.
+        labels: `labels.json` of an export or `P_labels.json` of `vlmoe index-task`: the classes in order.
         min_answer_count: vqa: answers that so many questions have become classes (if `labels` gives none).
         train_experts: trains experts and routers too, which the paper keeps as pretraining left them.
         head_lr_multiplier: factor of the learning rate of the classifier.

@@ -55,6 +55,6 @@ once() {
     "$@" --output "$DATA/$name" --workers "$WORKERS" --on-error "$ON_ERROR"
 }
 
-text() { local name="$1"; shift; need_tokenizer; once "$name" python tools/preprocess_text.py --text-tokenizer "$TEXT_TOKENIZER" "$@"; }
-images() { local name="$1"; shift; once "$name" python tools/preprocess_images.py "${SHRINK[@]}" "$@"; }
-pairs() { local name="$1"; shift; need_tokenizer; once "$name" python tools/preprocess_pairs.py --text-tokenizer "$TEXT_TOKENIZER" "${SHRINK[@]}" "$@"; }
+text() { local name="$1"; shift; need_tokenizer; once "$name" python -m megatron_vlmoe index-text --text-tokenizer "$TEXT_TOKENIZER" "$@"; }
+images() { local name="$1"; shift; once "$name" python -m megatron_vlmoe index-images "${SHRINK[@]}" "$@"; }
+pairs() { local name="$1"; shift; need_tokenizer; once "$name" python -m megatron_vlmoe index-pairs --text-tokenizer "$TEXT_TOKENIZER" "${SHRINK[@]}" "$@"; }

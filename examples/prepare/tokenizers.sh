@@ -42,7 +42,7 @@ train_text() {
         [ "${#missing[@]}" -eq 0 ] || echo "warning: not below $RAW, so not in the tokenizer: ${missing[*]}" >&2
     fi
     mkdir -p "$(dirname "$TEXT_TOKENIZER")"
-    python tools/train_text_tokenizer.py --input "${files[@]}" --vocab-size "${VOCAB_SIZE:-64000}" \
+    python -m megatron_vlmoe train-text-tokenizer --input "${files[@]}" --vocab-size "${VOCAB_SIZE:-64000}" \
         --output "${TEXT_TOKENIZER%.model}" --on-error "$ON_ERROR" --max-sentences "${SENTENCES:-10000000}"
 }
 
@@ -51,7 +51,7 @@ train_image() {
     read -r -d '' -a images <<< "${IMAGES:-$DATA/imagenet22k_train}" || true # also over several lines
     # Goes on where an interrupted training stopped.
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" torchrun --standalone --nproc-per-node "${GPUS_PER_NODE:-1}" \
-        tools/train_image_tokenizer.py --images "${images[@]}" --output "${IMAGE_TOKENIZER:-tokenizers/image}" \
+        -m megatron_vlmoe train-image-tokenizer --images "${images[@]}" --output "${IMAGE_TOKENIZER:-tokenizers/image}" \
         --teacher "${TEACHER:?names the teacher: hf:DIR, or pixels}" --workers 4 "$@"
 }
 

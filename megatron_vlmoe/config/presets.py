@@ -343,5 +343,6 @@ def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
     if not recipe:
         # As NLVR2's, at the image size of pretraining.
         return finetune_recipe(base, TaskConfig(name=name), lr=5e-5, image_size=0)
-    config: FinetuneConfig = (RECIPES[recipe] if recipe in RECIPES else load_code(recipe))(base)
+    make = RECIPES[recipe] if recipe in RECIPES else load_code(recipe, name)
+    config: FinetuneConfig = make(base)
     return replace(config, task=replace(config.task, name=name))

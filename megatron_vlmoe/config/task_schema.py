@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.tasks import SampleShape, TaskSpec, find_task, task_names
+from megatron_vlmoe.config.tasks import TASKS, SampleShape, TaskSpec, find_task, task_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class TaskConfig:
 
     Args:
         name: vqa, nlvr2, retrieval, imagenet, mnli, or the task of an installed plug-in.
-        data: prefix P of a dataset that tools/prepare_task.py wrote.
+        data: prefix P of a dataset that `vlmoe index-task` wrote.
         train_split: split to train on.
         eval_splits: splits to evaluate on, the first of which chooses the best checkpoint; empty takes the task's own.
         architecture: preset of the model where `--load` names no checkpoint (training from scratch).
@@ -66,7 +66,8 @@ class TaskConfig:
     report_examples: int = 24
 
     def __post_init__(self) -> None:
-        if self.name not in task_names():
+        # Packages are looked through only for a name that is none of ours: recipes are made at import.
+        if self.name not in TASKS and self.name not in task_names():
             known = ", ".join(task_names())
             raise ConfigError(
                 f"task.name={self.name}: unknown; choose one of {known}, or install its plug-in"

@@ -10,13 +10,16 @@ megatron-core.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
+import keyword
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from importlib.metadata import EntryPoint, distributions, entry_points
+from typing import Any, Literal, get_args
 
 from megatron_vlmoe.config.errors import ConfigError
 
@@ -24,6 +27,37 @@ GROUP = "megatron_vlmoe.tasks"
 """Group of the entry points of plug-ins."""
 # Kinds of prepared datasets that are no task (data/manifest.py).
 _OTHER_KINDS = ("text", "images", "pairs")
+
+PREDICT_OPTIONS = (
+    *("help", "load", "task", "input", "exif", "alpha", "json", "output", "top_k", "precision"),
+    *("batch_size", "capacity_factor", "text_tokenizer", "tokenizer", "labels"),
+)
+"""The options of ``predict`` besides the inputs of the tasks, which therefore have other names."""
+# Fields of rows that name code.
+_CODE = ("reader", "objective", "scores", "guess", "submission", "build", "shapes")
+
+Target = Literal["class", "answers", "match"]
+"""What is to be found of a sample."""
+
+
+def _check_fields(row: Head | TaskSpec) -> None:
+    """Raises ValueError where a field has a wrong type: rows of plug-ins are code that nobody type-checks."""
+    kinds: dict[object, type] = {"str": str, "bool": bool, "Head": Head, "tuple[str, ...]": tuple}
+    for field in dataclasses.fields(row):
+        name, value = field.name, getattr(row, field.name)
+        if field.type == "Target":
+            if value not in get_args(Target):
+                raise ValueError(f"{name} {value!r}: must be one of {', '.join(get_args(Target))}")
+        elif not isinstance(value, kinds[field.type]):
+            raise ValueError(f"{name} {value!r}: must be of type {field.type}")
+        elif isinstance(value, tuple):
+            if not all(isinstance(item, str) and item for item in value):
+                raise ValueError(f"{name} {value!r}: must hold names")
+            if len(set(value)) != len(value):
+                raise ValueError(f"{name} {value!r}: one name twice")
+        elif name in _CODE and (value or name != "submission"):
+            if not re.fullmatch(r"\w+(\.\w+)*:\w+", str(value)):
+                raise ValueError(f"{name} {value!r}: must be module:name")
 
 
 @dataclass(frozen=True)
@@ -47,6 +81,9 @@ class Head:
         hf_class: class of convert/hf/modeling_vlmoe.py with the same head; empty: the task cannot be exported.
         hf_auto_class: Auto class of transformers that gives `hf_class` in an export.
         hf_tag: the pipeline tag of an export: what the Hub calls such a task.
+
+    Raises:
+        ValueError: a field of a wrong type.
     """
 
     build: str
@@ -54,6 +91,9 @@ class Head:
     hf_class: str = ""
     hf_auto_class: str = ""
     hf_tag: str = "feature-extraction"
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +103,8 @@ class TaskSpec:
     Args:
         name: of the task, as in ``--task``; also in prepared data and in checkpoints.
         images: names of a sample's images, as ``predict`` and `VLMoE` take them; one at most where there is no text.
-        texts: names of a sample's texts, which become one: ``<s> A </s> B </s>``.
+            None may be one of `PREDICT_OPTIONS`.
+        texts: names of a sample's texts, which become one: ``<s> A </s> B </s>``; named as `images` are.
         target: what is to be found of a sample: its ``class``, one of the ``answers`` that several annotators gave
             (each with a score), or which image and caption ``match``.
         shared_images: several samples may be about one image, which is then stored once.
@@ -86,13 +127,13 @@ class TaskSpec:
         decides: the classes are a few, and a prediction names all of them.
 
     Raises:
-        ValueError: a row that contradicts itself.
+        ValueError: a field of a wrong type, or a row that contradicts itself.
     """
 
     name: str
     images: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
-    target: Literal["class", "answers", "match"] = "class"
+    target: Target = "class"
     shared_images: bool = False
     reader: str
     reader_options: tuple[str, ...] = ()
@@ -109,14 +150,32 @@ class TaskSpec:
     decides: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in _OTHER_KINDS:
+        name = str(self.name)
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _OTHER_KINDS:
             raise ValueError(f"a task cannot be named {self.name!r}")
-        if not (self.images or self.texts) or not self.splits:
-            raise ValueError(f"task {self.name}: needs images or texts, and splits")
-        if bad := [name for name in (*self.images, *self.texts) if not name.isidentifier()]:
-            raise ValueError(f"task {self.name}: {bad[0]!r} cannot be the name of an argument")
+        try:
+            _check_fields(self)
+            self._check_names()
+        except ValueError as error:
+            raise ValueError(f"task {name}: {error}") from error
+
+    def _check_names(self) -> None:
+        inputs = (*self.images, *self.texts)
+        if not inputs or not self.splits:
+            raise ValueError("needs images or texts, and splits")
+        for name in inputs:
+            if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
+                raise ValueError(f"{name!r} cannot be the name of an argument")
+            if name in PREDICT_OPTIONS:
+                raise ValueError(f"input {name!r} is named as an option of predict")
+            if inputs.count(name) > 1:
+                raise ValueError(f"{name!r} is the name of an image and of a text")
         if len(self.images) > 1 and not self.texts:
-            raise ValueError(f"task {self.name}: several images need a text that they go with")
+            raise ValueError("several images need a text that they go with")
+        if self.target == "match" and (len(self.images), len(self.texts)) != (1, 1):
+            raise ValueError("target 'match' needs one image and one text")
+        if self.table_split and self.table_split not in self.splits:
+            raise ValueError(f"table_split {self.table_split!r}: none of its splits")
 
     @property
     def stream(self) -> SampleShape:
@@ -305,29 +364,31 @@ def find_task(name: str) -> TaskSpec:
     try:
         found = points[0].load()
         spec = found if isinstance(found, TaskSpec) else found()
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"task {name}: {_origin(points[0])} does not load: {reason}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"task {name}: {_origin(points[0])} does not load: {_reason(error)}"
+        ) from error
     if not isinstance(spec, TaskSpec) or spec.name != name:
         what = f"task {spec.name}" if isinstance(spec, TaskSpec) else f"a {type(spec).__name__}"
         raise ConfigError(f"task {name}: {_origin(points[0])} gives {what}, not its TaskSpec")
     return spec
 
 
-def load_code(path: str) -> Any:
-    """What a row names as ``module:name``.
+def load_code(path: str, task: str) -> Any:
+    """What the row of a task names as ``module:name``.
 
     Raises:
-        ConfigError: a plug-in names what is not there.
+        ConfigError: a plug-in names what is not there or does not load. What its code does later is its own.
     """
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if module.startswith("megatron_vlmoe."):
+    except (Exception, SystemExit) as error:
+        if task in TASKS:
             raise
+        origin = _origin(_plug_ins()[task][0])
         raise ConfigError(
-            f"{path}: named by a task's plug-in, but does not load: {error}"
+            f"task {task}: {origin} names {path}, which does not load: {_reason(error)}"
         ) from error
 
 
@@ -335,9 +396,34 @@ def load_code(path: str) -> Any:
 def _plug_ins() -> Mapping[str, tuple[EntryPoint, ...]]:
     """Entry points by name; one that two packages repeat word for word counts once."""
     found: dict[str, dict[str, EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
+    for point in _points():
         found.setdefault(point.name, {}).setdefault(point.value, point)
     return {name: tuple(points.values()) for name, points in found.items()}
+
+
+def _points() -> Iterable[EntryPoint]:
+    try:
+        return entry_points(group=GROUP)
+    except Exception:
+        # The list of some package is malformed, of whatever group; those of the others count.
+        return list(_points_of_each_package())
+
+
+def _points_of_each_package() -> Iterator[EntryPoint]:
+    for package in distributions():
+        try:
+            yield from package.entry_points.select(group=GROUP)
+        except Exception as error:
+            if GROUP in (package.read_text("entry_points.txt") or ""):
+                print(
+                    f"warning: package {package.name}: its tasks are not known, because its "
+                    f"entry_points.txt is malformed ({_reason(error)})",
+                    file=sys.stderr,
+                )
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _origin(point: EntryPoint) -> str:

@@ -217,8 +217,8 @@ def _manifest_of(raw: Any) -> DatasetManifest:
     files = {name: FileRecord(**record) for name, record in raw["files"].items()}
     manifest = DatasetManifest(**{**raw, "files": files})
     if is_task(manifest.kind) and manifest.kind not in task_names():
-        raise ValueError(
-            f"unknown kind {manifest.kind!r}: of a task whose plug-in is not installed?"
+        raise DataError(
+            f"a dataset of {manifest.kind!r}, which is no kind that is known; if it is a task, install its plug-in"
         )
     counts = ("documents", "sequences", "tokens", "bytes", "rejects", "format_version")
     numbers = {name: getattr(manifest, name) for name in counts}

@@ -62,7 +62,7 @@ def read_labels(path: Path) -> Labels:
     Raises:
         DataError: the file is missing or damaged.
     """
-    value = read_json(path, "not found (made by tools/prepare_task.py)")
+    value = read_json(path, "not found (made by vlmoe index-task)")
     if not (isinstance(value, dict) and isinstance(value.get("task"), str)):
         raise DataError(f"{path}: damaged: no task is named")
     labels, names = _texts(value.get("labels")), _texts(value.get("names"))

@@ -318,7 +318,7 @@ def guessing_rate(task: str, prefix: str, split: str) -> float:
     spec = find_task(task)
     dataset = TaskDataset.open(f"{prefix}_{split}", task, None)
     labels = load_labels(prefix) if spec.has_labels else None
-    return float(load_code(spec.guess)(dataset, labels))
+    return float(load_code(spec.guess, task)(dataset, labels))
 
 
 def downstream_table(runs: Path, data: Path) -> dict[str, dict[str, Any]]:

@@ -245,7 +245,8 @@ class ClassificationObjective(TaskObjective):
         found = self.evaluate_items(runner, len(samples), shape, parts, reduce)
         if found is None:
             return share_metrics(None), None
-        scores: Mapping[str, Score] = load_code(task.spec.scores)(found, split, self.data.labels)
+        score = load_code(task.spec.scores, task.name)
+        scores: Mapping[str, Score] = score(found, split, self.data.labels)
         first = next(iter(scores.values()))
         metrics = {"unlabelled": float(first.unlabelled)}
         if first.count:

@@ -41,7 +41,7 @@ class PreparedTask:
         """
         task = config.task
         if not task.data:
-            raise ConfigError("--task.data is missing: the --output of tools/prepare_task.py")
+            raise ConfigError("--task.data is missing: the --output of vlmoe index-task")
         tokenizer = None
         if task.spec.texts:
             if not config.data.text_tokenizer:

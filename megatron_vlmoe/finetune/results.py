@@ -214,7 +214,7 @@ def evaluate_all(
         rows = itertools.chain.from_iterable(table.rows() for table in tables)
         write_jsonl(folder / "predictions.jsonl", rows)
         for table in tables if task.spec.submission else ():
-            submission = load_code(task.spec.submission)(table.answers)
+            submission = load_code(task.spec.submission, task.name)(table.answers)
             write_json(_answers_file(config, table.split.name), submission)
         left_out = {table.split.name: len(table.left_out) for table in tables}
         content = {"task": task.name, "metrics": metrics, "settings": settings}
@@ -256,7 +256,7 @@ def _report(
     for table in labelled:
         split = table.split.name
         samples = metrics[f"{split}/samples"]
-        guess = number(load_code(task.spec.guess)(table.split.dataset, table.labels))
+        guess = number(load_code(task.spec.guess, task.name)(table.split.dataset, table.labels))
         name = f"{split}/{task.spec.best_metric}"
         note = f"guessing: {guess}; {samples:,.0f} samples"
         headlines.append((f"{name}, percent", metrics[name], note))

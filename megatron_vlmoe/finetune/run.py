@@ -164,7 +164,8 @@ def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
 
 def build_objective(config: FinetuneConfig, ranks: Ranks, data: TaskData) -> TaskObjective:
     """The objective of a run's task."""
-    objective: TaskObjective = load_code(config.task.spec.objective)(config, ranks, data)
+    make = load_code(config.task.spec.objective, config.task.name)
+    objective: TaskObjective = make(config, ranks, data)
     return objective
 
 

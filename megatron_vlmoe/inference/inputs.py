@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 UNKNOWN_SHARE = 0.01
 """Texts with a larger share of unknown tokens are warned of."""
 
-# Longer texts would only be cut; tools/prepare_task.py refuses them too.
+# Longer texts would only be cut; vlmoe index-task refuses them too.
 MAX_CHARACTERS = 1 << 16
 
 
@@ -90,7 +90,7 @@ def pixels(images: Sequence[Item], size: int, rules: ImageRules = DEFAULT_RULES)
 
 
 def read_image(item: Item, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
-    """An image in RGB, as tools/prepare_task.py would store it, but that nothing goes through a JPEG or is shrunk.
+    """An image in RGB, as vlmoe index-task would store it, but that nothing goes through a JPEG or is shrunk.
 
     Args:
         item: Pillow image, path, encoded bytes, or uint8 array ``[H, W, 3]``.
@@ -133,7 +133,7 @@ def read_image(item: Item, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
 
 
 def tokens(texts: Sequence[Item], tokenizer: TextTokenizer) -> list[Array]:
-    """Token ids of texts, tokenized as tools/prepare_task.py does: without space around them.
+    """Token ids of texts, tokenized as vlmoe index-task does: without space around them.
 
     Texts of which the tokenizer does not know more than 1% give one `UnknownTextWarning`.
 

@@ -191,5 +191,7 @@ class RetrievalHeads(TaskHeads):
 def build_task_heads(transformer_config: TransformerConfig, config: RunConfig) -> Heads:
     """The heads of the task of a run."""
     assert isinstance(config, FinetuneConfig)
-    heads: Heads = load_code(config.task.spec.head.build)(transformer_config, config)
+    heads: Heads = load_code(config.task.spec.head.build, config.task.name)(
+        transformer_config, config
+    )
     return heads

@@ -141,8 +141,9 @@ def parameters(config: RunConfig) -> list[Parameter]:
     found += _rows("decoder.", _norm("final_layernorm", width), last, SEGMENTS)
     if not isinstance(config, FinetuneConfig):
         return found + _pretraining_heads(config)
-    shapes: Callable[[int, int], Shapes] = load_code(config.task.spec.head.shapes)
-    heads = shapes(width, config.task.num_classes)
+    task = config.task
+    shapes: Callable[[int, int], Shapes] = load_code(task.spec.head.shapes, task.name)
+    heads = shapes(width, task.num_classes)
     return found + _rows("heads.", heads, last, SEGMENTS, applied=0)
 
 

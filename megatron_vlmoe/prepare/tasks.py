@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -95,10 +96,17 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class CheckSamples:
-    """The work on one chunk: decode the images, tokenize the texts."""
+    """The work on one chunk: decode the images, tokenize the texts.
+
+    Attributes:
+        task: its name.
+        options: how samples are stored.
+        num_classes: how many classes there are; 0 for a task without.
+    """
 
     task: str
     options: TaskOptions
+    num_classes: int
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer | None:
@@ -121,11 +129,17 @@ class CheckSamples:
                     result.images[_key(image)] = f"{error} ({image.path})" if own else str(error)
         spec = find_task(self.task)
         what = "caption" if spec.target == "match" else "text"
-        groups = [item.texts for item in chunk.items if isinstance(item, TaskSample)]
+        items = [
+            Reject(item.source, item.record, reason, sample=_shown_id(item))
+            if isinstance(item, TaskSample) and (reason := _misfit(item, spec, self.num_classes))
+            else item
+            for item in chunk.items
+        ]
+        groups = [item.texts for item in items if isinstance(item, TaskSample)]
         texts: Iterator[tuple[GoodTexts, BadTexts]] = (([], []) for _ in groups)
         if self._tokenizer is not None:
             texts = encode_groups(self._tokenizer, groups, what, _MAX_CHARACTERS)
-        for item in chunk.items:
+        for item in items:
             if isinstance(item, Reject):
                 result.items.append(item)
             else:
@@ -133,17 +147,53 @@ class CheckSamples:
         return result
 
 
+def _misfit(sample: TaskSample, spec: TaskSpec, num_classes: int) -> str:
+    """What of a sample does not fit its task; empty if all does. A reader may be a plug-in's, so nothing is sure."""
+    if not isinstance(sample.id, str):
+        return f"its id {sample.id!r} is neither a text nor a whole number"
+    for name in ("texts", "labels", "scores", "answers"):
+        if not isinstance(getattr(sample, name), tuple | list):
+            return f"its {name} are {getattr(sample, name)!r}, which is no tuple"
+    names = (sample.id, *sample.answers, sample.answer_type)
+    if bad := [name for name in names if not isinstance(name, str)]:
+        return f"its answer {bad[0]!r} is not a text"
+    try:
+        "".join(names).encode("utf-8")
+    except UnicodeEncodeError:
+        return "invalid Unicode in its id or answers"
+    if len(sample.images) != len(spec.images):
+        return f"{len(sample.images)} images, but a sample of {spec.name} has {len(spec.images)}"
+    # An image has as many captions as there are.
+    if spec.target != "match" and len(sample.texts) != len(spec.texts):
+        return f"{len(sample.texts)} texts, but a sample of {spec.name} has {len(spec.texts)}"
+    return _misfit_labels(sample, spec, num_classes)
+
+
+def _misfit_labels(sample: TaskSample, spec: TaskSpec, num_classes: int) -> str:
+    for label in sample.labels:
+        if not isinstance(label, Integral) or isinstance(label, bool):
+            return f"label {label!r} is not a whole number"
+        if not 0 <= label < num_classes:
+            return f"label {label} is none of the {num_classes} classes, which count from 0"
+    if len(sample.labels) != len(sample.scores):
+        return f"{len(sample.labels)} labels, but {len(sample.scores)} scores"
+    if len(sample.labels) > 1 and not spec.has_answers:
+        return f"{len(sample.labels)} labels, but a sample of {spec.name} has one class"
+    for score in sample.scores:
+        # Written so that a NaN is refused too.
+        if not isinstance(score, Real) or not 0 <= float(score) <= 1:
+            return f"score {score!r} of its label is not a number from 0 to 1"
+    return ""
+
+
+def _shown_id(sample: TaskSample) -> str:
+    return str(sample.id).encode("utf-8", "replace").decode()
+
+
 def _checked(
     sample: TaskSample, spec: TaskSpec, good: GoodTexts, bad: BadTexts
 ) -> list[CheckedSample | Reject]:
-    """The sample with its texts; bad captions go alone, any other bad text, or a name of no use, takes all."""
-    try:
-        for name in (sample.id, *sample.answers, sample.answer_type):
-            name.encode("utf-8")
-    except UnicodeEncodeError:
-        reason = "invalid Unicode in its id or answers"
-        lost = sample.id.encode("utf-8", "replace").decode()
-        return [Reject(sample.source, sample.record, reason, sample=lost)]
+    """The sample with its texts; bad captions go alone, any other bad text takes all."""
     checked = CheckedSample(sample, good)
     rejects: list[CheckedSample | Reject] = []
     # An image's captions are samples of their own.
@@ -271,7 +321,7 @@ def prepare_task(source: TaskInput, run: Run, options: TaskOptions) -> dict[str,
         raise DataError(f"task {source.task} needs --text-tokenizer")
     if not os.path.isdir(source.raw):
         raise DataError(f"{source.raw}: not a folder")
-    raw: TaskSource = load_code(spec.reader)(source)
+    raw: TaskSource = load_code(spec.reader, spec.name)(source)
     splits = tuple(dict.fromkeys(options.splits)) or raw.splits()
     streams = {split: raw.read(split) for split in splits}
     model = options.tokenizer_model if spec.texts else None
@@ -279,7 +329,8 @@ def prepare_task(source: TaskInput, run: Run, options: TaskOptions) -> dict[str,
     labels = raw.labels
     if labels is not None:
         print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
-    work = CheckSamples(source.task, replace(options, tokenizer_model=model))
+    num_classes = 0 if labels is None else len(labels.labels)
+    work = CheckSamples(source.task, replace(options, tokenizer_model=model), num_classes)
     dtypes: list[npt.DTypeLike] = [np.uint8] if spec.images else []
     if tokenizer is not None:
         dtypes.append(token_dtype(tokenizer.size))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.errors import DataError, UserError
 
 Content = TypeVar("Content")
 
@@ -51,7 +51,8 @@ def read_versioned(
         version: the newest format that is known.
         what: the kind of file, for errors.
         missing: what the error says if there is no such file.
-        make: what the value stands for; it fails where the value has not the fields that it should have.
+        make: what the value stands for; it fails where the value has not the fields that it should have, with
+            a `UserError` where the file is not to blame.
 
     Raises:
         DataError: the file is missing, damaged, or of a newer format; the message names it.
@@ -62,6 +63,9 @@ def read_versioned(
         raise DataError(f"{path}: format version {found} is newer than this program's {version}")
     try:
         return make(raw)
+    except UserError as error:
+        # The file is as it should be, but something else is not.
+        raise DataError(f"{path}: {error}") from error
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise DataError(f"{path}: damaged: not {what} ({error})") from error
 

@@ -109,7 +109,7 @@ POOL_THRESHOLD = 10_000
 """Fewer pictures than this are drawn faster than a process pool starts."""
 README = """\
 Sample corpus of generated pictures and texts: coloured shapes on a plain background.
-Made by tools/make_sample_corpus.py with --num-images {num_images} --seed {seed}.
+Made by vlmoe sample-corpus with --num-images {num_images} --seed {seed}.
 
 coco/annotations/captions_{{train,val}}2014.json   captions in the layout of COCO 2014
 coco/{{train,val}}2014/*.jpg                       the pictures they describe
@@ -194,7 +194,8 @@ def make_sample_corpus(corpus: SampleCorpus) -> bool:
         os.sync()
         staging.rename(whole)
     except OSError as error:
-        where = error.filename or output
+        # The user knows the files by the names that they would have had.
+        where = str(error.filename or output).replace(str(staging), str(output))
         raise DataError(f"cannot write {where}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

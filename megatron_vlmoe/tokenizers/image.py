@@ -81,7 +81,7 @@ class ImageTokenizer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> ImageTokenizer:
-        """Load a folder made by `tools/train_image_tokenizer.py` or a published BEiT v2 `.pth`.
+        """Load a folder made by `vlmoe train-image-tokenizer` or a published BEiT v2 `.pth`.
 
         Weights stay in fp32; with `dtype` bfloat16 the encoder runs under autocast, the code
         projection and the search in fp32. Raises ValueError (one line) naming the path.

@@ -54,7 +54,7 @@ class TextTokenizer:
         if missing:
             raise DataError(
                 f"text tokenizer {self.model_path} has no piece {', '.join(missing)}: "
-                "train it with tools/train_text_tokenizer.py"
+                "train it with vlmoe train-text-tokenizer"
             )
         if not processor.is_unknown(self.unk_id):
             raise DataError(

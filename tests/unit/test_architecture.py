@@ -391,14 +391,24 @@ def commands(text: str) -> Iterator[str]:
     yield from text.replace("\\\n", " ").splitlines()
 
 
+def test_no_message_sends_a_wheels_user_to_tools():
+    for path in SOURCES:
+        assert not re.search(r"tools/\w+\.py", path.read_text(encoding="utf-8")), path
+
+
 @functools.cache
+def options_of_command(name: str) -> set[str]:
+    """Options of a command; those of training, and some hand what they do not know on to it."""
+    if COMMANDS[name].main.startswith(("pretrain:", "finetune:")):
+        return PROGRAM_OPTIONS | ({"--task"} if name == "finetune" else set())
+    passes_on = name in ("compare-layouts", "bench", "upcycle")
+    return {*parser_of(name)._option_string_actions, *(PROGRAM_OPTIONS if passes_on else ())}
+
+
 def options_of_tool(tool: str) -> set[str]:
-    """Options of the commands that a tool runs; some hand what they do not know on to pretraining."""
+    """Options of the commands that a tool runs."""
     names = re.findall(r'"([a-z-]+)"', (ROOT / "tools" / tool).read_text())
-    parsers = [parser_of(name) for name in names if name in COMMANDS]
-    known = {option for parser in parsers for option in parser._option_string_actions}
-    passes_on = {"compare-layouts", "bench", "upcycle"} & set(names)
-    return known | (PROGRAM_OPTIONS if passes_on else set())
+    return set().union(*(options_of_command(name) for name in names if name in COMMANDS))
 
 
 def unknown_options(text: str) -> list[str]:
@@ -416,9 +426,12 @@ def unknown_options(text: str) -> list[str]:
             known = options_of_tool(tool)
             options = re.findall(r"(?<=[\s[])--[a-z][a-z0-9-]*(?=[\s=\]]|$)", rest)
             found += [f"tools/{tool} {name}" for name in options if name not in known]
-        for rest in re.findall(r"-m megatron_vlmoe pretrain([^`|;&]*)", line):
+        for command, rest in re.findall(r"-m megatron_vlmoe ([a-z-]+)([^`|;&]*)", line):
+            if command not in COMMANDS:
+                found.append(command)
+                continue
             options = re.findall(r"(?<=\s)--[a-z][a-z0-9-]*(?=[\s=\]]|$)", rest)
-            found += [name for name in options if name not in PROGRAM_OPTIONS]
+            found += [name for name in options if name not in options_of_command(command)]
     return found
 
 
@@ -433,6 +446,8 @@ def test_option_check_finds_wrong_options():
         "tools/merge_datasets.py --inputs"
     ]
     assert unknown_options("python -m megatron_vlmoe pretrain --dryrun") == ["--dryrun"]
+    assert unknown_options("python -m megatron_vlmoe merge-data --inputs A") == ["--inputs"]
+    assert unknown_options("python -m megatron_vlmoe merge-datasets") == ["merge-datasets"]
 
 
 def broken_references(path: Path) -> list[str]:

@@ -223,7 +223,8 @@ def test_manifest_round_trip_and_checks(manifest: tuple[str, DatasetManifest]) -
     ("change", "message"),
     [
         (lambda raw: {**raw, "format_version": 3}, "newer"),
-        (lambda raw: {**raw, "kind": "sounds"}, "damaged"),
+        # It may be of a plug-in that is not installed here.
+        (lambda raw: {**raw, "kind": "sounds"}, ": a dataset of 'sounds', .* install its plug-in"),
         (lambda raw: {**raw, "documents": "3"}, "damaged"),
         (lambda raw: {**raw, "files": {}}, "damaged"),
         (lambda raw: {**raw, "surprise": 1}, "damaged"),

@@ -118,7 +118,7 @@ def test_lists_of_objects(desk: Desk) -> None:
     images = [f"/elsewhere/NLVR2/images/dev/dev-1-0-img{side}.png" for side in (0, 1)]
     entries: list[dict[str, Any]] = [
         {"sentence": "two stars", "label": "False", "images": images},
-        {"sentence": "a star", "label": "True", "images": images[::-1]},
+        {"sentence": "a star", "label": "True", "images": images[::-1], "identifier": 12},
         {"sentence": "a star", "label": "True", "images": images[:1]},
         {"sentence": "a star", "label": "True", "images": ["dev/no.png", images[0]]},
     ]
@@ -127,6 +127,7 @@ def test_lists_of_objects(desk: Desk) -> None:
     data = desk.opened("dev", "nlvr2")
     found = [(row.labels, row.images, row.raw) for row in rows(data)]
     assert found == [((0,), (0, 1), ("two stars",)), ((1,), (1, 0), ("a star",))]
+    assert ids(data) == ["entry 0", "12"]
     assert stored_images(data) == [left, right]
     (first, reason), (second, missing) = rejects_of(f"{desk.out}_dev")
     assert (first, reason, second) == ("entry 2", '"images" is no list of two paths', "entry 3")

@@ -628,6 +628,16 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
         make_sample_corpus(SampleCorpus(output=tmp_path / "sample", num_images=5))
     assert len(drawn) == 4
     assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+
+    def refuse(path: Path, **more: bool) -> None:
+        # The folders above are there; that of the corpus has another name until it is complete.
+        if path.suffix == ".tmp":
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match=f"^cannot write {tmp_path}/new: Permission denied$"):
+        make_sample_corpus(SampleCorpus(output=tmp_path / "new", num_images=5))
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

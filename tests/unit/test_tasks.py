@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vlmoe.commands.predict import parse_arguments
 from megatron_vlmoe.config import tasks
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.presets import apply_recipe, default_recipe, recipe_names
@@ -32,6 +33,9 @@ def make():
 
 def broken():
     return replace(ROW, name="no name")
+
+def clashing():
+    return replace(ROW, texts=("output",))
 """
 Install = Callable[[str, str], None]
 
@@ -55,6 +59,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         forget()
 
     (tmp_path / "birds.py").write_text(CODE)
+    (tmp_path / "leaving.py").write_text("raise SystemExit(5)\n")
+    (tmp_path / "unfinished.py").write_text("def (\n")
+    (tmp_path / "lacking.py").write_text("from os import nothing_such\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield make
     forget()
@@ -65,7 +72,7 @@ def test_what_a_row_names_is_there(name: str) -> None:
     spec = find_task(name)
     code = (spec.reader, spec.objective, spec.scores, spec.guess, spec.submission)
     for path in (*filter(None, code), spec.head.build, spec.head.shapes):
-        assert callable(load_code(path)), path
+        assert callable(load_code(path, name)), path
     assert spec.recipe in recipe_names()
     assert (spec.table_split or spec.splits[0]) in spec.splits
 
@@ -80,6 +87,24 @@ def test_what_a_row_names_is_there(name: str) -> None:
         ({"splits": ()}, "and splits"),
         ({"images": ("left", "right")}, "several images need a text"),
         ({"images": ("an image",)}, "'an image' cannot be the name of an argument"),
+        ({"texts": ("class",)}, "'class' cannot be the name of an argument"),
+        ({"texts": ("self",)}, "'self' cannot be the name of an argument"),
+        ({"texts": ("output",)}, "input 'output' is named as an option of predict"),
+        ({"images": ("top_k",)}, "input 'top_k' is named as an option of predict"),
+        ({"texts": ("image",)}, "'image' is the name of an image and of a text"),
+        ({"texts": ("a", "a")}, "texts .*: one name twice"),
+        ({"texts": "line"}, "texts 'line': must be of type tuple"),
+        ({"splits": "val"}, "splits 'val': must be of type tuple"),
+        ({"splits": ("val", 7)}, "splits .*: must hold names"),
+        ({"table_split": "test"}, "table_split 'test': none of its splits"),
+        ({"target": "klass"}, "target 'klass': must be one of class, answers, match"),
+        ({"target": "match"}, "target 'match' needs one image and one text"),
+        ({"head": "birds:Heads"}, "head 'birds:Heads': must be of type Head"),
+        ({"decides": "no"}, "decides 'no': must be of type bool"),
+        ({"reader": "birds"}, "reader 'birds': must be module:name"),
+        ({"reader": ":Reader"}, "reader ':Reader': must be module:name"),
+        ({"objective": ""}, "objective '': must be module:name"),
+        ({"name": 7}, "cannot be named 7"),
     ],
 )
 def test_a_row_that_contradicts_itself(change: dict[str, Any], message: str) -> None:
@@ -108,10 +133,6 @@ def test_packages_add_tasks(install: Install) -> None:
         ConfigError, match="^task.name=bird: unknown; choose one of vqa, .*, fish, or"
     ):
         TaskConfig(name="bird")
-    with pytest.raises(
-        ConfigError, match="^birds:Heads: named by a task's plug-in, but does not load"
-    ):
-        load_code(find_task("birds").head.build)
     with pytest.raises(ValueError, match="^task birds: its head names no class of transformers"):
         architecture("birds")
 
@@ -139,6 +160,16 @@ def test_packages_add_tasks(install: Install) -> None:
             "",
             "plug-in nowhere:ROW of package a does not load: ModuleNotFoundError",
         ),
+        (
+            "birds = birds:clashing",
+            "",
+            "plug-in birds:clashing of package a does not load: ValueError: task birds: input 'output'",
+        ),
+        (
+            "birds = leaving:ROW",
+            "",
+            "plug-in leaving:ROW of package a does not load: SystemExit: 5",
+        ),
         ("birds = birds:ROW", "birds = birds:make", "plug-in birds:"),
         ("vqa = birds:ROW", "", "plug-in birds:ROW of package a takes the name of a built-in task"),
         (
@@ -163,3 +194,41 @@ def test_a_wrong_package_is_named_in_one_line(
     # Other tasks are not disturbed by it.
     assert TaskConfig(name="mnli").spec.best_metric == "accuracy"
     assert [spec.name for spec in tasks.working_tasks()].count("mnli") == 1
+    assert parse_arguments(["--load", "run", "--premise", "a"]).premise == "a"
+
+
+def test_no_option_of_predict_can_be_the_name_of_an_input() -> None:
+    inputs = {name for spec in TASKS.values() for name in (*spec.images, *spec.texts)}
+    options = vars(parse_arguments(["--load", "run"])).keys() - inputs
+    # An option that is gone in the result: that of the help, and the former spelling of --text-tokenizer.
+    assert options | {"help", "tokenizer"} == set(tasks.PREDICT_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("birds:Heads", "AttributeError: module 'birds' has no attribute 'Heads'"),
+        ("nowhere:Heads", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("lacking:Heads", "ImportError: cannot import name 'nothing_such'"),
+        ("unfinished:Heads", "SyntaxError: "),
+        ("leaving:Heads", "SystemExit: 5"),
+    ],
+)
+def test_code_of_a_plug_in_that_does_not_load_is_named(
+    path: str, reason: str, install: Install
+) -> None:
+    install("a", "birds = birds:ROW")
+    with pytest.raises(ConfigError) as caught:
+        load_code(path, "birds")
+    start = f"task birds: plug-in birds:ROW of package a names {path}, which does not load: "
+    assert str(caught.value).startswith(start + reason) and "\n" not in str(caught.value)
+
+
+def test_a_malformed_list_of_entry_points_hides_no_other(
+    install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("a", "this is no entry point")
+    install("b", "birds = birds:ROW")
+    assert find_task("birds").images == ("image",)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: package a: its tasks are not known, because its entry_points")

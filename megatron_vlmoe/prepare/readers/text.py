@@ -93,7 +93,7 @@ def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
         unit, json_key = "line", None
         items: Iterator[Payload | Reject]
         if kind == "tar":
-            advice = "unpack it (pairs of WebDataset: tools/preprocess_pairs.py)"
+            advice = "unpack it (pairs of WebDataset: vlmoe index-pairs)"
             raise refused(path, "a tar archive", advice)
         if kind == "table":
             # A null is an empty document, which the worker rejects by its row number.

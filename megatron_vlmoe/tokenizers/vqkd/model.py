@@ -307,7 +307,10 @@ def read_torch_file(path: Path, device: torch.device | str, allowed: Sequence[ty
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location=device, weights_only=True)
     except UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        # Of what the unpickler refuses torch says how to read it without that check, which is no advice for users.
+        reason = "it is no file of torch.save, damaged, or holds more than tensors"
+        if isinstance(error, RuntimeError | OSError):
+            reason = str(error).strip().partition("\n")[0] or reason
         raise DataError(f"{path}: cannot be read as a checkpoint: {reason}") from error
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Protocol, TypeVar
 
 from megatron_vlmoe.config.errors import DataError
@@ -56,7 +57,8 @@ class TaskSample:
     """A sample of the raw data; texts are objects as parsed, checked later.
 
     ``source`` and ``record`` name it in errors; the other fields are those of `TaskRow` before
-    images and texts have numbers. For retrieval it is an image with all its captions.
+    images and texts have numbers. For retrieval it is an image with all its captions. An ``id`` that
+    is a whole number is taken as its text.
     """
 
     source: str
@@ -68,6 +70,10 @@ class TaskSample:
     scores: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()
     answer_type: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.id, Integral) and not isinstance(self.id, bool):
+            object.__setattr__(self, "id", str(self.id))
 
 
 SampleStream = Iterator[TaskSample | LeftOut | Reject]

@@ -144,7 +144,7 @@ class Nlvr2Source:
     def _list_rows(self, path: str) -> Rows:
         for record, entry in json_entries(path):
             identifier, images = entry.get("identifier"), entry.get("images")
-            name = identifier if isinstance(identifier, str) else ""
+            name = "" if identifier is None else str(identifier)
             record = f"{record} ({name})" if name else record
             try:
                 if (
