@@ -132,5 +132,6 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
     stream = StreamBatch(layout, pair_lengths=lengths)
     tensors = to_tensors(batch)
     with torch.no_grad():
-        hidden = parts.chunks[0].encode(tensors, stream)
+        (model,) = parts.chunks
+        hidden = model.decoder(model.embedding(tensors, stream), stream)
     return {name: x.squeeze(2).numpy() for name, x in layout.segments(hidden).items()}

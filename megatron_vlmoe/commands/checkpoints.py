@@ -243,7 +243,7 @@ def inspect(words: Sequence[str]) -> int:
     parser = CommandParser(
         "inspect-checkpoint",
         "Print what a checkpoint holds; exit status 1 if a tensor is missing, unexpected or not finite.",
-        epilog="`compare-checkpoints A B`, or `tools/inspect_checkpoint.py diff A B`, shows how two differ.",
+        epilog="`vlmoe compare-checkpoints A B` (`diff A B` behind the name of the script) shows how two differ.",
     )
     parser.add_argument("path", metavar="PATH", help=PATH_HELP)
     parser.add_argument("--config", action="store_true", help="print the whole configuration too")

@@ -47,7 +47,7 @@ def _outputs(task: str, config: Any, model: Any) -> dict[str, Any]:
     with torch.no_grad():
         for layout, stream, batch in _batches(task, config):
             if not task:
-                hidden = model.encode(batch, stream)
+                hidden = model.decoder(model.embedding(batch, stream), stream)
                 found |= _pretraining(model, hidden.squeeze(1), layout)
             else:
                 found |= model(batch, stream)
@@ -179,5 +179,5 @@ def _pretraining(model: Any, hidden: torch.Tensor, layout: Any) -> dict[str, Any
         rows = states if "text" in segment else states[:, 1:]
         logits = head(rows.reshape(-1, 1, rows.shape[2])).view(*rows.shape[:2], -1)
         found[f"{segment}/hidden"] = states
-        found[f"{segment}/logits"] = logits[..., : head.num_classes]
+        found[f"{segment}/logits"] = logits[..., : head.valid_rows]
     return found

@@ -566,7 +566,7 @@ def test_written_whole_or_not_at_all(dense_folder: Path, tmp_path: Path) -> None
 
 def test_options_and_task_checkpoints(tmp_path: Path) -> None:
     for options in ({"noise": -1.0}, {"drop_fraction": 1.5}, {"noise": float("nan")}):
-        with pytest.raises(ConvertError):
+        with pytest.raises(ConfigError):
             UpcycleOptions(**options)
     config = FinetuneConfig()
     config = replace(config, model=MODEL, task=replace(config.task, name="vqa", num_classes=3))
