@@ -206,6 +206,17 @@ def test_failing_writes_of_the_system_are_one_line(tmp_path: Path, out: Path, mo
     assert files_of(out.parent) == []
 
 
+def open_when_read(fifo: Path) -> int:
+    """Opens a pipe for writing once its reader has opened it."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert time.monotonic() < deadline, "nobody reads the pipe"
+            time.sleep(0.02)
+
+
 @pytest.mark.process
 def test_terminated_tool_leaves_nothing(tmp_path: Path, out: Path, model: str) -> None:
     fifo = tmp_path / "a.txt"
@@ -213,12 +224,16 @@ def test_terminated_tool_leaves_nothing(tmp_path: Path, out: Path, model: str) -
     command = [sys.executable, str(ROOT / "tools" / "preprocess_text.py")]
     command += text_arguments(out, model, fifo)
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not files_of(out.parent) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert all(".tmp-" in name for name in files_of(out.parent)) and files_of(out.parent)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 143
+        try:
+            # A signal just before it blocks in opening its input would only be seen when that opens.
+            writer = open_when_read(fifo)
+            time.sleep(0.5)
+            assert files_of(out.parent) and all(".tmp-" in name for name in files_of(out.parent))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 143
+            os.close(writer)
+        finally:
+            process.kill()
     assert files_of(out.parent) == []
 
 
