@@ -52,7 +52,8 @@ launch() {
     local status=0 errors output copier
     errors="$(mktemp)"
     # Not a child of torchrun, whose children get the signals.
-    exec {output}> >(trap '' USR1 TERM INT HUP; exec tee >(grep --line-buffered '^error: ' > "$errors") >&2)
+    exec {output}> >(trap '' USR1 TERM INT HUP
+        tee >(grep --line-buffered '^error: ' > "$errors") >&2; wait "$!") # for grep
     copier=$!
     (trap '' USR1 TERM INT; exec torchrun --signals-to-handle SIGHUP,SIGQUIT "$@" 2>&"$output" {output}>&-) &
     TORCHRUN_PID=$!
@@ -64,7 +65,7 @@ launch() {
         wait "$TORCHRUN_PID" || status=$?
     done
     # A process that outlives torchrun may hold its output open.
-    for _ in {1..20}; do kill -0 "$copier" 2>/dev/null || break; sleep 0.1; done
+    for _ in {1..50}; do kill -0 "$copier" 2>/dev/null || break; sleep 0.1; done
     [ "$status" -eq 0 ] || head -n 1 "$errors" >&2
     rm -f "$errors"
     return "$status"

@@ -50,7 +50,7 @@ def check_options(words: Sequence[str]) -> None:
 
     Launchers call it before torchrun, which would start every worker to find the same error in each of them.
     """
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & set(words):
         print(CHECK_OPTIONS_USAGE)
         return
     command, options = words[0], words[1:]

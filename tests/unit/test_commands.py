@@ -329,13 +329,15 @@ def test_the_dry_run_of_a_task_opens_data_and_checkpoint_at_once(
 
 def assert_light(words: list[str]) -> subprocess.CompletedProcess[str]:
     """Runs a command that must neither import torch nor take long."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = started("-c", LIGHT.format(words=words))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # 0.4 to 0.9 s on an idle core; torch alone takes 2.5 s.
-    assert used < 1.5
+    used = []
+    # 0.4 to 0.9 s on an idle core; torch alone takes 2.5 s. The same work counts more where cores are shared.
+    while not used or (used[-1] >= 1.5 and len(used) < 3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = started("-c", LIGHT.format(words=words))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(used) < 1.5
     return done
 
 

@@ -327,25 +327,6 @@ def test_help_shows_no_default_that_the_checkpoint_or_the_recipe_replaces(
     assert base in " ".join(text.split()) and "(default: " not in text.split("\nModel:")[1]
 
 
-@pytest.mark.process
-@pytest.mark.parametrize(
-    "parse",
-    [
-        "megatron_vlmoe.config.command_line import parse_run; parse_run('pretrain', ['-h'])",
-        "megatron_vlmoe.finetune.options import parse_finetune; parse_finetune(['-h'])",
-    ],
-)
-def test_help_is_quick(parse: str) -> None:
-    program = f"""
-import atexit, sys, time
-atexit.register(lambda: print(time.process_time(), "torch" in sys.modules, file=sys.stderr))
-from {parse}
-"""
-    seconds, torch = run("-c", program).succeeded().stderr.split()
-    assert torch == "False"
-    assert float(seconds) < 1.5
-
-
 def message(words: str, ranks: int = 1) -> str:
     """What a user reads who types this."""
     command, *options = words.split()

@@ -227,7 +227,9 @@ def test_terminated_tool_leaves_nothing(tmp_path: Path, out: Path, model: str) -
         try:
             # A signal just before it blocks in opening its input would only be seen when that opens.
             writer = open_when_read(fifo)
-            time.sleep(0.5)
+            deadline = time.monotonic() + 120
+            while not files_of(out.parent) and time.monotonic() < deadline:
+                time.sleep(0.02)
             assert files_of(out.parent) and all(".tmp-" in name for name in files_of(out.parent))
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 143
