@@ -90,8 +90,9 @@ class VLMoETest(ModelTesterMixin):
         )
         # The test of a model that reads no text looks for its ids.
         self.test_resize_embeddings = self.name not in IMAGE_ONLY
-        # Where a model reads more than its main input.
-        self.additional_model_inputs = ["pixel_values"] if self.name not in IMAGE_ONLY else []
+        # Where a model reads more than its main input: a mask of a text is refused without the text.
+        more = {"VLMoEForMaskedImageModeling": ["input_ids"]} | dict.fromkeys(IMAGE_ONLY, [])
+        self.additional_model_inputs = more.get(self.name, ["pixel_values"])
 
     @property
     def all_model_classes(self) -> tuple[type, ...]:
