@@ -13,7 +13,7 @@ from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError, UserError, user_files
 from megatron_vlmoe.convert.public import FAMILY_NAMES
 from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions, sparse_config
-from megatron_vlmoe.prepare.tool import positive_int
+from megatron_vlmoe.prepare.tool import count, positive_int
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.lazy import load
 from megatron_vlmoe.runtime.memory import give_back_freed_tensors
@@ -269,7 +269,7 @@ def compare(words: Sequence[str]) -> int:
     parser.add_argument("right", metavar="B", help="likewise")
     parser.add_argument(
         "--top",
-        type=_count,
+        type=count,
         default=20,
         metavar="N",
         help="lines of a list; 0 is all (%(default)s)",
@@ -289,12 +289,6 @@ def _add_json(parser: CommandParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write everything as JSON; - prints it instead of the text"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError("expected a whole number of at least 0")
-    return int(text)
 
 
 @contextlib.contextmanager

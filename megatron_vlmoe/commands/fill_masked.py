@@ -11,6 +11,8 @@ from pathlib import Path
 
 from megatron_vlmoe.commands.options import CommandParser
 from megatron_vlmoe.config.errors import FillingError, user_files
+from megatron_vlmoe.convert.hf_config import architecture, read_config
+from megatron_vlmoe.prepare.tool import count
 from megatron_vlmoe.runtime.lazy import load
 
 
@@ -21,11 +23,11 @@ def build_parser() -> CommandParser:
         "Fill a masked word and masked patches of a captioned picture with an exported model, as a PNG.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="HF_DIR", help="export of a pretrained model")
+    add("--model", required=True, type=Path, metavar="HF_DIR", help="export of a pretrained model")
     add("--image-tokenizer", required=True, metavar="DIR", help="that the model was trained with")
     add("--pairs", required=True, metavar="PREFIX", help="indexed dataset of image-text pairs")
     add("--number", type=int, default=0, help="document of it (%(default)s)")
-    add("--seed", type=int, default=0, help="of the hidden patches (%(default)s)")
+    add("--seed", type=count, default=0, help="of the hidden patches (%(default)s)")
     add("--output", required=True, type=Path, metavar="PNG", help="picture to draw")
     return parser
 
@@ -34,6 +36,10 @@ def build_parser() -> CommandParser:
 def main(words: Sequence[str]) -> None:
     """Fills and draws."""
     arguments = build_parser().parse_args(words)
+    # Of a folder that is not there, transformers would ask the Hub.
+    kinds = read_config(arguments.model).get("architectures")
+    if kinds != [architecture()]:
+        raise FillingError(f"{arguments.model}: is {kinds}, not the export of a pretrained model")
     try:
         from transformers import AutoModelForPreTraining, AutoProcessor
     except ImportError:

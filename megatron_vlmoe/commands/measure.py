@@ -18,6 +18,7 @@ from megatron_vlmoe.commands.options import CommandParser
 from megatron_vlmoe.config.errors import ConfigError, user_files
 from megatron_vlmoe.finetune.metrics import downstream_table, table_lines
 from megatron_vlmoe.finetune.predictions import write_json
+from megatron_vlmoe.prepare.tool import count
 from megatron_vlmoe.runtime.lazy import load
 
 
@@ -79,7 +80,7 @@ def bench(words: Sequence[str]) -> None:
     add("--rounds", type=int, default=3, help="turns of every preset (%(default)s)")
     add("--steps", type=int, default=2, help="measured steps of a turn (%(default)s)")
     add("--warmup", type=int, default=1, help="steps of a turn before them (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's (%(default)s)")
+    add("--threads", type=count, default=0, help="CPU threads; 0 leaves torch's (%(default)s)")
     add(
         "--precision",
         default="auto",

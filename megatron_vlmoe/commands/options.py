@@ -43,6 +43,9 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.required and not arg_string:
+            # As of a shell variable that is not set: as a path it would be the folder that one is in.
+            raise ConfigError(f"{_name(action)} is empty")
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:

@@ -251,8 +251,15 @@ def parse_options(
     if file:
         start = merge_file(start, Path(file))
     parser = build_parser(command, start, presets, base)
+    words: list[str] = []
+    for word in normalized:
+        # Joined with its option, a value such as -1e-4 cannot be taken for one.
+        if word.startswith("--"):
+            words.append(word)
+        else:
+            words[-1] += f"={word}"
     try:
-        parsed = parser.parse_args(list(normalized))
+        parsed = parser.parse_args(words)
     except (ArgumentError, TypeError, ValueError) as error:
         types = {f"--{name}": kind for name, kind in option_types(type(start)).items()}
         types.update({name: kind for name, kind in PROGRAM_OPTIONS.items() if kind})

@@ -411,3 +411,10 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("expected a whole number of at least 1")
     return int(text)
+
+
+def count(text: str) -> int:
+    """Argument type: an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("expected a whole number of at least 0")
+    return int(text)

@@ -128,6 +128,11 @@ def test_commands_that_pass_options_on_know_their_own(
             f"unknown command 'prepare-task'; one of {', '.join(COMMANDS)}; did you mean index-task?",
         ),
         ("upcycle --load x --output y --noise nan", "--noise nan: must be 0 or more"),
+        ("bench --preset x --threads -2", "--threads -2: expected a whole number of at least 0"),
+        (
+            "fill-masked --model x --image-tokenizer y --pairs z --output o --seed -1",
+            "--seed -1: expected a whole number of at least 0",
+        ),
         ("check-options pretrian", "pretrian is not a training command; did you mean pretrain?"),
     ],
 )
@@ -136,6 +141,34 @@ def test_wrong_values_are_told_in_plain_words(
 ) -> None:
     assert main(words.split()) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        # Each would otherwise be about the folder that the user happens to be in.
+        (["upcycle", "--load", "x", "--output", ""], "--output"),
+        (["train-text-tokenizer", "--input", "x", "--vocab-size", "9", "--output="], "--output"),
+        (["plot-losses", "--run", "x", "", "--output", "y.png"], "--run"),
+        (["bench", "--preset", ""], "--preset"),
+        (["inspect-checkpoint", ""], "PATH"),
+    ],
+)
+def test_what_a_command_needs_is_not_empty(
+    words: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a shell variable that is not set."""
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"error: {name} is empty\n"
+
+
+def test_a_folder_that_is_no_export_is_not_looked_for_on_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--image-tokenizer", "x", "--pairs", "x", "--output", "y.png"]
+    for model in (tmp_path, tmp_path / "nowhere"):
+        assert main(["fill-masked", "--model", str(model), *rest]) == 1
+        assert capsys.readouterr().err == f"error: {model}/config.json: not found\n"
 
 
 def console(line: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:

@@ -359,6 +359,7 @@ ANSWERS = {
     "--train.steps": "--train.steps needs a whole number after it",
     "--save": "--save needs a value after it",
     "--optim.lr fast": "--optim.lr fast: expected a number",
+    "--optim.lr=-1e-4": "optim.lr=-0.0001 must be positive",
     "--moe.vl maybe": "--moe.vl maybe: expected true or false",
     "--moe.dispatcher all-to-all": "--moe.dispatcher all-to-all: expected one of fixed_capacity, alltoall, dropless;"
     " did you mean alltoall?",

@@ -253,7 +253,7 @@ class TrainingOptions:
         for name in ("steps", "batch_size", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.lr <= 0 or self.min_lr < 0:
+        if not (0 < self.lr < math.inf and self.min_lr >= 0):
             raise ConfigError(f"lr must be positive, not {self.lr} (min_lr {self.min_lr})")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ConfigError(f"warmup_steps must be in 0..{self.steps}, not {self.warmup_steps}")
