@@ -50,7 +50,9 @@ def export(words: Sequence[str]) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: as stored; routers are float32)",
     )
-    add("--max-shard-gb", type=float, default=5.0, help="size of a file (%(default)s)")
+    add(
+        "--max-shard-gb", type=float, default=5.0, help="largest size of a file in GB (%(default)s)"
+    )
     add("--text-tokenizer", default="", metavar="FILE", help="default: that of the run")
     add("--overwrite", action="store_true", help="replace an exported model that is there")
     add("--name", default="", help="of the model, for its card (default: name of DIR)")
@@ -209,8 +211,20 @@ def upcycle(words: Sequence[str]) -> None:
         default="vision",
         help="FFN that a shared pool starts from; the function changes with each (%(default)s)",
     )
-    add("--noise", type=float, default=0.0, metavar="STD", help="relative to each matrix's own")
-    add("--drop-fraction", type=float, default=0.0, metavar="F", help="inner channels drawn anew")
+    add(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="STD",
+        help="of noise, relative to each matrix's own (%(default)s)",
+    )
+    add(
+        "--drop-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share of inner channels drawn anew (%(default)s)",
+    )
     add("--seed", type=int, default=1234, help="of routers, noise and channels (%(default)s)")
     add(
         "--optimizer",

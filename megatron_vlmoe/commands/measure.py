@@ -40,8 +40,8 @@ def layouts(words: Sequence[str]) -> int:
         metavar="L",
         help="such as tp1 tp2 pp2 ep2 tp2,ep2 pp2,vpp2 dp2; the first is the reference",
     )
-    add("--steps", type=int, default=3, help="steps of every run")
-    add("--tolerance", type=float, default=1e-4, help="largest relative difference (fp32: 1e-4)")
+    add("--steps", type=int, default=3, help="steps of every run (%(default)s)")
+    add("--tolerance", type=float, default=1e-4, help="largest relative difference (%(default)s)")
     add("--random-data", action="store_true", help="needs no datasets")
     add("--output", default="", help="keeps the runs in this new folder")
     options, others = parser.parse_passing_on(words)
@@ -61,7 +61,7 @@ def bench(words: Sequence[str]) -> None:
     """`vlmoe bench --preset base-dense base-32e --texts 16 --images 16 --pairs 16`."""
     parser = CommandParser(
         "bench",
-        "Measures training steps of presets against each other on random data, in turn within one run. Unknown "
+        "Measures training steps of presets against each other on random data, in turn within one run. Other "
         "options (`--section.option VALUE`) go to every preset. Under torchrun, ranks step together.",
         {"--presets": "--preset"},
     )
@@ -74,9 +74,14 @@ def bench(words: Sequence[str]) -> None:
         metavar="NAME",
         help="presets to measure; the first is the reference",
     )
-    add("--texts", type=int, default=64, help="texts of a step (%(default)s)")
-    add("--images", type=int, default=64, help="images of a step (%(default)s)")
-    add("--pairs", type=int, default=64, help="pairs of a step (%(default)s)")
+    add(
+        "--texts",
+        type=int,
+        default=64,
+        help="texts of a step, of every data-parallel rank (%(default)s)",
+    )
+    add("--images", type=int, default=64, help="likewise images (%(default)s)")
+    add("--pairs", type=int, default=64, help="likewise pairs (%(default)s)")
     add("--rounds", type=int, default=3, help="turns of every preset (%(default)s)")
     add("--steps", type=int, default=2, help="measured steps of a turn (%(default)s)")
     add("--warmup", type=int, default=1, help="steps of a turn before them (%(default)s)")

@@ -111,7 +111,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--precision",
         choices=("auto", *get_args(Precision)),
         default="auto",
-        help="of the model's arithmetic; auto is bf16 on GPU, else fp32 (%(default)s)",
+        help="of the model's arithmetic; auto: bf16, on older GPUs fp16, on CPU fp32 (%(default)s)",
     )
     group.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="inputs at a time (%(default)s)"

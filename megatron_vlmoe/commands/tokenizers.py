@@ -107,7 +107,8 @@ def train_image(words: Sequence[str]) -> None:
         "train-image-tokenizer",
         "Train the VQ-KD image tokenizer; writes DIR/config.json, model.safetensors, metrics.jsonl and "
         "training_state.pt. Run again to go on after an interruption.",
-        epilog="Published recipe (base): batch 512, learning rate 5e-5 * batch / 128.",
+        epilog="What is not given is as the preset has it. Published recipe (base): batch 512, learning rate "
+        "5e-5 * batch / 128.",
     )
     add = parser.add_argument
     add(

@@ -8,15 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import BatchShare, MicroBatchNumber
 from megatron_vlmoe.stream.batch import Batch, ImageSegment
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches, text_mask_slots
 
+FIRST_PIECE = 5
+"""The first id of a text: those before it are of special pieces."""
+
 
 class RandomData:
-    """A source of batches like `PretrainData`; every micro-batch is a pure function of its number."""
+    """A source of batches like `PretrainData`; every micro-batch is a pure function of its number.
+
+    Raises:
+        ConfigError: the vocabulary has special pieces alone.
+    """
 
     image_tokenizer = None
 
@@ -25,6 +33,11 @@ class RandomData:
         self.share = share
         self.layout = StreamLayout.from_config(config.model, config.data)
         self.per_step = num_micro_batches(config, share.data_size)
+        size, has_texts = config.model.vocab_size, self.layout.texts or self.layout.pairs
+        if has_texts and size <= FIRST_PIECE:
+            raise ConfigError(
+                f"model.vocab_size={size}: random texts need at least {FIRST_PIECE + 1}"
+            )
 
     def summary(self) -> list[str]:
         """One line for the log."""
@@ -42,7 +55,9 @@ class RandomData:
 
     def batch(self, number: int, split: str = "train") -> Batch:
         """The micro-batch with a global number."""
-        rng = np.random.default_rng((self.config.train.seed, number, int(split == "eval")))
+        # As everywhere, a negative seed is another one: numpy takes none.
+        seed = self.config.train.seed % 2**64
+        rng = np.random.default_rng((seed, number, int(split == "eval")))
         batch: Batch = {"micro_batch": torch.tensor(number)}
         if self.layout.texts:
             count, length = self.layout.texts, self.layout.text_length
@@ -88,7 +103,7 @@ class RandomData:
         }
 
     def _ids(self, rng: np.random.Generator, shape: tuple[int, int]) -> Tensor:
-        return torch.from_numpy(rng.integers(5, self.config.model.vocab_size, shape))
+        return torch.from_numpy(rng.integers(FIRST_PIECE, self.config.model.vocab_size, shape))
 
 
 def _choose(rng: np.random.Generator, rows: int, width: int, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from megatron_vlmoe.data.batches import BatchShare, PretrainData, split_document
 from megatron_vlmoe.data.codes import CodesReader
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, stage_manifest
+from megatron_vlmoe.data.random_batches import RandomData
 from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
@@ -600,3 +601,14 @@ def test_a_dataset_pickles_for_workers_started_by_spawn(coded: Corpus) -> None:
         data = pickle.dumps(dataset)
         assert len(data) < 20_000
         assert_equal(pickle.loads(data)[3], expected)
+
+
+def test_random_batches_of_every_seed_and_their_least_vocabulary() -> None:
+    config = preset("tiny-8e")
+    config = replace(config, model=replace(config.model, vocab_size=6))
+    negative = replace(config, train=replace(config.train, seed=-1))
+    (batch,) = RandomData(negative, BatchShare()).loader("train", 0, 1)
+    assert batch["texts"]["ids"].shape == (config.data.micro_texts, config.model.text_length)
+    small = replace(config, model=replace(config.model, vocab_size=5))
+    with pytest.raises(ConfigError, match="^model.vocab_size=5: random texts need at least 6$"):
+        RandomData(small, BatchShare())
