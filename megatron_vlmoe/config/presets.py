@@ -324,9 +324,13 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def default_recipe(task: str) -> str:
-    """The name of a task's recipe. Raises ConfigError if there is no such task."""
+    """The name of a task's recipe. Raises ConfigError if there is no such task, or a recipe of another has its name."""
     spec = find_task(task)
-    return spec.recipe if task in TASKS else task
+    if task in TASKS:
+        return spec.recipe
+    if task in RECIPES:
+        raise ConfigError(f"task {task}: its plug-in has the name of a built-in recipe")
+    return task
 
 
 def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
@@ -344,5 +348,8 @@ def apply_recipe(name: str, base: RunConfig) -> FinetuneConfig:
         # As NLVR2's, at the image size of pretraining.
         return finetune_recipe(base, TaskConfig(name=name), lr=5e-5, image_size=0)
     make = RECIPES[recipe] if recipe in RECIPES else load_code(recipe, name)
-    config: FinetuneConfig = make(base)
+    config = make(base)
+    if not isinstance(config, FinetuneConfig):
+        given = type(config).__name__
+        raise ConfigError(f"task {name}: its recipe {recipe} gives a {given}, not a FinetuneConfig")
     return replace(config, task=replace(config.task, name=name))

@@ -36,6 +36,15 @@ def broken():
 
 def clashing():
     return replace(ROW, texts=("output",))
+
+def coco():
+    return replace(ROW, name="coco")
+
+def careless():
+    return replace(ROW, name="careless", recipe="birds:unchanged")
+
+def unchanged(pretrained):
+    return pretrained
 """
 Install = Callable[[str, str], None]
 
@@ -176,6 +185,12 @@ def test_packages_add_tasks(install: Install) -> None:
             "fish = birds:ROW",
             "",
             "plug-in birds:ROW of package a gives task birds, not its TaskSpec",
+        ),
+        ("coco = birds:coco", "", "its plug-in has the name of a built-in recipe"),
+        (
+            "careless = birds:careless",
+            "",
+            "its recipe birds:unchanged gives a RunConfig, not a FinetuneConfig",
         ),
     ],
 )
