@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import ModelConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape, load_code
@@ -247,6 +248,12 @@ class ClassificationObjective(TaskObjective):
             return share_metrics(None), None
         score = load_code(task.spec.scores, task.name)
         scores: Mapping[str, Score] = score(found, split, self.data.labels)
+        if task.spec.best_metric not in scores:
+            given = ", ".join(scores) or "nothing"
+            best = task.spec.best_metric
+            raise ConfigError(
+                f"task {task.name}: {task.spec.scores} gives {given}, and not its best_metric {best}"
+            )
         first = next(iter(scores.values()))
         metrics = {"unlabelled": float(first.unlabelled)}
         if first.count:

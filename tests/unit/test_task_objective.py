@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Iterator
 
+import numpy as np
 import pytest
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.task_schema import TaskConfig
+from megatron_vlmoe.config.tasks import TASKS, TaskSpec
 
 
 @pytest.fixture
@@ -64,3 +68,30 @@ def test_lines_and_losses(objective: Any) -> None:
     metrics = {"dev/accuracy": 50.0, "dev/samples": 4.0, "dev/unlabelled": 0.0}
     assert objective.evaluation_line(metrics) == "evaluation | dev/accuracy 50.00"
     assert objective.loss_metrics({"nlvr2": 0.5, "total": 0.7}) == {"loss/nlvr2": 0.5}
+
+
+def test_scores_without_the_metric_that_chooses_the_best_are_named(
+    objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_vlmoe.finetune.objective import ClassificationObjective
+
+    class Samples(list[Any]):
+        sample_parts = None
+
+        def __init__(self, spec: Any) -> None:
+            self.spec = spec
+
+    found = {"ranks": np.array([0, 1])}
+    monkeypatch.setattr(ClassificationObjective, "evaluate_items", lambda *_: found)
+    spec = replace(TASKS["nlvr2"], best_metric="hits")
+
+    class Task(TaskConfig):
+        @property
+        def spec(self) -> TaskSpec:
+            return spec
+
+    config: Any = SimpleNamespace(task=Task(name="nlvr2"))
+    split = SimpleNamespace(name="dev", samples=Samples(spec))
+    judge = ClassificationObjective(config, None, SimpleNamespace(labels=None))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="^task nlvr2: .*:accuracy gives accuracy, and not its"):
+        judge._measure(None, split)  # type: ignore[arg-type]
