@@ -11,7 +11,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,6 +50,7 @@ from megatron_vlmoe.prepare.readers.records import (
     passed_over_line,
 )
 from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.runtime.helper_processes import without_interrupts
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 OnError = Literal["stop", "skip"]
@@ -166,12 +166,12 @@ def ordered_map(
         return
     # Spawned, not forked: libraries of the parent may have threads.
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the whole process group; the parent alone answers it.
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, context)
     waiting: deque[Future[Result]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_run_in_worker, work, chunk))
+            with without_interrupts():
+                waiting.append(pool.submit(_run_in_worker, work, chunk))
             if len(waiting) >= _CHUNKS_IN_FLIGHT_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:

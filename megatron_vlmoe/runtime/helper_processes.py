@@ -8,13 +8,14 @@ the kernel ends them with their rank.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -71,6 +72,19 @@ def become_helper() -> None:
     """In a helper: blocks the rank's signals, whatever handlers a library sets later, and ends with its parent."""
     signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RANK)
     _set_parent_death_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Around the start of workers that Ctrl-C, which reaches the whole process group, is not to interrupt.
+
+    What is blocked is inherited, so that they never see it, even while they start. This process sees it afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_workers() -> None:

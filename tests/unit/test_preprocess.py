@@ -239,6 +239,44 @@ def test_terminated_tool_leaves_nothing(tmp_path: Path, out: Path, model: str) -
     assert files_of(out.parent) == []
 
 
+STARTING = """
+import os, pathlib, signal, time
+from megatron_vlmoe.prepare.tool import ordered_map
+
+def chunks():
+    yield 1
+    while not pathlib.Path("starts").exists():
+        time.sleep(0.01)
+    os.killpg(0, signal.SIGINT)
+    yield 2
+
+if __name__ == "__mp_main__":  # a worker
+    pathlib.Path("starts").touch()
+    time.sleep(1)
+if __name__ == "__main__":
+    try:
+        list(ordered_map(abs, chunks(), 2))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.process
+def test_workers_that_start_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(STARTING)
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
 @pytest.mark.process
 def test_dead_worker_is_an_error() -> None:
     with pytest.raises(ValueError, match="worker process died"):
