@@ -72,6 +72,15 @@ def user_files() -> Iterator[None]:
         raise DataError(named) from error
 
 
+@contextlib.contextmanager
+def conversion_errors() -> Iterator[None]:
+    """Around what a conversion asks of others: their errors name the file already, and are its own."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, DataError) as error:
+        raise ConvertError(str(error)) from None
+
+
 def did_you_mean(word: str, candidates: Iterable[str], likeness: float = 0.65) -> str:
     """`; did you mean X?` with the candidate closest to a misspelt word, or two equally close; else empty.
 

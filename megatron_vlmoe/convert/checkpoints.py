@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.errors import ConvertError, FileError
+from megatron_vlmoe.config.errors import ConvertError, FileError, conversion_errors
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.tensors import LazyTensor, conversion_errors
+from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
 from megatron_vlmoe.train.checkpoint_files import (

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from megatron_vlmoe import __version__
-from megatron_vlmoe.config.errors import ConfigError, ConvertError, DataError
+from megatron_vlmoe.config.errors import ConfigError, ConvertError, DataError, conversion_errors
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task
@@ -32,7 +32,6 @@ from megatron_vlmoe.convert.name_table import FP32_KEYS, name_table
 from megatron_vlmoe.convert.tensors import (
     Group,
     check_tensors,
-    conversion_errors,
     with_progress,
     write_folder,
 )

@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 from megatron_vlmoe.config.command_line import from_dict
-from megatron_vlmoe.config.errors import ConfigError, ConvertError
+from megatron_vlmoe.config.errors import ConfigError, ConvertError, conversion_errors
 from megatron_vlmoe.config.schema import AuxLossConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task, task_names
-from megatron_vlmoe.convert.tensors import conversion_errors
-from megatron_vlmoe.data.task_labels import Labels
+from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.json_files import read_json
 from megatron_vlmoe.stream.block_plan import moe_layer_numbers
 from megatron_vlmoe.tokenizers.text import TextTokenizer
-from megatron_vlmoe.train.run_files import HUGGING_FACE_FILE
+from megatron_vlmoe.train.run_files import HUGGING_FACE_FILE, LABELS_FILE
 
 CONFIG_FILE = HUGGING_FACE_FILE
 SPM_FILE = "sentencepiece.model"
@@ -192,10 +192,10 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
             sections["task"]["num_classes"] = len(classes)
     try:
         config = from_dict(sections, root, str(file))
-        rule = dataclasses.replace(config.moe, layers=tuple(listed or ()))
+        rule = replace(config.moe, layers=tuple(listed or ()))
         same = tuple(moe_layer_numbers(config.model, rule)) == tuple(config.moe.layers)
         if listed is not None and same:
-            config = dataclasses.replace(config, moe=rule)
+            config = replace(config, moe=rule)
     except (ConfigError, TypeError) as error:
         raise ConvertError(str(error)) from None
     return config
@@ -223,6 +223,54 @@ CUSTOM_PIPELINES = {
         ("zero-shot-image-classification", "AutoModelForZeroShotImageClassification"),
     )
 }
+
+
+def open_export(folder: Path) -> tuple[RunConfig, Optional[Path], Optional[Labels]]:
+    """What a Hugging Face folder holds besides weights.
+
+    Returns:
+        The configuration of the run that an import makes, the file of the text tokenizer (None for a model without
+        text), and the classes of a task.
+
+    Raises:
+        ConvertError: another architecture, or a file that is missing, damaged or does not go with the others.
+    """
+    content = read_config(folder)
+    config = import_config(folder, content)
+    labels = _labels(folder, content, config)
+    if isinstance(config, FinetuneConfig) and labels is not None:
+        config = replace(config, task=replace(config.task, labels_sha256=labels.sha256))
+    vocab_size = config.model.vocab_size
+    if not vocab_size:
+        return config, None, labels
+    tokenizer = folder / SPM_FILE
+    with conversion_errors():
+        size = TextTokenizer(tokenizer).size
+    if size != vocab_size:
+        raise ConvertError(
+            f"{tokenizer}: has {size} pieces, but {CONFIG_FILE} says vocab_size {vocab_size}"
+        )
+    data = replace(config.data, text_tokenizer=str(tokenizer))
+    return replace(config, data=data), tokenizer, labels
+
+
+def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Optional[Labels]:
+    """Of `labels.json`, or where a library wrote the folder, of `id2label`."""
+    if not isinstance(config, FinetuneConfig) or not config.task.spec.has_labels:
+        return None
+    given = content.get("id2label")
+    if not isinstance(given, Mapping) or set(given) != {str(i) for i in range(len(given))}:
+        raise ConvertError(f"{folder / CONFIG_FILE}: id2label does not number the classes from 0")
+    names = tuple(str(given[str(index)]) for index in range(len(given)))
+    path = folder / LABELS_FILE
+    if path.is_file():
+        with conversion_errors():
+            labels = read_labels(path)
+        if len(labels.labels) == len(names):
+            return labels
+    if len(set(names)) != len(names):
+        raise ConvertError(f"{folder / CONFIG_FILE}: id2label names a class twice")
+    return Labels(config.task.name, names)
 
 
 def hf_source_files() -> list[Path]:

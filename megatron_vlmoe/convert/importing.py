@@ -11,20 +11,15 @@ from typing import Any, Optional
 import torch
 
 from megatron_vlmoe.config.errors import CheckpointError, ConvertError
-from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoints import check_output, write_checkpoint
-from megatron_vlmoe.convert.hf_config import CONFIG_FILE, SPM_FILE, import_config, read_config
+from megatron_vlmoe.convert.hf_config import CONFIG_FILE, open_export
 from megatron_vlmoe.convert.name_table import name_table
 from megatron_vlmoe.convert.tensors import (
     SafetensorsFolder,
     check_tensors,
-    conversion_errors,
     counted,
 )
-from megatron_vlmoe.data.task_labels import Labels, read_labels
 from megatron_vlmoe.runtime.files import write_text_atomic
-from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 
 
@@ -50,34 +45,14 @@ class HuggingFaceModel:
 
     def __init__(self, location: str | Path, verify: bool = True) -> None:
         self.path = Path(location)
-        content = read_config(self.path)
-        config = import_config(self.path, content)
-        self.labels = _labels(self.path, content, config)
-        if isinstance(config, FinetuneConfig) and self.labels is not None:
-            config = replace(config, task=replace(config.task, labels_sha256=self.labels.sha256))
-        self.tokenizer: Optional[Path] = None
-        vocab_size = config.model.vocab_size
-        if vocab_size:
-            self.tokenizer = self.path / SPM_FILE
-            with conversion_errors():
-                size = TextTokenizer(self.tokenizer).size
-            if size != vocab_size:
-                raise ConvertError(
-                    f"{self.tokenizer}: has {size} pieces, but {CONFIG_FILE} says vocab_size {vocab_size}"
-                )
+        self.config, self.tokenizer, self.labels = open_export(self.path)
         files = SafetensorsFolder(self.path)
-        table = name_table(config)
-        shapes = {
-            name: shape for e in table for name, shape in e.their_shapes(config.model).items()
-        }
+        table, model = name_table(self.config), self.config.model
+        shapes = {name: shape for e in table for name, shape in e.their_shapes(model).items()}
         check_tensors(self.path, files.tensors, shapes, CONFIG_FILE, "a checkpoint")
         if verify:
             files.verify_checksums()
-        self.tensors = {entry.ours: entry.joined(files.tensors, config.model) for entry in table}
-        if self.tokenizer is not None:
-            data = replace(config.data, text_tokenizer=str(self.tokenizer))
-            config = replace(config, data=data)
-        self.config: RunConfig = config
+        self.tensors = {entry.ours: entry.joined(files.tensors, model) for entry in table}
 
     @property
     def sections(self) -> Mapping[str, Any]:
@@ -136,22 +111,3 @@ def import_checkpoint(
     if model.labels is not None:
         write_text_atomic(output / LABELS_FILE, model.labels.to_json())
     return path
-
-
-def _labels(folder: Path, content: Mapping[str, Any], config: RunConfig) -> Optional[Labels]:
-    """Of `labels.json`, or where a library wrote the folder, of `id2label`."""
-    if not isinstance(config, FinetuneConfig) or not config.task.spec.has_labels:
-        return None
-    given = content.get("id2label")
-    if not isinstance(given, Mapping) or set(given) != {str(i) for i in range(len(given))}:
-        raise ConvertError(f"{folder / CONFIG_FILE}: id2label does not number the classes from 0")
-    names = tuple(str(given[str(index)]) for index in range(len(given)))
-    path = folder / LABELS_FILE
-    if path.is_file():
-        with conversion_errors():
-            labels = read_labels(path)
-        if len(labels.labels) == len(names):
-            return labels
-    if len(set(names)) != len(names):
-        raise ConvertError(f"{folder / CONFIG_FILE}: id2label names a class twice")
-    return Labels(config.task.name, names)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError, DataError
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.progress import Progress
 
@@ -38,15 +38,6 @@ _DTYPES = {
 _FROM_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 # The format asks for values that start at a multiple of eight bytes.
 _ALIGNMENT = 8
-
-
-@contextlib.contextmanager
-def conversion_errors() -> Iterator[None]:
-    """Around what a conversion asks of others: their errors name the file already, and are its own."""
-    try:
-        yield
-    except (CheckpointError, ConfigError, DataError) as error:
-        raise ConvertError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megatron_vlmoe.config.presets import apply_recipe, default_recipe, preset, 
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import task_names
+from megatron_vlmoe.convert.hf_config import open_export
 from megatron_vlmoe.runtime.lazy import load
 from megatron_vlmoe.runtime.torch_files import read_torch_file
 from megatron_vlmoe.train.checkpoint_files import (
@@ -158,11 +159,9 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
     path = checkpoint_of(location, step)
     if is_hugging_face(path):
         try:
-            folder = load("megatron_vlmoe.convert.importing").HuggingFaceModel(path, verify=False)
+            return open_export(path)[0]
         except ConvertError as error:
             raise ConfigError(f"--load {error}") from None
-        exported: RunConfig = folder.config
-        return exported
     try:
         content = read_torch_file(path / "common.pt").get("config")
     except Exception:

@@ -26,7 +26,7 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import ParallelConfig, Precision
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape, TaskSpec, working_tasks
-from megatron_vlmoe.convert.importing import HuggingFaceModel
+from megatron_vlmoe.convert.hf_config import open_export
 from megatron_vlmoe.data.collate import to_tensors
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules
 from megatron_vlmoe.data.samples import TextFormat
@@ -426,7 +426,7 @@ def _open_labels(
     path = given or run_file(checkpoint, LABELS_FILE)
     if path is None and is_hugging_face(checkpoint):
         # A library wrote the folder: the classes are in its config.json.
-        return HuggingFaceModel(checkpoint, verify=False).labels
+        return open_export(checkpoint)[2]
     if path is None:
         raise ConfigError(f"{checkpoint}: no {LABELS_FILE} beside it; name the file of its labels")
     return open_labels(path, config, checkpoint)

@@ -335,7 +335,7 @@ def test_help_and_dry_runs_start_at_once(words: list[str]) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("start", ["--task.architecture", "--load"])
+@pytest.mark.parametrize("start", ["architecture", "checkpoint", "export"])
 def test_the_dry_run_of_a_task_opens_data_and_checkpoint_at_once(
     start: str, tmp_path: Path
 ) -> None:
@@ -350,14 +350,19 @@ def test_the_dry_run_of_a_task_opens_data_and_checkpoint_at_once(
     task = ["--task", "imagenet"]
     raw = ["--raw", str(tmp_path / "raw"), "--output", str(tmp_path / "in")]
     assert run("index-task", [*task, *raw]) == 0
-    config = small_checkpoints.CONFIGS["dense"]
-    if start == "--load":
-        small_checkpoints.save(tmp_path / "run", config, small_checkpoints.random_tensors(config))
-    model = str(tmp_path / "run") if start == "--load" else "tiny-8e"
+    config = small_checkpoints.CONFIGS["no-text-vocabulary"]
+    tensors = small_checkpoints.random_tensors(config)
+    model = ["--load", str(tmp_path / "run")]
+    if start == "checkpoint":
+        small_checkpoints.save(tmp_path / "run", config, tensors)
+    elif start == "export":
+        small_checkpoints.save_hugging_face(tmp_path / "run", config, tensors)
+    else:
+        model = ["--task.architecture", "tiny-8e"]
     data = ["--task.data", str(tmp_path / "in")]
-    done = assert_light(["finetune", *task, *data, start, model, "--dry-run"])
+    done = assert_light(["finetune", *task, *data, *model, "--dry-run"])
     assert "imagenet: 2 training samples" in done.stdout and "\nParameters" in done.stdout
-    assert ("  3 blocks, hidden size 8," in done.stdout) == (start == "--load")
+    assert ("  3 blocks, hidden size 8," in done.stdout) == (start != "architecture")
 
 
 def assert_light(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Optional
 
 from megatron_vlmoe.config.command_line import to_yaml
-from megatron_vlmoe.config.errors import ConfigError, ConvertError
+from megatron_vlmoe.config.errors import ConfigError, ConvertError, conversion_errors
 from megatron_vlmoe.convert.checkpoints import check_output, write_checkpoint
 from megatron_vlmoe.convert.public import beit2, beit3, vlmo
 from megatron_vlmoe.convert.public.planner import ImportOptions, ImportReport, Planner
@@ -17,7 +17,7 @@ from megatron_vlmoe.convert.public.torch_files import (
     some,
 )
 from megatron_vlmoe.convert.public.vocabulary import RowMap, fairseq_rows, wordpiece_rows
-from megatron_vlmoe.convert.tensors import conversion_errors, counted
+from megatron_vlmoe.convert.tensors import counted
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
