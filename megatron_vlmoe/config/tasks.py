@@ -33,6 +33,8 @@ PREDICT_OPTIONS = (
     *("batch_size", "capacity_factor", "text_tokenizer", "tokenizer", "labels"),
 )
 """The options of ``predict`` besides the inputs of the tasks, which therefore have other names."""
+PREDICTION_KEYS = ("prediction", "prediction_name", "score", "most_likely", "match")
+"""What ``predict`` writes beside the inputs of a record, which therefore have other names too."""
 # Fields of rows that name code.
 _CODE = ("reader", "objective", "scores", "guess", "submission", "build", "shapes")
 
@@ -103,7 +105,7 @@ class TaskSpec:
     Args:
         name: of the task, as in ``--task``; also in prepared data and in checkpoints.
         images: names of a sample's images, as ``predict`` and `VLMoE` take them; one at most where there is no text.
-            None may be one of `PREDICT_OPTIONS`.
+            None may be one of `PREDICT_OPTIONS` or `PREDICTION_KEYS`.
         texts: names of a sample's texts, which become one: ``<s> A </s> B </s>``; named as `images` are.
         target: what is to be found of a sample: its ``class``, one of the ``answers`` that several annotators gave
             (each with a score), or which image and caption ``match``.
@@ -168,6 +170,8 @@ class TaskSpec:
                 raise ValueError(f"{name!r} cannot be the name of an argument")
             if name in PREDICT_OPTIONS:
                 raise ValueError(f"input {name!r} is named as an option of predict")
+            if name in PREDICTION_KEYS:
+                raise ValueError(f"input {name!r} is named as a part of a prediction")
             if inputs.count(name) > 1:
                 raise ValueError(f"{name!r} is the name of an image and of a text")
         if len(self.images) > 1 and not self.texts:

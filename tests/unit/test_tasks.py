@@ -100,6 +100,7 @@ def test_what_a_row_names_is_there(name: str) -> None:
         ({"texts": ("self",)}, "'self' cannot be the name of an argument"),
         ({"texts": ("output",)}, "input 'output' is named as an option of predict"),
         ({"images": ("top_k",)}, "input 'top_k' is named as an option of predict"),
+        ({"texts": ("score",)}, "input 'score' is named as a part of a prediction"),
         ({"texts": ("image",)}, "'image' is the name of an image and of a text"),
         ({"texts": ("a", "a")}, "texts .*: one name twice"),
         ({"texts": "line"}, "texts 'line': must be of type tuple"),
