@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset
 from megatron_vlmoe.tokenizers.vqkd.model import (
@@ -583,3 +584,9 @@ def test_load_gives_back_the_decoder(tmp_path: Path) -> None:
     loaded = load_vqkd(tmp_path)
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_the_learning_rate_is_a_positive_number(rate: float) -> None:
+    with pytest.raises(ConfigError, match="^lr must be positive, not "):
+        TrainingOptions(steps=1, batch_size=1, lr=rate)
