@@ -223,6 +223,30 @@ class SampleRef:
     index: int
 
 
+@dataclass(frozen=True)
+class SampleRngs:
+    """Makes the generators of all random numbers of one objective in one split.
+
+    Args:
+        seed: seed of the run.
+        stream: number of the objective and split, so that no two of them share a number.
+        train: false makes every draw the same in each epoch and leaves images unaugmented.
+    """
+
+    seed: int
+    stream: int
+    train: bool
+
+    def dataset_key(self, dataset: int) -> int:
+        """Number of a dataset of the blend among those of all objectives."""
+        return (self.stream << 32) + dataset
+
+    def rng(self, purpose: Purpose, ref: SampleRef) -> np.random.Generator:
+        """The generator of one sample for one purpose."""
+        epoch = ref.epoch if self.train else 0
+        return keyed_rng(self.seed, purpose, self.dataset_key(ref.dataset), epoch, ref.index)
+
+
 class BlendedOrder:
     """The order of one objective's samples over all its datasets: sample number to `SampleRef`."""
 

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,43 +50,17 @@ from megatron_vlmoe.data.order import (
     Purpose,
     RecentCache,
     SampleRef,
+    SampleRngs,
     epoch_permutation,
-    keyed_rng,
 )
+from megatron_vlmoe.data.sources import Sources
 from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.stream.sizes import text_mask_slots
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
-if TYPE_CHECKING:
-    from megatron_vlmoe.data.batches import Sources
-
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class SampleRngs:
-    """Makes the generators of all random numbers of one objective in one split.
-
-    Args:
-        seed: seed of the run.
-        stream: number of the objective and split, so that no two of them share a number.
-        train: false makes every draw the same in each epoch and leaves images unaugmented.
-    """
-
-    seed: int
-    stream: int
-    train: bool
-
-    def dataset_key(self, dataset: int) -> int:
-        """Number of a dataset of the blend among those of all objectives."""
-        return (self.stream << 32) + dataset
-
-    def rng(self, purpose: Purpose, ref: SampleRef) -> np.random.Generator:
-        """The generator of one sample for one purpose."""
-        epoch = ref.epoch if self.train else 0
-        return keyed_rng(self.seed, purpose, self.dataset_key(ref.dataset), epoch, ref.index)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from megatron_vlmoe.data.collate import (
 )
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
-from megatron_vlmoe.data.order import Purpose, SampleOrder, SampleRef
-from megatron_vlmoe.data.samples import ImageViews, SampleRngs, TextFormat
+from megatron_vlmoe.data.order import Purpose, SampleOrder, SampleRef, SampleRngs
+from megatron_vlmoe.data.samples import ImageViews, TextFormat
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
 from megatron_vlmoe.finetune.prepared import PreparedTask
 from megatron_vlmoe.prepare.vqa_answers import NUM_ANNOTATORS

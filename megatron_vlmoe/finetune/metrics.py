@@ -29,9 +29,10 @@ from megatron_vlmoe.prepare.vqa_answers import compared_answers, normalize_answe
 
 if TYPE_CHECKING:
     from megatron_vlmoe.finetune.data import SplitData
-    from megatron_vlmoe.finetune.objective import Found
 
 Array = npt.NDArray[Any]
+Found = dict[str, Array]
+"""What an evaluation kept of every item, by name: `[n, ...]`, in the order of the items."""
 
 RECALL_KS = (1, 5, 10)
 

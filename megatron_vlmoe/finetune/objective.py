@@ -23,17 +23,15 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape, load_code
 from megatron_vlmoe.data.collate import BatchShare, Loader, to_tensors
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.metrics import Score, label_ranks
+from megatron_vlmoe.finetune.metrics import Found, Score, label_ranks
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, best_classes, class_probabilities
 from megatron_vlmoe.losses.tasks import class_loss, soft_target_loss
 from megatron_vlmoe.runtime.distributed import Ranks, is_rank_zero
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
-from megatron_vlmoe.train.objective import Losses
-from megatron_vlmoe.train.step import StepRunner
+from megatron_vlmoe.train.step import Losses, StepRunner
 
 Array = np.ndarray[Any, Any]
-Found = dict[str, Array]
 Parts = Callable[[Sequence[int]], dict[str, Any]]
 Reduce = Callable[[Batch, Mapping[str, Tensor]], Found]
 # Micro-batches of one call of the schedule, between which a rank that runs ahead waits for the others.

@@ -26,7 +26,8 @@ from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.manifest import DatasetManifest
 from megatron_vlmoe.data.task_dataset import Labels
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.objective import Found, TaskObjective
+from megatron_vlmoe.finetune.metrics import Found
+from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, write_json, write_jsonl
 from megatron_vlmoe.prepare.vqa_answers import official_accuracy
 from megatron_vlmoe.runtime.distributed import Ranks

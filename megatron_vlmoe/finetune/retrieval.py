@@ -24,10 +24,9 @@ from torch import Tensor
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import SampleShape
 from megatron_vlmoe.finetune.data import SplitData, TaskData
-from megatron_vlmoe.finetune.metrics import recall_at_k, recall_at_k_of_features
+from megatron_vlmoe.finetune.metrics import Found, recall_at_k, recall_at_k_of_features
 from megatron_vlmoe.finetune.objective import (
     Array,
-    Found,
     Measured,
     Parts,
     TaskObjective,
@@ -43,8 +42,7 @@ from megatron_vlmoe.losses.tasks import (
 from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.draws import keyed_generator
-from megatron_vlmoe.train.objective import Losses
-from megatron_vlmoe.train.step import StepRunner
+from megatron_vlmoe.train.step import Losses, StepRunner
 
 
 @dataclass(frozen=True)

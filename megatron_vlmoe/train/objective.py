@@ -1,27 +1,17 @@
 """What a run trains on and how it is judged: the part in which pretraining and every downstream task differ.
 
-A step is `runner.train(batches, n, objective)`. It asks the objective three things: `prepare_step`, once, for the
-micro-batches of the step; then for each of them `prepare`, when it is on the device, and `loss`, with what the heads
-made of it. Evaluation needs no objective, only a function of a micro-batch and the heads' outputs.
+A step is `runner.train(batches, n, objective)`. It asks three things of a `StepObjective`: `prepare_step`, once, for
+the micro-batches of the step; then for each of them `prepare`, when it is on the device, and `loss`, with what the
+heads made of it. Evaluation needs no objective, only a function of a micro-batch and the heads' outputs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Optional, Protocol, TypeVar
+from typing import Iterable, Mapping, Optional, Protocol
 
-from torch import Tensor
-
-from megatron_vlmoe.data.batches import Split
+from megatron_vlmoe.data.sources import Split
 from megatron_vlmoe.stream.batch import Batch
-
-if TYPE_CHECKING:
-    from megatron_vlmoe.train.step import StepRunner
-
-Outputs = TypeVar("Outputs", contravariant=True)
-"""What the heads of the last stage return; the heads and the objective of a run are chosen together."""
-
-Losses = dict[str, Tensor]
-"""Of one micro-batch, on the last pipeline stage: `total` and the single losses by name, without gradient."""
+from megatron_vlmoe.train.step import Outputs, StepObjective, StepRunner
 
 
 class BatchSource(Protocol):
@@ -37,27 +27,6 @@ class BatchSource(Protocol):
             first_micro_batch: number of the first among the rank's own.
             num_micro_batches: how many; None: endless.
         """
-        ...
-
-
-class StepObjective(Protocol[Outputs]):
-    """What a training step asks of an objective."""
-
-    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches to train on, made from those of the data.
-
-        Args:
-            runner: for an objective that must first see the whole step without gradient (`forward_no_grad`).
-            batches: the micro-batches of the step, on the host, as many as the step has.
-        """
-        ...
-
-    def prepare(self, batch: Batch) -> Batch:
-        """Completes a micro-batch that is on the device."""
-        ...
-
-    def loss(self, batch: Batch, outputs: Outputs) -> tuple[Tensor, Losses]:
-        """The loss of a micro-batch with its graph, which the schedule divides in place, and the losses to log."""
         ...
 
 

@@ -31,11 +31,11 @@ from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, SegmentName, StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
-from megatron_vlmoe.train.objective import BatchSource, Losses
+from megatron_vlmoe.train.objective import BatchSource
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
-from megatron_vlmoe.train.step import StepRunner
+from megatron_vlmoe.train.step import Losses, StepRunner
 from megatron_vlmoe.train.trainer import Trainer
 
 log = logging.getLogger("megatron_vlmoe")

@@ -1,10 +1,10 @@
-"""Micro-batches of one layout through megatron-core's pipeline schedules."""
+"""Micro-batches of one layout through megatron-core's pipeline schedules, and what a step asks of an objective."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, Callable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Iterator, Optional, Protocol, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -15,15 +15,38 @@ from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.stream.batch import Batch, StreamBatch, TextSegment, map_values
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
-from megatron_vlmoe.train.objective import Losses, StepObjective
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts
 
-Outputs = TypeVar("Outputs")
+Outputs = TypeVar("Outputs", contravariant=True)
+"""What the heads of the last stage return; the heads and the objective of a run are chosen together."""
 Result = TypeVar("Result")
 Prepare = Callable[[Batch], Batch]
 """Completes a batch that is on the device."""
+Losses = dict[str, Tensor]
+"""Of one micro-batch, on the last pipeline stage: `total` and the single losses by name, without gradient."""
 Measure = Callable[[Batch, Outputs], Result]
 """Batch and outputs of the heads to what is wanted of the micro-batch."""
+
+
+class StepObjective(Protocol[Outputs]):
+    """What a training step asks of an objective."""
+
+    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches to train on, made from those of the data.
+
+        Args:
+            runner: for an objective that must first see the whole step without gradient (`forward_no_grad`).
+            batches: the micro-batches of the step, on the host, as many as the step has.
+        """
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Completes a micro-batch that is on the device."""
+        ...
+
+    def loss(self, batch: Batch, outputs: Outputs) -> tuple[Tensor, Losses]:
+        """The loss of a micro-batch with its graph, which the schedule divides in place, and the losses to log."""
+        ...
 
 
 class StepRunner:

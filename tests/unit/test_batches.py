@@ -16,11 +16,12 @@ from PIL import Image
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.data.batches import BatchShare, PretrainData, split_documents
+from megatron_vlmoe.data.batches import BatchShare, PretrainData
 from megatron_vlmoe.data.codes import CodesReader
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, stage_manifest
 from megatron_vlmoe.data.random_batches import RandomData
+from megatron_vlmoe.data.sources import split_documents
 from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS

@@ -11,8 +11,8 @@ from raw_tasks import Desk, put
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
 from megatron_vlmoe.data.collate import BatchShare
-from megatron_vlmoe.data.order import SampleRef
-from megatron_vlmoe.data.samples import ImageViews, SampleRngs, TextFormat
+from megatron_vlmoe.data.order import SampleRef, SampleRngs
+from megatron_vlmoe.data.samples import ImageViews, TextFormat
 from megatron_vlmoe.finetune.data import TaskSamples
 
 # Image and caption; in order of the images, as re-ranking makes them.
