@@ -14,6 +14,7 @@ from typing import Sequence
 from megatron_vlmoe.analysis.plots import read_metrics
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.planning.validate import validate
 
 OPTIONS = {
     "tp": "--parallel.tensor_model_parallel_size",
@@ -73,7 +74,7 @@ def compare_layouts(
         The largest relative difference.
 
     Raises:
-        ConfigError: if a run fails; its own output has said why.
+        ConfigError: if a layout does not fit, before the first run; if a run fails, with its own error line.
         MetricsError: if what it logged cannot be read.
     """
     layouts = [parse_layout(name) for name in names]
@@ -90,6 +91,11 @@ def compare_layouts(
     }
     given = {word.partition("=")[0] for word in words}
     words = [*words, *(str(w) for pair in fixed.items() if pair[0] not in given for w in pair)]
+    for layout in layouts:
+        try:
+            validate(parse_run("pretrain", [*words, *layout.options]).config, layout.world_size)
+        except ConfigError as error:
+            raise ConfigError(f"layout {layout.name}: {error}") from None
     seed = folder / "0" / "checkpoints" / "iter_0000000"
     runs: dict[str, Metrics] = {}
     for index, layout in enumerate(layouts):

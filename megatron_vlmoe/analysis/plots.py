@@ -31,10 +31,23 @@ _EXPERT_KEY = re.compile(r"moe/(\w+)/layer_(\d+)/load_max")
 _LOWEST = 1 / 64
 
 
-def save_figure(figure: Figure, output: Path) -> Path:
-    """Writes a figure and closes it; returns the file.
+def picture_file(output: Path) -> Path:
+    """The file of a picture: the suffix says in what format; without one it is PNG, and the name gets it.
 
-    The suffix says in what format; without one it is PNG, and the name gets it.
+    Raises:
+        MetricsError: a format that matplotlib does not know.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    target = output if output.suffix else output.with_suffix(".png")
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if target.suffix[1:].lower() not in formats:
+        raise MetricsError(f"{output}: not a picture's name; it may end in .{', .'.join(formats)}")
+    return target
+
+
+def save_figure(figure: Figure, output: Path) -> Path:
+    """Writes a figure as the `picture_file` of this name and closes it; returns the file.
 
     Raises:
         FileError: the file cannot be written.
@@ -42,10 +55,7 @@ def save_figure(figure: Figure, output: Path) -> Path:
     """
     import matplotlib.pyplot as plt
 
-    target = output if output.suffix else output.with_suffix(".png")
-    formats = figure.canvas.get_supported_filetypes()
-    if target.suffix[1:].lower() not in formats:
-        raise MetricsError(f"{output}: not a picture's name; it may end in .{', .'.join(formats)}")
+    target = picture_file(output)
     with open_atomic(target) as file:
         figure.savefig(file, format=target.suffix[1:], dpi=110)
     plt.close(figure)

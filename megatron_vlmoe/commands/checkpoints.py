@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_vlmoe.commands.options import CommandParser
+from megatron_vlmoe.commands.options import CommandParser, output_file
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError, UserError, user_files
 from megatron_vlmoe.convert.public import FAMILY_NAMES
@@ -197,7 +197,7 @@ def upcycle(words: Sequence[str]) -> None:
     add = parser.add_argument
     add("--load", required=True, metavar="CKPT", help="run, checkpoint or iteration folder")
     add("--output", required=True, type=Path, metavar="CKPT", help="checkpoint folder to make")
-    add("--preset", default="", metavar="NAME", help="whose MoE section is taken, such as base-32e")
+    add("--preset", metavar="NAME", help="whose MoE section is taken, such as base-32e")
     add("--num-experts", type=int, default=0, metavar="N", help="experts of every pool")
     add(
         "--router",
@@ -246,7 +246,7 @@ def upcycle(words: Sequence[str]) -> None:
     run = load("megatron_vlmoe.convert.upcycle.run")
     reader = run.read_source(arguments.load)
     config = sparse_config(
-        reader.config, str(reader.path), arguments.preset, arguments.num_experts, others
+        reader.config, str(reader.path), arguments.preset or "", arguments.num_experts, others
     )
     made = run.upcycle_checkpoint(reader, config, arguments.output, options, arguments.overwrite)
     print("\n".join(run.report_lines(made, options)))
@@ -301,7 +301,10 @@ def compare(words: Sequence[str]) -> int:
 
 def _add_json(parser: CommandParser) -> None:
     parser.add_argument(
-        "--json", metavar="FILE", help="write everything as JSON; - prints it instead of the text"
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="write everything as JSON; - prints it instead of the text",
     )
 
 
@@ -316,9 +319,10 @@ def _trouble() -> Iterator[None]:
         raise
 
 
-def _output(lines: Sequence[str], content: str, json_file: str | None) -> None:
-    if json_file and json_file != "-":
-        write_text_atomic(Path(json_file), content)
+def _output(lines: Sequence[str], content: str, json_file: Path | None) -> None:
+    on_stdout = json_file == Path("-")
+    if json_file and not on_stdout:
+        write_text_atomic(json_file, content)
     # Where the reader went away (`... | head`), the exit status still tells what was found.
     with contextlib.suppress(BrokenPipeError):
-        print(content.rstrip() if json_file == "-" else "\n".join(lines), flush=True)
+        print(content.rstrip() if on_stdout else "\n".join(lines), flush=True)

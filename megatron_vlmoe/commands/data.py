@@ -7,7 +7,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vlmoe.commands.options import OUTPUT_PREFIX, TEXT_TOKENIZER, CommandParser
+from megatron_vlmoe.commands.options import (
+    OUTPUT_PREFIX,
+    TEXT_TOKENIZER,
+    CommandParser,
+    dataset_prefix,
+    output_file,
+    output_prefix,
+)
 from megatron_vlmoe.config.errors import user_files
 from megatron_vlmoe.prepare.corpora import merge_datasets
 from megatron_vlmoe.prepare.inspect import open_view, save_contact_sheet
@@ -22,10 +29,15 @@ def inspect(words: Sequence[str]) -> None:
         "inspect-data", "Print counts, percentiles and samples of a dataset.", TEXT_TOKENIZER
     )
     add = parser.add_argument
-    add("prefix", metavar="PREFIX", help="of the dataset, or of a split of a task")
+    add(
+        "prefix",
+        type=dataset_prefix,
+        metavar="PREFIX",
+        help="of the dataset, or of a split of a task",
+    )
     add("--text-tokenizer", metavar="FILE", help="SentencePiece model; decodes the texts")
     add("--num-samples", type=positive_int, default=5, help="samples to print (%(default)s)")
-    add("--png", type=Path, metavar="FILE", help="draw a contact sheet")
+    add("--png", type=output_file, metavar="FILE", help="draw a contact sheet")
     add(
         "--num-images",
         type=positive_int,
@@ -49,10 +61,16 @@ def merge_data(words: Sequence[str]) -> None:
         "Concatenate datasets of one kind and one tokenizer, in the given order.",
         OUTPUT_PREFIX,
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PREFIX", help="datasets to concatenate"
+    add = parser.add_argument
+    add(
+        "--input",
+        type=dataset_prefix,
+        nargs="+",
+        required=True,
+        metavar="PREFIX",
+        help="datasets to concatenate",
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="dataset to make")
+    add("--output", type=output_prefix, required=True, metavar="PREFIX", help="dataset to make")
     options = parser.parse_args(words)
     source = {"command": shlex.join(["vlmoe", "merge-data", *words]), "inputs": options.input}
     merge_datasets(options.input, options.output, source)

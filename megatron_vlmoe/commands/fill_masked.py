@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vlmoe.commands.options import CommandParser
+from megatron_vlmoe.analysis.plots import picture_file
+from megatron_vlmoe.commands.options import CommandParser, dataset_prefix, output_file
 from megatron_vlmoe.config.errors import FillingError, user_files
 from megatron_vlmoe.convert.hf_config import architecture, read_config
 from megatron_vlmoe.prepare.tool import count
@@ -25,10 +26,16 @@ def build_parser() -> CommandParser:
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="HF_DIR", help="export of a pretrained model")
     add("--image-tokenizer", required=True, metavar="DIR", help="that the model was trained with")
-    add("--pairs", required=True, metavar="PREFIX", help="indexed dataset of image-text pairs")
+    add(
+        "--pairs",
+        type=dataset_prefix,
+        required=True,
+        metavar="PREFIX",
+        help="indexed dataset of image-text pairs",
+    )
     add("--number", type=int, default=0, help="document of it (%(default)s)")
     add("--seed", type=count, default=0, help="of the hidden patches (%(default)s)")
-    add("--output", required=True, type=Path, metavar="PNG", help="picture to draw")
+    add("--output", required=True, type=output_file, metavar="PNG", help="picture to draw")
     return parser
 
 
@@ -36,6 +43,7 @@ def build_parser() -> CommandParser:
 def main(words: Sequence[str]) -> None:
     """Fills and draws."""
     arguments = build_parser().parse_args(words)
+    picture_file(arguments.output)
     # Of a folder that is not there, transformers would ask the Hub.
     kinds = read_config(arguments.model).get("architectures")
     if kinds != [architecture()]:

@@ -12,16 +12,18 @@ from megatron_vlmoe.analysis.plots import (
     draw_losses,
     experts_of_pools,
     last_evaluation_table,
+    picture_file,
     read_metrics,
 )
-from megatron_vlmoe.commands.options import CommandParser
+from megatron_vlmoe.commands.options import CommandParser, output_file
 from megatron_vlmoe.config.errors import ConfigError, user_files
 from megatron_vlmoe.finetune.metrics import downstream_table, table_lines
 from megatron_vlmoe.finetune.predictions import write_json
-from megatron_vlmoe.prepare.tool import count
+from megatron_vlmoe.prepare.tool import count, positive_int
 from megatron_vlmoe.runtime.lazy import load
 
 
+@user_files()
 def layouts(words: Sequence[str]) -> int:
     """Returns 1 above the tolerance. Other options go to `pretrain`, the data options among them.
 
@@ -40,7 +42,7 @@ def layouts(words: Sequence[str]) -> int:
         metavar="L",
         help="such as tp1 tp2 pp2 ep2 tp2,ep2 pp2,vpp2 dp2; the first is the reference",
     )
-    add("--steps", type=int, default=3, help="steps of every run (%(default)s)")
+    add("--steps", type=positive_int, default=3, help="steps of every run (%(default)s)")
     add("--tolerance", type=float, default=1e-4, help="largest relative difference (%(default)s)")
     add("--random-data", action="store_true", help="needs no datasets")
     add("--output", default="", help="keeps the runs in this new folder")
@@ -105,7 +107,7 @@ def bench(words: Sequence[str]) -> None:
         choices=["fixed_capacity", "alltoall", "dropless"],
         help="short for --moe.dispatcher",
     )
-    add("--output", type=Path, metavar="FILE", help="JSON file, rewritten after every round")
+    add("--output", type=output_file, metavar="FILE", help="JSON file, rewritten after every round")
     options, others = parser.parse_passing_on(words)
     if options.rounds < 1 or options.steps < 1 or options.warmup < 0:
         parser.error("--rounds and --steps must be at least 1 and --warmup at least 0")
@@ -129,20 +131,27 @@ def plot_losses(words: Sequence[str]) -> None:
     parser.add_argument(
         "--run", nargs="+", required=True, metavar="DIR", help="run folders (with metrics.jsonl)"
     )
-    parser.add_argument("--output", required=True, metavar="PNG", help="picture to draw")
     parser.add_argument(
-        "--experts", metavar="PNG", help="also draw load, drops and router entropy of the first run"
+        "--output", type=output_file, required=True, metavar="PNG", help="picture to draw"
+    )
+    parser.add_argument(
+        "--experts",
+        type=output_file,
+        metavar="PNG",
+        help="also draw load, drops and router entropy of the first run",
     )
     options = parser.parse_args(words)
+    for picture in filter(None, (options.output, options.experts)):
+        picture_file(picture)
     runs = {path: read_metrics(Path(path)) for path in options.run}
-    drawn = draw_losses(runs, Path(options.output))
+    drawn = draw_losses(runs, options.output)
     for path, rows in runs.items():
         print(last_evaluation_table(path, rows))
     print(f"wrote {drawn}")
     if options.experts:
         first = options.run[0]
         experts = experts_of_pools(Path(first))
-        drawn = draw_experts(first, runs[first], experts, Path(options.experts))
+        drawn = draw_experts(first, runs[first], experts, options.experts)
         print(f"wrote {drawn}")
 
 
@@ -155,7 +164,7 @@ def downstream(words: Sequence[str]) -> None:
     add = parser.add_argument
     add("--runs", type=Path, required=True, metavar="DIR", help="of TASK/{scratch,dense,moe}")
     add("--data", type=Path, required=True, metavar="DIR", help="folder of the prepared tasks")
-    add("--output", type=Path, metavar="FILE", help="JSON file")
+    add("--output", type=output_file, metavar="FILE", help="JSON file")
     options = parser.parse_args(words)
     table = downstream_table(options.runs, options.data)
     print("\n".join(table_lines(table)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_vlmoe.config.command_line import normalize_arguments
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
+from megatron_vlmoe.planning.validate import prefix_of_file
 from megatron_vlmoe.prepare.tool import Run, positive_int
 
 
@@ -43,7 +46,10 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if action.required and not arg_string:
+        named = (
+            action.choices is not None or action.type is output_file or _name(action) == "--preset"
+        )
+        if not arg_string and (action.required or named):
             # As of a shell variable that is not set: as a path it would be the folder that one is in.
             raise ConfigError(f"{_name(action)} is empty")
         try:
@@ -87,6 +93,37 @@ def _name(action: argparse.Action) -> str:
     return action.option_strings[-1] if action.option_strings else str(action.metavar)
 
 
+def output_file(text: str) -> Path:
+    """Argument type: a file to write at the end of the work, which must not fail then. Nothing is made yet."""
+    path = Path(text)
+    if path.is_dir() or text.endswith(os.sep):
+        raise argparse.ArgumentTypeError("is a folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{above} is a file, not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError("not writable")
+    return path
+
+
+def output_prefix(text: str) -> str:
+    """Argument type: the path that the names of several new files begin with."""
+    if text.endswith(os.sep):
+        raise argparse.ArgumentTypeError(
+            f"an output prefix needs a name after its folder, such as {text}NAME"
+        )
+    return text
+
+
+def dataset_prefix(text: str) -> str:
+    """Argument type: the path that the names of a dataset's files begin with, and not one of the files."""
+    if prefix := prefix_of_file(text):
+        raise argparse.ArgumentTypeError(
+            f"is one file of a dataset; give the prefix of all its files: {prefix}"
+        )
+    return text
+
+
 OUTPUT_PREFIX = {"--output-prefix": "--output"}
 TEXT_TOKENIZER = {"--tokenizer-model": "--text-tokenizer"}
 
@@ -109,6 +146,7 @@ def add_options(
     """
     known: dict[str, dict[str, Any]] = {
         "--output": {
+            "type": output_prefix,
             "required": True,
             "metavar": "P",
             "help": "path that the names of the dataset's files begin with",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_vlmoe.commands.options import CommandParser, add_image_rules
+from megatron_vlmoe.commands.options import CommandParser, add_image_rules, output_file
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
 from megatron_vlmoe.config.tasks import task_names, working_tasks
@@ -33,8 +32,6 @@ def main(words: Sequence[str]) -> None:
     records = _records(options)
     for record in records if options.task else ():
         record.check(options.task)
-    if options.output:
-        _check_output(Path(options.output))
     checkpoint, config = load("megatron_vlmoe.inference.model").read_run(options.load)
     task = config.task.name
     if options.task not in (None, task):
@@ -102,7 +99,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add_image_rules(group)
     group = parser.add_argument_group("results")
     group.add_argument("--json", action="store_true", help="one input: print a JSON object")
-    group.add_argument("--output", metavar="FILE", help="write JSON lines here instead of stdout")
+    group.add_argument(
+        "--output", type=output_file, metavar="FILE", help="write JSON lines here instead of stdout"
+    )
     group.add_argument(
         "--top-k", type=int, default=5, metavar="K", help="answers or classes to name (%(default)s)"
     )
@@ -154,16 +153,6 @@ def _records(options: argparse.Namespace) -> list[Record]:
     return read_records(Path(options.input))
 
 
-def _check_output(path: Path) -> None:
-    """Finds out before the model is loaded whether the file can be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--output {path}: {'is a folder' if path.is_dir() else 'not writable'}")
-
-
 def _report(
     options: argparse.Namespace, records: Sequence[Record], rows: Iterator[dict[str, Any]]
 ) -> None:
@@ -180,7 +169,7 @@ def _report(
             print(line, flush=True)
         return
     try:
-        write_text_atomic(Path(options.output), "".join(f"{line}\n" for line in lines))
+        write_text_atomic(options.output, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise ConfigError(f"--output {options.output}: {error.strerror}") from None
     print(f"{len(records)} prediction(s) written to {options.output}", file=sys.stderr)

@@ -11,6 +11,8 @@ from megatron_vlmoe.commands.options import (
     CommandParser,
     add_image_rules,
     add_options,
+    dataset_prefix,
+    output_prefix,
 )
 from megatron_vlmoe.config.errors import user_files
 from megatron_vlmoe.data.codes import codes_prefix
@@ -42,7 +44,13 @@ def train_text(words: Sequence[str]) -> None:
     )
     add("--text-key", metavar="K", help="JSON key or column (text, caption or captions)")
     add("--vocab-size", type=int, required=True, help="pieces, special ones included")
-    add("--output", type=Path, required=True, metavar="P", help="path of the files without suffix")
+    add(
+        "--output",
+        type=output_prefix,
+        required=True,
+        metavar="P",
+        help="path of the files without suffix",
+    )
     add(
         "--character-coverage",
         type=float,
@@ -66,7 +74,7 @@ def train_text(words: Sequence[str]) -> None:
     add_options(parser, "--on-error", rejects="records")
     values = vars(parser.parse_args(words))
     inputs, key, on_error = (values.pop(name) for name in ("input", "text_key", "on_error"))
-    training = TextTokenizerTraining(output_prefix=values.pop("output"), **values)
+    training = TextTokenizerTraining(output_prefix=Path(values.pop("output")), **values)
     training.validate()
     training.output_prefix.parent.mkdir(parents=True, exist_ok=True)
     rejects = RejectLog(str(training.output_prefix), on_error)
@@ -113,6 +121,7 @@ def train_image(words: Sequence[str]) -> None:
     add = parser.add_argument
     add(
         "--images",
+        type=dataset_prefix,
         nargs="+",
         required=True,
         metavar="PREFIX",
@@ -170,7 +179,13 @@ def encode_images(words: Sequence[str]) -> None:
         {"--tokenizer": "--image-tokenizer"},
     )
     add = parser.add_argument
-    add("--images", required=True, metavar="PREFIX", help="dataset with PREFIX_image.bin")
+    add(
+        "--images",
+        type=dataset_prefix,
+        required=True,
+        metavar="PREFIX",
+        help="dataset with PREFIX_image.bin",
+    )
     add(
         "--image-tokenizer",
         required=True,
@@ -179,7 +194,12 @@ def encode_images(words: Sequence[str]) -> None:
     )
     add("--views", type=int, default=1, help="views of every image (%(default)s)")
     add("--seed", type=int, default=0, help="of the crops (%(default)s)")
-    add("--output", metavar="PREFIX", help="writes PREFIX_codes.* (default: that of --images)")
+    add(
+        "--output",
+        type=output_prefix,
+        metavar="PREFIX",
+        help="writes PREFIX_codes.* (default: that of --images)",
+    )
     add(
         "--min-scale",
         type=float,

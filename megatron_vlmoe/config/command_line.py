@@ -117,14 +117,22 @@ def normalize_arguments(
             result += [name, values[0]]
         elif not values and kind is bool:
             result += [name, "true"]
-        elif not values:
-            what = "a value" if kind is str else _expected(kind)
-            raise ConfigError(f"{given} needs {what} after it")
-        elif len(values) > 1:
-            raise ConfigError(f"{given} takes one value, got {' '.join(values)}")
         else:
-            result += [name, values[0]]
+            result += [name, _only_value(given, name, kind, values)]
     return result
+
+
+def _only_value(given: str, name: str, kind: Any, values: Sequence[str]) -> str:
+    """The value of an option that has one. Raises ConfigError if there is none, or several."""
+    if not values:
+        what = "a value" if kind is str else _expected(kind)
+        raise ConfigError(f"{given} needs {what} after it")
+    if len(values) > 1:
+        raise ConfigError(f"{given} takes one value, got {' '.join(values)}")
+    if not values[0] and name in (*PROGRAM_OPTIONS, "--task.name"):
+        # As of a shell variable that is not set: the run would silently be another one.
+        raise ConfigError(f"{given} is empty")
+    return values[0]
 
 
 def _with_hyphens(word: str, known: Mapping[str, Any]) -> str:

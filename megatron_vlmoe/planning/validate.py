@@ -168,12 +168,17 @@ def _check_any_run(config: RunConfig) -> None:
 def _check_dataset_prefixes(option: str, values: Sequence[str]) -> None:
     """Checks that values are prefixes of datasets, or weights and prefixes in turn, and not one of their files."""
     for value in values:
-        prefix = _PART.sub("", value)
-        # A prefix may end like a part; then its manifest says so.
-        if prefix != value and not Path(f"{value}.json").is_file():
+        if prefix := prefix_of_file(value):
             raise ConfigError(
                 f"--{option} {value}: is one file of a dataset; give the prefix of all its files: --{option} {prefix}"
             )
+
+
+def prefix_of_file(value: str) -> str:
+    """The prefix of the dataset of which a value names a single file; empty if it names none."""
+    prefix = _PART.sub("", value)
+    # A prefix may end like a part; then its manifest says so.
+    return "" if prefix == value or Path(f"{value}.json").is_file() else prefix
 
 
 def _check_model(config: RunConfig) -> None:

@@ -134,6 +134,10 @@ def test_commands_that_pass_options_on_know_their_own(
             "--seed -1: expected a whole number of at least 0",
         ),
         ("check-options pretrian", "pretrian is not a training command; did you mean pretrain?"),
+        (
+            "compare-layouts --layouts tp1 --steps 0",
+            "--steps 0: expected a whole number of at least 1",
+        ),
     ],
 )
 def test_wrong_values_are_told_in_plain_words(
@@ -152,6 +156,10 @@ def test_wrong_values_are_told_in_plain_words(
         (["plot-losses", "--run", "x", "", "--output", "y.png"], "--run"),
         (["bench", "--preset", ""], "--preset"),
         (["inspect-checkpoint", ""], "PATH"),
+        (["bench", "--preset", "tiny-8e", "--output", ""], "--output"),
+        (["predict", "--load", "x", "--task", ""], "--task"),
+        (["upcycle", "--load", "x", "--output", "y", "--preset", ""], "--preset"),
+        (["compare-layouts", "--layouts", "tp1", "--preset="], "--preset"),
     ],
 )
 def test_what_a_command_needs_is_not_empty(
@@ -160,6 +168,99 @@ def test_what_a_command_needs_is_not_empty(
     """As of a shell variable that is not set."""
     assert main(words) == 2
     assert capsys.readouterr().err == f"error: {name} is empty\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect-data x --png",
+        "bench --preset tiny-8e --output",
+        "plot-losses --run x --output",
+        "plot-losses --run x --output y.png --experts",
+        "fill-masked --model x --image-tokenizer y --pairs z --output",
+        "downstream-table --runs x --data y --output",
+        "predict --load x --image y --output",
+        "inspect-checkpoint x --json",
+        "compare-checkpoints x y --json",
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = words.split()[-1]
+    (tmp_path / "file").touch()
+    for name, wrong in (
+        (f"{tmp_path}", "is a folder"),
+        (f"{tmp_path}/new/", "is a folder"),
+        (f"{tmp_path}/file/new/a.png", f"{tmp_path}/file is a file, not a folder"),
+    ):
+        assert main([*words.split(), name]) == 2
+        assert capsys.readouterr() == ("", f"error: {option} {name}: {wrong}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plot-losses --run x --output a.xyz",
+        "plot-losses --run x --output y.png --experts a.xyz",
+        "fill-masked --model x --image-tokenizer y --pairs z --output a.xyz",
+    ],
+)
+def test_a_name_that_is_no_pictures_is_refused_before_the_work(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 1
+    assert capsys.readouterr().err.startswith("error: a.xyz: not a picture's name; it may end in ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train-text-tokenizer --input x --vocab-size 9 --output",
+        "index-text --input x --text-tokenizer y --output",
+        "index-task --task vqa --raw x --output",
+        "merge-data --input x --output",
+        "encode-images --images x --image-tokenizer y --output",
+    ],
+)
+def test_what_files_begin_with_is_more_than_their_folder(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words.split(), f"{tmp_path}/new/"]) == 2
+    line = f"error: --output {tmp_path}/new/: an output prefix needs a name after its folder"
+    assert capsys.readouterr().err == f"{line}, such as {tmp_path}/new/NAME\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "file"),
+    [
+        ("inspect-data", "PREFIX", "X_image.bin"),
+        ("inspect-data", "PREFIX", "X_samples.arrow"),
+        ("merge-data --output y --input x", "--input", "X_text_document.idx"),
+        ("encode-images --image-tokenizer y --images", "--images", "X.json"),
+        ("train-image-tokenizer --output y --images", "--images", "X_image.idx"),
+        ("fill-masked --model x --image-tokenizer y --output z --pairs", "--pairs", "X_text.bin"),
+    ],
+)
+def test_one_file_of_a_dataset_is_no_prefix(
+    words: str, option: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words.split(), f"data/{file}"]) == 2
+    line = "is one file of a dataset; give the prefix of all its files: data/X"
+    assert capsys.readouterr().err == f"error: {option} data/{file}: {line}\n"
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a run was started"))
+    words = "compare-layouts --preset tiny-8e --layouts tp1 pp7 --random-data --output"
+    assert main([*words.split(), str(tmp_path / "runs")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: layout pp7: ") and not printed.out
+    assert "pipeline_model_parallel_size" in printed.err and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_export_is_not_looked_for_on_the_hub(

@@ -242,7 +242,10 @@ def test_records_that_cannot_be_asked(content: dict[str, Any], message: str) -> 
             "--text: no input of mnli, which reads premise, hypothesis",
         ),
         (["--load", "x", "--image", "y", "--output", "tests"], "--output tests: is a folder"),
-        (["--load", "x", "--image", "y", "--output", f"{__file__}/o"], "/o: File exists"),
+        (
+            ["--load", "x", "--image", "y", "--output", f"{__file__}/o"],
+            "/o: .*py is a file, not a folder",
+        ),
     ],
 )
 def test_wrong_command_lines(words: list[str], message: str, monkeypatch: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from commands import REPOSITORY, Outcome, run, run_many
 
+from megatron_vlmoe.commands.main import main
 from megatron_vlmoe.config.command_line import ALIASES as SHORT_FORMS
 from megatron_vlmoe.config.command_line import option_types, parse_run
 from megatron_vlmoe.config.errors import ConfigError
@@ -396,6 +397,19 @@ ANSWERS = {
 @pytest.mark.parametrize("words", ANSWERS)
 def test_answers_to_mistakes(words: str) -> None:
     assert message(f"pretrain {words}") == ANSWERS[words]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "check-options pretrain"])
+@pytest.mark.parametrize("option", ["--preset", "--config", "--task", "--dry-run-world-size"])
+def test_what_names_something_is_not_empty(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a shell variable that is not set; the preset would be another one than was meant."""
+    if option == "--task" and "pretrain" in command:
+        return
+    for words in ([option, ""], [f"{option}="]):
+        assert main([*command.split(), "--dry-run", *words]) == 2
+        assert capsys.readouterr().err == f"error: {option} is empty\n"
 
 
 @pytest.mark.parametrize(
