@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.masking import blockwise_mask
+from megatron_vlmoe.data.samples import foreground
 from megatron_vlmoe.tokenizers.vqkd.model import VQKD, load_vqkd
 
 Array = npt.NDArray[Any]
@@ -40,7 +41,8 @@ class Filled:
         hidden: hidden patches ``[L]``.
         drawn: the picture with the hidden patches as the model fills them ``[S, S, 3]``.
         rendered: the picture as the image tokenizer's true codes render it ``[S, S, 3]``: the best that can be drawn.
-        accuracy: share of the hidden patches whose code is the most likely one.
+        right: hidden patches whose code is the most likely one ``[L]``.
+        shown: patches that show more than the picture's ground ``[L]``.
     """
 
     text: str
@@ -50,7 +52,57 @@ class Filled:
     hidden: Array
     drawn: Array
     rendered: Array
-    accuracy: float
+    right: Array
+    shown: Array
+
+    def counts(self) -> str:
+        """How many hidden patches have the right code, and how many of those of shapes."""
+        hidden = self.hidden & self.shown
+        return (
+            f"{int(self.right.sum())} of {int(self.hidden.sum())} codes right, "
+            f"of the foreground {int((self.right & hidden).sum())} of {int(hidden.sum())}"
+        )
+
+
+def choose_documents(prefix: str, count: int, seed: int) -> list[int]:
+    """Documents of an indexed dataset of pairs, at random; all of them if there are fewer."""
+    number = IndexedReader(part_prefix(prefix, "image")).num_documents
+    chosen = np.random.default_rng(seed).permutation(number)[:count]
+    return [int(document) for document in chosen]
+
+
+def hide_a_shape(shown: Array, count: int, rng: np.random.Generator) -> Array:
+    """A mask of at most `count` patches that hides one connected part of the foreground whole.
+
+    Args:
+        shown: patches of the foreground, bool ``[g, g]``.
+        count: patches to hide; the rest of them lies in blocks, as in training.
+        rng: chooses the part and the blocks. A part with more patches than that is hidden as far as it goes.
+
+    Returns:
+        bool ``[g, g]``.
+    """
+    mask = np.zeros_like(shown)
+    if shown.any():
+        places = np.argwhere(shown)
+        reached = [tuple(places[rng.integers(len(places))])]
+        for row, column in reached:
+            if mask.sum() == count:
+                break
+            mask[row, column] = True
+            for other in (
+                (row - 1, column),
+                (row + 1, column),
+                (row, column - 1),
+                (row, column + 1),
+            ):
+                inside = all(0 <= at < size for at, size in zip(other, shown.shape))
+                if inside and shown[other] and other not in reached:
+                    reached.append(other)
+    rows, columns = shown.shape
+    blocks = blockwise_mask(rows, columns, count - int(mask.sum()), rng, min_block=4)
+    hidden: Array = mask | blocks
+    return hidden
 
 
 def read_pair(prefix: str, number: int) -> tuple[Image.Image, list[int]]:
@@ -71,9 +123,14 @@ def read_pair(prefix: str, number: int) -> tuple[Image.Image, list[int]]:
 
 @torch.no_grad()
 def fill(
-    model: Any, processor: Any, tokenizer: VQKD, image: Image.Image, ids: list[int], seed: int
+    model: Any,
+    processor: Any,
+    tokenizer: VQKD,
+    image: Image.Image,
+    ids: list[int],
+    rng: np.random.Generator,
 ) -> Filled:
-    """Hides the longest word that is one piece and 40 % of the patches, and asks the model for both at once.
+    """Hides the longest word that is one piece, and 40 % of the patches with a shape among them, and asks for them.
 
     Args:
         model: `AutoModelForPreTraining` of an export.
@@ -81,7 +138,7 @@ def fill(
         tokenizer: image tokenizer with a decoder that renders pixels.
         image: the picture.
         ids: pieces of the caption, without special ones.
-        seed: of the hidden patches.
+        rng: chooses the hidden patches.
 
     Raises:
         FillingError: the tokenizer is not that of the model, or does not render pixels.
@@ -101,16 +158,17 @@ def fill(
     masked = [text.mask_token_id if n == hidden_piece else i for n, i in enumerate(ids)]
     sequence = text.build_inputs_with_special_tokens(masked)
     pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-    rng = np.random.default_rng(seed)
-    mask = blockwise_mask(grid, grid, int(0.4 * grid * grid), rng, min_block=4).reshape(1, -1)
+    square = np.array(image.resize((grid * model.config.patch_size,) * 2, Image.Resampling.BICUBIC))
+    shown = foreground(square.transpose(2, 0, 1), grid)
+    mask = hide_a_shape(shown.reshape(grid, grid), int(0.4 * grid * grid), rng).reshape(1, -1)
     outputs = model(
         input_ids=torch.tensor([sequence]), pixel_values=pixels, bool_masked_pos=torch.tensor(mask)
     )
     chances = outputs.mlm_logits[0, hidden_piece + 1].softmax(dim=0)
     best = chances.topk(BEST)
     words = [text.decode([index]).strip() for index in best.indices.tolist()]
-    square = image.resize((tokenizer.config.image_size,) * 2, Image.Resampling.BICUBIC)
-    raw = torch.tensor(np.asarray(square)).permute(2, 0, 1)[None].float() / 255.0
+    resized = image.resize((tokenizer.config.image_size,) * 2, Image.Resampling.BICUBIC)
+    raw = torch.tensor(np.asarray(resized)).permute(2, 0, 1)[None].float() / 255.0
     codes = tokenizer.encode(raw)
     guessed = outputs.mim_logits[0].argmax(dim=1)[None]
     where = torch.tensor(mask)
@@ -125,7 +183,8 @@ def fill(
         hidden=mask[0],
         drawn=_picture(torch.where(where[..., None], filling, patches), tokenizer),
         rendered=_picture(_render(tokenizer, codes), tokenizer),
-        accuracy=float((guessed == codes)[where].float().mean()),
+        right=((guessed == codes) & where)[0].numpy(),
+        shown=shown,
     )
 
 
@@ -147,8 +206,8 @@ def _picture(patches: Tensor, tokenizer: VQKD) -> Array:
     return picture
 
 
-def draw_filled(filled: Filled, output: Path) -> Path:
-    """Four pictures side by side: the whole, what the model sees, what it fills in, what the true codes render.
+def draw_filled(filled: Sequence[Filled], output: Path) -> Path:
+    """For each, side by side: the whole picture, what the model sees, what it fills in, what the true codes render.
 
     Returns the file.
     """
@@ -157,25 +216,26 @@ def draw_filled(filled: Filled, output: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = filled.pixels.shape[0]
-    grid = int(len(filled.hidden) ** 0.5)
-    shown = np.kron(filled.hidden.reshape(grid, grid), np.ones((size // grid, size // grid)))
-    # A fine chequer, so that hidden is not taken for grey.
-    chequer = 0.35 + 0.3 * (np.indices((size, size)).sum(axis=0) % 2)
-    seen = np.where(shown[..., None] > 0, chequer[..., None], filled.pixels)
-    panels = (
-        ("picture", filled.pixels),
-        ("what the model sees", seen),
-        (f"filled in: {filled.accuracy:.0%} of the codes right", filled.drawn),
-        ("true codes, rendered", filled.rendered),
-    )
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.9), constrained_layout=True)
-    for axis, (title, picture) in zip(axes, panels):
-        axis.imshow(picture, interpolation="nearest")
-        axis.set_title(title, fontsize=10)
-        axis.axis("off")
-    guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in filled.guesses)
-    figure.suptitle(f"{filled.text}\n{guesses}   (truth: {filled.truth})", fontsize=11)
+    rows = len(filled)
+    figure = plt.figure(figsize=(12, 3.9 * rows), constrained_layout=True)
+    for part, one in zip(figure.subfigures(rows, 1, squeeze=False)[:, 0], filled):
+        size = one.pixels.shape[0]
+        grid = int(len(one.hidden) ** 0.5)
+        shown = np.kron(one.hidden.reshape(grid, grid), np.ones((size // grid, size // grid)))
+        # A fine chequer, so that hidden is not taken for grey.
+        chequer = 0.35 + 0.3 * (np.indices((size, size)).sum(axis=0) % 2)
+        panels = (
+            ("picture", one.pixels),
+            ("what the model sees", np.where(shown[..., None] > 0, chequer[..., None], one.pixels)),
+            (one.counts().replace(", ", "\n"), one.drawn),
+            ("true codes, rendered", one.rendered),
+        )
+        for axis, (title, picture) in zip(part.subplots(1, len(panels)), panels):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_title(title, fontsize=10)
+            axis.axis("off")
+        guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in one.guesses)
+        part.suptitle(f"{one.text}\n{guesses}   (truth: {one.truth})", fontsize=11)
     return save_figure(figure, output)
 
 

@@ -1,13 +1,15 @@
-"""Fill a masked word and masked patches of a captioned picture with an exported model, as a PNG.
+"""Fill a masked word and masked patches of captioned pictures with an exported model, as a PNG.
 
 vlmoe fill-masked --model runs/quickstart/hf --image-tokenizer corpora/indexed-2000/image_tokenizer \
-    --pairs corpora/indexed-2000/pairs_val --number 3 --output runs/quickstart/filled.png
+    --pairs corpora/indexed-2000/pairs_val --output runs/quickstart/filled.png
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from megatron_vlmoe.analysis.plots import picture_file
 from megatron_vlmoe.commands.options import CommandParser, dataset_prefix, output_file
@@ -21,7 +23,7 @@ def build_parser() -> CommandParser:
     """The options."""
     parser = CommandParser(
         "fill-masked",
-        "Fill a masked word and masked patches of a captioned picture with an exported model, as a PNG.",
+        "Fill a masked word and masked patches of captioned pictures with an exported model, as a PNG.",
     )
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="HF_DIR", help="export of a pretrained model")
@@ -33,8 +35,8 @@ def build_parser() -> CommandParser:
         metavar="PREFIX",
         help="indexed dataset of image-text pairs",
     )
-    add("--number", type=int, default=0, help="document of it (%(default)s)")
-    add("--seed", type=count, default=0, help="of the hidden patches (%(default)s)")
+    add("--number", type=int, nargs="+", metavar="N", help="documents of it (three at random)")
+    add("--seed", type=count, default=0, help="of pictures and hidden patches (%(default)s)")
     add("--output", required=True, type=output_file, metavar="PNG", help="picture to draw")
     return parser
 
@@ -53,14 +55,17 @@ def main(words: Sequence[str]) -> None:
     except ImportError:
         raise FillingError('transformers is missing (pip install "megatron-vlmoe[hf]")') from None
     filling = load("megatron_vlmoe.analysis.filling")
-    image, ids = filling.read_pair(arguments.pairs, arguments.number)
+    numbers = arguments.number or filling.choose_documents(arguments.pairs, 3, arguments.seed)
     options = {"trust_remote_code": True}
     model = AutoModelForPreTraining.from_pretrained(arguments.model, **options).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, **options)
     tokenizer = filling.open_tokenizer(arguments.image_tokenizer)
-    filled = filling.fill(model, processor, tokenizer, image, ids, arguments.seed)
-    drawn = filling.draw_filled(filled, arguments.output)
-    guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in filled.guesses)
-    print(f"{filled.text}: {guesses} (truth: {filled.truth})")
-    print(f"{filled.accuracy:.0%} of {int(filled.hidden.sum())} hidden patches have the right code")
-    print(f"wrote {drawn}")
+    filled = []
+    for number in numbers:
+        image, ids = filling.read_pair(arguments.pairs, number)
+        rng = np.random.default_rng((arguments.seed, number))
+        one = filling.fill(model, processor, tokenizer, image, ids, rng)
+        filled.append(one)
+        guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in one.guesses)
+        print(f"{number}: {one.text}: {guesses} (truth: {one.truth}); {one.counts()}")
+    print(f"wrote {filling.draw_filled(filled, arguments.output)}")

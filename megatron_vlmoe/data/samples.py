@@ -204,6 +204,22 @@ def slot_positions(labels: Array, slots: int) -> dict[str, Array]:
     return {"positions": positions, "labels": values}
 
 
+def exchange_distance(images: Sequence[object]) -> int:
+    """The smallest number of places by which captions can be moved around so that each meets another image.
+
+    Args:
+        images: that of every caption of a micro-batch, equal where it is the same.
+
+    Returns:
+        1 to n - 1; 0 if there is none.
+    """
+    for distance in range(1, len(images)):
+        moved = [*images[-distance:], *images[:-distance]]
+        if all(a != b for a, b in zip(images, moved)):
+            return distance
+    return 0
+
+
 class PackingIndex(NamedTuple):
     """Where each document of an epoch begins in the concatenation of all.
 
@@ -377,6 +393,29 @@ class TextPart:
         return {"texts": texts}
 
 
+FOREGROUND_DISTANCE, FOREGROUND_SHARE = 0.1, 0.1
+
+
+def foreground(pixels: Pixels, grid: int) -> npt.NDArray[np.bool_]:
+    """Patches that show more than the image's ground.
+
+    A pixel belongs to the foreground if a colour channel differs by more than 0.1 (of 0..1) from the image's median in
+    that channel, a patch if more than a tenth of its pixels do.
+
+    Args:
+        pixels: ``[3, S, S]`` of uint8.
+        grid: patches along a side.
+
+    Returns:
+        bool ``[grid * grid]``, row by row.
+    """
+    median = np.median(pixels, axis=(1, 2), keepdims=True)
+    differs = (np.abs(pixels - median) > 255 * FOREGROUND_DISTANCE).any(axis=0)
+    side = pixels.shape[1] // grid
+    shares = differs.reshape(grid, side, grid, side).mean(axis=(1, 3))
+    return (shares > FOREGROUND_SHARE).reshape(-1)
+
+
 class PixelPart:
     """Masks, pixels and codes of the images of one objective."""
 
@@ -392,6 +431,9 @@ class PixelPart:
         if share.last_stage and tokenizer_size is not None:
             self.sizes["tokenizer_pixels"] = tokenizer_size
         self.wants_codes = share.last_stage and tokenizer_size is None
+        # Evaluation, on the last stage, tells apart what was hidden.
+        self.foreground_size = config.model.image_size
+        self.wants_foreground = share.last_stage and not views.rngs.train
 
     def make(self, refs: list[SampleRef], images: list[int]) -> dict[str, Array]:
         """An image segment: masks and codes of all samples, pixels of this tensor-parallel rank's share."""
@@ -407,15 +449,24 @@ class PixelPart:
                 ]
             )
         # Views of equal size are equal: one array serves both keys.
-        sizes = sorted(set(self.sizes.values()))
-        if not sizes:
-            return segment
+        sizes = set(self.sizes.values())
         own = self.share.slice(len(refs))
         count = own.stop - own.start
         out = {size: np.empty((count, 3, size, size), dtype=np.uint8) for size in sizes}
-        for row, (ref, image) in enumerate(zip(refs[own], images[own], strict=True)):
-            for size, view in zip(sizes, self.views.pixels(ref, image, sizes), strict=True):
-                out[size][row] = view
+        if self.wants_foreground:
+            sizes.add(self.foreground_size)
+            segment["foreground"] = np.zeros(positions.shape, dtype=np.bool_)
+        for row, (ref, image) in enumerate(zip(refs, images, strict=True)):
+            is_own = own.start <= row < own.stop
+            if not (self.wants_foreground or (is_own and sizes)):
+                continue
+            made = dict(zip(sizes, self.views.pixels(ref, image, list(sizes)), strict=True))
+            if self.wants_foreground:
+                shown = foreground(made[self.foreground_size], self.grid)
+                segment["foreground"][row] = shown[positions[row]]
+            if is_own:
+                for size in out:
+                    out[size][row - own.start] = made[size]
         return segment | {name: out[size] for name, size in self.sizes.items()}
 
     def _mask(self, ref: SampleRef) -> npt.NDArray[np.bool_]:
@@ -501,7 +552,7 @@ class PairPart:
             truncated += len(tokens) > length - 2
             dropped += natural - count
         sample_numbers = np.asarray(numbers, dtype=np.int64)
-        return {
+        made = {
             "pair_texts": {
                 "ids": np.stack(inputs),
                 "lengths": np.array(lengths, dtype=np.int64),
@@ -512,3 +563,7 @@ class PairPart:
             "truncated_captions": np.array(truncated),
             "dropped_caption_masks": np.array(dropped),
         }
+        if not self.rngs.train:
+            of = [(ref.dataset, image) for ref, image in zip(refs, images)]
+            made["exchange_distance"] = np.array(exchange_distance(of))
+        return made

@@ -56,6 +56,9 @@ class ImageSegment(TypedDict, total=False):
     labels: Tensor
     """Visual tokens of these patches ``[n, M]``, on the last stage; computed from `tokenizer_pixels` if not stored."""
 
+    foreground: Tensor
+    """Whether these patches show more than the image's ground, bool ``[n, M]`` (evaluation, on the last stage)."""
+
     sample_numbers: Tensor
     """Number of every sample, counted over the run ``[n]`` (pretraining)."""
 
@@ -82,6 +85,9 @@ class Batch(TypedDict, total=False):
 
     dropped_caption_masks: Tensor
     """Tokens of captions that were not masked because all M positions are used (pretraining)."""
+
+    exchange_distance: Tensor
+    """Places by which the captions can be moved so that each meets another image; 0: none (evaluation)."""
 
     samples: Tensor
     """Index of every sample or evaluation item in its split ``[n]`` (tasks)."""

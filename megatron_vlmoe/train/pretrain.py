@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from dataclasses import replace
 from typing import Callable, Iterator, Mapping, Optional
 
@@ -15,7 +17,17 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.batches import PretrainData
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
-from megatron_vlmoe.losses.masked import LOSS_SEGMENTS, LOSSES, evaluation_sums, total_loss
+from megatron_vlmoe.losses.masked import (
+    EVALUATED,
+    LOSS_SEGMENTS,
+    LOSSES,
+    PAIR_LOSSES,
+    EvaluationSums,
+    evaluation_metrics,
+    evaluation_sums,
+    exchange_captions,
+    total_loss,
+)
 from megatron_vlmoe.model.heads import Predicted
 from megatron_vlmoe.planning.validate import validate
 from megatron_vlmoe.runtime.distributed import (
@@ -31,11 +43,12 @@ from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, SegmentName, StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
+from megatron_vlmoe.train.metrics import collect
 from megatron_vlmoe.train.objective import BatchSource
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
-from megatron_vlmoe.train.step import Losses, StepRunner
+from megatron_vlmoe.train.step import Losses, Prepare, StepRunner
 from megatron_vlmoe.train.trainer import Trainer
 
 log = logging.getLogger("megatron_vlmoe")
@@ -144,49 +157,65 @@ class MaskedObjective:
         """Exact averages over `train.eval_steps` steps of held-out data; every rank must call it.
 
         Returns:
-            On every rank `eval/loss/*` (nats per predicted position), `acc/*` (share of these whose most likely
-            class is right) and `unigram/*` (entropy in nats of guessing by the labels' own frequencies).
+            What `evaluation_metrics` makes of it, on every rank.
         """
-        assert self.data is not None
-        model, steps = self.config.model, self.config.train.eval_steps
+        model = self.config.model
         sizes = [
             model.vocab_size if LOSS_SEGMENTS[name] in TEXT_SEGMENTS else model.visual_vocab_size
             for name in LOSSES
         ]
         # Sums and label histograms of all losses lie in one tensor, for one all-reduce.
-        flat = torch.zeros(3 * len(LOSSES) + sum(sizes), dtype=torch.float64, device=device())
-        sums, *histograms = flat.split([3 * len(LOSSES), *sizes])
-        sums = sums.view(len(LOSSES), 3)
-        batches = iter(self.data.loader("eval", 0, steps * self.num_micro_batches))
-        for _ in range(steps):
-            results = runner.evaluate(
-                batches, self.num_micro_batches, evaluation_sums, self.prepare
-            )
-            # All tensor-parallel ranks hold the same sums; the first one speaks for them.
-            for result in results if self.ranks.tensor == 0 else ():
-                for name, (counts, labels) in result.items():
-                    row, labels = LOSSES.index(name), labels.reshape(-1)
-                    sums[row] += counts
-                    histograms[row].scatter_add_(0, labels.clamp(min=0), (labels >= 0).double())
+        shape = (len(EVALUATED), len(LOSSES), 3)
+        flat = torch.zeros(math.prod(shape) + sum(sizes), dtype=torch.float64, device=device())
+        table, *histograms = flat.split([math.prod(shape), *sizes])
+        sums = dict(zip(EVALUATED, table.view(shape)))
+        if runner.layout.pairs:
+            for batch, result in self._evaluated(runner, exchange_captions):
+                if batch.get("exchange_distance", 0):
+                    for name in PAIR_LOSSES:
+                        sums["exchanged"][LOSSES.index(name)] += result[name].counts
+            # What the experts did with wrong pairs is not part of their statistics.
+            collect(runner.parts.chunks, self.config)
+        for batch, result in self._evaluated(runner, lambda batch: batch):
+            for name, (counts, labels, foreground) in result.items():
+                row, labels = LOSSES.index(name), labels.reshape(-1)
+                sums["all"][row] += counts
+                if foreground is not None:
+                    sums["foreground"][row] += foreground
+                if name in PAIR_LOSSES and batch.get("exchange_distance", 0):
+                    sums["paired"][row] += counts
+                histograms[row].scatter_add_(0, labels.clamp(min=0), (labels >= 0).double())
         dist.all_reduce(flat)
-        metrics: dict[str, float] = {}
-        for name, (loss, hits, count), histogram in zip(LOSSES, sums.tolist(), histograms):
-            # Losses over nothing are left out.
-            if count > 0:
-                metrics[f"eval/loss/{name}"] = loss / count
-                metrics[f"acc/{name}"] = hits / count
-                share = histogram / histogram.sum()
-                metrics[f"unigram/{name}"] = float(torch.special.entr(share).sum())
-        return metrics
+        return evaluation_metrics(sums, histograms)
+
+    def _evaluated(
+        self, runner: StepRunner, change: Prepare
+    ) -> Iterator[tuple[Batch, dict[str, EvaluationSums]]]:
+        """The held-out micro-batches with what is added up of them, where the last stage has that.
+
+        All tensor-parallel ranks hold the same sums; the first one speaks for them.
+        """
+        assert self.data is not None
+        steps, count = self.config.train.eval_steps, self.num_micro_batches
+        batches = iter(self.data.loader("eval", 0, steps * count))
+        for _ in range(steps):
+            step = list(itertools.islice(batches, count))
+            results = runner.evaluate(map(change, step), count, evaluation_sums, self.prepare)
+            if self.ranks.tensor == 0:
+                yield from zip(step, results)
 
     def evaluation_line(self, metrics: Mapping[str, float]) -> str:
-        """Loss, accuracy and the unigram entropy beside it."""
-        parts = [
-            f"{name} {metrics[f'eval/loss/{name}']:.3f} (unigram {metrics[f'unigram/{name}']:.3f}, "
-            f"acc {100 * metrics[f'acc/{name}']:.1f} %)"
-            for name in LOSSES
-            if f"eval/loss/{name}" in metrics
-        ]
+        """Loss, accuracy and the unigram entropy beside it, and what a pair's other half is worth."""
+        parts = []
+        for name in LOSSES:
+            if f"eval/loss/{name}" in metrics:
+                line = f"{name} {metrics[f'eval/loss/{name}']:.3f} (unigram {metrics[f'unigram/{name}']:.3f}"
+                line += f", acc {100 * metrics[f'acc/{name}']:.1f} %"
+                if f"acc/{name}_foreground" in metrics:
+                    line += f", foreground {100 * metrics[f'acc/{name}_foreground']:.1f} %"
+                if f"eval/grounding/{name}" in metrics:
+                    line += f", grounding {metrics[f'eval/grounding/{name}']:.3f}"
+                parts.append(f"{line})")
         return "evaluation | " + " | ".join(parts)
 
     def loss(self, batch: Batch, outputs: Mapping[SegmentName, Predicted]) -> tuple[Tensor, Losses]:

@@ -16,7 +16,8 @@ LAYOUTS = {
 
 def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What every layout must agree on: the losses, and what is counted over whole batches."""
-    prefixes = ("step", "loss/", "eval/loss/", "acc/", "unigram/", "grad_norm", "lr")
+    prefixes = ("step", "loss/", "eval/loss/", "eval/grounding/", "acc/", "unigram/", "grad_norm")
+    prefixes += ("lr",)
     return [
         {key: value for key, value in record.items() if key.startswith(prefixes)}
         for record in records

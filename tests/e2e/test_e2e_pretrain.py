@@ -53,6 +53,13 @@ def test_evaluations_at_step_0_and_every_third(unbroken: Run) -> None:
         for name in ("mlm", "mim", "vlm_text", "vlm_image"):
             assert 0.0 <= record[f"acc/{name}"] <= 1.0
             assert 0.0 < record[f"unigram/{name}"] < math.log(200)
+        for name in ("mim", "vlm_image"):
+            parts = [record[f"eval/loss/{name}_{part}"] for part in ("foreground", "background")]
+            assert min(parts) < record[f"eval/loss/{name}"] < max(parts)
+        # Before the first step it makes nearly no difference what stands beside what.
+        grounding = [record[f"eval/grounding/{name}"] for name in ("vlm_text", "vlm_image")]
+        assert all(value != 0.0 for value in grounding)
+        assert all(abs(value) < 0.1 for value in grounding)
 
 
 def test_it_learns(unbroken: Run) -> None:

@@ -21,6 +21,7 @@ from megatron_vlmoe.data.codes import CodesReader
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, stage_manifest
 from megatron_vlmoe.data.random_batches import RandomData
+from megatron_vlmoe.data.samples import foreground
 from megatron_vlmoe.data.sources import split_documents
 from megatron_vlmoe.prepare.codes import CodesOptions, write_codes
 from megatron_vlmoe.stream.batch import Batch
@@ -394,6 +395,27 @@ def test_evaluation_is_fixed_and_unaugmented(corpus: Corpus) -> None:
     stored = IndexedReader(str(corpus.root / "images_image")).sequence(18).tobytes()
     whole = Image.open(io.BytesIO(stored)).resize((64, 64), Image.Resampling.BICUBIC)
     assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), whole)
+
+
+def test_evaluation_tells_what_was_hidden_and_which_captions_can_move(corpus: Corpus) -> None:
+    config = corpus.config(eval_fraction=0.5)
+    (whole,) = batches(open_data(config), 1, split="eval")
+    for segment in VISION_SEGMENTS:
+        images = whole[segment]
+        for row, pixels in enumerate(images["pixels"].numpy()):
+            expected = foreground(pixels, config.model.patch_grid)[images["positions"][row]]
+            assert images["foreground"][row].tolist() == expected.tolist()
+        assert images["foreground"].any()
+    # A tensor-parallel rank has pixels of its samples alone, but judges all of them.
+    (share,) = batches(open_data(config, tensor_rank=1, tensor_size=2), 1, split="eval")
+    assert torch.equal(share["images"]["foreground"], whole["images"]["foreground"])
+    assert torch.equal(share["images"]["pixels"], whole["images"]["pixels"][MICRO // 2 :])
+    (first_stage,) = batches(open_data(config, last_stage=False), 1, split="eval")
+    assert "foreground" not in first_stage["images"]
+    # Captions of one image follow each other.
+    assert int(whole["exchange_distance"]) > 1
+    for batch in batches(open_data(config), 2):
+        assert "exchange_distance" not in batch and "foreground" not in batch["images"]
 
 
 def test_eval_datasets_replace_the_held_out_part(corpus: Corpus) -> None:
