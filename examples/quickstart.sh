@@ -71,4 +71,4 @@ python -m megatron_vlmoe plot-losses --run "$RUN" --output "$RUN/losses.png"
 say "7/7 export to Hugging Face, and what the exported model makes of a masked word and masked patches"
 python -m megatron_vlmoe export --load "$RUN" --output "$RUN/hf" --overwrite
 python -m megatron_vlmoe fill-masked --model "$RUN/hf" --image-tokenizer "$INDEXED/image_tokenizer" \
-    --pairs "$INDEXED/pairs_val" --number 8 --output "$RUN/filled.png"
+    --pairs "$INDEXED/pairs_val" --output "$RUN/filled.png"
