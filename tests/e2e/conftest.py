@@ -18,7 +18,8 @@ SMALL_MODEL = """
 --moe.layers 2 3 --moe.num_vision_experts 4 --moe.num_text_experts 2
 --data.micro_texts 2 --data.micro_images 2 --data.micro_pairs 2
 --data.global_texts 4 --data.global_images 4 --data.global_pairs 4
---data.num_workers 0 --optim.lr_warmup_steps 1 --log.interval 1 --train.eval_steps 1 --train.seed 5
+--data.pair_unit image --data.num_workers 0 --optim.lr_warmup_steps 1 --log.interval 1
+--train.eval_steps 1 --train.seed 5
 """.split()
 # Nothing is dropped: every layout computes the same.
 ROOMY = "--moe.capacity_factor 8 --moe.eval_capacity_factor 8".split()

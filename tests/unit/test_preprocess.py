@@ -145,13 +145,14 @@ def test_missing_inputs_and_usage(
     main = tool("preprocess_text")
     path = tmp_path / "a.txt"
     path.write_text("star\n")
-    for arguments, message in (
-        (text_arguments(out, model, tmp_path / "no.txt"), "no.txt: not found"),
-        (text_arguments(out, str(path), path), "a.txt is not a SentencePiece model"),
-        (text_arguments(Path(f"{path}/p"), model, path), "a.txt: File exists"),
-        (["--input", str(path), "--output", f"{out}/", "--text-tokenizer", model], "name"),
+    no_name = ["--input", str(path), "--output", f"{out}/", "--text-tokenizer", model]
+    for arguments, status, message in (
+        (text_arguments(out, model, tmp_path / "no.txt"), 1, "no.txt: not found"),
+        (text_arguments(out, str(path), path), 1, "a.txt is not a SentencePiece model"),
+        (text_arguments(Path(f"{path}/p"), model, path), 1, "a.txt: File exists"),
+        (no_name, 2, "name"),
     ):
-        assert main(arguments) == 1
+        assert main(arguments) == status
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
     assert main([*text_arguments(out, model, path), "--workers", "0"]) == 2
@@ -254,6 +255,8 @@ if __name__ == "__mp_main__":  # a worker
     pathlib.Path("starts").touch()
     time.sleep(1)
 if __name__ == "__main__":
+    # A shell that starts this in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         list(ordered_map(abs, chunks(), 2))
     except KeyboardInterrupt:
