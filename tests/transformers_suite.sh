@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the common tests of transformers on the exported model: about 15 minutes, a part of `bash tests/run.sh nightly`.
+# Runs the common tests of transformers on the exported model: five minutes, a part of `bash tests/run.sh nightly`.
 # The tests come from the source archive of the installed version, which pip fetches once into runs/.
 # Usage: bash tests/transformers_suite.sh [PYTEST ARGUMENTS]    e.g.  bash tests/transformers_suite.sh -k MaskedLM
 set -euo pipefail
