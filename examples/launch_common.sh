@@ -37,6 +37,7 @@ count_gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/d
 # forward SIGNAL: to the workers themselves; torchrun would kill them 30 seconds after SIGTERM and die of SIGUSR1. Before it
 # has started any there is nothing to save, and it takes no notice of a gentler signal.
 forward() {
+    if [ -z "$TORCHRUN_PID" ]; then EARLY="$1"; return; fi
     if pkill "-$1" -P "$TORCHRUN_PID"; then
         ASKED=1
         echo "[launch] $1: asking the workers to save and leave" >&2
@@ -55,11 +56,14 @@ launch() {
     exec {output}> >(trap '' USR1 TERM INT HUP
         tee >(grep --line-buffered '^error: ' > "$errors") >&2; wait "$!") # for grep
     copier=$!
+    # Before torchrun is there, so that none is left without the script that a signal ended.
+    TORCHRUN_PID="" EARLY=""
+    trap 'forward USR1' USR1
+    trap 'forward TERM' TERM INT
     (trap '' USR1 TERM INT; exec torchrun --signals-to-handle SIGHUP,SIGQUIT "$@" 2>&"$output" {output}>&-) &
     TORCHRUN_PID=$!
     exec {output}>&-
-    trap 'forward USR1' USR1
-    trap 'forward TERM' TERM INT
+    [ -z "$EARLY" ] || forward "$EARLY"
     while kill -0 "$TORCHRUN_PID" 2>/dev/null; do
         status=0
         wait "$TORCHRUN_PID" || status=$?
