@@ -158,7 +158,7 @@ def fill(
     masked = [text.mask_token_id if n == hidden_piece else i for n, i in enumerate(ids)]
     sequence = text.build_inputs_with_special_tokens(masked)
     pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-    square = np.array(image.resize((grid * model.config.patch_size,) * 2, Image.Resampling.BICUBIC))
+    square = np.array(image.resize((tokenizer.config.image_size,) * 2, Image.Resampling.BICUBIC))
     shown = foreground(square.transpose(2, 0, 1), grid)
     mask = hide_a_shape(shown.reshape(grid, grid), int(0.4 * grid * grid), rng).reshape(1, -1)
     outputs = model(
@@ -167,8 +167,7 @@ def fill(
     chances = outputs.mlm_logits[0, hidden_piece + 1].softmax(dim=0)
     best = chances.topk(BEST)
     words = [text.decode([index]).strip() for index in best.indices.tolist()]
-    resized = image.resize((tokenizer.config.image_size,) * 2, Image.Resampling.BICUBIC)
-    raw = torch.tensor(np.asarray(resized)).permute(2, 0, 1)[None].float() / 255.0
+    raw = torch.tensor(square).permute(2, 0, 1)[None].float() / 255.0
     codes = tokenizer.encode(raw)
     guessed = outputs.mim_logits[0].argmax(dim=1)[None]
     where = torch.tensor(mask)

@@ -450,21 +450,22 @@ class PixelPart:
             )
         # Views of equal size are equal: one array serves both keys.
         sizes = set(self.sizes.values())
-        own = self.share.slice(len(refs))
-        count = own.stop - own.start
-        out = {size: np.empty((count, 3, size, size), dtype=np.uint8) for size in sizes}
+        share = self.share.slice(len(refs))
+        rows = own = range(share.start, share.stop)
+        out = {size: np.empty((len(own), 3, size, size), dtype=np.uint8) for size in sizes}
         if self.wants_foreground:
+            rows = range(len(refs))
             sizes.add(self.foreground_size)
             segment["foreground"] = np.zeros(positions.shape, dtype=np.bool_)
-        for row, (ref, image) in enumerate(zip(refs, images, strict=True)):
-            is_own = own.start <= row < own.stop
-            if not (self.wants_foreground or (is_own and sizes)):
-                continue
-            made = dict(zip(sizes, self.views.pixels(ref, image, list(sizes)), strict=True))
+        if not sizes:
+            return segment
+        order = sorted(sizes)
+        for row in rows:
+            made = dict(zip(order, self.views.pixels(refs[row], images[row], order), strict=True))
             if self.wants_foreground:
                 shown = foreground(made[self.foreground_size], self.grid)
                 segment["foreground"][row] = shown[positions[row]]
-            if is_own:
+            if row in own:
                 for size in out:
                     out[size][row - own.start] = made[size]
         return segment | {name: out[size] for name, size in self.sizes.items()}
