@@ -238,7 +238,11 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
         pools = ", ".join(f"{size} {name}" for name, size in sizes.items())
         architecture_lines += [
             f"- experts in blocks {', '.join(map(str, numbers))}: {pools}; {moe.topk} per token",
-            "- inference drops no token (`capacity_factor` 0); trained with capacity factor "
+            "- experts choose their tokens among all of a batch (expert choice), so that a result depends on what "
+            f"else is in the batch; capacity factor {moe.capacity_factor} in training, "
+            f"{moe.eval_capacity_factor} in evaluation and in `config.json`"
+            if moe.routing == "expert_choice"
+            else "- inference drops no token (`capacity_factor` 0); trained with capacity factor "
             f"{moe.capacity_factor}, evaluated by the trainer with {moe.eval_capacity_factor}. "
             "`capacity_factor` 1.0 with the same batches gives the paper's evaluation",
         ]

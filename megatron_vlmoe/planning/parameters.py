@@ -36,6 +36,7 @@ _PARTS = {
         f"{name} experts": rf"decoder\..*\.experts\.{name}\."
         for name in ("text", "vision", "vl", "shared")
     },
+    "balance biases": r"decoder\..*\.router\.\w+\.balance_bias$",
     "routers": r"decoder\..*\.moe\.router\.",
     "text head": r"heads\.text\.",
     "image head": r"heads\.image\.",
@@ -85,6 +86,11 @@ class Parameter:
     def part(self) -> str:
         """What it belongs to; see `part_of`."""
         return part_of(self.key)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer may train it: the bias of loss-free balancing has a rule of its own."""
+        return not self.key.endswith(".balance_bias")
 
     @property
     def fp32(self) -> bool:
@@ -155,10 +161,10 @@ def checkpoint_shapes(config: RunConfig) -> Shapes:
 def estimated_parameters(config: RunConfig) -> list[Parameter]:
     """What an estimate counts before tokenizers and tasks are known.
 
-    Those are the parameters of pretraining, with the paper's vocabularies where none are given.
+    Those are the trained tensors of pretraining, with the paper's vocabularies where none are given.
     """
     config = with_assumed_vocabularies(config)
-    body = [found for found in parameters(config) if not found.key.startswith("heads.")]
+    body = [p for p in parameters(config) if p.trained and not p.key.startswith("heads.")]
     return body + _pretraining_heads(config)
 
 
@@ -313,7 +319,10 @@ def _branch(config: RunConfig, branch: Branch, prefix: str, block: int) -> list[
         fc1 = _linear(f"{name}_ffn.linear_fc1", width, inner)
         fc2 = _linear(f"{name}_ffn.linear_fc2", inner, width)
         return found + _rows(prefix, fc1 | fc2, block, where, used)
-    found += _rows(f"{prefix}moe.router.", {f"{name}.weight": (experts, width)}, block, where, used)
+    router = f"{prefix}moe.router.{name}."
+    found += _rows(router, {"weight": (experts, width)}, block, where, used)
+    if config.moe.balance_bias_rate > 0.0:
+        found += _rows(router, {"balance_bias": (experts,)}, block, where, applied=0)
     pool: Shapes = {
         "weight1": (experts, inner, width),
         "bias1": (experts, inner),

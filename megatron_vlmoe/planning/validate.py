@@ -37,6 +37,7 @@ _ANY_RUN = {
         *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
         *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
         *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
+        "moe.balance_bias_rate",
     ),
     "is not in [0, 1]": ("data.flip_probability", "data.pair_flip_probability"),
     "is not in [0, 1)": ("data.eval_fraction", "optim.adam_beta1", "optim.adam_beta2"),
@@ -268,6 +269,27 @@ def _check_moe(config: RunConfig) -> None:
             "moe.shared_router=true needs moe.num_vision_experts, the size of the shared pool",
         )
     _check_bounds(config, {"must be at least 1": ("moe.topk", "moe.capacity_multiple_of")})
+    if moe.routing == "expert_choice":
+        _require(
+            moe.dispatcher != "dropless",
+            "moe.routing=expert_choice with moe.dispatcher=dropless: experts take as many tokens as they have slots",
+        )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(moe, name)
+            _require(
+                factor > 0.0,
+                f"moe.{name}={factor:g} with moe.routing=expert_choice: it is how many tokens an expert takes, "
+                "and must be positive",
+            )
+        _require(
+            not moe.normalize_gate,
+            "moe.normalize_gate=true with moe.routing=expert_choice: a token may have no expert to share its gates",
+        )
+        _require(
+            moe.balance_bias_rate == 0.0,
+            f"moe.balance_bias_rate={moe.balance_bias_rate:g} with moe.routing=expert_choice: its experts have equal "
+            "load already",
+        )
     expert_parallel = config.parallel.expert_model_parallel_size
     for plan in block_plans(model, moe):
         for pool in plan.pools:

@@ -354,6 +354,13 @@ def check_architecture(
             raise CheckpointError(
                 f"{path}: is of another model: {name} is {theirs[name]} there, {ours[name]} here"
             )
+    # Earlier versions had no such bias.
+    rates = [options.get("moe.balance_bias_rate", 0.0) for options in (theirs, ours)]
+    if (rates[0] > 0.0) != (rates[1] > 0.0):
+        raise CheckpointError(
+            f"{path}: is of another model: moe.balance_bias_rate is {rates[0]:g} there, {rates[1]:g} here, "
+            "and only above 0 a model has a bias of experts"
+        )
 
 
 def changed_options(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -372,7 +379,7 @@ def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig)
     The gates' sum, which their number and normalisation decide, is a factor of the experts' output; upcycling even
     scales weights to make up for it.
     """
-    names = ("moe.topk: ", "moe.normalize_gate: ")
+    names = ("moe.topk: ", "moe.normalize_gate: ", "moe.routing: ")
     changed = [line for line in changed_options(saved, config) if line.startswith(names)]
     if changed and has_experts(config.moe):
         log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_vlmoe.model.vlmoe import (
     freeze_unreachable,
     initialize_parameters,
 )
+from megatron_vlmoe.moe.router import balance_experts
 from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
 
@@ -133,6 +135,10 @@ def build_training(
         part.init_state_fn = part.init_state_fn or _init_momentum
     transformer_config.grad_scale_func = optimizer.scale_loss
     transformer_config.finalize_model_grads_func = finalize_model_grads
+    if config.moe.balance_bias_rate > 0.0 and config.moe.train_experts:
+        transformer_config.finalize_model_grads_func = functools.partial(
+            _finalize_and_balance, chunks, config.moe.balance_bias_rate
+        )
     return TrainingParts(
         transformer_config=transformer_config,
         chunks=chunks,
@@ -141,6 +147,15 @@ def build_training(
         scheduler=_scheduler(config, optimizer),
         frozen=frozen,
     )
+
+
+def _finalize_and_balance(
+    chunks: list[VLMoEModel], rate: float, *arguments: Any, **options: Any
+) -> None:
+    """What ends the backward pass of a step, where megatron-core's own bias of experts is updated as well."""
+    finalize_model_grads(*arguments, **options)
+    modules = (module for chunk in chunks for module in chunk.modules())
+    balance_experts(modules, rate, parallel_state.get_tensor_and_data_parallel_group())
 
 
 def build_forward_only(
