@@ -157,9 +157,13 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig:
-    """Masked data modelling (paper section 3.1).
+    """Masked data modelling (paper section 3.1), or contrastive pretraining (paper A.1, LIMoE).
 
     Args:
+        kind: `masked` predicts hidden tokens and patches; `contrastive` reads captions and images of pairs apart, and
+            finds for each the other among those of all data-parallel ranks in its micro-batch. It needs no image
+            tokenizer, and no other option of this section but the temperature.
+        contrastive_temperature: first temperature of the softmax over similarities; it is learned.
         mlm_weight: weight of the masked language loss of texts.
         mim_weight: weight of the masked image loss of images.
         vlm_text_weight: weight of the masked token loss of pairs.
@@ -172,6 +176,8 @@ class ObjectivesConfig:
             (caption_mask_fraction of the 99th percentile caption length).
     """
 
+    kind: Literal["masked", "contrastive"] = "masked"
+    contrastive_temperature: float = 0.07
     mlm_weight: float = 1.0
     mim_weight: float = 1.0
     vlm_text_weight: float = 1.0

@@ -13,7 +13,13 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
-from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
+from megatron_vlmoe.stream.layout import (
+    PAIR_SEGMENTS,
+    SEGMENTS,
+    TEXT_SEGMENTS,
+    VISION_SEGMENTS,
+    SegmentName,
+)
 from megatron_vlmoe.stream.sizes import data_parallel_size, padded_vocab_size
 
 ASSUMED_VOCAB_SIZE = 64_000
@@ -188,8 +194,9 @@ class ParameterCounts:
 
     @property
     def without_heads(self) -> int:
-        """Everything but the two pretraining heads."""
-        return self.total - self.parts["text head"] - self.parts["image head"]
+        """Everything but the heads of pretraining."""
+        heads = ("text head", "image head", TASK_HEADS)
+        return self.total - sum(self.parts[name] for name in heads)
 
     @property
     def total(self) -> int:
@@ -335,6 +342,10 @@ def _branch(config: RunConfig, branch: Branch, prefix: str, block: int) -> list[
 
 def _pretraining_heads(config: RunConfig) -> list[Parameter]:
     model, objectives = config.model, config.objectives
+    if objectives.kind == "contrastive":
+        shapes = contrastive_heads(model.hidden_size)
+        read: tuple[SegmentName, ...] = ("texts", "images")
+        return _rows("heads.", shapes, model.num_layers + 1, read, applied=0)
     weights = {
         "texts": objectives.mlm_weight,
         "pair_texts": objectives.vlm_text_weight,
@@ -378,12 +389,19 @@ def text_classifier(width: int, classes: int) -> Shapes:
     return _linear("pooler.dense", width, width) | _linear("classifier", width, classes)
 
 
-def retrieval_heads(width: int, classes: int) -> Shapes:
-    """Tensors of `RetrievalHeads`, which has no classes."""
+def contrastive_heads(width: int) -> Shapes:
+    """Tensors of `ContrastiveHeads`."""
     return {
         "text_projection.weight": (width, width),
         "image_projection.weight": (width, width),
         "logit_scale": (1,),
+    }
+
+
+def retrieval_heads(width: int, classes: int) -> Shapes:
+    """Tensors of `RetrievalHeads`, which has no classes."""
+    return {
+        **contrastive_heads(width),
         **_linear("pooler.dense", width, width),
         **_linear("matching", width, 2),
     }

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision, RunConfig
-from megatron_vlmoe.model.heads import MaskedHeads
+from megatron_vlmoe.model.task_heads import build_pretraining_heads
 from megatron_vlmoe.model.vlmoe import (
     DTYPES,
     BuildHeads,
@@ -79,7 +79,7 @@ def checkpoint_metadata() -> dict[str, Any]:
 def build_chunks(
     config: RunConfig,
     transformer_config: TransformerConfig,
-    build_heads: BuildHeads = MaskedHeads,
+    build_heads: BuildHeads = build_pretraining_heads,
 ) -> list[VLMoEModel]:
     """The model chunks of this rank, with initial weights, on its device."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
@@ -101,7 +101,7 @@ def build_chunks(
 
 
 def build_training(
-    config: RunConfig, precision: Precision, build_heads: BuildHeads = MaskedHeads
+    config: RunConfig, precision: Precision, build_heads: BuildHeads = build_pretraining_heads
 ) -> TrainingParts:
     """Everything that a training run needs on this rank.
 
@@ -114,7 +114,7 @@ def build_training(
     """
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
-    frozen = freeze_unreachable(chunks, config, masked=build_heads is MaskedHeads)
+    frozen = freeze_unreachable(chunks, config)
     trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
     if config.checkpoint.save and not config.parallel.use_distributed_optimizer:
         # megatron-core's optimizer of 16-bit weights without sharding takes the parameters that are fp32 all the same
