@@ -139,6 +139,52 @@ def test_recomputed_blocks_count_once(workers: Workers, alone: Any) -> None:
     compare(actual, alone(*options))
 
 
+CONTRASTIVE = (
+    *("--objectives.kind", "contrastive", "--data.micro_texts", "0", "--data.micro_images", "0"),
+    *("--optim.lr", "0.1"),
+)
+
+
+# With expert parallelism come two data-parallel ranks, and a pool of negatives of both.
+@pytest.mark.parametrize(
+    ("name", "alone_at"), [("tp2", "one"), ("pp2-interleaved", "one"), ("ep2", "dp2")]
+)
+def test_contrastive_pretraining_equals_one_process(
+    name: str, alone_at: str, workers: Workers
+) -> None:
+    where = LAYOUTS.get(alone_at, Layout(1))
+    options = (*SGD, *CONTRASTIVE, "--moe.shared_router", "true")
+    expected = run(workers, where, *options)
+    compare(run(workers, LAYOUTS[name], *options), expected)
+    first = expected["steps"][0]
+    assert first["gradients"].keys() == expected["weights"].keys() - {
+        key for key in expected["weights"] if ".vl_" in key or key == "embedding.image.mask_token"
+    }
+    assert first["losses"]["0/contrastive"] == first["losses"]["0/total"]
+    assert 0.0 <= expected["evaluation"]["eval/recall_at_1/text_to_image"] <= 1.0
+
+
+def test_negatives_come_from_all_data_parallel_ranks(workers: Workers) -> None:
+    # Nothing is drawn per micro-batch, and no loss of a router depends on its size.
+    options = (*SGD, *CONTRASTIVE, "--moe.modalities", "none", "--moe.layers", "[]")
+    options = (*options, "--model.drop_path", "0")
+    spread = run(workers, LAYOUTS["dp2"], *options)
+    whole = run(workers, Layout(1), *options, "--data.micro_pairs", "4")
+    for mine, theirs in zip(spread["steps"], whole["steps"], strict=True):
+        losses = [
+            np.mean([v for k, v in part["losses"].items() if k.endswith("/contrastive")])
+            for part in (mine, theirs)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    assert_close(spread["weights"], whole["weights"], "weights")
+    assert_close(spread["evaluation"], whole["evaluation"], "evaluation")
+    apart = run(workers, Layout(1), *options)
+    assert apart["evaluation"]["eval/loss/contrastive"] < (
+        whole["evaluation"]["eval/loss/contrastive"] - 0.3
+    )
+
+
 SAME_RESULT = {
     "alltoall": ("tp2-ep2", "--moe.dispatcher alltoall"),
     "dropless": ("ep2", "--moe.dispatcher dropless"),
