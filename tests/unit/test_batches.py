@@ -223,7 +223,7 @@ def test_captions_are_framed_padded_and_cut(corpus: Corpus) -> None:
     seen, truncated = [], 0
     num_captions = reader.num_sequences
     for batch in batches(data, -(-num_captions // MICRO)):
-        assert batch["truncated_captions"] == other["truncated_captions"]
+        truncated += int(batch["truncated_captions"])
         captions = batch["pair_texts"]
         ids, labels = captions["ids"].clone(), captions["labels"]
         for row in range(MICRO):
