@@ -347,6 +347,10 @@ class ModalityRouter(MegatronModule):
                 num_tokens, pool.num_experts, moe.topk, capacity_factor, moe.capacity_multiple_of
             )
         if moe.routing == "expert_choice":
+            if capacity_factor <= 0.0:
+                raise ValueError(
+                    f"experts cannot choose tokens with capacity factor {capacity_factor}"
+                )
             capacity = min(capacity, num_tokens)
             slots = expert_choice_slots(gates.detach(), capacity, mask)
             expert = torch.arange(pool.num_experts, device=gates.device).expand_as(gates)

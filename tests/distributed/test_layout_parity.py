@@ -90,7 +90,11 @@ def test_the_comparison_sees_everything(alone: Any) -> None:
 VARIANTS = {
     "top-2": ("tp2-ep2", "--moe.topk 2 --moe.normalize_gate true"),
     "experts-on-vl": ("tp2-ep2", "--moe.vl true --moe.num_vl_experts 4"),
-    "shared-router": ("tp2-ep2", "--moe.shared_router true"),
+    "shared-router": (
+        "tp2-ep2",
+        "--moe.shared_router true --moe.text_aux.local_entropy 1 --moe.vision_aux.global_entropy 1 "
+        "--moe.vision_aux.global_entropy_experts 7.9 --moe.aux_loss_coefficient 0.1",
+    ),
     "text-experts": ("pp2-ep2", "--moe.modalities text"),
     "vision-experts": ("ep2", "--moe.modalities vision"),
     "dense": ("tp2-pp2", "--moe.modalities none --moe.layers []"),

@@ -264,3 +264,50 @@ def experts_differ(where: Layout) -> None:
 @pytest.mark.parametrize("check", [objectives_apart, one_expert, permuted, experts_differ])
 def test_model_against_its_definition(check: Any, workers: Workers) -> None:
     workers.run(1, check, Layout(1))
+
+
+ENTROPIES = """
+--moe.shared_router true --moe.noise_std 0 --moe.aux_loss_coefficient 0.5 --moe.text_aux.local_entropy 2
+--moe.text_aux.global_entropy 3 --moe.text_aux.global_entropy_experts 7.9 --moe.vision_aux.global_entropy 5
+--moe.vision_aux.global_entropy_experts 6 --moe.vision_aux.load 0
+""".split()
+
+
+def entropies_by_modality(where: Layout) -> None:
+    """A shared router's entropies are over the text tokens and over the image tokens, its importance over all."""
+    import math
+
+    from router_functions import global_entropy_loss, importance_loss, local_entropy_loss
+
+    from megatron_vlmoe.moe.router import HEADER
+    from megatron_vlmoe.train.step import StepRunner
+
+    config, ranks, parts, data = start(where, *ENTROPIES)
+    layer, batch = parts.chunks[0].decoder.layers[1].mlp.moe, data.batch(0)
+    stream = StepRunner(config, parts, ranks).stream(batch, draws=True)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(stream.layout.num_tokens, config.model.hidden_size, generator=generator)
+    with torch.no_grad():
+        layer.router.shared.weight.mul_(20.0)
+    layer.train()
+    layer.router([tokens], stream, 8.0)
+    found = layer.router.recorder.take()["shared"]
+    logits = tokens @ layer.router.shared.weight.T
+    mask = stream.token_mask(("texts", "pair_texts", "pair_images", "images"), tokens.device)
+    texts = torch.arange(len(tokens)) < stream.layout.size("texts", "pair_texts")
+    assert not mask.all() and mask[~texts].all()
+    own, images = texts & mask, ~texts
+    expected = 0.5 * (
+        0.5 * importance_loss(logits, mask)
+        + 2 * local_entropy_loss(logits, own)
+        + 3 * global_entropy_loss(logits, math.log(7.9), own)
+        + 5 * global_entropy_loss(logits, math.log(6), images)
+    )
+    assert global_entropy_loss(logits, math.log(7.9), own) > 0.0
+    assert float(found[HEADER.index("aux_total")]) == pytest.approx(float(expected), rel=1e-5)
+    local = float(local_entropy_loss(logits, own))
+    assert float(found[HEADER.index("aux_local_entropy")]) == pytest.approx(local, rel=1e-5)
+
+
+def test_entropies_of_a_shared_router_are_those_of_each_modality(workers: Workers) -> None:
+    workers.run(1, entropies_by_modality, Layout(1))
