@@ -129,8 +129,8 @@ def test_what_becomes_of_a_contrastive_checkpoint(contrastive: Run, corpus: Corp
     other.refused("is of contrastive pretraining")
     # Retrieval starts from its heads, other tasks from its body.
     tool(
-        *("prepare_task", "retrieval", "--input", "raw/tasks/flickr30k"),
-        *("--output-prefix", "retrieval", "--tokenizer-model", "text.model"),
+        *("prepare_task", "--task", "retrieval", "--raw", "raw/tasks/flickr30k"),
+        *("--output", "retrieval", "--text-tokenizer", "text.model", "--workers", "1"),
         cwd=corpus.folder,
     ).succeeded()
     words = """
