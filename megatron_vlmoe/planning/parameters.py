@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ from megatron_vlmoe.stream.sizes import data_parallel_size, padded_vocab_size
 ASSUMED_VOCAB_SIZE = 64_000
 ASSUMED_VISUAL_VOCAB_SIZE = 8_192
 
+Sharding = Literal["replicated", "tensor", "expert"]
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
@@ -48,9 +50,18 @@ _TENSOR_PARALLEL = re.compile(
 )
 
 
+@functools.cache
 def part_of(key: str) -> str:
     """The part of a checkpoint key, such as `attention` or `text experts`; `unknown` for a name of no part."""
     return next((part for part, keys in _PARTS.items() if re.match(keys, key)), OTHER_PART)
+
+
+@functools.cache
+def sharding_of(key: str) -> Sharding:
+    """How the ranks of a stage divide the parameter of a checkpoint key."""
+    if ".moe.experts." in key:
+        return "expert"
+    return "tensor" if _TENSOR_PARALLEL.search(key) else "replicated"
 
 
 def part_order(part: str) -> int:
@@ -92,11 +103,9 @@ class Parameter:
         return ".moe.router." in self.key
 
     @property
-    def sharding(self) -> Literal["replicated", "tensor", "expert"]:
+    def sharding(self) -> Sharding:
         """`tensor` splits it over TP ranks, `expert` over EP ranks."""
-        if ".moe.experts." in self.key:
-            return "expert"
-        return "tensor" if _TENSOR_PARALLEL.search(self.key) else "replicated"
+        return sharding_of(self.key)
 
     def local_size(self, tensor_size: int, expert_size: int) -> int:
         """How many of its values one rank holds."""

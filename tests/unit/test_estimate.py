@@ -461,7 +461,7 @@ def test_sgd_keeps_no_moments():
     [("tiny-dense", 0.1), ("small-dense", 0.0), ("small-8e", 0.1), ("small-32e", 0.1)],
 )
 def test_activations_are_what_autograd_saves(name, precision, layer_scale, runtime):
-    from megatron_vlmoe.planning.estimate import block_activation_bytes
+    from megatron_vlmoe.planning.estimate import block_activation_parts
     from megatron_vlmoe.stream.block_plan import block_plans
 
     config = change(measured_config(name), model={"layer_scale_init": layer_scale})
@@ -482,7 +482,7 @@ def test_activations_are_what_autograd_saves(name, precision, layer_scale, runti
         kept = sum(storage.nbytes() for storage in saved.values())
     layout = StreamLayout.from_config(config.model, config.data)
     blocks = [
-        block_activation_bytes(config, plan, layout, precision)
+        sum(block_activation_parts(config, plan, layout, precision).values())
         for plan in block_plans(config.model, config.moe)
     ]
     size = 2 if precision == "bf16" else 4
