@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from helpers import Layout
+from helpers import Layout, layout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_vlmoe.config.command_line import parse_run
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.stream.sizes import num_micro_batches
+
+LAYOUTS = {
+    "1 process": layout(1),
+    "DP 2": layout(2),
+    "TP 2": layout(2, tp=2),
+    "PP 2": layout(2, pp=2),
+    "EP 2": layout(2, ep=2),
+}
+
 OPERATIONS = {
     "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
     "_reduce_scatter_base_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced_": "reduce-scatter",
     "_allgather_base_": "all-gather",
@@ -113,35 +128,42 @@ class Measured:
     bytes: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
-def planned_config(*arguments: str) -> Any:
-    """A run whose sizes do not depend on data: that of the options, with vocabularies that need padding."""
-    from megatron_vlmoe.config.command_line import parse_run
+SMALL = (
+    *("--preset", "tiny-8e", "--model.num_layers", "4", "--model.num_vl_layers", "1"),
+    *("--model.vocab_size", "2000", "--model.visual_vocab_size", "500"),
+    *("--objectives.num_masked_patches", "25", "--objectives.caption_mask_slots", "8"),
+    *(word for kind in ("texts", "images", "pairs") for word in (f"--data.micro_{kind}", "8")),
+    *(word for kind in ("texts", "images", "pairs") for word in (f"--data.global_{kind}", "16")),
+)
+"""Options of a run whose sizes do not depend on data; both vocabularies need padding."""
 
-    config = parse_run("pretrain", arguments).config
-    patches = config.objectives.num_masked_patches or int(0.4 * config.model.num_patches)
-    objectives = replace(config.objectives, num_masked_patches=patches, caption_mask_slots=8)
-    model = replace(config.model, vocab_size=2000, visual_vocab_size=500)
-    return replace(config, model=model, objectives=objectives)
+
+def planned_config(where: Layout, arguments: tuple[str, ...]) -> RunConfig:
+    """The run of some options at a layout."""
+    return parse_run("pretrain", [*arguments, *where.arguments]).config
 
 
-def measure(where: Layout, arguments: tuple[str, ...]) -> Measured:
-    """Takes a step to warm up, a step that is counted, and one for the FLOPs."""
-    from megatron.core import parallel_state
-    from torch.utils.flop_counter import FlopCounterMode
+@dataclass
+class Built:
+    """What takes steps: `step` takes one of random data."""
 
+    config: RunConfig
+    ranks: Any
+    step: Callable[[], None]
+
+
+def build(where: Layout, arguments: tuple[str, ...]) -> Built:
+    """Process groups, model, optimizer and data of a run."""
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
     from megatron_vlmoe.runtime.distributed import initialize, resolve_precision
-    from megatron_vlmoe.stream.sizes import num_micro_batches
     from megatron_vlmoe.train.pretrain import MaskedObjective
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.step import StepRunner
 
-    config = planned_config(*where.arguments, *arguments)
+    config = planned_config(where, arguments)
     ranks = initialize(config.parallel, config.train.seed)
-    memory = TensorBytes()
-    with memory:
-        parts = build_training(config, resolve_precision(config.train))
+    parts = build_training(config, resolve_precision(config.train))
     count = num_micro_batches(config, ranks.data_size)
     data = RandomData(config, BatchShare.of(ranks))
     batches = data.loader("train", 0, None)
@@ -153,12 +175,35 @@ def measure(where: Layout, arguments: tuple[str, ...]) -> Measured:
         runner.train(batches, count, objective)
         parts.optimizer.step()
 
+    return Built(config, ranks, step)
+
+
+def timed(where: Layout, arguments: tuple[str, ...], steps: int) -> list[float]:
+    """Seconds of single steps of a rank, after one to warm up."""
+    built = build(where, arguments)
+    built.step()
+    seconds = []
+    for _ in range(steps):
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        built.step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(where: Layout, arguments: tuple[str, ...]) -> Measured:
+    """Takes a step to warm up, a step that is counted, and one for the FLOPs."""
+    from megatron.core import parallel_state
+    from torch.utils.flop_counter import FlopCounterMode
+
+    memory = TensorBytes()
     with memory:
-        step()
+        built = build(where, arguments)
+        built.step()
     gc.collect()
     idle = memory.peak = memory.now
     with memory:
-        step()
+        built.step()
     partial = {"partial_data_parallel": True, "with_context_parallel": True}
     groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
@@ -171,9 +216,9 @@ def measure(where: Layout, arguments: tuple[str, ...]) -> Measured:
     }
     collectives = CollectiveBytes({group.group_name: name for name, group in groups.items()})
     with FlopCounterMode(display=False) as counter, collectives:
-        step()
+        built.step()
     return Measured(
-        ranks.pipeline,
+        built.ranks.pipeline,
         idle,
         memory.peak,
         counter.get_total_flops(),

@@ -31,7 +31,10 @@ NUMBERS = {
 
 def positive(text: str) -> float:
     """Argument type: a number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError("expected a number above 0")
     return value

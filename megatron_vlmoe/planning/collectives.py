@@ -108,7 +108,8 @@ def collectives_per_step(
     found = parameters_of_stage(estimated_parameters(config), config, stage)
     trained = trained_parameters(config, found)
     optimizers = len({parameter.sharding == "expert" for parameter in trained})
-    for part, group in (("dense", "data"), ("expert", "expert data")):
+    kinds: tuple[tuple[str, Group], ...] = (("dense", "data"), ("expert", "expert data"))
+    for part, group in kinds:
         own = [p for p in trained if (p.sharding == "expert") == (part == "expert")]
         for buffer in _buffers(own, precision):
             number_bytes = 4 if buffer[0].fp32 else BYTES[precision]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -114,9 +114,8 @@ def _candidates(
                 if "micro-batch" not in fixed and not rest:
                     batches = list(_micro_batches(config, ranks, tensor)) or [data]
                 for batch in batches:
-                    modes = [config.train.recompute] if "recompute" in fixed else ["none", "full"]
-                    for mode in modes:
-                        train = replace(config.train, recompute=mode)
+                    modes = [replace(config.train, recompute=mode) for mode in ("none", "full")]
+                    for train in [config.train] if "recompute" in fixed else modes:
                         yield replace(config, parallel=layout, data=batch, train=train)
 
 
@@ -191,10 +190,12 @@ def losers(layouts: Sequence[Layout]) -> list[Loser]:
     assert best.time is not None
     result = []
     for name in CHOICES:
-        values = dict.fromkeys(layout.choice[name] for layout in layouts)
-        for value in sorted(
-            values, key=lambda text: [int(n) for n in text.split("+")] if text[0].isdigit() else [0]
-        ):
+        # By their numbers, also those of `16+16+16`.
+        values = sorted(
+            {layout.choice[name] for layout in layouts},
+            key=lambda value: [int(number) for number in re.findall(r"\d+", value)],
+        )
+        for value in values:
             if value == best.choice[name]:
                 continue
             own = [layout for layout in layouts if layout.choice[name] == value]
@@ -205,9 +206,9 @@ def losers(layouts: Sequence[Layout]) -> list[Loser]:
                 first = min(fits, key=lambda layout: layout.most_memory)
                 result.append(Loser(name, value, first, first.refused))
                 continue
-            grown = Counter(first.time.parts)
-            grown.subtract(best.time.parts)
-            part, seconds = grown.most_common(1)[0]
+            before = best.time.parts
+            grown = {name: now - before.get(name, 0.0) for name, now in first.time.parts.items()}
+            part, seconds = max(grown.items(), key=lambda entry: entry[1])
             ratio = first.seconds / best.seconds
             reason = f"{ratio:.2f} x the time"
             if seconds > 0:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, ObjectivesConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
@@ -161,14 +161,22 @@ def checkpoint_shapes(config: RunConfig) -> Shapes:
     return {parameter.key: parameter.shape for parameter in parameters(config)}
 
 
-def estimated_parameters(config: RunConfig) -> list[Parameter]:
+def estimated_parameters(config: RunConfig) -> tuple[Parameter, ...]:
     """What an estimate counts before tokenizers and tasks are known.
 
     Those are the parameters of pretraining, with the paper's vocabularies where none are given.
     """
     config = with_assumed_vocabularies(config)
-    body = [found for found in parameters(config) if not found.key.startswith("heads.")]
-    return body + _pretraining_heads(config)
+    return _pretraining_parameters(config.model, config.moe, config.objectives)
+
+
+@functools.lru_cache(maxsize=4)
+def _pretraining_parameters(
+    model: ModelConfig, moe: MoEConfig, objectives: ObjectivesConfig
+) -> tuple[Parameter, ...]:
+    """Made once for all layouts of a model that a plan compares."""
+    config = RunConfig(model=model, moe=moe, objectives=objectives)
+    return tuple(parameters(config))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ factor of two apart.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,16 +97,17 @@ def step_time(
     ]
     data_size = data_parallel_size(config.parallel, world_size)
     micro_batches = num_micro_batches(config, data_size)
-    parts, lower = {}, 0.0
-    upper = 0.0
-    for slow in (False, True):
-        speed = rates(cluster.device, precision, cluster.network, slow)
-        parts_now = _step_parts(config, work, micro_batches, cluster, speed)
-        if slow:
-            upper = sum(parts_now.values())
-        else:
-            parts, lower = parts_now, sum(parts_now.values())
-    return StepTime(lower, upper, parts)
+    fast, slow = (
+        _step_parts(
+            config,
+            work,
+            micro_batches,
+            cluster,
+            rates(cluster.device, precision, cluster.network, slow),
+        )
+        for slow in (False, True)
+    )
+    return StepTime(sum(fast.values()), sum(slow.values()), fast)
 
 
 @dataclass(frozen=True)
@@ -170,29 +171,15 @@ def _step_parts(
 ) -> dict[str, float]:
     """Seconds of a step by part, at one set of rates: those of the slowest stage, and what the pipeline waits."""
     parallel, device = config.parallel, cluster.device
-    stages = []
-    for stage in work:
-        parts: Counter[str] = Counter()
-        parts["matrix products"] = stage.flops / speed.compute
-        parts["other arithmetic"] = stage.memory_bytes / speed.memory
-        starting = stage.operators * speed.operator_seconds
-        if device.is_gpu:
-            starting = max(0.0, starting - parts.total())
-        parts["starting operators"] = starting
-        for collective in stage.collectives:
-            if name := PER_MICRO_BATCH.get(collective.group):
-                if collective.what not in PER_STEP:
-                    seconds = collective_seconds(collective, cluster, speed)
-                    parts[name] += seconds / micro_batches
-        stages.append(parts)
-    slowest = max(range(len(stages)), key=lambda stage: stages[stage].total())
-    step = Counter({name: micro_batches * value for name, value in stages[slowest].items()})
+    passes = [_pass_parts(stage, micro_batches, cluster, speed) for stage in work]
+    slowest = max(passes, key=lambda parts: sum(parts.values()))
+    step = defaultdict(float, {name: micro_batches * value for name, value in slowest.items()})
     # The pipeline fills and empties once; with virtual stages in smaller pieces (Narayanan et al., arXiv 2104.04473).
-    others = sum(parts.total() for parts in stages) - stages[slowest].total()
-    step["pipeline fills and empties"] = others / parallel.virtual_pipeline_model_parallel_size
-    ends: list[Counter[str]] = []
-    for parts, stage in zip(stages, work):
-        end: Counter[str] = Counter()
+    others = sum(sum(parts.values()) for parts in passes) - sum(slowest.values())
+    step[WAITING] = others / parallel.virtual_pipeline_model_parallel_size
+    ends = []
+    for parts, stage in zip(passes, work):
+        end: dict[str, float] = defaultdict(float)
         for collective in stage.collectives:
             if collective.what in PER_STEP:
                 end[PER_STEP[collective.what]] += collective_seconds(collective, cluster, speed)
@@ -203,12 +190,33 @@ def _step_parts(
         ):
             if overlaps and device.is_gpu:
                 end[name] = max(0.0, end[name] - HIDDEN * share * computing)
-        end["optimizer"] = stage.update_bytes / speed.memory
+        end["optimizer"] += stage.update_bytes / speed.memory
         ends.append(end)
-    step += max(ends, key=lambda end: end.total())
+    for name, value in max(ends, key=lambda end: sum(end.values())).items():
+        step[name] += value
     return {name: value for name, value in step.items() if value}
 
 
+def _pass_parts(
+    stage: _StageWork, micro_batches: int, cluster: Cluster, speed: Rates
+) -> dict[str, float]:
+    """Seconds of a micro-batch on a stage by part."""
+    parts: dict[str, float] = defaultdict(float)
+    parts["matrix products"] = stage.flops / speed.compute
+    parts["other arithmetic"] = stage.memory_bytes / speed.memory
+    starting = stage.operators * speed.operator_seconds
+    if cluster.device.is_gpu:
+        # The host starts operators ahead of the device, if it can.
+        starting = max(0.0, starting - sum(parts.values()))
+    parts["starting operators"] = starting
+    for collective in stage.collectives:
+        if collective.what not in PER_STEP:
+            seconds = collective_seconds(collective, cluster, speed)
+            parts[PER_MICRO_BATCH[collective.group]] += seconds / micro_batches
+    return parts
+
+
+WAITING = "pipeline fills and empties"
 GRADIENTS, WEIGHTS = "gradients to data-parallel ranks", "weights from data-parallel ranks"
 PER_STEP = {
     "dense gradients": GRADIENTS,
@@ -220,7 +228,7 @@ PER_STEP = {
     "signals to stop": "optimizer",
 }
 """What is sent once a step, and the part of the time that it belongs to."""
-PER_MICRO_BATCH = {
+PER_MICRO_BATCH: Mapping[str, str] = {
     "tensor": "tensor-parallel collectives",
     "expert": "all-to-all of experts",
     "pipeline": "pipeline transfers",
