@@ -84,6 +84,7 @@ def time_table(workers: Workers, rounds: int = 3) -> None:
             # The slowest rank ends a step.
             ranks = workers.run(where, timed, where, TIMED, 4)
             seconds[name] += [max(own) for own in zip(*ranks)]
+            print(f"{name}: {bounds[name][-1]}, {seconds[name][-4:]}", file=sys.stderr, flush=True)
     print("| Layout | At least, s | Measured, s | At most, s | |")
     print("|---|---:|---:|---:|---|")
     for name in LAYOUTS:

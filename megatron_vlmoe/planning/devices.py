@@ -121,9 +121,10 @@ class Rates:
 
 
 # Shares of a data sheet's rates that training reaches at best; public runs of transformers on these GPUs reach 35 to
-# 60 % of the peak over a whole step. Of measured rates a step reaches about all.
+# 60 % of the peak over a whole step. Of rates that were measured with large operators, steps on CPUs reach 0.45 to 0.9
+# (docs/planning.md).
 _SHEET = {"compute": 0.70, "memory": 0.85, "link": 0.80, "network": 0.85}
-_MEASURED = {"compute": 1.15, "memory": 1.15, "link": 1.15, "network": 1.15}
+_MEASURED = dict.fromkeys(_SHEET, 0.90)
 SLOWER = 2.0
 """How much slower every single rate of the slow case is."""
 
@@ -136,15 +137,13 @@ def rates(device: Device, precision: Precision, network: float, slow: bool) -> R
     """
     shares = _MEASURED if device.measured else _SHEET
     slower = SLOWER if slow else 1.0
+    # The times of the table are those of the fast case; a measured one is a rate like the others.
+    waiting = slower / (shares["compute"] if device.measured else 1.0)
     return Rates(
         compute=device.peak(precision) * shares["compute"] / slower,
         memory=device.memory_bandwidth * shares["memory"] / slower,
         link=device.link * shares["link"] / slower,
         network=network * shares["network"] / slower,
-        operator_seconds=device.operator_seconds / shares["compute"] * slower
-        if device.measured
-        else device.operator_seconds * slower,
-        latency=device.latency / shares["link"] * slower
-        if device.measured
-        else device.latency * slower,
+        operator_seconds=device.operator_seconds * waiting,
+        latency=device.latency * waiting,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.planning.collectives import collectives_per_step
 from megatron_vlmoe.planning.estimate import (
     flops_per_step,
@@ -74,7 +75,10 @@ def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> 
         flops,
         memory,
         _capacity_lines(config),
-        collective_lines(config, world_size, precision),
+        # Of pretraining: a task has heads and batches of its own.
+        []
+        if isinstance(config, FinetuneConfig)
+        else collective_lines(config, world_size, precision),
         warnings,
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
