@@ -329,8 +329,8 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
     - Heads: input and output of the last LayerNorm, fp32 logits of both heads (cross entropy is computed in place), and
       beside those of one head a copy, masked where the vocabulary is padded, else in the compute precision.
     - The backward pass of a block: gradients of the stream and of the branch (2 T D), of the GELU's input in one branch
-      (F per row, while the gradient of its output takes the place of that output; for experts also D), and of the
-      branch's larger weights. With recomputation also all that the block keeps.
+      (F per row, while the gradient of its output takes the place of that output), and of the branch's larger weights.
+      With recomputation also all that the block keeps.
 
     With TP, megatron-core also keeps one buffer for gathered tokens.
     """
@@ -346,11 +346,10 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
         gradients = 0
         for branch in plan.branches:
             rows, weight = branch.num_tokens(layout), width * inner // tensor
-            per_row = inner
             if branch.num_experts:
-                rows, per_row = expert_rows(config, branch, layout), inner + width
+                rows = expert_rows(config, branch, layout)
                 weight = branch.num_experts // expert * width * inner
-            gradients = max(gradients, rows * per_row + weight)
+            gradients = max(gradients, rows * inner + weight)
         need = 2 * stream + size * gradients
         if config.train.recompute == "full":
             # Its input is among what is kept.
