@@ -73,6 +73,7 @@ NOT_RUN = {
     "source .venv/bin/activate": "of an interactive shell",
     "export ": "sets variables of the commands below it, which test_scripts_take_the_variables checks",
     "pre-commit install": "changes the checkout; continuous integration runs its hooks",
+    "python tests/check_plan.py": "takes minutes; tests/distributed/test_plan.py compares the same numbers",
     "deepspeed ": "needs DeepSpeed and GPUs; tests/e2e/test_e2e_hf_finetune.py runs the same script",
     "torchrun --nproc-per-node 8 examples/hf_finetune/train.py": "tests/e2e/test_e2e_hf_finetune.py runs the script",
     "python examples/hf_finetune/train.py": "tests/e2e/test_e2e_hf_finetune.py runs the script",

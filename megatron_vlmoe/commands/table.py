@@ -67,6 +67,7 @@ COMMANDS = {
         "checkpoints:inspect", "show what a checkpoint holds and whether it is sound"
     ),
     "compare-checkpoints": _checkpoints("checkpoints:compare", "show how two checkpoints differ"),
+    "plan": _show("plan:main", "find the fastest layout for a number of GPUs, and what it costs"),
     "compare-layouts": _show(
         "measure:layouts", "run a preset at several parallel layouts and compare"
     ),

@@ -36,15 +36,12 @@ import torch
 from torch import Tensor
 
 from megatron_vlmoe.moe.routing_ops import check_mask, check_matrix, top_k_experts
-from megatron_vlmoe.stream.sizes import check_top_k
-
-TERMS = ("importance", "load", "z", "gshard", "local_entropy", "global_entropy")
-"""The losses that `compute_router_statistics` and `losses_from_statistics` know."""
+from megatron_vlmoe.stream.sizes import check_top_k, statistics_sections
 
 
 def statistics_size(terms: Sequence[str], num_experts: int) -> int:
     """Length of the vector that `compute_router_statistics` returns for these terms."""
-    return sum(_section_sizes(terms, num_experts).values())
+    return sum(statistics_sections(terms, num_experts).values())
 
 
 def compute_router_statistics(
@@ -81,7 +78,7 @@ def compute_router_statistics(
     num_tokens, num_experts = logits.shape
     check_mask(mask, num_tokens)
     check_top_k(k, num_experts)
-    sections = _section_sizes(terms, num_experts)
+    sections = statistics_sections(terms, num_experts)
     if noisy_logits is not None and noisy_logits.shape != logits.shape:
         raise ValueError(
             f"noisy_logits {list(noisy_logits.shape)} and logits {list(logits.shape)} "
@@ -132,7 +129,7 @@ def losses_from_statistics(
     Raises:
         ValueError: on an unknown term or a vector of another size.
     """
-    sections, size = _section_sizes(terms, num_experts), statistics_size(terms, num_experts)
+    sections, size = statistics_sections(terms, num_experts), statistics_size(terms, num_experts)
     if stats.shape != (size,):
         raise ValueError(
             f"statistics of {', '.join(terms)} with {num_experts} experts have size {size}, got {list(stats.shape)}"
@@ -161,27 +158,6 @@ def losses_from_statistics(
         # Zero through multiplication keeps the graph: every rank must take part in the backward.
         losses[term] = loss * (num_tokens > 0)
     return losses
-
-
-def _section_sizes(terms: Sequence[str], num_experts: int) -> dict[str, int]:
-    """Sections of the statistics vector, in order, and their sizes; shared sums appear once."""
-    unknown = [term for term in terms if term not in TERMS]
-    if unknown:
-        raise ValueError(f"unknown auxiliary loss '{unknown[0]}'; known: {', '.join(TERMS)}")
-    wanted = set(terms)
-    sections = {"tokens": 1}
-    if wanted & {"importance", "global_entropy"}:
-        sections["gates"] = num_experts
-    if "load" in wanted:
-        sections["load"] = num_experts
-    if "gshard" in wanted:
-        sections["assignments"] = num_experts
-        sections["dispatching_gates"] = num_experts
-    if "z" in wanted:
-        sections["squared_lse"] = 1
-    if "local_entropy" in wanted:
-        sections["entropy"] = 1
-    return sections
 
 
 def _prepare(logits: Tensor, mask: Tensor | None) -> Tensor:

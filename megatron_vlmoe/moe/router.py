@@ -19,11 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import AuxLossConfig, MoEConfig
-from megatron_vlmoe.moe.aux_losses import (
-    TERMS,
-    compute_router_statistics,
-    losses_from_statistics,
-)
+from megatron_vlmoe.moe.aux_losses import compute_router_statistics, losses_from_statistics
 from megatron_vlmoe.moe.routing_ops import (
     SlotRouting,
     balancing_step,
@@ -34,7 +30,7 @@ from megatron_vlmoe.moe.routing_ops import (
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS
-from megatron_vlmoe.stream.sizes import expert_capacity
+from megatron_vlmoe.stream.sizes import TERMS, expert_capacity
 
 # Fixed entries of a pool's counter vector; the load of every expert follows them.
 HEADER = (

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_vlmoe.config.errors import ConfigError
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.planning.collectives import collectives_per_step
 from megatron_vlmoe.planning.estimate import (
     flops_per_step,
     hardware_flops_per_step,
     memory_per_rank,
 )
 from megatron_vlmoe.planning.parameters import (
+    ParameterCounts,
     parameter_counts,
     parameters_per_rank,
     part_order,
@@ -23,6 +26,8 @@ from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import data_parallel_size, expert_capacity, num_micro_batches
 
 GIB = 2**30
+MEMORY = ("weights", "gradients", "optimizer", "activations", "temporary", "total")
+"""Columns of the table of memory: what they are is at `MemoryEstimate`."""
 
 
 def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> str:
@@ -44,9 +49,9 @@ def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> 
         precision, note = "bf16", "; auto counts as bf16"
     rows = []
     for stage in memory_per_rank(config, world_size, precision):
-        values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.total)
+        values = [getattr(stage, name) for name in MEMORY]
         rows.append((f"{stage.stage}", *(f"{value / GIB:.2f}" for value in values)))
-    header = ("stage", "weights", "gradients", "optimizer", "activations", "total")
+    header = ("stage", *MEMORY)
     memory = [
         f"Memory per rank in GiB, {precision}{note}, recompute {config.train.recompute}",
         *table(header, rows),
@@ -65,11 +70,15 @@ def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> 
     ]
     sections = (
         _model_lines(config),
-        _layout_lines(config, world_size),
+        layout_lines(config, world_size),
         _parameter_lines(config, world_size),
         flops,
         memory,
         _capacity_lines(config),
+        # Of pretraining: a task has heads and batches of its own.
+        []
+        if isinstance(config, FinetuneConfig)
+        else collective_lines(config, world_size, precision),
         warnings,
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -125,7 +134,8 @@ def _model_lines(config: RunConfig) -> list[str]:
     return lines
 
 
-def _layout_lines(config: RunConfig, world_size: int) -> list[str]:
+def layout_lines(config: RunConfig, world_size: int) -> list[str]:
+    """A heading, then sizes of the groups, of the step and of a micro-batch."""
     parallel, data = config.parallel, config.data
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size
@@ -147,6 +157,37 @@ def _layout_lines(config: RunConfig, world_size: int) -> list[str]:
         f"  micro-batch: {micro} = {stream.num_tokens:,} token slots; "
         f"{count} micro-batch(es) per step and rank",
         f"  tokens per step: {stream.num_tokens * count * data_size:,}",
+    ]
+
+
+def parameter_summary(counts: ParameterCounts) -> list[str]:
+    """All parameters, and those of one token."""
+    return [
+        "Parameters",
+        f"  total {counts.total:,}, per token of a pair {counts.per_token:,}",
+    ]
+
+
+def collective_lines(config: RunConfig, world_size: int, precision: Precision) -> list[str]:
+    """What a rank of every stage sends in a step, as a table; empty for one rank."""
+    rows = []
+    for stage in range(config.parallel.pipeline_model_parallel_size):
+        for found in collectives_per_step(config, world_size, precision, stage):
+            rows.append(
+                (
+                    f"{found.what}: {found.operation}",
+                    f"{stage}",
+                    f"{found.size} {found.group}",
+                    f"{found.calls:,}",
+                    f"{found.bytes / 1e6:,.3f}",
+                    f"{found.sent / 1e6:,.3f}",
+                )
+            )
+    if not rows:
+        return []
+    return [
+        "Collectives of a rank in one step, in MB: the tensors, and what it sends of them",
+        *table(("collective", "stage", "ranks", "calls", "tensors", "sent"), rows),
     ]
 
 

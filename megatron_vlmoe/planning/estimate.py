@@ -7,19 +7,22 @@ in the compute precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.parameters import (
+    Parameter,
     estimated_parameters,
     parameters_of_stage,
     stage_blocks,
     with_assumed_vocabularies,
 )
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch, block_plans
-from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, StreamLayout
+from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, StreamLayout
 from megatron_vlmoe.stream.sizes import (
+    VOCAB_MULTIPLE,
     data_parallel_size,
     expert_capacity,
     num_micro_batches,
@@ -28,6 +31,7 @@ from megatron_vlmoe.stream.sizes import (
 )
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+NORMS, DISPATCH = "norms and residuals", "dispatch buffers"
 
 
 def flops_per_step(config: RunConfig) -> float:
@@ -44,9 +48,14 @@ def flops_per_step(config: RunConfig) -> float:
     config = with_assumed_vocabularies(config)
     layout = StreamLayout.of(config)
     topk = config.moe.topk
-    blocks = _block_flops(config, layout, lambda pool: topk * pool.num_tokens(layout))
     model = config.model
-    ends = _end_flops(config, layout, model.vocab_size, model.visual_vocab_size)
+    blocks = sum(
+        block_flops(config, plan, layout, lambda pool: topk * pool.num_tokens(layout))
+        for plan in block_plans(model, config.moe)
+    )
+    text, image = head_slots(config, layout)
+    heads = 2.0 * model.hidden_size * (text * model.vocab_size + image * model.visual_vocab_size)
+    ends = patch_flops(config, layout) + heads + contrastive_flops(config, layout)
     return 3.0 * num_micro_batches(config, 1) * (blocks + ends)
 
 
@@ -60,14 +69,41 @@ def hardware_flops_per_step(config: RunConfig) -> float:
         ConfigError: if the batch does not fit micro-batches or TP ranks.
     """
     config = with_assumed_vocabularies(config)
-    tensor = config.parallel.tensor_model_parallel_size
-    layout = StreamLayout.of(config).shard(tensor)
-    blocks = _block_flops(config, layout, lambda pool: expert_rows(config, pool, layout))
-    model = config.model
-    rows = padded_vocab_size(model.vocab_size), padded_vocab_size(model.visual_vocab_size)
-    ends = _end_flops(config, layout, *rows)
-    passes = 4.0 if config.train.recompute == "full" else 3.0
-    return num_micro_batches(config, 1) * tensor * (passes * blocks + 3.0 * ends)
+    parallel = config.parallel
+    stages = (stage_flops(config, stage) for stage in range(parallel.pipeline_model_parallel_size))
+    micro_batches = num_micro_batches(config, 1) * parallel.tensor_model_parallel_size
+    return micro_batches * sum(sum(flops) for flops in stages)
+
+
+def stage_flops(config: RunConfig, stage: int) -> tuple[float, float]:
+    """FLOPs that one TP rank of a pipeline stage carries out for a micro-batch: in its blocks, and in the patch
+    projection and the heads, which are not recomputed.
+
+    The vocabularies must be known.
+    """
+    parallel, model = config.parallel, config.model
+    whole = StreamLayout.of(config)
+    layout = whole.shard(parallel.tensor_model_parallel_size)
+    plans = block_plans(model, config.moe)
+    blocks = sum(
+        block_flops(config, plans[n - 1], layout, lambda pool: expert_rows(config, pool, layout))
+        for n in stage_blocks(config, stage)
+    )
+    ends = patch_flops(config, layout) if stage == 0 else 0.0
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        ends += 2.0 * model.hidden_size * sum(logit_entries(config))
+        ends += contrastive_flops(config, layout)
+    return (4.0 if config.train.recompute == "full" else 3.0) * blocks, 3.0 * ends
+
+
+def logit_entries(config: RunConfig) -> tuple[int, int]:
+    """Logits of the text head and of the image head on one TP rank, padding rows of the vocabularies included."""
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    text, image = head_slots(config, StreamLayout.of(config))
+    return (
+        text * padded_vocab_size(model.vocab_size) // tensor,
+        image * padded_vocab_size(model.visual_vocab_size) // tensor,
+    )
 
 
 def expert_rows(config: RunConfig, pool: Branch, layout: StreamLayout) -> int:
@@ -100,17 +136,17 @@ def head_slots(config: RunConfig, layout: StreamLayout) -> tuple[int, int]:
     )
 
 
-def _block_flops(config: RunConfig, layout: StreamLayout, rows: Callable[[Branch], int]) -> float:
-    """Forward FLOPs of all blocks; `rows` are the rows that a pool's experts compute."""
+def block_flops(
+    config: RunConfig, plan: BlockPlan, layout: StreamLayout, rows: Callable[[Branch], int]
+) -> float:
+    """Forward FLOPs of a block on a stream of this layout; `rows` are the rows that a pool's experts compute."""
     model = config.model
     width, inner = model.hidden_size, model.ffn_hidden_size
-    attention = 8.0 * layout.num_tokens * width**2 + 4.0 * score_entries(layout) * width
-    total = model.num_layers * attention
-    for plan in block_plans(model, config.moe):
-        for branch in plan.branches:
-            tokens = branch.num_tokens(layout)
-            computed = rows(branch) if branch.num_experts else tokens
-            total += 4.0 * computed * width * inner + 2.0 * tokens * width * branch.num_experts
+    total = 8.0 * layout.num_tokens * width**2 + 4.0 * score_entries(layout) * width
+    for branch in plan.branches:
+        tokens = branch.num_tokens(layout)
+        computed = rows(branch) if branch.num_experts else tokens
+        total += 4.0 * computed * width * inner + 2.0 * tokens * width * branch.num_experts
     return total
 
 
@@ -124,39 +160,50 @@ def score_entries(layout: StreamLayout) -> int:
     )
 
 
-def _end_flops(config: RunConfig, layout: StreamLayout, text_rows: int, image_rows: int) -> float:
-    """Forward FLOPs of the patch projection and of the heads; similarities of contrastive pretraining are left out."""
+def patch_flops(config: RunConfig, layout: StreamLayout) -> float:
+    """Forward FLOPs of the patch projection."""
     model = config.model
     patches = (layout.images + layout.pairs) * model.num_patches
-    text, image = head_slots(config, layout)
-    products = patches * 3 * model.patch_size**2 + text * text_rows + image * image_rows
-    if config.objectives.kind == "contrastive":
-        products += (layout.texts + layout.images) * model.hidden_size
-    return 2.0 * products * model.hidden_size
+    return 2.0 * patches * 3 * model.patch_size**2 * model.hidden_size
+
+
+def contrastive_flops(config: RunConfig, layout: StreamLayout) -> float:
+    """Forward FLOPs of the projections of contrastive pretraining; its similarities are left out."""
+    if config.objectives.kind != "contrastive":
+        return 0.0
+    return 2.0 * (layout.texts + layout.images) * config.model.hidden_size**2
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank of a pipeline stage, without the CUDA context, NCCL and fragmentation.
+    """Bytes of one rank of a pipeline stage at its peak, without the CUDA context, NCCL and fragmentation.
 
     Args:
         stage: pipeline stage from 0.
         weights: parameters in the compute precision, routers in fp32.
         gradients: fp32 gradients of what trains.
         optimizer: fp32 moments, and fp32 master weights where the compute precision is half.
-        activations: what the backward pass keeps, for all micro-batches in flight, and the logits.
+        kept: what the backward pass needs of all micro-batches in flight, by part; see `block_activation_parts`.
+        temporary: what lives for a moment beside it; see `_temporary_bytes`.
     """
 
     stage: int
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    kept: Mapping[str, int]
+    temporary: int
+
+    @property
+    def activations(self) -> int:
+        """What the backward pass needs, all parts together."""
+        return sum(self.kept.values())
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activations + self.temporary
 
 
 def memory_per_rank(
@@ -167,7 +214,7 @@ def memory_per_rank(
     Weights take b bytes, gradients 4, Adam's moments 8 and master weights 4 (none in fp32). The
     distributed optimizer shards the last two over d data-parallel ranks, for experts over the
     expert-data-parallel ones: 6 + 12 / d bytes in half precision and 8 + 8 / d in fp32, as in
-    megatron-core's table. For activations see :func:`block_activation_bytes`.
+    megatron-core's table.
 
     Raises:
         ConfigError: if the layout does not fit the number of processes or the batch.
@@ -177,97 +224,154 @@ def memory_per_rank(
     data_size = data_parallel_size(config.parallel, world_size)
     micro_batches = num_micro_batches(config, data_size)
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    layout = StreamLayout.of(config)
     expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
-    parameters = estimated_parameters(config)
+    found = estimated_parameters(config)
     moments = 8
     if config.optim.optimizer == "sgd":
         moments = 4 if config.optim.sgd_momentum else 0
     estimates = []
     for stage in range(parallel.pipeline_model_parallel_size):
         weights = gradients = optimizer = 0
-        for parameter in parameters_of_stage(parameters, config, stage):
+        held = parameters_of_stage(found, config, stage)
+        for parameter in held:
             size = parameter.local_size(tensor, expert)
             weights += size * (4 if parameter.fp32 else BYTES[precision])
-            frozen = parameter.part == "routers" or parameter.sharding == "expert"
-            if (frozen and not config.moe.train_experts) or not layout.size(*parameter.segments):
-                continue
+        for parameter in trained_parameters(config, held):
+            size = parameter.local_size(tensor, expert)
             gradients += 4 * size
             replicas = expert_data_size if parameter.sharding == "expert" else data_size
             shards = replicas if parallel.use_distributed_optimizer else 1
             master = 0 if precision == "fp32" or parameter.fp32 else 4
             optimizer += math.ceil(size * (moments + master) / shards)
-        activations = _stage_activation_bytes(config, stage, micro_batches, precision)
-        estimates.append(MemoryEstimate(stage, weights, gradients, optimizer, activations))
+        kept = _kept_activations(config, stage, micro_batches, precision)
+        temporary = _temporary_bytes(config, stage, precision)
+        estimates.append(MemoryEstimate(stage, weights, gradients, optimizer, kept, temporary))
     return estimates
 
 
-def block_activation_bytes(
-    config: RunConfig, plan: BlockPlan, layout: StreamLayout, precision: Precision
-) -> int:
-    """Bytes that one block keeps of one micro-batch for its backward pass on one TP rank.
+def trained_parameters(config: RunConfig, found: Iterable[Parameter]) -> list[Parameter]:
+    """Those parameters that a run trains: tokens reach them, and they are not of experts that are frozen."""
+    layout = StreamLayout.of(config)
+    reached = {segment for segment in SEGMENTS if layout.size(segment)}
+    frozen = not config.moe.train_experts
+    return [
+        parameter
+        for parameter in found
+        if reached.intersection(parameter.segments)
+        and not (frozen and (parameter.part == "routers" or parameter.sharding == "expert"))
+    ]
 
-    With T tokens of the rank's share (T_p of them in pairs) a dense block keeps
-    ``b D (11 T + 3 T_p) + 2 b F T``: input and output of both LayerNorms (4 T D), query, key and
-    value (3 T D; those of pairs once more, concatenated), the attention's output twice (2 T D), the
-    inputs of LayerScale (2 T D), and input and output of the GELU. A pool with R expert rows keeps
-    ``b R (2 D + 2 F)`` instead of ``b T 2 F``, an fp32 input of its router instead of the
-    LayerNorm's output, and six fp32 ``[T, E]``. Scores are kept (in fp32) only with
-    `model.attention_backend=math`. The layout is the rank's share of a micro-batch.
+
+def block_activation_parts(
+    config: RunConfig, plan: BlockPlan, layout: StreamLayout, precision: Precision
+) -> Counter[str]:
+    """Bytes that one block keeps of one micro-batch for its backward pass on one TP rank, by part.
+
+    The layout is the rank's share of a micro-batch, of T tokens, T_p of them in pairs.
+
+    - `attention`: ``b D (5 T + 3 T_p)``: query, key and value (those of pairs once more, concatenated) and the output
+      twice; fp32 scores only with `model.attention_backend=math`.
+    - `norms and residuals`: ``4 b T D``, inputs and outputs of two LayerNorms, and two inputs of LayerScale.
+    - `ffn`: ``2 b T F``, input and output of the GELU.
+    - `experts`: the same of R expert rows, ``2 b R F``.
+    - `dispatch buffers`: ``2 b R D``, the rows that arrive at experts and those that come back.
+    - `routers`: an fp32 copy of their input instead of the LayerNorm's output, and six fp32 ``[T, E]``.
     """
     model = config.model
     width, inner, size = model.hidden_size, model.ffn_hidden_size, BYTES[precision]
     tokens, paired = layout.num_tokens, layout.size(*PAIR_SEGMENTS)
-    vectors = 8 * tokens + 3 * paired
-    if model.layer_scale_init > 0.0:
-        vectors += 2 * tokens
-    total = size * width * vectors
+    parts = Counter(attention=size * width * (5 * tokens + 3 * paired))
     if model.attention_backend == "math":
-        total += 4 * model.num_attention_heads * score_entries(layout)
+        parts["attention"] += 4 * model.num_attention_heads * score_entries(layout)
+    scales = 2 if model.layer_scale_init > 0.0 else 0
+    parts[NORMS] = size * width * tokens * (3 + scales)
     for branch in plan.branches:
         own = branch.num_tokens(layout)
         if not branch.num_experts:
-            total += size * own * (width + 2 * inner)
+            parts[NORMS] += size * width * own
+            parts["ffn"] += size * own * 2 * inner
             continue
         rows = expert_rows(config, branch, layout)
-        total += size * rows * (2 * width + 2 * inner)
+        parts["experts"] += size * rows * 2 * inner
+        parts[DISPATCH] += size * rows * 2 * width
         # The router computes in fp32, from a copy of its input where that is in half precision.
-        total += 4 * own * (width + 6 * branch.num_experts)
-    return total
+        parts["routers"] += 4 * own * (width + 6 * branch.num_experts)
+    return parts
 
 
-def _stage_activation_bytes(
+def _kept_activations(
     config: RunConfig, stage: int, micro_batches: int, precision: Precision
-) -> int:
+) -> Counter[str]:
+    """What a stage keeps of all micro-batches that it holds at once; with recomputation the inputs of blocks alone."""
     model, size = config.model, BYTES[precision]
-    tensor = config.parallel.tensor_model_parallel_size
     pipeline = config.parallel.pipeline_model_parallel_size
     virtual = config.parallel.virtual_pipeline_model_parallel_size
-    whole = StreamLayout.of(config)
-    layout = whole.shard(tensor)
+    layout = StreamLayout.of(config).shard(config.parallel.tensor_model_parallel_size)
     stream = size * layout.num_tokens * model.hidden_size
     plans = block_plans(model, config.moe)
-    blocks = [
-        block_activation_bytes(config, plans[number - 1], layout, precision)
-        for number in stage_blocks(config, stage)
-    ]
-    kept, peak = sum(blocks), 0
-    if config.train.recompute == "full":
-        # Only the inputs of blocks are kept; one block at a time lives in full.
-        kept, peak = len(blocks) * stream, max(blocks)
+    numbers = stage_blocks(config, stage)
+    parts: Counter[str] = Counter()
+    for number in numbers:
+        if config.train.recompute == "full":
+            parts["inputs of blocks"] += stream
+        else:
+            parts += block_activation_parts(config, plans[number - 1], layout, precision)
     if stage == 0:
         patches = (layout.images + layout.pairs) * model.num_patches
-        kept += size * patches * 3 * model.patch_size**2
+        parts["patches"] = size * patches * 3 * model.patch_size**2
+    # Outputs for the next stage are held until their gradients come back.
+    sent = virtual - int(stage == pipeline - 1)
+    if pipeline > 1 and sent:
+        parts["pipeline outputs"] = stream * sent
     # Micro-batches whose activations a stage holds at once under 1F1B, interleaved or not.
     in_flight: float = min(micro_batches, pipeline - stage)
     if virtual > 1:
         chunks = 2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1
         in_flight = min(micro_batches * virtual, chunks) / virtual
-    total = math.ceil(kept * in_flight) + peak
-    if stage == pipeline - 1:
-        # Logits of both heads: in the compute precision, in fp32 and the loss's own fp32 copy.
-        text, image = head_slots(config, whole)
-        entries = text * padded_vocab_size(model.vocab_size)
-        entries += image * padded_vocab_size(model.visual_vocab_size)
-        total += stream + entries // tensor * (8 + size)
-    return total
+    return Counter({part: math.ceil(number * in_flight) for part, number in parts.items()})
+
+
+def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int:
+    """What lives for a moment beside the kept activations: the larger of what the heads and what one block need.
+
+    - Heads: input and output of the last LayerNorm, fp32 logits of both heads (cross entropy is computed in place), and
+      beside those of one head a copy, masked where the vocabulary is padded, else in the compute precision.
+    - The backward pass of a block: gradients of the stream and of the branch (2 T D), of the GELU's input in one branch
+      (F per row, while the gradient of its output takes the place of that output), and of the branch's larger weights.
+      With recomputation also all that the block keeps.
+
+    With TP, megatron-core also keeps one buffer for gathered tokens.
+    """
+    model, parallel, size = config.model, config.parallel, BYTES[precision]
+    width, inner = model.hidden_size, model.ffn_hidden_size
+    tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    layout = StreamLayout.of(config).shard(tensor)
+    stream = size * layout.num_tokens * width
+    plans = block_plans(model, config.moe)
+    needs = []
+    for number in stage_blocks(config, stage):
+        plan = plans[number - 1]
+        gradients = 0
+        for branch in plan.branches:
+            rows, weight = branch.num_tokens(layout), width * inner // tensor
+            if branch.num_experts:
+                rows = expert_rows(config, branch, layout)
+                weight = branch.num_experts // expert * width * inner
+            gradients = max(gradients, rows * inner + weight)
+        need = 2 * stream + size * gradients
+        if config.train.recompute == "full":
+            # Its input is among what is kept.
+            parts = block_activation_parts(config, plan, layout, precision)
+            need += sum(parts.values()) - stream
+        needs.append(need)
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        entries = logit_entries(config)
+        copies = []
+        for number, vocabulary in zip(entries, (model.vocab_size, model.visual_vocab_size)):
+            padded = vocabulary % VOCAB_MULTIPLE > 0
+            copies.append(number * (4 if padded else size % 4))
+        text, image = entries
+        logits = max(4 * text + copies[0], 4 * (text + image) + copies[1])
+        needs.append(2 * stream + logits)
+    gathered = stream * tensor if tensor > 1 else 0
+    return max(needs) + gathered

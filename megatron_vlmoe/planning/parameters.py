@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, ObjectivesConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
@@ -25,6 +26,7 @@ from megatron_vlmoe.stream.sizes import data_parallel_size, padded_vocab_size
 ASSUMED_VOCAB_SIZE = 64_000
 ASSUMED_VISUAL_VOCAB_SIZE = 8_192
 
+Sharding = Literal["replicated", "tensor", "expert"]
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
@@ -55,9 +57,18 @@ _TENSOR_PARALLEL = re.compile(
 )
 
 
+@functools.cache
 def part_of(key: str) -> str:
     """The part of a checkpoint key, such as `attention` or `text experts`; `unknown` for a name of no part."""
     return next((part for part, keys in _PARTS.items() if re.match(keys, key)), OTHER_PART)
+
+
+@functools.cache
+def sharding_of(key: str) -> Sharding:
+    """How the ranks of a stage divide the parameter of a checkpoint key."""
+    if ".moe.experts." in key:
+        return "expert"
+    return "tensor" if _TENSOR_PARALLEL.search(key) else "replicated"
 
 
 def part_order(part: str) -> int:
@@ -104,11 +115,9 @@ class Parameter:
         return ".moe.router." in self.key
 
     @property
-    def sharding(self) -> Literal["replicated", "tensor", "expert"]:
+    def sharding(self) -> Sharding:
         """`tensor` splits it over TP ranks, `expert` over EP ranks."""
-        if ".moe.experts." in self.key:
-            return "expert"
-        return "tensor" if _TENSOR_PARALLEL.search(self.key) else "replicated"
+        return sharding_of(self.key)
 
     def local_size(self, tensor_size: int, expert_size: int) -> int:
         """How many of its values one rank holds."""
@@ -164,14 +173,22 @@ def checkpoint_shapes(config: RunConfig) -> Shapes:
     return {parameter.key: parameter.shape for parameter in parameters(config)}
 
 
-def estimated_parameters(config: RunConfig) -> list[Parameter]:
+def estimated_parameters(config: RunConfig) -> tuple[Parameter, ...]:
     """What an estimate counts before tokenizers and tasks are known.
 
     Those are the trained tensors of pretraining, with the paper's vocabularies where none are given.
     """
     config = with_assumed_vocabularies(config)
-    body = [p for p in parameters(config) if p.trained and not p.key.startswith("heads.")]
-    return body + _pretraining_heads(config)
+    return _pretraining_parameters(config.model, config.moe, config.objectives)
+
+
+@functools.lru_cache(maxsize=4)
+def _pretraining_parameters(
+    model: ModelConfig, moe: MoEConfig, objectives: ObjectivesConfig
+) -> tuple[Parameter, ...]:
+    """Made once for all layouts of a model that a plan compares."""
+    config = RunConfig(model=model, moe=moe, objectives=objectives)
+    return tuple(parameter for parameter in parameters(config) if parameter.trained)
 
 
 @dataclass(frozen=True)

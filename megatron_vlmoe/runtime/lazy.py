@@ -12,6 +12,7 @@ from typing import Any
 
 HEAVY = {
     "megatron_vlmoe.analysis.bench": True,
+    "megatron_vlmoe.analysis.device": False,
     "megatron_vlmoe.analysis.filling": False,
     "megatron_vlmoe.convert.compare": False,
     "megatron_vlmoe.convert.exporting": False,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_vlmoe.config.errors import ConfigError, near_multiples
 from megatron_vlmoe.config.schema import ParallelConfig, RunConfig
 
 VOCAB_MULTIPLE = 128
+TERMS = ("importance", "load", "z", "gshard", "local_entropy", "global_entropy")
+"""The auxiliary losses of a router; their formulas are in moe/aux_losses."""
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -47,6 +49,33 @@ def check_top_k(k: int, num_experts: int) -> None:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be in 1..{num_experts} (the number of experts), got {k}")
+
+
+def statistics_sections(terms: Sequence[str], num_experts: int) -> dict[str, int]:
+    """Sections of the vector of sums over tokens from which a router's losses come, in order, and their sizes.
+
+    Sums that several losses need appear once.
+
+    Raises:
+        ValueError: on an unknown loss.
+    """
+    unknown = [term for term in terms if term not in TERMS]
+    if unknown:
+        raise ValueError(f"unknown auxiliary loss '{unknown[0]}'; known: {', '.join(TERMS)}")
+    wanted = set(terms)
+    sections = {"tokens": 1}
+    if wanted & {"importance", "global_entropy"}:
+        sections["gates"] = num_experts
+    if "load" in wanted:
+        sections["load"] = num_experts
+    if "gshard" in wanted:
+        sections["assignments"] = num_experts
+        sections["dispatching_gates"] = num_experts
+    if "z" in wanted:
+        sections["squared_lse"] = 1
+    if "local_entropy" in wanted:
+        sections["entropy"] = 1
+    return sections
 
 
 def check_parallel_sizes(parallel: ParallelConfig) -> None:

@@ -20,8 +20,8 @@ from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.losses.masked import LOSS_OF
 from megatron_vlmoe.model.block import MoMEFeedForward, MoMELayer
 from megatron_vlmoe.model.vlmoe import VLMoEModel
-from megatron_vlmoe.moe.aux_losses import TERMS
 from megatron_vlmoe.moe.router import HEADER
+from megatron_vlmoe.planning.devices import named_device
 from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.runtime.files import write_bytes_atomic
@@ -29,18 +29,10 @@ from megatron_vlmoe.runtime.json_files import logged_step
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.block_plan import block_plans
 from megatron_vlmoe.stream.layout import SEGMENTS, StreamLayout
+from megatron_vlmoe.stream.sizes import TERMS
 from megatron_vlmoe.train.checkpoint_files import SET_ASIDE
 
 log = logging.getLogger("megatron_vlmoe")
-
-# Dense peak of one device in FLOP/s by a part of its name and the precision (vendors' data sheets).
-PEAK_FLOPS = {
-    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
-    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
-    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
-    "V100": {"fp16": 125e12, "fp32": 15.7e12},
-    "L40": {"bf16": 181e12, "fp16": 181e12, "fp32": 90.5e12},
-}
 
 
 def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, str], Tensor]:
@@ -147,9 +139,8 @@ class Throughput:
         # Of activated experts only.
         self.flops_per_rank = flops_per_step(config) / ranks.world_size
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.peak = next(
-            (peaks.get(precision) for part, peaks in PEAK_FLOPS.items() if part in name), None
-        )
+        known = named_device(name)
+        self.peak = known.peaks.get(precision) if known else None
         self.reset()
 
     def reset(self) -> None:

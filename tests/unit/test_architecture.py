@@ -402,7 +402,7 @@ def options_of_command(name: str) -> set[str]:
     """Options of a command; those of training, and some hand what they do not know on to it."""
     if COMMANDS[name].main.startswith(("pretrain:", "finetune:")):
         return PROGRAM_OPTIONS | ({"--task"} if name == "finetune" else set())
-    passes_on = name in ("compare-layouts", "bench", "upcycle")
+    passes_on = name in ("compare-layouts", "bench", "plan", "upcycle")
     return {*parser_of(name)._option_string_actions, *(PROGRAM_OPTIONS if passes_on else ())}
 
 

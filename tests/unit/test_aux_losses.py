@@ -21,11 +21,11 @@ from router_functions import (
 from torch import Tensor
 
 from megatron_vlmoe.moe.aux_losses import (
-    TERMS,
     compute_router_statistics,
     losses_from_statistics,
     statistics_size,
 )
+from megatron_vlmoe.stream.sizes import TERMS
 
 LOGITS = torch.tensor(
     [

@@ -27,7 +27,7 @@ from megatron_vlmoe.config.presets import preset
 
 TRAINING = ("pretrain", "pretrain-random", "finetune", "evaluate")
 # These hand on what they do not know to `pretrain`.
-PASSES_ON = ("compare-layouts", "upcycle")
+PASSES_ON = ("compare-layouts", "plan", "upcycle")
 FOUND = all_commands()
 
 

@@ -461,7 +461,7 @@ def test_sgd_keeps_no_moments():
     [("tiny-dense", 0.1), ("small-dense", 0.0), ("small-8e", 0.1), ("small-32e", 0.1)],
 )
 def test_activations_are_what_autograd_saves(name, precision, layer_scale, runtime):
-    from megatron_vlmoe.planning.estimate import block_activation_bytes
+    from megatron_vlmoe.planning.estimate import block_activation_parts
     from megatron_vlmoe.stream.block_plan import block_plans
 
     config = change(measured_config(name), model={"layer_scale_init": layer_scale})
@@ -482,7 +482,7 @@ def test_activations_are_what_autograd_saves(name, precision, layer_scale, runti
         kept = sum(storage.nbytes() for storage in saved.values())
     layout = StreamLayout.of(config)
     blocks = [
-        block_activation_bytes(config, plan, layout, precision)
+        sum(block_activation_parts(config, plan, layout, precision).values())
         for plan in block_plans(config.model, config.moe)
     ]
     size = 2 if precision == "bf16" else 4
@@ -511,7 +511,9 @@ def test_interleaving_holds_more():
     config = change(config, model={"num_vl_layers": 0})
     inter = change(config, parallel={"virtual_pipeline_model_parallel_size": 3})
     # Stage 0 of two: 2 micro-batches with 1F1B; 2 * 1 + 2 * 2 + 1 = 7 chunks of a third with three.
-    assert activations(inter, 2)[0] / activations(config, 2)[0] == pytest.approx(7 / 3 / 2)
+    # Each of them also holds what it sent.
+    ratio = activations(inter, 2)[0] / activations(config, 2)[0]
+    assert ratio == pytest.approx(7 / 3 / 2, rel=0.03)
 
 
 def test_recompute_and_tensor_parallelism_shrink_activations():

@@ -1,0 +1,11 @@
+"""Find the fastest layout of a run on a number of GPUs: the same as `vlmoe plan`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_vlmoe.commands.main import run
+
+if __name__ == "__main__":
+    sys.exit(run("plan"))
