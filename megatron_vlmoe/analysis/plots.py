@@ -7,9 +7,11 @@ shows their panels one by one.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -139,15 +141,10 @@ def last_value(rows: Sequence[Row], key: str) -> Optional[float]:
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
-    """The shortest ends of different paths that tell them apart, `moe` or `vqa/moe`, in their order."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    names = []
-    for own in parts:
-        length = 1
-        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
-            length += 1
-        names.append(str(Path(*own[-length:])))
-    return names
+    """Names of different runs, in their order: their paths from the folder that holds all of them."""
+    paths = [Path(folder).resolve() for folder in folders]
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    return [path.relative_to(common).as_posix() for path in paths]
 
 
 def run_folders(folders: Sequence[str | Path]) -> list[Path]:
@@ -544,6 +541,27 @@ def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], outp
     if section is None:
         raise MetricsError(f"{run}: metrics.jsonl has no loads of experts: a dense run")
     return _draw_sections(f"Experts of {name}", [section], [], output)
+
+
+def panel_svg(panel: Panel) -> str:
+    """A panel alone as an SVG element, to stand in a page; its texts take the fonts of whoever looks at it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(4.0, 2.9))
+    axis = figure.add_axes((0.19, 0.16, 0.79, 0.74))
+    draw_panel(panel, axis)
+    axis.set_xlabel("step", fontsize=9)
+    stream = io.StringIO()
+    # Without what would make two drawings of the same differ.
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
+        figure.savefig(stream, format="svg", metadata=metadata, transparent=True)
+    plt.close(figure)
+    drawn = stream.getvalue()
+    return drawn[drawn.index("<svg") :]
 
 
 def draw_panel(panel: Panel, axis: Axes) -> None:

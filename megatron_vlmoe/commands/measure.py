@@ -18,9 +18,10 @@ from megatron_vlmoe.analysis.plots import (
     run_folders,
     run_names,
 )
-from megatron_vlmoe.commands.options import CommandParser, output_file
+from megatron_vlmoe.analysis.report import check_output, make_report, open_runs, write_report
+from megatron_vlmoe.commands.options import CommandParser, output_file, output_folder
 from megatron_vlmoe.config.errors import ConfigError, user_files
-from megatron_vlmoe.finetune.metrics import downstream_table, table_lines
+from megatron_vlmoe.finetune.metrics import downstream_table, guessing_rate, table_lines
 from megatron_vlmoe.finetune.predictions import write_json
 from megatron_vlmoe.prepare.tool import count, positive_int
 from megatron_vlmoe.runtime.lazy import load
@@ -191,6 +192,30 @@ def plot_losses(words: Sequence[str]) -> None:
         experts = experts_of_pools(Path(first))
         drawn = draw_experts(first, runs[first], experts, options.experts)
         print(f"wrote {drawn}")
+
+
+@user_files()
+def report(words: Sequence[str]) -> None:
+    """`vlmoe report runs/quickstart runs/dense runs/downstream/*/moe --output runs/report`."""
+    parser = CommandParser(
+        "report",
+        "Compares runs of pretraining, fine-tuning and evaluation in one page: options that differ, losses, balance of "
+        "experts, speed, memory, parameters, downstream results beside those of the paper.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="DIR", help="run folders; the first is the reference")
+    add(
+        "--output",
+        type=output_folder,
+        required=True,
+        metavar="DIR",
+        help="folder for report.html, report.md and its figures/",
+    )
+    options = parser.parse_args(words)
+    check_output(options.output)
+    made = make_report(open_runs(options.runs), guessing_rate)
+    for path in write_report(made, options.output):
+        print(f"wrote {path}")
 
 
 def downstream(words: Sequence[str]) -> None:

@@ -99,9 +99,10 @@ def test_damaged_metrics_are_named(line: str, message: str, tmp_path: Path) -> N
         read_metrics(run)
 
 
-def test_runs_are_told_apart_by_the_shortest_names(tmp_path: Path) -> None:
-    assert run_names(["runs/a", "runs/b/"]) == ["a", "b"]
-    assert run_names(["runs/vqa/moe", "runs/mnli/moe", "c"]) == ["vqa/moe", "mnli/moe", "c"]
+def test_runs_are_named_from_the_folder_that_they_share(tmp_path: Path) -> None:
+    assert run_names(["runs/a", "runs/b/"]) == ["a", "b"] and run_names(["runs/a"]) == ["a"]
+    found = run_names(["runs/vqa/moe", "runs/mnli/moe", "runs/c"])
+    assert found == ["vqa/moe", "mnli/moe", "c"]
     for name in ("a/seed_1", "a/seed_2", "b"):
         write_run(tmp_path / name, [row(1)])
     found = run_folders([tmp_path / "a", tmp_path / "b", tmp_path / "b", tmp_path / "none"])
