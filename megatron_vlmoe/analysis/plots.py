@@ -191,6 +191,11 @@ def score_names(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def logs_blocks(rows: Sequence[Row]) -> bool:
+    """Whether a run logged its experts block by block (`log.moe_per_layer`)."""
+    return bool(_found(_BLOCK, rows))
+
+
 def _found(pattern: re.Pattern[str], rows: Sequence[Row]) -> list[str]:
     """The first group of a pattern in all keys that it matches, each once, in their order."""
     keys = dict.fromkeys(itertools.chain.from_iterable(rows))
@@ -517,7 +522,7 @@ def draw_runs(
     sections = sections_of(runs, experts)
     if not sections:
         raise MetricsError(f"{', '.join(runs)}: nothing logged yet")
-    return _draw_sections(title or ", ".join(runs), sections, run_keys(runs), output)
+    return draw_sections(title or ", ".join(runs), sections, run_keys(runs), output)
 
 
 def draw_losses(runs: Runs, output: Path) -> Path:
@@ -525,7 +530,7 @@ def draw_losses(runs: Runs, output: Path) -> Path:
     named = dict(zip(run_names(list(runs)), runs.values()))
     section = replace(loss_section(named), columns=2)
     title = f"Losses of {', '.join(named)}"
-    return _draw_sections(title, [section], run_keys(named), output)
+    return draw_sections(title, [section], run_keys(named), output)
 
 
 def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], output: Path) -> Path:
@@ -540,7 +545,7 @@ def draw_experts(run: str, rows: Sequence[Row], experts: Mapping[str, int], outp
     section = expert_section({name: rows}, {name: experts})
     if section is None:
         raise MetricsError(f"{run}: metrics.jsonl has no loads of experts: a dense run")
-    return _draw_sections(f"Experts of {name}", [section], [], output)
+    return draw_sections(f"Experts of {name}", [section], [], output)
 
 
 def panel_svg(panel: Panel) -> str:
@@ -573,7 +578,7 @@ def draw_panel(panel: Panel, axis: Axes) -> None:
     panel.draw(axis)
 
 
-def _draw_sections(
+def draw_sections(
     title: str, sections: Sequence[Section], keys: Sequence[Key], output: Path
 ) -> Path:
     """All panels in one picture, sections from top to bottom; `keys` explain the colours of runs."""

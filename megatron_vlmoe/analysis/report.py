@@ -25,11 +25,11 @@ from megatron_vlmoe.analysis.plots import (
     Panel,
     Row,
     Section,
-    draw_experts,
-    draw_runs,
+    draw_sections,
     expert_section,
     experts_of_pools,
     last_value,
+    logs_blocks,
     loss_names,
     panel_svg,
     pools_of,
@@ -196,13 +196,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Sections of panels, the colours of runs, and the picture of all of them that stands in the Markdown file."""
+    """Sections of panels, the colours of runs, and the file of the picture of all of them in the Markdown report."""
 
     title: str
     sections: Sequence[Section]
     keys: Sequence[Key]
     file: str
-    draw: Callable[[Path], object]
 
 
 @dataclass(frozen=True)
@@ -381,33 +380,20 @@ def _training_chapter(title: str, runs: Sequence[Run], tables: Sequence[Table]) 
     """Results, balance of experts, options that differ, and curves of runs of one kind."""
     rows = {run.name: run.rows for run in runs if run.rows}
     experts = {run.name: experts_of_pools(run.folder) for run in runs}
-    own = [*tables, _balance(runs, experts), *_differences(runs)]
+    options = _differences(runs)
+    notes = ("The options of these runs do not differ.",) if options and not options.rows else ()
+    slug = re.sub(r"[^a-z0-9]+", "-", title.lower())
     figures = []
     if sections := sections_of(rows, experts):
-        file = f"{re.sub(r'[^a-z0-9]+', '-', title.lower())}.svg"
         heading = "Curves" if len(rows) == 1 else "Curves of all runs"
-        figures.append(
-            Figure(
-                heading,
-                sections,
-                run_keys(rows),
-                file,
-                lambda path: draw_runs(rows, experts, path, title),
-            )
-        )
-    for name in rows if len(rows) > 1 else ():
+        figures.append(Figure(heading, sections, run_keys(rows), f"{slug}.svg"))
+    # Together they have a line each; here is what each did block by block.
+    for name in filter(lambda name: logs_blocks(rows[name]), rows if len(rows) > 1 else ()):
         section = expert_section({name: rows[name]}, experts)
-        if section is not None and "block by block" in section.title:
-            file = f"experts-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.svg"
-            draw = _drawing_experts(name, rows[name], experts[name])
-            figures.append(Figure(section.title, [section], (), file, draw))
-    return Chapter(title, (), [table for table in own if table.rows], figures)
-
-
-def _drawing_experts(
-    name: str, rows: Sequence[Row], experts: Mapping[str, int]
-) -> Callable[[Path], object]:
-    return lambda path: draw_experts(name, rows, experts, path)
+        assert section is not None
+        figures.append(Figure(section.title, [section], (), f"{slug}-experts-{len(figures)}.svg"))
+    own = [*tables, _balance(runs, experts), *([options] if options else [])]
+    return Chapter(title, notes, [table for table in own if table.rows], figures)
 
 
 def _balance(runs: Sequence[Run], experts: Mapping[str, Mapping[str, int]]) -> Table:
@@ -455,11 +441,11 @@ def _recent(rows: Sequence[Row], key: str) -> Optional[float]:
     return statistics.fmean(values[-max(1, len(values) // 10) :]) if values else None
 
 
-def _differences(runs: Sequence[Run]) -> list[Table]:
-    """The options that are not the same in all runs whose options are known."""
+def _differences(runs: Sequence[Run]) -> Optional[Table]:
+    """The options that are not the same in all runs whose options are known; None if there is nothing to compare."""
     known = [run for run in runs if run.options]
     if len(known) < 2:
-        return []
+        return None
     options = [{**run.options, **_evaluation_options(run)} for run in known]
     names = dict.fromkeys(itertools.chain.from_iterable(options))
     rows = []
@@ -468,8 +454,7 @@ def _differences(runs: Sequence[Run]) -> list[Table]:
         if name != "checkpoint.save" and len(set(values)) > 1:
             rows.append((name, *values))
     header = ("option", *(run.name for run in known))
-    title = "Options that differ" if rows else "No options differ"
-    return [Table(header, rows, title)]
+    return Table(header, rows, "Options that differ")
 
 
 def _evaluation_options(run: Run) -> dict[str, Any]:
@@ -740,7 +725,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     page, text = folder / "report.html", folder / "report.md"
     for chapter in report.chapters:
         for figure in chapter.figures:
-            figure.draw(folder / "figures" / figure.file)
+            title = f"{chapter.title}: {figure.title}"
+            draw_sections(title, figure.sections, figure.keys, folder / "figures" / figure.file)
     numbers = itertools.count()
 
     def svg(panel: Panel) -> Markup:
@@ -785,4 +771,4 @@ def _line(cells: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     """A text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|#&$])", r"\\\1", " ".join(text.split()))
