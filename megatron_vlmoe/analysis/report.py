@@ -96,6 +96,11 @@ class Run:
     missing: tuple[str, ...]
 
     @property
+    def data(self) -> str:
+        """Prefix of the data of the task; empty where it is not known."""
+        return str(self.settings.get("data") or self.options.get("task.data", ""))
+
+    @property
     def kind(self) -> str:
         """Pretraining, fine-tuning or an evaluation of one of its checkpoints."""
         if not self.task:
@@ -494,14 +499,24 @@ def _mean(values: Sequence[float], form: str = "{:.2f}") -> str:
 
 
 @dataclass
+class _Setting:
+    """Runs of a task that differ in nothing but their seed: their names, and scores by column and checkpoint."""
+
+    names: list[str] = field(default_factory=list)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass
 class _Model:
-    """What runs that start from the same weights scored in a column: a cell for every set of options."""
+    """A pretrained model, the options of that run where it is still there, and what it was fine-tuned to.
+
+    `settings` are by data, then by the options of fine-tuning and evaluation.
+    """
 
     label: str
     config: Optional[RunConfig]
     root: Mapping[str, Any]
-    cells: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
+    settings: dict[str, dict[str, _Setting]] = field(default_factory=dict)
 
 
 def _downstream_chapter(runs: Sequence[Run], guess: Guess) -> Chapter:
@@ -510,35 +525,36 @@ def _downstream_chapter(runs: Sequence[Run], guess: Guess) -> Chapter:
     columns: dict[str, Column] = {}
     sources: dict[str, Run] = {}
     for run in runs:
-        if not run.scores:
+        own_columns = list(_columns(run)) if run.scores else []
+        if not own_columns:
             continue
         label, root = _start(run, runs)
         model = models.setdefault(label, _Model(label, run.config, root))
-        own = {name: value for name, value in run.options.items() if name not in _OWN_OPTIONS}
-        # Runs that differ in their seed alone are one cell.
-        signature = repr(sorted({**own, **_evaluation_options(run)}.items()))
-        for column in _columns(run):
+        checkpoint = str(run.settings.get("checkpoint") or run.folder)
+        options = {name: value for name, value in run.options.items() if name not in _OWN_OPTIONS}
+        options |= _evaluation_options(run) | {"weights": Path(checkpoint).parent.name == "best"}
+        settings = model.settings.setdefault(f"{run.task} {run.data}", {})
+        setting = settings.setdefault(repr(sorted(options.items())), _Setting())
+        setting.names.append(run.name)
+        for column in own_columns:
             columns[column.title] = column
             sources.setdefault(column.title, run)
-            values = [one[column.metric] for one in run.scores]
-            model.cells.setdefault(column.title, {}).setdefault(signature, []).extend(values)
-            model.names.setdefault(signature, []).append(run.name)
+            # A checkpoint that is evaluated twice in the same way is one result.
+            for number, one in enumerate(run.scores):
+                own = setting.scores.setdefault(column.title, {})
+                own[f"{checkpoint} {number}"] = one[column.metric]
     tables = []
     for paper in (TABLE_1, TABLE_2):
         tasks = {column.task for column in paper.columns}
-        own_columns = [column for column in columns.values() if column.task in tasks]
-        if own_columns:
-            tables.append(_downstream_table(paper, own_columns, models, sources, guess))
+        shown = [column for column in columns.values() if column.task in tasks]
+        if shown:
+            tables.append(_downstream_table(paper, shown, models, sources, guess))
     known = {column.task for paper in (TABLE_1, TABLE_2) for column in paper.columns}
     others = [column for column in columns.values() if column.task not in known]
     if others:
         paper = PaperTable("Other tasks", (), ())
         tables.append(_downstream_table(paper, others, models, sources, guess))
-    data = dict.fromkeys(
-        f"{run.task}: {run.settings.get('data') or run.options.get('task.data', NONE)}"
-        for run in runs
-        if run.scores
-    )
+    data = dict.fromkeys(f"{run.task}: {run.data or 'not known'}" for run in runs if run.scores)
     notes = [
         "Scores are percentages. Rows marked \N{LEFT DOUBLE QUOTATION MARK}paper\N{RIGHT DOUBLE QUOTATION MARK} are "
         "the numbers that arXiv 2303.07226 reports (* reproduced by its authors), on the official data; runs on other "
@@ -552,11 +568,11 @@ def _downstream_chapter(runs: Sequence[Run], guess: Guess) -> Chapter:
 
 def _columns(run: Run) -> Iterator[Column]:
     """The columns that a run has a number for: those of the paper, and the main score of its task if that is none."""
-    task, data = run.task, str(run.settings.get("data") or run.options.get("task.data", ""))
+    task, data = run.task, run.data
     known = [
         column for paper in (TABLE_1, TABLE_2) for column in paper.columns if column.task == task
     ]
-    named = _data_words(data, task)
+    named = _data_words(data)
     scored = set(run.scores[0]).intersection(*run.scores[1:])
     found = [column for column in known if column.metric in scored and column.data in named]
     yield from found
@@ -575,8 +591,8 @@ def _columns(run: Run) -> Iterator[Column]:
             yield Column(f"{task} {name}{metric}", task, metric)
 
 
-def _data_words(prefix: str, task: str) -> str:
-    """What tells one dataset of a task from another: the name of its prefix, and what it was made from."""
+def _data_words(prefix: str) -> str:
+    """What tells one dataset of a task from another: the name of its prefix, and of what it was made from."""
     words = [Path(prefix).name]
     for split in ("test", "val", "train"):
         try:
@@ -600,17 +616,19 @@ def _downstream_table(
     titles = list(dict.fromkeys(column.title for column in (*paper.columns, *own)))
     rows = []
     for model in models.values():
-        cells = {title: list(model.cells.get(title, {}).items()) for title in titles}
-        for place in range(max(map(len, cells.values()), default=0)):
-            # Several sets of options: the row says whose numbers it has.
-            several = [row[place][0] for row in cells.values() if len(row) > 1 and len(row) > place]
-            whose = dict.fromkeys(name for one in several for name in model.names[one])
-            label = model.label + (f" ({', '.join(whose)})" if whose else "")
-            values = [
-                _mean(cells[title][place][1]) if len(cells[title]) > place else NONE
-                for title in titles
-            ]
-            rows.append((label, *_facts(model), *values))
+        for place in range(max(map(len, model.settings.values()))):
+            scores: dict[str, list[float]] = {}
+            names: list[str] = []
+            for settings in model.settings.values():
+                for setting in list(settings.values())[place : place + 1]:
+                    scores |= {title: list(one.values()) for title, one in setting.scores.items()}
+                    # The row says whose numbers it has where there are others.
+                    if len(settings) > 1 and not set(titles).isdisjoint(setting.scores):
+                        names += setting.names
+            if not set(titles).isdisjoint(scores):
+                label = model.label + (f" ({', '.join(names)})" if names else "")
+                cells = [_mean(scores.get(title, ())) for title in titles]
+                rows.append((label, *_facts(model), *cells))
     guesses = list(_guesses(titles, own, sources, guess))
     if set(guesses) != {NONE}:
         rows.append(("guessing", NONE, NONE, NONE, *guesses))
@@ -632,20 +650,20 @@ def _downstream_table(
 
 def _facts(model: _Model) -> tuple[str, str, str]:
     """Images of pairs and steps of pretraining, and parameters per token, where they are known."""
-    images = 0
-    for prefix in model.root.get("data.pairs", ()):
-        if not re.fullmatch(
-            r"[\d.]+", str(prefix)
-        ):  # weights stand between the prefixes of a blend
-            try:
-                images += load_manifest(prefix).documents
-            except DataError:
-                images = -1
-                break
+    # Weights stand between the prefixes of a blend.
+    prefixes = [
+        prefix
+        for prefix in model.root.get("data.pairs", ())
+        if not re.fullmatch(r"[\d.]+", str(prefix))
+    ]
+    try:
+        images = sum(load_manifest(prefix).documents for prefix in prefixes)
+    except DataError:
+        images = 0
     per_token = _arithmetic(model.config)[1]
     steps = model.root.get("train.steps")
     return (
-        _form(images if images > 0 else None, "{:,}"),
+        _form(images or None, "{:,}"),
         _form(steps, "{:,}"),
         NONE if per_token is None else f"{per_token / 1e6:.3g}M",
     )
@@ -660,10 +678,9 @@ def _guesses(
         if title in columns:
             column, run = columns[title], sources[title]
             split, _, metric = column.metric.partition("/")
-            data = str(run.settings.get("data") or run.options.get("task.data", ""))
             try:
-                if metric == find_task(column.task).best_metric and data:
-                    value = guess(column.task, data, split)
+                if metric == find_task(column.task).best_metric and run.data:
+                    value = guess(column.task, run.data, split)
             except UserError:
                 value = None
         yield _form(value, "{:.2f}")
