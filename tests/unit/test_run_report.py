@@ -18,8 +18,10 @@ from megatron_vlmoe.commands.main import main
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.presets import apply_recipe, preset
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.planning.estimate import flops_per_step
+from megatron_vlmoe.planning.estimate import flops_per_step, head_slots
 from megatron_vlmoe.planning.parameters import parameter_counts
+from megatron_vlmoe.stream.layout import StreamLayout
+from megatron_vlmoe.stream.sizes import num_micro_batches
 
 NASTY = "a <b> & |x| $y$ _z_"
 Rows = Sequence[dict[str, Any]]
@@ -212,6 +214,13 @@ def test_downstream_results_stand_beside_the_papers(tmp_path: Path) -> None:
     assert second[1][second[0].index("ImageNet")] == "12.50"
     for paper in (TABLE_1, TABLE_2):
         assert all(len(row.scores) == len(paper.columns) for row in paper.rows)
+    # The heads of pretraining, 300 and 64 rows, are not those of the task.
+    config = tuned(load)
+    slots = head_slots(config, StreamLayout.from_config(config.model, config.data))
+    rows_of_heads = slots[0] * 299 + slots[1] * 63
+    heads = 6.0 * num_micro_batches(config, 1) * config.model.hidden_size * rows_of_heads
+    flops = table(page, "FLOPs per step")["nlvr2/seed_1",]["FLOPs per step"]
+    assert flops == f"{flops_per_step(config) - heads:.4g}"
     assert "| evaluation | imagenet: evaluation |" in text
     (every,) = [rows for rows in page.tables if rows[0][:2] == ["score", "higher"]]
     assert ["dev/accuracy", "50.00", "60.00", "63.00", "66.00", "60.00"] in every
