@@ -10,14 +10,18 @@ from megatron_vlmoe.analysis.layouts import compare_layouts
 from megatron_vlmoe.analysis.plots import (
     draw_experts,
     draw_losses,
+    draw_runs,
     experts_of_pools,
     last_evaluation_table,
     picture_file,
     read_metrics,
+    run_folders,
+    run_names,
 )
-from megatron_vlmoe.commands.options import CommandParser, output_file
+from megatron_vlmoe.analysis.report import check_output, make_report, open_runs, write_report
+from megatron_vlmoe.commands.options import CommandParser, output_file, output_folder
 from megatron_vlmoe.config.errors import ConfigError, user_files
-from megatron_vlmoe.finetune.metrics import downstream_table, table_lines
+from megatron_vlmoe.finetune.metrics import downstream_table, guessing_rate, table_lines
 from megatron_vlmoe.finetune.predictions import write_json
 from megatron_vlmoe.prepare.tool import count, positive_int
 from megatron_vlmoe.runtime.lazy import load
@@ -122,11 +126,46 @@ def bench(words: Sequence[str]) -> None:
 
 
 @user_files()
+def plot(words: Sequence[str]) -> None:
+    """`vlmoe plot --run runs/quickstart`."""
+    parser = CommandParser(
+        "plot",
+        "Draws what runs logged as one picture: losses, accuracy, gradient norm, learning rate, speed, memory, and "
+        "what their experts did, of one run block by block. Prints the last evaluation.",
+    )
+    add = parser.add_argument
+    add(
+        "--run",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders of pretraining or fine-tuning, also of runs that are going on",
+    )
+    add(
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="picture to draw (plot.png in the first of the run folders)",
+    )
+    options = parser.parse_args(words)
+    output = picture_file(options.output or Path(options.run[0]) / "plot.png")
+    folders = run_folders(options.run)
+    names = run_names(folders)
+    runs = {name: read_metrics(folder) for name, folder in zip(names, folders)}
+    experts = {name: experts_of_pools(folder) for name, folder in zip(names, folders)}
+    drawn = draw_runs(runs, experts, output)
+    for name, rows in runs.items():
+        print(last_evaluation_table(name, rows))
+    print(f"wrote {drawn}")
+
+
+@user_files()
 def plot_losses(words: Sequence[str]) -> None:
     """`vlmoe plot-losses --run runs/quickstart --output runs/quickstart/losses.png`."""
     parser = CommandParser(
         "plot-losses",
-        "Draws the losses of one or more runs with the entropy of guessing beside them, and prints the last values.",
+        "Draws the losses of one or more runs with the entropy of guessing beside them, and prints the last values. "
+        "`vlmoe plot` draws everything.",
     )
     parser.add_argument(
         "--run", nargs="+", required=True, metavar="DIR", help="run folders (with metrics.jsonl)"
@@ -153,6 +192,30 @@ def plot_losses(words: Sequence[str]) -> None:
         experts = experts_of_pools(Path(first))
         drawn = draw_experts(first, runs[first], experts, options.experts)
         print(f"wrote {drawn}")
+
+
+@user_files()
+def report(words: Sequence[str]) -> None:
+    """`vlmoe report runs/quickstart runs/dense runs/downstream/*/moe --output runs/report`."""
+    parser = CommandParser(
+        "report",
+        "Compares runs of pretraining, fine-tuning and evaluation in one page: options that differ, losses, balance of "
+        "experts, speed, memory, parameters, downstream results beside those of the paper.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="DIR", help="run folders; the first is the reference")
+    add(
+        "--output",
+        type=output_folder,
+        required=True,
+        metavar="DIR",
+        help="folder for report.html, report.md and its figures/",
+    )
+    options = parser.parse_args(words)
+    check_output(options.output)
+    made = make_report(open_runs(options.runs), guessing_rate)
+    for path in write_report(made, options.output):
+        print(f"wrote {path}")
 
 
 def downstream(words: Sequence[str]) -> None:

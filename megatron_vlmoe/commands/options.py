@@ -106,6 +106,11 @@ def output_file(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """Argument type: a folder for several files that are written at the end of the work, made if it is not there."""
+    return output_file(os.path.join(text, "file")).parent
+
+
 def output_prefix(text: str) -> str:
     """Argument type: the path that the names of several new files begin with."""
     if text.endswith(os.sep):

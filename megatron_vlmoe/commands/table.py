@@ -74,7 +74,9 @@ COMMANDS = {
     "bench": _show(
         "measure:bench", "time training steps of presets against each other", cleans_up=False
     ),
-    "plot-losses": _show("measure:plot_losses", "draw the losses of runs"),
+    "plot": _show("measure:plot", "draw what runs logged: losses, accuracy, speed, experts"),
+    "plot-losses": _show("measure:plot_losses", "draw only the losses of runs"),
+    "report": _show("measure:report", "compare runs in one page, beside the paper's results"),
     "fill-masked": _show("fill_masked:main", "fill a masked word and masked patches, as a picture"),
     "downstream-table": _show("measure:downstream", "put fine-tuning results side by side"),
 }

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -31,7 +30,7 @@ from megatron_vlmoe.finetune.objective import TaskObjective
 from megatron_vlmoe.finetune.predictions import MOST_LIKELY, write_json, write_jsonl
 from megatron_vlmoe.prepare.vqa_answers import official_accuracy
 from megatron_vlmoe.runtime.distributed import Ranks
-from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.pages import write_page
 from megatron_vlmoe.train.setup import ModelParts
 from megatron_vlmoe.train.step import StepRunner
 
@@ -147,14 +146,6 @@ def write_report(path: Path, report: Report) -> None:
         DataError: a picture that cannot be read; the message names the example.
         OSError: the file cannot be written; the message names it.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
     # Of every picture of every example its name, its data URL and what stands below it.
     pictures = []
     for place, example in enumerate(report.examples, start=1):
@@ -169,8 +160,8 @@ def write_report(path: Path, report: Report) -> None:
             encoded = base64.b64encode(stream.getvalue()).decode("ascii")
             shown.append((name, f"data:image/jpeg;base64,{encoded}", label))
         pictures.append(shown)
-    page = environment.get_template("report.html.j2").render(report=report, pictures=pictures)
-    write_text_atomic(path, page + "\n")
+    template = Path(__file__).with_name("report.html.j2")
+    write_page(path, template, {"number": number}, report=report, pictures=pictures)
 
 
 def number(value: float) -> str:

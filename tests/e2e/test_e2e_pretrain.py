@@ -117,6 +117,17 @@ def test_plot(unbroken: Run, corpus: Corpus) -> None:
         assert f"{last[f'eval/loss/{name}']:.3f}" in outcome.stdout
 
 
+def test_report(unbroken: Run, corpus: Corpus) -> None:
+    """Of a real run nothing is missing, and the page has what the run itself printed."""
+    tool("report", unbroken.folder, "--output", "report", cwd=corpus.folder).succeeded()
+    text = (corpus.folder / "report" / "report.md").read_text(encoding="utf-8")
+    last = unbroken.steps[-1]
+    assert "6 of 6" in text and " no " not in text.partition("## Cost")[0]
+    for name in ("mlm", "mim", "vlm_text", "vlm_image"):
+        assert f"{last[f'eval/loss/{name}']:.4f}" in text
+    assert (corpus.folder / "report" / "report.html").read_text().count("<svg role") > 10
+
+
 def test_a_stopped_and_resumed_run_equals_an_unbroken_one(unbroken: Run, corpus: Corpus) -> None:
     folder = corpus.folder / "runs" / "resumed"
     words = [*ROOMY, "--train.eval_interval", "3"]

@@ -153,6 +153,7 @@ def test_wrong_values_are_told_in_plain_words(
         # Each would otherwise be about the folder that the user happens to be in.
         (["upcycle", "--load", "x", "--output", ""], "--output"),
         (["train-text-tokenizer", "--input", "x", "--vocab-size", "9", "--output="], "--output"),
+        (["plot", "--run", "x", ""], "--run"),
         (["plot-losses", "--run", "x", "", "--output", "y.png"], "--run"),
         (["bench", "--preset", ""], "--preset"),
         (["inspect-checkpoint", ""], "PATH"),
@@ -175,6 +176,7 @@ def test_what_a_command_needs_is_not_empty(
     [
         "inspect-data x --png",
         "bench --preset tiny-8e --output",
+        "plot --run x --output",
         "plot-losses --run x --output",
         "plot-losses --run x --output y.png --experts",
         "fill-masked --model x --image-tokenizer y --pairs z --output",
@@ -202,6 +204,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 @pytest.mark.parametrize(
     "words",
     [
+        "plot --run x --output a.xyz",
         "plot-losses --run x --output a.xyz",
         "plot-losses --run x --output y.png --experts a.xyz",
         "fill-masked --model x --image-tokenizer y --pairs z --output a.xyz",

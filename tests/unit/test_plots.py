@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import pytest
+from matplotlib.axes import Axes
 
 from megatron_vlmoe.analysis.plots import (
+    LOSSES,
     draw_experts,
     draw_losses,
     experts_of_pools,
     last_evaluation_table,
     read_metrics,
+    run_folders,
+    run_names,
+    series,
 )
+from megatron_vlmoe.commands.main import main
 from megatron_vlmoe.config.errors import MetricsError
 
 
@@ -35,16 +43,70 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
 
 
 def row(step: int, **more: float) -> dict[str, float]:
-    return {"step": step, "loss/mlm": 5.0 - step, "loss/mim": 4.0, **more}
+    return {"step": step, "loss/mlm": 5.0 - step, "loss/mim": 4.0, "grad_norm": 2.0, **more}
 
 
 def evaluated(step: int) -> dict[str, float]:
     return row(step, **{"eval/loss/mlm": 2.25, "unigram/mlm": 3.5, "acc/mlm": 0.125})
 
 
-def routed(step: int, pool: str, block: int) -> dict[str, float]:
+def routed(step: int, pool: str, block: int, scale: float = 1.0) -> dict[str, float]:
     names = {"load_max": 2.0, "load_min": 0.0, "dropped_fraction": 0.25, "router_entropy": 0.5}
-    return row(step, **{f"moe/{pool}/layer_{block}/{name}": x for name, x in names.items()})
+    names |= {"dead_experts": 1.0, "aux/load": 0.125}
+    own = {f"moe/{pool}/layer_{block}/{name}": scale * x for name, x in names.items()}
+    return row(step, **own, **{f"moe/{pool}/load_max": 2.0, f"moe/{pool}/load_min": 0.0})
+
+
+def write_run(folder: Path, lines: Sequence[str | dict[str, float]]) -> Path:
+    folder.mkdir(parents=True)
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(text))
+    return folder
+
+
+def axis_of(figure: matplotlib.figure.Figure, title: str) -> Axes:
+    (axis,) = [axis for axis in figure.axes if axis.get_title(loc="left") == title]
+    return axis
+
+
+def values(figure: matplotlib.figure.Figure, title: str, line: str = "-") -> list[list[float]]:
+    """The values of all lines of a kind in a panel; thin black ones only help to read it."""
+    lines = axis_of(figure, title).get_lines()
+    own = [one for one in lines if one.get_color() != "black" and one.get_linestyle() == line]
+    return [list(one.get_ydata()) for one in own]
+
+
+def test_a_run_that_is_resumed_or_still_going_reads_as_one(tmp_path: Path) -> None:
+    """Steps 20 and 30 were trained twice; of 40 the first attempt alone is left, which is not of this run."""
+    first = [row(step, lr=1.0) for step in (10, 20, 30, 40)]
+    second = [row(step, lr=2.0) for step in (20, 30)]
+    run = write_run(tmp_path / "run", [*first, *second, json.dumps(row(40, lr=2.0))[:20]])
+    assert series(read_metrics(run), "lr") == ([10, 20, 30], [1.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 has no step"),
+        ('{"step": null}', "line 2 has no step"),
+        ('{"step": 2, "lr": "low"}', "line 2: lr is not a number"),
+    ],
+)
+def test_damaged_metrics_are_named(line: str, message: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [row(1), line, row(3), ""])
+    with pytest.raises(MetricsError, match=re.escape(f"{run}/metrics.jsonl: {message}")):
+        read_metrics(run)
+
+
+def test_runs_are_named_from_the_folder_that_they_share(tmp_path: Path) -> None:
+    assert run_names(["runs/a", "runs/b/"]) == ["a", "b"] and run_names(["runs/a"]) == ["a"]
+    found = run_names(["runs/vqa/moe", "runs/mnli/moe", "runs/c"])
+    assert found == ["vqa/moe", "mnli/moe", "c"]
+    for name in ("a/seed_1", "a/seed_2", "b"):
+        write_run(tmp_path / name, [row(1)])
+    found = run_folders([tmp_path / "a", tmp_path / "b", tmp_path / "b", tmp_path / "none"])
+    assert found == [tmp_path / name for name in ("a/seed_1", "a/seed_2", "b", "none")]
 
 
 def test_the_table_has_a_heading_over_every_number() -> None:
@@ -65,42 +127,92 @@ def test_the_table_has_a_heading_over_every_number() -> None:
     assert line.strip().startswith("masked language (texts)")
 
 
-def test_every_line_of_the_losses_is_in_the_legend_in_its_colour(
+def test_the_table_tells_foreground_and_grounding_apart() -> None:
+    more = {"acc/mim_foreground": 0.25, "acc/mim_background": 0.75, "eval/grounding/mim": -0.5}
+    rows = [row(1, **{"eval/loss/mim": 1.0, "unigram/mim": 2.0, "acc/mim": 0.5}, **more)]
+    _, heading, line = last_evaluation_table("a", rows).splitlines()
+    assert heading.split()[-3:] == ["foreground", "background", "grounding"]
+    assert line.split()[-4:] == ["50.0%", "25.0%", "75.0%", "-0.500"]
+    scores = {"val/top1": 12.5, "val/top5": 50.0, "val/samples": 40.0, "val/unlabelled": 0.0}
+    _, first, second = last_evaluation_table("a", [{"step": 1, **scores}]).splitlines()
+    assert (first.split(), second.split()) == (
+        ["val/top1", "12.50", "%"],
+        ["val/top5", "50.00", "%"],
+    )
+
+
+def test_losses_of_runs_have_their_colours(
     tmp_path: Path, drawn: list[matplotlib.figure.Figure]
 ) -> None:
-    runs = {"runs/a": [row(1), evaluated(2)], "runs/b": [row(1), evaluated(2)]}
+    runs = {"runs/a": [row(1), evaluated(2)], "runs/$b$": [row(1), evaluated(2), row(4)]}
     draw_losses(runs, tmp_path / "new" / "losses.png")
     (figure,) = drawn
-    assert figure.get_suptitle() == "Losses of a, b"
-    axis = figure.axes[0]
-    handles, labels = axis.get_legend_handles_labels()
-    assert labels == [
-        *("a, training", "a, held out", "b, training", "b, held out"),
-        "guessing by frequency",
-    ]
-    assert set(handles) == set(axis.get_lines()), "a line is not in the legend"
+    assert figure.get_suptitle() == r"Losses of a, \$b\$", "dollars would make it a formula"
+    colors = {handle.get_color() for handle in figure.legends[0].get_lines()}
+    lines = axis_of(figure, LOSSES["mlm"]).get_lines()
+    assert {line.get_color() for line in lines} == colors | {"black"} and len(colors) == 2
+    assert values(figure, LOSSES["mlm"]) == [[4.0, 3.0], [2.25], [4.0, 3.0, 1.0], [2.25]]
+    labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert labels == ["training", "held out", "guessing by frequency"]
 
 
 def test_loads_drops_and_entropy_of_every_block(
     tmp_path: Path, drawn: list[matplotlib.figure.Figure]
 ) -> None:
-    rows = [routed(1, "text", 2) | routed(1, "vision", 2) | routed(1, "vision", 4)]
+    rows = [routed(1, "text", 2) | routed(1, "vision", 2) | routed(1, "vision", 12, 2.0)]
     (tmp_path / "config.yaml").write_text(
         "moe: {num_text_experts: 2, num_vision_experts: 32, num_vl_experts: 0}"
     )
     draw_experts("runs/a", rows, experts_of_pools(tmp_path), tmp_path / "experts.png")
     (figure,) = drawn
-    load, _, _, drops, _, entropy = figure.axes
-    assert load.get_title() == "text: 2 experts per block"
-    assert figure.axes[1].get_title() == "vision: 32 experts per block"
-    assert [line.get_ydata()[0] for line in drops.get_lines()] == [25.0, 25.0]
+    assert values(figure, "text: dropped") == [[25.0]]
+    assert values(figure, "vision: dropped") == [[25.0], [50.0]]
+    assert values(figure, "vision: dead experts") == [[1.0], [2.0]]
+    assert values(figure, "vision: auxiliary losses") == [[0.125], [0.25]]
+    entropy = axis_of(figure, "vision: router entropy")
     (limit,) = [line for line in entropy.get_lines() if line.get_linestyle() == "--"]
     assert limit.get_ydata()[0] == pytest.approx(math.log(32))
     # An expert without any token is at the bottom of the scale, not outside of the picture.
-    lowest = min(line.get_ydata()[0] for line in load.get_lines())
-    assert load.get_ylim()[0] <= lowest and load.get_yticklabels()[0].get_text() == "1/64 or less"
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["block 2", "block 4", "fullest expert", "emptiest expert"]
+    assert values(figure, "vision: load of an expert", ":") == [[1 / 64], [1 / 64]]
+    load = axis_of(figure, "vision: load of an expert")
+    labels = dict(zip(load.get_yticks(), (text.get_text() for text in load.get_yticklabels())))
+    assert load.get_ylim()[0] <= 1 / 64 and labels[1 / 64] == "1/64 or less"
+    # Every pool has the same scale, so that they can be compared.
+    assert axis_of(figure, "text: dropped").get_ylim()[1] >= 50
+    names = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert names == ["block 2", "block 12", "fullest expert", "emptiest expert"]
+
+
+def test_one_picture_shows_everything_of_runs(
+    tmp_path: Path,
+    drawn: list[matplotlib.figure.Figure],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of one run block by block; of several, one of them dense and one without blocks, by the pool."""
+    dense = write_run(tmp_path / "dense", [row(1), evaluated(2), ""])
+    sparse = write_run(tmp_path / "sparse", [routed(1, "text", 2), routed(3, "text", 2), ""])
+    totals = {"moe/shared/load_max": 3.0, "moe/shared/dropped_fraction": 0.125}
+    shared = write_run(tmp_path / "shared", [row(1, **totals, **{"loss/aux/shared": 0.5}), ""])
+    tuned = {"step": 5, "loss/vqa": 1.0, "loss/total": 1.5, "val/vqa_official": 30.0}
+    vqa = write_run(tmp_path / "vqa", [tuned, ""])
+    assert main(["plot", "--run", str(sparse)]) == 0
+    assert (sparse / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert values(drawn[0], "text: dropped") == [[25.0, 25.0]]
+    assert values(drawn[0], "gradient norm") == [[2.0, 2.0]]
+    runs = [str(run) for run in (dense, sparse, shared, vqa)]
+    assert main(["plot", "--run", *runs, "--output", str(tmp_path / "all.svg")]) == 0
+    figure = drawn[1]
+    assert values(figure, "text: load of an expert") == [[2.0, 2.0]]
+    assert values(figure, "shared: dropped") == [[12.5]]
+    assert values(figure, "shared: auxiliary losses") == [[0.5]]
+    assert values(figure, f"right: {LOSSES['mlm']}") == [[12.5]]
+    assert values(figure, "vqa") == [[1.0]] and values(figure, "val/vqa_official") == [[30.0]]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dense", "sparse", "shared", "vqa"]
+    assert f"wrote {tmp_path}/all.svg" in capsys.readouterr().out
+    empty = write_run(tmp_path / "empty", [])
+    assert main(["plot", "--run", str(empty)]) == 1
+    assert capsys.readouterr().err == "error: empty: nothing logged yet\n"
 
 
 def test_a_dense_run_has_no_experts_to_draw(tmp_path: Path) -> None:

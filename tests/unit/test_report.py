@@ -6,11 +6,11 @@ import base64
 import io
 import re
 import tomllib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import Page
 from PIL import Image
 
 from megatron_vlmoe.config.errors import DataError
@@ -23,45 +23,18 @@ from megatron_vlmoe.finetune.results import (
     write_report,
 )
 
-VOID = {"meta", "img", "link", "br", "hr", "input"}
 NASTY = '<script>alert("x")</script> & \'quoted\' "double"'
 
 
-class Page(HTMLParser):
-    """Checks that tags nest, and collects texts and attributes."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"unclosed {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open and data.strip():
-            self.texts.append(data.strip())
-
-    def pictures(self) -> list[Image.Image]:
-        found = []
-        for tag, name, value in self.attributes:
-            if (tag, name) == ("img", "src"):
-                assert value is not None
-                head, content = value.split(",")
-                assert head == "data:image/jpeg;base64"
-                found.append(Image.open(io.BytesIO(base64.b64decode(content))))
-        return found
+def pictures(page: Page) -> list[Image.Image]:
+    found = []
+    for tag, name, value in page.attributes:
+        if (tag, name) == ("img", "src"):
+            assert value is not None
+            head, content = value.split(",")
+            assert head == "data:image/jpeg;base64"
+            found.append(Image.open(io.BytesIO(base64.b64decode(content))))
+    return found
 
 
 def encoded(width: int, height: int, form: str = "PNG", mode: str = "RGB") -> bytes:
@@ -145,7 +118,7 @@ def test_what_a_reader_wants_first_comes_first(tmp_path: Path) -> None:
 
 
 def test_pictures_are_inside_and_small(page: tuple[str, Page]) -> None:
-    assert [picture.size for picture in page[1].pictures()] == [
+    assert [picture.size for picture in pictures(page[1])] == [
         (LONGER_SIDE, 200),
         (20, 30),
         (107, LONGER_SIDE),
@@ -175,9 +148,10 @@ def test_a_broken_picture_is_named_and_nothing_written(tmp_path: Path) -> None:
 
 def test_an_installed_package_has_the_template() -> None:
     root = Path(__file__).resolve().parents[2]
-    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
-        "package-data"
-    ]
-    folder = root / "megatron_vlmoe" / "finetune"
-    files = {path for pattern in data["megatron_vlmoe.finetune"] for path in folder.glob(pattern)}
-    assert folder / "report.html.j2" in files
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    data = project["tool"]["setuptools"]["package-data"]
+    for file in ("finetune/report.html.j2", "analysis/report.html.j2", "runtime/page.css"):
+        path = root / "megatron_vlmoe" / file
+        assert any(
+            path in path.parent.glob(own) for own in data[f"megatron_vlmoe.{path.parent.name}"]
+        )
