@@ -13,6 +13,9 @@ from typing import Any
 HEAVY = {
     "megatron_vlmoe.analysis.bench": True,
     "megatron_vlmoe.analysis.filling": False,
+    "megatron_vlmoe.analysis.routing": False,
+    "megatron_vlmoe.analysis.routing_figures": False,
+    "megatron_vlmoe.analysis.routing_page": False,
     "megatron_vlmoe.convert.compare": False,
     "megatron_vlmoe.convert.exporting": False,
     "megatron_vlmoe.convert.importing": False,
