@@ -4,7 +4,7 @@ decide.
 A checkpoint of any layout and a Hugging Face folder give the same model, that of `convert/hf`, in fp32. Pictures and
 captions are read as pairs, and each alone, because a token's expert may depend on what it is read with.
 
-Letters: n items, S image side, g patches along a side, Lt tokens of a text, Li of an image, N tokens, K experts of each.
+Letters: S image side, g patches along a side, N tokens, K experts of each.
 """
 
 from __future__ import annotations
@@ -235,7 +235,9 @@ def open_model(
         parts = entry.parted(given[entry.ours], config.model)
         state |= {name.removeprefix("vlmoe."): part for name, part in zip(entry.theirs, parts)}
     model.load_state_dict(state)
-    model.config.capacity_factor = _capacity(config.moe) if capacity_factor is None else capacity_factor
+    model.config.capacity_factor = (
+        _capacity(config.moe) if capacity_factor is None else capacity_factor
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(location, config, model.eval().to(device), tokenizer)
 
@@ -264,7 +266,10 @@ def read_items(sources: Sequence[Source], model: Model, rules: ImageRules) -> li
             whole = ImageDraw(CropBox.whole(image.width, image.height))
             pixels = views(image, whole, [size])[0].transpose(1, 2, 0)
             side = min(max(size, *image.size), max(size, _DISPLAY_SIDE))
-            parts |= {"pixels": pixels, "display": image.resize((side, side), Image.Resampling.BICUBIC)}
+            parts |= {
+                "pixels": pixels,
+                "display": image.resize((side, side), Image.Resampling.BICUBIC),
+            }
             place = Path(source.picture.path).absolute()
             if place not in scenes:
                 scenes = scenes or known_scenes(place)
@@ -358,7 +363,8 @@ def trace(model: Model, items: Sequence[Item], inputs: Sequence[str], batch_size
     routers: dict[Router, int] = {}
     parts: list[dict[str, Array]] = []
     rows = {
-        name: [n for n, item in enumerate(items) if all(_wanted(name, *_has(item)))] for name in inputs
+        name: [n for n, item in enumerate(items) if all(_wanted(name, *_has(item)))]
+        for name in inputs
     }
     with Progress("routing", "items", sum(map(len, rows.values()))) as progress:
         for name, numbers in rows.items():
@@ -598,7 +604,9 @@ def _consecutive(found: Trace, all_rows: Sequence[Mapping[str, Array]]) -> list[
     return pairs
 
 
-def write_trace(folder: Path, found: Trace, items: Sequence[Item], summary: Mapping[str, Any]) -> None:
+def write_trace(
+    folder: Path, found: Trace, items: Sequence[Item], summary: Mapping[str, Any]
+) -> None:
     """Writes `trace.npz`, `items.jsonl` and `routing.json` into a folder. Raises FileError."""
     with open_atomic(folder / "trace.npz") as file:
         np.savez_compressed(file, **found.arrays())

@@ -123,7 +123,9 @@ def edge_classes(patches: Array) -> Array:
     """
     brightness = patches.mean(axis=3) / 255.0
     down, across = np.gradient(brightness, axis=(1, 2))
-    xx, yy, xy = ((a * b).sum(axis=(1, 2)) for a, b in ((across, across), (down, down), (across, down)))
+    xx, yy, xy = (
+        (a * b).sum(axis=(1, 2)) for a, b in ((across, across), (down, down), (across, down))
+    )
     energy = xx + yy
     strength = np.hypot(xx - yy, 2.0 * xy)
     # Of the gradient, from 0 (across) by 45 degrees (towards the lower right) on.

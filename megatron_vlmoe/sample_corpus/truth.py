@@ -35,7 +35,9 @@ def known_scenes(picture: Path) -> dict[Path, Scene]:
                 rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
                 return {folder / row["file"]: _scene(row["scene"]) for row in rows}
             except (ValueError, TypeError, KeyError) as error:
-                raise DataError(f"{file}: damaged: not scenes of a sample corpus ({error})") from error
+                raise DataError(
+                    f"{file}: damaged: not scenes of a sample corpus ({error})"
+                ) from error
     return {}
 
 
