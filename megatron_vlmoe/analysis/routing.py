@@ -323,16 +323,15 @@ def _tokenized(source: Source, tokenizer: TextTokenizer) -> dict[str, Any]:
     }
 
 
-def inputs_of(items: Sequence[Item], model: Model) -> tuple[str, ...]:
-    """Those of `INPUTS` that the items give and that meet a router.
+def inputs_of(items: Sequence[Item], model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of `INPUTS` that the items give and that meet a router, and those that meet none.
 
     Raises:
         RoutingError: none does.
     """
     plans = block_plans(model.config.model, model.config.moe)
     met = {segment for plan in plans for pool in plan.pools for segment in pool.segments}
-    pictures, captions = (any(values) for values in zip(*map(_has, items)))
-    given = {"pairs": pictures and captions, "images": pictures, "texts": captions}
+    given = {name: any(all(_wanted(name, *_has(item))) for item in items) for name in INPUTS}
     found = tuple(name for name in INPUTS if given[name] and met & set(_SEGMENTS[name]))
     if not found:
         asked = " and ".join(name for name in INPUTS if given[name])
@@ -340,7 +339,7 @@ def inputs_of(items: Sequence[Item], model: Model) -> tuple[str, ...]:
         raise RoutingError(
             f"{model.name}: no router reads {asked}: the experts of this model are those of {pools}"
         )
-    return found
+    return found, tuple(name for name in INPUTS if given[name] and name not in found)
 
 
 def _has(item: Item) -> tuple[bool, bool]:

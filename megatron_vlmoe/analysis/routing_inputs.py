@@ -123,9 +123,13 @@ def find_sources(
 def _captions_alone(path: str, found: Found) -> None:
     kind = file_kind(path)
     rows: Iterable[tuple[str, object] | Reject]
+    # COCO's and Karpathy's files may be a single line, which makes them JSON lines of one.
+    listed = kind == "jsonl" and next(
+        ("images" in row[1] for row in json_rows(path) if not isinstance(row, Reject)), False
+    )
     if kind == "text":
         rows = _lines(path)
-    elif kind == "jsonl":
+    elif kind == "jsonl" and not listed:
         rows = _json_captions(path)
     else:
         raise DataError(

@@ -57,7 +57,7 @@ def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]
     not read), as 16-bit integers with the low byte first; `gate` 255 times the gate. `texts` has for every item
     [place, choices, gates, kept] of each token.
     """
-    pictures = _pictures([item for item in items[:SHOWN]])
+    pictures = _pictures(items[:SHOWN])
     shown = [
         {
             "name": item.name,
@@ -74,9 +74,8 @@ def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]
         if item.patch_labels
     ]
     routers = []
-    for number, router in enumerate(trace.routers):
-        rows = trace.rows(number)
-        entry = dict(summary["routers"][number])
+    for number, known in enumerate(summary["routers"]):
+        rows, entry = trace.rows(number), dict(known)
         if (rows["modality"] == IMAGE).any():
             entry["images"] = _image_decisions(rows, len(shown), 1 + grids[0] ** 2)
         if (rows["modality"] == TEXT).any():

@@ -6,6 +6,7 @@ vlmoe routing --load runs/quickstart --images corpora/sample-2000/coco/val2014 \
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def main(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     if options.images is None and options.captions is None:
         parser.error("neither --images nor --captions is given")
+    if options.capacity_factor is not None and not math.isfinite(options.capacity_factor):
+        parser.error(f"--capacity-factor {options.capacity_factor}: not a finite number")
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output {options.output}: is a file, not a folder")
     try:
@@ -93,7 +96,10 @@ def main(words: Sequence[str]) -> None:
     sources = found.choose(options.num_items, options.seed)
     print(f"{options.captions or options.images}: {found.line(len(sources))}")
     items = routing.read_items(sources, model, ImageRules(options.exif, options.alpha))
-    trace = routing.trace(model, items, routing.inputs_of(items, model), options.batch_size)
+    inputs, unread = routing.inputs_of(items, model)
+    if unread:
+        print(f"no router reads {' or '.join(unread)}: {options.load} has no experts for them")
+    trace = routing.trace(model, items, inputs, options.batch_size)
     summary = routing.summarize(trace, items, model, options.permutations, options.seed)
     routing.write_trace(options.output, trace, items, summary)
     for line in routing.summary_lines(summary):
