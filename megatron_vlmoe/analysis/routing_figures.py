@@ -265,6 +265,7 @@ def word_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[Item
 
 def overlay_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[Item]) -> Figure:
     """Some pictures, and beside each the expert of every patch: colour and number, a cross where it was dropped."""
+    from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
 
@@ -309,12 +310,15 @@ def overlay_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[I
                 color=ink_on(colors[expert]),
             )
         lost = places[~kept]
-        rows_of, columns_of = lost // grid, lost % grid
-        gap = np.full(len(lost), np.nan)
-        for start, end in ((0, 1), (1, 0)):
-            across = np.stack([columns_of, columns_of + 1, gap], axis=1).ravel()
-            down = np.stack([rows_of + start, rows_of + end, gap], axis=1).ravel()
-            overlaid.plot(across, down, color="black", linewidth=0.5, alpha=0.7)
+        corners = [
+            [
+                (place % grid + left, place // grid + top),
+                (place % grid + right, place // grid + low),
+            ]
+            for place in lost.tolist()
+            for left, top, right, low in ((0, 0, 1, 1), (0, 1, 1, 0))
+        ]
+        overlaid.add_collection(LineCollection(corners, colors="black", linewidths=0.5, alpha=0.7))
         overlaid.set_xlim(0, grid)
         overlaid.set_ylim(grid, 0)
         overlaid.set_title(f"{len(lost)} of {grid * grid} dropped (crossed)", fontsize=6)

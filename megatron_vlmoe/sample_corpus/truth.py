@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.sample_corpus.world import Scene, Shape
-from megatron_vlmoe.sample_corpus.writer import shape_map
+from megatron_vlmoe.sample_corpus.writer import MARKER, shape_map
 
 SCENES_FILE = "scenes.jsonl"
 BACKGROUND = "background"
@@ -28,16 +28,23 @@ def known_scenes(picture: Path) -> dict[Path, Scene]:
     Raises:
         DataError: its `scenes.jsonl` is damaged.
     """
-    for folder in picture.absolute().parents:
-        file = folder / SCENES_FILE
-        if file.is_file():
+    for root in picture.absolute().parents:
+        if not (root / MARKER).is_file():
+            continue
+        scenes = {}
+        for folder in (root, root / "tasks"):
+            file = folder / SCENES_FILE
+            if not file.is_file():
+                continue
             try:
-                rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-                return {folder / row["file"]: _scene(row["scene"]) for row in rows}
+                for line in file.read_text(encoding="utf-8").splitlines():
+                    row = json.loads(line)
+                    scenes[folder / row["file"]] = _scene(row["scene"])
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
                     f"{file}: damaged: not scenes of a sample corpus ({error})"
                 ) from error
+        return scenes
     return {}
 
 

@@ -31,6 +31,7 @@ from megatron_vlmoe.data.samples import foreground
 from megatron_vlmoe.sample_corpus.truth import known_scenes, patch_truth
 from megatron_vlmoe.sample_corpus.writer import (
     BACKGROUND_VALUES,
+    MARKER,
     encode_picture,
     pretraining_files,
     render_picture,
@@ -88,6 +89,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: str) -> Cor
     for file, text in texts.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
+    (folder / MARKER).write_text("{}")
     return Corpus(folder, tiny_tokenizer)
 
 

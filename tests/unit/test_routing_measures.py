@@ -36,7 +36,7 @@ from megatron_vlmoe.analysis.routing_measures import (
         ([[0, 0], [0, 0]], 0.0),
         # H = 0.562335 and 0.693147, together 1.039721: I = 0.215762.
         ([[2, 1], [0, 1]], 2 * 0.2157615543 / (0.5623351446 + 0.6931471806)),
-        # [0, 0, 0, 1, 1, 2] and [0, 0, 1, 1, 2, 2] by scikit-learn 1.7's normalized_mutual_info_score.
+        # [0, 0, 0, 1, 1, 2] and [0, 0, 1, 1, 2, 2] by scikit-learn 1.9's normalized_mutual_info_score.
         ([[2, 1, 0], [0, 1, 1], [0, 0, 1]], 0.5206652463984818),
     ],
 )
