@@ -310,15 +310,18 @@ def overlay_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[I
                 color=ink_on(colors[expert]),
             )
         lost = places[~kept]
+        # A cross with room for the number.
         corners = [
             [
-                (place % grid + left, place // grid + top),
-                (place % grid + right, place // grid + low),
+                (column + x + side * (1 - 2 * x), row + y + side * (1 - 2 * y))
+                for side in (0.08, 0.28)
             ]
-            for place in lost.tolist()
-            for left, top, right, low in ((0, 0, 1, 1), (0, 1, 1, 0))
+            for row, column in (divmod(place, grid) for place in lost.tolist())
+            for x, y in ((0, 0), (0, 1), (1, 0), (1, 1))
         ]
-        overlaid.add_collection(LineCollection(corners, colors="black", linewidths=0.5, alpha=0.7))
+        overlaid.add_collection(LineCollection(corners, colors="black", linewidths=0.9))
+        overlaid.hlines(range(1, grid), 0, grid, colors="white", linewidths=0.4)
+        overlaid.vlines(range(1, grid), 0, grid, colors="white", linewidths=0.4)
         overlaid.set_xlim(0, grid)
         overlaid.set_ylim(grid, 0)
         overlaid.set_title(f"{len(lost)} of {grid * grid} dropped (crossed)", fontsize=6)

@@ -317,12 +317,14 @@ def consecutive(
         second: of the later block; tokens that are in one alone do not count.
         sizes: E and E'.
     """
-    keys = []
-    for part in (first, second):
+    keys = [
         # Places begin at -3.
-        place = part["place"].astype(np.int64) + 4
-        keys.append((part["item"].astype(np.int64) * 2 + part["modality"]) << 20 | place)
-    _, here, there = np.intersect1d(*keys, return_indices=True)
+        (part["item"].astype(np.int64) * 2 + part["modality"]) * (1 << 20)
+        + part["place"].astype(np.int64)
+        + 4
+        for part in (first, second)
+    ]
+    _, here, there = np.intersect1d(keys[0], keys[1], return_indices=True)
     return joint_counts(first["expert"][here, 0], second["expert"][there, 0], sizes)
 
 
