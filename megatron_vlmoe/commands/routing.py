@@ -7,6 +7,7 @@ vlmoe routing --load runs/quickstart --images corpora/sample-2000/coco/val2014 \
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,16 +84,21 @@ def main(words: Sequence[str]) -> None:
         parser.error("neither --images nor --captions is given")
     if options.capacity_factor is not None and not math.isfinite(options.capacity_factor):
         parser.error(f"--capacity-factor {options.capacity_factor}: not a finite number")
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"--output {options.output}: is a file, not a folder")
+    above = next(
+        path for path in (options.output, *options.output.absolute().parents) if path.exists()
+    )
+    if not above.is_dir():
+        parser.error(f"--output {options.output}: {above} is a file, not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        parser.error(f"--output {options.output}: not writable")
     try:
         import transformers  # noqa: F401
     except ImportError:
         raise RoutingError('transformers is missing (pip install "megatron-vlmoe[hf]")') from None
     splits = tuple(options.split) if options.split else None
+    found = find_sources(options.images, options.captions, splits)
     routing = load("megatron_vlmoe.analysis.routing")
     model = routing.open_model(options.load, options.text_tokenizer, options.capacity_factor)
-    found = find_sources(options.images, options.captions, splits)
     sources = found.choose(options.num_items, options.seed)
     print(f"{options.captions or options.images}: {found.line(len(sources))}")
     items = routing.read_items(sources, model, ImageRules(options.exif, options.alpha))
