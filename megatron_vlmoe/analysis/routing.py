@@ -40,7 +40,7 @@ from megatron_vlmoe.analysis.routing_measures import (
     word_class,
 )
 from megatron_vlmoe.config.errors import DataError, RoutingError
-from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.hf.configuration_vlmoe import VLMoEConfig
 from megatron_vlmoe.convert.hf.modeling_vlmoe import VLMoEModel
@@ -55,6 +55,7 @@ from megatron_vlmoe.data.samples import TextFormat
 from megatron_vlmoe.runtime.files import open_atomic, write_parts_atomic, write_text_atomic
 from megatron_vlmoe.runtime.progress import Progress
 from megatron_vlmoe.sample_corpus.truth import known_scenes, patch_truth
+from megatron_vlmoe.sample_corpus.world import Scene
 from megatron_vlmoe.stream.block_plan import block_plans
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
@@ -123,6 +124,11 @@ class Item:
     words: tuple[str, ...] = ()
     word_of_piece: tuple[int, ...] = ()
     patch_labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side, g; 0 without a picture."""
+        return int(len(self.patch_labels.get("color", ())) ** 0.5)
 
     @property
     def piece_labels(self) -> dict[str, list[str]]:
@@ -235,15 +241,12 @@ def open_model(
         parts = entry.parted(given[entry.ours], config.model)
         state |= {name.removeprefix("vlmoe."): part for name, part in zip(entry.theirs, parts)}
     model.load_state_dict(state)
-    model.config.capacity_factor = (
-        _capacity(config.moe) if capacity_factor is None else capacity_factor
-    )
+    if capacity_factor is None:
+        dropless = config.moe.dispatcher == "dropless"
+        capacity_factor = 0.0 if dropless else config.moe.eval_capacity_factor
+    model.config.capacity_factor = capacity_factor
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(location, config, model.eval().to(device), tokenizer)
-
-
-def _capacity(moe: MoEConfig) -> float:
-    return 0.0 if moe.dispatcher == "dropless" else moe.eval_capacity_factor
 
 
 def read_items(sources: Sequence[Source], model: Model, rules: ImageRules) -> list[Item]:
@@ -254,7 +257,11 @@ def read_items(sources: Sequence[Source], model: Model, rules: ImageRules) -> li
         RoutingError: captions for a model of images alone.
     """
     size, grid = model.config.model.image_size, model.grid
-    scenes: dict[Path, Any] = {}
+    pictures = [Path(s.picture.path).absolute() for s in sources if s.picture is not None]
+    scenes = known_scenes(pictures[0]) if pictures else {}
+    if not all(place in scenes for place in pictures):
+        # The truth of some pictures alone would compare different things.
+        scenes = {}
     items = []
     for source in sources:
         parts: dict[str, Any] = {}
@@ -270,26 +277,19 @@ def read_items(sources: Sequence[Source], model: Model, rules: ImageRules) -> li
                 "pixels": pixels,
                 "display": image.resize((side, side), Image.Resampling.BICUBIC),
             }
-            place = Path(source.picture.path).absolute()
-            if place not in scenes:
-                scenes = scenes or known_scenes(place)
-            parts["patch_labels"] = _patch_labels(pixels, grid, size, scenes.get(place))
+            scene = scenes.get(Path(source.picture.path).absolute())
+            parts["patch_labels"] = _patch_labels(pixels, grid, size, scene)
         if source.caption:
             if model.tokenizer is None:
                 raise RoutingError(f"{model.name}: a model of images alone reads no captions")
             parts |= _tokenized(source, model.tokenizer)
         items.append(Item(source.name, **parts))
-    # The truth of some pictures alone would compare different things.
-    if known := [item for item in items if "drawn color" in item.patch_labels]:
-        if len(known) < sum(item.pixels is not None for item in items):
-            for item in known:
-                assert isinstance(item.patch_labels, dict)
-                for name in ("drawn color", "drawn shape"):
-                    del item.patch_labels[name]
     return items
 
 
-def _patch_labels(pixels: Array, grid: int, size: int, scene: Any) -> dict[str, list[str]]:
+def _patch_labels(
+    pixels: Array, grid: int, size: int, scene: Optional[Scene]
+) -> dict[str, list[str]]:
     side = size // grid
     patches = pixels[: grid * side, : grid * side].reshape(grid, side, grid, side, 3)
     patches = patches.transpose(0, 2, 1, 3, 4).reshape(grid * grid, side, side, 3)

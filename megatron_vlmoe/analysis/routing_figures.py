@@ -179,9 +179,8 @@ def patch_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[Ite
 def _patch_with_surroundings(item: Item, place: int, side: int) -> Array:
     """A patch in its frame with half a patch around it: uint8 ``[side, side, 3]``, grey beyond the picture."""
     assert item.display is not None
-    grid = int(len(next(iter(item.patch_labels.values()))) ** 0.5)
-    row, column = divmod(place, grid)
-    image, width = item.display, item.display.width / grid
+    row, column = divmod(place, item.grid)
+    image, width = item.display, item.display.width / item.grid
     box = ((column - 0.5) * width, (row - 0.5) * width, (column + 1.5) * width, (row + 1.5) * width)
     tile = np.array(
         image.transform(
@@ -286,7 +285,7 @@ def overlay_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[I
         image = items[item].display
         assert image is not None
         plain, overlaid = axes[line, 2 * column : 2 * column + 2]
-        grid = int(len(next(iter(items[item].patch_labels.values()))) ** 0.5)
+        grid = items[item].grid
         plain.imshow(np.asarray(image), extent=(0, grid, grid, 0))
         # Pale and grey, so that the colours of the experts stay what they are.
         pale = 128 + np.asarray(image.convert("L")) // 2

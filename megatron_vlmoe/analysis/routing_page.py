@@ -68,16 +68,12 @@ def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]
         }
         for item, picture in zip(items, pictures)
     ]
-    grids = [
-        int(len(next(iter(item.patch_labels.values()))) ** 0.5)
-        for item in items
-        if item.patch_labels
-    ]
+    grid = max(item.grid for item in items)
     routers = []
     for number, known in enumerate(summary["routers"]):
         rows, entry = trace.rows(number), dict(known)
         if (rows["modality"] == IMAGE).any():
-            entry["images"] = _image_decisions(rows, len(shown), 1 + grids[0] ** 2)
+            entry["images"] = _image_decisions(rows, len(shown), 1 + grid**2)
         if (rows["modality"] == TEXT).any():
             entry["texts"] = _text_decisions(rows, len(shown))
             counts = words_by_expert(entry, rows, items)
@@ -88,7 +84,7 @@ def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]
     most = max(router.experts for router in trace.routers)
     colors = expert_colors(most)
     return {
-        "grid": grids[0] if grids else 0,
+        "grid": grid,
         "total": len(items),
         "topk": summary["experts_per_token"],
         "permutations": summary["permutations"],
