@@ -236,7 +236,7 @@ def open_model(
     shapes = {entry.ours: entry.shape for entry in entries}
     given = {key: tensor for key, tensor in source.tensors.items() if key in shapes}
     check_tensors(source.path, given, shapes, "its configuration", "the model")
-    state = {}
+    state: dict[str, Tensor] = {}
     for entry in entries:
         parts = entry.parted(given[entry.ours], config.model)
         state |= {name.removeprefix("vlmoe."): part for name, part in zip(entry.theirs, parts)}
@@ -425,7 +425,7 @@ def _recorded(model: VLMoEModel) -> Iterator[list[Call]]:
     branches = [
         (number, branch)
         for number, layer in enumerate(model.encoder.layer, start=1)
-        for branch in layer.feed_forward.children()
+        for branch in layer.modules()
         if isinstance(branch, VLMoESparseBranch)
     ]
     try:
@@ -607,8 +607,9 @@ def write_trace(
     folder: Path, found: Trace, items: Sequence[Item], summary: Mapping[str, Any]
 ) -> None:
     """Writes `trace.npz`, `items.jsonl` and `routing.json` into a folder. Raises FileError."""
+    arrays: dict[str, Any] = found.arrays()
     with open_atomic(folder / "trace.npz") as file:
-        np.savez_compressed(file, **found.arrays())
+        np.savez_compressed(file, **arrays)
     lines = (item.described(number) for number, item in enumerate(items))
     write_parts_atomic(
         folder / "items.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
