@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Mapping, NamedTuple, Optional, Sequence
+from typing import Iterable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,16 @@ from megatron_vlmoe.moe.aux_losses import (
     compute_router_statistics,
     losses_from_statistics,
 )
-from megatron_vlmoe.moe.routing_ops import SlotRouting, route_slots, top_k_experts
+from megatron_vlmoe.moe.routing_ops import (
+    SlotRouting,
+    balancing_step,
+    expert_choice_slots,
+    route_slots,
+    top_k_experts,
+)
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
-from megatron_vlmoe.stream.layout import SEGMENTS
+from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS
 from megatron_vlmoe.stream.sizes import expert_capacity
 
 # Fixed entries of a pool's counter vector; the load of every expert follows them.
@@ -37,6 +43,10 @@ HEADER = (
     + tuple(f"assignments_{segment}" for segment in SEGMENTS)
     + tuple(f"kept_{segment}" for segment in SEGMENTS)
 )
+# Losses that ask for what expert choice has by construction: as many tokens for every expert.
+BALANCE_TERMS = ("importance", "load", "gshard")
+# Losses that a shared router has for each modality apart (LIMoE, arXiv 2206.02770, section 3).
+ENTROPY_TERMS = ("local_entropy", "global_entropy")
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class PoolRouting:
         kept: assignments that are carried out ``[T, K]``.
         capacity: slots per expert on this rank; 0 where nothing is dropped.
         slots: the slot of every assignment; None where nothing is dropped.
+        by_experts: experts have chosen tokens: K is E, and `expert` counts them up for every token.
     """
 
     pool: Branch
@@ -58,6 +69,7 @@ class PoolRouting:
     kept: Tensor
     capacity: int
     slots: Optional[SlotRouting]
+    by_experts: bool = False
 
 
 class _Scores(NamedTuple):
@@ -66,6 +78,14 @@ class _Scores(NamedTuple):
     clean: Tensor
     noisy: Tensor
     mask: Optional[Tensor]
+
+
+class _LossGroup(NamedTuple):
+    """Auxiliary losses over some tokens of a pool: their names and weights, and which rows of the pool count."""
+
+    terms: tuple[str, ...]
+    weights: AuxLossConfig
+    rows: slice
 
 
 class RoutingRecorder:
@@ -95,7 +115,11 @@ class RoutingRecorder:
             losses: auxiliary losses by name, already summed over tensor-parallel ranks.
             aux_total: their weighted sum, coefficient included.
         """
-        pool, kept, topk = routing.pool, routing.kept, routing.kept.shape[1]
+        pool, kept = routing.pool, routing.kept
+        if routing.by_experts:
+            # What may be lost is a token that no expert takes.
+            kept = kept.any(dim=1, keepdim=True)
+        topk = kept.shape[1]
         if routing.slots is not None:
             load = routing.slots.load.float()
             # Rows that the experts of the whole pool compute for this rank.
@@ -137,14 +161,25 @@ class RoutingRecorder:
 
 
 class PoolGate(nn.Module):
-    """The linear layer of one router, fp32 and without bias (paper section 3.2): weight ``[E, D]``."""
+    """The linear layer of one router, fp32 and without bias (paper section 3.2): weight ``[E, D]``.
 
-    def __init__(self, num_experts: int, config: TransformerConfig) -> None:
+    With loss-free balancing it also holds `balance_bias` ``[E]``, part of a checkpoint, which is added to the gates for
+    the choice of experts alone, and `assigned` ``[E]``, how many tokens of this rank chose each in the step so far.
+    """
+
+    balance_bias: Optional[Tensor]
+    assigned: Tensor
+
+    def __init__(self, num_experts: int, config: TransformerConfig, balanced: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(
             torch.empty(num_experts, config.hidden_size, dtype=torch.float32)
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.register_buffer("balance_bias", torch.zeros(num_experts) if balanced else None)
+        if balanced:
+            counts = torch.zeros(num_experts, dtype=torch.int64)
+            self.register_buffer("assigned", counts, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[T, E]`` in fp32 (fp64 for fp64 weights)."""
@@ -168,7 +203,8 @@ class ModalityRouter(MegatronModule):
         self.layer_number = plan.layer_number
         self.recorder = RoutingRecorder()
         for pool in self.pools:
-            self.add_module(pool.name, PoolGate(pool.num_experts, config))
+            gate = PoolGate(pool.num_experts, config, balanced=moe.balance_bias_rate > 0.0)
+            self.add_module(pool.name, gate)
 
     def forward(
         self, inputs: Sequence[Tensor], stream: StreamBatch, capacity_factor: float
@@ -182,17 +218,19 @@ class ModalityRouter(MegatronModule):
         scores = [self._scores(pool, tokens, stream) for pool, tokens in zip(self.pools, inputs)]
         gates = [torch.softmax(score.noisy, dim=1) for score in scores]
         routings = []
-        for pool, (_, _, mask), full, losses in zip(
-            self.pools, scores, gates, self._auxiliary_losses(scores)
-        ):
-            gate, expert = top_k_experts(full, self.moe.topk)
+        auxiliary = self._auxiliary_losses(scores, stream)
+        for pool, (_, _, mask), full, found in zip(self.pools, scores, gates, auxiliary):
             total = self.get_submodule(pool.name).weight.new_zeros(())
-            for term, loss in losses.items():
-                total = total + getattr(self._aux(pool), term) * loss
+            losses: dict[str, Tensor] = {}
+            for weights, own in found:
+                for term, loss in own.items():
+                    total = total + getattr(weights, term) * loss
+                    losses[term] = losses[term] + loss if term in losses else loss
             total = self.moe.aux_loss_coefficient * total
             # Priority is the gate as it is, also where the combine weights are normalised.
-            routing = self._assign(pool, gate, expert, mask, capacity_factor)
+            routing = self._assign(pool, full, mask, capacity_factor)
             if self.moe.normalize_gate:
+                gate = routing.gate
                 routing = replace(routing, gate=gate / gate.sum(dim=1, keepdim=True))
             # A recomputed block runs twice in training; only the pass that builds the graph counts.
             if len(full) and (torch.is_grad_enabled() or not self.training):
@@ -231,61 +269,134 @@ class ModalityRouter(MegatronModule):
     def _aux(self, pool: Branch) -> AuxLossConfig:
         return self.moe.text_aux if pool.name == "text" else self.moe.vision_aux
 
-    def _terms(self, pool: Branch) -> tuple[str, ...]:
+    def _loss_groups(self, pool: Branch, stream: StreamBatch) -> list[_LossGroup]:
+        """One group of losses over all tokens; of a shared router also the entropies of either modality."""
+        weights, everything = self._aux(pool), slice(None)
+        if pool.name != "shared":
+            return [_LossGroup(self._terms(pool, weights), weights, everything)]
+        others = tuple(t for t in self._terms(pool, weights) if t not in ENTROPY_TERMS)
+        groups = [_LossGroup(others, weights, everything)]
+        # Texts stand before images.
+        texts = stream.layout.size(*(name for name in pool.segments if name in TEXT_SEGMENTS))
+        for own, rows in (
+            (self.moe.text_aux, slice(texts)),
+            (self.moe.vision_aux, slice(texts, None)),
+        ):
+            terms = tuple(t for t in self._terms(pool, own) if t in ENTROPY_TERMS)
+            groups.append(_LossGroup(terms, own, rows))
+        return [group for group in groups if group.terms]
+
+    def _terms(self, pool: Branch, weights: AuxLossConfig) -> tuple[str, ...]:
         if not self.moe.train_experts:
             return ()
-        terms = self._aux(pool).active_terms()
+        terms = weights.active_terms()
         if not self.training or self._noise_std(pool) <= 0.0:
             # Without noise the load loss has no meaning (V-MoE): evaluation reports the others.
             terms = tuple(term for term in terms if term != "load")
+        if self.moe.routing == "expert_choice":
+            terms = tuple(term for term in terms if term not in BALANCE_TERMS)
         return terms
 
-    def _auxiliary_losses(self, scores: Sequence[_Scores]) -> list[dict[str, Tensor]]:
-        """Losses of every pool over the tokens of all tensor-parallel ranks; one all-reduce per block."""
-        losses: list[dict[str, Tensor]] = [{} for _ in scores]
-        parts = {}
+    def _auxiliary_losses(
+        self, scores: Sequence[_Scores], stream: StreamBatch
+    ) -> list[list[tuple[AuxLossConfig, dict[str, Tensor]]]]:
+        """Losses and their weights of every pool over the tokens of all tensor-parallel ranks; one all-reduce per
+        block."""
+        losses: list[list[tuple[AuxLossConfig, dict[str, Tensor]]]] = [[] for _ in scores]
+        groups: list[tuple[int, _LossGroup]] = []
+        parts = []
         for index, (pool, score) in enumerate(zip(self.pools, scores)):
-            if terms := self._terms(pool):
-                sigma = self._noise_std(pool)
-                parts[index] = compute_router_statistics(
-                    score.clean, score.noisy, self.moe.topk, sigma, terms, score.mask
-                )
+            for group in self._loss_groups(pool, stream):
+                if group.terms:
+                    rows, mask = group.rows, score.mask
+                    sigma = self._noise_std(pool)
+                    parts.append(
+                        compute_router_statistics(
+                            score.clean[rows],
+                            score.noisy[rows],
+                            self.moe.topk,
+                            sigma,
+                            group.terms,
+                            None if mask is None else mask[rows],
+                        )
+                    )
+                    groups.append((index, group))
         if not parts:
             return losses
-        statistics = torch.cat(list(parts.values()))
+        statistics = torch.cat(parts)
         if self.tp_group.size() > 1:
             statistics = reduce_from_tensor_model_parallel_region(statistics, group=self.tp_group)
-        sums = statistics.split([len(part) for part in parts.values()])
-        for index, part in zip(parts, sums):
-            pool = self.pools[index]
-            experts = self._aux(pool).global_entropy_experts
+        sums = statistics.split([len(part) for part in parts])
+        for (index, (terms, weights, _)), part in zip(groups, sums):
+            experts = weights.global_entropy_experts
             threshold = math.log(experts) if experts > 0.0 else None
-            losses[index] = losses_from_statistics(
-                part, self._terms(pool), pool.num_experts, self.moe.topk, threshold
+            found = losses_from_statistics(
+                part, terms, self.pools[index].num_experts, self.moe.topk, threshold
             )
+            losses[index].append((weights, found))
         return losses
 
     def _assign(
-        self,
-        pool: Branch,
-        gate: Tensor,
-        expert: Tensor,
-        mask: Optional[Tensor],
-        capacity_factor: float,
+        self, pool: Branch, gates: Tensor, mask: Optional[Tensor], capacity_factor: float
     ) -> PoolRouting:
-        if capacity_factor <= 0.0:
+        """Which tokens go to which experts, by gates ``[T, E]``."""
+        moe, num_tokens = self.moe, gates.shape[0]
+        capacity = 0
+        if capacity_factor > 0.0:
+            capacity = expert_capacity(
+                num_tokens, pool.num_experts, moe.topk, capacity_factor, moe.capacity_multiple_of
+            )
+        if moe.routing == "expert_choice":
+            if capacity_factor <= 0.0:
+                raise ValueError(
+                    f"experts cannot choose tokens with capacity factor {capacity_factor}"
+                )
+            capacity = min(capacity, num_tokens)
+            slots = expert_choice_slots(gates.detach(), capacity, mask)
+            expert = torch.arange(pool.num_experts, device=gates.device).expand_as(gates)
+            return PoolRouting(pool, gates, expert, slots.token_kept, capacity, slots, True)
+        layer = self.get_submodule(pool.name)
+        assert isinstance(layer, PoolGate)
+        if layer.balance_bias is None:
+            gate, expert = top_k_experts(gates, moe.topk)
+        else:
+            _, expert = top_k_experts(gates.detach() + layer.balance_bias, moe.topk)
+            gate = gates.gather(1, expert)
+        if capacity:
+            slots = route_slots(
+                gate.detach(), expert, pool.num_experts, capacity, mask, moe.batch_priority
+            )
+            routing = PoolRouting(pool, gate, expert, slots.token_kept, capacity, slots)
+        else:
             kept = torch.ones_like(expert, dtype=torch.bool)
             if mask is not None:
                 kept = kept & mask.unsqueeze(1)
-            return PoolRouting(pool, gate, expert, kept, 0, None)
-        capacity = expert_capacity(
-            gate.shape[0],
-            pool.num_experts,
-            self.moe.topk,
-            capacity_factor,
-            self.moe.capacity_multiple_of,
-        )
-        slots = route_slots(
-            gate.detach(), expert, pool.num_experts, capacity, mask, self.moe.batch_priority
-        )
-        return PoolRouting(pool, gate, expert, slots.token_kept, capacity, slots)
+            routing = PoolRouting(pool, gate, expert, kept, 0, None)
+        # A recomputed block routes twice; only the pass that builds the graph counts.
+        if layer.balance_bias is not None and self._trains() and torch.is_grad_enabled():
+            if routing.slots is not None:
+                layer.assigned += routing.slots.load
+            else:
+                layer.assigned.scatter_add_(0, expert.flatten(), routing.kept.flatten().long())
+        return routing
+
+
+@torch.no_grad()
+def balance_experts(
+    modules: Iterable[nn.Module], rate: float, group: torch.distributed.ProcessGroup
+) -> None:
+    """Moves the bias of every expert by one step of loss-free balancing, and starts counting anew.
+
+    Args:
+        modules: of this rank's pipeline stage; every rank of the group has the same.
+        group: the ranks among which the tokens of a step are spread, tensor- and data-parallel ones.
+    """
+    gates = [module for module in modules if isinstance(module, PoolGate)]
+    if not gates:
+        return
+    counts = torch.cat([gate.assigned for gate in gates])
+    torch.distributed.all_reduce(counts, group=group)
+    for gate, own in zip(gates, counts.split([len(gate.assigned) for gate in gates])):
+        assert gate.balance_bias is not None
+        gate.balance_bias += balancing_step(own, rate)
+        gate.assigned.zero_()

@@ -32,7 +32,7 @@ def start(where: Layout, *arguments: str) -> tuple[Any, Any, Any, Any]:
 
 
 def shards(parts: Any, gradients: bool = False) -> dict[str, list[Shard]]:
-    """Weights of this rank, or their reduced gradients, by checkpoint key."""
+    """Weights of this rank and what else its model saves, or the reduced gradients, by checkpoint key."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     from megatron_vlmoe.train.setup import checkpoint_metadata
@@ -40,9 +40,10 @@ def shards(parts: Any, gradients: bool = False) -> dict[str, list[Shard]]:
     found: dict[str, list[Shard]] = {}
     for chunk in parts.chunks:
         by_pointer = {p.data_ptr(): p for p in chunk.parameters()}
+        by_pointer |= {b.data_ptr(): b for n, b in chunk.named_buffers() if "balance_bias" in n}
         state = chunk.sharded_state_dict(metadata=checkpoint_metadata())
         entries = [entry for entry in state.values() if isinstance(entry, ShardedTensor)]
-        assert len(entries) == len(by_pointer), "parameters and checkpoint entries differ"
+        assert len(entries) == len(by_pointer), "tensors and checkpoint entries differ"
         for entry in entries:
             value = entry.data
             if gradients:
@@ -101,12 +102,12 @@ class Recorder:
 
     def __init__(self, run: tuple[Any, Any, Any, Any]) -> None:
         from megatron_vlmoe.stream.sizes import num_micro_batches
-        from megatron_vlmoe.train.pretrain import MaskedObjective
+        from megatron_vlmoe.train.pretrain import pretraining_objective
         from megatron_vlmoe.train.step import StepRunner
 
         self.config, self.ranks, self.parts, self.data = run
         self.count = num_micro_batches(self.config, self.ranks.data_size)
-        self.objective = MaskedObjective(self.config, self.ranks, self.data, self.count)
+        self.objective = pretraining_objective(self.config, self.ranks, self.data, self.count)
         self.runner = StepRunner(self.config, self.parts, self.ranks)
         self.numbers: list[int] = []
         self.batches = self._numbered(self.data.loader("train", 0, None))
@@ -264,7 +265,7 @@ def trainer_run(
 
     from megatron_vlmoe.config.errors import CheckpointError, ConfigError
     from megatron_vlmoe.stream.sizes import num_micro_batches
-    from megatron_vlmoe.train.pretrain import MaskedObjective
+    from megatron_vlmoe.train.pretrain import pretraining_objective
     from megatron_vlmoe.train.trainer import Trainer
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,7 @@ def trainer_run(
         return {"error": "ConfigError", "message": str(error)}
     precision = "bf16" if parts.transformer_config.bf16 else "fp32"
     count = num_micro_batches(config, ranks.data_size)
-    objective = MaskedObjective(config, ranks, data, count)
+    objective = pretraining_objective(config, ranks, data, count)
     trainer = Trainer(config, parts, ranks, data, count, precision, objective)
     patches = {
         "disk": mock.patch.object(shutil, "disk_usage", _no_disk),
