@@ -78,5 +78,6 @@ COMMANDS = {
     "plot-losses": _show("measure:plot_losses", "draw only the losses of runs"),
     "report": _show("measure:report", "compare runs in one page, beside the paper's results"),
     "fill-masked": _show("fill_masked:main", "fill a masked word and masked patches, as a picture"),
+    "routing": _show("routing:main", "show which expert each patch and word goes to, as a page"),
     "downstream-table": _show("measure:downstream", "put fine-tuning results side by side"),
 }

@@ -55,6 +55,10 @@ class FillingError(UserError, ValueError):
     """An image, a text and an exported model that do not go together."""
 
 
+class RoutingError(UserError, ValueError):
+    """A model, pictures and captions between which there is no routing to show."""
+
+
 class MetricsError(UserError, ValueError):
     """Metrics that cannot be read; the message names the file."""
 

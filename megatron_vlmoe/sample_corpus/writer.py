@@ -347,8 +347,21 @@ def render_picture(scene: Scene) -> Image.Image:
     return canvas.reduce(SUPERSAMPLING)
 
 
-def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
-    cell_width, cell_height = canvas.width / GRID, canvas.height / GRID
+def shape_map(scene: Scene) -> Image.Image:
+    """Which shape every pixel of the picture shows: 0 for the background, n for the n-th shape (mode L)."""
+    whole = Image.new("L", (scene.width * SUPERSAMPLING, scene.height * SUPERSAMPLING))
+    for number, shape in enumerate(scene.shapes, start=1):
+        mask, corner, _, _ = _outline(shape, whole.size)
+        whole.paste(number, (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
+    return whole.resize((scene.width, scene.height), Image.Resampling.NEAREST)
+
+
+def _outline(
+    shape: Shape, size: tuple[int, int]
+) -> tuple[Image.Image, tuple[int, int], float, float]:
+    """The shape as a square mask, where its upper left corner lies on a canvas of this size, its radius and centre in
+    the mask."""
+    cell_width, cell_height = size[0] / GRID, size[1] / GRID
     unit = min(cell_width, cell_height)
     center_x = (shape.column + 0.5) * cell_width + shape.shift[0] * unit
     center_y = (shape.row + 0.5) * cell_height + shape.shift[1] * unit
@@ -362,6 +375,12 @@ def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
     else:
         points = [(center + x * radius, center + y * radius) for x, y in CORNERS[shape.kind]]
         ImageDraw.Draw(mask).polygon(points, fill=1)
+    return mask, (round(center_x - center), round(center_y - center)), radius, center
+
+
+def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
+    mask, corner, radius, center = _outline(shape, canvas.size)
+    side = mask.width
     red, green, blue = COLOR_VALUES[shape.color]
     fill = Image.new("RGB", (side, side), (red, green, blue))
     draw, dark = ImageDraw.Draw(fill), (red * 2 // 5, green * 2 // 5, blue * 2 // 5)
@@ -385,4 +404,4 @@ def _draw_shape(canvas: Image.Image, shape: Shape) -> None:
             start = (center + x0 * scale, middle + y0 * scale)
             end = (center + x1 * scale, middle + y1 * scale)
             draw.line([start, end], fill=(0, 0, 0), width=max(2, round(0.15 * radius)))
-    canvas.paste(fill, (round(center_x - center), round(center_y - center)), mask)
+    canvas.paste(fill, corner, mask)
