@@ -131,7 +131,7 @@ def _state(run: PlannedRun, failures: Mapping[Path, str]) -> str:
 
 def _short(value: float | None) -> float | None:
     """Six significant digits: a summary is to be small."""
-    return None if value is None else float(f"{value:.6g}")
+    return None if value is None else json.loads(f"{value:.6g}")
 
 
 def task_scores(name: str, folder: Path) -> dict[str, float]:
@@ -172,7 +172,8 @@ def measured_of(folder: Path) -> dict[str, dict[str, Any]]:
         "steps": last,
         "flops": flops * last,
         "seconds": seconds[rows[-1]["step"]],
-        "seconds_per_step": seconds[rows[-1]["step"]] / last,
+        # The first steps of a process are slower.
+        "seconds_per_step": statistics.median(row["step_seconds"] for row in logged),
         "parameters": counts.total,
         "parameters_per_token": counts.per_token,
         "memory_gb": max((row["memory_gb"] for row in logged), default=None),
@@ -306,7 +307,11 @@ def _thinned(numbers: Sequence[float]) -> list[float]:
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
     """Writes summary.json, a row of a run on a line, so that versions of it can be compared."""
-    head = {key: value for key, value in summary.items() if key != "rows"}
-    text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+        for key, value in summary.items()
+        if key != "rows"
+    ]
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in summary["rows"])
-    write_text_atomic(path, f'{text},\n "rows": [\n{rows}\n]\n}}\n')
+    lines.append(f'"rows": [\n{rows}\n]')
+    write_text_atomic(path, "{" + ",\n".join(lines) + "}\n")
