@@ -58,6 +58,7 @@ CONFIGS: Mapping[str, RunConfig] = {
     "text-only": _moe(modalities="text"),
     "shared-router": _moe(shared_router=True),
     "vl": _moe(vl=True, num_vl_experts=2),
+    "balance-bias": _moe(balance_bias_rate=0.001, vl=True, num_vl_experts=2),
     "shared-and-vl": _moe(shared_router=True, vl=True, num_vl_experts=2, topk=2),
     "default-blocks": _moe(layers=()),
     "all-blocks-vl": _model(num_vl_layers=3),

@@ -127,7 +127,7 @@ def encode_with_checkpoint(path: str, batch: Mapping[str, Any]) -> dict[str, Any
     initialize(config.parallel, config.train.seed)
     parts = build_forward_only(config, "fp32", MaskedHeads)
     warm_start(CheckpointWeights(reader.path), config, parts, with_heads=True)
-    layout = StreamLayout.from_config(config.model, config.data)
+    layout = StreamLayout.of(config)
     lengths = torch.full((len(batch["pair_texts"]["ids"]),), config.model.pair_text_length)
     stream = StreamBatch(layout, pair_lengths=lengths)
     tensors = to_tensors(batch)

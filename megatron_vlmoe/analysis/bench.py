@@ -43,7 +43,7 @@ from megatron_vlmoe.runtime.distributed import (
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import StreamLayout
-from megatron_vlmoe.train.pretrain import MaskedObjective
+from megatron_vlmoe.train.pretrain import pretraining_objective
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.step import StepRunner
 
@@ -159,7 +159,7 @@ def _turn(
     times: Optional[PresetTimes],
 ) -> PresetTimes:
     """Builds a preset, measures its steps, each of which every rank starts at the same time, and frees its memory."""
-    objective = MaskedObjective(config, ranks)
+    objective = pretraining_objective(config, ranks)
     parts = build_training(config, resolve_precision(config.train))
     runner = StepRunner(config, parts, ranks)
 
@@ -210,7 +210,7 @@ def _turn(
 
 def summarize(options: BenchOptions, times: Mapping[str, PresetTimes], config: RunConfig) -> dict:
     """Medians and ratios to the first preset, as JSON types."""
-    tokens = StreamLayout.from_config(config.model, config.data).num_tokens
+    tokens = StreamLayout.of(config).num_tokens
     first, cuda = times[options.presets[0]], torch.cuda.is_available()
     presets = {}
     for name, own in times.items():

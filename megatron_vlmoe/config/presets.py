@@ -215,8 +215,13 @@ def _sample(
         epochs=epochs,
         eval_epochs=0.0,
     )
+    # Most patches of such a picture are plain background and go to the same expert: a capacity would drop them.
+    moe = replace(base.moe, capacity_factor=0.0, eval_capacity_factor=0.0)
+    if base.moe.routing == "expert_choice":
+        # There a capacity says how many tokens an expert takes.
+        moe = base.moe
     config = finetune_recipe(
-        base,
+        replace(base, moe=moe),
         task,
         lr=lr,
         image_size=0,
@@ -229,8 +234,6 @@ def _sample(
         config,
         data=replace(config.data, flip_probability=0.0, pair_flip_probability=0.0),
         optim=replace(config.optim, clip_grad=3.0, adam_beta2=0.999),
-        # Most patches of such a picture are plain background and go to the same expert: a capacity would drop them.
-        moe=replace(config.moe, capacity_factor=0.0, eval_capacity_factor=0.0),
         contrastive=replace(config.contrastive, matching_weight=float(matching)),
     )
 

@@ -109,7 +109,9 @@ class MoEConfig:
         modalities: which tokens have experts: those of text, of images, both or none.
         vl: experts on the VL-FFN of the listed blocks too (the paper's future work).
         shared_router: one pool for tokens of both modalities (LIMoE, V-MoE); its size is num_vision_experts.
-        topk: experts per token, k.
+        routing: `token_choice` sends every token to its k best experts; `expert_choice` gives every expert the tokens
+            that it scores highest, as many as it has slots (Zhou et al. 2022), so that a token has none to all experts.
+        topk: experts per token, k; with expert choice their mean number at a capacity factor of 1.
         capacity_factor: slots of an expert in training, as a multiple of an equal share of the tokens; 0 or less
             drops nothing.
         eval_capacity_factor: the same in evaluation.
@@ -117,6 +119,8 @@ class MoEConfig:
         noise_std: standard deviation of the router noise in training; negative means 1 / E.
         batch_priority: Batch Priority Routing: tokens with a larger gate take their place first.
         normalize_gate: divides the k gates by their sum.
+        balance_bias_rate: u of loss-free balancing (arXiv 2408.15664): every step moves a bias of each expert, which is
+            added to its gates for the choice of experts alone, by u towards equal load; 0 is no bias.
         dispatcher: `fixed_capacity` (static shapes), `alltoall` (megatron-core's) or `dropless`.
         route_padding: sends padding tokens of captions to experts (as the paper did).
         aux_loss_coefficient: weight of the auxiliary losses in the total.
@@ -132,6 +136,7 @@ class MoEConfig:
     modalities: Literal["both", "text", "vision", "none"] = "both"
     vl: bool = False
     shared_router: bool = False
+    routing: Literal["token_choice", "expert_choice"] = "token_choice"
     topk: int = 1
     capacity_factor: float = 1.05
     eval_capacity_factor: float = 1.0
@@ -139,6 +144,7 @@ class MoEConfig:
     noise_std: float = -1.0
     batch_priority: bool = True
     normalize_gate: bool = False
+    balance_bias_rate: float = 0.0
     dispatcher: Literal["fixed_capacity", "alltoall", "dropless"] = "fixed_capacity"
     route_padding: bool = False
     aux_loss_coefficient: float = 0.01
@@ -151,9 +157,13 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig:
-    """Masked data modelling (paper section 3.1).
+    """Masked data modelling (paper section 3.1), or contrastive pretraining (paper A.1, LIMoE).
 
     Args:
+        kind: `masked` predicts hidden tokens and patches; `contrastive` reads captions and images of pairs apart, and
+            finds for each the other among those of all data-parallel ranks in its micro-batch. It needs no image
+            tokenizer, and no other option of this section but the temperature.
+        contrastive_temperature: first temperature of the softmax over similarities; it is learned.
         mlm_weight: weight of the masked language loss of texts.
         mim_weight: weight of the masked image loss of images.
         vlm_text_weight: weight of the masked token loss of pairs.
@@ -166,6 +176,8 @@ class ObjectivesConfig:
             (caption_mask_fraction of the 99th percentile caption length).
     """
 
+    kind: Literal["masked", "contrastive"] = "masked"
+    contrastive_temperature: float = 0.07
     mlm_weight: float = 1.0
     mim_weight: float = 1.0
     vlm_text_weight: float = 1.0

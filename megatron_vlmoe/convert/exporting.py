@@ -106,20 +106,15 @@ def export_checkpoint(
         )
     reader = CheckpointReader(location)
     config = reader.config
+    if config.objectives.kind == "contrastive":
+        raise ConvertError(
+            f"{reader.path}: is of contrastive pretraining, for whose heads an export has no class; fine-tune it on a "
+            "task (`vlmoe finetune --task retrieval --load ...` starts from its heads), and export that"
+        )
     table = name_table(config)
     shapes = {entry.ours: entry.shape for entry in table}
     check_tensors(reader.path, reader.tensors, shapes, "its configuration", "an export")
-    tokenizer: Optional[TextTokenizer] = None
-    if config.model.vocab_size:
-        given = text_tokenizer or run_file(reader.path, TOKENIZER_FILE)
-        path = given or config.data.text_tokenizer
-        if not path or not Path(path).is_file():
-            raise ConvertError(
-                f"{reader.path}: no {TOKENIZER_FILE} beside it and no {path or 'text tokenizer'}; "
-                "name it with --text-tokenizer"
-            )
-        with conversion_errors():
-            tokenizer = open_text_tokenizer(path, config, reader.path)
+    tokenizer = _tokenizer_of(reader, text_tokenizer) if config.model.vocab_size else None
     labels: Optional[Labels] = None
     labels_file = None
     if isinstance(config, FinetuneConfig) and config.task.num_classes:
@@ -155,6 +150,23 @@ def export_checkpoint(
     except OSError as error:
         raise ConvertError(f"{output}: {error.strerror or error}") from None
     return output
+
+
+def _tokenizer_of(reader: CheckpointReader, given: str) -> TextTokenizer:
+    """The given text tokenizer, or else that of the run, checked against the checkpoint.
+
+    Raises:
+        ConvertError: there is none, or it is another.
+    """
+    config = reader.config
+    path = given or run_file(reader.path, TOKENIZER_FILE) or config.data.text_tokenizer
+    if not path or not Path(path).is_file():
+        raise ConvertError(
+            f"{reader.path}: no {TOKENIZER_FILE} beside it and no {path or 'text tokenizer'}; "
+            "name it with --text-tokenizer"
+        )
+    with conversion_errors():
+        return open_text_tokenizer(path, config, reader.path)
 
 
 def _may_be_replaced(output: Path) -> bool:
@@ -238,7 +250,11 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
         pools = ", ".join(f"{size} {name}" for name, size in sizes.items())
         architecture_lines += [
             f"- experts in blocks {', '.join(map(str, numbers))}: {pools}; {moe.topk} per token",
-            "- inference drops no token (`capacity_factor` 0); trained with capacity factor "
+            "- experts choose their tokens among all of a batch (expert choice), so that a result depends on what "
+            f"else is in the batch; capacity factor {moe.capacity_factor} in training, "
+            f"{moe.eval_capacity_factor} in evaluation and in `config.json`"
+            if moe.routing == "expert_choice"
+            else "- inference drops no token (`capacity_factor` 0); trained with capacity factor "
             f"{moe.capacity_factor}, evaluated by the trainer with {moe.eval_capacity_factor}. "
             "`capacity_factor` 1.0 with the same batches gives the paper's evaluation",
         ]

@@ -64,7 +64,11 @@ MOE_FIELDS = {
     "text_aux": "text_router_losses",
     "vision_aux": "vision_router_losses",
     "noise_std": "router_noise_std",
+    "routing": "moe_routing",
+    "balance_bias_rate": "router_balance_bias_rate",
 }
+# Exports of earlier versions lack them, and have the defaults.
+ADDED_MOE_FIELDS = ("routing", "balance_bias_rate")
 _NO_LOSSES = {field.name: 0.0 for field in dataclasses.fields(AuxLossConfig)}
 SPECIAL_TOKENS = ("bos", "pad", "eos", "mask")
 
@@ -95,8 +99,11 @@ def export_config(
         "num_channels": 3,
         "hidden_act": "gelu",
         **moe,
-        # Inference drops nothing; 1.0 with the same batches is the paper's evaluation.
-        "capacity_factor": 0.0,
+        # Inference drops nothing; 1.0 with the same batches is the paper's evaluation. Experts that choose tokens need
+        # to know how many.
+        "capacity_factor": (
+            config.moe.eval_capacity_factor if config.moe.routing == "expert_choice" else 0.0
+        ),
         "tie_word_embeddings": False,
         "training": _training_options(config),
     }
@@ -184,7 +191,7 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
                 if ours.endswith("_aux") and isinstance(content[theirs], Mapping):
                     # A loss that is not named has no weight there, where ours have defaults.
                     sections[section][ours] = {**_NO_LOSSES, **content[theirs]}
-            elif ours not in sections[section]:
+            elif ours not in sections[section] and ours not in ADDED_MOE_FIELDS:
                 raise ConvertError(f"{file}: has no {theirs}")
     if task:
         sections.setdefault("task", {})["name"] = task

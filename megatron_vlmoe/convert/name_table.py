@@ -157,6 +157,7 @@ RULES: tuple[Rule, ...] = (
     *_same(f"{_OURS}.mlp.*_ffn.linear_fc1", f"{_BRANCH}.fc1"),
     *_same(f"{_OURS}.mlp.*_ffn.linear_fc2", f"{_BRANCH}.fc2"),
     Rule(f"{_OURS}.mlp.moe.router.*.weight", (f"{_BRANCH}.router.weight",)),
+    Rule(f"{_OURS}.mlp.moe.router.*.balance_bias", (f"{_BRANCH}.router.balance_bias",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.weight1", (f"{_BRANCH}.experts.fc1_weight",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.bias1", (f"{_BRANCH}.experts.fc1_bias",)),
     Rule(f"{_OURS}.mlp.moe.experts.*.weight2", (f"{_BRANCH}.experts.fc2_weight",)),
@@ -182,7 +183,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 # Kept in fp32 whatever the rest is stored in (paper section 3.2: the router; the temperature moves in small steps).
-FP32_KEYS = re.compile(r"\.router\.\w+\.weight$|^heads\.logit_scale$")
+FP32_KEYS = re.compile(r"\.router\.\w+\.(weight|balance_bias)$|^heads\.logit_scale$")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from megatron_vlmoe.data.samples import (
     PairPart,
     PixelPart,
     TextPart,
+    TowerPart,
 )
 from megatron_vlmoe.data.sources import (
     OBJECTIVES,
@@ -45,7 +46,7 @@ from megatron_vlmoe.stream.sizes import num_micro_batches, text_mask_slots
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
-Part = TextPart | ImagePart | PairPart
+Part = TextPart | ImagePart | PairPart | TowerPart
 
 
 def open_text_tokenizer(data: DataConfig) -> TextTokenizer | None:
@@ -88,7 +89,7 @@ def open_targets(
     sources: dict[tuple[str, Split], Sources],
     tokenizer: ImageTokenizer | None = None,
 ) -> VisualTargets | None:
-    """Checks the image tokenizer and any stored codes; None if the run has no images.
+    """Checks the image tokenizer and any stored codes; None if the run predicts no patches.
 
     Stored codes need no tokenizer; if one is given, they must be its own. One that is in memory already is not read
     again.
@@ -99,7 +100,7 @@ def open_targets(
     """
     data, grid = config.data, config.model.patch_grid
     visual = {key: value for key, value in sources.items() if key[0] != "texts"}
-    if not visual:
+    if not visual or config.objectives.kind == "contrastive":
         return None
     prefixes = [item.prefix for value in visual.values() for item in value.items]
     # The manifest is written last: without it the codes were never finished.
@@ -255,7 +256,7 @@ class PretrainData:
         """
         enabled = enabled_objectives(config.data)
         num_micro_batches(config, share.data_size)
-        StreamLayout.from_config(config.model, config.data).shard(share.tensor_size)
+        StreamLayout.of(config).shard(share.tensor_size)
         tokenizer = open_text_tokenizer(config.data)
         fingerprint = tokenizer.fingerprint if tokenizer else None
         sources: dict[tuple[str, Split], Sources] = {}
@@ -292,17 +293,24 @@ class PretrainData:
         """Lines for the log: documents, samples and epochs of every dataset, and derived sizes."""
         data, model, objectives = self.config.data, self.config.model, self.config.objectives
         lines = []
+        towers = objectives.kind == "contrastive"
+        if towers:
+            negatives = data.micro_pairs * self._share.data_size
+            lines.append(
+                f"contrastive: captions of up to {model.pair_text_length - 2} tokens and their images are told from "
+                f"the others of {negatives} pairs, vocabulary {model.vocab_size}"
+            )
         if data.micro_texts:
             lines.append(
                 f"texts: {text_mask_slots(self.config)} of {model.text_length - 2} tokens are "
                 f"predicted, vocabulary {model.vocab_size}"
             )
-        if data.micro_pairs:
+        if data.micro_pairs and not towers:
             lines.append(
                 f"captions: at most {objectives.caption_mask_slots} of up to "
                 f"{model.pair_text_length - 2} tokens are predicted, vocabulary {model.vocab_size}"
             )
-        if data.micro_images or data.micro_pairs:
+        if (data.micro_images or data.micro_pairs) and not towers:
             origin = "stored" if self.stored_codes else "computed on the fly"
             lines.append(
                 f"images: {objectives.num_masked_patches} of {model.num_patches} patches are "
@@ -364,10 +372,13 @@ class PretrainData:
         if objective == "texts":
             assert tokenizer is not None
             return TextPart(config, sources, rngs, tokenizer)
-        assert targets is not None
         data, is_pairs = config.data, objective == "pairs"
         flip = data.pair_flip_probability if is_pairs else data.flip_probability
         readers = [item.reader("image") for item in sources.items]
+        if targets is None:
+            assert tokenizer is not None
+            views = ImageViews(readers, None, data, flip, rngs)
+            return TowerPart(config, sources, tokenizer, views, self._share)
         codes = targets.codes.get((objective, split))
         views = ImageViews(readers, codes, data, flip, rngs)
         pixels = PixelPart(config, views, targets.tokenizer_size, self._share)

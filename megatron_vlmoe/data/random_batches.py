@@ -31,7 +31,7 @@ class RandomData:
     def __init__(self, config: RunConfig, share: BatchShare) -> None:
         self.config = config
         self.share = share
-        self.layout = StreamLayout.from_config(config.model, config.data)
+        self.layout = StreamLayout.of(config)
         self.per_step = num_micro_batches(config, share.data_size)
         size, has_texts = config.model.vocab_size, self.layout.texts or self.layout.pairs
         if has_texts and size <= FIRST_PIECE:
@@ -59,6 +59,10 @@ class RandomData:
         seed = self.config.train.seed % 2**64
         rng = np.random.default_rng((seed, number, int(split == "eval")))
         batch: Batch = {"micro_batch": torch.tensor(number)}
+        if self.config.objectives.kind == "contrastive":
+            return batch | self._towers(
+                range(number * self.layout.texts, (number + 1) * self.layout.texts), split
+            )
         if self.layout.texts:
             count, length = self.layout.texts, self.layout.text_length
             slots = text_mask_slots(self.config)
@@ -85,6 +89,21 @@ class RandomData:
         if self.layout.images:
             batch["images"] = self._images(rng, self.layout.images)
         return batch
+
+    def _towers(self, pairs: range, split: str) -> Batch:
+        """Captions and their images, each pair a function of its number: the same in micro-batches of any size."""
+        model, seed = self.config.model, self.config.train.seed % 2**64
+        length, size = model.pair_text_length, model.image_size
+        rngs = [np.random.default_rng((seed, pair, int(split == "eval"))) for pair in pairs]
+        lengths = torch.tensor([int(rng.integers(3, length + 1)) for rng in rngs])
+        ids = torch.cat([self._ids(rng, (1, length)) for rng in rngs])
+        pixels = np.stack([rng.integers(0, 256, (3, size, size), dtype=np.uint8) for rng in rngs])
+        own = torch.from_numpy(pixels).chunk(self.share.tensor_size)[self.share.tensor_rank]
+        return {
+            "texts": {"ids": ids, "lengths": lengths},
+            "images": {"pixels": own},
+            "image_documents": torch.tensor(list(pairs)),
+        }
 
     def _images(self, rng: np.random.Generator, count: int) -> ImageSegment:
         model = self.config.model

@@ -494,21 +494,15 @@ class ImagePart:
         return {"images": segment | {"sample_numbers": np.asarray(numbers, dtype=np.int64)}}
 
 
-class PairPart:
-    """The segments `pair_texts` and `pair_images` of pretraining: masked captions with their images.
+class PairOrder:
+    """Images with captions, and which of them is which sample.
 
     A document's sequences are the captions of the image with the same number. A sample is a caption, or an image of
     which one caption is drawn (`data.pair_unit`).
     """
 
-    def __init__(
-        self, config: RunConfig, sources: Sources, tokenizer: TextTokenizer, pixels: PixelPart
-    ) -> None:
-        self.rngs, self.pixels = pixels.views.rngs, pixels
-        self.vocab = Vocabulary.of(tokenizer)
-        self.text = TextFormat.of(tokenizer, config.model.pair_text_length)
-        self.fraction = config.objectives.caption_mask_fraction
-        self.slots = config.objectives.caption_mask_slots
+    def __init__(self, config: RunConfig, sources: Sources, rngs: SampleRngs) -> None:
+        self.rngs = rngs
         self.by_image = config.data.pair_unit == "image"
         self.readers = [item.reader("text") for item in sources.items]
         self.documents = [item.documents for item in sources.items]
@@ -532,6 +526,20 @@ class PairPart:
             raise DataError(f"{reader.path_prefix}.bin: document {image} has no caption")
         rng = self.rngs.rng(Purpose.CAPTION_CHOICE, ref)
         return image, int(rng.integers(begin, end))
+
+
+class PairPart(PairOrder):
+    """The segments `pair_texts` and `pair_images` of pretraining: masked captions with their images."""
+
+    def __init__(
+        self, config: RunConfig, sources: Sources, tokenizer: TextTokenizer, pixels: PixelPart
+    ) -> None:
+        super().__init__(config, sources, pixels.views.rngs)
+        self.pixels = pixels
+        self.vocab = Vocabulary.of(tokenizer)
+        self.text = TextFormat.of(tokenizer, config.model.pair_text_length)
+        self.fraction = config.objectives.caption_mask_fraction
+        self.slots = config.objectives.caption_mask_slots
 
     def make(self, numbers: range) -> dict[str, Any]:
         """The segments of the samples with these numbers, and how many captions and masks did not fit."""
@@ -568,3 +576,47 @@ class PairPart:
             of = [(ref.dataset, image) for ref, image in zip(refs, images)]
             made["exchange_distance"] = np.array(exchange_distance(of))
         return made
+
+
+class TowerPart(PairOrder):
+    """The segments `texts` and `images` of contrastive pretraining: captions, and apart from them their images."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sources: Sources,
+        tokenizer: TextTokenizer,
+        views: ImageViews,
+        share: BatchShare,
+    ) -> None:
+        super().__init__(config, sources, views.rngs)
+        self.text = TextFormat.of(tokenizer, config.model.pair_text_length)
+        self.views, self.share, self.size = views, share, config.model.image_size
+        # Images are numbered over all datasets of the blend.
+        ends = np.cumsum([reader.num_documents for reader in self.readers])
+        self.first_numbers = [0, *ends.tolist()]
+
+    def make(self, numbers: range) -> dict[str, Any]:
+        """The segments of the samples with these numbers, and which image each caption is of."""
+        refs = [self.order.locate(number) for number in numbers]
+        places = [self.locate(ref) for ref in refs]
+        tokens = [self.readers[ref.dataset].sequence(place[1]) for ref, place in zip(refs, places)]
+        most = self.text.length - 2
+        ids, lengths = self.text.rows([[own[:most]] for own in tokens])
+        sample_numbers = np.asarray(numbers, dtype=np.int64)
+        images: dict[str, Any] = {"sample_numbers": sample_numbers}
+        if self.share.first_stage:
+            mine = self.share.slice(len(refs))
+            images["pixels"] = np.stack(
+                [
+                    self.views.pixels(ref, image, [self.size])[0]
+                    for ref, (image, _) in zip(refs[mine], places[mine])
+                ]
+            )
+        documents = [self.first_numbers[r.dataset] + image for r, (image, _) in zip(refs, places)]
+        return {
+            "texts": {"ids": ids, "lengths": lengths, "sample_numbers": sample_numbers},
+            "images": images,
+            "image_documents": np.asarray(documents, dtype=np.int64),
+            "truncated_captions": np.array(sum(len(own) > most for own in tokens)),
+        }

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_vlmoe.config.task_schema import FinetuneConfig
@@ -33,15 +32,12 @@ from megatron_vlmoe.finetune.objective import (
     share_metrics,
     to_numpy,
 )
-from megatron_vlmoe.losses.tasks import (
-    CachedGradients,
-    contrastive_loss,
-    hard_negatives,
-    matching_loss,
-)
+from megatron_vlmoe.losses.contrastive import CachedGradients
+from megatron_vlmoe.losses.tasks import hard_negatives, matching_loss
 from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.draws import keyed_generator
+from megatron_vlmoe.train.contrastive import gather_rows, pool_loss
 from megatron_vlmoe.train.step import Losses, StepRunner
 
 
@@ -186,18 +182,11 @@ class RetrievalObjective(TaskObjective):
         images, texts, scale = (
             outputs[name] for name in ("image_features", "text_features", "logit_scale")
         )
-        rows = images.shape[0]
         if cache is None:
-            contrastive = contrastive_loss(
-                images,
-                texts,
-                _gather(images, self.ranks),
-                _gather(texts, self.ranks),
-                scale,
-                self.ranks.data * rows,
-            )
+            contrastive = pool_loss(outputs, self.ranks)
             logged = contrastive
         else:
+            rows = images.shape[0]
             # Pools of the micro-batches one after another, each with the rows of all data-parallel ranks.
             number = cache.numbers[int(batch["micro_batch"])]
             first = (number * self.ranks.data_size + self.ranks.data) * rows
@@ -322,10 +311,10 @@ class _Pool:
         """From the outputs of one micro-batch on every rank."""
         rows = own["image_features"].shape[0]
         return cls(
-            images=_gather(own["image_features"], ranks),
-            texts=_gather(own["text_features"], ranks),
-            documents=_gather(own["image_documents"], ranks),
-            numbers=_gather(own["sample_numbers"], ranks),
+            images=gather_rows(own["image_features"], ranks),
+            texts=gather_rows(own["text_features"], ranks),
+            documents=gather_rows(own["image_documents"], ranks),
+            numbers=gather_rows(own["sample_numbers"], ranks),
             local=slice(ranks.data * rows, (ranks.data + 1) * rows),
             logit_scale=own["logit_scale"],
         )
@@ -340,12 +329,3 @@ class _Pool:
         images, texts, first = joined("images"), joined("texts"), pools[0]
         documents, numbers = joined("documents"), joined("numbers")
         return cls(images, texts, documents, numbers, first.local, first.logit_scale)
-
-
-def _gather(value: Tensor, ranks: Ranks) -> Tensor:
-    """``[m, ...]`` of every data-parallel rank: ``[B, ...]``; the gradient of a row is summed over all ranks."""
-    if ranks.data_size == 1:
-        return value
-    # megatron-core's gather along the first dimension, over the data-parallel instead of the tensor-parallel ranks.
-    group = parallel_state.get_data_parallel_group()
-    return gather_from_sequence_parallel_region(value.contiguous(), group=group)

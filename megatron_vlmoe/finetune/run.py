@@ -120,7 +120,7 @@ def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
         isinstance(source, FinetuneConfig)
         and source.task.name == config.task.name
         and source.task.labels_sha256 == config.task.labels_sha256
-    )
+    ) or (source.objectives.kind == "contrastive" and config.task.spec.target == "match")
     log.info("starting from %s", path)
     report = warm_start(weight_source(path), config, parts, with_heads=same_head)
     for line in report.lines():

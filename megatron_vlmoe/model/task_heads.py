@@ -1,4 +1,5 @@
-"""Heads of the downstream tasks (paper sections 4.2 and 4.3; shapes after VLMo where the paper is silent).
+"""Heads of the downstream tasks (paper sections 4.2 and 4.3; shapes after VLMo where the paper is silent), and of
+contrastive pretraining, which retrieval starts from.
 
 Letters: n samples of a micro-batch, L tokens of a sample, D width, C classes.
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import load_code
-from megatron_vlmoe.model.heads import Heads
+from megatron_vlmoe.model.heads import Heads, MaskedHeads
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
 from megatron_vlmoe.stream.layout import StreamLayout
@@ -151,31 +152,41 @@ class TextClassifier(TaskHeads):
         return {"logits": self.gathered(self.classifier(pooled))}
 
 
-class RetrievalHeads(TaskHeads):
-    """Retrieval: projections of [T_CLS] and [I_CLS], a learned temperature, and the matching head (VLMo)."""
+class ContrastiveHeads(TaskHeads):
+    """Contrastive learning: projections of [T_CLS] and [I_CLS], and a learned temperature."""
 
-    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
+    def __init__(self, config: TransformerConfig, temperature: float) -> None:
         super().__init__(config)
         width = config.hidden_size
         self.text_projection = Linear(config, width, width, bias=False)
         self.image_projection = Linear(config, width, width, bias=False)
         # Part of the loss, which every tensor-parallel rank computes whole: its gradient is not summed over them.
         # fp32: in bf16 it would move in steps of 1/64.
-        self.logit_scale = nn.Parameter(
-            torch.full((1,), math.log(1.0 / run.contrastive.temperature))
-        )
-        self.pooler = Pooler(config)
-        self.matching = OutputLinear(config, width, 2)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1.0 / temperature)))
 
     def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
-        """Unit vectors `text_features` and `image_features` ``[n, D]``, `match_logits` ``[pairs, 2]`` of what the
-        layout has, and `logit_scale`, the log of the inverse temperature."""
+        """Unit vectors `text_features` and `image_features` ``[n, D]`` of what the layout has, and `logit_scale`, the
+        log of the inverse temperature."""
         outputs: dict[str, Tensor] = {"logit_scale": self.logit_scale.float()}
         for name, segment in (("text", "texts"), ("image", "images")):
             if stream.layout.count(segment):
                 project = self.get_submodule(f"{name}_projection")
                 features = project(self.first_tokens(hidden, stream, segment))
                 outputs[f"{name}_features"] = F.normalize(self.gathered(features), dim=1)
+        return outputs
+
+
+class RetrievalHeads(ContrastiveHeads):
+    """Retrieval: contrastive learning, and the matching head (VLMo)."""
+
+    def __init__(self, config: TransformerConfig, run: FinetuneConfig) -> None:
+        super().__init__(config, run.contrastive.temperature)
+        self.pooler = Pooler(config)
+        self.matching = OutputLinear(config, config.hidden_size, 2)
+
+    def forward(self, hidden: Tensor, batch: Batch, stream: StreamBatch) -> dict[str, Tensor]:
+        """See `ContrastiveHeads.forward`; and `match_logits` ``[pairs, 2]`` of a layout with pairs."""
+        outputs = super().forward(hidden, batch, stream)
         if stream.layout.pairs:
             pooled = self.pooler(self.first_tokens(hidden, stream, "pair_texts"))
             outputs["match_logits"] = self.gathered(self.matching(pooled))
@@ -186,6 +197,13 @@ class RetrievalHeads(TaskHeads):
         if layout.pairs:
             return {}
         return {"heads.pooler": self.pooler, "heads.matching": self.matching}
+
+
+def build_pretraining_heads(transformer_config: TransformerConfig, config: RunConfig) -> Heads:
+    """The heads of the objective of a pretraining run."""
+    if config.objectives.kind == "contrastive":
+        return ContrastiveHeads(transformer_config, config.objectives.contrastive_temperature)
+    return MaskedHeads(transformer_config, config)
 
 
 def build_task_heads(transformer_config: TransformerConfig, config: RunConfig) -> Heads:

@@ -20,11 +20,13 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import ModelConfig, Precision, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.model.block import MoMEBlock, MoMEFeedForward, MoMELayer, layer_spec
 from megatron_vlmoe.model.embeddings import StreamEmbedding
-from megatron_vlmoe.model.heads import Heads, MaskedHeads, Predicted
+from megatron_vlmoe.model.heads import Heads, Predicted
 from megatron_vlmoe.model.initial_values import EXPERT_KEY, full_initial_value, initial_experts
 from megatron_vlmoe.model.norm import LayerNorm
+from megatron_vlmoe.model.task_heads import build_pretraining_heads
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
 from megatron_vlmoe.stream.block_plan import block_plans
 from megatron_vlmoe.stream.layout import SegmentName, StreamLayout
@@ -110,7 +112,7 @@ class VLMoEModel(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: Optional[int] = None,
-        build_heads: BuildHeads = MaskedHeads,
+        build_heads: BuildHeads = build_pretraining_heads,
     ) -> None:
         super().__init__(config=transformer_config)
         self.model_type = ModelType.encoder_or_decoder
@@ -205,7 +207,7 @@ def initialize_parameters(
                 set_tensor_model_parallel_attributes(parameter, True, dim=axes[0], stride=1)
 
 
-def freeze_unreachable(chunks: Sequence[VLMoEModel], config: RunConfig, masked: bool) -> list[str]:
+def freeze_unreachable(chunks: Sequence[VLMoEModel], config: RunConfig) -> list[str]:
     """Sets `requires_grad=False` on every module that no token of the run's layout reaches.
 
     An unused parameter would break overlapped gradient reduction (megatron-core waits for its gradient) and be
@@ -213,12 +215,14 @@ def freeze_unreachable(chunks: Sequence[VLMoEModel], config: RunConfig, masked: 
 
     Args:
         chunks: stages of this rank, not yet wrapped.
-        masked: whether patches are masked; without that nothing reaches the mask embedding.
+        config: the run.
 
     Returns:
         Names of the frozen modules, for the log.
     """
-    layout = StreamLayout.from_config(config.model, config.data)
+    layout = StreamLayout.of(config)
+    # Without it nothing reaches the mask embedding.
+    masked = not isinstance(config, FinetuneConfig) and config.objectives.kind == "masked"
     unreached: dict[str, nn.Module | nn.Parameter] = {}
     for chunk in chunks:
         if chunk.pre_process:

@@ -63,7 +63,10 @@ class FixedCapacityDispatcher:
         self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
     ) -> list[Tensor]:
         rows = [
-            _FillSlots.apply(tokens, routing.slots) for tokens, routing in zip(inputs, routings)
+            fill_chosen(tokens, routing)
+            if routing.by_experts
+            else _FillSlots.apply(tokens, routing.slots)
+            for tokens, routing in zip(inputs, routings)
         ]
         received = self._exchange(rows)
         outputs = []
@@ -76,10 +79,14 @@ class FixedCapacityDispatcher:
             back = result.view(local, self.ep_size, capacity, -1).transpose(0, 1)
             outputs.append(back.reshape(self.ep_size, local * capacity, -1))
         returned = self._exchange(outputs)
-        return [
-            _CombineSlots.apply(part.reshape(-1, part.shape[-1]), routing.gate, routing.slots)
-            for part, routing in zip(returned, routings)
-        ]
+        outputs = []
+        for part, routing in zip(returned, routings):
+            slots = part.reshape(-1, part.shape[-1])
+            if routing.by_experts:
+                outputs.append(combine_chosen(slots, routing))
+            else:
+                outputs.append(_CombineSlots.apply(slots, routing.gate, routing.slots))
+        return outputs
 
     def _exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """One all-to-all of every pool's slots, grouped by the rank on the other side."""
@@ -138,6 +145,25 @@ class TokenAllToAllDispatcher:
             probs.append(empty.scatter(1, column, gate))
             maps.append(torch.zeros_like(empty, dtype=torch.bool).scatter(1, column, kept))
         return torch.cat(maps), torch.cat(probs)
+
+
+def fill_chosen(tokens: Tensor, routing: PoolRouting) -> Tensor:
+    """Tokens ``[T, D]`` that experts have chosen into their slots ``[S, D]``; unfilled slots are zero.
+
+    Like `combine_chosen` by single slots, of which a token has any number: one gather per choice, as below, would be
+    one per expert. The sums are in a fixed order on CPU, and on GPU with deterministic algorithms.
+    """
+    assert routing.slots is not None
+    return tokens.index_select(0, routing.slots.slot_token) * routing.slots.slot_filled.unsqueeze(1)
+
+
+def combine_chosen(rows: Tensor, routing: PoolRouting) -> Tensor:
+    """Sums for every token the slots that it fills, weighted by its gates: ``[S, D]`` to ``[T, D]``."""
+    slots = routing.slots
+    assert slots is not None
+    weight = routing.gate[slots.slot_token, slots.slot_choice] * slots.slot_filled
+    weighted = rows * weight.to(rows.dtype).unsqueeze(1)
+    return rows.new_zeros(len(routing.gate), rows.shape[1]).index_add(0, slots.slot_token, weighted)
 
 
 class _FillSlots(torch.autograd.Function):

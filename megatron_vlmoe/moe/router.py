@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Mapping, NamedTuple, Optional, Sequence
+from typing import Iterable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,13 @@ from megatron_vlmoe.moe.aux_losses import (
     compute_router_statistics,
     losses_from_statistics,
 )
-from megatron_vlmoe.moe.routing_ops import SlotRouting, route_slots, top_k_experts
+from megatron_vlmoe.moe.routing_ops import (
+    SlotRouting,
+    balancing_step,
+    expert_choice_slots,
+    route_slots,
+    top_k_experts,
+)
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
 from megatron_vlmoe.stream.layout import SEGMENTS
@@ -37,6 +43,8 @@ HEADER = (
     + tuple(f"assignments_{segment}" for segment in SEGMENTS)
     + tuple(f"kept_{segment}" for segment in SEGMENTS)
 )
+# Losses that ask for what expert choice has by construction: as many tokens for every expert.
+BALANCE_TERMS = ("importance", "load", "gshard")
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class PoolRouting:
         kept: assignments that are carried out ``[T, K]``.
         capacity: slots per expert on this rank; 0 where nothing is dropped.
         slots: the slot of every assignment; None where nothing is dropped.
+        by_experts: experts have chosen tokens: K is E, and `expert` counts them up for every token.
     """
 
     pool: Branch
@@ -58,6 +67,7 @@ class PoolRouting:
     kept: Tensor
     capacity: int
     slots: Optional[SlotRouting]
+    by_experts: bool = False
 
 
 class _Scores(NamedTuple):
@@ -95,7 +105,11 @@ class RoutingRecorder:
             losses: auxiliary losses by name, already summed over tensor-parallel ranks.
             aux_total: their weighted sum, coefficient included.
         """
-        pool, kept, topk = routing.pool, routing.kept, routing.kept.shape[1]
+        pool, kept = routing.pool, routing.kept
+        if routing.by_experts:
+            # What may be lost is a token that no expert takes.
+            kept = kept.any(dim=1, keepdim=True)
+        topk = kept.shape[1]
         if routing.slots is not None:
             load = routing.slots.load.float()
             # Rows that the experts of the whole pool compute for this rank.
@@ -137,14 +151,25 @@ class RoutingRecorder:
 
 
 class PoolGate(nn.Module):
-    """The linear layer of one router, fp32 and without bias (paper section 3.2): weight ``[E, D]``."""
+    """The linear layer of one router, fp32 and without bias (paper section 3.2): weight ``[E, D]``.
 
-    def __init__(self, num_experts: int, config: TransformerConfig) -> None:
+    With loss-free balancing it also holds `balance_bias` ``[E]``, part of a checkpoint, which is added to the gates for
+    the choice of experts alone, and `assigned` ``[E]``, how many tokens of this rank chose each in the step so far.
+    """
+
+    balance_bias: Optional[Tensor]
+    assigned: Tensor
+
+    def __init__(self, num_experts: int, config: TransformerConfig, balanced: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(
             torch.empty(num_experts, config.hidden_size, dtype=torch.float32)
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.register_buffer("balance_bias", torch.zeros(num_experts) if balanced else None)
+        if balanced:
+            counts = torch.zeros(num_experts, dtype=torch.int64)
+            self.register_buffer("assigned", counts, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[T, E]`` in fp32 (fp64 for fp64 weights)."""
@@ -168,7 +193,8 @@ class ModalityRouter(MegatronModule):
         self.layer_number = plan.layer_number
         self.recorder = RoutingRecorder()
         for pool in self.pools:
-            self.add_module(pool.name, PoolGate(pool.num_experts, config))
+            gate = PoolGate(pool.num_experts, config, balanced=moe.balance_bias_rate > 0.0)
+            self.add_module(pool.name, gate)
 
     def forward(
         self, inputs: Sequence[Tensor], stream: StreamBatch, capacity_factor: float
@@ -185,14 +211,14 @@ class ModalityRouter(MegatronModule):
         for pool, (_, _, mask), full, losses in zip(
             self.pools, scores, gates, self._auxiliary_losses(scores)
         ):
-            gate, expert = top_k_experts(full, self.moe.topk)
             total = self.get_submodule(pool.name).weight.new_zeros(())
             for term, loss in losses.items():
                 total = total + getattr(self._aux(pool), term) * loss
             total = self.moe.aux_loss_coefficient * total
             # Priority is the gate as it is, also where the combine weights are normalised.
-            routing = self._assign(pool, gate, expert, mask, capacity_factor)
+            routing = self._assign(pool, full, mask, capacity_factor)
             if self.moe.normalize_gate:
+                gate = routing.gate
                 routing = replace(routing, gate=gate / gate.sum(dim=1, keepdim=True))
             # A recomputed block runs twice in training; only the pass that builds the graph counts.
             if len(full) and (torch.is_grad_enabled() or not self.training):
@@ -238,6 +264,8 @@ class ModalityRouter(MegatronModule):
         if not self.training or self._noise_std(pool) <= 0.0:
             # Without noise the load loss has no meaning (V-MoE): evaluation reports the others.
             terms = tuple(term for term in terms if term != "load")
+        if self.moe.routing == "expert_choice":
+            terms = tuple(term for term in terms if term not in BALANCE_TERMS)
         return terms
 
     def _auxiliary_losses(self, scores: Sequence[_Scores]) -> list[dict[str, Tensor]]:
@@ -266,26 +294,62 @@ class ModalityRouter(MegatronModule):
         return losses
 
     def _assign(
-        self,
-        pool: Branch,
-        gate: Tensor,
-        expert: Tensor,
-        mask: Optional[Tensor],
-        capacity_factor: float,
+        self, pool: Branch, gates: Tensor, mask: Optional[Tensor], capacity_factor: float
     ) -> PoolRouting:
-        if capacity_factor <= 0.0:
+        """Which tokens go to which experts, by gates ``[T, E]``."""
+        moe, num_tokens = self.moe, gates.shape[0]
+        capacity = 0
+        if capacity_factor > 0.0:
+            capacity = expert_capacity(
+                num_tokens, pool.num_experts, moe.topk, capacity_factor, moe.capacity_multiple_of
+            )
+        if moe.routing == "expert_choice":
+            capacity = min(capacity, num_tokens)
+            slots = expert_choice_slots(gates.detach(), capacity, mask)
+            expert = torch.arange(pool.num_experts, device=gates.device).expand_as(gates)
+            return PoolRouting(pool, gates, expert, slots.token_kept, capacity, slots, True)
+        layer = self.get_submodule(pool.name)
+        assert isinstance(layer, PoolGate)
+        if layer.balance_bias is None:
+            gate, expert = top_k_experts(gates, moe.topk)
+        else:
+            _, expert = top_k_experts(gates.detach() + layer.balance_bias, moe.topk)
+            gate = gates.gather(1, expert)
+        if capacity:
+            slots = route_slots(
+                gate.detach(), expert, pool.num_experts, capacity, mask, moe.batch_priority
+            )
+            routing = PoolRouting(pool, gate, expert, slots.token_kept, capacity, slots)
+        else:
             kept = torch.ones_like(expert, dtype=torch.bool)
             if mask is not None:
                 kept = kept & mask.unsqueeze(1)
-            return PoolRouting(pool, gate, expert, kept, 0, None)
-        capacity = expert_capacity(
-            gate.shape[0],
-            pool.num_experts,
-            self.moe.topk,
-            capacity_factor,
-            self.moe.capacity_multiple_of,
-        )
-        slots = route_slots(
-            gate.detach(), expert, pool.num_experts, capacity, mask, self.moe.batch_priority
-        )
-        return PoolRouting(pool, gate, expert, slots.token_kept, capacity, slots)
+            routing = PoolRouting(pool, gate, expert, kept, 0, None)
+        # A recomputed block routes twice; only the pass that builds the graph counts.
+        if layer.balance_bias is not None and self._trains() and torch.is_grad_enabled():
+            if routing.slots is not None:
+                layer.assigned += routing.slots.load
+            else:
+                layer.assigned.scatter_add_(0, expert.flatten(), routing.kept.flatten().long())
+        return routing
+
+
+@torch.no_grad()
+def balance_experts(
+    modules: Iterable[nn.Module], rate: float, group: torch.distributed.ProcessGroup
+) -> None:
+    """Moves the bias of every expert by one step of loss-free balancing, and starts counting anew.
+
+    Args:
+        modules: of this rank's pipeline stage; every rank of the group has the same.
+        group: the ranks among which the tokens of a step are spread, tensor- and data-parallel ones.
+    """
+    gates = [module for module in modules if isinstance(module, PoolGate)]
+    if not gates:
+        return
+    counts = torch.cat([gate.assigned for gate in gates])
+    torch.distributed.all_reduce(counts, group=group)
+    for gate, own in zip(gates, counts.split([len(gate.assigned) for gate in gates])):
+        assert gate.balance_bias is not None
+        gate.balance_bias += balancing_step(own, rate)
+        gate.assigned.zero_()

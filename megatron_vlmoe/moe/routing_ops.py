@@ -1,4 +1,4 @@
-"""Token-to-expert assignment: top-k choice, expert capacity and Batch Priority Routing.
+"""Token-to-expert assignment: top-k choice, expert capacity, Batch Priority Routing, and the choice by experts.
 
 Everything here is integer bookkeeping without host synchronisation: output shapes depend on the
 input shapes only, so the functions can run inside a CUDA graph.
@@ -84,7 +84,7 @@ def route_slots(
     and not routed elsewhere. A NaN gate counts as the lowest priority.
 
     Args:
-        gate: [T, K] gates of the choices, the largest first (as `top_k_experts` returns them).
+        gate: [T, K] gates of the choices, the best first (as `top_k_experts` returns them); priority goes by the first.
         expert: [T, K] int64, distinct within a token.
         mask: [T] bool; tokens with False take no slot and are not counted.
         batch_priority: False serves the tokens in index order instead.
@@ -144,6 +144,60 @@ def route_slots(
         token_kept=token_slot >= 0,
         load=load,
     )
+
+
+@torch.no_grad()
+def expert_choice_slots(gates: Tensor, capacity: int, mask: Tensor | None = None) -> SlotRouting:
+    """Gives every expert the C tokens that have the largest gates for it (Zhou et al., arXiv 2202.09368, section 3.2).
+
+    A token may be taken by none, some or all experts: its K = E choices are the experts in order. Ties go to the
+    earlier token. An expert takes fewer than C tokens only where there are fewer; a NaN gate is taken last.
+
+    Args:
+        gates: [T, E] softmax over experts.
+        mask: [T] bool; tokens with False are never taken.
+
+    Raises:
+        ValueError: on shapes that do not fit, or a capacity that is not in 0..T.
+    """
+    check_matrix("gates", gates)
+    num_tokens, num_experts = gates.shape
+    check_mask(mask, num_tokens)
+    if not 0 <= capacity <= num_tokens:
+        raise ValueError(
+            f"capacity must be in 0..{num_tokens} (the number of tokens), got {capacity}"
+        )
+    score = torch.nan_to_num(gates, nan=-1.0)
+    valid = gates.new_ones(num_tokens, dtype=torch.bool) if mask is None else mask
+    score = score.masked_fill(~valid[:, None], -math.inf)
+    order = torch.sort(score, dim=0, descending=True, stable=True).indices
+    taken = order[:capacity].t()
+    slot_filled = valid[taken]
+    expert = torch.arange(num_experts, device=gates.device)
+    slot = expert[:, None] * capacity + torch.arange(capacity, device=gates.device)
+    # An unfilled slot holds a masked token, which keeps the -1.
+    token_slot = torch.full((num_experts, num_tokens), -1, device=gates.device)
+    token_slot.scatter_(1, taken, torch.where(slot_filled, slot, -1))
+    token_slot = token_slot.t().contiguous()
+    return SlotRouting(
+        slot_token=torch.where(slot_filled, taken, 0).flatten(),
+        slot_choice=torch.where(slot_filled, expert[:, None], 0).flatten(),
+        slot_filled=slot_filled.flatten(),
+        token_slot=token_slot.clamp(min=0),
+        token_kept=token_slot >= 0,
+        load=slot_filled.sum(dim=1),
+    )
+
+
+def balancing_step(counts: Tensor, rate: float) -> Tensor:
+    """How loss-free balancing moves the bias of every expert: ``rate * sign(mean load - load)``.
+
+    The sign is exact, since it is taken of integers (DeepSeek, arXiv 2408.15664, algorithm 1).
+
+    Args:
+        counts: [E] int64, assignments of a step, over all ranks and micro-batches.
+    """
+    return rate * torch.sign(counts.sum() - len(counts) * counts)
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:

@@ -131,7 +131,7 @@ def _layout_lines(config: RunConfig, world_size: int) -> list[str]:
     expert = parallel.expert_model_parallel_size
     data_size = data_parallel_size(config.parallel, world_size)
     count = num_micro_batches(config, data_size)
-    stream = StreamLayout.from_config(config.model, data)
+    stream = StreamLayout.of(config)
     virtual = parallel.virtual_pipeline_model_parallel_size
     interleaved = f" ({virtual} virtual stages each)" if virtual > 1 else ""
     names = ("texts", "images", "pairs")
@@ -179,7 +179,7 @@ def _parameter_lines(config: RunConfig, world_size: int) -> list[str]:
 
 def _capacity_lines(config: RunConfig) -> list[str]:
     moe, tensor = config.moe, config.parallel.tensor_model_parallel_size
-    layout = StreamLayout.from_config(config.model, config.data).shard(tensor)
+    layout = StreamLayout.of(config).shard(tensor)
     blocks: dict[tuple[Branch, int], list[int]] = {}
     for plan in block_plans(config.model, moe):
         for pool in plan.pools:

@@ -42,7 +42,7 @@ def flops_per_step(config: RunConfig) -> float:
         ConfigError: if the global batch is not made of whole micro-batches.
     """
     config = with_assumed_vocabularies(config)
-    layout = StreamLayout.from_config(config.model, config.data)
+    layout = StreamLayout.of(config)
     topk = config.moe.topk
     blocks = _block_flops(config, layout, lambda pool: topk * pool.num_tokens(layout))
     model = config.model
@@ -61,7 +61,7 @@ def hardware_flops_per_step(config: RunConfig) -> float:
     """
     config = with_assumed_vocabularies(config)
     tensor = config.parallel.tensor_model_parallel_size
-    layout = StreamLayout.from_config(config.model, config.data).shard(tensor)
+    layout = StreamLayout.of(config).shard(tensor)
     blocks = _block_flops(config, layout, lambda pool: expert_rows(config, pool, layout))
     model = config.model
     rows = padded_vocab_size(model.vocab_size), padded_vocab_size(model.visual_vocab_size)
@@ -83,11 +83,13 @@ def expert_rows(config: RunConfig, pool: Branch, layout: StreamLayout) -> int:
 
 
 def head_slots(config: RunConfig, layout: StreamLayout) -> tuple[int, int]:
-    """Predicted token and patch slots of a micro-batch.
+    """Predicted token and patch slots of a micro-batch; none of contrastive pretraining.
 
     Before the data is read, captions count as long as `model.pair_text_length` allows.
     """
     model, objectives = config.model, config.objectives
+    if objectives.kind == "contrastive":
+        return 0, 0
     # Paper section 3.1: shares of the tokens between [T_CLS] and [T_SEP], and 40 % of the patches.
     longest = model.pair_text_length - 2
     caption = objectives.caption_mask_slots or math.ceil(objectives.caption_mask_fraction * longest)
@@ -123,11 +125,13 @@ def score_entries(layout: StreamLayout) -> int:
 
 
 def _end_flops(config: RunConfig, layout: StreamLayout, text_rows: int, image_rows: int) -> float:
-    """Forward FLOPs of the patch projection and of the heads."""
+    """Forward FLOPs of the patch projection and of the heads; similarities of contrastive pretraining are left out."""
     model = config.model
     patches = (layout.images + layout.pairs) * model.num_patches
     text, image = head_slots(config, layout)
     products = patches * 3 * model.patch_size**2 + text * text_rows + image * image_rows
+    if config.objectives.kind == "contrastive":
+        products += (layout.texts + layout.images) * model.hidden_size
     return 2.0 * products * model.hidden_size
 
 
@@ -173,7 +177,7 @@ def memory_per_rank(
     data_size = data_parallel_size(config.parallel, world_size)
     micro_batches = num_micro_batches(config, data_size)
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    layout = StreamLayout.from_config(config.model, config.data)
+    layout = StreamLayout.of(config)
     expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
     parameters = estimated_parameters(config)
     moments = 8
@@ -239,7 +243,7 @@ def _stage_activation_bytes(
     tensor = config.parallel.tensor_model_parallel_size
     pipeline = config.parallel.pipeline_model_parallel_size
     virtual = config.parallel.virtual_pipeline_model_parallel_size
-    whole = StreamLayout.from_config(model, config.data)
+    whole = StreamLayout.of(config)
     layout = whole.shard(tensor)
     stream = size * layout.num_tokens * model.hidden_size
     plans = block_plans(model, config.moe)

@@ -13,7 +13,13 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
-from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, TEXT_SEGMENTS, VISION_SEGMENTS
+from megatron_vlmoe.stream.layout import (
+    PAIR_SEGMENTS,
+    SEGMENTS,
+    TEXT_SEGMENTS,
+    VISION_SEGMENTS,
+    SegmentName,
+)
 from megatron_vlmoe.stream.sizes import data_parallel_size, padded_vocab_size
 
 ASSUMED_VOCAB_SIZE = 64_000
@@ -36,6 +42,7 @@ _PARTS = {
         f"{name} experts": rf"decoder\..*\.experts\.{name}\."
         for name in ("text", "vision", "vl", "shared")
     },
+    "balance biases": r"decoder\..*\.router\.\w+\.balance_bias$",
     "routers": r"decoder\..*\.moe\.router\.",
     "text head": r"heads\.text\.",
     "image head": r"heads\.image\.",
@@ -85,6 +92,11 @@ class Parameter:
     def part(self) -> str:
         """What it belongs to; see `part_of`."""
         return part_of(self.key)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer may train it: the bias of loss-free balancing has a rule of its own."""
+        return not self.key.endswith(".balance_bias")
 
     @property
     def fp32(self) -> bool:
@@ -155,10 +167,10 @@ def checkpoint_shapes(config: RunConfig) -> Shapes:
 def estimated_parameters(config: RunConfig) -> list[Parameter]:
     """What an estimate counts before tokenizers and tasks are known.
 
-    Those are the parameters of pretraining, with the paper's vocabularies where none are given.
+    Those are the trained tensors of pretraining, with the paper's vocabularies where none are given.
     """
     config = with_assumed_vocabularies(config)
-    body = [found for found in parameters(config) if not found.key.startswith("heads.")]
+    body = [p for p in parameters(config) if p.trained and not p.key.startswith("heads.")]
     return body + _pretraining_heads(config)
 
 
@@ -182,8 +194,9 @@ class ParameterCounts:
 
     @property
     def without_heads(self) -> int:
-        """Everything but the two pretraining heads."""
-        return self.total - self.parts["text head"] - self.parts["image head"]
+        """Everything but the heads of pretraining."""
+        heads = ("text head", "image head", TASK_HEADS)
+        return self.total - sum(self.parts[name] for name in heads)
 
     @property
     def total(self) -> int:
@@ -313,7 +326,10 @@ def _branch(config: RunConfig, branch: Branch, prefix: str, block: int) -> list[
         fc1 = _linear(f"{name}_ffn.linear_fc1", width, inner)
         fc2 = _linear(f"{name}_ffn.linear_fc2", inner, width)
         return found + _rows(prefix, fc1 | fc2, block, where, used)
-    found += _rows(f"{prefix}moe.router.", {f"{name}.weight": (experts, width)}, block, where, used)
+    router = f"{prefix}moe.router.{name}."
+    found += _rows(router, {"weight": (experts, width)}, block, where, used)
+    if config.moe.balance_bias_rate > 0.0:
+        found += _rows(router, {"balance_bias": (experts,)}, block, where, applied=0)
     pool: Shapes = {
         "weight1": (experts, inner, width),
         "bias1": (experts, inner),
@@ -326,6 +342,10 @@ def _branch(config: RunConfig, branch: Branch, prefix: str, block: int) -> list[
 
 def _pretraining_heads(config: RunConfig) -> list[Parameter]:
     model, objectives = config.model, config.objectives
+    if objectives.kind == "contrastive":
+        shapes = contrastive_heads(model.hidden_size)
+        read: tuple[SegmentName, ...] = ("texts", "images")
+        return _rows("heads.", shapes, model.num_layers + 1, read, applied=0)
     weights = {
         "texts": objectives.mlm_weight,
         "pair_texts": objectives.vlm_text_weight,
@@ -369,12 +389,19 @@ def text_classifier(width: int, classes: int) -> Shapes:
     return _linear("pooler.dense", width, width) | _linear("classifier", width, classes)
 
 
-def retrieval_heads(width: int, classes: int) -> Shapes:
-    """Tensors of `RetrievalHeads`, which has no classes."""
+def contrastive_heads(width: int) -> Shapes:
+    """Tensors of `ContrastiveHeads`."""
     return {
         "text_projection.weight": (width, width),
         "image_projection.weight": (width, width),
         "logit_scale": (1,),
+    }
+
+
+def retrieval_heads(width: int, classes: int) -> Shapes:
+    """Tensors of `RetrievalHeads`, which has no classes."""
+    return {
+        **contrastive_heads(width),
         **_linear("pooler.dense", width, width),
         **_linear("matching", width, 2),
     }

@@ -37,6 +37,7 @@ _ANY_RUN = {
         *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
         *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
         *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
+        "moe.balance_bias_rate",
     ),
     "is not in [0, 1]": ("data.flip_probability", "data.pair_flip_probability"),
     "is not in [0, 1)": ("data.eval_fraction", "optim.adam_beta1", "optim.adam_beta2"),
@@ -44,6 +45,7 @@ _ANY_RUN = {
 }
 _PRETRAINING = {
     "must be positive": (
+        "objectives.contrastive_temperature",
         *("model.num_layers", "model.hidden_size", "model.num_attention_heads"),
         *("model.ffn_hidden_size", "model.patch_size", "optim.lr"),
     ),
@@ -86,13 +88,24 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_parallel(config)
     for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
         _check_dataset_prefixes(f"data.{name}", getattr(config.data, name))
-    num_micro_batches(config, data_parallel_size(config.parallel, world_size))
+    data_size = data_parallel_size(config.parallel, world_size)
+    num_micro_batches(config, data_size)
+    pairs = config.data.micro_pairs
+    _require(
+        config.objectives.kind == "masked" or pairs * data_size > 1,
+        f"objectives.kind=contrastive with data.micro_pairs={pairs} on {data_size} data-parallel rank(s): "
+        "one pair has no other to be told from",
+    )
 
 
 def validate_task(config: FinetuneConfig, world_size: int, training: bool = True) -> None:
     """The same of a run on a task."""
     task, options, model = config.task, config.contrastive, config.model
     _check_any_run(config)
+    _require(
+        config.objectives.kind == "masked",
+        "objectives.kind=contrastive is for pretraining; the task decides what fine-tuning minimises",
+    )
     _check_dataset_prefixes("task.data", [task.data])
     data_size = data_parallel_size(config.parallel, world_size)
     _check_task_batches(config, data_size, training)
@@ -216,6 +229,21 @@ def _check_model(config: RunConfig) -> None:
         data.micro_texts + data.micro_images + data.micro_pairs > 0,
         "data.micro_texts, data.micro_images and data.micro_pairs are all 0",
     )
+    if objectives.kind == "contrastive":
+        _require(data.micro_pairs > 0, "objectives.kind=contrastive needs data.micro_pairs")
+        others = [name for name in ("texts", "images") if getattr(data, f"micro_{name}")]
+        zeros = " ".join(f"--data.micro_{name} 0" for name in others)
+        _require(
+            not others,
+            f"objectives.kind=contrastive reads pairs alone: leave the rest out with {zeros}",
+        )
+        tensor = config.parallel.tensor_model_parallel_size
+        _require(
+            data.micro_pairs % tensor == 0,
+            f"data.micro_pairs={data.micro_pairs} is not divisible by parallel.tensor_model_parallel_size={tensor}: "
+            f"--data.micro_pairs {near_multiples(data.micro_pairs, tensor)} fits",
+        )
+        return
     pairs_count = objectives.vlm_text_weight != 0.0 or objectives.vlm_image_weight != 0.0
     for name, weights, count in (
         ("texts", "mlm_weight=0", objectives.mlm_weight != 0.0),
@@ -268,6 +296,27 @@ def _check_moe(config: RunConfig) -> None:
             "moe.shared_router=true needs moe.num_vision_experts, the size of the shared pool",
         )
     _check_bounds(config, {"must be at least 1": ("moe.topk", "moe.capacity_multiple_of")})
+    if moe.routing == "expert_choice":
+        _require(
+            moe.dispatcher != "dropless",
+            "moe.routing=expert_choice with moe.dispatcher=dropless: experts take as many tokens as they have slots",
+        )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(moe, name)
+            _require(
+                factor > 0.0,
+                f"moe.{name}={factor:g} with moe.routing=expert_choice: it is how many tokens an expert takes, "
+                "and must be positive",
+            )
+        _require(
+            not moe.normalize_gate,
+            "moe.normalize_gate=true with moe.routing=expert_choice: a token may have no expert to share its gates",
+        )
+        _require(
+            moe.balance_bias_rate == 0.0,
+            f"moe.balance_bias_rate={moe.balance_bias_rate:g} with moe.routing=expert_choice: its experts have equal "
+            "load already",
+        )
     expert_parallel = config.parallel.expert_model_parallel_size
     for plan in block_plans(model, moe):
         for pool in plan.pools:
@@ -309,7 +358,7 @@ def _check_parallel(config: RunConfig) -> None:
             f"parallel.tensor_model_parallel_size={tensor} does not divide the {rows} rows to which "
             f"model.{name} is padded",
         )
-    StreamLayout.from_config(model, config.data).shard(tensor)
+    StreamLayout.of(config).shard(tensor)
     _require(
         parallel.expert_model_parallel_size == 1 or has_experts(config.moe),
         f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}, "

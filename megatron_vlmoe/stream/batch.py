@@ -111,7 +111,7 @@ class Batch(TypedDict, total=False):
     """Share of the image's own class in its target, fp32 ``[n]`` (mixup and cutmix)."""
 
     image_documents: Tensor
-    """Number of every image among those of the split ``[n]`` (retrieval)."""
+    """Number of every image ``[n]``: in its split (retrieval), or over all datasets (contrastive pretraining)."""
 
     negatives_valid: Tensor
     """Rows for which there was a wrong image and a wrong caption to draw, bool ``[n]`` (retrieval)."""

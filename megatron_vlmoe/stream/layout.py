@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Mapping
 
 from megatron_vlmoe.config.errors import ConfigError, near_multiples
-from megatron_vlmoe.config.schema import DataConfig, ModelConfig
+from megatron_vlmoe.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,13 +56,23 @@ class StreamLayout:
     image_length: int
 
     @classmethod
-    def from_config(cls, model: ModelConfig, data: DataConfig) -> StreamLayout:
-        """The layout of a whole micro-batch of one data-parallel rank."""
+    def of(cls, config: RunConfig) -> StreamLayout:
+        """The layout of a whole micro-batch of one data-parallel rank.
+
+        Contrastive pretraining reads the two halves of its pairs apart: as texts that are as long as captions, and as
+        images.
+        """
+        model, data = config.model, config.data
+        texts, pairs, images = data.micro_texts, data.micro_pairs, data.micro_images
+        text_length = model.text_length
+        if config.objectives.kind == "contrastive":
+            texts, pairs, images = pairs, 0, pairs
+            text_length = model.pair_text_length
         return cls(
-            texts=data.micro_texts,
-            pairs=data.micro_pairs,
-            images=data.micro_images,
-            text_length=model.text_length,
+            texts=texts,
+            pairs=pairs,
+            images=images,
+            text_length=text_length,
             pair_text_length=model.pair_text_length,
             image_length=model.image_length,
         )

@@ -202,6 +202,12 @@ def load_checkpoint(
     common = load_common(path)
     saved = common.get("config", {})
     check_architecture(path, saved, config)
+    # Earlier versions had masks alone.
+    kinds = saved.get("objectives", {}).get("kind", "masked"), config.objectives.kind
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{path}: is of {kinds[0]} pretraining, whose heads this run of objectives.kind={kinds[1]} does not have"
+        )
     # A seed checkpoint, and that of the best step, have weights only.
     with_optimizer = with_optimizer and "optimizer" in common
     content = _state_dict(parts, is_loading=True, with_optimizer=with_optimizer)
@@ -354,6 +360,13 @@ def check_architecture(
             raise CheckpointError(
                 f"{path}: is of another model: {name} is {theirs[name]} there, {ours[name]} here"
             )
+    # Earlier versions had no such bias.
+    rates = [options.get("moe.balance_bias_rate", 0.0) for options in (theirs, ours)]
+    if (rates[0] > 0.0) != (rates[1] > 0.0):
+        raise CheckpointError(
+            f"{path}: is of another model: moe.balance_bias_rate is {rates[0]:g} there, {rates[1]:g} here, "
+            "and only above 0 a model has a bias of experts"
+        )
 
 
 def changed_options(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -372,7 +385,7 @@ def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig)
     The gates' sum, which their number and normalisation decide, is a factor of the experts' output; upcycling even
     scales weights to make up for it.
     """
-    names = ("moe.topk: ", "moe.normalize_gate: ")
+    names = ("moe.topk: ", "moe.normalize_gate: ", "moe.routing: ")
     changed = [line for line in changed_options(saved, config) if line.startswith(names)]
     if changed and has_experts(config.moe):
         log.warning(

@@ -140,7 +140,7 @@ class Throughput:
     def __init__(
         self, config: RunConfig, ranks: Ranks, num_micro_batches: int, precision: Precision
     ) -> None:
-        layout = StreamLayout.from_config(config.model, config.data)
+        layout = StreamLayout.of(config)
         micro_batches = num_micro_batches * ranks.data_size
         self.tokens = layout.num_tokens * micro_batches
         self.samples = (layout.texts + layout.pairs + layout.images) * micro_batches

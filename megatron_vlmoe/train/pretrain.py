@@ -43,6 +43,7 @@ from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, SegmentName, StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
+from megatron_vlmoe.train.contrastive import ContrastiveObjective
 from megatron_vlmoe.train.metrics import collect
 from megatron_vlmoe.train.objective import BatchSource
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
@@ -80,7 +81,7 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
         log.info("frozen, never reached by this run: %s", ", ".join(parts.frozen))
     if data.image_tokenizer is not None:
         data.image_tokenizer.to(device())
-    objective = MaskedObjective(config, ranks, data, micro_batches, data.image_tokenizer)
+    objective = pretraining_objective(config, ranks, data, micro_batches, data.image_tokenizer)
     Trainer(config, parts, ranks, data, micro_batches, precision, objective).run()
     # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
     destroy()
@@ -104,6 +105,19 @@ def pretrain_random(config: RunConfig) -> None:
         caption_mask_slots=objectives.caption_mask_slots or max(1, int(slots)),
     )
     pretrain(replace(config, model=model, objectives=objectives), RandomData)
+
+
+def pretraining_objective(
+    config: RunConfig,
+    ranks: Ranks,
+    data: Optional[BatchSource] = None,
+    num_micro_batches: int = 1,
+    image_tokenizer: Optional[ImageTokenizer] = None,
+) -> MaskedObjective | ContrastiveObjective:
+    """What a run of `objectives.kind` trains on; see the two classes."""
+    if config.objectives.kind == "contrastive":
+        return ContrastiveObjective(config, ranks, data, num_micro_batches)
+    return MaskedObjective(config, ranks, data, num_micro_batches, image_tokenizer)
 
 
 class MaskedObjective:
@@ -142,7 +156,7 @@ class MaskedObjective:
     def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """`loss/mlm`, `loss/mim`, `loss/vlm_text`, `loss/vlm_image` of what the run has, and `loss/vlm`."""
         objectives = self.config.objectives
-        layout = StreamLayout.from_config(self.config.model, self.config.data)
+        layout = StreamLayout.of(self.config)
         metrics = {
             f"loss/{name}": means[name] for name in LOSSES if layout.count(LOSS_SEGMENTS[name])
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision, RunConfig
-from megatron_vlmoe.model.heads import MaskedHeads
+from megatron_vlmoe.model.task_heads import build_pretraining_heads
 from megatron_vlmoe.model.vlmoe import (
     DTYPES,
     BuildHeads,
@@ -33,6 +34,7 @@ from megatron_vlmoe.model.vlmoe import (
     freeze_unreachable,
     initialize_parameters,
 )
+from megatron_vlmoe.moe.router import balance_experts
 from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
 
@@ -77,7 +79,7 @@ def checkpoint_metadata() -> dict[str, Any]:
 def build_chunks(
     config: RunConfig,
     transformer_config: TransformerConfig,
-    build_heads: BuildHeads = MaskedHeads,
+    build_heads: BuildHeads = build_pretraining_heads,
 ) -> list[VLMoEModel]:
     """The model chunks of this rank, with initial weights, on its device."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
@@ -99,7 +101,7 @@ def build_chunks(
 
 
 def build_training(
-    config: RunConfig, precision: Precision, build_heads: BuildHeads = MaskedHeads
+    config: RunConfig, precision: Precision, build_heads: BuildHeads = build_pretraining_heads
 ) -> TrainingParts:
     """Everything that a training run needs on this rank.
 
@@ -112,7 +114,7 @@ def build_training(
     """
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
-    frozen = freeze_unreachable(chunks, config, masked=build_heads is MaskedHeads)
+    frozen = freeze_unreachable(chunks, config)
     trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
     if config.checkpoint.save and not config.parallel.use_distributed_optimizer:
         # megatron-core's optimizer of 16-bit weights without sharding takes the parameters that are fp32 all the same
@@ -133,6 +135,10 @@ def build_training(
         part.init_state_fn = part.init_state_fn or _init_momentum
     transformer_config.grad_scale_func = optimizer.scale_loss
     transformer_config.finalize_model_grads_func = finalize_model_grads
+    if config.moe.balance_bias_rate > 0.0 and config.moe.train_experts:
+        transformer_config.finalize_model_grads_func = functools.partial(
+            _finalize_and_balance, chunks, config.moe.balance_bias_rate
+        )
     return TrainingParts(
         transformer_config=transformer_config,
         chunks=chunks,
@@ -141,6 +147,15 @@ def build_training(
         scheduler=_scheduler(config, optimizer),
         frozen=frozen,
     )
+
+
+def _finalize_and_balance(
+    chunks: list[VLMoEModel], rate: float, *arguments: Any, **options: Any
+) -> None:
+    """What ends the backward pass of a step, where megatron-core's own bias of experts is updated as well."""
+    finalize_model_grads(*arguments, **options)
+    modules = (module for chunk in chunks for module in chunk.modules())
+    balance_experts(modules, rate, parallel_state.get_tensor_and_data_parallel_group())
 
 
 def build_forward_only(

@@ -56,7 +56,7 @@ class StepRunner:
         self.config = config
         self.parts = parts
         self.ranks = ranks
-        self.layout = StreamLayout.from_config(config.model, config.data)
+        self.layout = StreamLayout.of(config)
 
     def start_step(self) -> None:
         """Zeroes the gradients of a training step that begins."""

@@ -36,6 +36,11 @@ RESUMED = {
     "overlapped-gather": (layout(2), (*FEW, "--parallel.overlap_param_gather", "true")),
     "bf16": (ONE, ("--train.precision", "bf16")),
     "bf16-tp2-ep2": (layout(2, tp=2, ep=2), (*FEW, "--train.precision", "bf16")),
+    "balance-bias": (
+        layout(2, ep=2),
+        (*FEW, "--moe.capacity_factor", "1.05", "--moe.balance_bias_rate", "0.01"),
+    ),
+    "expert-choice": (layout(2, tp=2), (*FEW, "--moe.routing", "expert_choice")),
     "dropping": (layout(2, ep=2), (*FEW, "--moe.capacity_factor", "1.05", "--moe.topk", "2")),
 }
 
@@ -72,11 +77,13 @@ MOVES = {
     "tp2-ep2": (layout(4, tp=2, ep=2), ()),
     "interleaved": (layout(2, pp=2, vpp=2), ()),
     "dense": (layout(2, tp=2), ("--moe.modalities", "none", "--moe.layers", "[]")),
+    "balance-bias": (layout(4, tp=2, ep=2), ("--moe.balance_bias_rate", "0.01")),
 }
 TARGETS = {
     "tp2-ep2": (layout(2, pp=2), layout(4, ep=4), ONE),
     "interleaved": (ONE, layout(2, tp=2, ep=2)),
     "dense": (layout(4, tp=2, pp=2), ONE),
+    "balance-bias": (layout(2, pp=2, vpp=2),),
 }
 
 

@@ -30,6 +30,8 @@ VARIANTS = {
     "v-only": "--moe.modalities vision",
     "shared": "--moe.shared_router true",
     "vl": "--moe.vl true --moe.num_vl_experts 4 --moe.layers 2 4 --moe.topk 2 --moe.normalize_gate true",
+    "balance-bias": "--moe.balance_bias_rate 0.001 --moe.topk 2",
+    "expert-choice": "--moe.routing expert_choice --moe.topk 2",
     "types": "--model.token_type_embeddings true --model.layer_scale_init 0",
 }
 CLASSES = {"vqa": 5, "nlvr2": 2, "retrieval": 1, "imagenet": 5, "mnli": 5}
@@ -121,7 +123,8 @@ def test_export_computes_what_the_trainer_computes(
 ) -> None:
     words = tuple(VARIANTS[variant].split())
     config = config_of(task, Layout(1), words)
-    factors = (0.0, 1.0) if variant != "dense" else (0.0,)
+    # Experts that choose tokens have no result without a capacity.
+    factors = {"dense": (0.0,), "expert-choice": (0.4, 1.0)}.get(variant, (0.0, 1.0))
     (computed,) = workers.run(1, compute, task, words, str(tmp_path), factors)
     folder = exported(tmp_path, task, tokenizer)
     for factor, expected in zip(factors, computed):

@@ -100,6 +100,11 @@ VARIANTS = {
         "--moe.text_aux.global_entropy 1 --moe.vision_aux.gshard 1 --moe.vision_aux.z 1",
     ),
     "route-padding": ("ep2", "--moe.route_padding true"),
+    "expert-choice": ("pp2-ep2", "--moe.routing expert_choice --moe.capacity_factor 1.5"),
+    # As a capacity is one rank's, so is what an expert chooses from: equal where it takes all.
+    "expert-choice-of-all": ("tp2", "--moe.routing expert_choice"),
+    "balance-bias": ("tp2-ep2", "--moe.balance_bias_rate 0.01 --moe.topk 2"),
+    "balance-bias-interleaved": ("pp2-interleaved", "--moe.balance_bias_rate 0.01"),
     "texts-only": ("tp2", "--data.micro_images 0 --data.micro_pairs 0"),
     "pairs-only": ("pp2", "--data.micro_images 0 --data.micro_texts 0"),
 }
@@ -110,6 +115,28 @@ def test_model_variants_equal_one_process(name: str, workers: Workers, alone: An
     where, options = VARIANTS[name]
     arguments = (*SGD, *options.split())
     compare(run(workers, LAYOUTS[where], *arguments), alone(*arguments))
+
+
+def test_a_bias_has_moved_every_expert_by_whole_steps(alone: Any) -> None:
+    _, options = VARIANTS["balance-bias"]
+    report = alone(*SGD, *options.split())
+    plain = alone(*SGD, "--moe.topk", "2")
+    biases = {k: v for k, v in report["weights"].items() if k.endswith("balance_bias")}
+    assert len(biases) == 4 and not any(k.endswith("balance_bias") for k in plain["weights"])
+    for key, bias in biases.items():
+        steps = bias / 0.01
+        # Three steps, up or down or not at all.
+        assert np.abs(steps - steps.round()).max() < 1e-4 and np.abs(steps).max() <= 3.01, key
+        assert np.abs(steps).max() > 0.5, key
+    first = [run["steps"][0]["losses"] for run in (report, plain)]
+    last = [run["steps"][-1]["losses"] for run in (report, plain)]
+    assert first[0] == first[1] and last[0] != last[1]
+
+
+def test_recomputed_blocks_count_once(workers: Workers, alone: Any) -> None:
+    options = (*SGD, *VARIANTS["balance-bias"][1].split())
+    actual = run(workers, LAYOUTS["pp2"], *options, "--train.recompute", "full")
+    compare(actual, alone(*options))
 
 
 SAME_RESULT = {

@@ -15,9 +15,22 @@ from megatron_vlmoe.stream.layout import PAIR_SEGMENTS
 from megatron_vlmoe.stream.sizes import expert_capacity
 
 OPTIONS = (
-    *("--moe.topk", "2", "--moe.capacity_factor", "0.8", "--moe.aux_loss_coefficient", "0"),
+    *("--moe.topk", "2", "--moe.aux_loss_coefficient", "0"),
     *("--moe.noise_std", "0", "--parallel.overlap_grad_reduce", "false"),
 )
+
+# With both, some tokens find no place.
+FACTORS = {"token_choice": 0.8, "expert_choice": 0.4}
+
+
+def plain_choice(gates: Tensor, mask: Tensor, capacity: int) -> list[tuple[int, int]]:
+    """(token, expert) pairs of expert choice, read from its definition."""
+    valid = [token for token in range(len(gates)) if mask[token]]
+    return [
+        (token, expert)
+        for expert in range(gates.shape[1])
+        for token in sorted(valid, key=lambda t: (-float(gates[t, expert]), t))[:capacity]
+    ]
 
 
 def plain_assignments(gates: Tensor, mask: Tensor, k: int, capacity: int) -> list[tuple[int, int]]:
@@ -37,17 +50,25 @@ def plain_assignments(gates: Tensor, mask: Tensor, k: int, capacity: int) -> lis
     return kept
 
 
-def plain_pool(tokens: Tensor, mask: Tensor, router: Tensor, weights: dict[str, Tensor]) -> Any:
+def plain_pool(
+    tokens: Tensor, mask: Tensor, router: Tensor, weights: dict[str, Tensor], routing: str
+) -> Any:
     """Output ``[T, D]`` of one pool, one token and one expert at a time; and the number of drops."""
     gates = torch.softmax(tokens @ router.T, dim=1)
-    capacity = expert_capacity(len(tokens), len(router), 2, 0.8)
-    kept = plain_assignments(gates.detach(), mask, 2, capacity)
+    capacity = expert_capacity(len(tokens), len(router), 2, FACTORS[routing])
+    if routing == "expert_choice":
+        kept = plain_choice(gates.detach(), mask, capacity)
+    else:
+        kept = plain_assignments(gates.detach(), mask, 2, capacity)
     rows = list(torch.zeros_like(tokens))
     for token, expert in kept:
         inner = weights["weight1"][expert] @ tokens[token] + weights["bias1"][expert]
         result = weights["weight2"][expert] @ torch.nn.functional.gelu(inner)
         rows[token] = rows[token] + gates[token, expert] * (result + weights["bias2"][expert])
-    return torch.stack(rows), 2 * int(mask.sum()) - len(kept)
+    lost = int(mask.sum()) - len({token for token, _ in kept})
+    return torch.stack(rows), lost if routing == "expert_choice" else 2 * int(mask.sum()) - len(
+        kept
+    )
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -57,13 +78,14 @@ def gathered(value: Tensor) -> Tensor:
     return torch.cat(parts).requires_grad_()
 
 
-def compare(where: Layout) -> dict[str, Any]:
+def compare(where: Layout, routing: str) -> dict[str, Any]:
     """Largest differences of outputs and gradients of both dispatchers to the plain loop."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_vlmoe.train.step import StepRunner
 
-    config, ranks, parts, data = start(where, *OPTIONS)
+    own = ("--moe.routing", routing, "--moe.capacity_factor", str(FACTORS[routing]))
+    config, ranks, parts, data = start(where, *OPTIONS, *own)
     # What the schedule would do; the backward pass below runs without one.
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     layer = parts.chunks[0].decoder.layers[1].mlp.moe
@@ -103,7 +125,7 @@ def compare(where: Layout) -> dict[str, Any]:
     whole = [{name: gathered(w) for name, w in weights.items()} for weights in experts]
     masks = [torch.cat([torch.ones(2 * 16).bool(), stream.sample_mask("pair_texts").reshape(-1)])]
     masks.append(torch.ones(len(inputs[1])).bool())
-    plain = [plain_pool(*args) for args in zip(inputs, masks, routers, whole)]
+    plain = [plain_pool(*args, routing) for args in zip(inputs, masks, routers, whole)]
     expected = outcome(
         [output for output, _ in plain],
         [*inputs, *routers, *(w for weights in whole for w in weights.values())],
@@ -120,9 +142,10 @@ def compare(where: Layout) -> dict[str, Any]:
     return {"differences": differences, "drops": [n for _, n in plain], "padded": padded}
 
 
+@pytest.mark.parametrize("routing", ["token_choice", "expert_choice"])
 @pytest.mark.parametrize("where", [Layout(1), layout(2, ep=2)], ids=["one", "ep2"])
-def test_dispatchers_equal_a_plain_loop(where: Layout, workers: Workers) -> None:
-    for result in workers.run(where, compare, where):
+def test_dispatchers_equal_a_plain_loop(where: Layout, routing: str, workers: Workers) -> None:
+    for result in workers.run(where, compare, where, routing):
         assert all(drops > 0 for drops in result["drops"]) and result["padded"] > 0
         for name, difference in result["differences"].items():
             assert difference < 1e-5, name

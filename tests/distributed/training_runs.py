@@ -32,7 +32,7 @@ def start(where: Layout, *arguments: str) -> tuple[Any, Any, Any, Any]:
 
 
 def shards(parts: Any, gradients: bool = False) -> dict[str, list[Shard]]:
-    """Weights of this rank, or their reduced gradients, by checkpoint key."""
+    """Weights of this rank and what else its model saves, or the reduced gradients, by checkpoint key."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     from megatron_vlmoe.train.setup import checkpoint_metadata
@@ -40,9 +40,10 @@ def shards(parts: Any, gradients: bool = False) -> dict[str, list[Shard]]:
     found: dict[str, list[Shard]] = {}
     for chunk in parts.chunks:
         by_pointer = {p.data_ptr(): p for p in chunk.parameters()}
+        by_pointer |= {b.data_ptr(): b for n, b in chunk.named_buffers() if "balance_bias" in n}
         state = chunk.sharded_state_dict(metadata=checkpoint_metadata())
         entries = [entry for entry in state.values() if isinstance(entry, ShardedTensor)]
-        assert len(entries) == len(by_pointer), "parameters and checkpoint entries differ"
+        assert len(entries) == len(by_pointer), "tensors and checkpoint entries differ"
         for entry in entries:
             value = entry.data
             if gradients:

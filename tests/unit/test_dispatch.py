@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_vlmoe.moe.dispatch import FixedCapacityDispatcher
 from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts, batched_linear, grouped_matmul
 from megatron_vlmoe.moe.router import PoolRouting
-from megatron_vlmoe.moe.routing_ops import route_slots, top_k_experts
+from megatron_vlmoe.moe.routing_ops import expert_choice_slots, route_slots, top_k_experts
 from megatron_vlmoe.stream.block_plan import Branch
 
 WIDTH, INNER = 6, 10
@@ -179,3 +179,39 @@ def test_grouped_matmul_writes_no_gradient_of_the_pool_per_expert(dtype: torch.d
     )
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_expert_choice_is_the_plain_loop() -> None:
+    torch.manual_seed(0)
+    pool, capacity = Branch("text", ("texts",), 3), 4
+    experts = make_experts(pool)
+    mask = torch.tensor([True] * 6 + [False] * 3)
+    tokens = torch.randn(9, WIDTH, dtype=torch.float64)
+    logits = torch.randn(9, 3, dtype=torch.float64)
+    upstream = torch.randn(9, WIDTH, dtype=torch.float64)
+    results = []
+    for dispatched in (True, False):
+        xs, ls = tokens.clone().requires_grad_(), logits.clone().requires_grad_()
+        gates = ls.softmax(dim=1)
+        if dispatched:
+            slots = expert_choice_slots(gates.detach(), capacity, mask)
+            expert = torch.arange(3).expand(9, 3)
+            routing = PoolRouting(pool, gates, expert, slots.token_kept, capacity, slots, True)
+            (output,) = FixedCapacityDispatcher(GROUPS)([xs], [routing], experts)
+        else:
+            rows = [torch.zeros(WIDTH, dtype=torch.float64) for _ in tokens]
+            own = experts.pool("text")
+            for e in range(3):
+                # Six of nine tokens count; the best four of them.
+                for token in sorted(range(6), key=lambda t: -float(gates[t, e]))[:capacity]:
+                    inner = own.weight1[e] @ xs[token] + own.bias1[e]
+                    value = own.weight2[e] @ torch.nn.functional.gelu(inner) + own.bias2[e]
+                    rows[token] = rows[token] + gates[token, e] * value
+            output = torch.stack(rows)
+        leaves = [xs, ls, *experts.parameters()]
+        results.append([output, *torch.autograd.grad(output, leaves, upstream)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    # A token of several experts, one of none, padding.
+    chosen = slots.token_kept.sum(dim=1)
+    assert chosen.max() > 1 and (chosen[:6] == 0).any() and not chosen[6:].any()

@@ -330,7 +330,7 @@ def real_batch(config):
     """Zeros of the shapes that a micro-batch has, and its stream."""
     from megatron_vlmoe.stream.batch import StreamBatch
 
-    model, layout = config.model, StreamLayout.from_config(config.model, config.data)
+    model, layout = config.model, StreamLayout.of(config)
     texts, pairs, images = layout.texts, layout.pairs, layout.images
     caption, patches = config.objectives.caption_mask_slots, config.objectives.num_masked_patches
     text = round(0.15 * (model.text_length - 2))
@@ -480,7 +480,7 @@ def test_activations_are_what_autograd_saves(name, precision, layer_scale, runti
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.decoder(model.embedding(batch, stream), stream)
         kept = sum(storage.nbytes() for storage in saved.values())
-    layout = StreamLayout.from_config(config.model, config.data)
+    layout = StreamLayout.of(config)
     blocks = [
         block_activation_bytes(config, plan, layout, precision)
         for plan in block_plans(config.model, config.moe)

@@ -56,8 +56,9 @@ def test_every_parameter_of_the_exported_model_is_in_the_table(name: str) -> Non
     with torch.device("meta"):
         kind = getattr(modeling_vlmoe, architecture(task))
         model = kind(VLMoEConfig(**{**content, **labels}))
-    expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    assert not list(model.buffers())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    expected = {name: tuple(value.shape) for name, value in tensors}
+    assert bool(list(model.buffers())) == (config.moe.balance_bias_rate > 0.0)
     table = name_table(config)
     shapes = {name: shape for e in table for name, shape in e.their_shapes(config.model).items()}
     assert shapes == expected

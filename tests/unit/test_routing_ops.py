@@ -8,7 +8,13 @@ import torch
 from router_functions import batch_priority_route
 from torch import Tensor
 
-from megatron_vlmoe.moe.routing_ops import SlotRouting, route_slots, top_k_experts
+from megatron_vlmoe.moe.routing_ops import (
+    SlotRouting,
+    balancing_step,
+    expert_choice_slots,
+    route_slots,
+    top_k_experts,
+)
 from megatron_vlmoe.stream.sizes import expert_capacity
 
 LOGITS = torch.tensor(
@@ -412,3 +418,70 @@ def test_bad_arguments_are_named() -> None:
         expert_capacity(10, 4, 1, 1.0, multiple_of=0)
     with pytest.raises(ValueError, match="num_tokens must be at least 0"):
         expert_capacity(-1, 4, 1, 1.0)
+
+
+# Four tokens, three experts.
+FOUR = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
+
+
+def taken(gates: Tensor, capacity: int, mask: list[bool] | None = None) -> list[list[int]]:
+    """Tokens of every expert in the order of its slots, after a check of the other side of the routing."""
+    valid = None if mask is None else torch.tensor(mask)
+    slots = expert_choice_slots(gates, capacity, valid)
+    found = []
+    for expert in range(gates.shape[1]):
+        own = slice(expert * capacity, (expert + 1) * capacity)
+        filled = slots.slot_filled[own]
+        assert (slots.slot_choice[own][filled] == expert).all()
+        tokens = slots.slot_token[own][filled].tolist()
+        assert slots.token_kept[:, expert].nonzero().flatten().tolist() == sorted(tokens)
+        assert [int(slots.token_slot[token, expert]) for token in tokens] == list(
+            range(own.start, own.start + len(tokens))
+        )
+        assert slots.load[expert] == len(tokens)
+        found.append(tokens)
+    assert slots.token_slot.shape == slots.token_kept.shape == gates.shape
+    return found
+
+
+@pytest.mark.parametrize(
+    ("capacity", "mask", "expected"),
+    [
+        # Token 1 is nobody's first; with two places it is everybody's second.
+        (1, None, [[0], [3], [2]]),
+        (2, None, [[0, 1], [3, 1], [2, 1]]),
+        # Without it equal gates go to the earlier token: 0.2 of tokens 0 and 2, 0.1 of tokens 0 and 3.
+        (2, [True, False, True, True], [[0, 2], [3, 0], [2, 0]]),
+        # Places stay empty where fewer tokens are left.
+        (3, [True, False, False, True], [[0, 3], [3, 0], [0, 3]]),
+        (4, None, [[0, 1, 2, 3], [3, 1, 0, 2], [2, 1, 0, 3]]),
+        (0, None, [[], [], []]),
+    ],
+)
+def test_expert_choice_by_hand(
+    capacity: int, mask: list[bool] | None, expected: list[list[int]]
+) -> None:
+    assert taken(FOUR, capacity, mask) == expected
+    # A token whose gates are no numbers comes after all others.
+    broken = FOUR.clone()
+    broken[0] = math.nan
+    assert all(0 not in tokens for tokens in taken(broken, min(capacity, 3), mask)[:1]) or mask
+    with pytest.raises(ValueError, match="capacity must be in 0..4"):
+        expert_choice_slots(FOUR, 5)
+
+
+def test_bias_of_experts_by_hand() -> None:
+    # 0.4 0.2 0.35, 0.2 0.3 0.45, -0.1 0.2 0.85, -0.2 0.8 0.35: token 1 leaves its largest gate.
+    _, expert = top_k_experts(FOUR + torch.tensor([-0.3, 0.0, 0.25]), 1)
+    assert expert.flatten().tolist() == [0, 2, 2, 1]
+    for counts, signs in (
+        # Means 4/3, 2, 2 and 0: equal load moves nothing, and so does none.
+        ([1, 1, 2], [1, 1, -1]),
+        ([4, 0, 2], [-1, 1, 0]),
+        ([2, 2, 2], [0, 0, 0]),
+        ([0, 0, 0], [0, 0, 0]),
+        # Exact where a mean in single precision would not be.
+        ([2**40 + 1, 2**40, 2**40], [-1, 1, 1]),
+    ):
+        step = balancing_step(torch.tensor(counts), 0.25)
+        assert step.tolist() == [0.25 * sign for sign in signs], counts

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
+from megatron_vlmoe.losses.contrastive import CachedGradients, contrastive_loss
 from megatron_vlmoe.losses.tasks import (
-    CachedGradients,
     class_loss,
-    contrastive_loss,
     hard_negatives,
     matching_loss,
     soft_target_loss,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 from transformers import PretrainedConfig
 
 MODALITIES = ("both", "text", "vision", "none")
+ROUTINGS = ("token_choice", "expert_choice")
 ROUTER_LOSSES = (
     *("importance", "load", "z", "gshard", "local_entropy", "global_entropy"),
     "global_entropy_experts",
@@ -73,6 +74,9 @@ class VLMoEConfig(PretrainedConfig):
         num_vl_experts: experts of every pool of pair tokens (with `moe_vl`).
         moe_vl: whether the pair branch of the listed blocks has experts.
         shared_router: one pool for the tokens of both modalities in the listed blocks.
+        moe_routing: "token_choice": a token goes to its best experts; "expert_choice": every expert takes the tokens of
+            the batch that it scores highest, as many as `capacity_factor` says, so that a token has none to all
+            experts, and a result depends on what else is in the batch (Zhou et al., arXiv 2202.09368).
         num_experts_per_tok: experts that a token goes to.
         normalize_gate: divides the gates of a token's experts by their sum.
         batch_priority: where capacity is limited, tokens with a larger gate are served first, not those at the front.
@@ -87,6 +91,9 @@ class VLMoEConfig(PretrainedConfig):
             "load", "z", "gshard", "local_entropy", "global_entropy"; and "global_entropy_experts", the number of
             experts that shall at least be in use. By default the paper's (A.3).
         vision_router_losses: the same of all other routers.
+        router_balance_bias_rate: above 0 every router has a bias of each expert, `balance_bias`, which is added to the
+            gates for the choice of experts alone. It comes from training by loss-free balancing (arXiv 2408.15664),
+            and stays as it is here.
         router_noise_std: standard deviation of the normal noise on the logits of routers while they are trained:
             in training mode, unless their weights are frozen. Negative means 1 / experts, as in the paper.
         logit_scale_init_value: initial logarithm of the inverse temperature of contrastive retrieval.
@@ -134,6 +141,7 @@ class VLMoEConfig(PretrainedConfig):
         num_vl_experts: int = 0,
         moe_vl: bool = False,
         shared_router: bool = False,
+        moe_routing: str = "token_choice",
         num_experts_per_tok: int = 1,
         normalize_gate: bool = False,
         batch_priority: bool = True,
@@ -145,6 +153,7 @@ class VLMoEConfig(PretrainedConfig):
         text_router_losses: Optional[dict[str, float]] = None,
         vision_router_losses: Optional[dict[str, float]] = None,
         router_noise_std: float = 0.0,
+        router_balance_bias_rate: float = 0.0,
         logit_scale_init_value: float = 2.6592,
         task: str = "",
         training: Optional[dict[str, Any]] = None,
@@ -263,7 +272,20 @@ class VLMoEConfig(PretrainedConfig):
             self.moe_modalities in MODALITIES,
             f"moe_modalities={self.moe_modalities!r} is not one of {MODALITIES}",
         )
-        for name in ("capacity_factor", "router_aux_loss_coef", "router_noise_std"):
+        _require(
+            self.moe_routing in ROUTINGS,
+            f"moe_routing={self.moe_routing!r} is not one of {ROUTINGS}",
+        )
+        if self.moe_routing == "expert_choice" and self.has_experts:
+            _require(
+                self.capacity_factor > 0.0,
+                f"capacity_factor={self.capacity_factor} must be above 0 with moe_routing='expert_choice': "
+                "it is how many tokens an expert takes",
+            )
+        for name in (
+            *("capacity_factor", "router_aux_loss_coef", "router_noise_std"),
+            "router_balance_bias_rate",
+        ):
             value = getattr(self, name)
             _require(math.isfinite(value), f"{name}={value} must be finite")
         for name in ("text_router_losses", "vision_router_losses"):

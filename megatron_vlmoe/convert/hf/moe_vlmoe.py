@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .configuration_vlmoe import VLMoEConfig
 
+BALANCE_LOSSES = ("importance", "load", "gshard")
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
@@ -54,6 +55,10 @@ class VLMoERouter(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(num_experts, config.hidden_size, dtype=torch.float32)
         )
+        # Added to the gates for the choice of experts alone (loss-free balancing, arXiv 2408.15664).
+        self.balance_bias: Optional[Tensor]
+        bias = torch.zeros(num_experts) if config.router_balance_bias_rate > 0.0 else None
+        self.register_buffer("balance_bias", bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits in fp32: ``[T, D]`` to ``[T, E]``."""
@@ -95,6 +100,22 @@ class VLMoEExperts(nn.Module):
         # Every choice has a row of its own, so that the sum has a fixed order.
         by_choice = torch.zeros_like(outputs).index_copy(0, choice, outputs)
         return by_choice.view(num_tokens, k, -1).sum(dim=1)
+
+    def forward_chosen(self, hidden_states: Tensor, token: Tensor, weight: Tensor) -> Tensor:
+        """Gated sum ``[T, D]`` of experts that have chosen their tokens.
+
+        Args:
+            hidden_states: tokens ``[T, D]``.
+            token: tokens that every expert takes ``[E, C]``.
+            weight: their gates ``[E, C]``; 0 for a place that stays empty.
+        """
+        chosen = token.flatten()
+        expert = torch.arange(self.num_experts, device=token.device)
+        expert = expert.unsqueeze(1).expand_as(token).flatten()
+        outputs = self.run(hidden_states[chosen], expert)
+        outputs = outputs * weight.flatten().to(outputs.dtype).unsqueeze(1)
+        empty = outputs.new_zeros(hidden_states.shape[0], outputs.shape[1])
+        return empty.index_add(0, chosen, outputs)
 
     def run(self, rows: Tensor, expert: Tensor) -> Tensor:
         """Every row ``[R, D]`` through its expert ``[R]``, by which they are sorted; rows of E give 0.
@@ -194,7 +215,8 @@ class RouterOutput(NamedTuple):
     Args:
         logits: as the router gave them, without noise, in fp32 ``[T, E]``.
         loss: sum of its auxiliary losses, weighted as the configuration says: a scalar.
-        dropped: choices of tokens that found no place where capacity is limited: a scalar.
+        dropped: choices of tokens that found no place where capacity is limited, or with expert choice tokens that no
+            expert has taken: a scalar.
     """
 
     logits: Tensor
@@ -240,6 +262,18 @@ class VLMoESparseBranch(nn.Module):
             slots = to_stream(mask.unsqueeze(2), text_length).squeeze(1)
         logits = self.router(tokens)
         noisy = self._with_noise(logits)
+        if self.config.moe_routing == "expert_choice":
+            token, weight = self.choose_tokens(noisy, slots)
+            outputs = from_stream(
+                self.experts.forward_chosen(tokens, token, weight), samples, length, text_length
+            )
+            if not output_router_logits:
+                return outputs, None
+            taken = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=token.device)
+            taken[token.flatten()] = True
+            expert = logits.argmax(dim=1, keepdim=True)
+            routing = Routing(torch.ones_like(logits[:, :1]), expert, taken)
+            return outputs, self._router_output(logits, noisy, routing, slots)
         routing = self.route(noisy, slots)
         expert = routing.expert
         if routing.kept is not None:
@@ -258,7 +292,13 @@ class VLMoESparseBranch(nn.Module):
             raise ValueError(
                 f"num_experts_per_tok={config.num_experts_per_tok} does not fit a pool of {self.num_experts} experts"
             )
-        gate, expert = top_k_experts(torch.softmax(logits, dim=1), config.num_experts_per_tok)
+        gates = torch.softmax(logits, dim=1)
+        if self.router.balance_bias is None:
+            gate, expert = top_k_experts(gates, config.num_experts_per_tok)
+        else:
+            biased = gates.detach() + self.router.balance_bias.to(gates)
+            expert = top_k_experts(biased, config.num_experts_per_tok)[1]
+            gate = gates.gather(1, expert)
         if config.capacity_factor > 0.0:
             capacity = expert_capacity(
                 logits.shape[0],
@@ -277,6 +317,28 @@ class VLMoESparseBranch(nn.Module):
             gate = gate / gate.sum(dim=1, keepdim=True)
         return Routing(gate, expert, kept)
 
+    def choose_tokens(self, logits: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        """Expert choice by logits ``[T, E]``: tokens ``[E, C]`` of every expert, and their gates ``[E, C]``.
+
+        The best ones come first, equal ones in their order. Tokens with a False in mask ``[T]`` fill up what is left,
+        with a gate of 0.
+        """
+        config, gates = self.config, torch.softmax(logits, dim=1)
+        capacity = expert_capacity(
+            logits.shape[0],
+            self.num_experts,
+            config.num_experts_per_tok,
+            config.capacity_factor,
+            config.capacity_multiple_of,
+        )
+        score = torch.nan_to_num(gates.detach(), nan=-1.0)
+        if mask is not None:
+            score = score.masked_fill(~mask.unsqueeze(1), -math.inf)
+        order = torch.argsort(score, dim=0, descending=True, stable=True)
+        token = order[:capacity].t()
+        weight = gates.t().gather(1, token)
+        return token, weight if mask is None else weight * mask[token]
+
     def _noise_std(self) -> float:
         """Standard deviation of the router noise: 1 / E for a negative option."""
         std = self.config.router_noise_std
@@ -293,13 +355,17 @@ class VLMoESparseBranch(nn.Module):
         self, logits: Tensor, noisy: Tensor, routing: Routing, mask: Optional[Tensor]
     ) -> RouterOutput:
         config, text = self.config, self.name == "text"
+        weights = config.text_router_losses if text else config.vision_router_losses
+        if config.moe_routing == "expert_choice":
+            # Experts have equal load by construction.
+            weights = {name: w for name, w in weights.items() if name not in BALANCE_LOSSES}
         loss = router_loss(
             logits,
             noisy,
             routing.expert,
             # Where there is no noise, the load is that of the noise that there would be.
             self._noise_std() or 1.0 / self.num_experts,
-            config.text_router_losses if text else config.vision_router_losses,
+            weights,
             mask,
         )
         lost = torch.zeros_like(routing.expert, dtype=torch.bool)

@@ -195,6 +195,9 @@ def grown_tensors(
         sources = tuple(state_key(moment, source) for source in norms.get(key, (key,)))
         if key in made:
             tensors[whole] = made[key]
+        elif not moment and key.endswith(".balance_bias") and key not in stored:
+            # Loss-free balancing that the source does not have.
+            tensors[whole] = LazyTensor(shape, torch.float32, partial(torch.zeros, shape))
         elif not moment or all(source in stored for source in sources):
             first = tensor_of(stored, sources[0], reader)
             if len(sources) > 1:
@@ -221,6 +224,10 @@ def _pool_tensors(
         dtype = torch.float32 if moment else reader.tensors[keys[0]].dtype
         read = partial(_experts, reader, pool, part, options, moment)
         made[plan.expert_key(part)] = LazyTensor((plan.num_experts, *each), dtype, read)
+    if not moment:
+        # Copies of experts share the load of their source anew.
+        bias, size = plan.router_key.replace(".weight", ".balance_bias"), (plan.num_experts,)
+        made[bias] = LazyTensor(size, torch.float32, partial(torch.zeros, size))
     if not moment or plan.expert_key("weight1") in made:
         read = partial(_router, reader, pool, moment)
         made[plan.router_key] = LazyTensor(tuple(pool.router.shape), torch.float32, read)
