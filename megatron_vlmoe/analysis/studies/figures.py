@@ -104,8 +104,6 @@ def _curve(
         ]
         if means:
             axis.plot(*zip(*means), color=color, linestyle=line, linewidth=1.4)
-    if panel.x != "step" and axis.has_data():
-        axis.set_xscale("log")
     axis.set_xlabel(AXES[panel.x], fontsize=8)
     axis.set_ylabel("nats per predicted position", fontsize=8)
 

@@ -183,7 +183,7 @@ def measured_of(folder: Path) -> dict[str, dict[str, Any]]:
     }
     final = held_out[-1] if held_out else {}
     for key, value in final.items():
-        if key.startswith(("acc/", "eval/grounding/")):
+        if key.startswith(("acc/", "eval/grounding/", "eval/recall_at_1/")):
             values[key.removeprefix("eval/")] = value
         elif match := re.fullmatch(r"eval/moe/(text|vision|shared)/dropped_fraction/(\w+)", key):
             values[f"eval_dropped/{match[2]}"] = value

@@ -44,6 +44,7 @@ class Scale:
         seeds: unless others are asked for.
         processes: of a run.
         rate: FLOP/s of a process, for the estimate before any run has been timed.
+        contrastive: options that give contrastive pretraining its batch, of which a micro-batch is to be all.
         vocabularies: text and visual tokens, for the same; 0: as many as the paper's.
         data: options that name the data; empty: they are asked for.
         folder: of the prepared tasks; empty: it is asked for.
@@ -58,6 +59,7 @@ class Scale:
     seeds: tuple[int, ...]
     processes: int
     rate: float
+    contrastive: tuple[str, ...]
     pools: tuple[str, ...] = ("dense", "8e", "16e", "32e")
     data: tuple[str, ...] = ()
     folder: str = ""
@@ -122,6 +124,7 @@ SCALES: Mapping[str, Scale] = {
         seeds=(1, 2, 3),
         processes=1,
         rate=3e10,
+        contrastive=("--data.micro_pairs", "64", "--data.global_pairs", "64"),
         data=_SAMPLE_DATA,
         folder=TASKS,
         vocabularies=(320, 256),
@@ -136,6 +139,7 @@ SCALES: Mapping[str, Scale] = {
         seeds=(1,),
         processes=8,
         rate=5e13,
+        contrastive=("--data.micro_pairs", "256"),
     ),
     "base": Scale(
         about="the paper's models: SMALL and BASE, 200k steps on 32 GPUs",
@@ -154,5 +158,6 @@ SCALES: Mapping[str, Scale] = {
         seeds=(1,),
         processes=32,
         rate=5e13,
+        contrastive=("--data.micro_pairs", "64"),
     ),
 }

@@ -312,7 +312,17 @@ def contrastive(scale: Scale) -> Study:
         "VL-MoE": (scale.pool, ()),
         "LIMoE": (scale.pool, limoe),
     }
-    kind = ("--objectives.kind", "contrastive")
+    kind = (
+        *(
+            "--objectives.kind",
+            "contrastive",
+            "--data.micro_texts",
+            "0",
+            "--data.micro_images",
+            "0",
+        ),
+        *scale.contrastive,
+    )
     masked = tuple(f"{label}, masked" for label in models)
     return Study(
         name="contrastive",

@@ -119,7 +119,7 @@ def _label_row(summary: Mapping[str, Any], label: str, metrics: Sequence[str]) -
     for metric in metrics:
         numbers = numbers_of(summary, label, metric)
         cell = shown(metric, statistics.fmean(numbers)) if numbers else ""
-        if len(numbers) > 1:
+        if len(set(numbers)) > 1:
             cell += f" ± {shown(metric, statistics.stdev(numbers))}"
         cells.append(cell)
     return tuple(cells)
