@@ -55,6 +55,8 @@ def main(words: Sequence[str]) -> int:
     options, others = _parser().parse_passing_on(own)
     if options.redraw is not None:
         return _redraw(options, others)
+    if options.study is None:
+        raise ConfigError(f"NAME is missing: one of {', '.join(STUDIES)}, or FILE.yaml")
     check_options(others, finetune)
     scale = SCALES[options.scale]
     study = _study(options.study, scale)
@@ -118,7 +120,12 @@ def _parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("study", metavar="NAME", help="a study of the list below, or a YAML file of your own")
+    add(
+        "study",
+        nargs="?",
+        metavar="NAME",
+        help="a study of the list below, or a YAML file of your own",
+    )
     add("--scale", choices=list(SCALES), default="tiny", help="of the list below (%(default)s)")
     add("--only", nargs="+", metavar="LABEL", help="these of its runs")
     add("--seeds", nargs="+", type=int, metavar="N", help="of every run (as the scale has it)")

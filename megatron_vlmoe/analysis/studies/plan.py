@@ -22,7 +22,6 @@ from megatron_vlmoe.analysis.studies.study import Run, Study
 from megatron_vlmoe.config.command_line import (
     flat_options,
     normalize_arguments,
-    option_value,
     parse_options,
     parse_run,
 )
@@ -327,8 +326,11 @@ def check_options(options: Sequence[str], finetune: Sequence[str]) -> None:
         ConfigError: naming the option.
     """
     for words, root in ((options, RunConfig), (finetune, FinetuneConfig)):
-        normalized = normalize_arguments(words, root)
+        try:
+            normalized = normalize_arguments(words, root)
+        except ConfigError as error:
+            raise ConfigError(f"--finetune: {error}" if words is finetune else str(error)) from None
         for name in _OWN:
-            if name in normalized or option_value(normalized, name):
+            if name in normalized:
                 how = {"--train.seed": "; use --seeds", "--preset": "; see --scale"}.get(name, "")
                 raise ConfigError(f"{name} is not for studies, which set it for every run{how}")

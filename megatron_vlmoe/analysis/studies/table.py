@@ -244,18 +244,18 @@ def losses(scale: Scale) -> Study:
         "none": _losses_of("vision"),
     }
     others = {
-        "vloss + z": _losses_of("vision", importance=0.5, load=0.5, z=1.0),
-        "vloss, no BPR": ("--moe.batch_priority", "false"),
-        "none, no BPR": (*_losses_of("vision"), "--moe.batch_priority", "false"),
-        "text: vloss": _losses_of("text", importance=0.5, load=0.5),
-        "text: z": _losses_of("text", z=1.0),
-        "text: GShard": _losses_of("text", gshard=1.0),
-        "text: none": _losses_of("text"),
-        "routed padding": ("--moe.route_padding", "true"),
-        "expert choice": (*no_losses, "--moe.routing", "expert_choice"),
-        "bias instead of losses": (*no_losses, "--moe.balance_bias_rate", "0.001"),
-        "experts in VL blocks": vl,
-        "experts in VL blocks and on the VL-FFN": (
+        "vloss+z": _losses_of("vision", importance=0.5, load=0.5, z=1.0),
+        "vloss-no-BPR": ("--moe.batch_priority", "false"),
+        "none-no-BPR": (*_losses_of("vision"), "--moe.batch_priority", "false"),
+        "text-vloss": _losses_of("text", importance=0.5, load=0.5),
+        "text-z": _losses_of("text", z=1.0),
+        "text-GShard": _losses_of("text", gshard=1.0),
+        "text-none": _losses_of("text"),
+        "routed-padding": ("--moe.route_padding", "true"),
+        "expert-choice": (*no_losses, "--moe.routing", "expert_choice"),
+        "bias": (*no_losses, "--moe.balance_bias_rate", "0.001"),
+        "VL-blocks": vl,
+        "VL-FFN": (
             *vl,
             *("--moe.vl", "true", "--moe.num_vl_experts", str(scale.num_experts)),
         ),
@@ -270,7 +270,7 @@ def losses(scale: Scale) -> Study:
         ),
         columns=("total", *LOSSES, *columns),
         panels=(
-            Panel("training", ("train",), labels=("vloss", *vision, "vloss, no BPR")),
+            Panel("training", ("train",), labels=("vloss", *vision, "vloss-no-BPR")),
             *(Panel("values", (name,)) for name in ("total", "roughness", "load_max")),
             *(Panel("values", (name,)) for name in ("dropped_vision", "dropped_text")),
         ),
@@ -288,12 +288,12 @@ def losses(scale: Scale) -> Study:
             Claim(
                 "z-loss hurts",
                 "section 5, Fig. 4",
-                (below("total", "vloss", "z"), below("total", "vloss", "vloss + z")),
+                (below("total", "vloss", "z"), below("total", "vloss", "vloss+z")),
             ),
             Claim(
                 "BPR makes training more even",
                 "section 5, Fig. 4",
-                (below("roughness", "vloss", "vloss, no BPR"),),
+                (below("roughness", "vloss", "vloss-no-BPR"),),
             ),
         ),
     )
@@ -323,13 +323,13 @@ def contrastive(scale: Scale) -> Study:
         ),
         *scale.contrastive,
     )
-    masked = tuple(f"{label}, masked" for label in models)
+    masked = tuple(f"{label}-masked" for label in models)
     return Study(
         name="contrastive",
         title="Dense, VL-MoE and LIMoE-style models under contrastive and masked losses (Fig. 8, A.1)",
         runs=(
             *(Run(label, pool, (*kind, *options)) for label, (pool, options) in models.items()),
-            *(Run(f"{label}, masked", pool, options) for label, (pool, options) in models.items()),
+            *(Run(f"{label}-masked", pool, options) for label, (pool, options) in models.items()),
         ),
         columns=("total", "train", "overfit", "roughness", "spikes", "load_max", "dropped"),
         panels=(
@@ -357,7 +357,7 @@ def contrastive(scale: Scale) -> Study:
             Claim(
                 "Masked: LIMoE ends above VL-MoE (the paper's did not converge)",
                 "appendix A.1",
-                (below("total", "VL-MoE, masked", "LIMoE, masked"),),
+                (below("total", "VL-MoE-masked", "LIMoE-masked"),),
             ),
         ),
     )
@@ -377,7 +377,7 @@ def dropped(scale: Scale) -> Study:
         runs=(
             Run(pool, pool),
             *(Run(name, name) for name in (largest,) if name != pool),
-            Run(f"{pool}, padding routed", pool, ("--moe.route_padding", "true")),
+            Run(f"{pool}-routed-padding", pool, ("--moe.route_padding", "true")),
         ),
         columns=(*DROPPED, *(f"eval_{name}" for name in DROPPED), "load_max"),
         panels=(
