@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
 
     vlmoe study scaling --only tiny-dense tiny-8e --seeds 1 2 3
     """
-    own, finetune = _apart(words)
+    own, finetune = options_apart(words)
     options, others = _parser().parse_passing_on(own)
     if options.redraw is not None:
         return _redraw(options, others)
@@ -160,7 +160,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def options_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words without `--finetune.section.option VALUE ...`, and these as the options of a fine-tuning."""
     own: list[str] = []
     finetune: list[str] = []

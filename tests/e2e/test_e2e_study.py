@@ -1,4 +1,4 @@
-"""A study as a user runs it: killed, gone on with, run again, printed, and what it leaves against what its runs logged."""
+"""A study as a user runs it: killed, gone on with, printed, and what it leaves against what its runs logged."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ claims:
 def words(corpus: Corpus, *more: str) -> list[str]:
     # The study itself says what the preset and the seeds are.
     own = SMALL_MODEL[2 : SMALL_MODEL.index("--train.seed")]
-    data = ["--data.eval_text", "--data.eval_images", "--data.eval_pairs"]
     steps = ["--train.steps", str(STEPS), "--train.eval_interval", "12", "--save-interval", "4"]
-    options = [*own, *corpus.data, *data, *steps, "--train.exit_signals", "SIGUSR1"]
+    options = [*own, *corpus.data, *steps]
     return ["study", "mine.yaml", "--seeds", "1", "2", "--output", "studies", *options, *more]
 
 

@@ -199,6 +199,25 @@ def _output(command: Sequence[str]) -> str:
 
 
 @dataclass
+class ActiveRun:
+    """A run that has been started.
+
+    Args:
+        run: which.
+        process: that runs it, or torchrun.
+        console_start: bytes that its console held before.
+        started: time of the monotonic clock.
+        is_asked: it was asked to save and leave.
+    """
+
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    console_start: int
+    started: float
+    is_asked: bool = False
+
+
+@dataclass
 class Runner:
     """Carries out the runs of a study.
 
@@ -221,44 +240,55 @@ class Runner:
     def run(self) -> None:
         """Runs until all is done or tried, or a signal asks to leave; then the runs save, and go on another time."""
         waiting = [run for run in self.runs if not is_finished(run)]
-        todo, done = len(waiting), 0
+        todo, started = len(waiting), time.monotonic()
         _say(f"{len(self.runs)} runs, {len(self.runs) - todo} of them finished before")
-        active: dict[Path, tuple[PlannedRun, subprocess.Popen[bytes], int, float]] = {}
-        started = time.monotonic()
-        with self._signals(active):
-            while active or (waiting and not self.is_stopped):
-                busy = {*active, *(run.folder for run in waiting)}
-                for run in list(waiting):
-                    if self.is_stopped or len(active) >= self.jobs:
-                        break
-                    if run.after is not None and run.after.folder in busy:
-                        continue
-                    waiting.remove(run)
-                    if run.after is not None and run.after.folder in self.failures:
-                        self._fail(run, f"{run.after.folder.name}, which it starts from, failed")
-                        done += 1
-                        continue
-                    active[run.folder] = self._start(run)
-                for folder, (run, process, before, start) in list(active.items()):
-                    if process.poll() is None:
-                        continue
-                    del active[folder]
-                    if self.is_stopped and not is_finished(run):
-                        _say(f"stopped {folder.name}, which goes on another time")
-                        continue
-                    done += 1
-                    if is_finished(run):
-                        minutes = (time.monotonic() - start) / 60
-                        left = (time.monotonic() - started) / done * (todo - done) / 60
-                        _say(
-                            f"{done} of {todo}: {folder.name} in {minutes:.1f} min"
-                            + (f"; about {left:.0f} min left" if done < todo else "")
-                        )
-                    else:
-                        self._fail(run, _reason(folder / CONSOLE, before, process.returncode))
-                time.sleep(_POLL_SECONDS)
+        active: list[ActiveRun] = []
+        with self._signals():
+            try:
+                while active or (waiting and not self.is_stopped):
+                    self._fill(waiting, active)
+                    for own in [own for own in active if own.process.poll() is not None]:
+                        active.remove(own)
+                        done = todo - len(waiting) - len(active)
+                        each = (time.monotonic() - started) / done
+                        left = f"; about {each * (todo - done) / 60:.0f} min left"
+                        self._end(own, f"{done} of {todo}", left if done < todo else "")
+                    if self.is_stopped:
+                        self._ask_to_leave(active)
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                # After an error here, such as output that nobody reads any more, nothing goes on unseen.
+                self._ask_to_leave(active)
+                for own in active:
+                    own.process.wait()
 
-    def _start(self, run: PlannedRun) -> tuple[PlannedRun, subprocess.Popen[bytes], int, float]:
+    def _fill(self, waiting: list[PlannedRun], active: list[ActiveRun]) -> None:
+        """Starts runs as long as there is room and what they start from is there."""
+        busy = {own.run.folder for own in active} | {run.folder for run in waiting}
+        for run in list(waiting):
+            if self.is_stopped or len(active) >= self.jobs:
+                return
+            if run.after is not None and run.after.folder in busy:
+                continue
+            waiting.remove(run)
+            if run.after is not None and run.after.folder in self.failures:
+                self._fail(run, f"{run.after.folder.name}, which it starts from, failed")
+            else:
+                active.append(self._start(run))
+
+    def _end(self, own: ActiveRun, count: str, left: str) -> None:
+        """Says what became of a run."""
+        name = own.run.folder.name
+        if is_finished(own.run):
+            minutes = (time.monotonic() - own.started) / 60
+            _say(f"{count}: {name} in {minutes:.1f} min{left}")
+        elif own.is_asked:
+            _say(f"stopped {name}, which goes on another time")
+        else:
+            console = own.run.folder / CONSOLE
+            self._fail(own.run, _reason(console, own.console_start, own.process.returncode))
+
+    def _start(self, run: PlannedRun) -> ActiveRun:
         folder = run.folder
         folder.mkdir(parents=True, exist_ok=True)
         command = command_of(run, [sys.executable])
@@ -285,46 +315,42 @@ class Runner:
                 start_new_session=True,
                 pass_fds=(self.lock.fileno(),),
             )
-        return run, process, before, time.monotonic()
+        return ActiveRun(run, process, before, time.monotonic())
 
     def _fail(self, run: PlannedRun, reason: str) -> None:
         self.failures[run.folder] = reason
         print(f"failed: {run.folder.name}: {reason}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def _signals(self, active: Mapping[Path, Any]) -> Iterator[None]:
-        """Hands a request to leave on to the runs, which save and end."""
+    def _signals(self) -> Iterator[None]:
+        """Takes note of a request to leave."""
 
         def leave(number: int, frame: FrameType | None) -> None:
-            if not self.is_stopped:
-                _say(
-                    f"{signal.Signals(number).name}: asking {len(active)} run(s) to save and leave"
-                )
             self.is_stopped = True
-            for _, process, _, _ in list(active.values()):
-                if process.poll() is None:
-                    _ask_to_leave(process)
 
-        previous = {
-            number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, leave) for number in numbers}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-
-def _ask_to_leave(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to a run; under torchrun to the ranks, which torchrun itself would kill before they have saved."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    targets = [process.pid]
-    if "torch.distributed.run" in process.args:  # type: ignore[operator]
-        with contextlib.suppress(OSError):
-            targets = [int(pid) for pid in children.read_text().split()] or targets
-    for pid in targets:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+    def _ask_to_leave(self, active: Sequence[ActiveRun]) -> None:
+        """SIGTERM to each run, once; under torchrun to the ranks, which torchrun itself would kill before they saved."""
+        for own in active:
+            if own.is_asked:
+                continue
+            own.is_asked = True
+            leader = own.process.pid
+            targets = [leader]
+            if own.run.processes > 1:
+                with contextlib.suppress(OSError):
+                    children = Path(f"/proc/{leader}/task/{leader}/children").read_text()
+                    targets = [int(pid) for pid in children.split()] or targets
+            for pid in targets:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
 
 
 def _reason(console: Path, before: int, status: int) -> str:
