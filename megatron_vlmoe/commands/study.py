@@ -37,6 +37,7 @@ from megatron_vlmoe.analysis.studies.study import Study, read_study, study_from
 from megatron_vlmoe.analysis.studies.table import STUDIES
 from megatron_vlmoe.analysis.studies.tables import table
 from megatron_vlmoe.commands.options import CommandParser
+from megatron_vlmoe.config.command_line import normalize_arguments
 from megatron_vlmoe.config.errors import ConfigError, unknown_name, user_files
 from megatron_vlmoe.prepare.tool import positive_int
 from megatron_vlmoe.runtime.files import write_text_atomic
@@ -65,7 +66,8 @@ def main(words: Sequence[str]) -> int:
         output=Path(options.output),
         seeds=tuple(options.seeds or scale.seeds),
         processes=processes,
-        options=tuple(others),
+        # `--option=value` as two words, and short forms in full.
+        options=tuple(normalize_arguments(others)),
         finetune=tuple(finetune),
         tasks=options.tasks or "",
         only=tuple(options.only or ()),
@@ -75,19 +77,21 @@ def main(words: Sequence[str]) -> int:
     if options.slurm and not options.print_commands:
         raise ConfigError("--slurm goes with --print-commands")
     rows = Planner(scale, request).plan(study)
-    jobs = options.jobs or (max(1, min(_MOST_JOBS, (os.cpu_count() or 1) // processes)))
+    # Processes of one run share the machine's GPUs; single ones share its cores.
+    jobs = options.jobs or (min(_MOST_JOBS, os.cpu_count() or 1) if processes == 1 else 1)
     if options.dry_run:
         print("\n".join(_dry_run_lines(study, rows, scale, jobs)))
         return 0
     if _missing(rows) and options.scale == "tiny" and not options.print_commands:
-        _prepare(rows)
-        # Runs are known by the content of their data, which was not there before.
-        rows = Planner(scale, request).plan(study)
+        if _prepare(rows):
+            # Runs are known by the content of their data, which was not there before.
+            rows = Planner(scale, request).plan(study)
     _check_data(rows)
     if options.print_commands:
         print("\n".join(command_lines(unique_runs(rows), options.gpus_per_node, options.slurm)))
         return 0
-    if processes > options.gpus_per_node:
+    runs = unique_runs(rows)
+    if processes > options.gpus_per_node and not all(map(is_finished, runs)):
         raise ConfigError(
             f"--processes {processes}: more than the {options.gpus_per_node} of a machine (--gpus-per-node); "
             "start them as `vlmoe study ... --print-commands --slurm` prints, then come back for the results"
@@ -95,7 +99,7 @@ def main(words: Sequence[str]) -> int:
     about = {"scale": options.scale, "command": shlex.join(["vlmoe", "study", *words])}
     folder = request.output / study.name
     with locked(request.output) as lock:
-        runner = Runner(unique_runs(rows), jobs, lock)
+        runner = Runner(runs, jobs, lock)
         runner.run()
         summary = summarize(study, rows, about, runner.failures)
         write_summary(summary, folder / "summary.json")
@@ -133,7 +137,7 @@ def _parser() -> CommandParser:
         "--jobs",
         type=positive_int,
         metavar="N",
-        help=f"runs side by side (as many as the cores allow, at most {_MOST_JOBS})",
+        help=f"runs side by side (one per core, at most {_MOST_JOBS}; 1 if a run has several processes)",
     )
     add(
         "--processes",
@@ -237,7 +241,7 @@ def _check_data(rows: Sequence[PlannedRow]) -> None:
     for name in ("text", "images", "pairs", "text_tokenizer"):
         if not getattr(data, name):
             raise ConfigError(
-                f"--data.{name} is missing: this scale is for data of your own (docs/data.md)"
+                f"--data.{name} is missing: where the data are your own, all of them are to be named (docs/data.md)"
             )
     if missing := _missing(rows):
         raise ConfigError(
@@ -245,11 +249,11 @@ def _check_data(rows: Sequence[PlannedRow]) -> None:
         )
 
 
-def _prepare(rows: Sequence[PlannedRow]) -> None:
-    """Makes the quick start's data where the runs ask for these."""
+def _prepare(rows: Sequence[PlannedRow]) -> bool:
+    """Makes the quick start's data where the runs ask for these; whether it did."""
     missing = _missing(rows)
     if not all(name.startswith((f"{INDEXED}/", f"{TASKS}/")) for name in missing):
-        return
+        return False
     script = Path(__file__).resolve().parents[2] / "examples" / "sample_data.sh"
     if not script.is_file():
         raise ConfigError(
@@ -267,3 +271,4 @@ def _prepare(rows: Sequence[PlannedRow]) -> None:
     }
     if subprocess.run(["bash", str(script)], env=environment, check=False).returncode:
         raise ConfigError("the sample data could not be made; see above")
+    return True

@@ -12,8 +12,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import psutil
+import pytest
 from commands import Outcome, environment, run
 from conftest import SMALL_MODEL, Corpus, metrics
+
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS = 24
 STUDY = """
@@ -36,13 +39,13 @@ def words(corpus: Corpus, *more: str) -> list[str]:
 
 
 def study(corpus: Corpus, *more: str) -> Outcome:
-    return run("-m", "megatron_vlmoe", *words(corpus, *more), cwd=corpus.folder)
+    return run("-m", "megatron_vlmoe", *words(corpus, *more), cwd=corpus.folder, timeout=900)
 
 
-def kill_a_run(studies: Path) -> str:
-    """Kills the first run that has saved and logged more since; returns its folder's name."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+def kill_a_run(studies: Path, launcher: subprocess.Popen[str]) -> str:
+    """Kills the first run that has saved; returns its folder's name."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and launcher.poll() is None:
         for tracker in studies.glob("runs/*/checkpoints/latest_checkpointed_iteration.txt"):
             folder = tracker.parents[1]
             for process in psutil.process_iter(["cmdline"]):
@@ -50,7 +53,7 @@ def kill_a_run(studies: Path) -> str:
                     process.send_signal(signal.SIGKILL)
                     return folder.name
         time.sleep(0.02)
-    raise AssertionError("no run has saved within 300 s")
+    raise AssertionError(f"no run has saved: {launcher.communicate(timeout=1)}")
 
 
 def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
@@ -64,10 +67,10 @@ def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    killed = kill_a_run(studies)
+    killed = kill_a_run(studies, launcher)
     # Another one at the same time would run the same again.
     study(corpus).refused("studies: another `vlmoe study`", code=2)
-    out, err = launcher.communicate(timeout=600)
+    out, err = launcher.communicate(timeout=900)
     assert launcher.returncode == 1, out + err
     (line,) = err.splitlines()
     assert line.startswith(f"failed: {killed}: exit status -9") and "console.txt" in line

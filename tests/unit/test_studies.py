@@ -292,9 +292,10 @@ def test_scores_of_one_seed_and_means_of_several(tmp_path):
     assert task_scores("nlvr2", tmp_path) == {"nlvr2/dev/accuracy": 61.0}
 
 
-def summary(folder: Path, name: str) -> Path:
-    """The summary of a study whose runs have all the values that its table and figure show, from hand."""
+def summary(folder: Path, name: str, runs: int | None = None) -> Path:
+    """The summary of a study whose first runs have all the values that its table and figure show, from hand."""
     study = STUDIES[name](TINY)
+    study = dataclasses.replace(study, runs=study.runs[:runs])
     curve = {"step": [0, 5], "flops": [0, 50], "seconds": [0, 2], "mlm": [5.0, 4.0], "vlm": [9, 8]}
     rows = [
         {
@@ -329,6 +330,13 @@ def test_table_and_figure_are_drawn_from_a_summary_alone(name, tmp_path, capsys)
         paper = study.paper[-1]
         assert f"| *{paper.label}* |  | " in table and "numbers that the paper prints" in table
     assert (tmp_path / "out" / name / "figure.png").stat().st_size > 10_000
+
+
+def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
+    path = summary(tmp_path, "contrastive", runs=1)
+    assert run("study", ["--redraw", str(path), "--output", str(tmp_path / "out")]) == 0
+    table = (tmp_path / "out" / "contrastive" / "table.md").read_text()
+    assert "LIMoE-masked |" not in table and "no seed has all of these runs" in table
 
 
 @pytest.mark.parametrize(

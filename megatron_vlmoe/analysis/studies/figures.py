@@ -65,7 +65,8 @@ def draw_study(study: Study, summary: Mapping[str, Any], output: Path) -> Path:
         axis.set_title(panel.title or metric_name(panel.metrics[0]), fontsize=10)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
-        draw[panel.kind](axis, panel, summary, labels, styles)
+        if labels:
+            draw[panel.kind](axis, panel, summary, labels, styles)
         if not axis.has_data():
             axis.text(0.5, 0.5, "nothing measured", ha="center", transform=axis.transAxes)
     for axis in list(axes.flat)[len(study.panels) :]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_vlmoe.analysis.studies.scales import Scale, TaskRecipe
 from megatron_vlmoe.analysis.studies.study import Run, Study
@@ -43,6 +43,9 @@ _NEUTRAL = (
 )
 # What the study itself decides.
 _OWN = ("--preset", "--train.seed", "--checkpoint.save", "--checkpoint.load", "--dry-run")
+
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,13 @@ class Planner:
     def __init__(self, scale: Scale, request: Request) -> None:
         self.scale = scale
         self.request = request
-        self._parsed: dict[tuple[str, ...], RunConfig] = {}
+        # By what the options start from, and the options.
+        self._parsed: dict[tuple[RunConfig | None, *tuple[str, ...]], RunConfig] = {}
         self._fingerprints: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
+        # Held-out data and tokenizers of the scale do not go with a user's training data.
+        own = {"--data.text", "--data.images", "--data.pairs"} & set(request.options)
+        self._scale_data = () if own else scale.data
 
     def plan(self, study: Study) -> list[PlannedRow]:
         """The rows of a study, seed by seed, so that what is there at any time can be compared.
@@ -151,16 +158,16 @@ class Planner:
         size, size_options = scale.sizes[run.size or scale.main]
         preset = f"{size}-{run.experts}"
         words = (
-            *("--preset", preset, *scale.options, *scale.data, *size_options),
+            *("--preset", preset, *scale.options, *self._scale_data, *size_options),
             *self._expert_parallel(run.experts),
             *(*run.options, *request.options),
         )
-        config = self._parsed.get(words)
+        config = self._parsed.get((None, *words))
         if config is None:
             config = parse_run("pretrain", words).config
             validate(config, request.processes)
-            self._parsed[words] = config
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+            self._parsed[None, *words] = config
+        config = _with_seed(config, seed)
         digest = self._digest(config, "pretrain", "")
         name = _slug(preset, (*size_options, *run.options), seed)
         return PlannedRun(
@@ -186,25 +193,22 @@ class Planner:
             *(*task.options, *run.finetune, *request.finetune),
         )
         # The recipe is put on the architecture of what it starts from, which has no checkpoint yet.
-        key = (start.digest, *given)
-        known = self._parsed.get(key)
-        if isinstance(known, FinetuneConfig):
-            config = known
-        else:
+        base = _with_seed(start.config, 0)
+        key = (base, *given)
+        if key not in self._parsed:
             words = normalize_arguments(given, FinetuneConfig)
-            base = apply_recipe(task.recipe, start.config)
-            parsed = parse_options("finetune", words, base, recipe_names()).config
-            assert isinstance(parsed, FinetuneConfig)
-            config = parsed
-            share = max(1, config.task.global_batch_size // request.processes)
-            if share < config.task.micro_batch_size:
-                given += ("--task.micro_batch_size", str(share))
-                own = dataclasses.replace(config.task, micro_batch_size=share)
-                config = dataclasses.replace(config, task=own)
-            validate_task(config, request.processes)
-            self._parsed[key] = config
+            recipe = apply_recipe(task.recipe, base)
+            self._parsed[key] = parse_options("finetune", words, recipe, recipe_names()).config
+        config = self._parsed[key]
+        assert isinstance(config, FinetuneConfig)
+        share = max(1, config.task.global_batch_size // request.processes)
+        if share < config.task.micro_batch_size:
+            given += ("--task.micro_batch_size", str(share))
+            own = dataclasses.replace(config.task, micro_batch_size=share)
+            config = dataclasses.replace(config, task=own)
+        validate_task(config, request.processes)
         given += ("--train.seed", str(seed))
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        config = _with_seed(config, seed)
         digest = self._digest(config, "finetune", start.digest)
         name = f"{task.name}-{_slug_of(start.folder.name)}"
         words_of = (*given, "--load", str(start.folder))
@@ -271,6 +275,10 @@ def data_files(run: PlannedRun) -> list[Path]:
         return [Path(f"{task.data}_{split}.json") for split in (task.train_split, *task.splits)]
     prefixes = [value for name in DATASETS for value in options[name] if not _is_number(value)]
     return files + [Path(f"{prefix}.json") for prefix in prefixes]
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
 
 
 def _content_files(path: str, task: Any) -> Iterator[Path]:

@@ -337,7 +337,7 @@ class Runner:
                 signal.signal(number, handler)
 
     def _ask_to_leave(self, active: Sequence[ActiveRun]) -> None:
-        """SIGTERM to each run, once; under torchrun to the ranks, which torchrun itself would kill before they saved."""
+        """SIGTERM to each run, once; to the ranks of torchrun, which would kill them before they have saved."""
         for own in active:
             if own.is_asked:
                 continue
