@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_vlmoe.analysis.studies.figures import draw_study
 from megatron_vlmoe.analysis.studies.plan import (
+    RUNS,
     PlannedRow,
     Planner,
     Request,
@@ -54,6 +55,9 @@ def main(words: Sequence[str]) -> int:
     """
     own, finetune = options_apart(words)
     options, others = _parser().parse_passing_on(own)
+    for name in ("output", "tasks"):
+        if getattr(options, name) == "":
+            raise ConfigError(f"--{name} is empty")
     if options.redraw is not None:
         return _redraw(options, others)
     if options.study is None:
@@ -61,6 +65,8 @@ def main(words: Sequence[str]) -> int:
     check_options(others, finetune)
     scale = SCALES[options.scale]
     study = _study(options.study, scale)
+    if study.name == RUNS:
+        raise ConfigError(f"{options.study}: the name {RUNS} is that of the folder of all runs")
     processes = options.processes or scale.processes
     request = Request(
         output=Path(options.output),
@@ -145,7 +151,13 @@ def _parser() -> CommandParser:
         metavar="N",
         help="of every run, which changes what experts can hold (as the scale has it)",
     )
-    add("--gpus-per-node", type=positive_int, default=8, metavar="N", help="(%(default)s)")
+    add(
+        "--gpus-per-node",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="most processes on a machine (%(default)s)",
+    )
     add("--tasks", metavar="DIR", help="folder of the tasks that `vlmoe index-task` prepared")
     add("--output", default=OUTPUT, metavar="DIR", help="folder of studies and runs (%(default)s)")
     add("--dry-run", action="store_true", help="check all runs, list them with a guess of the time")

@@ -301,11 +301,14 @@ def losses(scale: Scale) -> Study:
 
 def contrastive(scale: Scale) -> Study:
     """One shared pool after LIMoE against two, under the contrastive and under the masked losses."""
-    half = max(scale.num_experts // 2, 1)
+    # As examples/configs/limoe.yaml, whose thresholds are for 32 experts.
+    share = scale.num_experts / 32
     limoe = (
-        *("--moe.shared_router", "true"),
-        *_losses_of("vision", importance=0.5, load=0.5, local_entropy=1.0, global_entropy=1.0),
-        *("--moe.vision_aux.global_entropy_experts", str(half)),
+        *("--moe.shared_router", "true", "--moe.aux_loss_coefficient", "0.04"),
+        *_losses_of("vision", importance=0.5, load=0.5, global_entropy=1.0),
+        *("--moe.vision_aux.global_entropy_experts", f"{20 * share:g}"),
+        *("--moe.text_aux.local_entropy", "1", "--moe.text_aux.global_entropy", "1"),
+        *("--moe.text_aux.global_entropy_experts", f"{9 * share:g}"),
     )
     models = {
         "dense": ("dense", ()),
