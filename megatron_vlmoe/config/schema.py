@@ -73,6 +73,9 @@ class ModelConfig:
 class AuxLossConfig:
     """Weights of the auxiliary losses of one modality, before `moe.aux_loss_coefficient`.
 
+    A shared router has the entropies for each modality apart (LIMoE): those of `text_aux` over its text tokens, those
+    of `vision_aux` over its image tokens; and the other losses of `vision_aux` over all of them.
+
     Args:
         importance: squared coefficient of variation of the summed gates (paper A.3).
         load: squared coefficient of variation of the expected assignments (paper A.3).
@@ -124,8 +127,9 @@ class MoEConfig:
         dispatcher: `fixed_capacity` (static shapes), `alltoall` (megatron-core's) or `dropless`.
         route_padding: sends padding tokens of captions to experts (as the paper did).
         aux_loss_coefficient: weight of the auxiliary losses in the total.
-        text_aux: Auxiliary losses of the text routers
-        vision_aux: Auxiliary losses of the vision routers, of shared routers and of the VL routers
+        text_aux: Auxiliary losses of the text routers, and entropies of the text tokens of shared routers
+        vision_aux: Auxiliary losses of the vision routers, of shared routers and of the VL routers; entropies of shared
+            routers are those of their image tokens
         train_experts: false freezes experts and routers (fine-tuning): no noise and no auxiliary loss.
     """
 

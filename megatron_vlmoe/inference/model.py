@@ -129,7 +129,8 @@ class VLMoE:
             labels: class names; None takes `labels.json` of the run folder.
             batch_size: most items in a forward pass.
             capacity_factor: expert capacity; 0 or less drops no token, so that a result does not depend on what
-                else is in the batch. The paper evaluates with 1.0.
+                else is in the batch. The paper evaluates with 1.0. With expert choice a result always does, and 0 takes
+                the factor of the run's evaluation.
             exif: "turn" turns images upright by the orientation in their EXIF, "keep" leaves them.
             alpha: ground of transparent pixels, "white" or "black"; "drop" takes the colours under them.
 
@@ -146,6 +147,9 @@ class VLMoE:
         checkpoint, config = read_run(path)
         if precision not in PRECISIONS:
             raise ConfigError(f"precision={precision}: choose one of {', '.join(PRECISIONS)}")
+        if capacity_factor <= 0.0 and config.moe.routing == "expert_choice":
+            # There it says how many tokens an expert takes: as many as in the evaluation of the run.
+            capacity_factor = config.moe.eval_capacity_factor
         moe = replace(config.moe, eval_capacity_factor=capacity_factor)
         if capacity_factor > 0.0 and moe.dispatcher == "dropless":
             moe = replace(moe, dispatcher="fixed_capacity")

@@ -33,7 +33,7 @@ from megatron_vlmoe.moe.routing_ops import (
 )
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
-from megatron_vlmoe.stream.layout import SEGMENTS
+from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS
 from megatron_vlmoe.stream.sizes import expert_capacity
 
 # Fixed entries of a pool's counter vector; the load of every expert follows them.
@@ -45,6 +45,8 @@ HEADER = (
 )
 # Losses that ask for what expert choice has by construction: as many tokens for every expert.
 BALANCE_TERMS = ("importance", "load", "gshard")
+# Losses that a shared router has for each modality apart (LIMoE, arXiv 2206.02770, section 3).
+ENTROPY_TERMS = ("local_entropy", "global_entropy")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class _Scores(NamedTuple):
     clean: Tensor
     noisy: Tensor
     mask: Optional[Tensor]
+
+
+class _LossGroup(NamedTuple):
+    """Auxiliary losses over some tokens of a pool: their names and weights, and which rows of the pool count."""
+
+    terms: tuple[str, ...]
+    weights: AuxLossConfig
+    rows: slice
 
 
 class RoutingRecorder:
@@ -208,12 +218,14 @@ class ModalityRouter(MegatronModule):
         scores = [self._scores(pool, tokens, stream) for pool, tokens in zip(self.pools, inputs)]
         gates = [torch.softmax(score.noisy, dim=1) for score in scores]
         routings = []
-        for pool, (_, _, mask), full, losses in zip(
-            self.pools, scores, gates, self._auxiliary_losses(scores)
-        ):
+        auxiliary = self._auxiliary_losses(scores, stream)
+        for pool, (_, _, mask), full, found in zip(self.pools, scores, gates, auxiliary):
             total = self.get_submodule(pool.name).weight.new_zeros(())
-            for term, loss in losses.items():
-                total = total + getattr(self._aux(pool), term) * loss
+            losses: dict[str, Tensor] = {}
+            for weights, own in found:
+                for term, loss in own.items():
+                    total = total + getattr(weights, term) * loss
+                    losses[term] = losses[term] + loss if term in losses else loss
             total = self.moe.aux_loss_coefficient * total
             # Priority is the gate as it is, also where the combine weights are normalised.
             routing = self._assign(pool, full, mask, capacity_factor)
@@ -257,10 +269,27 @@ class ModalityRouter(MegatronModule):
     def _aux(self, pool: Branch) -> AuxLossConfig:
         return self.moe.text_aux if pool.name == "text" else self.moe.vision_aux
 
-    def _terms(self, pool: Branch) -> tuple[str, ...]:
+    def _loss_groups(self, pool: Branch, stream: StreamBatch) -> list[_LossGroup]:
+        """One group of losses over all tokens; of a shared router also the entropies of either modality."""
+        weights, everything = self._aux(pool), slice(None)
+        if pool.name != "shared":
+            return [_LossGroup(self._terms(pool, weights), weights, everything)]
+        others = tuple(t for t in self._terms(pool, weights) if t not in ENTROPY_TERMS)
+        groups = [_LossGroup(others, weights, everything)]
+        # Texts stand before images.
+        texts = stream.layout.size(*(name for name in pool.segments if name in TEXT_SEGMENTS))
+        for own, rows in (
+            (self.moe.text_aux, slice(texts)),
+            (self.moe.vision_aux, slice(texts, None)),
+        ):
+            terms = tuple(t for t in self._terms(pool, own) if t in ENTROPY_TERMS)
+            groups.append(_LossGroup(terms, own, rows))
+        return [group for group in groups if group.terms]
+
+    def _terms(self, pool: Branch, weights: AuxLossConfig) -> tuple[str, ...]:
         if not self.moe.train_experts:
             return ()
-        terms = self._aux(pool).active_terms()
+        terms = weights.active_terms()
         if not self.training or self._noise_std(pool) <= 0.0:
             # Without noise the load loss has no meaning (V-MoE): evaluation reports the others.
             terms = tuple(term for term in terms if term != "load")
@@ -268,29 +297,43 @@ class ModalityRouter(MegatronModule):
             terms = tuple(term for term in terms if term not in BALANCE_TERMS)
         return terms
 
-    def _auxiliary_losses(self, scores: Sequence[_Scores]) -> list[dict[str, Tensor]]:
-        """Losses of every pool over the tokens of all tensor-parallel ranks; one all-reduce per block."""
-        losses: list[dict[str, Tensor]] = [{} for _ in scores]
-        parts = {}
+    def _auxiliary_losses(
+        self, scores: Sequence[_Scores], stream: StreamBatch
+    ) -> list[list[tuple[AuxLossConfig, dict[str, Tensor]]]]:
+        """Losses and their weights of every pool over the tokens of all tensor-parallel ranks; one all-reduce per
+        block."""
+        losses: list[list[tuple[AuxLossConfig, dict[str, Tensor]]]] = [[] for _ in scores]
+        groups: list[tuple[int, _LossGroup]] = []
+        parts = []
         for index, (pool, score) in enumerate(zip(self.pools, scores)):
-            if terms := self._terms(pool):
-                sigma = self._noise_std(pool)
-                parts[index] = compute_router_statistics(
-                    score.clean, score.noisy, self.moe.topk, sigma, terms, score.mask
-                )
+            for group in self._loss_groups(pool, stream):
+                if group.terms:
+                    rows, mask = group.rows, score.mask
+                    sigma = self._noise_std(pool)
+                    parts.append(
+                        compute_router_statistics(
+                            score.clean[rows],
+                            score.noisy[rows],
+                            self.moe.topk,
+                            sigma,
+                            group.terms,
+                            None if mask is None else mask[rows],
+                        )
+                    )
+                    groups.append((index, group))
         if not parts:
             return losses
-        statistics = torch.cat(list(parts.values()))
+        statistics = torch.cat(parts)
         if self.tp_group.size() > 1:
             statistics = reduce_from_tensor_model_parallel_region(statistics, group=self.tp_group)
-        sums = statistics.split([len(part) for part in parts.values()])
-        for index, part in zip(parts, sums):
-            pool = self.pools[index]
-            experts = self._aux(pool).global_entropy_experts
+        sums = statistics.split([len(part) for part in parts])
+        for (index, (terms, weights, _)), part in zip(groups, sums):
+            experts = weights.global_entropy_experts
             threshold = math.log(experts) if experts > 0.0 else None
-            losses[index] = losses_from_statistics(
-                part, self._terms(pool), pool.num_experts, self.moe.topk, threshold
+            found = losses_from_statistics(
+                part, terms, self.pools[index].num_experts, self.moe.topk, threshold
             )
+            losses[index].append((weights, found))
         return losses
 
     def _assign(
@@ -304,6 +347,10 @@ class ModalityRouter(MegatronModule):
                 num_tokens, pool.num_experts, moe.topk, capacity_factor, moe.capacity_multiple_of
             )
         if moe.routing == "expert_choice":
+            if capacity_factor <= 0.0:
+                raise ValueError(
+                    f"experts cannot choose tokens with capacity factor {capacity_factor}"
+                )
             capacity = min(capacity, num_tokens)
             slots = expert_choice_slots(gates.detach(), capacity, mask)
             expert = torch.arange(pool.num_experts, device=gates.device).expand_as(gates)

@@ -201,13 +201,13 @@ def load_checkpoint(
     """
     common = load_common(path)
     saved = common.get("config", {})
-    check_architecture(path, saved, config)
     # Earlier versions had masks alone.
     kinds = saved.get("objectives", {}).get("kind", "masked"), config.objectives.kind
     if kinds[0] != kinds[1]:
         raise CheckpointError(
             f"{path}: is of {kinds[0]} pretraining, whose heads this run of objectives.kind={kinds[1]} does not have"
         )
+    check_architecture(path, saved, config)
     # A seed checkpoint, and that of the best step, have weights only.
     with_optimizer = with_optimizer and "optimizer" in common
     content = _state_dict(parts, is_loading=True, with_optimizer=with_optimizer)

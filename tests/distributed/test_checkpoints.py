@@ -41,6 +41,13 @@ RESUMED = {
         (*FEW, "--moe.capacity_factor", "1.05", "--moe.balance_bias_rate", "0.01"),
     ),
     "expert-choice": (layout(2, tp=2), (*FEW, "--moe.routing", "expert_choice")),
+    "contrastive": (
+        layout(2),
+        (
+            *("--objectives.kind", "contrastive", "--data.micro_texts", "0"),
+            *("--data.micro_images", "0", "--data.global_pairs", "8"),
+        ),
+    ),
     "dropping": (layout(2, ep=2), (*FEW, "--moe.capacity_factor", "1.05", "--moe.topk", "2")),
 }
 

@@ -90,7 +90,11 @@ def test_the_comparison_sees_everything(alone: Any) -> None:
 VARIANTS = {
     "top-2": ("tp2-ep2", "--moe.topk 2 --moe.normalize_gate true"),
     "experts-on-vl": ("tp2-ep2", "--moe.vl true --moe.num_vl_experts 4"),
-    "shared-router": ("tp2-ep2", "--moe.shared_router true"),
+    "shared-router": (
+        "tp2-ep2",
+        "--moe.shared_router true --moe.text_aux.local_entropy 1 --moe.vision_aux.global_entropy 1 "
+        "--moe.vision_aux.global_entropy_experts 7.9 --moe.aux_loss_coefficient 0.1",
+    ),
     "text-experts": ("pp2-ep2", "--moe.modalities text"),
     "vision-experts": ("ep2", "--moe.modalities vision"),
     "dense": ("tp2-pp2", "--moe.modalities none --moe.layers []"),
@@ -137,6 +141,52 @@ def test_recomputed_blocks_count_once(workers: Workers, alone: Any) -> None:
     options = (*SGD, *VARIANTS["balance-bias"][1].split())
     actual = run(workers, LAYOUTS["pp2"], *options, "--train.recompute", "full")
     compare(actual, alone(*options))
+
+
+CONTRASTIVE = (
+    *("--objectives.kind", "contrastive", "--data.micro_texts", "0", "--data.micro_images", "0"),
+    *("--optim.lr", "0.1"),
+)
+
+
+# With expert parallelism come two data-parallel ranks, and a pool of negatives of both.
+@pytest.mark.parametrize(
+    ("name", "alone_at"), [("tp2", "one"), ("pp2-interleaved", "one"), ("ep2", "dp2")]
+)
+def test_contrastive_pretraining_equals_one_process(
+    name: str, alone_at: str, workers: Workers
+) -> None:
+    where = LAYOUTS.get(alone_at, Layout(1))
+    options = (*SGD, *CONTRASTIVE, "--moe.shared_router", "true")
+    expected = run(workers, where, *options)
+    compare(run(workers, LAYOUTS[name], *options), expected)
+    first = expected["steps"][0]
+    assert first["gradients"].keys() == expected["weights"].keys() - {
+        key for key in expected["weights"] if ".vl_" in key or key == "embedding.image.mask_token"
+    }
+    assert first["losses"]["0/contrastive"] == first["losses"]["0/total"]
+    assert 0.0 <= expected["evaluation"]["eval/recall_at_1/text_to_image"] <= 1.0
+
+
+def test_negatives_come_from_all_data_parallel_ranks(workers: Workers) -> None:
+    # Nothing is drawn per micro-batch, and no loss of a router depends on its size.
+    options = (*SGD, *CONTRASTIVE, "--moe.modalities", "none", "--moe.layers", "[]")
+    options = (*options, "--model.drop_path", "0")
+    spread = run(workers, LAYOUTS["dp2"], *options)
+    whole = run(workers, Layout(1), *options, "--data.micro_pairs", "4")
+    for mine, theirs in zip(spread["steps"], whole["steps"], strict=True):
+        losses = [
+            np.mean([v for k, v in part["losses"].items() if k.endswith("/contrastive")])
+            for part in (mine, theirs)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    assert_close(spread["weights"], whole["weights"], "weights")
+    assert_close(spread["evaluation"], whole["evaluation"], "evaluation")
+    apart = run(workers, Layout(1), *options)
+    assert apart["evaluation"]["eval/loss/contrastive"] < (
+        whole["evaluation"]["eval/loss/contrastive"] - 0.3
+    )
 
 
 SAME_RESULT = {

@@ -21,6 +21,7 @@ OPTIONS = (
 
 # With both, some tokens find no place.
 FACTORS = {"token_choice": 0.8, "expert_choice": 0.4}
+WITH_VL = ("--moe.vl", "true", "--moe.num_vl_experts", "4")
 
 
 def plain_choice(gates: Tensor, mask: Tensor, capacity: int) -> list[tuple[int, int]]:
@@ -78,33 +79,32 @@ def gathered(value: Tensor) -> Tensor:
     return torch.cat(parts).requires_grad_()
 
 
-def compare(where: Layout, routing: str) -> dict[str, Any]:
+def compare(where: Layout, routing: str, block: int) -> dict[str, Any]:
     """Largest differences of outputs and gradients of both dispatchers to the plain loop."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_vlmoe.train.step import StepRunner
 
     own = ("--moe.routing", routing, "--moe.capacity_factor", str(FACTORS[routing]))
-    config, ranks, parts, data = start(where, *OPTIONS, *own)
+    config, ranks, parts, data = start(where, *OPTIONS, *own, *WITH_VL)
     # What the schedule would do; the backward pass below runs without one.
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    layer = parts.chunks[0].decoder.layers[1].mlp.moe
+    layer = parts.chunks[0].decoder.layers[block - 1].mlp.moe
     batch = data.batch(ranks.rank)
     stream = StepRunner(config, parts, ranks).stream(batch, draws=True)
     generator = torch.Generator().manual_seed(ranks.rank)
 
-    def draw(pool: str) -> Tensor:
-        segments = {"text": ("texts", "pair_texts"), "vision": ("pair_images", "images")}[pool]
+    def draw(segments: tuple[str, ...]) -> Tensor:
         size = (stream.layout.size(*segments), config.model.hidden_size)
         return torch.randn(size, generator=generator)
 
     pools = [pool.name for pool in layer.plan.pools]
-    inputs = [draw(pool).requires_grad_() for pool in pools]
-    factors = [draw(pool) for pool in pools]
+    inputs = [draw(pool.segments).requires_grad_() for pool in layer.plan.pools]
+    factors = [draw(pool.segments) for pool in layer.plan.pools]
     routers = [layer.router.get_submodule(pool).weight for pool in pools]
     experts = [dict(layer.experts.pool(pool).named_parameters()) for pool in pools]
     with torch.no_grad():
-        for generator_, weights in zip((11, 12), experts):
+        for generator_, weights in zip((11, 12, 13), experts):
             # Biases that are not zero, so that their part is seen.
             noise = torch.Generator().manual_seed(100 * generator_ + ranks.rank)
             for name in ("bias1", "bias2"):
@@ -123,8 +123,11 @@ def compare(where: Layout, routing: str) -> dict[str, Any]:
         found[dispatcher] = outcome([output.squeeze(1) for output in outputs], leaves)
 
     whole = [{name: gathered(w) for name, w in weights.items()} for weights in experts]
-    masks = [torch.cat([torch.ones(2 * 16).bool(), stream.sample_mask("pair_texts").reshape(-1)])]
-    masks.append(torch.ones(len(inputs[1])).bool())
+    masks = [
+        torch.ones(len(tokens), dtype=torch.bool) if mask is None else mask
+        for pool, tokens in zip(layer.plan.pools, inputs)
+        for mask in (stream.token_mask(pool.segments, tokens.device),)
+    ]
     plain = [plain_pool(*args, routing) for args in zip(inputs, masks, routers, whole)]
     expected = outcome(
         [output for output, _ in plain],
@@ -138,14 +141,25 @@ def compare(where: Layout, routing: str) -> dict[str, Any]:
         name: max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, expected))
         for name, values in found.items()
     }
-    padded = int((~masks[0]).sum())
+    padded = sum(int((~mask).sum()) for mask in masks)
     return {"differences": differences, "drops": [n for _, n in plain], "padded": padded}
 
 
-@pytest.mark.parametrize("routing", ["token_choice", "expert_choice"])
-@pytest.mark.parametrize("where", [Layout(1), layout(2, ep=2)], ids=["one", "ep2"])
-def test_dispatchers_equal_a_plain_loop(where: Layout, routing: str, workers: Workers) -> None:
-    for result in workers.run(where, compare, where, routing):
+# In block 4 tokens of pairs have a pool of their own.
+@pytest.mark.parametrize(
+    ("where", "routing", "block"),
+    [
+        (Layout(1), "token_choice", 2),
+        (layout(2, ep=2), "token_choice", 2),
+        (layout(2, ep=2), "token_choice", 4),
+        (layout(2, ep=2), "expert_choice", 2),
+    ],
+    ids=["one", "ep2", "vl-experts", "expert-choice"],
+)
+def test_dispatchers_equal_a_plain_loop(
+    where: Layout, routing: str, block: int, workers: Workers
+) -> None:
+    for result in workers.run(where, compare, where, routing, block):
         assert all(drops > 0 for drops in result["drops"]) and result["padded"] > 0
         for name, difference in result["differences"].items():
             assert difference < 1e-5, name
@@ -264,3 +278,50 @@ def experts_differ(where: Layout) -> None:
 @pytest.mark.parametrize("check", [objectives_apart, one_expert, permuted, experts_differ])
 def test_model_against_its_definition(check: Any, workers: Workers) -> None:
     workers.run(1, check, Layout(1))
+
+
+ENTROPIES = """
+--moe.shared_router true --moe.noise_std 0 --moe.aux_loss_coefficient 0.5 --moe.text_aux.local_entropy 2
+--moe.text_aux.global_entropy 3 --moe.text_aux.global_entropy_experts 7.9 --moe.vision_aux.global_entropy 5
+--moe.vision_aux.global_entropy_experts 6 --moe.vision_aux.load 0
+""".split()
+
+
+def entropies_by_modality(where: Layout) -> None:
+    """A shared router's entropies are over the text tokens and over the image tokens, its importance over all."""
+    import math
+
+    from router_functions import global_entropy_loss, importance_loss, local_entropy_loss
+
+    from megatron_vlmoe.moe.router import HEADER
+    from megatron_vlmoe.train.step import StepRunner
+
+    config, ranks, parts, data = start(where, *ENTROPIES)
+    layer, batch = parts.chunks[0].decoder.layers[1].mlp.moe, data.batch(0)
+    stream = StepRunner(config, parts, ranks).stream(batch, draws=True)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(stream.layout.num_tokens, config.model.hidden_size, generator=generator)
+    with torch.no_grad():
+        layer.router.shared.weight.mul_(20.0)
+    layer.train()
+    layer.router([tokens], stream, 8.0)
+    found = layer.router.recorder.take()["shared"]
+    logits = tokens @ layer.router.shared.weight.T
+    mask = stream.token_mask(("texts", "pair_texts", "pair_images", "images"), tokens.device)
+    texts = torch.arange(len(tokens)) < stream.layout.size("texts", "pair_texts")
+    assert not mask.all() and mask[~texts].all()
+    own, images = texts & mask, ~texts
+    expected = 0.5 * (
+        0.5 * importance_loss(logits, mask)
+        + 2 * local_entropy_loss(logits, own)
+        + 3 * global_entropy_loss(logits, math.log(7.9), own)
+        + 5 * global_entropy_loss(logits, math.log(6), images)
+    )
+    assert global_entropy_loss(logits, math.log(7.9), own) > 0.0
+    assert float(found[HEADER.index("aux_total")]) == pytest.approx(float(expected), rel=1e-5)
+    local = float(local_entropy_loss(logits, own))
+    assert float(found[HEADER.index("aux_local_entropy")]) == pytest.approx(local, rel=1e-5)
+
+
+def test_entropies_of_a_shared_router_are_those_of_each_modality(workers: Workers) -> None:
+    workers.run(1, entropies_by_modality, Layout(1))

@@ -102,12 +102,12 @@ class Recorder:
 
     def __init__(self, run: tuple[Any, Any, Any, Any]) -> None:
         from megatron_vlmoe.stream.sizes import num_micro_batches
-        from megatron_vlmoe.train.pretrain import MaskedObjective
+        from megatron_vlmoe.train.pretrain import pretraining_objective
         from megatron_vlmoe.train.step import StepRunner
 
         self.config, self.ranks, self.parts, self.data = run
         self.count = num_micro_batches(self.config, self.ranks.data_size)
-        self.objective = MaskedObjective(self.config, self.ranks, self.data, self.count)
+        self.objective = pretraining_objective(self.config, self.ranks, self.data, self.count)
         self.runner = StepRunner(self.config, self.parts, self.ranks)
         self.numbers: list[int] = []
         self.batches = self._numbered(self.data.loader("train", 0, None))
@@ -265,7 +265,7 @@ def trainer_run(
 
     from megatron_vlmoe.config.errors import CheckpointError, ConfigError
     from megatron_vlmoe.stream.sizes import num_micro_batches
-    from megatron_vlmoe.train.pretrain import MaskedObjective
+    from megatron_vlmoe.train.pretrain import pretraining_objective
     from megatron_vlmoe.train.trainer import Trainer
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -275,7 +275,7 @@ def trainer_run(
         return {"error": "ConfigError", "message": str(error)}
     precision = "bf16" if parts.transformer_config.bf16 else "fp32"
     count = num_micro_batches(config, ranks.data_size)
-    objective = MaskedObjective(config, ranks, data, count)
+    objective = pretraining_objective(config, ranks, data, count)
     trainer = Trainer(config, parts, ranks, data, count, precision, objective)
     patches = {
         "disk": mock.patch.object(shutil, "disk_usage", _no_disk),

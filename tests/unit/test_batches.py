@@ -635,3 +635,47 @@ def test_random_batches_of_every_seed_and_their_least_vocabulary() -> None:
     small = replace(config, model=replace(config.model, vocab_size=5))
     with pytest.raises(ConfigError, match="^model.vocab_size=5: random texts need at least 6$"):
         RandomData(small, BatchShare())
+
+
+def test_contrastive_batches_are_captions_and_their_images_apart(corpus: Corpus) -> None:
+    config = corpus.config(micro_texts=0, micro_images=0)
+    config = replace(config, objectives=replace(config.objectives, kind="contrastive"))
+    data = PretrainData.open(config)
+    assert data.image_tokenizer is None and data.config.model.visual_vocab_size == 0
+    assert any("told from the others of 4 pairs" in line for line in data.summary())
+    masked = PretrainData.open(
+        corpus.config(micro_texts=0, micro_images=0), image_tokenizer=BrightnessTokenizer()
+    )
+    batches = list(data.loader("train", 0, 4))
+    captions, pictures = (
+        IndexedReader(corpus.root / f"pairs_{part}") for part in ("text", "image")
+    )
+    for batch, other in zip(batches, masked.loader("train", 0, 4), strict=True):
+        texts, images = batch["texts"], batch["images"]
+        assert set(texts) == {"ids", "lengths", "sample_numbers"}
+        assert set(images) == {"pixels", "sample_numbers"}
+        # The same samples and views as of masked pairs, with nothing hidden.
+        assert torch.equal(images["pixels"], other["pair_images"]["pixels"])
+        assert torch.equal(texts["lengths"], other["pair_texts"]["lengths"])
+        assert batch["truncated_captions"] == other["truncated_captions"]
+        for ids, length, document in zip(
+            texts["ids"], texts["lengths"].tolist(), batch["image_documents"].tolist()
+        ):
+            own = captions.document_indices
+            known = [
+                captions.sequence(number)[: length - 2].tolist()
+                for number in range(int(own[document]), int(own[document + 1]))
+            ]
+            assert ids[1 : length - 1].tolist() in known
+            assert (ids[0], ids[length - 1]) == (corpus.tokenizer.bos_id, corpus.tokenizer.eos_id)
+            assert (ids[length:] == corpus.tokenizer.pad_id).all()
+    assert pictures.num_documents == NUM_PAIRS
+    # Tensor-parallel ranks decode their own images; a later stage decodes none.
+    second = PretrainData.open(config, BatchShare(tensor_rank=1, tensor_size=2, last_stage=False))
+    (batch,) = second.loader("train", 0, 1)
+    assert torch.equal(batch["images"]["pixels"], batches[0]["images"]["pixels"][MICRO // 2 :])
+    assert torch.equal(batch["texts"]["ids"], batches[0]["texts"]["ids"])
+    last = PretrainData.open(config, BatchShare(first_stage=False))
+    (batch,) = last.loader("train", 0, 1)
+    assert "pixels" not in batch["images"]
+    assert torch.equal(batch["image_documents"], batches[0]["image_documents"])

@@ -365,6 +365,9 @@ def test_dropped_tokens_are_choices_without_a_place():
         ({"moe_modalities": "audio"}, "moe_modalities='audio'"),
         ({"num_experts_per_tok": 4}, "num_experts_per_tok=4"),
         ({"capacity_factor": float("inf")}, "capacity_factor=inf"),
+        ({"moe_routing": "random"}, "moe_routing='random'"),
+        ({"moe_routing": "expert_choice"}, "capacity_factor=0.0"),
+        ({"router_balance_bias_rate": float("nan")}, "router_balance_bias_rate=nan"),
         ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef=nan"),
         ({"text_router_losses": {"balance": 1.0}}, "text_router_losses has 'balance'"),
         ({"vision_router_losses": {"load": float("inf")}}, "vision_router_losses['load']=inf"),
@@ -380,6 +383,62 @@ def test_dropped_tokens_are_choices_without_a_place():
 def test_configuration_names_the_wrong_field(options, field):
     with pytest.raises(ValueError, match=re.escape(field)):
         config(**options)
+
+
+def test_experts_choose_the_tokens_that_the_trainers_choose():
+    branch = sparse_branch(
+        moe_routing="expert_choice", capacity_factor=0.7, num_experts_per_tok=2
+    ).eval()
+    hidden = torch.randn(2, 9, 16)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 1:4] = False
+    for padding in (None, mask):
+        output, router = branch(hidden, 4, padding, True)
+        tokens = moe.to_stream(branch.layernorm(hidden), 4)
+        valid = None if padding is None else moe.to_stream(mask.unsqueeze(2), 4).squeeze(1)
+        gates = torch.softmax(tokens @ branch.router.weight.T, dim=1)
+        capacity = sizes.expert_capacity(18, 5, 2, 0.7)
+        slots = routing_ops.expert_choice_slots(gates, capacity, valid)
+        expected = torch.zeros_like(tokens)
+        pool = branch.experts
+        for token, e in slots.token_kept.nonzero().tolist():
+            inner = F.gelu(pool.fc1_weight[e] @ tokens[token] + pool.fc1_bias[e])
+            row = pool.fc2_weight[e] @ inner + pool.fc2_bias[e]
+            expected[token] = expected[token] + gates[token, e] * row
+        torch.testing.assert_close(moe.to_stream(output, 4), expected, rtol=1e-5, atol=1e-5)
+        lost = ~slots.token_kept.any(dim=1)
+        assert router.dropped == (lost if valid is None else lost & valid).sum() > 0
+        # Losses of balance have nothing to ask for.
+        assert router.loss == 0.0
+
+
+def test_a_bias_chooses_and_does_not_weigh():
+    branch = sparse_branch(router_balance_bias_rate=0.001, num_experts_per_tok=2).eval()
+    logits = torch.randn(30, 5)
+    gates = torch.softmax(logits, dim=1)
+    plain = branch.route(logits, None)
+    branch.router.balance_bias.copy_(torch.tensor([0.5, -0.3, 0.0, 0.1, -0.5]))
+    found = branch.route(logits, None)
+    expert = (gates + branch.router.balance_bias).topk(2, dim=1).indices
+    assert torch.equal(found.expert, expert) and not torch.equal(expert, plain.expert)
+    assert torch.equal(found.gate, gates.gather(1, expert))
+
+
+def test_entropies_of_a_shared_router_are_those_of_each_modality():
+    torch.manual_seed(0)
+    options = {
+        "text_router_losses": {"load": 1.0, "local_entropy": 2.0},
+        "vision_router_losses": {"importance": 0.5, "global_entropy": 3.0},
+    }
+    branch = moe.VLMoESparseBranch(config(**options), 5, 2, "shared")
+    torch.nn.init.normal_(branch.router.weight)
+    hidden = torch.randn(2, 9, 16)
+    _, router = branch.eval()(hidden, 4, None, True)
+    logits = moe.to_stream(branch.layernorm(hidden), 4) @ branch.router.weight.T
+    expected = 0.5 * router_functions.importance_loss(logits)
+    expected = expected + 2.0 * router_functions.local_entropy_loss(logits[:8])
+    expected = expected + 3.0 * router_functions.global_entropy_loss(logits[8:])
+    torch.testing.assert_close(router.loss, expected)
 
 
 def test_configuration_is_checked_again_before_a_model_is_built():

@@ -78,6 +78,9 @@ def test_parts_are_those_of_the_estimate(name: str) -> None:
     if is_task:
         expected["text head"] = 0
         expected[TASK_HEADS] = sizes[TASK_HEADS]
+    # A bias of experts is saved, but no parameter.
+    biases = sizes.pop("balance biases", 0)
+    assert (biases > 0) == (config.moe.balance_bias_rate > 0.0)
     assert sizes == {part: size for part, size in expected.items() if size}
     assert sum(activated.values()) == per_token
     assert all(activated.get(part, 0) <= size for part, size in sizes.items())

@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 
-from megatron_vlmoe.losses.contrastive import CachedGradients, contrastive_loss
+from megatron_vlmoe.losses.contrastive import (
+    CachedGradients,
+    contrastive_loss,
+    first_is_right,
+)
 from megatron_vlmoe.losses.tasks import (
     class_loss,
     hard_negatives,
@@ -105,3 +109,16 @@ def test_hard_negatives_follow_similarity_and_never_share_the_image() -> None:
         drawn.append(int(index[0]))
     assert set(drawn) == {1, 2}
     assert drawn.count(2) / 4000 == pytest.approx(math.e / (1 + math.e), abs=0.025)
+
+
+def test_recall_at_1_by_hand() -> None:
+    """Three captions of a pool of four; the first two are of one image."""
+    images = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
+    captions = torch.tensor([[0.8, 0.6], [0.9, 0.1], [-0.6, 0.8]])
+    documents = torch.tensor([7, 7, 3])
+    pool = torch.tensor([7, 5, 3, 9])
+    # Nearest are rows 1 (0.96 > 0.8), 0 and 2 (0.8 > 0.6).
+    assert first_is_right(captions, images, documents, pool).tolist() == [False, True, True]
+    # A row of another number shows the same image: found.
+    pool[1] = 7
+    assert first_is_right(captions, images, documents, pool).tolist() == [True, True, True]

@@ -236,6 +236,23 @@ def test_experts_compute_what_the_ffn_did(
     assert ("only auxiliary losses train the router" in made.report) == (normalize and topk == 1)
 
 
+def test_a_bias_of_experts_starts_at_zero_and_copies_have_that_of_their_source(
+    dense: Source,
+) -> None:
+    made = upcycle(dense, "--moe.balance_bias_rate", "0.001", num_experts=4).source
+    after = values(made)
+    assert after.shapes == checkpoint_shapes(made.config)
+    biases = [key for key in after if key.endswith("balance_bias")]
+    assert len(biases) >= 2 and not any(after[key].any() for key in biases)
+    # What is a bias here was trained meanwhile.
+    trained = torch.tensor([0.5, -0.25, 0.0, 1.0])
+    made.tensors.update({key: lazy(trained) for key in biases})
+    grown = values(upcycle(made, "--moe.num_vision_experts", "8").source)
+    for key in biases:
+        expected = trained.repeat_interleave(2) if ".vision." in key else trained
+        assert torch.equal(grown[key], expected), key
+
+
 def test_small_router_uses_all_experts_and_zero_router_one(dense: Source) -> None:
     used = {}
     for start in ("small", "zero"):

@@ -90,7 +90,8 @@ class VLMoEConfig(PretrainedConfig):
         text_router_losses: weights of the auxiliary losses of the routers of text tokens, by name: "importance",
             "load", "z", "gshard", "local_entropy", "global_entropy"; and "global_entropy_experts", the number of
             experts that shall at least be in use. By default the paper's (A.3).
-        vision_router_losses: the same of all other routers.
+        vision_router_losses: the same of all other routers. A shared router has the entropies of each modality apart:
+            those of `text_router_losses` over text tokens, those of `vision_router_losses` over image tokens.
         router_balance_bias_rate: above 0 every router has a bias of each expert, `balance_bias`, which is added to the
             gates for the choice of experts alone. It comes from training by loss-free balancing (arXiv 2408.15664),
             and stays as it is here.

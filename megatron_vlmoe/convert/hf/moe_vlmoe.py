@@ -273,7 +273,9 @@ class VLMoESparseBranch(nn.Module):
             taken[token.flatten()] = True
             expert = logits.argmax(dim=1, keepdim=True)
             routing = Routing(torch.ones_like(logits[:, :1]), expert, taken)
-            return outputs, self._router_output(logits, noisy, routing, slots)
+            return outputs, self._router_output(
+                logits, noisy, routing, slots, samples * text_length
+            )
         routing = self.route(noisy, slots)
         expert = routing.expert
         if routing.kept is not None:
@@ -283,7 +285,7 @@ class VLMoESparseBranch(nn.Module):
         )
         if not output_router_logits:
             return outputs, None
-        return outputs, self._router_output(logits, noisy, routing, slots)
+        return outputs, self._router_output(logits, noisy, routing, slots, samples * text_length)
 
     def route(self, logits: Tensor, mask: Optional[Tensor]) -> Routing:
         """Chooses experts by logits ``[T, E]`` for tokens, of which those with a False in mask ``[T]`` are left out."""
@@ -352,22 +354,38 @@ class VLMoESparseBranch(nn.Module):
         return logits + std * torch.randn_like(logits)
 
     def _router_output(
-        self, logits: Tensor, noisy: Tensor, routing: Routing, mask: Optional[Tensor]
+        self,
+        logits: Tensor,
+        noisy: Tensor,
+        routing: Routing,
+        mask: Optional[Tensor],
+        num_text_tokens: int,
     ) -> RouterOutput:
-        config, text = self.config, self.name == "text"
-        weights = config.text_router_losses if text else config.vision_router_losses
+        config = self.config
+        weights = config.text_router_losses if self.name == "text" else config.vision_router_losses
         if config.moe_routing == "expert_choice":
             # Experts have equal load by construction.
             weights = {name: w for name, w in weights.items() if name not in BALANCE_LOSSES}
-        loss = router_loss(
-            logits,
-            noisy,
-            routing.expert,
-            # Where there is no noise, the load is that of the noise that there would be.
-            self._noise_std() or 1.0 / self.num_experts,
-            weights,
-            mask,
-        )
+        groups = [(weights, slice(None))]
+        if self.name == "shared":
+            # Entropies are those of each modality (LIMoE).
+            groups = [({n: w for n, w in weights.items() if "entropy" not in n}, slice(None))]
+            for own, rows in (
+                (config.text_router_losses, slice(num_text_tokens)),
+                (config.vision_router_losses, slice(num_text_tokens, None)),
+            ):
+                groups.append(({n: w for n, w in own.items() if "entropy" in n}, rows))
+        loss = logits.new_zeros(())
+        for own, rows in groups:
+            loss = loss + router_loss(
+                logits[rows],
+                noisy[rows],
+                routing.expert[rows],
+                # Where there is no noise, the load is that of the noise that there would be.
+                self._noise_std() or 1.0 / self.num_experts,
+                own,
+                None if mask is None else mask[rows],
+            )
         lost = torch.zeros_like(routing.expert, dtype=torch.bool)
         if routing.kept is not None:
             lost = ~routing.kept if mask is None else ~routing.kept & mask.unsqueeze(1)

@@ -224,10 +224,11 @@ def _pool_tensors(
         dtype = torch.float32 if moment else reader.tensors[keys[0]].dtype
         read = partial(_experts, reader, pool, part, options, moment)
         made[plan.expert_key(part)] = LazyTensor((plan.num_experts, *each), dtype, read)
-    if not moment:
-        # Copies of experts share the load of their source anew.
-        bias, size = plan.router_key.replace(".weight", ".balance_bias"), (plan.num_experts,)
-        made[bias] = LazyTensor(size, torch.float32, partial(torch.zeros, size))
+    bias = plan.router_key.replace(".weight", ".balance_bias")
+    if not moment and bias in reader.tensors:
+        # Copies of an expert are chosen where it was.
+        read = partial(_repeated, reader, bias, plan.copies)
+        made[bias] = LazyTensor((plan.num_experts,), torch.float32, read)
     if not moment or plan.expert_key("weight1") in made:
         read = partial(_router, reader, pool, moment)
         made[plan.router_key] = LazyTensor(tuple(pool.router.shape), torch.float32, read)
@@ -275,6 +276,11 @@ def _router(reader: CheckpointReader, pool: GrownPool, moment: str) -> Tensor:
         return torch.zeros_like(pool.router)
     stored = tensor_of(reader.optimizer_tensors, state_key(moment, plan.router_key), reader)
     return stored.read().float().repeat_interleave(plan.copies, dim=0)
+
+
+def _repeated(reader: CheckpointReader, key: str, copies: int) -> Tensor:
+    """A vector with a number for each expert, for as many copies of each."""
+    return tensor_of(reader.tensors, key, reader).read().float().repeat_interleave(copies)
 
 
 def mean_of(
