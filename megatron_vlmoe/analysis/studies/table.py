@@ -235,7 +235,7 @@ def _losses_of(pool: str, **weights: float) -> tuple[str, ...]:
 def losses(scale: Scale) -> Study:
     """Auxiliary losses and other means against imbalance."""
     pool = scale.pool
-    no_losses = (*_losses_of("vision"), *_losses_of("text"))
+    no_losses = (*_losses_of("vision"), *_losses_of("text"), "--moe.noise_std", "0")
     vl = ("--moe.layers", *scale.even_blocks)
     vision = {
         "load": _losses_of("vision", load=1.0),
@@ -252,6 +252,7 @@ def losses(scale: Scale) -> Study:
         "text-GShard": _losses_of("text", gshard=1.0),
         "text-none": _losses_of("text"),
         "routed-padding": ("--moe.route_padding", "true"),
+        # At the capacity of the others, so that all cost the same.
         "expert-choice": (*no_losses, "--moe.routing", "expert_choice"),
         "bias": (*no_losses, "--moe.balance_bias_rate", "0.001"),
         "VL-blocks": vl,
