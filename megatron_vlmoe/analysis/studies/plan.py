@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -116,7 +116,7 @@ class Planner:
         self.scale = scale
         self.request = request
         # By what the options start from, and the options.
-        self._parsed: dict[tuple[RunConfig | None, *tuple[str, ...]], RunConfig] = {}
+        self._parsed: dict[Hashable, RunConfig] = {}
         self._fingerprints: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
         # Held-out data and tokenizers of the scale do not go with a user's training data.
@@ -162,11 +162,11 @@ class Planner:
             *self._expert_parallel(run.experts),
             *(*run.options, *request.options),
         )
-        config = self._parsed.get((None, *words))
+        config = self._parsed.get(words)
         if config is None:
             config = parse_run("pretrain", words).config
             validate(config, request.processes)
-            self._parsed[None, *words] = config
+            self._parsed[words] = config
         config = _with_seed(config, seed)
         digest = self._digest(config, "pretrain", "")
         name = _slug(preset, (*size_options, *run.options), seed)
