@@ -70,7 +70,7 @@ def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
     killed = kill_a_run(studies, launcher)
     # Another one at the same time would run the same again.
     study(corpus).refused("studies: another `vlmoe study`", code=2)
-    out, err = launcher.communicate(timeout=900)
+    out, err = launcher.communicate()
     assert launcher.returncode == 1, out + err
     (line,) = err.splitlines()
     assert line.startswith(f"failed: {killed}: exit status -9") and "console.txt" in line
