@@ -29,18 +29,7 @@ say() { printf '\n== %s\n' "$*"; }
 [ -e "$DENSE/checkpoints" ] || PRESET=tiny-dense RUN="$DENSE" NUM_IMAGES="$NUM_IMAGES" bash examples/quickstart.sh
 
 say "1/3 the five tasks"
-prepare() {
-    local task="$1" raw="$2"; shift 2
-    [ -e "$TASKS/$task.prepared" ] && { echo "have $TASKS/$task"; return; }
-    python -m megatron_vlmoe index-task --task "$task" --raw "$CORPUS/tasks/$raw" --output "$TASKS/$task" "$@"
-    touch "$TASKS/$task.prepared"
-}
-TOKENIZER=(--text-tokenizer "$INDEXED/text.model")
-prepare vqa vqa "${TOKENIZER[@]}"
-prepare nlvr2 nlvr2 "${TOKENIZER[@]}"
-prepare retrieval flickr30k "${TOKENIZER[@]}"
-prepare imagenet imagenet
-prepare mnli mnli "${TOKENIZER[@]}"
+NUM_IMAGES="$NUM_IMAGES" CORPUS="$CORPUS" INDEXED="$INDEXED" TASKS="$TASKS" bash examples/sample_data.sh
 
 say "2/3 fifteen runs, $JOBS at a time"
 # finetune TASK START STEPS OPTIONS...

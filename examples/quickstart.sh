@@ -20,39 +20,14 @@ CORPUS="${CORPUS:-corpora/sample-$NUM_IMAGES}"
 INDEXED="${INDEXED:-corpora/indexed-$NUM_IMAGES}"
 PROCESSES="${PROCESSES:-2}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-mkdir -p "$INDEXED" "$RUN"
+mkdir -p "$RUN"
 
 say() { printf '\n== %s\n' "$*"; }
-# Runs a command unless the file that it leaves last is there.
-once() { local made="$1"; shift; if [ -e "$made" ]; then echo "have $made"; else "$@"; fi; }
 
-say "1/7 sample corpus: pictures of shapes, captions, paragraphs"
-python -m megatron_vlmoe sample-corpus --output "$CORPUS" --num-images "$NUM_IMAGES" --seed 1
+say "1/4 data: corpus, tokenizers, datasets"
+NUM_IMAGES="$NUM_IMAGES" CORPUS="$CORPUS" INDEXED="$INDEXED" TASKS="" bash examples/sample_data.sh
 
-say "2/7 text tokenizer (SentencePiece)"
-once "$INDEXED/text.model" python -m megatron_vlmoe train-text-tokenizer \
-    --input "$CORPUS/text/train.jsonl" "$CORPUS/coco/annotations/captions_train2014.json" \
-    --vocab-size 320 --output "$INDEXED/text"
-
-say "3/7 indexed datasets"
-for SPLIT in train val; do
-    once "$INDEXED/text_$SPLIT.json" python -m megatron_vlmoe index-text \
-        --input "$CORPUS/text/$SPLIT.jsonl" --output "$INDEXED/text_$SPLIT" \
-        --text-tokenizer "$INDEXED/text.model" --workers 2
-    once "$INDEXED/images_$SPLIT.json" python -m megatron_vlmoe index-images \
-        --input "$CORPUS/images/$SPLIT" --output "$INDEXED/images_$SPLIT" --workers 2
-    once "$INDEXED/pairs_$SPLIT.json" python -m megatron_vlmoe index-pairs \
-        --format coco --annotations "$CORPUS/coco/annotations/captions_${SPLIT}2014.json" \
-        --images "$CORPUS/coco/${SPLIT}2014" --output "$INDEXED/pairs_$SPLIT" \
-        --text-tokenizer "$INDEXED/text.model" --workers 2
-done
-
-say "4/7 image tokenizer (VQ-KD)"
-once "$INDEXED/image_tokenizer/config.json" python -m megatron_vlmoe train-image-tokenizer \
-    --images "$INDEXED/images_train" "$INDEXED/pairs_train" --output "$INDEXED/image_tokenizer" \
-    --preset tiny --image-size 64 --patch-size 8 --num-codes 256 --steps 400 --seed 1
-
-say "5/7 pretraining $PRESET on $PROCESSES processes"
+say "2/4 pretraining $PRESET on $PROCESSES processes"
 # Half of the experts on each process where their number allows it.
 EXPERT_PARALLEL=1
 [ "${PRESET#*-}" != dense ] && [ $((PROCESSES % 2)) -eq 0 ] && EXPERT_PARALLEL=2
@@ -65,10 +40,10 @@ torchrun --standalone --nproc-per-node "$PROCESSES" -m megatron_vlmoe pretrain \
     --parallel.expert_model_parallel_size "$EXPERT_PARALLEL" \
     --train.steps "$STEPS" --train.seed 1 --save "$RUN"
 
-say "6/7 losses"
+say "3/4 losses"
 python -m megatron_vlmoe plot-losses --run "$RUN" --output "$RUN/losses.png"
 
-say "7/7 export to Hugging Face, and what the exported model makes of a masked word and masked patches"
+say "4/4 export to Hugging Face, and what the exported model makes of a masked word and masked patches"
 python -m megatron_vlmoe export --load "$RUN" --output "$RUN/hf" --overwrite
 python -m megatron_vlmoe fill-masked --model "$RUN/hf" --image-tokenizer "$INDEXED/image_tokenizer" \
     --pairs "$INDEXED/pairs_val" --output "$RUN/filled.png"

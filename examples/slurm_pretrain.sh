@@ -17,13 +17,16 @@
 #   TEXT=... IMAGES=... PAIRS=... TEXT_TOKENIZER=... IMAGE_TOKENIZER=... RUN=runs/base-32e \
 #       sbatch examples/slurm_pretrain.sh base_32e [OPTIONS OF THE PROGRAM]
 #   sbatch --nodes=1 examples/slurm_pretrain.sh small_8e
+#   sbatch --nodes=1 examples/slurm_pretrain.sh examples/launch.sh finetune --task vqa ...      another launcher
 #
 # Variables: examples/pretrain_common.sh. Start it from the repository root; RUN must be on a disk that all nodes see.
 # The save must fit into the time between the signal and the limit.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 ROW="${1:-}"
-[ -f "examples/pretrain_$ROW.sh" ] || {
+SCRIPT="examples/pretrain_$ROW.sh"
+case "$ROW" in *.sh) SCRIPT="$ROW" ;; esac
+[ -f "$SCRIPT" ] || {
     echo "error: sbatch examples/slurm_pretrain.sh ROW, where ROW names examples/pretrain_ROW.sh (base_32e, ...)" >&2
     exit 2
 }
@@ -39,7 +42,7 @@ export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 LIMIT_NEAR=0
 # Each task is the launcher itself, so that signals reach it; SLURM_NODEID is the number of its node.
 srun --kill-on-bad-exit=1 --export=ALL \
-    bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "examples/pretrain_$0.sh" "$@"' "$ROW" "$@" &
+    bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$0" "$@"' "$SCRIPT" "$@" &
 STEP=$!
 # srun passes what it gets on to every task.
 trap 'LIMIT_NEAR=1; kill -USR1 "$STEP"' USR1

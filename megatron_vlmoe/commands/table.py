@@ -71,6 +71,11 @@ COMMANDS = {
     "compare-layouts": _show(
         "measure:layouts", "run a preset at several parallel layouts and compare"
     ),
+    "study": _show(
+        "study:main",
+        "repeat a figure or table of the paper, or compare runs of your own",
+        cleans_up=False,
+    ),
     "bench": _show(
         "measure:bench", "time training steps of presets against each other", cleans_up=False
     ),

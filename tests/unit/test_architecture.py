@@ -402,7 +402,7 @@ def options_of_command(name: str) -> set[str]:
     """Options of a command; those of training, and some hand what they do not know on to it."""
     if COMMANDS[name].main.startswith(("pretrain:", "finetune:")):
         return PROGRAM_OPTIONS | ({"--task"} if name == "finetune" else set())
-    passes_on = name in ("compare-layouts", "bench", "plan", "upcycle")
+    passes_on = name in ("compare-layouts", "bench", "plan", "upcycle", "study")
     return {*parser_of(name)._option_string_actions, *(PROGRAM_OPTIONS if passes_on else ())}
 
 
@@ -417,7 +417,8 @@ def unknown_options(text: str) -> list[str]:
     found = [
         name
         for name in re.findall(r"--[a-z]+(?:\.[a-z0-9_]+)+(?![\w*])", text)
-        if name not in KNOWN_OPTIONS
+        # Those that a study gives to its fine-tunings.
+        if name.replace("--finetune.", "--") not in KNOWN_OPTIONS
     ]
     for line in commands(text):
         for tool, rest in re.findall(r"tools/(\w+\.py)([^`|;&]*)", line):

@@ -20,6 +20,7 @@ from document_commands import (
 )
 
 from megatron_vlmoe.commands.pretrain import check_options
+from megatron_vlmoe.commands.study import options_apart
 from megatron_vlmoe.commands.table import COMMANDS
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import ConfigError
@@ -27,7 +28,7 @@ from megatron_vlmoe.config.presets import preset
 
 TRAINING = ("pretrain", "pretrain-random", "finetune", "evaluate")
 # These hand on what they do not know to `pretrain`.
-PASSES_ON = ("compare-layouts", "plan", "upcycle")
+PASSES_ON = ("compare-layouts", "plan", "upcycle", "study")
 FOUND = all_commands()
 
 
@@ -64,8 +65,10 @@ def parse(command: DocumentCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     if parser is None:
         importlib.import_module("megatron_vlmoe.commands.predict").parse_arguments(words)
     elif name in PASSES_ON:
+        words, finetune = options_apart(words)
         _, others = parser.parse_known_args(words)
         check_options(["pretrain", *others])
+        check_options(["finetune", *finetune])
     else:
         parser.parse_args(words)
 

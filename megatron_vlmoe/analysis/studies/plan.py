@@ -1,0 +1,344 @@
+"""From a study to its runs: the options of each, the folder it has, and which runs are the same.
+
+A run is known by what decides its result: the resolved options but for those that only say where it writes and how
+often, the content of its data, and the number of processes. The folder's name ends with a digest of these, so that
+studies share what is the same, and a changed option or dataset makes a new run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from megatron_vlmoe.analysis.studies.scales import Scale, TaskRecipe
+from megatron_vlmoe.analysis.studies.study import Run, Study
+from megatron_vlmoe.config.command_line import (
+    flat_options,
+    normalize_arguments,
+    parse_options,
+    parse_run,
+)
+from megatron_vlmoe.config.errors import ConfigError, unknown_name
+from megatron_vlmoe.config.presets import EXPERTS, apply_recipe, recipe_names
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.planning.validate import validate, validate_task
+
+RUNS = "runs"
+"""Folder of all runs beside those of the studies."""
+
+# Options that change neither the weights nor what is measured.
+_NEUTRAL = (
+    *("checkpoint.save", "checkpoint.keep_last", "checkpoint.async_save", "checkpoint.require"),
+    *("checkpoint.load", "checkpoint.step", "profile.", "log.tensorboard", "log.wandb"),
+    *("train.exit_", "data.num_workers", "data.prefetch", "data.cache_dir", "task.report_examples"),
+    "parallel.distributed_timeout",
+)
+# What the study itself decides.
+_OWN = ("--preset", "--train.seed", "--checkpoint.save", "--checkpoint.load", "--dry-run")
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for beside the name of the study.
+
+    Args:
+        output: folder of the studies.
+        seeds: of every run.
+        processes: of every run.
+        options: of every pretraining, on top of the study's.
+        finetune: of every fine-tuning, on top of the study's.
+        tasks: folder of the prepared tasks.
+        only: labels; empty: all.
+    """
+
+    output: Path
+    seeds: tuple[int, ...]
+    processes: int
+    options: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
+    tasks: str = ""
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a training command.
+
+    Args:
+        command: which.
+        folder: of the run.
+        words: its options, but for `--save`.
+        config: the same, resolved; what the data decide is still open.
+        processes: number of ranks.
+        digest: of what decides its result.
+        after: the run whose folder it starts from.
+    """
+
+    command: Literal["pretrain", "finetune"]
+    folder: Path
+    words: tuple[str, ...]
+    config: RunConfig
+    processes: int
+    digest: str
+    after: PlannedRun | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A run of a study with one seed: the pretraining, and the fine-tunings by the names of their tasks."""
+
+    label: str
+    seed: int
+    pretraining: PlannedRun
+    tasks: dict[str, PlannedRun]
+
+    @property
+    def runs(self) -> tuple[PlannedRun, ...]:
+        """In an order in which they can be run."""
+        return (self.pretraining, *self.tasks.values())
+
+
+class Planner:
+    """Plans runs of one request; options and data that several runs share are read once."""
+
+    def __init__(self, scale: Scale, request: Request) -> None:
+        self.scale = scale
+        self.request = request
+        # By what the options start from, and the options.
+        self._parsed: dict[Hashable, RunConfig] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._folders: dict[str, Path] = {}
+        # Held-out data and tokenizers of the scale do not go with a user's training data.
+        own = {"--data.text", "--data.images", "--data.pairs"} & set(request.options)
+        self._scale_data = () if own else scale.data
+
+    def plan(self, study: Study) -> list[PlannedRow]:
+        """The rows of a study, seed by seed, so that what is there at any time can be compared.
+
+        Raises:
+            ConfigError: a label of `only` that the study does not have, or options that contradict each other; the
+                message names the run.
+        """
+        labels = [run.label for run in study.runs]
+        for label in self.request.only:
+            if label not in labels:
+                raise ConfigError(f"--only {label}: {unknown_name(label, labels)}")
+        chosen = [run for run in study.runs if run.label in (self.request.only or labels)]
+        return [self._row(run, seed) for seed in self.request.seeds for run in chosen]
+
+    def _row(self, run: Run, seed: int) -> PlannedRow:
+        try:
+            pretraining = self._pretraining(run, seed)
+            tasks: dict[str, PlannedRun] = {}
+            for recipe in self.scale.tasks:
+                # Also one that only another task starts from.
+                wanted = {name for name in run.tasks} | {
+                    other.start for other in self.scale.tasks if other.name in run.tasks
+                }
+                if recipe.name in wanted:
+                    start = tasks[recipe.start] if recipe.start else pretraining
+                    tasks[recipe.name] = self._finetuning(run, recipe, start, seed)
+        except ConfigError as error:
+            raise ConfigError(f"{run.label}: {error}") from None
+        return PlannedRow(run.label, seed, pretraining, tasks)
+
+    def _pretraining(self, run: Run, seed: int) -> PlannedRun:
+        scale, request = self.scale, self.request
+        size, size_options = scale.sizes[run.size or scale.main]
+        preset = f"{size}-{run.experts}"
+        words = (
+            *("--preset", preset, *scale.options, *self._scale_data, *size_options),
+            *self._expert_parallel(run.experts),
+            *(*run.options, *request.options),
+        )
+        config = self._parsed.get(words)
+        if config is None:
+            config = parse_run("pretrain", words).config
+            validate(config, request.processes)
+            self._parsed[words] = config
+        config = _with_seed(config, seed)
+        digest = self._digest(config, "pretrain", "")
+        name = _slug(preset, (*size_options, *run.options), seed)
+        return PlannedRun(
+            "pretrain",
+            self._folder(name, digest),
+            (*words, "--train.seed", str(seed)),
+            config,
+            request.processes,
+            digest,
+        )
+
+    def _expert_parallel(self, experts: str) -> tuple[str, ...]:
+        """As many ranks hold the experts as divide both numbers."""
+        size = math.gcd(self.request.processes, EXPERTS[experts]) if EXPERTS[experts] else 1
+        return ("--parallel.expert_model_parallel_size", str(size)) if size > 1 else ()
+
+    def _finetuning(self, run: Run, task: TaskRecipe, start: PlannedRun, seed: int) -> PlannedRun:
+        request = self.request
+        folder = request.tasks or self.scale.folder or "data"
+        given = (
+            *("--task", task.task, "--preset", task.recipe),
+            *("--task.data", f"{folder}/{task.data or task.name}"),
+            *(*task.options, *run.finetune, *request.finetune),
+        )
+        # The recipe is put on the architecture of what it starts from, which has no checkpoint yet.
+        base = _with_seed(start.config, 0)
+        key = (base, *given)
+        if key not in self._parsed:
+            words = normalize_arguments(given, FinetuneConfig)
+            recipe = apply_recipe(task.recipe, base)
+            self._parsed[key] = parse_options("finetune", words, recipe, recipe_names()).config
+        config = self._parsed[key]
+        assert isinstance(config, FinetuneConfig)
+        share = max(1, config.task.global_batch_size // request.processes)
+        if share < config.task.micro_batch_size:
+            given += ("--task.micro_batch_size", str(share))
+            own = dataclasses.replace(config.task, micro_batch_size=share)
+            config = dataclasses.replace(config, task=own)
+        validate_task(config, request.processes)
+        given += ("--train.seed", str(seed))
+        config = _with_seed(config, seed)
+        digest = self._digest(config, "finetune", start.digest)
+        name = f"{task.name}-{_slug_of(start.folder.name)}"
+        words_of = (*given, "--load", str(start.folder))
+        if run.finetune:
+            name = f"{task.name}-{_slug('', run.finetune)}-{_slug_of(start.folder.name)}"
+        return PlannedRun(
+            "finetune",
+            self._folder(name, digest),
+            words_of,
+            config,
+            request.processes,
+            digest,
+            start,
+        )
+
+    def _folder(self, name: str, digest: str) -> Path:
+        """The run with this digest, whatever another study has called it, or a new one."""
+        if digest not in self._folders:
+            root = self.request.output / RUNS
+            found = sorted(root.glob(f"*-{digest}"))
+            self._folders[digest] = found[0] if found else root / f"{name}-{digest}"
+        return self._folders[digest]
+
+    def _digest(self, config: RunConfig, command: str, start: str) -> str:
+        # Options at their defaults are left out: a later version that has more of them knows the run again.
+        defaults = flat_options(dataclasses.asdict(type(config)()))
+        content: dict[str, Any] = {}
+        for name, value in flat_options(dataclasses.asdict(config)).items():
+            if value == defaults[name] or name.startswith(_NEUTRAL):
+                continue
+            if name in DATASETS:
+                value = [self._fingerprint(prefix) for prefix in value]
+            elif name in ("data.text_tokenizer", "data.image_tokenizer", "task.data"):
+                value = self._fingerprint(value, getattr(config, "task", None))
+            content[name] = value
+        content |= {"command": command, "start": start, "processes": self.request.processes}
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def _fingerprint(self, path: str, task: Any = None) -> str:
+        """A digest of a dataset, tokenizer or task, wherever it lies; its path where there is nothing yet."""
+        if path not in self._fingerprints:
+            digest = hashlib.sha256()
+            files = list(_content_files(path, task))
+            for file in files:
+                digest.update(_content(file))
+            self._fingerprints[path] = digest.hexdigest() if files else path
+        return self._fingerprints[path]
+
+
+DATASETS = (
+    *("data.text", "data.images", "data.pairs"),
+    *("data.eval_text", "data.eval_images", "data.eval_pairs"),
+)
+
+
+def data_files(run: PlannedRun) -> list[Path]:
+    """The file of every dataset and tokenizer that a run reads, which is written last."""
+    options = flat_options(dataclasses.asdict(run.config))
+    tokenizers = [options["data.text_tokenizer"], options["data.image_tokenizer"]]
+    files = [Path(path) for path in tokenizers if path]
+    if isinstance(run.config, FinetuneConfig):
+        task = run.config.task
+        return [Path(f"{task.data}_{split}.json") for split in (task.train_split, *task.splits)]
+    prefixes = [value for name in DATASETS for value in options[name] if not _is_number(value)]
+    return files + [Path(f"{prefix}.json") for prefix in prefixes]
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def _content_files(path: str, task: Any) -> Iterator[Path]:
+    where = Path(path)
+    names = [f"{path}.json", f"{path}_codes.json", f"{path}_labels.json"]
+    if task is not None:
+        names += [f"{path}_{split}.json" for split in (task.train_split, *task.splits)]
+    if path and where.is_file():
+        yield where
+    elif path and where.is_dir():
+        yield from sorted(file for file in where.iterdir() if file.is_file())
+    yield from (Path(name) for name in dict.fromkeys(names) if path and Path(name).is_file())
+
+
+def _content(file: Path) -> bytes:
+    """What a file holds; of a manifest the checksums of its files, whenever and wherever it was made."""
+    content = file.read_bytes()
+    if file.suffix == ".json":
+        try:
+            files = json.loads(content)["files"]
+        except (ValueError, KeyError, TypeError):
+            return content
+        return json.dumps(files, sort_keys=True).encode()
+    return content
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _slug(preset: str, options: Sequence[str], seed: int | None = None) -> str:
+    """A readable name: preset, the last words of options and their values, seed."""
+    parts = [preset] if preset else []
+    for word in options:
+        parts.append(word.rpartition(".")[2] if word.startswith("--") else word)
+    text = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(parts))[:60].rstrip("-")
+    return text if seed is None else f"{text}-seed{seed}"
+
+
+def _slug_of(name: str) -> str:
+    """A folder's name without the digest at its end."""
+    return name.rpartition("-")[0]
+
+
+def check_options(options: Sequence[str], finetune: Sequence[str]) -> None:
+    """Refuses options that the study itself decides, and those that do not exist.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for words, root in ((options, RunConfig), (finetune, FinetuneConfig)):
+        try:
+            normalized = normalize_arguments(words, root)
+        except ConfigError as error:
+            raise ConfigError(f"--finetune: {error}" if words is finetune else str(error)) from None
+        for name in _OWN:
+            if name in normalized:
+                how = {"--train.seed": "; use --seeds", "--preset": "; see --scale"}.get(name, "")
+                raise ConfigError(f"{name} is not for studies, which set it for every run{how}")

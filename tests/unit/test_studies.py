@@ -1,0 +1,401 @@
+"""Studies: the rule for claims, which runs are the same, what a summary holds, and the built-in studies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vlmoe.analysis.studies.claims import Interval, decide, t_quantile
+from megatron_vlmoe.analysis.studies.plan import Planner, Request
+from megatron_vlmoe.analysis.studies.results import measured_of, task_scores, write_summary
+from megatron_vlmoe.analysis.studies.scales import SCALES
+from megatron_vlmoe.analysis.studies.study import (
+    Claim,
+    Part,
+    Run,
+    Study,
+    above,
+    below,
+    read_study,
+)
+from megatron_vlmoe.analysis.studies.table import STUDIES
+from megatron_vlmoe.commands.main import main, run
+from megatron_vlmoe.config.command_line import parse_run, to_yaml
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.planning.estimate import flops_per_step
+
+TINY = SCALES["tiny"]
+
+
+def row(label: str, seed: int, **values: float) -> dict[str, Any]:
+    return {"label": label, "seed": seed, "values": values, "curve": {}, "states": {}}
+
+
+def test_quantiles_of_students_t():
+    """Printed tables of the 97.5 % point."""
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 120: 1.980}
+    for degrees, value in printed.items():
+        assert t_quantile(0.975, degrees) == pytest.approx(value, abs=5e-4)
+    assert t_quantile(0.75, 1) == pytest.approx(1.0)
+    with pytest.raises(ValueError):
+        t_quantile(0.4, 3)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "low", "high", "verdict"),
+    [
+        # Standard deviation 0.1, and 4.302653 * 0.1 / sqrt(3) = 0.248414.
+        ((0.1, 0.2, 0.3), -0.048414, 0.448414, "undecided"),
+        # A tenth of it.
+        ((0.19, 0.2, 0.21), 0.175159, 0.224841, "reproduced"),
+        ((-0.19, -0.2, -0.21), -0.224841, -0.175159, "not reproduced"),
+        # 12.706205 * 0.00707107 / sqrt(2); two seeds decide nothing, however close they are.
+        ((0.2, 0.21), 0.141469, 0.268531, "undecided"),
+        ((0.2,), -math.inf, math.inf, "undecided"),
+        ((0.2, 0.2, 0.2), 0.2, 0.2, "reproduced"),
+        ((0.0, 0.0, 0.0), 0.0, 0.0, "undecided"),
+    ],
+)
+def test_the_interval_decides(numbers, low, high, verdict):
+    interval = Interval.of(numbers)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=2e-6)
+    assert interval.verdict == verdict
+
+
+def test_a_claim_needs_all_of_its_parts():
+    """Seeds are paired, a seed without one of the runs is left out, and one part that fails is enough."""
+    rows = [
+        *(row("a", seed, mlm=1.0 + seed, mim=2.0) for seed in (1, 2, 3, 4)),
+        # As far above "a" as the seeds are apart, so that unpaired means would decide nothing.
+        *(row("b", seed, mlm=1.5 + seed + 0.01 * seed, mim=1.0) for seed in (1, 2, 3)),
+    ]
+    claim = Claim("", "", (below("mlm", "a", "b"),))
+    decision = decide(claim, rows)
+    ((part, interval),) = decision.parts
+    assert decision.verdict == "reproduced" and part.text == "mlm: a below b"
+    assert (interval.count, interval.mean) == (3, pytest.approx(0.52))
+    both = Claim("", "", (below("mlm", "a", "b"), above("mim", "a", "b")))
+    assert decide(both, rows).verdict == "reproduced"
+    assert decide(Claim("", "", (*both.parts, above("mim", "b", "a"))), rows).verdict == (
+        "not reproduced"
+    )
+    missing = decide(Claim("", "", (*both.parts, below("mlm", "a", "c"))), rows)
+    assert missing.verdict == "undecided" and missing.parts[-1][1] is None
+
+
+def test_claims_at_equal_flops_read_the_curves_where_the_shorter_one_ends():
+    """The longer run has lost 0.5 at 15 FLOPs, between 10 and 20, and would win at its own end."""
+    rows = []
+    for seed in (1, 2, 3):
+        rows += [
+            {**row("short", seed), "curve": {"flops": [0, 15], "mlm": [3.0, 2.25]}},
+            {**row("long", seed), "curve": {"flops": [0, 10, 20], "mlm": [3.0, 3.0, 2.0]}},
+        ]
+    ((_, interval),) = decide(
+        Claim("", "", (below("mlm", "long", "short", equal_flops=True),)), rows
+    ).parts
+    assert interval.mean == pytest.approx(2.25 - 2.5)
+
+
+def test_every_study_at_every_scale_is_one_that_runs():
+    """Options fit each other and the processes; claims, panels and columns are about what is there."""
+    for scale in SCALES.values():
+        planner = Planner(scale, Request(Path("nowhere"), (1,), scale.processes))
+        names = [task.name for task in scale.tasks]
+        shared: dict[str, set[str]] = {}
+        for name, make in STUDIES.items():
+            study = make(scale)
+            assert study.name == name
+            rows = planner.plan(study)
+            labels = [run.label for run in study.runs]
+            assert len(set(labels)) == len(labels) == len(rows)
+            for planned in rows:
+                assert set(planned.tasks) <= set(names)
+                shared.setdefault(planned.pretraining.digest, set()).add(name)
+            terms = [term for claim in study.claims for part in claim.parts for term in part.terms]
+            assert study.claims and {label for _, _, label in terms} <= set(labels)
+            assert {label for panel in study.panels for label in panel.labels} <= set(labels)
+        # The paper's sparse model of this size, trained once for all of them.
+        assert max(map(len, shared.values())) >= 6
+
+
+@pytest.fixture
+def study() -> Study:
+    """Two runs that differ in what is fine-tuned from them."""
+    runs = (Run("frozen", "8e"), Run("trained", "8e", finetune=("--moe.train_experts", "true")))
+    return Study("mine", "", runs, (), ())
+
+
+def digests(study: Study, folder: Path, *options: str, seeds: tuple[int, ...] = (1,)) -> list[str]:
+    request = Request(folder, seeds, 1, options)
+    return [planned.pretraining.digest for planned in Planner(TINY, request).plan(study)]
+
+
+def test_runs_are_the_same_if_options_seed_and_data_are(study, tmp_path):
+    for name in ("text.json", "other.json", "moved.json"):
+        files = {"text_document.bin": {"size": 1, "sha256": "ab" if name != "other.json" else "cd"}}
+        (tmp_path / name).write_text(json.dumps({"files": files, "source": name}))
+    first, trained = digests(study, tmp_path)
+    assert first == trained
+    same = digests(study, tmp_path, "--checkpoint.keep_last", "3", "--data.num_workers", "0")
+    assert same == [first, first]
+    text = ("--data.text", str(tmp_path / "text"))
+    found = [
+        first,
+        *digests(study, tmp_path, seeds=(2,))[:1],
+        *digests(study, tmp_path, "--optim.lr", "1e-3")[:1],
+        *digests(study, tmp_path, *text)[:1],
+        *digests(study, tmp_path, "--data.text", str(tmp_path / "other"))[:1],
+    ]
+    assert len(set(found)) == len(found)
+    moved = digests(study, tmp_path, "--data.text", str(tmp_path / "moved"))
+    assert moved[0] == found[3], "what counts is the content of the data"
+
+
+def test_a_run_is_found_under_the_name_that_another_study_gave_it(study, tmp_path):
+    (digest, _) = digests(study, tmp_path)
+    folder = tmp_path / "runs" / f"as-it-was-called-{digest}"
+    folder.mkdir(parents=True)
+    rows = Planner(TINY, Request(tmp_path, (1,), 1)).plan(study)
+    assert rows[0].pretraining.folder == folder
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("runs: []", "has no runs"),
+        ("[1]", "expected `runs:`"),
+        ("runs: [{label: a}]", "experts is missing"),
+        ("runs: [{label: a, experts: 9e}]", "experts 9e: unknown; choose one of dense"),
+        ("runs: [{label: a, experts: 8e, size: huge}]", "size huge: unknown"),
+        ("runs: [{label: a, experts: 8e, tasks: [vqas]}]", "did you mean vqa?"),
+        ("runs: [{label: a, experts: 8e, option: {}}]", "unknown field option; did you mean"),
+        ("runs: [{label: a, experts: 8e}, {label: a, experts: 8e}]", "two runs have this label"),
+        ("runs: [{label: a, experts: 8e}]\npanels: [{kind: pie, metrics: [mlm]}]", "kind pie"),
+        (
+            "runs: [{label: a, experts: 8e}]\n"
+            "claims: [{text: x, source: me, parts: [{below: [mlm, a, b]}]}]",
+            "run b: unknown; choose one of a",
+        ),
+        (
+            "runs: [{label: a, experts: 8e}]\n"
+            "claims: [{text: x, source: me, parts: [{below: [mlm, a]}]}]",
+            "expected below: [METRIC, LABEL, LABEL]",
+        ),
+        ("runs: [", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_study_of_ones_own(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_study(path, list(TINY.sizes), ["vqa"])
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_study_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "title: My router\n"
+        "runs:\n"
+        "  - {label: paper, experts: 8e}\n"
+        "  - label: mine\n"
+        "    experts: 8e\n"
+        "    options: {moe.batch_priority: false, moe.layers: [2, 4], optim.lr: 1e-3}\n"
+        "  - {label: typed, experts: 8e, options: --moe.topk 2}\n"
+        "claims:\n"
+        "  - {text: mine is better, source: me, parts: [{below: [mim, mine, paper]}]}\n"
+    )
+    study = read_study(path, list(TINY.sizes), [])
+    assert (study.name, study.title) == ("mine", "My router")
+    mine = "--moe.batch_priority false --moe.layers 2 4 --optim.lr 1e-3".split()
+    assert study.runs[1].options == tuple(mine) and study.runs[2].options == ("--moe.topk", "2")
+    assert study.claims[0].parts == (below("mim", "mine", "paper"),)
+    assert [panel.metrics for panel in study.panels] == [("mlm",), ("mim",), ("vlm",)]
+    rows = Planner(TINY, Request(tmp_path, (1,), 1)).plan(study)
+    assert not rows[1].pretraining.config.moe.batch_priority
+
+
+def write_run(folder: Path) -> None:
+    """Eight logged steps of two seconds each, every second step's, and three evaluations."""
+    words = "--preset tiny-8e --train.steps 16 --optim.lr_warmup_steps 0".split()
+    config = parse_run("pretrain", words).config
+    model = dataclasses.replace(config.model, vocab_size=200, visual_vocab_size=64)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, model=model)))
+    losses = [9.0, 8.0, 7.0, 6.0, 5.0, 40.0, 3.0, 2.0]
+    rows: list[dict[str, float | None]] = [{"step": 0, "eval/loss/mlm": 5.0, "eval/loss/mim": 4.0}]
+    for place, loss in enumerate(losses, 1):
+        rows.append(
+            {
+                **{"step": 2 * place, "loss/total": loss + 0.5, "loss/aux/text": 0.2},
+                **{"loss/aux/vision": 0.3, "step_seconds": 2.0, "grad_norm": 1.0},
+                **{"memory_gb": 1.0, "moe/text/load_max": 1.0 + place, "moe/text/dead_experts": 1},
+                **{"moe/vision/load_max": 3.0, "moe/vision/dead_experts": 2.0},
+                "moe/text/dropped_fraction": 0.1 * place,
+                "moe/vision/dropped_fraction": 0.3,
+                "moe/vision/dropped_fraction/mim": 0.01 * place,
+                "moe/vision/layer_4/dropped_fraction/mim": 0.02 * place,
+                "moe/vl/dropped_fraction/vlm_image": 0.9,
+            }
+        )
+    rows[4] |= {"eval/loss/mlm": 4.0, "eval/loss/mim": None}
+    rows[8] |= {
+        **{"eval/loss/mlm": 3.0, "eval/loss/vlm_text": 2.0, "eval/loss/vlm_image": 1.0},
+        **{"eval/loss/vlm_image_foreground": 7.0, "acc/mlm": 0.25},
+        "eval/moe/vision/dropped_fraction/mim": 0.125,
+    }
+    text = "".join(json.dumps(line) + "\n" for line in rows)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def test_a_row_of_a_summary_is_what_the_run_logged(tmp_path):
+    write_run(tmp_path / "run")
+    measured = measured_of(tmp_path / "run")
+    values, curve = measured["values"], measured["curve"]
+    words = "--preset tiny-8e --model.vocab_size 200 --model.visual_vocab_size 64".split()
+    flops = flops_per_step(parse_run("pretrain", words).config)
+    assert curve["step"] == [0, 8, 16] and curve["seconds"] == [0.0, 16.0, 32.0]
+    assert curve["flops"] == pytest.approx([0.0, 8 * flops, 16 * flops])
+    assert curve["mlm"] == [5.0, 4.0, 3.0] and curve["mim"] == [4.0, None, None]
+    assert curve["total"] == [9.0, 4.0, 6.0] and curve["vlm"] == [None, None, 3.0]
+    assert measured["training"]["train"] == [9.0, 8.0, 7.0, 6.0, 5.0, 40.0, 3.0, 2.0]
+    # The last quarter are steps 14 and 16.
+    expected = {
+        **{"train": 2.5, "overfit": 3.5, "seconds": 32.0, "seconds_per_step": 2.0, "mlm": 3.0},
+        **{"acc/mlm": 0.25, "eval_dropped/mim": 0.125, "dropped_text": 0.75, "dropped": 0.525},
+        **{"dropped/mim": 0.075, "dropped/mim/block_4": 0.15, "load_max": 8.5, "dead_experts": 3.0},
+        # 40 is 33.5 above the running median; 1.5 is the median of all distances from it.
+        **{"spikes": 1.0, "gradient_peak": 1.0},
+    }
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert "dropped/vlm_image" not in values and "vlm_image_foreground" not in values
+    # Running medians over all that is within five steps.
+    medians = [7.5, 7.0, 6.5, 6.5, 6.5, 6.5, 6.0, 5.5]
+    deviations = [a - b for a, b in zip(measured["training"]["train"], medians)]
+    mean = sum(deviations) / 8
+    assert values["roughness"] == pytest.approx(
+        math.sqrt(sum((value - mean) ** 2 for value in deviations) / 8)
+    )
+
+
+def test_scores_of_one_seed_and_means_of_several(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"metrics": {"dev/accuracy": 60.0, "dev/samples": 9}}')
+    assert task_scores("nlvr2", tmp_path) == {"nlvr2/dev/accuracy": 60.0}
+    path.write_text('{"seeds": {}, "summary": {"dev/accuracy": {"mean": 61.0, "std": 1.0}}}')
+    assert task_scores("nlvr2", tmp_path) == {"nlvr2/dev/accuracy": 61.0}
+
+
+def summary(folder: Path, name: str, runs: int | None = None) -> Path:
+    """The summary of a study whose first runs have all the values that its table and figure show, from hand."""
+    study = STUDIES[name](TINY)
+    study = dataclasses.replace(study, runs=study.runs[:runs])
+    curve = {"step": [0, 5], "flops": [0, 50], "seconds": [0, 2], "mlm": [5.0, 4.0], "vlm": [9, 8]}
+    rows = [
+        {
+            **row(run.label, seed, **{name: 0.5 + seed for name in study.columns}),
+            "curve": {**curve, "mim": [3.0, None], "total": [9.0, 8.0]},
+            "training": {"step": [5, 10], "train": [4.0, 3.0]},
+            "environment": 0,
+            "states": {"x": "finished", "y": "failed: no memory"},
+        }
+        for seed in (1, 2)
+        for run in study.runs
+    ]
+    definition = dataclasses.asdict(dataclasses.replace(study, runs=()))
+    about = {"format_version": 1, "scale": "tiny", "command": "vlmoe study", "study": definition}
+    labels = [run.label for run in study.runs]
+    path = folder / f"{name}.json"
+    write_summary({**about, "labels": labels, "environments": [{}], "rows": rows}, path)
+    return path
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_table_and_figure_are_drawn_from_a_summary_alone(name, tmp_path, capsys):
+    path = summary(tmp_path, name)
+    assert run("study", ["--redraw", str(path), "--output", str(tmp_path / "out")]) == 0
+    table = (tmp_path / "out" / name / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    study = STUDIES[name](TINY)
+    assert all(f"| {planned.label} | 2 |" in table for planned in study.runs)
+    assert all(claim.text in table for claim in study.claims)
+    assert "| 1 of 2 failed |" in table
+    if study.paper:
+        paper = study.paper[-1]
+        assert f"| *{paper.label}* |  | " in table and "numbers that the paper prints" in table
+    assert (tmp_path / "out" / name / "figure.png").stat().st_size > 10_000
+
+
+def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
+    path = summary(tmp_path, "contrastive", runs=1)
+    assert run("study", ["--redraw", str(path), "--output", str(tmp_path / "out")]) == 0
+    table = (tmp_path / "out" / "contrastive" / "table.md").read_text()
+    assert "LIMoE-masked |" not in table and "no seed has all of these runs" in table
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "NAME is missing"),
+        ("lossess", "did you mean losses?"),
+        ("frozen --only frozn", "did you mean frozen?"),
+        ("frozen --seeds 1 1", "--seeds names a seed twice"),
+        ("frozen --train.seed 3", "use --seeds"),
+        ("frozen --save x", "--checkpoint.save is not for studies"),
+        ("frozen --finetune.train.stepz 3", "--finetune: unknown option --train.stepz"),
+        ("frozen --slurm", "--slurm goes with --print-commands"),
+        ("frozen --moe.topk 99", "frozen: moe.topk=99"),
+        ("frozen --scale base", "--data.text is missing"),
+        ("frozen --data.text nowhere", "is missing"),
+        ("--redraw {here}/no.json", "no.json: not found"),
+        ("--redraw {here}/broken.json", "damaged"),
+        ("--redraw {here}/newer.json", "newer"),
+    ],
+)
+def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text('{"format_version": 1, "rows": []}')
+    (tmp_path / "newer.json").write_text('{"format_version": 2}')
+    line = words.format(here=tmp_path).split()
+    assert main(["study", *line]) in (1, 2)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_commands_for_slurm_wait_for_what_they_start_from(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "images", "pairs", "t/mnli_train", "t/mnli_dev_matched"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "t/mnli_dev_mismatched.json").write_text("{}")
+    (tmp_path / "text.model").write_text("")
+    (tmp_path / "mine.yaml").write_text("runs: [{label: a, experts: 32e, tasks: [mnli]}]")
+    data = (
+        "--data.text text --data.images images --data.pairs pairs --data.text_tokenizer text.model"
+    )
+    words = f"mine.yaml --scale base --tasks t --print-commands --slurm {data}"
+    assert main(["study", *words.split()]) == 0
+    start, pretrain, finetune = capsys.readouterr().out.splitlines()
+    assert start == "set -e"
+    assert pretrain.startswith("JOB1=$(sbatch --parsable --job-name=base-32e-seed1-")
+    assert "--nodes=4 --gpus-per-node=8 examples/slurm_pretrain.sh examples/launch.sh" in pretrain
+    assert "pretrain --preset base-32e" in pretrain
+    assert "--parallel.expert_model_parallel_size 32" in pretrain
+    assert "--dependency=afterok:$JOB1 examples/slurm_pretrain.sh" in finetune
+    folder = pretrain.rstrip(")").split()[-1]
+    assert f"--load {folder}" in finetune and "--task.micro_batch_size 1 " in finetune
+
+
+def test_parts_may_have_terms_of_several_metrics():
+    """A gain on one loss minus that on another: 0.3 - 0.1."""
+    terms = ((1.0, "mlm", "d"), (-1.0, "mlm", "e"), (-1.0, "vlm", "d"), (1.0, "vlm", "e"))
+    rows = [row("d", 1, mlm=1.3, vlm=2.1), row("e", 1, mlm=1.0, vlm=2.0)]
+    ((_, interval),) = decide(Claim("", "", (Part("", terms),)), rows).parts
+    assert interval.mean == pytest.approx(0.2)
