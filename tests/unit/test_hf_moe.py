@@ -387,7 +387,7 @@ def test_configuration_names_the_wrong_field(options, field):
 
 def test_experts_choose_the_tokens_that_the_trainers_choose():
     branch = sparse_branch(
-        moe_routing="expert_choice", capacity_factor=0.7, num_experts_per_tok=2
+        moe_routing="expert_choice", capacity_factor=0.3, num_experts_per_tok=2
     ).eval()
     hidden = torch.randn(2, 9, 16)
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -397,7 +397,7 @@ def test_experts_choose_the_tokens_that_the_trainers_choose():
         tokens = moe.to_stream(branch.layernorm(hidden), 4)
         valid = None if padding is None else moe.to_stream(mask.unsqueeze(2), 4).squeeze(1)
         gates = torch.softmax(tokens @ branch.router.weight.T, dim=1)
-        capacity = sizes.expert_capacity(18, 5, 2, 0.7)
+        capacity = sizes.expert_capacity(18, 5, 2, 0.3)
         slots = routing_ops.expert_choice_slots(gates, capacity, valid)
         expected = torch.zeros_like(tokens)
         pool = branch.experts
