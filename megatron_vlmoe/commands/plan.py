@@ -58,7 +58,13 @@ def main(words: Sequence[str]) -> None:
         help=f"{', '.join(DEVICES)}; custom: as the numbers below say; this: the one of this machine, a CPU being "
         "measured for half a minute (%(default)s)",
     )
-    add("--gpus-per-node", type=positive_int, default=8, metavar="N", help="(%(default)s)")
+    add(
+        "--gpus-per-node",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="devices of a node (%(default)s)",
+    )
     add(
         "--interconnect",
         type=positive,

@@ -105,9 +105,10 @@ def collectives_per_step(
             calls[what, operation, group] += times
             sums[what, operation, group] += size * times
 
-    found = parameters_of_stage(estimated_parameters(config), config, stage)
-    trained = trained_parameters(config, found)
-    optimizers = len({parameter.sharding == "expert" for parameter in trained})
+    found = trained_parameters(config, estimated_parameters(config))
+    # Of the whole model: a stage without experts has the optimizer of experts too.
+    optimizers = len({parameter.sharding == "expert" for parameter in found})
+    trained = parameters_of_stage(found, config, stage)
     kinds: tuple[tuple[str, Group], ...] = (("dense", "data"), ("expert", "expert data"))
     for part, group in kinds:
         own = [p for p in trained if (p.sharding == "expert") == (part == "expert")]

@@ -17,6 +17,9 @@ RUNS: dict[str, tuple[Layout, str]] = {
     **{name: (where, "") for name, where in LAYOUTS.items()},
     "recompute": (layout(1), "--train.recompute full"),
     "TP 2, EP 2, recompute": (layout(2, tp=2, ep=2), "--train.recompute full"),
+    # The second stage has no experts.
+    "PP 2, EP 2": (layout(4, pp=2, ep=2), ""),
+    "dense, DP 2": (layout(2), "--moe.modalities none"),
     "PP 2, interleaved": (layout(2, pp=2, vpp=2), ""),
     "EP 2, bf16": (layout(2, ep=2), "--train.precision bf16"),
     "EP 2, gradients all-reduced": (
