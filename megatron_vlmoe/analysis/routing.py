@@ -204,7 +204,7 @@ def open_model(
         capacity_factor: of the experts; 0 or less drops nothing; None: as the run evaluates.
 
     Raises:
-        RoutingError: the model has no experts, or its text tokenizer is missing or another one.
+        RoutingError: the model has no experts, its experts choose tokens, or its text tokenizer is missing or another.
         ConvertError: there is no model, or it is damaged.
         DataError: a text tokenizer that cannot be read.
     """
@@ -221,6 +221,11 @@ def open_model(
     config = RunConfig(model=source.config.model, moe=source.config.moe, data=source.config.data)
     if not any(plan.pools for plan in block_plans(config.model, config.moe)):
         raise RoutingError(f"{location}: a dense model: no block of it has experts to route to")
+    if config.moe.routing == "expert_choice":
+        raise RoutingError(
+            f"{location}: its experts choose tokens (moe.routing=expert_choice); what is shown here is which experts "
+            "tokens choose"
+        )
     tokenizer = None
     if config.model.vocab_size:
         if text_tokenizer is None and own is None:

@@ -518,6 +518,7 @@ def test_captions_come_in_many_layouts(corpus: Corpus, tmp_path: Path) -> None:
         find_sources(str(folder), str(tmp_path / "none.json"))
 
 
+CHOOSING = replace(TWICE, routing="expert_choice", topk=1)
 VISION = MoEConfig(num_vision_experts=4, layers=(2,), modalities="vision")
 
 
@@ -539,6 +540,7 @@ VISION = MoEConfig(num_vision_experts=4, layers=(2,), modalities="vision")
             "--captions LINES",
             "of images alone reads no captions",
         ),
+        ("choosing", CHOOSING, {}, "--images IMAGES", "its experts choose tokens"),
         ("twice", TWICE, {}, "", "neither --images nor --captions is given"),
         ("twice", TWICE, {}, "--images nowhere", "nowhere: not found"),
         ("twice", TWICE, {}, "--images DAMAGED", "bad.jpg: corrupt image"),
