@@ -216,7 +216,7 @@ def test_downstream_results_stand_beside_the_papers(tmp_path: Path) -> None:
         assert all(len(row.scores) == len(paper.columns) for row in paper.rows)
     # The heads of pretraining, 300 and 64 rows, are not those of the task.
     config = tuned(load)
-    slots = head_slots(config, StreamLayout.from_config(config.model, config.data))
+    slots = head_slots(config, StreamLayout.of(config))
     rows_of_heads = slots[0] * 299 + slots[1] * 63
     heads = 6.0 * num_micro_batches(config, 1) * config.model.hidden_size * rows_of_heads
     flops = table(page, "FLOPs per step")["nlvr2/seed_1",]["FLOPs per step"]
