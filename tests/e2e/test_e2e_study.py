@@ -90,7 +90,7 @@ def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
     assert "4 runs, 3 of them finished before" in done and f"started {killed}" in done
     after = {path: path.stat().st_mtime_ns for path in studies.glob("runs/*/metrics.jsonl")}
     assert [path.parent.name for path in after if after[path] != before[path]] == [killed]
-    assert "resum" in (studies / "runs" / killed / "log.txt").read_text()
+    assert ": starting after step " in (studies / "runs" / killed / "log.txt").read_text()
 
     check_summary(studies)
     again = study(corpus).succeeded().stdout
