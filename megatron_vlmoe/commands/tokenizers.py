@@ -140,6 +140,11 @@ def train_image(words: Sequence[str]) -> None:
     add("--batch-size", type=int, help="images per step over all processes")
     add("--lr", type=float, help="peak learning rate")
     add("--warmup-steps", type=int, help="steps over which the learning rate rises")
+    add(
+        "--unquantized-steps",
+        type=int,
+        help="steps before the codes are placed; the decoder then gets the encoder's own vectors",
+    )
     add("--min-scale", type=float, help="smallest crop as a share of the image's area")
     add("--bf16", action="store_true", help="bf16 autocast")
     add("--deterministic", action="store_true", help="GPU: same seed, same bits; slower")

@@ -39,12 +39,15 @@ SIZES = {
             num_attention_heads=4,
             ffn_hidden_size=512,
             num_vl_layers=2,
-            image_size=64,
-            patch_size=8,
+            # Two by two patches for each of the nine places where the sample corpus puts shapes.
+            image_size=96,
+            patch_size=16,
             text_length=64,
             pair_text_length=40,
-            # BEiT's 0.02 at width 768, kept at the same std * sqrt(width).
-            init_std=0.05,
+            # BEiT's values are made for long runs; with these a model attends by position within 200 steps.
+            layer_scale_init=1.0,
+            drop_path=0.0,
+            init_std=0.2,
         ),
         objectives=ObjectivesConfig(min_mask_block=4),
         data=DataConfig(
@@ -56,11 +59,17 @@ SIZES = {
             global_pairs=32,
             eval_fraction=0.1,
             num_workers=1,
+            pair_unit="image",
+            # A crop or a flip would make "at the top left" false.
+            crop_scale_min=1.0,
             color_jitter=0.0,
-            crop_scale_min=0.5,
+            flip_probability=0.0,
             pair_flip_probability=0.0,
+            # Plain ground is the same in all of a patch's pixels: at BEiT's 0.5 its projection would be many times
+            # as large as the positions, and attention could not tell one patch of it from another.
+            pixel_std=(8.0, 8.0, 8.0),
         ),
-        optim=OptimConfig(lr=2e-3, lr_warmup_steps=50, min_lr=1e-5),
+        optim=OptimConfig(lr=2e-3, lr_warmup_steps=50, min_lr=1e-5, adam_beta2=0.98),
         train=TrainConfig(steps=600, eval_interval=200, eval_steps=4),
         checkpoint=CheckpointConfig(save_interval=200),
         log=LogConfig(interval=10),

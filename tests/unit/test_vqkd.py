@@ -23,6 +23,7 @@ from megatron_vlmoe.tokenizers.vqkd.model import (
     PatchEmbedding,
     Quantizer,
     compute_fingerprint,
+    draw_far_vectors,
     load_vqkd,
     nearest_codes,
     save_vqkd,
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
 
 def small_config(**overrides: object) -> VQKDConfig:
     values = {"image_size": 16, "patch_size": 4, "width": 16, "num_heads": 2, "num_codes": 12}
-    return build_preset("tiny", **{**values, "code_dim": 4, **overrides})
+    return build_preset("tiny", **{**values, "depth": 2, "code_dim": 4, **overrides})
 
 
 def placed_model(seed: int = 0, **overrides: object) -> VQKD:
@@ -123,6 +124,26 @@ class TestQuantizer:
         assert int(counts.sum()) == 400
         assert ((centres @ directions.t()).max(dim=0).values > 0.98).all()
 
+    def test_codes_are_placed_far_from_each_other(self) -> None:
+        """97 equal vectors and three others, as patches of plain ground and three of a shape."""
+        vectors = torch.cat([torch.eye(4)[:1].repeat(97, 1), torch.eye(4)[1:]])
+        centres, counts = spherical_kmeans(vectors, 4, torch.Generator().manual_seed(0))
+        assert sorted(counts.tolist()) == [1, 1, 1, 97]
+        assert torch.equal(centres.sum(dim=0), torch.ones(4))
+
+    def test_vectors_are_drawn_in_proportion_to_their_distance(self) -> None:
+        vectors, distance = torch.eye(3), torch.tensor([0.0, 0.25, 0.75])
+        generator = torch.Generator().manual_seed(0)
+        drawn = [draw_far_vectors(vectors, distance, 1, generator)[0] for _ in range(400)]
+        shares = torch.stack(drawn).mean(dim=0)
+        assert shares[0] == 0.0
+        assert shares[2] == pytest.approx(0.75, abs=0.07)
+        # Once a vector is drawn, its distance is zero: all three come, the one at no distance last.
+        assert torch.equal(
+            draw_far_vectors(vectors, distance, 3, generator)[:2].sum(dim=0),
+            torch.tensor([0.0, 1.0, 1.0]),
+        )
+
     def test_first_training_batch_places_the_codes_near_its_vectors(self) -> None:
         quantizer = Quantizer(6, 3).train()
         vectors = F.normalize(torch.randn(6, 3), dim=1)
@@ -171,6 +192,14 @@ class TestTransformer:
     def test_layer_norms_have_the_published_epsilon(self) -> None:
         norms = [m for m in build_model(small_config(), 0).modules() if isinstance(m, nn.LayerNorm)]
         assert {norm.eps for norm in norms} == {1e-6} and len(norms) == 2 * 3 + 2
+
+    def test_without_blocks_a_code_tells_of_its_own_patch_alone(self) -> None:
+        model = placed_model(depth=0).eval()
+        pixels = random_pixels(2)
+        changed = pixels.clone()
+        changed[:, :, :4, :4] = 1.0 - changed[:, :, :4, :4]
+        assert torch.equal(model.project(pixels)[:, 1:], model.project(changed)[:, 1:])
+        assert not torch.equal(model.project(pixels)[:, 0], model.project(changed)[:, 0])
 
     def test_patches_are_row_major(self) -> None:
         embedding = PatchEmbedding(4, 3, 1)
@@ -339,7 +368,7 @@ class TestImageTokenizer:
         [
             ("patch_size", 5, "not a multiple of patch_size 5"),
             ("num_heads", 3, "not a multiple of num_heads 3"),
-            ("depth", 0, "depth must be at least 1"),
+            ("depth", -1, "depth must not be negative"),
             ("ema_decay", 1.0, "ema_decay"),
         ],
     )
@@ -411,6 +440,26 @@ class TestTraining:
             "metrics.jsonl",
             "training_state.pt",
         }
+
+    def test_codes_are_placed_after_the_unquantized_steps(self, tmp_path: Path) -> None:
+        folder = tmp_path / "t"
+        trainer = make_trainer(folder, unquantized_steps=5)
+        trainer.save = interrupt_after(trainer, 4)  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+        with pytest.raises(ValueError, match="its codes are not placed yet") as caught:
+            ImageTokenizer.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+        make_trainer(folder, unquantized_steps=5).run()
+        assert int(load_vqkd(folder).quantizer.updates) == 1 + 3
+        before, placed = (
+            [m for m in read_metrics(folder) if m["step"] <= 4],
+            [m for m in read_metrics(folder) if m["step"] > 4],
+        )
+        assert [m["loss/commitment"] for m in before] == [0.0, 0.0]
+        assert not any("codebook/usage" in m for m in before)
+        assert [m["step"] for m in placed] == [5, 6, 8, 8]
+        assert all("codebook/usage" in m or "eval/codebook/usage" in m for m in placed)
 
     def test_same_seed_same_tokenizer(self, tmp_path: Path) -> None:
         torch.manual_seed(1)

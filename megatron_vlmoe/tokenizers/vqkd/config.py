@@ -27,7 +27,7 @@ class VQKDConfig:
     width: int = 768
     """Hidden size of the encoder and of the decoder."""
     depth: int = 12
-    """Encoder blocks."""
+    """Encoder blocks; 0 = every patch is coded by itself, without a look at the others."""
     num_heads: int = 12
     """Attention heads of the encoder and of the decoder."""
     mlp_ratio: float = 4.0
@@ -54,7 +54,7 @@ class VQKDConfig:
     """Divides RGB after the mean; 0.5 / 0.5 maps [0, 1] to [-1, 1]."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "depth", "num_heads"):
+        for name in ("image_size", "patch_size", "width", "num_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.image_size % self.patch_size:
@@ -63,8 +63,9 @@ class VQKDConfig:
             )
         if self.width % self.num_heads:
             raise ConfigError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        if self.decoder_depth < 0:
-            raise ConfigError(f"decoder_depth must not be negative, not {self.decoder_depth}")
+        for name in ("depth", "decoder_depth"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.num_codes < 2 or self.code_dim < 2:
             raise ConfigError(
                 f"num_codes and code_dim must be at least 2, not {self.num_codes}, {self.code_dim}"
@@ -104,15 +105,17 @@ def pixel_teacher_dim(patch_size: int) -> int:
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "base": {},
     "tiny": {
-        "image_size": 64,
-        "patch_size": 8,
+        "image_size": 96,
+        "patch_size": 16,
         "width": 64,
-        "depth": 2,
+        # A code that also tells of the patches around it can hardly be guessed from them.
+        "depth": 0,
         "num_heads": 4,
         "decoder_depth": 1,
-        "num_codes": 256,
-        "code_dim": 16,
-        "restart_threshold": 0.3,
+        "num_codes": 64,
+        "code_dim": 32,
+        "ema_decay": 0.95,
+        "restart_threshold": 0.05,
     },
 }
 PRESET_NAMES = tuple(_PRESETS)

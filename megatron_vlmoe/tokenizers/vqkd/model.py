@@ -62,20 +62,38 @@ def sum_by_code(unit_TC: Tensor, codes_T: Tensor, num_codes: int) -> tuple[Tenso
     return counts, sums
 
 
+def draw_far_vectors(
+    unit_TC: Tensor, distance_T: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Draws `[count, C]` vectors one after another, each in proportion to its distance from what is there (k-means++).
+
+    Most patches of a picture are alike; drawn evenly, nearly all codes would be placed on those.
+
+    Args:
+        distance_T: 1 - cosine of every vector to the nearest centre that is already there.
+        generator: a CPU generator.
+    """
+    drawn = unit_TC.new_zeros(count, unit_TC.shape[1])
+    for number in range(count):
+        # Vectors that have a centre at their very place are drawn only where all have one.
+        weights = distance_T.double().clamp(min=1e-12).cpu()
+        place = torch.searchsorted(
+            weights.cumsum(0), weights.sum() * torch.rand(1, generator=generator).double()
+        )
+        drawn[number] = unit_TC[int(place.clamp(max=len(unit_TC) - 1))]
+        distance_T = torch.minimum(distance_T, 1.0 - unit_TC @ drawn[number])
+    return drawn
+
+
 def spherical_kmeans(
     unit_TC: Tensor, num_codes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Cosine k-means from randomly chosen vectors: centres `[K, C]` (unit length), counts `[K]`.
+    """Cosine k-means: centres `[K, C]` (unit length), counts `[K]`.
 
-    Centres are drawn without replacement, or with it where there are fewer vectors than codes; an
-    empty cluster keeps its centre. `generator` is a CPU generator.
+    It starts from vectors that are far from each other (`draw_far_vectors`); an empty cluster keeps its centre.
     """
-    total = unit_TC.shape[0]
-    if total >= num_codes:
-        chosen = torch.randperm(total, generator=generator)[:num_codes]
-    else:
-        chosen = torch.randint(total, (num_codes,), generator=generator)
-    centres = unit_TC[chosen.to(unit_TC.device)]
+    everywhere = unit_TC.new_ones(unit_TC.shape[0])
+    centres = draw_far_vectors(unit_TC, everywhere, num_codes, generator)
     counts = unit_TC.new_zeros(num_codes)
     for _ in range(KMEANS_ITERATIONS):
         counts, sums = sum_by_code(unit_TC, nearest_codes(unit_TC, centres), num_codes)
@@ -104,7 +122,7 @@ class Quantizer(nn.Module):
     l2-normalised, averaged into the codebook with `decay` and normalised again; codes without a
     vector keep their place. The first training call places the codes by spherical k-means. With
     `restart_threshold` > 0, codes whose average use falls below that share of T/K are moved onto
-    random vectors of the batch.
+    vectors of the batch that are far from all codes.
     """
 
     codebook: Tensor
@@ -178,8 +196,8 @@ class Quantizer(nn.Module):
             dead = torch.nonzero(self.usage < self.restart_threshold * uniform_share).flatten()
             if count := dead.numel():
                 vectors = gather_rows(unit_TC)
-                chosen = torch.randint(vectors.shape[0], (count,), generator=self._generator())
-                self.codebook[dead] = vectors[chosen.to(vectors.device)]
+                far = 1.0 - (vectors @ self.codebook.t()).amax(dim=1)
+                self.codebook[dead] = draw_far_vectors(vectors, far, count, self._generator())
                 # A moved code starts as an average one: it has time to find vectors before it is judged.
                 self.usage[dead] = uniform_share
         self.updates += 1
@@ -332,9 +350,9 @@ class VQKDLosses(NamedTuple):
     cosine: Tensor
     """mean(1 - cos(prediction, target)) over patches."""
     commitment: Tensor
-    """Pull of the encoder's vectors to their codes."""
-    codes: Tensor
-    """int64, row-major."""
+    """Pull of the encoder's vectors to their codes; 0 without quantisation."""
+    codes: Tensor | None
+    """int64, row-major; None without quantisation."""
 
 
 class VQKD(nn.Module):
@@ -401,13 +419,19 @@ class VQKD(nn.Module):
         code_map = vectors.transpose(1, 2).reshape(-1, self.config.code_dim, grid, grid)
         return self.feature_head(self.decoder(code_map.contiguous()))
 
-    def forward(self, pixels: Tensor, target: Tensor) -> VQKDLosses:
-        """Losses for pixels `[N, 3, S, S]` in [0, 1] and features `[N, L, teacher_dim]`."""
-        quantized = self.quantize(self.project(pixels))
-        prediction = self.decode(quantized.vectors)
+    def forward(self, pixels: Tensor, target: Tensor, quantize: bool = True) -> VQKDLosses:
+        """Losses for pixels `[N, 3, S, S]` in [0, 1] and features `[N, L, teacher_dim]`.
+
+        Without `quantize` the decoder gets the encoder's own vectors, at unit length.
+        """
+        vectors, commitment, codes = self.project(pixels), target.new_zeros(()), None
+        if quantize:
+            vectors, codes, commitment = self.quantize(vectors)
+        else:
+            vectors = F.normalize(vectors, dim=-1)
+        prediction = self.decode(vectors)
         cosine = 1.0 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
-        total = cosine + quantized.commitment
-        return VQKDLosses(total, cosine, quantized.commitment, quantized.codes)
+        return VQKDLosses(cosine + commitment, cosine, commitment, codes)
 
 
 def tanh_head(width: int, out_features: int) -> nn.Sequential:
@@ -457,8 +481,8 @@ def save_vqkd(folder: Path, model: VQKD, training: dict[str, Any]) -> None:
 def load_vqkd(folder: Path) -> VQKD:
     """Build the saved model, in fp32 on the CPU.
 
-    Raises ValueError (one line) for a folder without a tokenizer, another format, a truncated file, or tensors
-    that do not fit the config.
+    Raises ValueError (one line) for a folder without a tokenizer, another format, a truncated file, tensors
+    that do not fit the config, or one whose training has not come to its codes.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -483,6 +507,8 @@ def load_vqkd(folder: Path) -> VQKD:
     if problems:
         raise DataError(f"{path}: does not fit {CONFIG_FILE}: {problems}")
     model.load_state_dict(weights)
+    if not model.quantizer.codebook.any():
+        raise DataError(f"{folder}: its codes are not placed yet: finish its training first")
     return model
 
 

@@ -238,6 +238,8 @@ class TrainingOptions:
     """Learning rate at the last step."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
+    unquantized_steps: int = 0
+    """Steps before codes are placed, in which the decoder gets the encoder's own vectors; 0 = published."""
     weight_decay: float = 1e-4
     """AdamW's, on matrices only."""
     seed: int = 0
@@ -257,6 +259,10 @@ class TrainingOptions:
             raise ConfigError(f"lr must be positive, not {self.lr} (min_lr {self.min_lr})")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ConfigError(f"warmup_steps must be in 0..{self.steps}, not {self.warmup_steps}")
+        if not 0 <= self.unquantized_steps < self.steps:
+            raise ConfigError(
+                f"unquantized_steps must be in 0..{self.steps - 1}, not {self.unquantized_steps}"
+            )
 
 
 def published_lr(batch_size: int) -> float:
@@ -365,8 +371,8 @@ class Trainer:
         started, first = time.perf_counter(), self.step
         for images in batches:
             pixels = self._to_pixels(images)
-            if self.step == 0:
-                # K-means on the first batch, before step 0 is evaluated.
+            if self.step == options.unquantized_steps:
+                # K-means on a batch, before what it gives is evaluated.
                 self.model.train()
                 with torch.no_grad(), self._autocast():
                     vectors = self.model.project(pixels).flatten(0, 1)
@@ -376,15 +382,20 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, options)
             with self._autocast():
-                losses: VQKDLosses = wrapped(pixels, self.teacher(pixels))
+                losses: VQKDLosses = wrapped(
+                    pixels, self.teacher(pixels), self.step >= options.unquantized_steps
+                )
             self.optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
             self.optimizer.step()
             self.step += 1
             means.add({f"loss/{name}": getattr(losses, name).detach() for name in _LOSSES})
-            statistics.add(losses.codes)
+            if losses.codes is not None:
+                statistics.add(losses.codes)
             if self.step % options.log_interval == 0 or self.step == options.steps:
-                values = self._reduced(means) | statistics.values(all_ranks=True)
+                values = self._reduced(means)
+                if self.step > options.unquantized_steps:
+                    values |= statistics.values(all_ranks=True)
                 values["learning_rate"] = learning_rate(self.step - 1, options)
                 rate = (self.step - first) * options.batch_size / (time.perf_counter() - started)
                 self._log(values | {"images_per_second": rate}, f"/{options.steps}")
@@ -409,6 +420,7 @@ class Trainer:
                 losses = self.model(pixels, self.teacher(pixels))
             named = {f"loss/{name}": getattr(losses, name) for name in _LOSSES[1:]}
             means.add(named, pixels.shape[0])
+            assert losses.codes is not None
             statistics.add(losses.codes)
         self.model.train()
         return {f"eval/{k}": v for k, v in (means.values() | statistics.values()).items()}
@@ -483,12 +495,14 @@ class Recipe(NamedTuple):
     lr: float
     warmup_share: float  # warm-up steps divided by all steps
     min_scale: float  # smallest crop as a share of the image's area
+    unquantized_share: float = 0.0  # steps before codes are placed divided by all steps
 
 
 PRESETS: Mapping[str, Recipe] = {
     # 100 epochs of ImageNet-1k (1,281,167 images) at batch 512; warm-up 10 epochs.
     "base": Recipe(250_000, 512, published_lr(512), 0.1, 0.08),
-    "tiny": Recipe(300, 32, 1e-3, 0.05, 0.5),
+    # Codes are placed once the vectors tell colours apart; quantised from the start they collapse before.
+    "tiny": Recipe(1500, 32, 5e-3, 0.05, 1.0, 0.8),
 }
 
 
@@ -508,6 +522,7 @@ class TrainingRequest:
     batch_size: int | None = None
     lr: float | None = None
     warmup_steps: int | None = None
+    unquantized_steps: int | None = None
     min_scale: float | None = None
     bf16: bool = False
     deterministic: bool = False
@@ -528,11 +543,15 @@ class TrainingRequest:
         batch_size = recipe.batch_size if self.batch_size is None else self.batch_size
         scaled = published_lr(batch_size) if self.preset == "base" else recipe.lr
         warmup = round(steps * recipe.warmup_share)
+        unquantized = int(steps * recipe.unquantized_share)
         return TrainingOptions(
             steps=steps,
             batch_size=batch_size,
             lr=scaled if self.lr is None else self.lr,
             warmup_steps=warmup if self.warmup_steps is None else self.warmup_steps,
+            unquantized_steps=(
+                unquantized if self.unquantized_steps is None else self.unquantized_steps
+            ),
             seed=self.seed,
             bf16=self.bf16,
             log_interval=self.log_interval,
