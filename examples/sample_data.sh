@@ -43,9 +43,10 @@ for SPLIT in train val; do
 done
 
 say "data 4/4: image tokenizer (VQ-KD)"
-once "$INDEXED/image_tokenizer/config.json" python -m megatron_vlmoe train-image-tokenizer \
+# Goes on where it was interrupted, and knows itself whether it is done.
+python -m megatron_vlmoe train-image-tokenizer \
     --images "$INDEXED/images_train" "$INDEXED/pairs_train" --output "$INDEXED/image_tokenizer" \
-    --preset tiny --image-size 64 --patch-size 8 --num-codes 256 --steps 400 --seed 1
+    --preset tiny --seed 1 --log-interval 100
 
 [ -n "$TASKS" ] || exit 0
 say "tasks: question answering, reasoning, retrieval, classification, inference"

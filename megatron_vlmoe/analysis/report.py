@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -307,9 +307,8 @@ def _cost_chapter(runs: Sequence[Run]) -> Chapter:
     note = (
         "Parameters and FLOPs follow from config.yaml: the heads of a run are counted in its parameters, but not per "
         "token; FLOPs are those of the model (forward and backward, k experts per token, no recomputation; of "
-        "fine-tuning, without the heads). Seconds, "
-        "token slots and TFLOP/s are medians over the logged intervals, memory is the largest of rank 0, training time "
-        "is without evaluation and saving."
+        "fine-tuning, without the heads). Seconds, token slots and TFLOP/s are medians over the logged intervals, "
+        "memory is the largest of rank 0, training time is without evaluation and saving."
     )
     return Chapter("Cost", (), [_without_empty(Table(header, rows, note=note))])
 
@@ -323,9 +322,6 @@ def _arithmetic(
             return None, None, None
         found = parameters(config)
         total, per_token = (sum(one.size for one in found), sum(one.activated for one in found))
-        if isinstance(config, FinetuneConfig):
-            # The heads of pretraining would be counted, which such a run does not have.
-            config = replace(config, model=replace(config.model, vocab_size=1, visual_vocab_size=1))
         return total, per_token, flops_per_step(config)
     except ConfigError:
         return None, None, None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.planning.parameters import (
     Parameter,
     estimated_parameters,
@@ -119,12 +120,12 @@ def expert_rows(config: RunConfig, pool: Branch, layout: StreamLayout) -> int:
 
 
 def head_slots(config: RunConfig, layout: StreamLayout) -> tuple[int, int]:
-    """Predicted token and patch slots of a micro-batch; none of contrastive pretraining.
+    """Predicted token and patch slots of a micro-batch; none of contrastive pretraining and of fine-tuning.
 
     Before the data is read, captions count as long as `model.pair_text_length` allows.
     """
     model, objectives = config.model, config.objectives
-    if objectives.kind == "contrastive":
+    if objectives.kind == "contrastive" or isinstance(config, FinetuneConfig):
         return 0, 0
     # Paper section 3.1: shares of the tokens between [T_CLS] and [T_SEP], and 40 % of the patches.
     longest = model.pair_text_length - 2
