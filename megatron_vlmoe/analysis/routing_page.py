@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe import __version__
 from megatron_vlmoe.analysis.routing import FIRST, IMAGE, LAST, PADDING, TEXT, Item, Trace
 from megatron_vlmoe.analysis.routing_figures import expert_colors, ink_on, words_by_expert
-from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.pages import write_page
 
 Array = npt.NDArray[Any]
 SHOWN = 100
@@ -26,7 +25,7 @@ _PICTURE_BYTES = 5_500_000
 _QUALITIES = (88, 75, 60, 45, 30)
 
 
-def write_page(
+def write_routing_page(
     summary: Mapping[str, Any], trace: Trace, items: Sequence[Item], folder: Path
 ) -> Path:
     """Writes `routing.html`; returns it.
@@ -34,19 +33,11 @@ def write_page(
     Raises:
         FileError: it cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    page = folder / "routing.html"
     content = page_content(summary, trace, items)
-    page = environment.get_template("routing.html.j2").render(
-        content=content, summary=summary, version=__version__
-    )
-    write_text_atomic(folder / "routing.html", page)
-    return folder / "routing.html"
+    template = Path(__file__).with_name("routing.html.j2")
+    write_page(page, template, {}, content=content, summary=summary, version=__version__)
+    return page
 
 
 def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]) -> dict[str, Any]:

@@ -114,4 +114,4 @@ def main(words: Sequence[str]) -> None:
     for path in figures.draw_all(summary, trace, items, options.output):
         print(f"wrote {path}")
     page = load("megatron_vlmoe.analysis.routing_page")
-    print(f"wrote {page.write_page(summary, trace, items, options.output)}")
+    print(f"wrote {page.write_routing_page(summary, trace, items, options.output)}")

@@ -636,6 +636,6 @@ def test_a_page_of_100_pictures_stays_below_10_mb(tmp_path: Path) -> None:
     config = RunConfig(model=ModelConfig(), moe=MoEConfig(topk=k))
     holder: Any = type("Model", (), {"config": type("C", (), {"capacity_factor": 1.0})})
     summary = routing.summarize(trace, items, routing.Model("x", config, holder, None), 0, 0)
-    page = routing_page.write_page(summary, trace, items, tmp_path)
+    page = routing_page.write_routing_page(summary, trace, items, tmp_path)
     assert page.stat().st_size < 10_000_000
     assert len(set(routing_figures.expert_colors(32))) == 32
