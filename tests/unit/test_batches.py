@@ -109,8 +109,12 @@ class Corpus:
             "num_workers": 0,
             **{f"micro_{name}": MICRO for name in ("texts", "images", "pairs")},
             **{f"global_{name}": 2 * MICRO for name in ("texts", "images", "pairs")},
+            "pair_unit": "caption",
+            "crop_scale_min": 0.5,
+            "flip_probability": 0.5,
+            "pixel_std": (0.5, 0.5, 0.5),
         }
-        model = replace(base.model, pair_text_length=32)
+        model = replace(base.model, image_size=64, patch_size=8, pair_text_length=32)
         return replace(base, model=model, data=replace(base.data, **{**fields, **data}))
 
 

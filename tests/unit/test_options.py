@@ -480,7 +480,7 @@ def test_a_section_without_options_changes_nothing(tmp_path: Path) -> None:
 SIZES = {
     "pretrain --preset base-32e": 24,
     "pretrain --data.global_texts 100": 1,
-    "pretrain --data.micro_texts 8": 1,
+    "pretrain --data.micro_texts 6": 1,
     "pretrain --data.micro_texts 0 --data.global_images 48": 4,
     "pretrain --data.global_texts 0": 2,
     "pretrain --parallel.tensor_model_parallel_size 2": 24,
