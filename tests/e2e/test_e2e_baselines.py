@@ -72,14 +72,18 @@ def test_new_ways_to_route_train(name: str, corpus: Corpus) -> None:
         refused.refused("moe.balance_bias_rate is 0.001 there, 0 here")
 
 
+def contrastive_words() -> list[str]:
+    # With these initial values all similarities are nearly the same before training.
+    start = "--model.init_std 0.02 --data.pixel_std 0.5 0.5 0.5 --train.eval_interval 2".split()
+    pairs = [*PAIRS_ALONE, "--data.global_pairs", "8"]
+    return [*config("limoe_contrastive"), *pairs, *ROOMY, *start]
+
+
 @pytest.fixture(scope="module")
 def contrastive(corpus: Corpus) -> Run:
     """Captions and images of pairs, told apart by a shared router."""
     folder = corpus.folder / "runs" / "contrastive"
-    words = [*config("limoe_contrastive"), *PAIRS_ALONE, *ROOMY, "--data.global_pairs", "8"]
-    # With such initial values all similarities are nearly the same.
-    words += ["--model.init_std", "0.02", "--data.pixel_std", "0.5", "0.5", "0.5"]
-    outcome = corpus.pretrain(folder, 4, *words, "--train.eval_interval", "2")
+    outcome = corpus.pretrain(folder, 4, *contrastive_words())
     return Run(folder, outcome.succeeded())
 
 
@@ -105,8 +109,7 @@ def test_contrastive_pretraining(contrastive: Run) -> None:
 
 def test_contrastive_pretraining_is_resumed(contrastive: Run, corpus: Corpus) -> None:
     folder = corpus.folder / "runs" / "contrastive-resumed"
-    options = [*config("limoe_contrastive"), *PAIRS_ALONE, *ROOMY, "--data.global_pairs", "8"]
-    options += ["--train.eval_interval", "2"]
+    options = contrastive_words()
     corpus.pretrain(folder, 4, *options, "--exit-interval", "2").succeeded()
     corpus.pretrain(folder, 4, *options).succeeded()
     assert_same_metrics(metrics(folder), contrastive.metrics)
