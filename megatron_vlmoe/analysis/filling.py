@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,12 @@ from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.masking import blockwise_mask
 from megatron_vlmoe.data.samples import foreground
-from megatron_vlmoe.tokenizers.vqkd.model import VQKD, load_vqkd
+from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
 Array = npt.NDArray[Any]
 BEST = 3
+LOOKED_AT = 1000
+"""Pictures from which the looks of codes are taken."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Filled:
         pixels: the picture ``[S, S, 3]``, 0 to 1.
         hidden: hidden patches ``[L]``.
         drawn: the picture with the hidden patches as the model fills them ``[S, S, 3]``.
-        rendered: the picture as the image tokenizer's true codes render it ``[S, S, 3]``: the best that can be drawn.
+        rendered: the picture drawn from its true codes ``[S, S, 3]``: the best that can be drawn.
         right: hidden patches whose code is the most likely one ``[L]``.
         shown: patches that show more than the picture's ground ``[L]``.
     """
@@ -121,11 +123,40 @@ def read_pair(prefix: str, number: int) -> tuple[Image.Image, list[int]]:
     return decode_image(data, f"{prefix}_image.bin: image {number}"), ids
 
 
+def looks_of_codes(tokenizer: ImageTokenizer, prefix: str, leave_out: Collection[int]) -> Tensor:
+    """What the patches of every code look like: their mean over the first pictures of a dataset.
+
+    This shows what a code stands for without the tokenizer's decoder, which knows only codes that stand side by side in
+    real pictures, and which a published tokenizer does not have.
+
+    Args:
+        leave_out: documents that are not looked at, because they are to be drawn.
+
+    Returns:
+        ``[C, 3 P P]``, 0 to 1; the mid-grey 0.5 for codes that none of the pictures has.
+    """
+    reader = IndexedReader(part_prefix(prefix, "image"))
+    patch = tokenizer.patch_size
+    sums = torch.zeros(tokenizer.num_codes, 3 * patch**2)
+    counts = torch.zeros(tokenizer.num_codes)
+    numbers = [n for n in range(reader.num_documents) if n not in leave_out][:LOOKED_AT]
+    for number in numbers:
+        (data,) = reader.document(number)
+        image = decode_image(data, f"{prefix}_image.bin: image {number}")
+        pixels = _pixels(image, tokenizer)
+        codes = tokenizer.encode(pixels)[0]
+        sums.index_add_(0, codes, F.unfold(pixels, patch, stride=patch)[0].t())
+        counts += codes.bincount(minlength=tokenizer.num_codes)
+    means = sums / counts.clamp(min=1.0)[:, None]
+    return torch.where(counts[:, None] > 0, means, 0.5)
+
+
 @torch.no_grad()
 def fill(
     model: Any,
     processor: Any,
-    tokenizer: VQKD,
+    tokenizer: ImageTokenizer,
+    looks: Tensor,
     image: Image.Image,
     ids: list[int],
     rng: np.random.Generator,
@@ -135,16 +166,17 @@ def fill(
     Args:
         model: `AutoModelForPreTraining` of an export.
         processor: its `AutoProcessor`.
-        tokenizer: image tokenizer with a decoder that renders pixels.
+        tokenizer: image tokenizer that the model was trained with.
+        looks: what its codes look like (`looks_of_codes`).
         image: the picture.
         ids: pieces of the caption, without special ones.
         rng: chooses the hidden patches.
 
     Raises:
-        FillingError: the tokenizer is not that of the model, or does not render pixels.
+        FillingError: the tokenizer is not that of the model.
     """
     grid = model.config.image_size // model.config.patch_size
-    side, size = tokenizer.config.grid, tokenizer.config.num_codes
+    side, size = tokenizer.grid, tokenizer.num_codes
     if (side, size) != (grid, model.config.visual_vocab_size):
         raise FillingError(
             f"the image tokenizer has {side}x{side} patches and {size} codes, the model {grid}x{grid} "
@@ -158,8 +190,8 @@ def fill(
     masked = [text.mask_token_id if n == hidden_piece else i for n, i in enumerate(ids)]
     sequence = text.build_inputs_with_special_tokens(masked)
     pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-    square = np.array(image.resize((tokenizer.config.image_size,) * 2, Image.Resampling.BICUBIC))
-    shown = foreground(square.transpose(2, 0, 1), grid)
+    raw = _pixels(image, tokenizer)
+    shown = foreground((255.0 * raw[0]).round().to(torch.uint8).numpy(), grid)
     mask = hide_a_shape(shown.reshape(grid, grid), int(0.4 * grid * grid), rng).reshape(1, -1)
     outputs = model(
         input_ids=torch.tensor([sequence]), pixel_values=pixels, bool_masked_pos=torch.tensor(mask)
@@ -167,46 +199,38 @@ def fill(
     chances = outputs.mlm_logits[0, hidden_piece + 1].softmax(dim=0)
     best = chances.topk(BEST)
     words = [text.decode([index]).strip() for index in best.indices.tolist()]
-    raw = torch.tensor(square).permute(2, 0, 1)[None].float() / 255.0
     codes = tokenizer.encode(raw)
     guessed = outputs.mim_logits[0].argmax(dim=1)[None]
     where = torch.tensor(mask)
-    patch = tokenizer.config.patch_size
-    patches = F.unfold(raw, patch, stride=patch).transpose(1, 2)
-    filling = _render(tokenizer, torch.where(where, guessed, codes))
+    patches = F.unfold(raw, tokenizer.patch_size, stride=tokenizer.patch_size).transpose(1, 2)
     return Filled(
         text=text.decode(masked),
         truth=text.decode([ids[hidden_piece]]).strip(),
         guesses=tuple(zip(words, best.values.tolist())),
         pixels=_picture(patches, tokenizer),
         hidden=mask[0],
-        drawn=_picture(torch.where(where[..., None], filling, patches), tokenizer),
-        rendered=_picture(_render(tokenizer, codes), tokenizer),
+        drawn=_picture(torch.where(where[..., None], looks[guessed], patches), tokenizer),
+        rendered=_picture(looks[codes], tokenizer),
         right=((guessed == codes) & where)[0].numpy(),
         shown=shown,
     )
 
 
-def _render(tokenizer: VQKD, codes: Tensor) -> Tensor:
-    """Codes ``[1, L]`` to patches ``[1, L, 3 P P]``, 0 to 1."""
-    features = tokenizer.decode(tokenizer.quantizer.codebook[codes])
-    length = 3 * tokenizer.config.patch_size**2
-    if features.shape[2] != length + 1:
-        raise FillingError("the image tokenizer predicts features of a teacher, not pixels")
-    # The decoder's output has a direction, no length; the constant beside the pixels gives it (PixelTeacher).
-    values = features[..., :-1] * (0.5 * length**0.5) / features[..., -1:].clamp(min=1e-3)
-    return (0.5 * (values + 1.0)).clamp(0.0, 1.0)
+def _pixels(image: Image.Image, tokenizer: ImageTokenizer) -> Tensor:
+    """A picture as the tokenizer reads it: ``[1, 3, S, S]``, 0 to 1."""
+    square = np.array(image.resize((tokenizer.image_size,) * 2, Image.Resampling.BICUBIC))
+    return torch.tensor(square).permute(2, 0, 1)[None].float() / 255.0
 
 
-def _picture(patches: Tensor, tokenizer: VQKD) -> Array:
-    side, size = tokenizer.config.patch_size, tokenizer.config.image_size
+def _picture(patches: Tensor, tokenizer: ImageTokenizer) -> Array:
+    side, size = tokenizer.patch_size, tokenizer.image_size
     whole = F.fold(patches.transpose(1, 2), size, side, stride=side)[0]
     picture: Array = whole.permute(1, 2, 0).numpy()
     return picture
 
 
 def draw_filled(filled: Sequence[Filled], output: Path) -> Path:
-    """For each, side by side: the whole picture, what the model sees, what it fills in, what the true codes render.
+    """For each, side by side: the whole picture, what the model sees, what it fills in, what its true codes draw.
 
     Returns the file.
     """
@@ -227,7 +251,7 @@ def draw_filled(filled: Sequence[Filled], output: Path) -> Path:
             ("picture", one.pixels),
             ("what the model sees", np.where(shown[..., None] > 0, chequer[..., None], one.pixels)),
             (one.counts().replace(", ", "\n"), one.drawn),
-            ("true codes, rendered", one.rendered),
+            ("drawn from the true codes", one.rendered),
         )
         for axis, (title, picture) in zip(part.subplots(1, len(panels)), panels):
             axis.imshow(picture, interpolation="nearest")
@@ -236,15 +260,3 @@ def draw_filled(filled: Sequence[Filled], output: Path) -> Path:
         guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in one.guesses)
         part.suptitle(f"{one.text}\n{guesses}   (truth: {one.truth})", fontsize=11)
     return save_figure(figure, output)
-
-
-def open_tokenizer(folder: str) -> VQKD:
-    """An image tokenizer with its decoder.
-
-    Raises:
-        FillingError: the folder holds none.
-    """
-    try:
-        return load_vqkd(Path(folder)).eval()
-    except ValueError as error:
-        raise FillingError(str(error)) from None

@@ -27,7 +27,12 @@ def build_parser() -> CommandParser:
     )
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="HF_DIR", help="export of a pretrained model")
-    add("--image-tokenizer", required=True, metavar="DIR", help="that the model was trained with")
+    add(
+        "--image-tokenizer",
+        required=True,
+        metavar="DIR",
+        help="that the model was trained with; a code is drawn as the mean of the dataset's patches that have it",
+    )
     add(
         "--pairs",
         type=dataset_prefix,
@@ -59,12 +64,13 @@ def main(words: Sequence[str]) -> None:
     options = {"trust_remote_code": True}
     model = AutoModelForPreTraining.from_pretrained(arguments.model, **options).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, **options)
-    tokenizer = filling.open_tokenizer(arguments.image_tokenizer)
+    tokenizer = filling.ImageTokenizer.from_pretrained(arguments.image_tokenizer)
+    looks = filling.looks_of_codes(tokenizer, arguments.pairs, numbers)
     filled = []
     for number in numbers:
         image, ids = filling.read_pair(arguments.pairs, number)
         rng = np.random.default_rng((arguments.seed, number))
-        one = filling.fill(model, processor, tokenizer, image, ids, rng)
+        one = filling.fill(model, processor, tokenizer, looks, image, ids, rng)
         filled.append(one)
         guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in one.guesses)
         print(f"{number}: {one.text}: {guesses} (truth: {one.truth}); {one.counts()}")

@@ -1,10 +1,17 @@
-"""Which patches `fill-masked` hides."""
+"""Which patches `fill-masked` hides, and how it draws codes."""
 
 from __future__ import annotations
 
-import numpy as np
+import io
+from pathlib import Path
+from types import SimpleNamespace
 
-from megatron_vlmoe.analysis.filling import hide_a_shape
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_vlmoe.analysis.filling import hide_a_shape, looks_of_codes
+from megatron_vlmoe.data.indexed import IndexedWriter
 
 SHOWN = np.array(
     [
@@ -42,3 +49,24 @@ def test_a_plain_picture_has_blocks_alone() -> None:
     assert hide_a_shape(nothing, 25, np.random.default_rng(0)).tolist() != (
         hide_a_shape(nothing, 25, np.random.default_rng(1)).tolist()
     )
+
+
+def test_a_code_looks_like_the_mean_of_the_patches_that_have_it(tmp_path: Path) -> None:
+    """Pictures of two by two plain patches, coded as dark (0) and bright (1); nothing has code 2."""
+    with IndexedWriter(str(tmp_path / "p_image"), np.uint8) as writer:
+        for levels in ([[0, 60], [200, 255]], [[30, 30], [30, 255]], [[255, 255], [255, 255]]):
+            square = np.kron(np.array(levels, dtype=np.uint8), np.ones((4, 4), dtype=np.uint8))
+            file = io.BytesIO()
+            Image.fromarray(square).convert("RGB").save(file, format="PNG")
+            writer.add_document([np.frombuffer(file.getvalue(), dtype=np.uint8)])
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        means = torch.nn.functional.avg_pool2d(pixels.mean(dim=1), 4)
+        return (means > 0.5).long().flatten(1)
+
+    tokenizer = SimpleNamespace(image_size=8, patch_size=4, num_codes=3, encode=encode)
+    looks = 255 * looks_of_codes(tokenizer, str(tmp_path / "p"), leave_out=[2])  # type: ignore[arg-type]
+    assert looks.shape == (3, 3 * 4 * 4)
+    # Dark: 0, 60 and three times 30; bright: 200, 255 and 255.
+    for code, mean in ((0, 30.0), (1, 710 / 3), (2, 127.5)):
+        torch.testing.assert_close(looks[code], torch.full((48,), mean), atol=0.01, rtol=0.0)
