@@ -29,7 +29,8 @@ Array = npt.NDArray[Any]
 SMALL = """
 --model.num_layers 4 --model.hidden_size 64 --model.num_attention_heads 4 --model.ffn_hidden_size 128
 --model.num_vl_layers 1 --model.image_size 32 --model.patch_size 8 --model.text_length 16
---model.pair_text_length 8 --model.drop_path 0.2 --moe.layers 2 4
+--model.pair_text_length 8 --model.drop_path 0.2 --model.init_std 0.05 --model.layer_scale_init 0.1 --moe.layers 2 4
+--data.pixel_std 0.5 0.5 0.5
 --data.micro_texts 2 --data.micro_images 2 --data.micro_pairs 2
 --data.global_texts 8 --data.global_images 8 --data.global_pairs 8
 --moe.num_vision_experts 8 --moe.num_text_experts 4

@@ -130,6 +130,7 @@ class Measured:
 
 SMALL = (
     *("--preset", "tiny-8e", "--model.num_layers", "4", "--model.num_vl_layers", "1"),
+    *("--model.image_size", "64", "--model.patch_size", "8"),
     *("--model.vocab_size", "2000", "--model.visual_vocab_size", "500"),
     *("--objectives.num_masked_patches", "25", "--objectives.caption_mask_slots", "8"),
     *(word for kind in ("texts", "images", "pairs") for word in (f"--data.micro_{kind}", "8")),

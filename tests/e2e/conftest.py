@@ -18,7 +18,9 @@ SMALL_MODEL = """
 --moe.layers 2 3 --moe.num_vision_experts 4 --moe.num_text_experts 2
 --data.micro_texts 2 --data.micro_images 2 --data.micro_pairs 2
 --data.global_texts 4 --data.global_images 4 --data.global_pairs 4
---data.pair_unit image --data.num_workers 0 --optim.lr_warmup_steps 1 --log.interval 1
+--model.init_std 0.05 --model.layer_scale_init 0.1 --data.pixel_std 0.5 0.5 0.5
+--data.crop_scale_min 0.5 --data.flip_probability 0.5 --data.pair_unit image --data.num_workers 0
+--optim.lr_warmup_steps 1 --log.interval 1
 --train.eval_steps 1 --train.seed 5
 """.split()
 # Nothing is dropped: every layout computes the same.

@@ -27,7 +27,7 @@ train-text-tokenizer --input raw/text/train.jsonl --vocab-size 150 --output text
 index-text --input raw/text/train.jsonl --output text_train --text-tokenizer text.model
 index-images --input raw/images/train --output images_train
 index-pairs {COCO} --output pairs_train --text-tokenizer text.model
-train-image-tokenizer --images images_train --output codes --preset tiny --image-size 32 --num-codes 16 --steps 2 --batch-size 4
+train-image-tokenizer --images images_train --output codes --preset tiny --image-size 32 --patch-size 8 --num-codes 16 --steps 2 --batch-size 4
 pretrain {" ".join(SMALL.split())} --data.text text_train --data.images images_train --data.pairs pairs_train --data.text_tokenizer text.model --data.image_tokenizer codes --save run
 export --load run --output hf
 inspect-checkpoint hf
