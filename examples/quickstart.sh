@@ -3,7 +3,7 @@
 # tokenizers, indexed datasets, pretraining of tiny-8e on two processes (8 vision and 8 text experts, half
 # of each on either process), and a picture of the losses. May be run again: what is done is not repeated.
 #
-#   bash examples/quickstart.sh                 about ten minutes on two cores after the installation
+#   bash examples/quickstart.sh                 about a quarter of an hour on two cores after the installation
 #   PRESET=tiny-dense RUN=runs/dense bash examples/quickstart.sh        the same model without experts
 #   STEPS=200 RUN=runs/short bash examples/quickstart.sh
 #
