@@ -41,7 +41,8 @@ RUN = (
     "vlmoe import --load exports/base-32e --output runs/imported",
     "vlmoe compare-checkpoints runs/base-32e exports/base-32e",
     "vlmoe upcycle --load runs/base-16e --num-experts 32 --output runs/base-32e-start",
-    "vlmoe plot-losses --run runs/quickstart runs/dense --output both.png",
+    "vlmoe plot --run runs/quickstart",
+    "vlmoe report runs/quickstart runs/dense --output runs/report",
     "vlmoe pretrain --preset base-32e --dry-run",
     "vlmoe pretrain --preset base-32e --dry-run --dry-run-world-size 32 --parallel.expert_model_parallel_size 8",
 )
