@@ -25,7 +25,8 @@ def test_commands_of_the_documents_run(corpus, tmp_path):
     corpus.pretrain(folder / "run", 2).succeeded()
     for outcome in run_many([adapted(line) for line in RUN], cwd=folder, timeout=500):
         outcome.succeeded()
-    assert (folder / "coco.png").exists() and (folder / "both.png").exists()
+    assert (folder / "coco.png").exists() and (folder / "run" / "plot.png").exists()
+    assert (folder / "runs" / "report" / "report.html").exists()
     assert (folder / "runs" / "base-32e-start").is_dir()
 
 
