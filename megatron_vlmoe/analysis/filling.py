@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlmoe.analysis.plots import save_figure
+from megatron_vlmoe.analysis.routing_measures import WORD_CLASSES, word_class
 from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -29,6 +30,9 @@ Array = npt.NDArray[Any]
 BEST = 3
 LOOKED_AT = 1000
 """Pictures from which the looks of codes are taken."""
+BATCH = 16
+HIDDEN_WORDS = 0.5
+"""Share of a caption's pieces that are hidden at once, as in pretraining on pairs."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,35 @@ class Filled:
         return (
             f"{int(self.right.sum())} of {int(self.hidden.sum())} codes right, "
             f"of the foreground {int((self.right & hidden).sum())} of {int(hidden.sum())}"
+        )
+
+
+@dataclass(frozen=True)
+class HiddenWords:
+    """How well a model reads the hidden pieces of one class of words, with the picture of the caption and with another.
+
+    Args:
+        name: of the class, as in `WORD_CLASSES`.
+        count: pieces.
+        right: of them, whose most likely piece is the true one.
+        loss: mean cross-entropy of the true piece, nats.
+        right_beside_another: as `right`, the caption beside another picture.
+        loss_beside_another: as `loss`, the same.
+    """
+
+    name: str
+    count: int
+    right: int
+    loss: float
+    right_beside_another: int
+    loss_beside_another: float
+
+    def line(self) -> str:
+        """As printed."""
+        own, other = self.right / self.count, self.right_beside_another / self.count
+        return (
+            f"{self.name}: {self.count:,} hidden, right {own:.1%} (with another picture {other:.1%}), "
+            f"loss {self.loss:.3f} (with another picture {self.loss_beside_another - self.loss:+.3f})"
         )
 
 
@@ -214,6 +247,85 @@ def fill(
         right=((guessed == codes) & where)[0].numpy(),
         shown=shown,
     )
+
+
+@torch.no_grad()
+def read_hidden_words(
+    model: Any, processor: Any, prefix: str, count: int, seed: int
+) -> list[HiddenWords]:
+    """Hides half of the pieces of captions and asks for them, beside the whole picture and beside that of the next caption.
+
+    Args:
+        model: `AutoModelForPreTraining` of an export.
+        processor: its `AutoProcessor`.
+        prefix: indexed dataset of pairs.
+        count: captions, of as many documents; all documents if there are fewer.
+        seed: of documents and hidden pieces.
+
+    Returns:
+        One line per class of words that occurs, in the order of `WORD_CLASSES`, and `all` of them last; empty for fewer
+        than two documents.
+    """
+    text = processor.tokenizer
+    rng = np.random.default_rng(seed)
+    documents = choose_documents(prefix, count, seed)
+    # A last batch of one would have no other picture.
+    starts = range(0, len(documents) - 1, BATCH)
+    found: list[tuple[str, float, bool, float, bool]] = []
+    for start in starts:
+        stop = len(documents) if start == starts[-1] else start + BATCH
+        pairs = [read_pair(prefix, document) for document in documents[start:stop]]
+        classes: list[list[str]] = []
+        sequences, labels = [], []
+        for _, ids in pairs:
+            number = max(1, round(HIDDEN_WORDS * len(ids)))
+            hidden = set(rng.permutation(len(ids))[:number].tolist()) if ids else set()
+            masked = [text.mask_token_id if n in hidden else i for n, i in enumerate(ids)]
+            sequences.append(text.build_inputs_with_special_tokens(masked))
+            labels.append([i if n in hidden else -100 for n, i in enumerate(ids)])
+            classes.append(_classes_of_pieces(text.convert_ids_to_tokens(ids)))
+        padded = text.pad({"input_ids": sequences}, return_tensors="pt")
+        pictures = [image for image, _ in pairs]
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        answers = [
+            model(
+                input_ids=padded["input_ids"],
+                attention_mask=padded["attention_mask"],
+                pixel_values=values,
+            ).mlm_logits.log_softmax(dim=-1)
+            for values in (pixels, pixels.roll(1, dims=0))
+        ]
+        for row, own in enumerate(labels):
+            for n, label in enumerate(own):
+                if label >= 0:
+                    # One piece later, after the opening one.
+                    each = [answer[row, n + 1] for answer in answers]
+                    (loss, right), (other_loss, other_right) = (
+                        (-float(one[label]), int(one.argmax()) == label) for one in each
+                    )
+                    found.append((classes[row][n], loss, right, other_loss, other_right))
+    result = []
+    for name in (*WORD_CLASSES, "other", "punctuation", "all"):
+        chosen = [one for one in found if name in ("all", one[0])]
+        if chosen:
+            values = np.array([one[1:] for one in chosen], dtype=np.float64)
+            loss, right, other_loss, other_right = values.sum(axis=0)
+            size = len(chosen)
+            result.append(
+                HiddenWords(
+                    name, size, int(right), loss / size, int(other_right), other_loss / size
+                )
+            )
+    return result
+
+
+def _classes_of_pieces(pieces: Sequence[str]) -> list[str]:
+    """Class of the word of every piece."""
+    word_of_piece = np.cumsum([piece.startswith("▁") for piece in pieces])
+    words: dict[int, str] = {}
+    for number, piece in zip(word_of_piece.tolist(), pieces):
+        words[number] = words.get(number, "") + piece.removeprefix("▁")
+    return [word_class(piece, words[n]) for n, piece in zip(word_of_piece.tolist(), pieces)]
 
 
 def _pixels(image: Image.Image, tokenizer: ImageTokenizer) -> Tensor:

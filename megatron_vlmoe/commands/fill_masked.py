@@ -42,6 +42,14 @@ def build_parser() -> CommandParser:
     )
     add("--number", type=int, nargs="+", metavar="N", help="documents of it (three at random)")
     add("--seed", type=count, default=0, help="of pictures and hidden patches (%(default)s)")
+    add(
+        "--words",
+        type=count,
+        default=200,
+        metavar="N",
+        help="captions of which half is hidden, to count by class of word what comes back with their picture and with"
+        " another one (%(default)s; 0: none)",
+    )
     add("--output", required=True, type=output_file, metavar="PNG", help="picture to draw")
     return parser
 
@@ -74,4 +82,8 @@ def main(words: Sequence[str]) -> None:
         filled.append(one)
         guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in one.guesses)
         print(f"{number}: {one.text}: {guesses} (truth: {one.truth}); {one.counts()}")
+    for words_of_class in filling.read_hidden_words(
+        model, processor, arguments.pairs, arguments.words, arguments.seed
+    ):
+        print(words_of_class.line())
     print(f"wrote {filling.draw_filled(filled, arguments.output)}")

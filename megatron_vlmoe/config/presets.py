@@ -34,11 +34,11 @@ SIZES = {
     # A model for the quick start and tests: minutes on two CPU cores.
     "tiny": RunConfig(
         model=ModelConfig(
-            num_layers=6,
+            num_layers=4,
             hidden_size=128,
             num_attention_heads=4,
             ffn_hidden_size=512,
-            num_vl_layers=2,
+            num_vl_layers=1,
             # Two by two patches for each of the nine places where the sample corpus puts shapes.
             image_size=96,
             patch_size=16,
@@ -51,12 +51,13 @@ SIZES = {
         ),
         objectives=ObjectivesConfig(min_mask_block=4),
         data=DataConfig(
-            micro_texts=8,
-            micro_images=16,
-            micro_pairs=24,
-            global_texts=16,
-            global_images=32,
-            global_pairs=48,
+            # Small batches: a short run learns by its number of steps.
+            micro_texts=2,
+            micro_images=8,
+            micro_pairs=12,
+            global_texts=4,
+            global_images=16,
+            global_pairs=24,
             eval_fraction=0.1,
             num_workers=1,
             pair_unit="image",
@@ -70,9 +71,9 @@ SIZES = {
             pixel_std=(8.0, 8.0, 8.0),
         ),
         optim=OptimConfig(lr=2e-3, lr_warmup_steps=50, min_lr=1e-5, adam_beta2=0.98),
-        train=TrainConfig(steps=600, eval_interval=200, eval_steps=4),
-        checkpoint=CheckpointConfig(save_interval=200),
-        log=LogConfig(interval=10),
+        train=TrainConfig(steps=2000, eval_interval=500, eval_steps=16),
+        checkpoint=CheckpointConfig(save_interval=500),
+        log=LogConfig(interval=20),
     ),
     # SMALL of the paper: 8 blocks, 384 wide, VL-FFN in block 8.
     "small": RunConfig(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from megatron_vlmoe.analysis.filling import hide_a_shape, looks_of_codes
+from megatron_vlmoe.analysis.filling import hide_a_shape, looks_of_codes, read_hidden_words
 from megatron_vlmoe.data.indexed import IndexedWriter
 
 SHOWN = np.array(
@@ -70,3 +73,80 @@ def test_a_code_looks_like_the_mean_of_the_patches_that_have_it(tmp_path: Path) 
     # Dark: 0, 60 and three times 30; bright: 200, 255 and 255.
     for code, mean in ((0, 30.0), (1, 710 / 3), (2, 127.5)):
         torch.testing.assert_close(looks[code], torch.full((48,), mean), atol=0.01, rtol=0.0)
+
+
+class _Text:
+    """Words are pieces; 0 opens, 1 closes, 2 hides, 3 fills up."""
+
+    mask_token_id = 2
+    words = ("[CLS]", "[SEP]", "[MASK]", "[PAD]", "▁red", "▁blue", "▁circle", "s", "▁wobbly", "▁.")
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.words[i] for i in ids]
+
+    def build_inputs_with_special_tokens(self, ids: list[int]) -> list[int]:
+        return [0, *ids, 1]
+
+    def pad(self, inputs: dict[str, list[list[int]]], return_tensors: str) -> dict[str, Any]:
+        length = max(map(len, inputs["input_ids"]))
+        rows = [row + [3] * (length - len(row)) for row in inputs["input_ids"]]
+        ids = torch.tensor(rows)
+        return {"input_ids": ids, "attention_mask": (ids != 3).long()}
+
+
+def test_hidden_words_are_counted_by_class_with_their_picture_and_with_another(
+    tmp_path: Path,
+) -> None:
+    """A model that reads the first piece off the picture's colour, and guesses `circle` everywhere else."""
+    captions = [[4, 6], [5, 6, 7], [4, 8], [5, 6], [5, 9]]
+    colors = {4: (255, 0, 0), 5: (0, 0, 255)}
+    with IndexedWriter(str(tmp_path / "p_image"), np.uint8) as images:
+        with IndexedWriter(str(tmp_path / "p_text"), np.uint16) as texts:
+            for ids in captions:
+                file = io.BytesIO()
+                Image.new("RGB", (4, 4), colors[ids[0]]).save(file, format="PNG")
+                images.add_document([np.frombuffer(file.getvalue(), dtype=np.uint8)])
+                texts.add_document([np.array(ids, dtype=np.uint16)])
+
+    seen: list[torch.Tensor] = []
+
+    def model(
+        input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
+    ) -> SimpleNamespace:
+        assert attention_mask.tolist() == (input_ids != 3).long().tolist()
+        seen.append(input_ids)
+        logits = torch.zeros(*input_ids.shape, 10)
+        logits[:, :, 6] = 1.0
+        for row, pixels in enumerate(pixel_values):
+            # Sure enough to be right, not certain.
+            logits[row, 1, 4 if pixels[0, 0, 0] > 0.5 else 5] = 3.0
+        return SimpleNamespace(mlm_logits=logits)
+
+    def read(pictures: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        rows = [torch.tensor(np.array(one)).permute(2, 0, 1) / 255.0 for one in pictures]
+        return {"pixel_values": torch.stack(rows)}
+
+    processor = SimpleNamespace(tokenizer=_Text(), image_processor=read)
+    found = read_hidden_words(model, processor, str(tmp_path / "p"), count=50, seed=1)
+    by_name = {one.name: one for one in found}
+    # Half of two pieces is one, of three two; what was asked is what was hidden.
+    hidden = int((seen[0] == 2).sum())
+    assert hidden == 6 and len(seen) == 2 and torch.equal(seen[0], seen[1])
+    assert by_name["all"].count == hidden
+    assert sum(one.count for one in found if one.name != "all") == hidden
+    total = math.log(8 + math.e + math.exp(3))
+    color = by_name["color"]
+    assert color.right == color.count and color.right_beside_another < color.count
+    assert color.loss == pytest.approx(total - 3.0, abs=1e-5)
+    wrong = color.count - color.right_beside_another
+    assert color.loss_beside_another == pytest.approx(total - 3.0 + 3.0 * wrong / color.count)
+    shape = by_name["shape"]
+    # `circles` is one word of two pieces, of which the second is never guessed.
+    assert shape.right <= shape.count and shape.right == shape.right_beside_another
+    assert shape.loss == shape.loss_beside_another
+
+
+def test_no_caption_has_another_picture_among_one(tmp_path: Path) -> None:
+    with IndexedWriter(str(tmp_path / "p_image"), np.uint8) as images:
+        images.add_document([np.zeros(1, dtype=np.uint8)])
+    assert read_hidden_words(None, SimpleNamespace(tokenizer=None), str(tmp_path / "p"), 9, 0) == []

@@ -102,8 +102,10 @@ SCALES: Mapping[str, Scale] = {
         main="tiny",
         pool="8e",
         options=(
-            *("--train.steps", "400", "--train.eval_interval", "50", "--train.eval_steps", "8"),
-            *("--checkpoint.save_interval", "200", "--checkpoint.keep_last", "1"),
+            # Two runs side by side: each is one process, whose micro-batch is the whole batch.
+            *("--data.micro_texts", "4", "--data.micro_images", "16", "--data.micro_pairs", "24"),
+            *("--train.steps", "600", "--train.eval_interval", "100", "--train.eval_steps", "10"),
+            *("--checkpoint.save_interval", "300", "--checkpoint.keep_last", "1"),
         ),
         tasks=(
             TaskRecipe("vqa", "vqa", "sample-vqa", ("--train.steps", "800")),
@@ -127,7 +129,7 @@ SCALES: Mapping[str, Scale] = {
         contrastive=("--data.micro_pairs", "64", "--data.global_pairs", "64"),
         data=_SAMPLE_DATA,
         folder=TASKS,
-        vocabularies=(320, 256),
+        vocabularies=(320, 96),
     ),
     "small": Scale(
         about="the paper's ablations: SMALL models on its data, 200k steps on 8 GPUs",

@@ -112,7 +112,7 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         "depth": 0,
         "num_heads": 4,
         "decoder_depth": 1,
-        "num_codes": 128,
+        "num_codes": 96,
         "code_dim": 32,
         "ema_decay": 0.95,
         "restart_threshold": 0.05,
