@@ -49,6 +49,8 @@ SIZES = {
             drop_path=0.0,
             init_std=0.2,
         ),
+        # Every second block below the VL block would be a single one.
+        moe=MoEConfig(layers=(2, 3)),
         objectives=ObjectivesConfig(min_mask_block=4),
         data=DataConfig(
             # Small batches: a short run learns by its number of steps.
@@ -112,8 +114,11 @@ def preset(name: str, option: str = "--preset") -> RunConfig:
     size, _, experts = name.partition("-")
     if size not in SIZES or experts not in EXPERTS:
         raise ConfigError(f"{option} {name}: {unknown_name(name, preset_names())}")
-    count = EXPERTS[experts]
-    return replace(SIZES[size], moe=MoEConfig(num_vision_experts=count, num_text_experts=count))
+    config, count = SIZES[size], EXPERTS[experts]
+    if count == 0:
+        return replace(config, moe=MoEConfig())
+    own = replace(config.moe, num_vision_experts=count, num_text_experts=count)
+    return replace(config, moe=own)
 
 
 def finetune_recipe(

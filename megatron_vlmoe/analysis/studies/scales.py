@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from megatron_vlmoe.config.presets import SIZES
@@ -65,12 +65,17 @@ class Scale:
     folder: str = ""
     vocabularies: tuple[int, int] = (0, 0)
     num_experts: int = field(init=False)
-    even_blocks: tuple[str, ...] = field(init=False)
+    blocks_with_vl: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        layers = SIZES[self.sizes[self.main][0]].model.num_layers
+        config = SIZES[self.sizes[self.main][0]]
+        layers, own = config.model.num_layers, config.moe.layers
+        # Those with experts, and of the blocks with a VL-FFN as many as the same rule gives.
+        blocks: Iterable[int] = range(2, layers + 1, 2)
+        if own:
+            blocks = (*own, *range(layers - config.model.num_vl_layers + 1, layers + 1))
         object.__setattr__(self, "num_experts", int(self.pool.removesuffix("e")))
-        object.__setattr__(self, "even_blocks", tuple(map(str, range(2, layers + 1, 2))))
+        object.__setattr__(self, "blocks_with_vl", tuple(map(str, blocks)))
 
 
 # What examples/sample_data.sh makes, and the quick start trains on.

@@ -236,7 +236,7 @@ def losses(scale: Scale) -> Study:
     """Auxiliary losses and other means against imbalance."""
     pool = scale.pool
     no_losses = (*_losses_of("vision"), *_losses_of("text"), "--moe.noise_std", "0")
-    vl = ("--moe.layers", *scale.even_blocks)
+    vl = ("--moe.layers", *scale.blocks_with_vl)
     vision = {
         "load": _losses_of("vision", load=1.0),
         "z": _losses_of("vision", z=1.0),
