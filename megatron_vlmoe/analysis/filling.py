@@ -253,7 +253,7 @@ def fill(
 def read_hidden_words(
     model: Any, processor: Any, prefix: str, count: int, seed: int
 ) -> list[HiddenWords]:
-    """Hides half of the pieces of captions and asks for them, beside the whole picture and beside that of the next caption.
+    """Hides half of the pieces of captions and asks for them, beside their own picture and beside another one.
 
     Args:
         model: `AutoModelForPreTraining` of an export.

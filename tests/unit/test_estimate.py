@@ -68,8 +68,8 @@ def by_branch(counts, kind):
 
 
 ABLATIONS = {
-    "vl experts": {"moe": {"vl": True, "num_vl_experts": 4, "layers": (2, 5, 6)}},
-    "shared router": {"moe": {"shared_router": True, "layers": (2, 6)}},
+    "vl experts": {"moe": {"vl": True, "num_vl_experts": 4, "layers": (1, 3, 4)}},
+    "shared router": {"moe": {"shared_router": True, "layers": (1, 4)}},
     "text only": {"moe": {"modalities": "text"}},
     "unequal pools": {"moe": {"num_text_experts": 2}},
     "no VL-FFN": {"model": {"num_vl_layers": 0}},

@@ -37,8 +37,8 @@ def test_a_row_differs_in_expert_counts_only(size):
         config = preset(f"{size}-{experts}")
         assert (config.moe.num_text_experts, config.moe.num_vision_experts) == (count, count)
         assert replace(config, moe=dense.moe) == dense
-        same = replace(config.moe, num_text_experts=0, num_vision_experts=0)
-        assert same == dense.moe
+        own = replace(SIZES[size].moe, num_text_experts=count, num_vision_experts=count)
+        assert config.moe == (own if count else dense.moe)
 
 
 @pytest.mark.parametrize(
