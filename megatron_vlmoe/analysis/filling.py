@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from megatron_vlmoe.analysis.plots import save_figure
+from megatron_vlmoe.analysis.plots import plain, save_figure
 from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -183,6 +183,8 @@ def fill(
             f"and {model.config.visual_vocab_size}"
         )
     text = processor.tokenizer
+    # As much of a caption as the model reads.
+    ids = ids[: model.config.pair_text_length - 2]
     pieces = [*text.convert_ids_to_tokens(ids), "▁"]
     starts = [n for n in range(len(ids)) if pieces[n].startswith("▁")]
     whole = [n for n in starts if pieces[n + 1].startswith("▁")] or range(len(ids))
@@ -258,5 +260,6 @@ def draw_filled(filled: Sequence[Filled], output: Path) -> Path:
             axis.set_title(title, fontsize=10)
             axis.axis("off")
         guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in one.guesses)
-        part.suptitle(f"{one.text}\n{guesses}   (truth: {one.truth})", fontsize=11)
+        title = plain(f"{one.text}\n{guesses}   (truth: {one.truth})")
+        part.suptitle(title, fontsize=11)
     return save_figure(figure, output)
