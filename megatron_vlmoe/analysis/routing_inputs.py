@@ -278,8 +278,7 @@ def _in_order(
         if isinstance(picture, Reject) or isinstance(row, Reject):
             found.left_out.append(str(picture if isinstance(picture, Reject) else row))
         else:
-            said = [(f"{captions}: {row[0]}", row[1])]
-            _add(found, _picture_name(picture), picture, said)
+            _add(found, _picture_name(picture), picture, [(f"{captions}: {row[0]}", row[1])])
 
 
 def _add(
