@@ -113,4 +113,8 @@ def browser(width: int = 1280, height: int = 1000) -> Iterator[Page]:
             if session:
                 _send(session, {}, "DELETE")
         driver.terminate()
-        driver.wait(20)
+        try:
+            driver.wait(20)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            driver.wait()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from megatron_vlmoe.analysis.plots import save_figure
-from megatron_vlmoe.analysis.routing_measures import WORD_CLASSES, word_class
+from megatron_vlmoe.analysis.plots import plain, save_figure
+from megatron_vlmoe.analysis.routing_measures import WORD_CLASSES, word_class, word_label
 from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -216,6 +216,8 @@ def fill(
             f"and {model.config.visual_vocab_size}"
         )
     text = processor.tokenizer
+    # As much of a caption as the model reads.
+    ids = ids[: model.config.pair_text_length - 2]
     pieces = [*text.convert_ids_to_tokens(ids), "▁"]
     starts = [n for n in range(len(ids)) if pieces[n].startswith("▁")]
     whole = [n for n in starts if pieces[n + 1].startswith("▁")] or range(len(ids))
@@ -275,6 +277,7 @@ def read_hidden_words(
     for start in starts:
         stop = len(documents) if start == starts[-1] else start + BATCH
         pairs = [read_pair(prefix, document) for document in documents[start:stop]]
+        pairs = [(image, ids[: model.config.pair_text_length - 2]) for image, ids in pairs]
         classes: list[list[str]] = []
         sequences, labels = [], []
         for _, ids in pairs:
@@ -325,7 +328,9 @@ def _classes_of_pieces(pieces: Sequence[str]) -> list[str]:
     words: dict[int, str] = {}
     for number, piece in zip(word_of_piece.tolist(), pieces):
         words[number] = words.get(number, "") + piece.removeprefix("▁")
-    return [word_class(piece, words[n]) for n, piece in zip(word_of_piece.tolist(), pieces)]
+    return [
+        word_class(word_label(piece, words[n])) for n, piece in zip(word_of_piece.tolist(), pieces)
+    ]
 
 
 def _pixels(image: Image.Image, tokenizer: ImageTokenizer) -> Tensor:
@@ -370,5 +375,6 @@ def draw_filled(filled: Sequence[Filled], output: Path) -> Path:
             axis.set_title(title, fontsize=10)
             axis.axis("off")
         guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in one.guesses)
-        part.suptitle(f"{one.text}\n{guesses}   (truth: {one.truth})", fontsize=11)
+        title = plain(f"{one.text}\n{guesses}   (truth: {one.truth})")
+        part.suptitle(title, fontsize=11)
     return save_figure(figure, output)

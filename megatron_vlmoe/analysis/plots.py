@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +90,9 @@ def save_figure(figure: Figure, output: Path) -> Path:
     import matplotlib.pyplot as plt
 
     target = picture_file(output)
-    with open_atomic(target) as file:
+    with open_atomic(target) as file, warnings.catch_warnings():
+        # Letters that its font lacks are boxes in the picture; a warning for each would bury everything else.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(file, format=target.suffix[1:], dpi=110)
     plt.close(figure)
     return target
@@ -115,7 +118,8 @@ def read_metrics(run: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            # What is not finite is null in the files of this program; others write it as it is.
+            row = json.loads(line, parse_constant=lambda _: None)
         except (ValueError, RecursionError):
             raise MetricsError(f"{path}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
@@ -183,11 +187,14 @@ def loss_names(rows: Sequence[Row]) -> list[str]:
 
 
 def score_names(rows: Sequence[Row]) -> list[str]:
-    """The scores of a downstream task that were logged, as `SPLIT/NAME`, in percent."""
+    """The scores of a downstream task that were ever logged, as `SPLIT/NAME`, in percent."""
     return [
         key
         for key in dict.fromkeys(itertools.chain.from_iterable(rows))
-        if "/" in key and not key.startswith(_NO_SPLITS) and not key.endswith(_NO_SCORES)
+        if "/" in key
+        and not key.startswith(_NO_SPLITS)
+        and not key.endswith(_NO_SCORES)
+        and last_value(rows, key) is not None
     ]
 
 
@@ -593,7 +600,7 @@ def draw_sections(
     scale = 1.0 if columns > 2 else 1.3
     height = 1.0 + sum(2.6 * scale * count + 0.8 for count in rows)
     figure = plt.figure(figsize=(3.8 * scale * columns, height), layout="constrained")
-    figure.suptitle(_plain(title), fontsize=15)
+    figure.suptitle(plain(title), fontsize=15)
     if keys:
         handles = [_handle(key) for key in keys]
         figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=10)
@@ -601,7 +608,7 @@ def draw_sections(
     parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, section, count in zip(parts, sections, rows):
         if len(sections) > 1:
-            part.suptitle(_plain(section.title), fontsize=12, x=0.01, ha="left")
+            part.suptitle(plain(section.title), fontsize=12, x=0.01, ha="left")
         axes = part.subplots(count, section.columns, sharex=True, squeeze=False)
         for place, axis in enumerate(axes.flat):
             if place >= len(section.panels):
@@ -625,11 +632,11 @@ def _handle(key: Key) -> Line2D:
     from matplotlib.lines import Line2D
 
     handle = Line2D([], [], color=key.color, linestyle=key.line, marker=key.marker, markersize=4)
-    handle.set_label(_plain(key.label))
+    handle.set_label(plain(key.label))
     return handle
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A text that is not read as a formula, nor as a label to be hidden."""
     return text.replace("$", r"\$").replace("_", "\N{ZERO WIDTH SPACE}_", text.startswith("_"))
 

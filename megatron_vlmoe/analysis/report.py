@@ -59,7 +59,7 @@ Guess = Callable[[str, str, str], float]
 """What guessing scores, in percent: of a task, a prefix of its data, and a split."""
 
 _FILES = ("metrics.jsonl", "metrics.json", "config.yaml")
-_NUMBER = re.compile(rf"[+-]?\d[\d.,:e+]*[kMB]?( |$)|{NONE}$")
+_NUMBER = re.compile(rf"[+-]?\d[\d.,:e+-]*[kMB]?( |$)|{NONE}$")
 # Different in every run, and of no account for what it computes.
 _OWN_OPTIONS = ("checkpoint.save", "checkpoint.load", "checkpoint.step", "train.seed")
 # Settings of an evaluation that are no option of its run.
@@ -67,6 +67,9 @@ _EVALUATION = (
     *("image_size", "capacity", "micro_batch_size", "world_size", "data_parallel_size"),
     "precision",
 )
+
+
+_PAPER_TITLES = {column.title for paper in (TABLE_1, TABLE_2) for column in paper.columns}
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ class Run:
         task, scores, settings = _results(folder / "metrics.json")
         source: Optional[Path] = folder / "config.yaml"
         if not has["config.yaml"]:
-            source = run_file(Path(str(settings.get("checkpoint", ""))), "config.yaml")
+            # Empty where weights were evaluated that were not saved.
+            checkpoint = settings.get("checkpoint")
+            source = run_file(Path(str(checkpoint)), "config.yaml") if checkpoint else None
         options, config, wrong = _configuration(source) if source else ({}, None, "")
         task = task or str(options.get("task.name", ""))
         missing = []
@@ -270,7 +275,8 @@ def _runs_chapter(runs: Sequence[Run]) -> Chapter:
     for run in runs:
         planned = run.options.get("train.steps")
         done = run.rows[-1]["step"] if run.rows else None
-        steps = NONE if done is None else f"{done:,}" + (f" of {planned:,}" if planned else "")
+        known = isinstance(planned, int) and planned > 0
+        steps = NONE if done is None else f"{done:,}" + (f" of {planned:,}" if known else "")
         load = str(run.options.get("checkpoint.load", "")) if run.options else NONE
         start = load or str(run.options.get("task.architecture", "")) or "initial weights"
         rows.append((run.name, run.kind, steps, start, str(run.folder)))
@@ -355,18 +361,17 @@ def _held_out(runs: Sequence[Run]) -> Table:
     )
     rows = []
     for name in dict.fromkeys(itertools.chain.from_iterable(loss_names(run.rows) for run in runs)):
-        first: Optional[float] = None
+        first = last_value(runs[0].rows, f"eval/loss/{name}")
         for run in runs:
             loss = last_value(run.rows, f"eval/loss/{name}")
             if loss is None:
                 continue
-            first = loss if first is None else first
             cells = [
                 _form(None if value is None else scale * value, form)
                 for _, key, form, scale in columns
                 for value in [last_value(run.rows, key.format(name))]
             ]
-            against = NONE if run is runs[0] else f"{loss - first:+.4f}"
+            against = NONE if run is runs[0] or first is None else f"{loss - first:+.4f}"
             steps = series(run.rows, f"eval/loss/{name}")[0]
             rows.append(
                 (LOSSES.get(name, name), run.name, f"{steps[-1]:,}", cells[0], against, *cells[1:])
@@ -509,7 +514,7 @@ class _Setting:
 class _Model:
     """A pretrained model, the options of that run where it is still there, and what it was fine-tuned to.
 
-    `settings` are by data, then by the options of fine-tuning and evaluation.
+    `settings` are by the columns in which their scores stand, then by data and options of fine-tuning and evaluation.
     """
 
     label: str
@@ -529,10 +534,14 @@ def _downstream_chapter(runs: Sequence[Run], guess: Guess) -> Chapter:
             continue
         label, root = _start(run, runs)
         model = models.setdefault(label, _Model(label, run.config, root))
-        checkpoint = str(run.settings.get("checkpoint") or run.folder)
+        checkpoint = Path(str(run.settings.get("checkpoint") or run.folder)).resolve()
         options = {name: value for name, value in run.options.items() if name not in _OWN_OPTIONS}
-        options |= _evaluation_options(run) | {"weights": Path(checkpoint).parent.name == "best"}
-        settings = model.settings.setdefault(f"{run.task} {run.data}", {})
+        options |= _evaluation_options(run) | {"weights": checkpoint.parent.name == "best"}
+        options["task.data"] = str(Path(run.data).resolve())
+        # What is in the same columns, though it be of several datasets.
+        first = own_columns[0]
+        kind = first.data if first.title in _PAPER_TITLES else Path(run.data).name
+        settings = model.settings.setdefault(f"{run.task} {kind}", {})
         setting = settings.setdefault(repr(sorted(options.items())), _Setting())
         setting.names.append(run.name)
         for column in own_columns:
@@ -663,7 +672,7 @@ def _facts(model: _Model) -> tuple[str, str, str]:
     steps = model.root.get("train.steps")
     return (
         _form(images or None, "{:,}"),
-        _form(steps, "{:,}"),
+        _form(steps if isinstance(steps, int) else None, "{:,}"),
         NONE if per_token is None else f"{per_token / 1e6:.3g}M",
     )
 

@@ -10,6 +10,7 @@ Letters: S image side, g patches along a side, N tokens, K experts of each.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,22 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_vlmoe.analysis import routing_measures as measures
 from megatron_vlmoe.analysis.routing_inputs import Source
-from megatron_vlmoe.analysis.routing_measures import (
-    COLOR_CLASSES,
-    EDGE_CLASSES,
-    Labels,
-    class_counts,
-    coded,
-    color_classes,
-    consecutive,
-    edge_classes,
-    load_of,
-    normalized_mutual_information,
-    specialisation,
-    together,
-    word_class,
-)
 from megatron_vlmoe.config.errors import DataError, RoutingError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.convert.checkpoints import CheckpointReader
@@ -133,11 +120,11 @@ class Item:
     @property
     def piece_labels(self) -> dict[str, list[str]]:
         """Contents of the pieces by name."""
-        own = [self.words[number] for number in self.word_of_piece]
-        return {
-            "word class": [word_class(piece, word) for piece, word in zip(self.pieces, own)],
-            "word": [word.lower() for word in own],
-        }
+        labels = [
+            measures.word_label(piece, self.words[number])
+            for piece, number in zip(self.pieces, self.word_of_piece)
+        ]
+        return {"word class": [measures.word_class(label) for label in labels], "word": labels}
 
     def described(self, number: int) -> dict[str, Any]:
         """The line of `items.jsonl`."""
@@ -299,8 +286,8 @@ def _patch_labels(
     patches = pixels[: grid * side, : grid * side].reshape(grid, side, grid, side, 3)
     patches = patches.transpose(0, 2, 1, 3, 4).reshape(grid * grid, side, side, 3)
     labels = {
-        "color": [COLOR_CLASSES[code] for code in color_classes(patches)],
-        "edge": [EDGE_CLASSES[code] for code in edge_classes(patches)],
+        "color": [measures.COLOR_CLASSES[code] for code in measures.color_classes(patches)],
+        "edge": [measures.EDGE_CLASSES[code] for code in measures.edge_classes(patches)],
     }
     if scene is not None:
         labels["drawn color"], labels["drawn shape"] = patch_truth(scene, size, grid)
@@ -363,6 +350,9 @@ def trace(model: Model, items: Sequence[Item], inputs: Sequence[str], batch_size
         items: what is read.
         inputs: how (`INPUTS`).
         batch_size: items at a time.
+
+    Raises:
+        RoutingError: a router gives no number.
     """
     routers: dict[Router, int] = {}
     parts: list[dict[str, Array]] = []
@@ -378,6 +368,11 @@ def trace(model: Model, items: Sequence[Item], inputs: Sequence[str], batch_size
                 with _recorded(model.model) as calls:
                     model.model(**batch)
                 for block, branch, routing in calls:
+                    if not routing.gate.isfinite().all():
+                        raise RoutingError(
+                            f"{model.name}: the gates of block {block} ({branch.name} experts) are no numbers; has its "
+                            "training diverged?"
+                        )
                     router = Router(name, block, branch.name, branch.num_experts)
                     number = routers.setdefault(router, len(routers))
                     parts.append(_rows(number, router, own, batch, routing, model))
@@ -391,6 +386,12 @@ def _wanted(name: str, picture: bool, caption: bool) -> tuple[bool, ...]:
     return {"pairs": (picture, caption), "images": (picture,), "texts": (caption,)}[name]
 
 
+def _text_length(model: Model, name: str) -> int:
+    """The most tokens of a caption in one of the `INPUTS`, [T_CLS] and [T_SEP] included."""
+    sizes = model.config.model
+    return sizes.pair_text_length if name == "pairs" else sizes.text_length
+
+
 def _batch(model: Model, items: Sequence[Item], name: str) -> dict[str, Tensor]:
     """Arguments of the model for items that are read in one of the `INPUTS`."""
     device = next(model.model.parameters()).device
@@ -402,9 +403,9 @@ def _batch(model: Model, items: Sequence[Item], name: str) -> dict[str, Tensor]:
         batch["pixel_values"] = ((pixels / 255.0 - mean) / std).permute(0, 3, 1, 2)
     if name != "images":
         assert model.tokenizer is not None
-        sizes = model.config.model
-        longest = 2 + max(len(item.ids) for item in items)
-        length = sizes.pair_text_length if name == "pairs" else min(longest, sizes.text_length)
+        length = _text_length(model, name)
+        if name == "texts":
+            length = min(length, 2 + max(len(item.ids) for item in items))
         texts = [[np.array(item.ids, dtype=np.int64)] for item in items]
         ids, lengths = TextFormat.of(model.tokenizer, length).rows(texts)
         batch["input_ids"] = torch.tensor(ids)
@@ -486,7 +487,7 @@ def _rows(
     }
 
 
-def token_labels(rows: Mapping[str, Array], items: Sequence[Item]) -> dict[str, Labels]:
+def token_labels(rows: Mapping[str, Array], items: Sequence[Item]) -> dict[str, measures.Labels]:
     """What the tokens of a router are about, by name; special tokens and padding are about nothing.
 
     Args:
@@ -494,30 +495,27 @@ def token_labels(rows: Mapping[str, Array], items: Sequence[Item]) -> dict[str, 
         items: that the trace is of.
     """
     item, modality, place = rows["item"], rows["modality"], rows["place"]
-    labels: dict[str, Labels] = {}
+    labels: dict[str, measures.Labels] = {}
     for kind in (IMAGE, TEXT):
         own = (modality == kind) & (place >= 0)
         if not own.any():
             continue
         places = list(zip(item[own].tolist(), place[own].tolist()))
-        names: dict[str, None] = {}
-        for number in dict.fromkeys(item[own].tolist()):
-            names |= dict.fromkeys(_contents(items[number], kind))
-        for name in names:
+        contents = {
+            n: items[n].patch_labels if kind == IMAGE else items[n].piece_labels
+            for n in dict.fromkeys(item[own].tolist())
+        }
+        for name in dict.fromkeys(itertools.chain.from_iterable(contents.values())):
             values = np.full(len(item), "", dtype=object)
-            values[own] = [_contents(items[n], kind)[name][at] for n, at in places]
-            labels[name] = coded(values.tolist())
+            values[own] = [contents[n][name][at] for n, at in places]
+            labels[name] = measures.coded(values.tolist())
         where = "patch position" if kind == IMAGE else "word position"
         names_of_places = tuple(map(str, range(int(place[own].max()) + 1)))
-        labels[where] = Labels(names_of_places, np.where(own, place, -1).astype(np.int64))
+        labels[where] = measures.Labels(names_of_places, np.where(own, place, -1).astype(np.int64))
     if len(set(modality.tolist())) > 1:
         codes = np.where(place >= 0, modality, -1).astype(np.int64)
-        labels["modality"] = Labels(("text", "image"), codes)
+        labels["modality"] = measures.Labels(("text", "image"), codes)
     return labels
-
-
-def _contents(item: Item, kind: int) -> Mapping[str, Sequence[str]]:
-    return item.patch_labels if kind == IMAGE else item.piece_labels
 
 
 COUNTED_CLASSES = 16
@@ -547,17 +545,17 @@ def summarize(
             first = rows["expert"][:, 0].astype(np.int64)
             measured = []
             if permutations:
-                measured = specialisation(
+                measured = measures.specialisation(
                     first, router.experts, labels, rows["item"], permutations, rng
                 )
             entry = {
                 **asdict(router),
-                **load_of(rows["expert"], rows["kept"], router.experts),
+                **measures.load_of(rows["expert"], rows["kept"], router.experts),
                 "mean_gate": float(rows["gate"][:, 0].mean()),
                 "classes": {
                     name: {
                         "names": list(label.names),
-                        "counts": class_counts(first, router.experts, label),
+                        "counts": measures.class_counts(first, router.experts, label),
                     }
                     for name, label in labels.items()
                     if len(label.names) <= COUNTED_CLASSES
@@ -565,7 +563,7 @@ def summarize(
                 "specialisation": [asdict(one) for one in measured],
             }
             if rows["expert"].shape[1] > 1:
-                counts = together(rows["expert"].astype(np.int64), router.experts)
+                counts = measures.together(rows["expert"].astype(np.int64), router.experts)
                 entry["chosen_together"] = counts.tolist()
             routers.append(entry)
             progress.add()
@@ -576,6 +574,12 @@ def summarize(
         "capacity_factor": model.model.config.capacity_factor,
         "pictures": sum(item.pixels is not None for item in items),
         "captions": sum(bool(item.caption) for item in items),
+        "cut_captions": {
+            name: {"captions": sum(len(item.ids) > most for item in items), "pieces": most}
+            for name in dict.fromkeys(router.input for router in found.routers)
+            if name != "images"
+            for most in [_text_length(model, name) - 2]
+        },
         "permutations": permutations,
         "routers": routers,
         "consecutive": _consecutive(found, all_rows),
@@ -585,6 +589,11 @@ def summarize(
 def _consecutive(found: Trace, all_rows: Sequence[Mapping[str, Array]]) -> list[dict[str, Any]]:
     """Of every router and the next one that the same pool has: how often two experts follow each other in a token."""
     pairs = []
+    # What is padding has no place of its own by which it is found again.
+    tokens = [
+        {name: values[rows["place"] != PADDING] for name, values in rows.items()}
+        for rows in all_rows
+    ]
     for number, router in enumerate(found.routers):
         later = [
             (other.block, place)
@@ -595,14 +604,16 @@ def _consecutive(found: Trace, all_rows: Sequence[Mapping[str, Array]]) -> list[
         if later:
             _, place = min(later)
             other = found.routers[place]
-            counts = consecutive(all_rows[number], all_rows[place], (router.experts, other.experts))
+            counts = measures.consecutive(
+                tokens[number], tokens[place], (router.experts, other.experts)
+            )
             pairs.append(
                 {
                     "input": router.input,
                     "pool": router.pool,
                     "blocks": [router.block, other.block],
                     "counts": counts.tolist(),
-                    "nmi": normalized_mutual_information(counts),
+                    "nmi": measures.normalized_mutual_information(counts),
                 }
             )
     return pairs
@@ -623,8 +634,13 @@ def write_trace(
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """A line for every router: load, drops and the contents that its experts tell most of."""
-    lines = []
+    """A line for every router: load, drops and the contents that its experts tell most of; and what was cut."""
+    lines = [
+        f"{name}: {cut['captions']} of {summary['captions']} captions are cut after {cut['pieces']} "
+        "pieces, as in training"
+        for name, cut in summary["cut_captions"].items()
+        if cut["captions"]
+    ]
     for router in summary["routers"]:
         even = router["assignments"] / router["experts"]
         best = sorted(router["specialisation"], key=lambda one: -one["adjusted"])[:2]

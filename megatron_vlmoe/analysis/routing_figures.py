@@ -1,6 +1,6 @@
 """Static pictures of a routing trace, as Fig. 3 of the paper: patches and words by expert, and experts on pictures.
 
-Every number in them is one of `routing.json`. Letters: E experts, g patches along a side.
+Loads, drops and classes are those of `routing.json`. Letters: E experts, g patches along a side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megatron_vlmoe.analysis.plots import save_figure
+from megatron_vlmoe.analysis.plots import plain, save_figure
 from megatron_vlmoe.analysis.routing import FIRST, IMAGE, INPUTS, TEXT, Item, Trace
 from megatron_vlmoe.analysis.routing_measures import top_gates
 
@@ -202,18 +202,16 @@ def _patch_with_surroundings(item: Item, place: int, side: int) -> Array:
 def words_by_expert(
     router: Summary, rows: Mapping[str, Array], items: Sequence[Item]
 ) -> list[Counter[str]]:
-    """How often pieces of each word have each expert as first choice, in lower case ``[E]``."""
+    """How many pieces of each word have each expert as first choice, punctuation apart ``[E]``."""
     counts: list[Counter[str]] = [Counter() for _ in range(router["experts"])]
     own = (rows["modality"] == TEXT) & (rows["place"] >= 0)
+    contents = {item: items[item].piece_labels for item in set(rows["item"][own].tolist())}
     for item, place, expert in zip(
         rows["item"][own].tolist(), rows["place"][own].tolist(), rows["expert"][own, 0].tolist()
     ):
-        words = items[item].words
-        word = words[items[item].word_of_piece[place]].lower()
-        # Punctuation in pieces of its own is no part of the word.
-        piece = items[item].pieces[place].removeprefix("▁")
-        alone = not any(map(str.isalnum, piece))
-        counts[expert][f"“{piece}”" if alone else word.rstrip(".,;:!?")] += 1
+        labels = contents[item]
+        alone = labels["word class"][place] == "punctuation"
+        counts[expert][f"“{labels['word'][place]}”" if alone else labels["word"][place]] += 1
     return counts
 
 
@@ -253,11 +251,11 @@ def word_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[Item
     words.set_ylim(experts - 0.5, -0.5)
     words.set_xlim(0, 1)
     words.axis("off")
-    words.set_title("its most frequent words, and how often", fontsize=8)
+    words.set_title("its most frequent words, and how many pieces of them", fontsize=8)
     for number, count in enumerate(words_by_expert(router, rows, items)):
         common = sorted(count.items(), key=lambda one: (-one[1], one[0]))[:WORDS]
         text = "   ".join(f"{word} {times}" for word, times in common) or "no word"
-        words.text(0.0, number, text.replace("$", r"\$"), va="center", fontsize=8)
+        words.text(0.0, number, plain(text), va="center", fontsize=8)
     figure.suptitle(_title(router, "Words by expert"), fontsize=11)
     return figure
 
@@ -284,13 +282,13 @@ def overlay_figure(router: Summary, rows: Mapping[str, Array], items: Sequence[I
         line, column = divmod(number, 3)
         image = items[item].display
         assert image is not None
-        plain, overlaid = axes[line, 2 * column : 2 * column + 2]
+        picture, overlaid = axes[line, 2 * column : 2 * column + 2]
         grid = items[item].grid
-        plain.imshow(np.asarray(image), extent=(0, grid, grid, 0))
+        picture.imshow(np.asarray(image), extent=(0, grid, grid, 0))
         # Pale and grey, so that the colours of the experts stay what they are.
         pale = 128 + np.asarray(image.convert("L")) // 2
         overlaid.imshow(pale, cmap="gray", vmin=0, vmax=255, extent=(0, grid, grid, 0))
-        plain.set_title(items[item].name[-34:], fontsize=6)
+        picture.set_title(plain(items[item].name[-34:]), fontsize=6)
         patches = own & (rows["item"] == item) & (rows["place"] != FIRST)
         places, experts = rows["place"][patches], rows["expert"][patches, 0]
         kept = rows["kept"][patches, 0]

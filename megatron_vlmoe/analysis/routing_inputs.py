@@ -1,14 +1,17 @@
 """Pictures and captions as a user has them, for the routing explorer: which belong together, and which are taken.
 
 Captions come in every layout of `vlmoe index-pairs` (COCO, Karpathy's splits, JSON lines, tables with column names and
-the rest), as lines of a picture's file name, a tab and its caption, or as plain text with one caption per line.
+the rest), as lines of a picture's file name, a tab and its caption, or as plain text with one caption per line. Tars,
+folders and tables may hold the pictures too.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
@@ -16,7 +19,7 @@ import numpy as np
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.files import file_kind, json_rows, text_lines
 from megatron_vlmoe.prepare.readers.images import read_images
-from megatron_vlmoe.prepare.readers.pair_formats import PAIR_FORMATS, with_format
+from megatron_vlmoe.prepare.readers.pair_formats import PAIR_FORMATS, check_options, with_format
 from megatron_vlmoe.prepare.readers.pairs import (
     CAPTION_KEYS,
     CaptionRow,
@@ -26,7 +29,6 @@ from megatron_vlmoe.prepare.readers.pairs import (
     find_key,
 )
 from megatron_vlmoe.prepare.readers.records import (
-    CaptionedImage,
     ImageFile,
     LeftOut,
     PairItem,
@@ -34,6 +36,8 @@ from megatron_vlmoe.prepare.readers.records import (
     Reject,
     check_inputs,
     is_image,
+    kinds_of,
+    passed_over_line,
 )
 from megatron_vlmoe.prepare.tool import checked_text
 
@@ -64,11 +68,13 @@ class Found:
         sources: in the order of the files.
         left_out: reasons, of records that cannot be used.
         others: good records that nobody asked for, as those of other splits.
+        passed_over: files among the pictures that are none; they are not among those found.
     """
 
     sources: list[Source] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     others: int = 0
+    passed_over: Counter[PassedOver] = field(default_factory=Counter)
 
     def choose(self, count: int, seed: int) -> list[Source]:
         """At most so many of them, at random, in order."""
@@ -82,8 +88,15 @@ class Found:
         if self.others:
             line += f", {self.others} of other splits"
         if self.left_out:
-            line += f", {len(self.left_out)} left out (first: {self.left_out[0]})"
+            line += f", {len(self.left_out)} left out (first: {printable(self.left_out[0])})"
+        if self.passed_over:
+            line += f"; {passed_over_line(kinds_of(self.passed_over))}"
         return line
+
+
+def printable(text: str) -> str:
+    """A text that may have the name of a file in it, as UTF-8 can hold it: no system asks that of file names."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def find_sources(
@@ -92,46 +105,72 @@ def find_sources(
     """All pictures, captions or pairs of what a user named.
 
     Args:
-        images: folder (or tar) of pictures; None: captions alone are read.
-        captions: their file; None: pictures alone are read.
+        images: folder (or tar) of pictures; None: captions alone are read, or pairs that hold their pictures.
+        captions: their file, or a tar or folder of pairs; None: pictures alone are read.
         splits: of a file that has some (Karpathy's); None: those of training.
 
     Raises:
-        DataError: a file that is missing or not recognised, plain text that does not go with the pictures, or nothing
-            that can be used.
+        DataError: a file that is missing or not recognised, plain text that does not go with the pictures, splits of
+            what has none, or nothing that can be used.
     """
     check_inputs(tuple(path for path in (images, captions) if path is not None))
     found = Found()
     if captions is None:
         assert images is not None
-        for one in read_images((images,)):
+        _check_no_splits(images, splits)
+        for one in _pictures(images, found):
             if isinstance(one, ImageFile):
-                found.sources.append(Source(one.record or os.path.basename(one.path), one))
-            elif isinstance(one, Reject):
+                found.sources.append(Source(printable(_picture_name(one)), one))
+            else:
                 found.left_out.append(str(one))
-    elif images is None:
-        _captions_alone(captions, found)
-    else:
+        return _checked(found, images)
+    kind = "folder" if os.path.isdir(captions) else file_kind(captions)
+    if images is not None and kind in ("folder", "tar"):
+        raise DataError(f"{captions}: a {kind} that has its pictures in it: leave out --images")
+    if images is not None or kind in ("folder", "tar", "table"):
         _pairs(images, captions, splits, found)
+    else:
+        _check_no_splits(captions, splits)
+        _captions_alone(captions, kind, found)
+    return _checked(found, captions)
+
+
+def _checked(found: Found, where: str) -> Found:
     if not found.sources:
-        where = captions or images
-        why = f" (first: {found.left_out[0]})" if found.left_out else ""
-        raise DataError(f"{where}: {found.line(0)}" if why else f"{where}: nothing in it to read")
+        raise DataError(f"{where}: nothing in it to read: {found.line(0)}")
     return found
 
 
-def _captions_alone(path: str, found: Found) -> None:
-    kind = file_kind(path)
-    rows: Iterable[tuple[str, object] | Reject]
+def _check_no_splits(path: str, splits: Optional[tuple[str, ...]]) -> None:
+    if splits:
+        raise DataError(f"--split {' '.join(splits)}: nothing in {path} names a split")
+
+
+def _pictures(images: str, found: Found) -> Iterator[ImageFile | Reject]:
+    for one in read_images((images,)):
+        if isinstance(one, PassedOver):
+            found.passed_over[one] += 1
+        else:
+            yield one
+
+
+def _picture_name(picture: ImageFile) -> str:
+    return picture.record or os.path.basename(picture.path)
+
+
+def _captions_alone(path: str, kind: str, found: Found) -> None:
+    rows: Iterable[tuple[str, tuple[object, ...]] | Reject] = ()
     # COCO's and Karpathy's files may be a single line, which makes them JSON lines of one.
     listed = kind == "jsonl" and next(
         ("images" in row[1] for row in json_rows(path) if not isinstance(row, Reject)), False
     )
     if kind == "text":
-        rows = _lines(path)
-    elif kind == "jsonl" and not listed:
+        lines = list(_lines(path))
+        listed = any(not isinstance(row, Reject) and _named_picture(row[1]) for row in lines)
+        rows = (row if isinstance(row, Reject) else (row[0], (row[1],)) for row in lines)
+    elif kind == "jsonl":
         rows = _json_captions(path)
-    else:
+    if listed or kind not in ("text", "jsonl"):
         raise DataError(
             f"{path}: without --images, captions are plain text or JSON lines; this layout names "
             "pictures: give their folder with --images"
@@ -139,8 +178,16 @@ def _captions_alone(path: str, found: Found) -> None:
     for row in rows:
         if isinstance(row, Reject):
             found.left_out.append(str(row))
-            continue
-        _add(found, row[0], None, [(f"{path}: {row[0]}", row[1])])
+        else:
+            _add(found, row[0], None, [(f"{path}: {row[0]}", caption) for caption in row[1]])
+
+
+def _named_picture(line: str) -> str:
+    """The file name that a line of a picture's name, a tab and its caption begins with; empty for another line."""
+    name, tab, _ = line.partition("\t")
+    # Flickr30K numbers the captions of a picture.
+    name = re.sub(r"#\d+$", "", name.strip())
+    return name if tab and is_image(name) else ""
 
 
 def _lines(path: str) -> Iterator[tuple[str, str] | Reject]:
@@ -151,7 +198,7 @@ def _lines(path: str) -> Iterator[tuple[str, str] | Reject]:
             yield f"line {item[0]}", item[1]
 
 
-def _json_captions(path: str) -> Iterator[tuple[str, object] | Reject]:
+def _json_captions(path: str) -> Iterator[tuple[str, tuple[object, ...]] | Reject]:
     for row in json_rows(path):
         if isinstance(row, Reject):
             yield row
@@ -160,62 +207,78 @@ def _json_captions(path: str) -> Iterator[tuple[str, object] | Reject]:
         if key is None:
             yield Reject(path, row[0], f"no key {' or '.join(CAPTION_KEYS)}")
         else:
-            yield row[0], next(iter(as_captions(row[1][key])), "")
+            yield row[0], as_captions(row[1][key])
 
 
-def _pairs(images: str, captions: str, splits: Optional[tuple[str, ...]], found: Found) -> None:
-    source = PairInput("auto", (captions,), images, splits)
+def _pairs(
+    images: Optional[str], captions: str, splits: Optional[tuple[str, ...]], found: Found
+) -> None:
+    source = PairInput("auto", (captions,), images)
     items: Iterable[PairItem | PassedOver]
     try:
-        known = with_format(source)
+        source = with_format(source)
     except DataError as error:
-        rows = list(_lines(captions)) if file_kind(captions) in ("text", "delimited") else []
-        if not rows:
+        kind = "" if images is None else file_kind(captions)
+        rows = list(_lines(captions)) if kind in ("text", "delimited") else []
+        named = any(not isinstance(row, Reject) and _named_picture(row[1]) for row in rows)
+        # A table without known columns is no plain text.
+        if images is None or not rows or not (named or kind == "text"):
             raise error
-        lines = [row for row in rows if not isinstance(row, Reject)]
-        found.left_out += [str(row) for row in rows if isinstance(row, Reject)]
-        named = sum(is_image(text.split("\t")[0].strip()) and "\t" in text for _, text in lines)
+        _check_no_splits(captions, splits)
         if not named:
-            _in_order(images, captions, lines, found)
+            _in_order(images, captions, rows, found)
             return
-        items = PairItems(source).grouped(_named_lines(captions, lines))
+        items = PairItems(source).grouped(_named_lines(captions, rows))
     else:
-        items = PAIR_FORMATS[known.format].read(known)
+        source = replace(source, splits=splits)
+        check_options(source)
+        items = PAIR_FORMATS[source.format].read(source)
     for item in items:
         if isinstance(item, Reject):
             found.left_out.append(str(item))
         elif isinstance(item, LeftOut):
             found.others += 1
-        elif isinstance(item, CaptionedImage):
+        elif isinstance(item, PassedOver):
+            found.passed_over[item] += 1
+        else:
             said = [
                 (f"{item.source}: {item.caption_record(number)}", caption)
                 for number, caption in enumerate(item.captions)
             ]
-            name = item.image.path and os.path.relpath(item.image.path, images)
-            _add(found, name or item.record, item.image, said)
+            name, file = _picture_name(item.image), item.image
+            # Of a tar the path is that of the tar.
+            if images is not None and file.path and file.size is None:
+                name = os.path.relpath(file.path, images)
+            _add(found, name, file, said)
 
 
-def _named_lines(path: str, lines: list[tuple[str, str]]) -> Iterator[CaptionRow | Reject]:
-    for record, text in lines:
-        name, tab, caption = text.partition("\t")
-        if tab and is_image(name.strip()):
-            yield CaptionRow(path, f"{record} ({name.strip()})", name.strip(), (caption,))
+def _named_lines(path: str, rows: list[tuple[str, str] | Reject]) -> Iterator[CaptionRow | Reject]:
+    for row in rows:
+        if isinstance(row, Reject):
+            yield row
+        elif name := _named_picture(row[1]):
+            caption = row[1].partition("\t")[2]
+            yield CaptionRow(path, f"{row[0]} ({name})", name, (caption,))
         else:
-            yield Reject(path, record, "not a picture's file name, a tab and its caption")
+            yield Reject(path, row[0], "not a picture's file name, a tab and its caption")
 
 
-def _in_order(images: str, captions: str, lines: list[tuple[str, str]], found: Found) -> None:
+def _in_order(
+    images: str, captions: str, rows: list[tuple[str, str] | Reject], found: Found
+) -> None:
     """Plain text: the first line is of the first picture by name."""
-    pictures = [one for one in read_images((images,)) if isinstance(one, ImageFile)]
-    if len(pictures) != len(lines):
+    pictures = list(_pictures(images, found))
+    if len(pictures) != len(rows):
         raise DataError(
-            f"{captions}: {len(lines)} lines of plain text for {len(pictures)} pictures in {images}; as many "
+            f"{captions}: {len(rows)} lines of plain text for {len(pictures)} pictures in {images}; as many "
             "would be paired in order of file names. Put the file name and a tab before each caption, or leave "
             "out --images to read the captions alone"
         )
-    for picture, (record, text) in zip(pictures, lines):
-        name = picture.record or os.path.basename(picture.path)
-        _add(found, name, picture, [(f"{captions}: {record}", text)])
+    for picture, row in zip(pictures, rows):
+        if isinstance(picture, Reject) or isinstance(row, Reject):
+            found.left_out.append(str(picture if isinstance(picture, Reject) else row))
+        else:
+            _add(found, _picture_name(picture), picture, [(f"{captions}: {row[0]}", row[1])])
 
 
 def _add(
@@ -233,6 +296,6 @@ def _add(
         except DataError as error:
             reason = f"{where}: {error}"
         else:
-            found.sources.append(Source(name, picture, text))
+            found.sources.append(Source(printable(name), picture, text))
             return
     found.left_out.append(reason)

@@ -62,16 +62,26 @@ WORD_CLASSES: Mapping[str, frozenset[str]] = {
 """Words by class. A word that is in none is `other`; what has no letter or digit is `punctuation`."""
 
 
-def word_class(piece: str, word: str) -> str:
-    """Class of a piece of a word: that of the whole word, in any case and number.
+def word_label(piece: str, word: str) -> str:
+    """What a piece is a part of: the word in lower case without the punctuation around it, or the punctuation itself.
 
     Args:
         piece: as the tokenizer writes it.
-        word: what the piece is a part of, with the punctuation that follows it.
+        word: from one space to the next.
     """
-    if not any(map(str.isalnum, piece)):
+    own = piece.removeprefix("▁")
+    # The mark of a beginning may be a piece of its own, and is of the word that begins there.
+    if own and not any(map(str.isalnum, own)):
+        return own
+    spoken = [place for place, letter in enumerate(word) if letter.isalnum()]
+    return word[spoken[0] : spoken[-1] + 1].lower() if spoken else word
+
+
+def word_class(label: str) -> str:
+    """Class of what a piece is a part of (`word_label`): that of the word in any number, or punctuation."""
+    plain = "".join(filter(str.isalnum, label))
+    if not plain:
         return "punctuation"
-    plain = "".join(filter(str.isalnum, word)).lower()
     singular = [plain, plain.removesuffix("s"), plain.removesuffix("es")]
     for name, words in WORD_CLASSES.items():
         if any(form in words for form in singular):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from megatron_vlmoe import __version__
 from megatron_vlmoe.analysis.routing import FIRST, IMAGE, LAST, PADDING, TEXT, Item, Trace
@@ -18,11 +20,12 @@ from megatron_vlmoe.runtime.pages import write_page
 
 Array = npt.NDArray[Any]
 SHOWN = 100
-"""Items on the page; measures are over all."""
+"""Items on the page at most; measures are over all."""
 WORDS = 24
-_PICTURE_BYTES = 5_500_000
-"""Encoded pictures together; with the decisions the page stays below 10 MB."""
-_QUALITIES = (88, 75, 60, 45, 30)
+PAGE_BYTES = 9_500_000
+"""What the page holds besides its script at most: pictures, decisions and measures."""
+_PICTURES = ((88, 1.0), (75, 1.0), (60, 1.0), (45, 1.0), (30, 1.0), (30, 0.6))
+"""JPEG quality and scale of the pictures, of which the first with which they fit is taken."""
 
 
 def write_routing_page(
@@ -44,29 +47,45 @@ def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]
     """What the script of the page reads: the summary, the items, and of every router what it decided.
 
     Of a router, `images` has the decisions about patches as bytes in base64: for each item on the page [I_CLS] and
-    the patches, of each every choice. `expert` holds 2 times the expert plus 1 where it was kept (65535: the item was
-    not read), as 16-bit integers with the low byte first; `gate` 255 times the gate. `texts` has for every item
-    [place, choices, gates, kept] of each token.
+    the patches, of each every choice. `expert` holds 2 times the expert plus 1 where it was kept, or the largest number
+    where the item was not read, in a byte, or from 128 experts on in two, the low one first; `gate` 255 times the gate.
+    `texts` has for every item [place, choices, gates, kept] of each token. Pictures are as good, and items as many, as
+    `PAGE_BYTES` allows.
     """
-    pictures = _pictures(items[:SHOWN])
-    shown = [
+    shown = min(SHOWN, len(items))
+    while True:
+        content = _decisions(summary, trace, items, shown)
+        room = PAGE_BYTES - len(json.dumps(content))
+        pictures = _pictures(items[:shown], room)
+        if pictures is not None or shown == 1:
+            break
+        shown = -(-3 * shown // 4) if shown > 4 else shown - 1
+    for entry, picture in zip(content["items"], pictures or [""]):
+        entry["picture"] = picture
+    return content
+
+
+def _decisions(
+    summary: Mapping[str, Any], trace: Trace, items: Sequence[Item], shown: int
+) -> dict[str, Any]:
+    """The content without pictures, for so many items."""
+    described = [
         {
             "name": item.name,
-            "picture": picture,
             "caption": item.caption,
             "pieces": item.pieces,
             "wordOf": item.word_of_piece,
         }
-        for item, picture in zip(items, pictures)
+        for item in items[:shown]
     ]
     grid = max(item.grid for item in items)
     routers = []
     for number, known in enumerate(summary["routers"]):
         rows, entry = trace.rows(number), dict(known)
         if (rows["modality"] == IMAGE).any():
-            entry["images"] = _image_decisions(rows, len(shown), 1 + grid**2)
+            entry["images"] = _image_decisions(rows, shown, 1 + grid**2, known["experts"])
         if (rows["modality"] == TEXT).any():
-            entry["texts"] = _text_decisions(rows, len(shown))
+            entry["texts"] = _text_decisions(rows, shown)
             counts = words_by_expert(entry, rows, items)
             entry["words"] = [
                 sorted(count.items(), key=lambda one: (-one[1], one[0]))[:WORDS] for count in counts
@@ -79,7 +98,7 @@ def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]
         "total": len(items),
         "topk": summary["experts_per_token"],
         "permutations": summary["permutations"],
-        "items": shown,
+        "items": described,
         "routers": routers,
         "consecutive": summary["consecutive"],
         "colors": colors,
@@ -88,27 +107,37 @@ def page_content(summary: Mapping[str, Any], trace: Trace, items: Sequence[Item]
     }
 
 
-def _pictures(items: Sequence[Item]) -> list[str]:
-    """The pictures as data URLs, in the best quality in which they are not too large together; empty without one."""
-    encoded: list[bytes] = []
-    for quality in _QUALITIES:
-        encoded = []
+def _pictures(items: Sequence[Item], room: int) -> Optional[list[str]]:
+    """The pictures as data URLs, empty without one, in the best quality that has room; None if none has."""
+    for quality, scale in _PICTURES:
+        found: list[str] = []
+        left = room
         for item in items:
-            buffer = io.BytesIO()
-            if item.display is not None:
-                item.display.save(buffer, format="JPEG", quality=quality, optimize=True)
-            encoded.append(buffer.getvalue())
-        if sum(map(len, encoded)) <= _PICTURE_BYTES:
-            break
-    return [
-        f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" if data else ""
-        for data in encoded
-    ]
+            found.append(_data_url(item.display, quality, scale))
+            left -= len(found[-1])
+            if left < 0:
+                break
+        else:
+            return found
+    return None
 
 
-def _image_decisions(rows: Mapping[str, Array], items: int, tokens: int) -> dict[str, str]:
-    k = rows["expert"].shape[1]
-    expert = np.full((items, tokens, k), 65535, dtype="<u2")
+def _data_url(picture: Optional[Image.Image], quality: int, scale: float) -> str:
+    if picture is None:
+        return ""
+    if scale < 1.0:
+        side = round(scale * picture.width)
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=quality, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _image_decisions(
+    rows: Mapping[str, Array], items: int, tokens: int, experts: int
+) -> dict[str, str]:
+    k, kind = rows["expert"].shape[1], "<u1" if experts < 128 else "<u2"
+    expert = np.full((items, tokens, k), np.iinfo(kind).max, dtype=kind)
     gate = np.zeros((items, tokens, k), dtype=np.uint8)
     own = (rows["modality"] == IMAGE) & (rows["item"] < items)
     at = (rows["item"][own], rows["place"][own] + 1)

@@ -14,9 +14,11 @@ import numpy as np
 from megatron_vlmoe.analysis.plots import picture_file
 from megatron_vlmoe.commands.options import CommandParser, dataset_prefix, output_file
 from megatron_vlmoe.config.errors import FillingError, user_files
-from megatron_vlmoe.convert.hf_config import architecture, read_config
+from megatron_vlmoe.convert.hf_config import SPM_FILE, architecture, read_config
+from megatron_vlmoe.data.manifest import check_dataset
 from megatron_vlmoe.prepare.tool import count
 from megatron_vlmoe.runtime.lazy import load
+from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 
 def build_parser() -> CommandParser:
@@ -63,6 +65,8 @@ def main(words: Sequence[str]) -> None:
     kinds = read_config(arguments.model).get("architectures")
     if kinds != [architecture()]:
         raise FillingError(f"{arguments.model}: is {kinds}, not the export of a pretrained model")
+    text = TextTokenizer(arguments.model / SPM_FILE)
+    check_dataset(arguments.pairs, "pairs", text.fingerprint)
     try:
         from transformers import AutoModelForPreTraining, AutoProcessor
     except ImportError:

@@ -7,12 +7,10 @@ vlmoe routing --load runs/quickstart --images corpora/sample-2000/coco/val2014 \
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_vlmoe.analysis.routing_inputs import find_sources
-from megatron_vlmoe.commands.options import CommandParser, add_image_rules
+from megatron_vlmoe.commands.options import CommandParser, add_image_rules, output_folder
 from megatron_vlmoe.config.errors import RoutingError, user_files
 from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.prepare.tool import count, positive_int
@@ -33,7 +31,8 @@ def build_parser() -> CommandParser:
         "--captions",
         metavar="FILE",
         help="captions of the pictures: COCO or Karpathy JSON, JSON lines, a table, lines of file name, tab and "
-        "caption, or plain text with as many lines as there are pictures; without it pictures are read alone",
+        "caption, or plain text with as many lines as there are pictures; a tar or folder that has the pictures in it "
+        "too; without it pictures are read alone",
     )
     add(
         "--split",
@@ -41,7 +40,13 @@ def build_parser() -> CommandParser:
         metavar="S",
         help="splits to take of captions that name theirs (train restval)",
     )
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for what is found")
+    add(
+        "--output",
+        required=True,
+        type=output_folder,
+        metavar="DIR",
+        help="folder for what is found",
+    )
     add(
         "--num-items",
         type=positive_int,
@@ -80,17 +85,13 @@ def main(words: Sequence[str]) -> None:
     """Reads, measures and draws."""
     parser = build_parser()
     options = parser.parse_args(words)
-    if options.images is None and options.captions is None:
+    if not options.images and not options.captions:
         parser.error("neither --images nor --captions is given")
+    for name in ("images", "captions"):
+        if getattr(options, name) == "":
+            parser.error(f"--{name} is empty")
     if options.capacity_factor is not None and not math.isfinite(options.capacity_factor):
         parser.error(f"--capacity-factor {options.capacity_factor}: not a finite number")
-    above = next(
-        path for path in (options.output, *options.output.absolute().parents) if path.exists()
-    )
-    if not above.is_dir():
-        parser.error(f"--output {options.output}: {above} is a file, not a folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        parser.error(f"--output {options.output}: not writable")
     try:
         import transformers  # noqa: F401
     except ImportError:

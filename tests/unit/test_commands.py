@@ -15,6 +15,7 @@ from command_parsers import parser_of
 
 from megatron_vlmoe.commands.main import main, run, run_one_of
 from megatron_vlmoe.commands.table import COMMANDS
+from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, stage_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their options are those of the configuration.
@@ -273,6 +274,33 @@ def test_a_folder_that_is_no_export_is_not_looked_for_on_the_hub(
     for model in (tmp_path, tmp_path / "nowhere"):
         assert main(["fill-masked", "--model", str(model), *rest]) == 1
         assert capsys.readouterr().err == f"error: {model}/config.json: not found\n"
+
+
+def test_captions_of_another_tokenizer_are_not_filled(
+    tmp_path: Path, tiny_tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "hf"
+    model.mkdir()
+    config = {"model_type": "vlmoe", "architectures": ["VLMoEForPreTraining"]}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "sentencepiece.model").write_bytes(Path(tiny_tokenizer).read_bytes())
+    files = {
+        f"_{part}.{kind}": FileRecord(0, "")
+        for part in ("image", "text")
+        for kind in ("bin", "idx")
+    }
+    for kind, reason in (
+        ("pairs", "made with another tokenizer"),
+        ("text", "but one of pairs is wanted"),
+    ):
+        if kind == "text":
+            files = {f"_text_document.{suffix}": FileRecord(0, "") for suffix in ("bin", "idx")}
+        manifest = DatasetManifest(kind, 1, 1, 1, 1, files, {}, tokenizer_fingerprint="0")
+        stage_manifest(tmp_path / kind, manifest).publish()
+        words = ["--image-tokenizer", "x", "--pairs", str(tmp_path / kind), "--output", "y.png"]
+        assert main(["fill-masked", "--model", str(model), *words]) == 1
+        error = capsys.readouterr().err
+        assert str(tmp_path / kind) in error and reason in error and error.count("\n") == 1
 
 
 def console(line: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:

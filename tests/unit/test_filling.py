@@ -13,7 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vlmoe.analysis.filling import hide_a_shape, looks_of_codes, read_hidden_words
+from megatron_vlmoe.analysis.filling import (
+    draw_filled,
+    fill,
+    hide_a_shape,
+    looks_of_codes,
+    read_hidden_words,
+)
 from megatron_vlmoe.data.indexed import IndexedWriter
 
 SHOWN = np.array(
@@ -126,6 +132,7 @@ def test_hidden_words_are_counted_by_class_with_their_picture_and_with_another(
         rows = [torch.tensor(np.array(one)).permute(2, 0, 1) / 255.0 for one in pictures]
         return {"pixel_values": torch.stack(rows)}
 
+    model.config = SimpleNamespace(pair_text_length=8)  # type: ignore[attr-defined]
     processor = SimpleNamespace(tokenizer=_Text(), image_processor=read)
     found = read_hidden_words(model, processor, str(tmp_path / "p"), count=50, seed=1)
     by_name = {one.name: one for one in found}
@@ -150,3 +157,52 @@ def test_no_caption_has_another_picture_among_one(tmp_path: Path) -> None:
     with IndexedWriter(str(tmp_path / "p_image"), np.uint8) as images:
         images.add_document([np.zeros(1, dtype=np.uint8)])
     assert read_hidden_words(None, SimpleNamespace(tokenizer=None), str(tmp_path / "p"), 9, 0) == []
+
+
+WORDS = ["<s>", "</s>", "[MASK]", *"a $5 and a $10 bill, or \\frac".split()]
+
+
+class Tokenizer:
+    """A word is a piece; `[MASK]` is 2."""
+
+    mask_token_id = 2
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return ["▁" + WORDS[i] for i in ids]
+
+    def build_inputs_with_special_tokens(self, ids: list[int]) -> list[int]:
+        return [0, *ids, 1]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(WORDS[i] for i in ids)
+
+
+def test_a_long_caption_is_read_as_far_as_the_model_does(tmp_path: Path) -> None:
+    """A model of 2 by 2 patches and 12 tokens; of dollars no formula is made."""
+    read: list[int] = []
+
+    def model(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        read.extend(input_ids[0].tolist())
+        return SimpleNamespace(
+            mlm_logits=torch.zeros(1, input_ids.shape[1], len(WORDS)),
+            mim_logits=torch.zeros(1, 4, 3),
+        )
+
+    sizes = {"image_size": 8, "patch_size": 4, "visual_vocab_size": 3, "pair_text_length": 12}
+    model.config = SimpleNamespace(**sizes)  # type: ignore[attr-defined]
+    image = Image.new("RGB", (20, 8), "red")
+    processor = SimpleNamespace(
+        tokenizer=Tokenizer(),
+        image_processor=lambda *_, **__: {"pixel_values": torch.zeros(1, 3, 8, 8)},
+    )
+    codes = torch.zeros(1, 4, dtype=torch.long)
+    tokenizer: Any = SimpleNamespace(
+        **{"grid": 2, "image_size": 8, "patch_size": 4, "num_codes": 3, "encode": lambda _: codes}
+    )
+    ids = list(range(3, len(WORDS))) * 3
+    rng = np.random.default_rng(0)
+    filled = fill(model, processor, tokenizer, torch.zeros(3, 48), image, ids, rng)
+    assert len(read) == 12 and read[0] == 0 and read[-1] == 1 and read.count(2) == 1
+    assert filled.truth in WORDS and filled.text.split()[0] == "a"
+    assert math.isclose(filled.guesses[0][1], 1 / len(WORDS), rel_tol=1e-5)
+    assert draw_filled([filled], tmp_path / "filled.png").is_file()

@@ -84,6 +84,20 @@ def test_a_run_that_is_resumed_or_still_going_reads_as_one(tmp_path: Path) -> No
     assert series(read_metrics(run), "lr") == ([10, 20, 30], [1.0, 2.0, 2.0])
 
 
+def test_values_that_are_not_finite_are_gaps(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As null, as this program writes them, and as other programs do; a score that never was a number is none."""
+    rows = [row(step, **{"val/vqa_official": math.nan}) for step in (1, 2, 3)]
+    rows[0]["grad_norm"], rows[1]["loss/mim"] = math.inf, -math.inf
+    lines = [json.dumps(one).replace('"loss/mim": -Infinity', '"loss/mim": null') for one in rows]
+    run = write_run(tmp_path / "run", [*lines, ""])
+    assert main(["plot", "--run", str(run)]) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert values(drawn[0], "gradient norm") == [[2.0, 2.0]]
+    assert values(drawn[0], LOSSES["mim"]) == [[4.0, 4.0]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -42,6 +46,8 @@ from megatron_vlmoe.tokenizers.text import TextTokenizer
 # As browsers number them (WebDriver).
 ARROW_RIGHT = "\ue014"
 GRID = 4
+MODEL_LENGTHS = {"texts": 24, "pairs": 20}
+"""Tokens of a text in each way of reading."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class Corpus:
     def run(self, name: str, moe: MoEConfig, **model: Any) -> Path:
         """The folder of a run with a random model; its tokenizer lies there."""
         sizes: dict[str, Any] = {
-            **{"image_size": 32, "patch_size": 8, "text_length": 24, "pair_text_length": 20},
+            **{"image_size": 32, "patch_size": 8},
+            **{"text_length": MODEL_LENGTHS["texts"], "pair_text_length": MODEL_LENGTHS["pairs"]},
             "vocab_size": TextTokenizer(self.tokenizer).size,
             **model,
         }
@@ -240,7 +247,7 @@ def test_figures_show_what_the_trace_says(explored: Explored, corpus: Corpus) ->
     sources = find_sources(corpus.images, corpus.captions).sources
     items = routing.read_items(sources, model, ImageRules())
     trace = routing.trace(model, items, ("pairs",), 5)
-    summary = routing.summarize(trace, items, model, 0, 0)
+    summary, lines = routing.summarize(trace, items, model, 0, 0), explored.items
     for number, router in enumerate(summary["routers"]):
         rows, tokens = trace.rows(number), explored.rows(number)
         # Read again in this process, everything comes out as the command left it.
@@ -266,11 +273,13 @@ def test_figures_show_what_the_trace_says(explored: Explored, corpus: Corpus) ->
         else:
             texts = texts_of(routing_figures.word_figure(router, rows, items))
             said = Counter(
-                items[t["item"]].words[items[t["item"]].word_of_piece[t["place"]]].lower()
+                lines[t["item"]]["piece_labels"]["word"][t["place"]]
                 for t in tokens
                 if t["place"] >= 0 and t["expert"][0] == 0
             )
-            word, times = max(said.items(), key=lambda one: one[1])
+            word, times = max(
+                ((word, n) for word, n in said.items() if word.isalnum()), key=lambda one: one[1]
+            )
             assert any(f"{word} {times}" in text.split("   ") for text in texts)
         for bar in bars:
             assert bar in texts
@@ -470,6 +479,9 @@ def test_routed_padding_is_in_the_trace_and_is_about_nothing(corpus: Corpus) -> 
     )
     labels = routing.token_labels(rows, items)["word"]
     assert (labels.codes >= 0).sum() == sum(len(item.ids) for item in items)
+    # Which of its tokens is which cannot be told in another block.
+    (passed,) = routing.summarize(trace, items, model, 0, 0)["consecutive"]
+    assert np.sum(passed["counts"]) == (rows["place"] != routing.PADDING).sum()
 
 
 def write_lines(corpus: Corpus) -> str:
@@ -516,6 +528,132 @@ def test_captions_come_in_many_layouts(corpus: Corpus, tmp_path: Path) -> None:
         found("c.json", json.dumps(coco), images=False)
     with pytest.raises(DataError, match=r"none\.json: not found"):
         find_sources(str(folder), str(tmp_path / "none.json"))
+    # What names pictures is no text to read alone.
+    for name, text in (("n.txt", "b.png\ttwo\n"), ("r.token", "b.png#0\ttwo\nb.png#1\t2\n")):
+        assert found(name, text) == [("b.png", "two")]
+        with pytest.raises(DataError, match="give their folder with --images"):
+            found(name, text, images=False)
+    assert found("c.jsonl", '{"captions": ["", "two"]}\n', images=False) == [("line 1", "two")]
+    # Nor are the lines of a table captions, be they as many as there are pictures.
+    with pytest.raises(DataError, match=r"d\.csv: "):
+        found("d.csv", "file,said\na.png,a star\n")
+    (tmp_path / "bad.txt").write_bytes(b"a star\n\xff\n")
+    partly = find_sources(str(folder), str(tmp_path / "bad.txt"))
+    assert [(source.name, source.caption) for source in partly.sources] == [("a.png", "a star")]
+    assert "2 found, 1 chosen, 0 not needed, 1 left out (first: " in partly.line(1)
+
+
+def test_tars_and_folders_have_pictures_and_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a", "deep/b"):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a star {name}")
+    with tarfile.open(tmp_path / "samples.tar", "w") as tar:
+        tar.add(folder, ".")
+    for captions in (folder, tmp_path / "samples.tar"):
+        sources = find_sources(None, str(captions)).sources
+        said = {source.name.removeprefix("./"): source.caption for source in sources}
+        assert said == {"a.png": "a star a", "deep/b.png": "a star deep/b"}
+        assert all(source.picture is not None and source.picture.read() for source in sources)
+        with pytest.raises(DataError, match="has its pictures in it: leave out --images"):
+            find_sources(str(folder), str(captions))
+    # Pictures alone: the other files are told.
+    alone = find_sources(str(folder), None)
+    assert [source.name for source in alone.sources] == ["a.png", "deep/b.png"]
+    assert alone.line(2) == "2 found, 2 chosen, 0 not needed; passed over: .txt 2"
+    (folder / "empty").mkdir()
+    (folder / "empty" / "notes.pdf").write_text("no picture")
+    with pytest.raises(DataError, match=r"empty: nothing in it to read: .* passed over: \.pdf 1"):
+        find_sources(str(folder / "empty"), None)
+    (tmp_path / "plain.txt").write_text("a star\n")
+    for images, captions in ((str(folder), None), (None, str(tmp_path / "plain.txt"))):
+        with pytest.raises(DataError, match="--split test: nothing in .* names a split"):
+            find_sources(images, captions, ("test",))
+
+
+STRANGE = (
+    ("$a$\\frac$.png", "L", "costs $5 & <script>alert('x')</script> \"_b\" ${1}"),
+    (
+        "caf\udce9 <b>.png",
+        "CMYK",
+        "\u0646\u062c\u0645\u0629 \u062d\u0645\u0631\u0627\u0621 \u661f\u5f62",
+    ),
+    ("long/wide.png", "RGBA", " ".join(["a small red circle"] * 30)),
+    ("long/tall.gif", "P", "."),
+)
+"""Names, kinds and captions of pictures; a name that is no UTF-8 is as Python has it."""
+
+
+@pytest.fixture(scope="module")
+def strange(corpus: Corpus) -> tuple[Path, str]:
+    """The folder of what the command makes of them, and what it prints."""
+    folder = corpus.folder / "strange"
+    (folder / "long").mkdir(parents=True)
+    lines = []
+    for number, (name, mode, caption) in enumerate(STRANGE):
+        size = (90 - 20 * number, 30)
+        pictures = [Image.new("RGB", size, (value, 90, 0)).convert(mode) for value in (9, 99)]
+        more: dict[str, Any] = {"save_all": True, "append_images": pictures[1:]}
+        kind = {"CMYK": "TIFF", "P": "GIF"}.get(mode, "PNG")
+        pictures[0].save(folder / name, format=kind, **(more if mode == "P" else {}))
+        lines.append(json.dumps({"image": name, "caption": caption}) + "\n")
+    (folder / "captions.jsonl").write_text("".join(lines))
+    words = ["--images", str(folder), "--captions", str(folder / "captions.jsonl")]
+    words += ["--load", str(corpus.run("twice", TWICE)), "--output", str(folder / "out")]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main([*words, "--permutations", "0"])
+    return folder / "out", printed.getvalue()
+
+
+def test_strange_names_pictures_and_captions(strange: tuple[Path, str]) -> None:
+    folder, printed = strange
+    assert "4 found, 4 chosen, 0 not needed\n" in printed
+    items = [json.loads(row) for row in (folder / "items.jsonl").read_text().splitlines()]
+    assert [item["name"] for item in items] == [
+        *("$a$\\frac$.png", "caf\\udce9 <b>.png", "long/wide.png", "long/tall.gif"),
+    ]
+    for name, length in MODEL_LENGTHS.items():
+        cut = sum(len(item["pieces"]) > length - 2 for item in items)
+        line = f"{name}: {cut} of 4 captions are cut after {length - 2} pieces, as in training\n"
+        assert cut and line in printed
+    for router in json.loads((folder / "routing.json").read_text())["routers"]:
+        if router["pool"] == "text":
+            # [T_CLS] and [T_SEP] besides what is read.
+            most = MODEL_LENGTHS[router["input"]] - 2
+            assert router["tokens"] == sum(2 + min(most, len(item["pieces"])) for item in items)
+    source = (folder / "routing.html").read_text()
+    assert source.count("<script") == 2 and "alert('x')" not in source
+    (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', source)
+    told = json.loads(content)["items"]
+    assert [item["caption"] for item in told] == [caption for _, _, caption in STRANGE]
+    assert len(list(folder.glob("*.png"))) == 6
+
+
+@pytest.mark.process
+def test_the_page_of_strange_captions(strange: tuple[Path, str], page: Page) -> None:
+    folder, _ = strange
+    page.open(folder / "routing.html", "input=pairs&block=2&item=2")
+    assert (
+        page.run("return document.querySelector('#which').textContent") == "3 of 4: long/wide.png"
+    )
+    counted = page.run("return document.querySelector('#counts').textContent")
+    assert re.search(r" pieces of words, .* and \d+ more that are too many for the model", counted)
+    # Addresses that nobody gets by clicking.
+    for address in ("pool=vision&expert=-1", "pool=vision&expert=1.5", "pool=text&expert=9", "x=1"):
+        page.open(folder / "routing.html", f"input=pairs&block=1&{address}")
+        assert page.run("return document.querySelectorAll('#takes .every').length") == 2
+    assert page.errors() == []
+
+
+def test_a_router_that_gives_no_numbers_is_one_clear_line(corpus: Corpus) -> None:
+    model = routing.open_model(str(corpus.run("twice", TWICE)))
+    items = routing.read_items(find_sources(None, write_lines(corpus)).sources, model, ImageRules())
+    with torch.no_grad():
+        model.model.encoder.layer[1].layernorm_before.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="twice: the gates of block 2 .* has its training diverged"):
+        routing.trace(model, items, ("texts",), 2)
 
 
 CHOOSING = replace(TWICE, routing="expert_choice", topk=1)
@@ -604,11 +742,21 @@ def test_the_truth_of_the_sample_corpus_is_where_it_was_drawn(corpus: Corpus) ->
     assert known_scenes(Path("/nowhere/a.jpg")) == {}
 
 
-def test_a_page_of_100_pictures_stays_below_10_mb(tmp_path: Path) -> None:
-    """Of noise, which JPEG does not shrink, at the size of the paper's BASE with 32 experts in six blocks."""
+@pytest.mark.parametrize(("grid", "side", "detail"), [(14, 256, 256), (30, 480, 120)])
+def test_a_page_of_100_pictures_stays_below_10_mb(
+    tmp_path: Path, grid: int, side: int, detail: int
+) -> None:
+    """At the sizes of the paper's BASE with 32 experts in six blocks: of noise, which JPEG does not shrink, in
+    pretraining, and of about what photographs have, in fine-tuning on VQA.
+    """
     rng = np.random.default_rng(0)
-    patches, blocks, k = 196, (2, 4, 6, 8, 10, 12), 2
-    noise = [Image.fromarray(rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)) for _ in range(8)]
+    patches, blocks, k = grid**2, (2, 4, 6, 8, 10, 12), 2
+    noise = [
+        Image.fromarray(rng.integers(0, 255, (detail, detail, 3), dtype=np.uint8)).resize(
+            (side, side)
+        )
+        for _ in range(8)
+    ]
     labels = {"color": ["red"] * patches}
     items = [
         routing.Item(
@@ -638,4 +786,5 @@ def test_a_page_of_100_pictures_stays_below_10_mb(tmp_path: Path) -> None:
     summary = routing.summarize(trace, items, routing.Model("x", config, holder, None), 0, 0)
     page = routing_page.write_routing_page(summary, trace, items, tmp_path)
     assert page.stat().st_size < 10_000_000
+    assert page.read_text().count("data:image/jpeg;base64,") == 100
     assert len(set(routing_figures.expert_colors(32))) == 32

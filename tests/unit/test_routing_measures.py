@@ -23,6 +23,7 @@ from megatron_vlmoe.analysis.routing_measures import (
     together,
     top_gates,
     word_class,
+    word_label,
 )
 
 
@@ -181,7 +182,27 @@ def test_classes_of_edges():
         ("▁little", "little", "size"),
         ("▁giraffe", "giraffes", "other"),
         ("▁", "", "punctuation"),
+        # A tokenizer without the word spells it: its beginning is a piece too.
+        ("▁", "pink", "color"),
+        ("p", "pink", "color"),
     ],
 )
 def test_classes_of_words(piece, word, name):
-    assert word_class(piece, word) == name
+    assert word_class(word_label(piece, word)) == name
+
+
+@pytest.mark.parametrize(
+    ("piece", "word", "label"),
+    [
+        ("▁Circle", "Circle.", "circle"),
+        (".", "Circle.", "."),
+        ("▁(", "(Red),", "("),
+        ("),", "(Red),", "),"),
+        ("Red", "(Red),", "red"),
+        ("▁", "it's", "it's"),
+        ("▁", "", ""),
+        ("▁—", "—", "—"),
+    ],
+)
+def test_labels_of_words(piece, word, label):
+    assert word_label(piece, word) == label

@@ -234,7 +234,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     begun = make_run(tmp_path / "begun", config_of("tiny-dense"))
     tuning = make_run(tmp_path / "tuning", tuned("gone"), [{"step": 5, "loss/nlvr2": 1.0}])
     newer = make_run(tmp_path / "newer", config_of("tiny-dense"), rows)
-    (newer / "config.yaml").write_text("model: {number_of_heads: 3}\n")
+    (newer / "config.yaml").write_text("model: {number_of_heads: 3}\ntrain: {steps: many}\n")
     page, source, _ = report(tmp_path / "out", unknown, begun, tuning, newer)
     for sentence in (
         "unknown: no config.yaml: options, parameters and FLOPs are not known.",
@@ -248,6 +248,67 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     )
     assert table(page, "token slots/s")["unknown",]["token slots/s"] == "100"
     assert "Downstream tasks" not in page.texts
+
+
+def test_losses_are_compared_with_those_of_the_first_run_alone(tmp_path: Path) -> None:
+    """The first run has no such loss: there is nothing that the others could be compared with."""
+    losses = (("texts", "mlm", 3.0), ("b", "mim", 2.0), ("c", "mim", 1.5))
+    runs = [
+        make_run(
+            tmp_path / name,
+            config_of("tiny-dense"),
+            [{"step": 5, f"loss/{loss}": 9.0, f"eval/loss/{loss}": value}],
+        )
+        for name, loss, value in losses
+    ]
+    page, _, _ = report(tmp_path / "out", *runs)
+    (rows,) = [rows for rows in page.tables if "loss, nats" in rows[0]]
+    # A column without a number is left out.
+    assert not [title for title in rows[0] if title.startswith("against")]
+    page, _, _ = report(tmp_path / "other", *runs[1:])
+    assert table(page, "loss, nats", 2)["masked image (images)", "c"]["against b"] == "-0.5000"
+
+
+def test_a_run_without_config_does_not_take_that_of_the_folder_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_run(tmp_path / "here", tuned("gone"), (), scores("nlvr2", dev__accuracy=50.0))
+    logged = make_run(tmp_path / "logged", None, [{"step": 5, "loss/mlm": 1.0}])
+    unsaved = make_run(tmp_path / "unsaved", None, (), scores("nlvr2", "", dev__accuracy=60.0))
+    monkeypatch.chdir(here)
+    page, _, _ = report(tmp_path / "out", here, logged, unsaved)
+    for name in ("logged", "unsaved"):
+        assert f"{name}: no config.yaml: options, parameters and FLOPs are not known." in page.texts
+
+
+def test_a_checkpoint_that_is_named_in_two_ways_is_one_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", tuned("gone"))
+    (run / "best/iter_0000005").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = [
+        make_run(tmp_path / name, None, (), scores("nlvr2", place, dev__accuracy=60.0))
+        for name, place in (("a", "run/best/iter_0000005"), ("b", run / "best/iter_0000005"))
+    ]
+    page, _, _ = report(tmp_path / "out", *found)
+    (rows,) = [rows for rows in page.tables if rows[0][0] == "model"]
+    assert rows[1][rows[0].index("NLVR2 dev")] == "60.00"
+
+
+def test_results_on_other_data_stand_in_a_row_of_their_own(tmp_path: Path) -> None:
+    """Both are of one model and one task, and in the same column."""
+    runs = []
+    for name, score in (("a", 60.0), ("b", 70.0)):
+        config = tuned("gone")
+        config = replace(config, task=replace(config.task, data=f"{tmp_path}/{name}/nlvr2"))  # type: ignore[attr-defined]
+        results = scores("nlvr2", dev__accuracy=score)
+        results["settings"]["data"] = f"{tmp_path}/{name}/nlvr2"
+        runs.append(make_run(tmp_path / name, config, (), results))
+    page, _, _ = report(tmp_path / "out", *runs)
+    (rows,) = [rows for rows in page.tables if rows[0][0] == "model"]
+    place = rows[0].index("NLVR2 dev")
+    assert [row[place] for row in rows[1:3]] == ["60.00", "70.00"]
 
 
 def test_a_page_is_safe_and_needs_nothing_else(tmp_path: Path) -> None:
