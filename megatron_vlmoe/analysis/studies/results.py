@@ -240,10 +240,9 @@ def _held_out_losses(row: Row, objectives: ObjectivesConfig) -> dict[str, float 
     the weights of training. What is not a finite number is None, and so is a sum with it."""
     found = {key.removeprefix("eval/loss/"): row[key] for key in row if _is_held_out_loss(key)}
     weights = {name: getattr(objectives, f"{name}_weight", 1.0) for name in found}
-    pair = {name: 1.0 for name in ("vlm_text", "vlm_image") if name in found}
     sums = {"total": _weighted_sum(found, weights)}
-    if len(pair) == 2:
-        sums["vlm"] = _weighted_sum(found, pair)
+    if "vlm_text" in found and "vlm_image" in found:
+        sums["vlm"] = _weighted_sum(found, {"vlm_text": 1.0, "vlm_image": 1.0})
     return found | sums
 
 
