@@ -198,6 +198,20 @@ def test_what_a_run_starts_from_and_files_of_options_are_no_secret(study, tmp_pa
         digests(study, tmp_path, "--config", str(file))
 
 
+def test_an_image_tokenizer_is_its_model_and_not_the_record_of_its_training(study, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    found = []
+    for name, text in (
+        ("config.json", "{}"),
+        ("metrics.jsonl", "images_per_second"),
+        ("model.safetensors", "x"),
+    ):
+        (folder / name).write_text(text)
+        found += digests(study, tmp_path, "--data.image_tokenizer", str(folder))[:1]
+    assert found[0] == found[1] != found[2]
+
+
 def test_tasks_of_the_sample_corpus_do_not_go_with_data_of_ones_own(tmp_path):
     mine = Study("mine", "", (Run("a", "8e", tasks=("vqa",)),), (), ())
     for options, folder in (((), TINY.folder), (("--data.text", "t"), "data")):

@@ -305,7 +305,7 @@ def _content_files(path: str, task: Any) -> Iterator[Path]:
     if path and where.is_file():
         yield where
     elif path and where.is_dir():
-        yield from sorted(file for file in where.iterdir() if file.is_file())
+        yield from (file for name in _TOKENIZER_FILES if (file := where / name).is_file())
     yield from (Path(name) for name in dict.fromkeys(names) if path and Path(name).is_file())
 
 
