@@ -17,7 +17,6 @@ from megatron_vlmoe.analysis.studies.plan import (
     PlannedRow,
     Planner,
     Request,
-    check_options,
     data_files,
 )
 from megatron_vlmoe.analysis.studies.results import (
@@ -27,6 +26,7 @@ from megatron_vlmoe.analysis.studies.results import (
     write_summary,
 )
 from megatron_vlmoe.analysis.studies.runner import (
+    SLURM_SCRIPT,
     Runner,
     command_lines,
     estimate,
@@ -38,7 +38,6 @@ from megatron_vlmoe.analysis.studies.study import Study, read_study, study_from
 from megatron_vlmoe.analysis.studies.table import STUDIES
 from megatron_vlmoe.analysis.studies.tables import table
 from megatron_vlmoe.commands.options import CommandParser
-from megatron_vlmoe.config.command_line import normalize_arguments
 from megatron_vlmoe.config.errors import ConfigError, unknown_name, user_files
 from megatron_vlmoe.prepare.tool import positive_int
 from megatron_vlmoe.runtime.files import write_text_atomic
@@ -55,65 +54,74 @@ def main(words: Sequence[str]) -> int:
     """
     own, finetune = options_apart(words)
     options, others = _parser().parse_passing_on(own)
-    for name in ("output", "tasks"):
-        if getattr(options, name) == "":
-            raise ConfigError(f"--{name} is empty")
     if options.redraw is not None:
-        return _redraw(options, others)
-    if options.study is None:
-        raise ConfigError(f"NAME is missing: one of {', '.join(STUDIES)}, or FILE.yaml")
-    check_options(others, finetune)
+        return _redraw(options, [options.study or "", *others, *finetune])
     scale = SCALES[options.scale]
+    request = _request(options, others, finetune, scale)
     study = _study(options.study, scale)
-    if study.name == RUNS:
-        raise ConfigError(f"{options.study}: the name {RUNS} is that of the folder of all runs")
-    processes = options.processes or scale.processes
-    request = Request(
-        output=Path(options.output),
-        seeds=tuple(options.seeds or scale.seeds),
-        processes=processes,
-        # `--option=value` as two words, and short forms in full.
-        options=tuple(normalize_arguments(others)),
-        finetune=tuple(finetune),
-        tasks=options.tasks or "",
-        only=tuple(options.only or ()),
-    )
-    if len(set(request.seeds)) != len(request.seeds):
-        raise ConfigError("--seeds names a seed twice")
-    if options.slurm and not options.print_commands:
-        raise ConfigError("--slurm goes with --print-commands")
     rows = Planner(scale, request).plan(study)
     # Processes of one run share the machine's GPUs; single ones share its cores.
-    jobs = options.jobs or (min(_MOST_JOBS, os.cpu_count() or 1) if processes == 1 else 1)
+    single = request.processes == 1
+    jobs = options.jobs or (min(_MOST_JOBS, os.cpu_count() or 1) if single else 1)
     if options.dry_run:
         print("\n".join(_dry_run_lines(study, rows, scale, jobs)))
         return 0
-    if _missing(rows) and options.scale == "tiny" and not options.print_commands:
-        if _prepare(rows):
-            # Runs are known by the content of their data, which was not there before.
-            rows = Planner(scale, request).plan(study)
+    starts = not (options.print_commands or options.collect)
+    if starts and options.scale == "tiny" and _missing(rows) and _prepare(rows):
+        # Runs are known by the content of their data, which was not there before.
+        rows = Planner(scale, request).plan(study)
     _check_data(rows)
-    if options.print_commands:
-        print("\n".join(command_lines(unique_runs(rows), options.gpus_per_node, options.slurm)))
-        return 0
     runs = unique_runs(rows)
-    if processes > options.gpus_per_node and not all(map(is_finished, runs)):
-        raise ConfigError(
-            f"--processes {processes}: more than the {options.gpus_per_node} of a machine (--gpus-per-node); "
-            "start them as `vlmoe study ... --print-commands --slurm` prints, then come back for the results"
-        )
+    if options.print_commands:
+        print("\n".join(command_lines(runs, options.gpus_per_node, options.slurm)))
+        return 0
     about = {"scale": options.scale, "command": shlex.join(["vlmoe", "study", *words])}
     folder = request.output / study.name
+    if options.collect:
+        _leave(study, summarize(study, rows, about, {}), folder)
+        print(f"{sum(map(is_finished, runs))} of {len(runs)} runs are finished")
+        return 0
+    if request.processes > options.gpus_per_node and not all(map(is_finished, runs)):
+        raise ConfigError(
+            f"--processes {request.processes}: more than the {options.gpus_per_node} of a machine (--gpus-per-node); "
+            "start them as `vlmoe study ... --print-commands --slurm` prints, then --collect the results"
+        )
     with locked(request.output) as lock:
         runner = Runner(runs, jobs, lock)
         runner.run()
-        summary = summarize(study, rows, about, runner.failures)
-        write_summary(summary, folder / "summary.json")
-        _show(study, summary, folder)
+        _leave(study, summarize(study, rows, about, runner.failures), folder)
     if runner.is_stopped:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     return 1 if runner.failures else 0
+
+
+def _request(
+    options: argparse.Namespace, others: Sequence[str], finetune: Sequence[str], scale: Scale
+) -> Request:
+    """What is asked for. Raises ConfigError where options do not fit each other."""
+    if options.study is None:
+        raise ConfigError(f"NAME is missing: one of {', '.join(STUDIES)}, or FILE.yaml")
+    for name in ("output", "tasks"):
+        if getattr(options, name) == "":
+            raise ConfigError(f"--{name} is empty")
+    seeds = tuple(options.seeds or scale.seeds)
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError("--seeds names a seed twice")
+    if options.slurm and not options.print_commands:
+        raise ConfigError("--slurm goes with --print-commands")
+    processes = options.processes or scale.processes
+    if options.print_commands:
+        _check_machines(processes, options.gpus_per_node, options.slurm)
+    return Request(
+        output=Path(options.output or OUTPUT),
+        seeds=seeds,
+        processes=processes,
+        options=tuple(others),
+        finetune=tuple(finetune),
+        tasks=options.tasks or "",
+        only=tuple(options.only or ()),
+    )
 
 
 def _parser() -> CommandParser:
@@ -159,7 +167,7 @@ def _parser() -> CommandParser:
         help="most processes on a machine (%(default)s)",
     )
     add("--tasks", metavar="DIR", help="folder of the tasks that `vlmoe index-task` prepared")
-    add("--output", default=OUTPUT, metavar="DIR", help="folder of studies and runs (%(default)s)")
+    add("--output", metavar="DIR", help=f"folder of studies and runs ({OUTPUT})")
     add("--dry-run", action="store_true", help="check all runs, list them with a guess of the time")
     add(
         "--print-commands",
@@ -168,10 +176,15 @@ def _parser() -> CommandParser:
     )
     add("--slurm", action="store_true", help="of jobs for Slurm, with --print-commands")
     add(
+        "--collect",
+        action="store_true",
+        help="summary, table and figure of what is there, also while runs go on; starts nothing",
+    )
+    add(
         "--redraw",
         metavar="SUMMARY",
         type=Path,
-        help="draw table and figure from a summary.json, without any run",
+        help="draw table and figure from a summary.json, without any run; beside it, or in OUTPUT/NAME",
     )
     return parser
 
@@ -194,18 +207,50 @@ def _study(name: str, scale: Scale) -> Study:
     if name in STUDIES:
         return STUDIES[name](scale)
     if name.endswith((".yaml", ".yml")):
-        return read_study(Path(name), list(scale.sizes), [task.name for task in scale.tasks])
+        study = read_study(Path(name), list(scale.sizes), [task.name for task in scale.tasks])
+        if study.name in (RUNS, *STUDIES):
+            what = "the folder of all runs" if study.name == RUNS else "a built-in study"
+            raise ConfigError(
+                f"{name}: the name {study.name} is that of {what}; give it another `name:`"
+            )
+        return study
     names = [*STUDIES, "FILE.yaml"]
     raise ConfigError(f"study {name}: {unknown_name(name, names)}")
 
 
 def _redraw(options: argparse.Namespace, others: Sequence[str]) -> int:
-    if others:
-        raise ConfigError(f"{others[0]}: --redraw runs nothing")
+    if given := [word for word in others if word]:
+        raise ConfigError(f"{given[0]}: --redraw runs nothing")
     summary = read_summary(options.redraw)
     study = study_from(summary["study"], options.redraw)
-    _show(study, summary, Path(options.output) / study.name)
+    # Not where a study of this name may have results of its own.
+    folder = Path(options.output) / study.name if options.output else options.redraw.parent
+    _show(study, summary, folder)
     return 0
+
+
+def _check_machines(processes: int, gpus_per_node: int, slurm: bool) -> None:
+    """Whether the lines that are printed start this number of processes, and from this folder.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if processes <= gpus_per_node and not slurm:
+        return
+    machines = (
+        f"--processes {processes}: more than the {gpus_per_node} of a machine (--gpus-per-node)"
+    )
+    if not slurm:
+        raise ConfigError(f"{machines}; add --slurm")
+    if processes > gpus_per_node and processes % gpus_per_node:
+        raise ConfigError(f"{machines}, and no multiple of them")
+    if not Path(SLURM_SCRIPT).is_file():
+        raise ConfigError(f"--slurm: {SLURM_SCRIPT} is not here; start it in the repository's root")
+
+
+def _leave(study: Study, summary: dict[str, Any], folder: Path) -> None:
+    write_summary(summary, folder / "summary.json")
+    _show(study, summary, folder)
 
 
 def _show(study: Study, summary: dict[str, Any], folder: Path) -> None:
@@ -249,12 +294,24 @@ def _missing(rows: Sequence[PlannedRow]) -> list[str]:
 
 
 def _check_data(rows: Sequence[PlannedRow]) -> None:
-    data = rows[0].pretraining.config.data
-    for name in ("text", "images", "pairs", "text_tokenizer"):
-        if not getattr(data, name):
-            raise ConfigError(
-                f"--data.{name} is missing: where the data are your own, all of them are to be named (docs/data.md)"
+    for row in rows:
+        data = row.pretraining.config.data
+        needed = [
+            name
+            for name, count in (
+                ("text", data.micro_texts),
+                ("images", data.micro_images),
+                ("pairs", data.micro_pairs),
+                ("text_tokenizer", data.micro_texts + data.micro_pairs),
             )
+            if count
+        ]
+        for name in needed:
+            if not getattr(data, name):
+                raise ConfigError(
+                    f"{row.label}: --data.{name} is missing: where the data are your own, all of them are to be named "
+                    "(docs/data.md)"
+                )
     if missing := _missing(rows):
         raise ConfigError(
             f"{missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1)

@@ -278,7 +278,7 @@ def parse_options(
                 raise ConfigError(f"{name} {shown}: {_wrong(types[name], value)}") from None
             if name.startswith("--") and name not in types and name not in PROGRAM_OPTIONS:
                 # A section of its own; what is wrong with it is told as of --config.
-                section: Any = _read_yaml(Path(value), name)
+                section: Any = read_yaml(Path(value), f"{name} {value}")
                 for part in reversed(name[2:].split(".")):
                     section = {part: section}
                 from_dict(section, start, f"{name} {value}")
@@ -302,27 +302,26 @@ def merge_file(start: RunConfig, path: Path) -> RunConfig:
     Raises:
         ConfigError: if the file cannot be read or has an unknown section or option.
     """
-    content = _read_yaml(path, "--config")
+    content = read_yaml(path, f"--config {path}")
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected sections such as `model:`")
     return from_dict(content, start, where=f"--config {path}")
 
 
-def _read_yaml(path: Path, option: str) -> Any:
+def read_yaml(path: Path, where: str) -> Any:
+    """What a YAML file holds. Raises ConfigError, naming `where`; also for a name that stands twice in a section."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise ConfigError(f"{option} {path}: {error.strerror}") from None
+        raise ConfigError(f"{where}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{option} {path}: not a text file in UTF-8") from None
+        raise ConfigError(f"{where}: not a text file in UTF-8") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{option} {path}: not valid YAML: {where}{error.problem}") from None
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{where}: not valid YAML: {place}{error.problem}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{option} {path}: not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -84,8 +84,8 @@ def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
     before = {path: path.stat().st_mtime_ns for path in studies.glob("runs/*/metrics.jsonl")}
     printed = study(corpus, "--print-commands").succeeded().stdout.splitlines()
     assert sum(line.startswith("# finished: ") for line in printed) == 3
-    assert printed[1].startswith("python -m megatron_vlmoe pretrain --preset tiny-8e ")
-    assert printed[1].endswith(killed)
+    assert printed[2].startswith("python -m megatron_vlmoe pretrain --preset tiny-8e ")
+    assert printed[2].endswith(killed)
     done = study(corpus).succeeded().stdout
     assert "4 runs, 3 of them finished before" in done and f"started {killed}" in done
     after = {path: path.stat().st_mtime_ns for path in studies.glob("runs/*/metrics.jsonl")}

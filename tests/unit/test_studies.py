@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,11 @@ import pytest
 
 from megatron_vlmoe.analysis.studies.claims import Interval, decide, t_quantile
 from megatron_vlmoe.analysis.studies.plan import Planner, Request
-from megatron_vlmoe.analysis.studies.results import measured_of, task_scores, write_summary
+from megatron_vlmoe.analysis.studies.results import (
+    measured_of,
+    task_scores,
+    write_summary,
+)
 from megatron_vlmoe.analysis.studies.scales import SCALES
 from megatron_vlmoe.analysis.studies.study import (
     Claim,
@@ -157,6 +164,61 @@ def test_runs_are_the_same_if_options_seed_and_data_are(study, tmp_path):
     assert moved[0] == found[3], "what counts is the content of the data"
 
 
+def test_what_a_run_starts_from_and_files_of_options_are_no_secret(study, tmp_path):
+    """Two runs that start from different weights would be taken for one; options of a file are as if typed."""
+    mine = tmp_path / "mine.yaml"
+    for options in (
+        "checkpoint.load: x",
+        "checkpoint.step: 3",
+        "preset: small-8e",
+        "train.seed: 3",
+    ):
+        mine.write_text(f"runs: [{{label: a, experts: 8e, options: {{{options}}}}}]")
+        wrong = read_study(mine, list(TINY.sizes), [])
+        name = options.partition(":")[0]
+        with pytest.raises(
+            ConfigError, match=f"a: --.*{name.rpartition('.')[2]} is not for studies"
+        ):
+            digests(wrong, tmp_path)
+    file = tmp_path / "options.yaml"
+    file.write_text("train: {steps: 30}\nmoe:\n  layers: [2]\nlog:\n")
+    mine.write_text(
+        f"runs:\n  - {{label: a, experts: 8e, options: --config '{file}'}}\n"
+        "  - {label: b, experts: 8e, options: {train: {steps: 30}, moe.layers: [2]}}"
+    )
+    first, second = digests(read_study(mine, list(TINY.sizes), []), tmp_path)
+    assert first == second
+    rows = Planner(TINY, Request(tmp_path, (1,), 1, ("--config", str(file)))).plan(study)
+    assert rows[0].pretraining.config.train.steps == 30
+    file.write_text("checkpoint: {load: elsewhere}")
+    with pytest.raises(ConfigError, match="checkpoint.load is not for studies"):
+        digests(study, tmp_path, "--config", str(file))
+    file.write_text("moe: {top: 3}")
+    with pytest.raises(ConfigError, match="options.yaml: unknown option moe.top"):
+        digests(study, tmp_path, "--config", str(file))
+
+
+def test_an_image_tokenizer_is_its_model_and_not_the_record_of_its_training(study, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    found = []
+    for name, text in (
+        ("config.json", "{}"),
+        ("metrics.jsonl", "images_per_second"),
+        ("model.safetensors", "x"),
+    ):
+        (folder / name).write_text(text)
+        found += digests(study, tmp_path, "--data.image_tokenizer", str(folder))[:1]
+    assert found[0] == found[1] != found[2]
+
+
+def test_tasks_of_the_sample_corpus_do_not_go_with_data_of_ones_own(tmp_path):
+    mine = Study("mine", "", (Run("a", "8e", tasks=("vqa",)),), (), ())
+    for options, folder in (((), TINY.folder), (("--data.text", "t"), "data")):
+        (planned,) = Planner(TINY, Request(tmp_path, (1,), 1, options)).plan(mine)
+        assert planned.tasks["vqa"].config.task.data == f"{folder}/vqa"  # type: ignore[attr-defined]
+
+
 def test_a_run_is_found_under_the_name_that_another_study_gave_it(study, tmp_path):
     (digest, _) = digests(study, tmp_path)
     folder = tmp_path / "runs" / f"as-it-was-called-{digest}"
@@ -188,6 +250,35 @@ def test_a_run_is_found_under_the_name_that_another_study_gave_it(study, tmp_pat
             "expected below: [METRIC, LABEL, LABEL]",
         ),
         ("runs: [", "not valid YAML"),
+        ("runs: []\nruns: [{label: a, experts: 8e}]", "runs is there twice"),
+        ("runs: [{label: no, experts: 8e}]", "label: YAML reads yes, no, on and off"),
+        ("runs: [{label: a, experts: 8e, options: --moe.topk '2}]", "No closing quotation"),
+        ("name: ../x\nruns: [{label: a, experts: 8e}]", "expected the name of a folder"),
+        ("panels: []\nruns: [{label: a, experts: 8e}]", "panels: expected at least one"),
+        (
+            "panels: [{kind: curve, metrics: [mim, mlm]}]\nruns: [{label: a, experts: 8e}]",
+            "panels[1]: metrics: curve takes one",
+        ),
+        (
+            "panels: [{kind: values, metrics: []}]\nruns: [{label: a, experts: 8e}]",
+            "panels[1]: metrics: values takes at least one",
+        ),
+        (
+            "panels: [{kind: curve, metrics: [mim], labels: [b]}]\nruns: [{label: a, experts: 8e}]",
+            "panel mim: run b: unknown; choose one of a",
+        ),
+        ("columns: [{mim: 1}]\nruns: [{label: a, experts: 8e}]", "columns: expected a text"),
+        ("scores: 3\nruns: [{label: a, experts: 8e}]", "scores: expected a list"),
+        ("scores: [vqa/val/x]\nruns: [{label: a, experts: 8e}]", "task vqa: no run has `tasks:`"),
+        (
+            "paper: [{label: a, values: {mim: low}}]\nruns: [{label: a, experts: 8e}]",
+            "mim: expected a number",
+        ),
+        (
+            "runs: [{label: a, experts: 8e}]\nclaims: [{text: x, source: me, parts: "
+            "[{text: y, terms: [[1, mim, a]], equal_flops: maybe}]}]",
+            "equal_flops: expected true or false",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_study_of_ones_own(text, message, tmp_path):
@@ -221,10 +312,10 @@ def test_a_study_of_ones_own(tmp_path):
     assert not rows[1].pretraining.config.moe.batch_priority
 
 
-def write_run(folder: Path) -> None:
+def write_run(folder: Path, *options: str) -> None:
     """Eight logged steps of two seconds each, every second step's, and three evaluations."""
     words = "--preset tiny-8e --train.steps 16 --optim.lr_warmup_steps 0".split()
-    config = parse_run("pretrain", words).config
+    config = parse_run("pretrain", [*words, *options]).config
     model = dataclasses.replace(config.model, vocab_size=200, visual_vocab_size=64)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, model=model)))
@@ -263,7 +354,8 @@ def test_a_row_of_a_summary_is_what_the_run_logged(tmp_path):
     assert curve["step"] == [0, 8, 16] and curve["seconds"] == [0.0, 16.0, 32.0]
     assert curve["flops"] == pytest.approx([0.0, 8 * flops, 16 * flops])
     assert curve["mlm"] == [5.0, 4.0, 3.0] and curve["mim"] == [4.0, None, None]
-    assert curve["total"] == [9.0, 4.0, 6.0] and curve["vlm"] == [None, None, 3.0]
+    # Not the sum of what is finite, which would look like a better model.
+    assert curve["total"] == [9.0, None, 6.0] and curve["vlm"] == [None, None, 3.0]
     assert measured["training"]["train"] == [9.0, 8.0, 7.0, 6.0, 5.0, 40.0, 3.0, 2.0]
     # The last quarter are steps 14 and 16.
     expected = {
@@ -282,6 +374,39 @@ def test_a_row_of_a_summary_is_what_the_run_logged(tmp_path):
     assert values["roughness"] == pytest.approx(
         math.sqrt(sum((value - mean) ** 2 for value in deviations) / 8)
     )
+
+
+def change(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Changes the rows of metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    change(rows)
+    file.write_text("".join(json.dumps(line) + "\n" for line in rows))
+
+
+def test_held_out_and_training_losses_have_the_same_weights(tmp_path):
+    write_run(tmp_path / "run", "--objectives.mlm_weight", "2")
+    values = measured_of(tmp_path / "run")["values"]
+    assert (values["total"], values["overfit"]) == (9.0, 6.5)
+
+
+def test_steps_without_a_finite_number_and_between_logged_ones(tmp_path):
+    """An fp16 run has no gradient norm where a step overflows, and evaluation may come between two logged steps."""
+    write_run(tmp_path / "run", "--train.stop_on_nan", "false")
+    change(tmp_path / "run", lambda rows: rows[3].update(grad_norm=None))
+    change(tmp_path / "run", lambda rows: rows.insert(2, {"step": 3, "eval/loss/mlm": 4.5}))
+    measured = measured_of(tmp_path / "run")
+    assert measured["curve"]["step"] == [0, 3, 8, 16]
+    assert measured["curve"]["seconds"] == [0.0, 6.0, 16.0, 32.0]
+    assert "gradient_peak" not in measured["values"], "seven norms are too few"
+
+    def spoil(rows):
+        for line in rows:
+            line |= {key: None for key in line if "loss" in key or key == "grad_norm"}
+
+    change(tmp_path / "run", spoil)
+    values = measured_of(tmp_path / "run")["values"]
+    assert values["steps"] == 16 and not {"mlm", "total", "train", "roughness"} & set(values)
 
 
 def test_scores_of_one_seed_and_means_of_several(tmp_path):
@@ -332,11 +457,29 @@ def test_table_and_figure_are_drawn_from_a_summary_alone(name, tmp_path, capsys)
     assert (tmp_path / "out" / name / "figure.png").stat().st_size > 10_000
 
 
+def test_a_number_of_fewer_seeds_says_so(tmp_path):
+    """A fine-tuning failed in one of three seeds; two rows of one pretraining took its time once; a misspelt metric."""
+    path = summary(tmp_path, "frozen", runs=2)
+    content = json.loads(path.read_text())
+    content["study"]["columns"].append("mimm")
+    content["study"]["title"] = "$x_$"
+    for place, line in enumerate(content["rows"]):
+        line["values"]["seconds"] = 120.0
+        line["states"] = {f"pretraining-{line['seed']}": "finished", f"task-{place}": "finished"}
+    del content["rows"][0]["values"]["mnli/dev_matched/accuracy"]
+    write_summary(content, path)
+    assert run("study", ["--redraw", str(path)]) == 0
+    table = (tmp_path / "table.md").read_text()
+    first = next(line for line in table.splitlines() if line.startswith("| frozen | 2 |"))
+    assert first.split(" | ")[2:8] == ["2.0 ± 0.7"] * 5 + ["2.5 (1)"]
+    assert "Not measured: mimm." in table and "took 4 minutes" in table
+
+
 def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
     path = summary(tmp_path, "contrastive", runs=1)
     assert run("study", ["--redraw", str(path), "--output", str(tmp_path / "out")]) == 0
     table = (tmp_path / "out" / "contrastive" / "table.md").read_text()
-    assert "LIMoE-masked |" not in table and "no seed has all of these runs" in table
+    assert "LIMoE-masked |" not in table and "no seed has all of these numbers" in table
 
 
 @pytest.mark.parametrize(
@@ -356,12 +499,24 @@ def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
         ("--redraw {here}/no.json", "no.json: not found"),
         ("--redraw {here}/broken.json", "damaged"),
         ("--redraw {here}/newer.json", "newer"),
+        ("--redraw {here}/foreign.json", "damaged: not the summary of a study"),
+        ("losses --redraw {here}/newer.json", "losses: --redraw runs nothing"),
+        ("losses.yaml", "losses.yaml: the name losses is that of a built-in study"),
+        ("scaling --scale base --print-commands", "--processes 32: more than the 8 of a machine"),
+        ("frozen --processes 12 --print-commands --slurm", "no multiple of them"),
+        ("frozen --print-commands --slurm", "examples/slurm_pretrain.sh is not here"),
+        ("frozen --checkpoint.step 3", "--checkpoint.step is not for studies"),
+        ("frozen --finetune.task vqa", "--task.name is not for studies"),
     ],
 )
 def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text('{"format_version": 1, "rows": []}')
     (tmp_path / "newer.json").write_text('{"format_version": 2}')
+    content = json.loads(summary(tmp_path, "frozen").read_text())
+    content["rows"][0]["values"] = []
+    (tmp_path / "foreign.json").write_text(json.dumps(content))
+    (tmp_path / "losses.yaml").write_text("runs: [{label: a, experts: 8e}]")
     line = words.format(here=tmp_path).split()
     assert main(["study", *line]) in (1, 2)
     (error,) = capsys.readouterr().err.splitlines()
@@ -369,28 +524,67 @@ def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "runs").exists()
 
 
-def test_commands_for_slurm_wait_for_what_they_start_from(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("text", "images", "pairs", "t/mnli_train", "t/mnli_dev_matched"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.json").write_text("{}")
-    (tmp_path / "t/mnli_dev_mismatched.json").write_text("{}")
-    (tmp_path / "text.model").write_text("")
-    (tmp_path / "mine.yaml").write_text("runs: [{label: a, experts: 32e, tasks: [mnli]}]")
-    data = (
-        "--data.text text --data.images images --data.pairs pairs --data.text_tokenizer text.model"
+def printed_script(folder: Path, monkeypatch, capsys, *more: str) -> list[str]:
+    """The lines that `--print-commands` prints of a run and its fine-tuning, with data in a folder with a space."""
+    monkeypatch.chdir(folder)
+    for name in ("my text", "images", "pairs", "t/mnli_train", "t/mnli_dev_matched"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text("{}")
+    (folder / "t/mnli_dev_mismatched.json").write_text("{}")
+    (folder / "text.model").write_text("")
+    (folder / "mine.yaml").write_text("runs: [{label: a, experts: 32e, tasks: [mnli]}]")
+    data = "--data.images images --data.pairs pairs --data.text_tokenizer text.model".split()
+    words = ["mine.yaml", "--tasks", "t", "--print-commands", *data, "--data.text", "my text"]
+    assert main(["study", *words, *more]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def calls_of(lines: list[str], folder: Path, program: str, says: str) -> list[list[str]]:
+    """Runs a script elsewhere, with another program of this name; the words that it was called with."""
+    stand_in = folder / "bin" / program
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f'#!/bin/bash\n{{ pwd; printf "%s\\n" "$@"; echo; }} >> {folder}/calls\n{says}\n'
     )
-    words = f"mine.yaml --scale base --tasks t --print-commands --slurm {data}"
-    assert main(["study", *words.split()]) == 0
-    start, pretrain, finetune = capsys.readouterr().out.splitlines()
-    assert start == "set -e"
-    assert pretrain.startswith("JOB1=$(sbatch --parsable --job-name=base-32e-seed1-")
-    assert "--nodes=4 --gpus-per-node=8 examples/slurm_pretrain.sh examples/launch.sh" in pretrain
-    assert "pretrain --preset base-32e" in pretrain
-    assert "--parallel.expert_model_parallel_size 32" in pretrain
-    assert "--dependency=afterok:$JOB1 examples/slurm_pretrain.sh" in finetune
-    folder = pretrain.rstrip(")").split()[-1]
-    assert f"--load {folder}" in finetune and "--task.micro_batch_size 1 " in finetune
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    subprocess.run(
+        ["bash"], input="\n".join(lines), text=True, check=True, cwd="/", env=environment
+    )
+    return [call.split("\n") for call in (folder / "calls").read_text().strip().split("\n\n")]
+
+
+@pytest.mark.process
+def test_commands_for_slurm_wait_for_what_they_start_from(tmp_path, capsys, monkeypatch):
+    here = tmp_path / "with a space"
+    (here / "examples").mkdir(parents=True)
+    (here / "examples/slurm_pretrain.sh").write_text("")
+    lines = printed_script(here, monkeypatch, capsys, "--scale", "base", "--slurm")
+    assert lines[0] == "set -e" and len(lines) == 4
+    # The number of a job is how many there are.
+    says = f"grep -c slurm_pretrain.sh$ {tmp_path}/calls"
+    pretrain, finetune = calls_of(lines, tmp_path, "sbatch", says)
+    assert pretrain[0] == finetune[0] == str(here)
+    assert pretrain[2].startswith("--job-name=base-32e-seed1-")
+    own = ["--nodes=4", "--gpus-per-node=8", "examples/slurm_pretrain.sh", "examples/launch.sh"]
+    assert pretrain[3:9] == [*own, "pretrain", "--preset"]
+    assert pretrain[pretrain.index("--data.text") + 1] == '["my text"]'
+    assert pretrain[pretrain.index("--parallel.expert_model_parallel_size") + 1] == "32"
+    assert finetune[5:8] == ["--dependency=afterok:1", *own[2:]]
+    assert finetune[finetune.index("--load") + 1] == pretrain[-1]
+    assert finetune[finetune.index("--task.micro_batch_size") + 1] == "1"
+
+
+@pytest.mark.process
+def test_commands_without_slurm_run_as_they_are_printed(tmp_path, capsys, monkeypatch):
+    here = tmp_path / "with a space"
+    here.mkdir()
+    lines = printed_script(here, monkeypatch, capsys, "--seeds", "1", "--processes", "2")
+    pretrain, finetune = calls_of(lines, tmp_path, "torchrun", "")
+    start = ["--standalone", "--nproc-per-node", "2", "-m", "megatron_vlmoe"]
+    assert pretrain[:7] == [str(here), *start, "pretrain"] and finetune[6] == "finetune"
+    assert pretrain[pretrain.index("--data.text") + 1] == '["my text"]'
+    assert finetune[finetune.index("--load") + 1] == pretrain[pretrain.index("--save") + 1]
 
 
 def test_parts_may_have_terms_of_several_metrics():

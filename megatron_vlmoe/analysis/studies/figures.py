@@ -40,6 +40,7 @@ def draw_study(study: Study, summary: Mapping[str, Any], output: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.text import Text
 
     columns = min(_COLUMNS, len(study.panels))
     rows = math.ceil(len(study.panels) / columns)
@@ -77,6 +78,9 @@ def draw_study(study: Study, summary: Mapping[str, Any], output: Path) -> Path:
             for label, (color, line, marker) in styles.items()
         ]
         figure.legend(handles=lines, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=8)
+    # Names of a user's own may have dollar signs.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
     return save_figure(figure, output)
 
 
@@ -86,27 +90,30 @@ Styles = Mapping[str, tuple[str, str, str]]
 def _curve(
     axis: Axes, panel: Panel, summary: Mapping[str, Any], labels: Sequence[str], styles: Styles
 ) -> None:
-    """Held-out loss: points of seeds, and the line of their means where all seeds were evaluated at the same steps."""
+    """Held-out loss after step 0: points of seeds, and the line of their means at steps that all seeds have."""
     metric = panel.metrics[0]
     for label in labels:
         color, line, marker = styles[label]
         curves = [
-            [(x, y) for x, y in zip(curve[panel.x], curve[metric]) if y is not None and x > 0]
+            {
+                step: (x, y)
+                for step, x, y in zip(curve["step"], curve[panel.x], curve[metric])
+                if y is not None and step > 0
+            }
             for row in by_label(summary, label)
             if metric in (curve := row["curve"])
         ]
-        for points in curves:
-            axis.plot(
-                *zip(*points), marker, color=color, markersize=2, alpha=0.5
-            ) if points else None
+        for points in filter(None, curves):
+            axis.plot(*zip(*points.values()), marker, color=color, markersize=2, alpha=0.5)
         means = [
-            (statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points))
-            for points in zip(*curves)
+            tuple(map(statistics.fmean, zip(*(points[step] for points in curves))))
+            for step in (curves[0] if curves else ())
+            if all(step in points for points in curves)
         ]
         if means:
             axis.plot(*zip(*means), color=color, linestyle=line, linewidth=1.4)
     axis.set_xlabel(AXES[panel.x], fontsize=8)
-    axis.set_ylabel("nats per predicted position", fontsize=8)
+    axis.set_ylabel("nats", fontsize=8)
 
 
 def _training(
@@ -165,7 +172,7 @@ def _blocks(
     """Dropped tokens by block: a line per kind of token, of the first run; points are seeds."""
     rows = [row["values"] for label in labels[:1] for row in by_label(summary, label)]
     for place, prefix in enumerate(panel.metrics):
-        color, marker = COLORS[place], MARKERS[place % len(MARKERS)]
+        color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
         pattern = re.compile(rf"{re.escape(prefix)}/block_(\d+)")
         blocks = sorted(
             {

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megatron_vlmoe.analysis.studies.scales import Scale, TaskRecipe
-from megatron_vlmoe.analysis.studies.study import Run, Study
+from megatron_vlmoe.analysis.studies.study import Run, Study, option_words
 from megatron_vlmoe.config.command_line import (
     flat_options,
+    merge_file,
     normalize_arguments,
     parse_options,
     parse_run,
+    read_yaml,
 )
 from megatron_vlmoe.config.errors import ConfigError, unknown_name
 from megatron_vlmoe.config.presets import EXPERTS, apply_recipe, recipe_names
@@ -37,12 +39,17 @@ RUNS = "runs"
 # Options that change neither the weights nor what is measured.
 _NEUTRAL = (
     *("checkpoint.save", "checkpoint.keep_last", "checkpoint.async_save", "checkpoint.require"),
-    *("checkpoint.load", "checkpoint.step", "profile.", "log.tensorboard", "log.wandb"),
+    *("profile.", "log.tensorboard", "log.wandb"),
     *("train.exit_", "data.num_workers", "data.prefetch", "data.cache_dir", "task.report_examples"),
     "parallel.distributed_timeout",
 )
 # What the study itself decides.
-_OWN = ("--preset", "--train.seed", "--checkpoint.save", "--checkpoint.load", "--dry-run")
+_OWN = (
+    *("--preset", "--train.seed", "--task.name", "--dry-run", "--dry-run-world-size"),
+    *("--dry-run-gpus-per-node", "--checkpoint.save", "--checkpoint.load", "--checkpoint.step"),
+)
+# Of a folder with an image tokenizer; its other files are about the training.
+_TOKENIZER_FILES = ("config.json", "model.safetensors")
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -119,9 +126,8 @@ class Planner:
         self._parsed: dict[Hashable, RunConfig] = {}
         self._fingerprints: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
-        # Held-out data and tokenizers of the scale do not go with a user's training data.
-        own = {"--data.text", "--data.images", "--data.pairs"} & set(request.options)
-        self._scale_data = () if own else scale.data
+        self._options = own_options(request.options, RunConfig)
+        self._finetune = own_options(request.finetune, FinetuneConfig, "--finetune: ")
 
     def plan(self, study: Study) -> list[PlannedRow]:
         """The rows of a study, seed by seed, so that what is there at any time can be compared.
@@ -157,10 +163,10 @@ class Planner:
         scale, request = self.scale, self.request
         size, size_options = scale.sizes[run.size or scale.main]
         preset = f"{size}-{run.experts}"
+        data = () if self._has_own_data(run) else scale.data
         words = (
-            *("--preset", preset, *scale.options, *self._scale_data, *size_options),
-            *self._expert_parallel(run.experts),
-            *(*run.options, *request.options),
+            *("--preset", preset, *scale.options, *data, *size_options),
+            *(*self._expert_parallel(run.experts), *self._options_of(run)),
         )
         config = self._parsed.get(words)
         if config is None:
@@ -179,6 +185,15 @@ class Planner:
             digest,
         )
 
+    def _options_of(self, run: Run) -> tuple[str, ...]:
+        return (*own_options(run.options, RunConfig), *self._options)
+
+    def _has_own_data(self, run: Run) -> bool:
+        """Held-out data, tokenizers and tasks of the scale do not go with a user's training data."""
+        return not {"--data.text", "--data.images", "--data.pairs"}.isdisjoint(
+            self._options_of(run)
+        )
+
     def _expert_parallel(self, experts: str) -> tuple[str, ...]:
         """As many ranks hold the experts as divide both numbers."""
         size = math.gcd(self.request.processes, EXPERTS[experts]) if EXPERTS[experts] else 1
@@ -186,11 +201,11 @@ class Planner:
 
     def _finetuning(self, run: Run, task: TaskRecipe, start: PlannedRun, seed: int) -> PlannedRun:
         request = self.request
-        folder = request.tasks or self.scale.folder or "data"
+        folder = request.tasks or ("" if self._has_own_data(run) else self.scale.folder) or "data"
         given = (
             *("--task", task.task, "--preset", task.recipe),
             *("--task.data", f"{folder}/{task.data or task.name}"),
-            *(*task.options, *run.finetune, *request.finetune),
+            *(*task.options, *own_options(run.finetune, FinetuneConfig), *self._finetune),
         )
         # The recipe is put on the architecture of what it starts from, which has no checkpoint yet.
         base = _with_seed(start.config, 0)
@@ -269,7 +284,8 @@ def data_files(run: PlannedRun) -> list[Path]:
     """The file of every dataset and tokenizer that a run reads, which is written last."""
     options = flat_options(dataclasses.asdict(run.config))
     tokenizers = [options["data.text_tokenizer"], options["data.image_tokenizer"]]
-    files = [Path(path) for path in tokenizers if path]
+    paths = [Path(path) for path in tokenizers if path]
+    files = [path / _TOKENIZER_FILES[0] if path.is_dir() else path for path in paths]
     if isinstance(run.config, FinetuneConfig):
         task = run.config.task
         return [Path(f"{task.data}_{split}.json") for split in (task.train_split, *task.splits)]
@@ -289,7 +305,7 @@ def _content_files(path: str, task: Any) -> Iterator[Path]:
     if path and where.is_file():
         yield where
     elif path and where.is_dir():
-        yield from sorted(file for file in where.iterdir() if file.is_file())
+        yield from (file for name in _TOKENIZER_FILES if (file := where / name).is_file())
     yield from (Path(name) for name in dict.fromkeys(names) if path and Path(name).is_file())
 
 
@@ -327,18 +343,35 @@ def _slug_of(name: str) -> str:
     return name.rpartition("-")[0]
 
 
-def check_options(options: Sequence[str], finetune: Sequence[str]) -> None:
-    """Refuses options that the study itself decides, and those that do not exist.
+def own_options(words: Sequence[str], root: type[RunConfig], where: str = "") -> tuple[str, ...]:
+    """A user's or a run's options as names in full and values in turn; those of files stand in their place.
+
+    So they win over what stands before them, as if they were typed.
+
+    Args:
+        root: whose options they are.
+        where: what messages begin with.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: naming the option that does not exist, or that the study itself decides.
     """
-    for words, root in ((options, RunConfig), (finetune, FinetuneConfig)):
-        try:
-            normalized = normalize_arguments(words, root)
-        except ConfigError as error:
-            raise ConfigError(f"--finetune: {error}" if words is finetune else str(error)) from None
-        for name in _OWN:
-            if name in normalized:
-                how = {"--train.seed": "; use --seeds", "--preset": "; see --scale"}.get(name, "")
-                raise ConfigError(f"{name} is not for studies, which set it for every run{how}")
+    found: list[str] = []
+    try:
+        normalized = normalize_arguments(words, root)
+        for place, word in enumerate(normalized):
+            if word == "--config":
+                file = Path(normalized[place + 1])
+                merge_file(root(), file)
+                options = flat_options(read_yaml(file, str(file)))
+                # A section without any option is None.
+                given = {name: value for name, value in options.items() if value is not None}
+                found += normalize_arguments(option_words(given), root)
+            elif not place or normalized[place - 1] != "--config":
+                found.append(word)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+    for name in _OWN:
+        if name in found:
+            how = {"--train.seed": "; use --seeds", "--preset": "; see --scale"}.get(name, "")
+            raise ConfigError(f"{name} is not for studies, which decide it for every run{how}")
+    return tuple(found)

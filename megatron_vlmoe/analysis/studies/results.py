@@ -9,14 +9,14 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_vlmoe.analysis.plots import Row, read_metrics
 from megatron_vlmoe.analysis.studies.plan import PlannedRow, PlannedRun
-from megatron_vlmoe.analysis.studies.study import Study
+from megatron_vlmoe.analysis.studies.study import Axis, Study
 from megatron_vlmoe.config.command_line import merge_file
 from megatron_vlmoe.config.errors import UserError
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import ObjectivesConfig, RunConfig
 from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.planning.parameters import parameter_counts
 from megatron_vlmoe.runtime.files import write_text_atomic
@@ -29,6 +29,15 @@ from megatron_vlmoe.train.checkpoint_files import (
 )
 
 FORMAT_VERSION = 1
+# What a summary has, and a row of it.
+_FIELDS: Mapping[str, type] = {
+    **{"scale": str, "command": str, "study": dict, "labels": list},
+    **{"environments": list, "rows": list},
+}
+_ROW_FIELDS: Mapping[str, type] = {
+    **{"label": str, "seed": int, "states": dict},
+    **{"values": dict, "curve": dict, "training": dict},
+}
 RUN_FILE = "study.json"
 """What the runner notes in a run's folder: its command line, and machine and versions that it ran on."""
 
@@ -53,8 +62,9 @@ def is_finished(run: PlannedRun) -> bool:
         rows = read_metrics(run.folder)
     except UserError:
         return False
-    measured = run.config.train.eval_steps == 0 or any(_losses(row) for row in rows[-1:])
-    return bool(rows) and rows[-1]["step"] == steps and measured
+    if not rows or rows[-1]["step"] != steps:
+        return False
+    return run.config.train.eval_steps == 0 or any(map(_is_held_out_loss, rows[-1]))
 
 
 def summarize(
@@ -84,9 +94,25 @@ def read_summary(path: Path) -> dict[str, Any]:
     """A summary.json. Raises DataError if it is missing, damaged or newer than this program."""
 
     def make(content: Any) -> dict[str, Any]:
-        return {**content, **{field: content[field] for field in ("study", "labels", "rows")}}
+        _check_types(content, _FIELDS, "")
+        for place, row in enumerate(content["rows"], 1):
+            where = f"rows[{place}]"
+            _check_types(row, _ROW_FIELDS, where)
+            for name, value in row["values"].items():
+                if not isinstance(value, (int, float)):
+                    raise TypeError(f"{where}: values: {name}")
+            for curve, axes in (("curve", get_args(Axis)), ("training", ("step",))):
+                if own := row[curve]:
+                    _check_types(own, dict.fromkeys((*axes, *own), list), f"{where}: {curve}")
+        return dict(content)
 
     return read_versioned(path, FORMAT_VERSION, "the summary of a study", "not found", make)
+
+
+def _check_types(content: Mapping[str, Any], fields: Mapping[str, type], where: str) -> None:
+    for field, kind in fields.items():
+        if not isinstance(content[field], kind):
+            raise TypeError(f"{where}: {field}")
 
 
 def _summary_row(
@@ -106,10 +132,12 @@ def _summary_row(
     known = [score for score in scores if score is not None]
     if known and len(known) == len(scores):
         values["average"] = statistics.fmean(known)
-    noted = pretraining.folder / RUN_FILE
-    environment = read_json(noted)["environment"] if noted.is_file() else {}
-    if environment not in environments:
-        environments.append(environment)
+    places = []
+    for run in row.runs:
+        environment = noted_environment(run.folder)
+        if environment not in environments:
+            environments.append(environment)
+        places.append(environments.index(environment))
     return {
         "label": row.label,
         "seed": row.seed,
@@ -117,8 +145,14 @@ def _summary_row(
         "values": {name: _short(value) for name, value in values.items()},
         "curve": {name: list(map(_short, own)) for name, own in measured["curve"].items()},
         "training": {name: list(map(_short, own)) for name, own in measured["training"].items()},
-        "environment": environments.index(environment),
+        "environment": places[0],
     }
+
+
+def noted_environment(folder: Path) -> dict[str, Any]:
+    """Machine and versions that a run was started with; nothing of one that no study has started."""
+    noted = folder / RUN_FILE
+    return dict(read_json(noted)["environment"]) if noted.is_file() else {}
 
 
 def _state(run: PlannedRun, failures: Mapping[Path, str]) -> str:
@@ -154,14 +188,15 @@ def measured_of(folder: Path) -> dict[str, dict[str, Any]]:
     rows = read_metrics(folder)
     flops = flops_per_step(config)
     seconds = training_seconds(rows)
-    held_out = [row for row in rows if _losses(row)]
+    held_out = [row for row in rows if any(map(_is_held_out_loss, row))]
     curve: dict[str, list[Any]] = {
         "step": [row["step"] for row in held_out],
         "flops": [flops * row["step"] for row in held_out],
         "seconds": [seconds[row["step"]] for row in held_out],
     }
-    for name in dict.fromkeys(name for row in held_out for name in _losses(row)):
-        curve[name] = [_losses(row).get(name) for row in held_out]
+    losses_of = [_held_out_losses(row, config.objectives) for row in held_out]
+    for name in dict.fromkeys(name for own in losses_of for name in own):
+        curve[name] = [own.get(name) for own in losses_of]
     logged = [row for row in rows if row.get("loss/total") is not None]
     steps, losses = [row["step"] for row in logged], [masked_training_loss(row) for row in logged]
     last = config.train.steps
@@ -173,7 +208,9 @@ def measured_of(folder: Path) -> dict[str, dict[str, Any]]:
         "flops": flops * last,
         "seconds": seconds[rows[-1]["step"]],
         # The first steps of a process are slower.
-        "seconds_per_step": statistics.median(row["step_seconds"] for row in logged),
+        "seconds_per_step": statistics.median(row["step_seconds"] for row in logged)
+        if logged
+        else None,
         "parameters": counts.total,
         "parameters_per_token": counts.per_token,
         "memory_gb": max((row["memory_gb"] for row in logged), default=None),
@@ -194,21 +231,28 @@ def measured_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {"values": known, "curve": curve, "training": thinned}
 
 
-def _losses(row: Row) -> dict[str, float]:
-    """Held-out losses of an evaluation: each objective's, `vlm` of both halves of pairs, and their sum as `total`."""
-    found = {
-        key.removeprefix("eval/loss/"): value
-        for key, value in row.items()
-        if key.startswith("eval/loss/")
-        and value is not None
-        and not key.endswith(("_foreground", "_background"))
-    }
-    if not found:
-        return {}
-    total = sum(found.values())
+def _is_held_out_loss(key: str) -> bool:
+    return key.startswith("eval/loss/") and not key.endswith(("_foreground", "_background"))
+
+
+def _held_out_losses(row: Row, objectives: ObjectivesConfig) -> dict[str, float | None]:
+    """Held-out losses of an evaluation: each objective's, `vlm` of both halves of pairs, and `total`, the sum with
+    the weights of training. What is not a finite number is None, and so is a sum with it."""
+    found = {key.removeprefix("eval/loss/"): row[key] for key in row if _is_held_out_loss(key)}
+    weights = {name: getattr(objectives, f"{name}_weight", 1.0) for name in found}
+    sums = {"total": _weighted_sum(found, weights)}
     if "vlm_text" in found and "vlm_image" in found:
-        found["vlm"] = found["vlm_text"] + found["vlm_image"]
-    return found | {"total": total}
+        sums["vlm"] = _weighted_sum(found, {"vlm_text": 1.0, "vlm_image": 1.0})
+    return found | sums
+
+
+def _weighted_sum(
+    numbers: Mapping[str, float | None], weights: Mapping[str, float]
+) -> float | None:
+    known = [
+        weight * value for name, weight in weights.items() if (value := numbers[name]) is not None
+    ]
+    return sum(known) if len(known) == len(weights) else None
 
 
 def masked_training_loss(row: Row) -> float:
@@ -218,19 +262,23 @@ def masked_training_loss(row: Row) -> float:
 
 
 def training_seconds(rows: Sequence[Row]) -> dict[int, float]:
-    """Seconds of training, without evaluation and saving, up to each logged step."""
+    """Seconds of training, without evaluation and saving, up to each step with metrics."""
+    # A step that was evaluated alone belongs to the interval that was logged next.
+    rates, rate = [], 0.0
+    for row in reversed(rows):
+        rate = row.get("step_seconds") or rate
+        rates.append(rate)
     total, last = 0.0, 0
     seconds: dict[int, float] = {}
-    for row in rows:
-        if row.get("step_seconds") is not None:
-            total += row["step_seconds"] * (row["step"] - last)
-            last = row["step"]
-        seconds[row["step"]] = total
+    for row, rate in zip(rows, reversed(rates)):
+        total += rate * (row["step"] - last)
+        last = row["step"]
+        seconds[last] = total
     return seconds
 
 
 def _noise(
-    steps: Sequence[int], losses: Sequence[float], norms: Sequence[float], warmup: int
+    steps: Sequence[int], losses: Sequence[float], norms: Sequence[float | None], warmup: int
 ) -> dict[str, float]:
     """How unevenly a run trained after its warm-up; nothing where too few steps were logged.
 
@@ -238,17 +286,17 @@ def _noise(
     steps, `spikes` counts losses more than four robust standard deviations above it, and `gradient_peak` is the 95th
     percentile of the gradient norm over its median.
     """
-    kept = [(loss, norm) for step, loss, norm in zip(steps, losses, norms) if step > warmup]
-    if len(kept) < _FEWEST_FOR_NOISE:
+    series = [loss for step, loss in zip(steps, losses) if step > warmup]
+    # A step that fp16 skips has none.
+    ordered = sorted(norm for step, norm in zip(steps, norms) if step > warmup and norm is not None)
+    if min(len(series), len(ordered)) < _FEWEST_FOR_NOISE:
         return {}
-    series = [loss for loss, _ in kept]
     deviations = [
         loss - statistics.median(series[max(0, place - _MEDIAN_REACH) : place + _MEDIAN_REACH + 1])
         for place, loss in enumerate(series)
     ]
     # Of a normal distribution, 1.4826 times the median absolute deviation is the standard deviation.
     robust = 1.4826 * statistics.median(map(abs, deviations))
-    ordered = sorted(norm for _, norm in kept)
     peak = ordered[min(math.ceil(0.95 * len(ordered)), len(ordered)) - 1]
     return {
         "roughness": statistics.pstdev(deviations),

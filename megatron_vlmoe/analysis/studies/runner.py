@@ -23,7 +23,12 @@ from typing import IO, Any
 from megatron_vlmoe import __version__
 from megatron_vlmoe.analysis.plots import read_metrics
 from megatron_vlmoe.analysis.studies.plan import PlannedRow, PlannedRun
-from megatron_vlmoe.analysis.studies.results import RUN_FILE, is_finished, training_seconds
+from megatron_vlmoe.analysis.studies.results import (
+    RUN_FILE,
+    is_finished,
+    noted_environment,
+    training_seconds,
+)
 from megatron_vlmoe.analysis.studies.scales import Scale
 from megatron_vlmoe.config.command_line import merge_file
 from megatron_vlmoe.config.errors import ConfigError, DataError
@@ -32,6 +37,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.planning.estimate import hardware_flops_per_step
 from megatron_vlmoe.runtime.files import write_text_atomic
 
+SLURM_SCRIPT = "examples/slurm_pretrain.sh"
 CONSOLE = "console.txt"
 LOCK = ".lock"
 
@@ -58,6 +64,8 @@ def command_of(run: PlannedRun, program: Sequence[str]) -> list[str]:
 def command_lines(runs: Sequence[PlannedRun], gpus_per_node: int, slurm: bool) -> Iterator[str]:
     """A script that runs what is not finished: torchrun here, or jobs for Slurm that wait for each other."""
     yield "set -e"
+    # Paths of the options may be relative.
+    yield shlex.join(["cd", str(Path.cwd())])
     jobs: dict[Path, str] = {}
     for run in runs:
         if is_finished(run):
@@ -76,7 +84,7 @@ def command_lines(runs: Sequence[PlannedRun], gpus_per_node: int, slurm: bool) -
         text = shlex.join(line)
         if run.after is not None and run.after.folder in jobs:
             text += f" --dependency=afterok:${jobs[run.after.folder]}"
-        script = shlex.join(["examples/slurm_pretrain.sh", "examples/launch.sh", *words])
+        script = shlex.join([SLURM_SCRIPT, "examples/launch.sh", *words])
         yield f"{name}=$({text} {script})"
 
 
@@ -242,6 +250,8 @@ class Runner:
         waiting = [run for run in self.runs if not is_finished(run)]
         todo, started = len(waiting), time.monotonic()
         _say(f"{len(self.runs)} runs, {len(self.runs) - todo} of them finished before")
+        if note := self._other_code(waiting):
+            _say(note)
         active: list[ActiveRun] = []
         with self._signals():
             try:
@@ -261,6 +271,21 @@ class Runner:
                 self._ask_to_leave(active)
                 for own in active:
                     own.process.wait()
+
+    def _other_code(self, waiting: Sequence[PlannedRun]) -> str:
+        """A note on finished runs of another version of the program, which is no part of what they are known by."""
+        now = environment_of(1, 1)
+        runs = [run for run in self.runs if run not in waiting]
+        noted = [own for run in runs if (own := noted_environment(run.folder))]
+        code = ("megatron_vlmoe", "commit")
+        others = [own for own in noted if any(own.get(name) != now.get(name) for name in code)]
+        if not others:
+            return ""
+        names = dict.fromkeys(str(own.get("commit") or own.get("megatron_vlmoe")) for own in others)
+        return (
+            f"{len(others)} finished run(s) are of another version ({', '.join(names)}) and taken as they are; "
+            "another --output runs them again"
+        )
 
     def _fill(self, waiting: list[PlannedRun], active: list[ActiveRun]) -> None:
         """Starts runs as long as there is room and what they start from is there."""

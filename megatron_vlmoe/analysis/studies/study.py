@@ -7,13 +7,13 @@ are drawn again.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
+from megatron_vlmoe.config.command_line import flat_options, read_yaml
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean, unknown_name
 from megatron_vlmoe.config.presets import EXPERTS
 
@@ -141,12 +141,7 @@ def read_study(path: Path, sizes: Sequence[str], tasks: Sequence[str]) -> Study:
     Raises:
         ConfigError: the file cannot be read, or has something that is no part of a study.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected `runs:` and the other fields of a study")
     if not content.get("runs"):
@@ -166,17 +161,31 @@ def read_study(path: Path, sizes: Sequence[str], tasks: Sequence[str]) -> Study:
         for task in run.tasks:
             if task not in tasks:
                 raise ConfigError(f"{where}: task {task}: {unknown_name(task, tasks)}")
-    for claim in study.claims:
-        for label in (term[2] for part in claim.parts for term in part.terms):
-            if label not in labels:
-                hint = unknown_name(label, labels)
-                raise ConfigError(f"{path}: claim {claim.text!r}: run {label}: {hint}")
+    named = [
+        *((f"panel {panel.metrics[0]}", label) for panel in study.panels for label in panel.labels),
+        *(
+            (f"claim {claim.text!r}", label)
+            for claim in study.claims
+            for part in claim.parts
+            for _, _, label in part.terms
+        ),
+    ]
+    for what, label in named:
+        if label not in labels:
+            raise ConfigError(f"{path}: {what}: run {label}: {unknown_name(label, labels)}")
+    tuned = list(dict.fromkeys(task for run in study.runs for task in run.tasks))
+    for score in study.scores:
+        task = score.partition("/")[0]
+        if task not in tuned:
+            hint = unknown_name(task, tuned) if tuned else "no run has `tasks:`"
+            raise ConfigError(f"{path}: score {score}: task {task}: {hint}")
     return study
 
 
 def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
     """Fills in the columns and panels that nobody asked for."""
-    scores = tuple(content.get("scores") or ())
+    given = content.get("scores")
+    scores = tuple(given) if isinstance(given, list) else ()
     losses = ("mlm", "mim", "vlm")
     columns = ("mlm", "mim", "vlm", "dropped", "seconds_per_step", *scores)
     panels: list[dict[str, Any]] = [
@@ -193,13 +202,23 @@ def study_from(content: Mapping[str, Any], where: object) -> Study:
         ConfigError: naming `where` and the field that is unknown, missing or wrong.
     """
     study = _make(Study, content, str(where))
-    return dataclasses.replace(
+    if not study.name or study.name.startswith(".") or "/" in study.name:
+        raise ConfigError(f"{where}: name {study.name!r}: expected the name of a folder")
+    if not study.panels:
+        raise ConfigError(f"{where}: panels: expected at least one")
+    study = dataclasses.replace(
         study,
         runs=_several(Run, study.runs, f"{where}: runs"),
         panels=_several(Panel, study.panels, f"{where}: panels"),
         claims=_several(Claim, study.claims, f"{where}: claims"),
         paper=_several(PaperRow, study.paper, f"{where}: paper"),
     )
+    for place, panel in enumerate(study.panels, 1):
+        most = 1 if panel.kind in ("curve", "training") else len(panel.metrics)
+        if not 1 <= len(panel.metrics) <= most:
+            expected = "one" if most == 1 else "at least one"
+            raise ConfigError(f"{where}: panels[{place}]: metrics: {panel.kind} takes {expected}")
+    return study
 
 
 def _several(kind: Any, items: Any, where: str) -> tuple[Any, ...]:
@@ -215,16 +234,23 @@ def _make(kind: Any, content: Any, where: str) -> Any:
     for name, value in content.items():
         if name not in fields:
             raise ConfigError(f"{where}: unknown field {name}{did_you_mean(str(name), fields)}")
-        is_tuple = str(fields[name].type).startswith("tuple")
+        here, kept_as = f"{where}: {name}", str(fields[name].type)
         if kind is Run and name in ("options", "finetune"):
-            value = _words(value, f"{where}: {name}")
+            values[name] = _words(value, here)
         elif kind is Claim and name == "parts":
-            value = tuple(_part(item, f"{where}: {name}") for item in _listed(value, where))
-        elif is_tuple:
-            value = tuple(_listed(value, f"{where}: {name}"))
-        elif kind is not PaperRow and isinstance(value, (Mapping, list)):
-            raise ConfigError(f"{where}: {name} is one value, not several")
-        values[name] = value if is_tuple or isinstance(value, (bool, Mapping)) else str(value)
+            values[name] = tuple(_part(item, here) for item in _listed(value, here))
+        elif kept_as == "tuple[str, ...]":
+            values[name] = tuple(_text(item, here) for item in _listed(value, here))
+        elif kept_as.startswith("tuple"):
+            values[name] = tuple(_listed(value, here))
+        elif kept_as.startswith("Mapping"):
+            values[name] = _numbers(value, here)
+        elif kept_as == "bool":
+            if not isinstance(value, bool):
+                raise ConfigError(f"{here}: expected true or false")
+            values[name] = value
+        else:
+            values[name] = _text(value, here)
     missing = [
         name
         for name, field in fields.items()
@@ -245,15 +271,44 @@ def _listed(value: Any, where: str) -> Sequence[Any]:
     return value
 
 
+def _text(value: Any, where: str) -> str:
+    """A text or a number. Raises ConfigError for anything else."""
+    if isinstance(value, bool):
+        hint = "YAML reads yes, no, on and off as true and false; put a text in quotes"
+        raise ConfigError(f"{where}: {hint}")
+    if not isinstance(value, (str, int, float)):
+        raise ConfigError(f"{where}: expected a text" + (", not several" if value else ""))
+    return str(value)
+
+
+def _numbers(value: Any, where: str) -> dict[str, float]:
+    """Numbers by metric. Raises ConfigError."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected METRIC: NUMBER")
+    for name, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ConfigError(f"{where}: {name}: expected a number")
+    return {str(name): float(number) for name, number in value.items()}
+
+
 def _words(value: Any, where: str) -> tuple[str, ...]:
-    """Options as words: from a list, a line as it is typed, or a section.option: value mapping."""
+    """Options as words: from a list, a line as it is typed, or options by their names, also in sections."""
     if isinstance(value, Mapping):
-        words: list[str] = []
-        for name, setting in value.items():
-            settings = setting if isinstance(setting, list) else [setting]
-            words += [f"--{name}", *(_word(item) for item in settings)]
-        return tuple(words)
-    words = value.split() if isinstance(value, str) else [_word(v) for v in _listed(value, where)]
+        return option_words(value)
+    if isinstance(value, str):
+        try:
+            return tuple(shlex.split(value))
+        except ValueError as error:
+            raise ConfigError(f"{where}: {value}: {error}") from None
+    return tuple(_word(item) for item in _listed(value, where))
+
+
+def option_words(sections: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options of a YAML file as they are typed."""
+    words: list[str] = []
+    for name, setting in flat_options(sections).items():
+        settings = setting if isinstance(setting, list) else [setting]
+        words += [f"--{name}", *(_word(item) for item in settings)]
     return tuple(words)
 
 

@@ -52,7 +52,8 @@ def _lines(study: Study, summary: Mapping[str, Any]) -> Iterator[str]:
     seeds = sorted({row["seed"] for row in summary["rows"]})
     yield (
         f"Scale {summary['scale']}, seeds {' '.join(map(str, seeds))}: `{summary['command']}`. "
-        "Mean and standard deviation over seeds; without one there is a single seed."
+        "Mean and standard deviation over seeds, of fewer seeds than the row has where a number in brackets says so; "
+        "without a deviation there is a single seed, or all are equal."
     )
     yield ""
     measured = [
@@ -78,6 +79,9 @@ def _lines(study: Study, summary: Mapping[str, Any]) -> Iterator[str]:
             ),
         ],
     )
+    if unknown := [name for name in study.columns if name not in measured]:
+        yield ""
+        yield f"Not measured: {', '.join(unknown)}."
     if study.paper:
         yield ""
         yield "Rows in italics are the numbers that the paper prints, for its own models and data."
@@ -115,12 +119,15 @@ def _lines(study: Study, summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _label_row(summary: Mapping[str, Any], label: str, metrics: Sequence[str]) -> tuple[str, ...]:
-    cells = [label, str(len([row for row in by_label(summary, label) if row["values"]]))]
+    seeds = len([row for row in by_label(summary, label) if row["values"]])
+    cells = [label, str(seeds)]
     for metric in metrics:
         numbers = numbers_of(summary, label, metric)
         cell = shown(metric, statistics.fmean(numbers)) if numbers else ""
         if len(set(numbers)) > 1:
             cell += f" ± {shown(metric, statistics.stdev(numbers))}"
+        if 0 < len(numbers) < seeds:
+            cell += f" ({len(numbers)})"
         cells.append(cell)
     return tuple(cells)
 
@@ -148,7 +155,7 @@ def claim_lines(decisions: Iterable[Decision]) -> Iterator[str]:
 def interval_text(interval: Interval | None) -> str:
     """`+0.021 [0.010, 0.032], 3 seeds`."""
     if interval is None:
-        return "no seed has all of these runs"
+        return "no seed has all of these numbers"
     seeds = f"{interval.count} seed{'s' * (interval.count > 1)}"
     if math.isinf(interval.low):
         return f"{interval.mean:+.3g}, {seeds}"
@@ -156,7 +163,11 @@ def interval_text(interval: Interval | None) -> str:
 
 
 def _environment_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    total = sum(row["values"].get("seconds", 0.0) for row in summary["rows"])
+    # Rows may share a pretraining, the first of their runs.
+    seconds = {
+        next(iter(row["states"]), ""): row["values"].get("seconds", 0.0) for row in summary["rows"]
+    }
+    total = sum(seconds.values())
     yield f"Pretraining took {total / 60:.0f} minutes of training steps in sum."
     for environment in summary["environments"]:
         if environment:
