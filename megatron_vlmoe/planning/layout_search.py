@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import DataConfig, Precision, RunConfig
@@ -94,9 +95,14 @@ def search(
 def _check_apart_from_layout(config: RunConfig) -> None:
     """Checks the run as one process with one micro-batch would make it."""
     check_parallel_sizes(config.parallel)
-    sizes = {f"{name}_model_parallel_size": 1 for name in ("tensor", "pipeline", "expert")}
-    alone = replace(config.parallel, virtual_pipeline_model_parallel_size=1, **sizes)
-    whole = {}
+    alone = replace(
+        config.parallel,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
+    )
+    whole: dict[str, Any] = {}
     for kind in ("texts", "images", "pairs"):
         micro, total = (getattr(config.data, f"{scope}_{kind}") for scope in ("micro", "global"))
         whole[f"micro_{kind}"] = total if micro > 0 and total > 0 else micro
