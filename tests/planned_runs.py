@@ -158,7 +158,7 @@ def build(where: Layout, arguments: tuple[str, ...]) -> Built:
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
     from megatron_vlmoe.runtime.distributed import initialize, resolve_precision
-    from megatron_vlmoe.train.pretrain import MaskedObjective
+    from megatron_vlmoe.train.pretrain import pretraining_objective
     from megatron_vlmoe.train.setup import build_training
     from megatron_vlmoe.train.step import StepRunner
 
@@ -168,7 +168,7 @@ def build(where: Layout, arguments: tuple[str, ...]) -> Built:
     count = num_micro_batches(config, ranks.data_size)
     data = RandomData(config, BatchShare.of(ranks))
     batches = data.loader("train", 0, None)
-    objective = MaskedObjective(config, ranks, data, count)
+    objective = pretraining_objective(config, ranks, data, count)
     runner = StepRunner(config, parts, ranks)
 
     def step() -> None:
@@ -215,7 +215,15 @@ def measure(where: Layout, arguments: tuple[str, ...]) -> Measured:
             partial_expert_data_parallel=True
         ),
     }
-    collectives = CollectiveBytes({group.group_name: name for name, group in groups.items()})
+    names = {group.group_name: name for name, group in groups.items()}
+    # Groups of the same ranks that have another name.
+    for name, group in (
+        ("data", parallel_state.get_data_parallel_group()),
+        ("expert", parallel_state.get_expert_tensor_and_model_parallel_group()),
+        ("stage", parallel_state.get_tensor_and_data_parallel_group()),
+    ):
+        names.setdefault(group.group_name, name)
+    collectives = CollectiveBytes(names)
     with FlopCounterMode(display=False) as counter, collectives:
         built.step()
     return Measured(

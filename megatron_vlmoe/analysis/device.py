@@ -6,6 +6,7 @@ and the loopback interface that gloo takes.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -56,7 +57,9 @@ def this_device(config: RunConfig, per_node: int) -> Device:
     if precision not in DTYPES:
         raise ConfigError(f"train.precision={precision} needs a GPU; use fp32 or bf16 on CPU")
     # torchrun gives every one of several processes one thread, if nothing else is said.
-    threads = int(os.environ.get("OMP_NUM_THREADS", 1 if per_node > 1 else cores))
+    threads = 1 if per_node > 1 else cores
+    if os.environ.get("OMP_NUM_THREADS"):
+        threads = torch.get_num_threads()
     sizes = (config.model.hidden_size, config.model.ffn_hidden_size)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (per_node, threads, precision, sizes, folder)
@@ -121,7 +124,7 @@ def _measure(
         "memory": 3.0 * left.nbytes / _seconds(lambda: torch.add(left, right, out=target)),
         # Forward and backward.
         "operator": _seconds(operators) / 100,
-        "latency": _seconds(lambda: dist.all_reduce(little)),
+        "latency": _seconds(lambda: dist.all_reduce(little)) / max(1.0, math.log2(size)),
         "link": 1.0,
     }
     if size > 1:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from megatron_vlmoe.commands.options import CommandParser, output_file
-from megatron_vlmoe.config.command_line import normalize_arguments, parse_run
+from megatron_vlmoe.config.command_line import flat_options, normalize_arguments, parse_run
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.devices import DEVICES, Device, find_device
@@ -81,9 +81,12 @@ def main(words: Sequence[str]) -> None:
     run = parse_run("pretrain", others)
     if run.dry_run or run.dry_run_world_size:
         raise ConfigError("plan starts nothing: --dry-run is for pretrain, --gpus says the ranks")
-    given = set(normalize_arguments(others))
+    given, values = set(normalize_arguments(others)), flat_options(asdict(run.config))
+    # A micro-batch of 0 leaves an objective out, and chooses no size for the others.
     fixed = frozenset(
-        name for name, names in CHOICES.items() if given & {f"--{option}" for option in names}
+        name
+        for name, names in CHOICES.items()
+        if any(f"--{option}" in given and values[option] != 0 for option in names)
     )
     config, per_node = run.config, min(options.gpus_per_node, options.gpus)
     device, precision = _device(options, config, per_node)

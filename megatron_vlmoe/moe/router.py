@@ -30,7 +30,13 @@ from megatron_vlmoe.moe.routing_ops import (
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS
-from megatron_vlmoe.stream.sizes import TERMS, expert_capacity
+from megatron_vlmoe.stream.sizes import (
+    TERMS,
+    RouterLosses,
+    expert_capacity,
+    router_losses,
+    router_noise_std,
+)
 
 # Fixed entries of a pool's counter vector; the load of every expert follows them.
 HEADER = (
@@ -39,10 +45,6 @@ HEADER = (
     + tuple(f"assignments_{segment}" for segment in SEGMENTS)
     + tuple(f"kept_{segment}" for segment in SEGMENTS)
 )
-# Losses that ask for what expert choice has by construction: as many tokens for every expert.
-BALANCE_TERMS = ("importance", "load", "gshard")
-# Losses that a shared router has for each modality apart (LIMoE, arXiv 2206.02770, section 3).
-ENTROPY_TERMS = ("local_entropy", "global_entropy")
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,6 @@ class _Scores(NamedTuple):
     clean: Tensor
     noisy: Tensor
     mask: Optional[Tensor]
-
-
-class _LossGroup(NamedTuple):
-    """Auxiliary losses over some tokens of a pool: their names and weights, and which rows of the pool count."""
-
-    terms: tuple[str, ...]
-    weights: AuxLossConfig
-    rows: slice
 
 
 class RoutingRecorder:
@@ -245,7 +239,7 @@ class ModalityRouter(MegatronModule):
         mask = None
         if not self.moe.route_padding:
             mask = stream.token_mask(pool.segments, tokens.device)
-        sigma = self._noise_std(pool)
+        sigma = router_noise_std(self.moe, pool.num_experts)
         noisy = clean
         if self._trains() and sigma > 0.0:
             noise = stream.normal(
@@ -259,64 +253,31 @@ class ModalityRouter(MegatronModule):
                 noisy = clean + sigma * noise
         return _Scores(clean, noisy, mask)
 
-    def _noise_std(self, pool: Branch) -> float:
-        return 1.0 / pool.num_experts if self.moe.noise_std < 0.0 else self.moe.noise_std
-
-    def _aux(self, pool: Branch) -> AuxLossConfig:
-        return self.moe.text_aux if pool.name == "text" else self.moe.vision_aux
-
-    def _loss_groups(self, pool: Branch, stream: StreamBatch) -> list[_LossGroup]:
-        """One group of losses over all tokens; of a shared router also the entropies of either modality."""
-        weights, everything = self._aux(pool), slice(None)
-        if pool.name != "shared":
-            return [_LossGroup(self._terms(pool, weights), weights, everything)]
-        others = tuple(t for t in self._terms(pool, weights) if t not in ENTROPY_TERMS)
-        groups = [_LossGroup(others, weights, everything)]
-        # Texts stand before images.
-        texts = stream.layout.size(*(name for name in pool.segments if name in TEXT_SEGMENTS))
-        for own, rows in (
-            (self.moe.text_aux, slice(texts)),
-            (self.moe.vision_aux, slice(texts, None)),
-        ):
-            terms = tuple(t for t in self._terms(pool, own) if t in ENTROPY_TERMS)
-            groups.append(_LossGroup(terms, own, rows))
-        return [group for group in groups if group.terms]
-
-    def _terms(self, pool: Branch, weights: AuxLossConfig) -> tuple[str, ...]:
-        if not self.moe.train_experts:
-            return ()
-        terms = weights.active_terms()
-        if not self.training or self._noise_std(pool) <= 0.0:
-            # Without noise the load loss has no meaning (V-MoE): evaluation reports the others.
-            terms = tuple(term for term in terms if term != "load")
-        if self.moe.routing == "expert_choice":
-            terms = tuple(term for term in terms if term not in BALANCE_TERMS)
-        return terms
-
     def _auxiliary_losses(
         self, scores: Sequence[_Scores], stream: StreamBatch
     ) -> list[list[tuple[AuxLossConfig, dict[str, Tensor]]]]:
         """Losses and their weights of every pool over the tokens of all tensor-parallel ranks; one all-reduce per
         block."""
         losses: list[list[tuple[AuxLossConfig, dict[str, Tensor]]]] = [[] for _ in scores]
-        groups: list[tuple[int, _LossGroup]] = []
+        groups: list[tuple[int, RouterLosses]] = []
         parts = []
         for index, (pool, score) in enumerate(zip(self.pools, scores)):
-            for group in self._loss_groups(pool, stream):
-                if group.terms:
-                    rows, mask = group.rows, score.mask
-                    sigma = self._noise_std(pool)
-                    parts.append(
-                        compute_router_statistics(
-                            score.clean[rows],
-                            score.noisy[rows],
-                            self.moe.topk,
-                            sigma,
-                            group.terms,
-                            None if mask is None else mask[rows],
-                        )
+            # Texts stand before images.
+            texts = stream.layout.size(*(name for name in pool.segments if name in TEXT_SEGMENTS))
+            places = {"all": slice(None), "text": slice(texts), "vision": slice(texts, None)}
+            for group in router_losses(self.moe, pool.name, pool.num_experts, self.training):
+                rows, mask = places[group.tokens], score.mask
+                parts.append(
+                    compute_router_statistics(
+                        score.clean[rows],
+                        score.noisy[rows],
+                        self.moe.topk,
+                        router_noise_std(self.moe, pool.num_experts),
+                        group.terms,
+                        None if mask is None else mask[rows],
                     )
-                    groups.append((index, group))
+                )
+                groups.append((index, group))
         if not parts:
             return losses
         statistics = torch.cat(parts)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlmoe.config.schema import AuxLossConfig, Precision, RunConfig
+from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.estimate import BYTES, expert_rows, head_slots, trained_parameters
 from megatron_vlmoe.planning.parameters import (
     Parameter,
@@ -23,10 +23,18 @@ from megatron_vlmoe.planning.parameters import (
 )
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
 from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, StreamLayout
-from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches, statistics_sections
+from megatron_vlmoe.stream.sizes import (
+    data_parallel_size,
+    num_micro_batches,
+    router_losses,
+    statistics_sections,
+)
 
 Operation = Literal["all-reduce", "reduce-scatter", "all-gather", "all-to-all", "send", "receive"]
-Group = Literal["tensor", "pipeline", "expert", "data", "expert data", "world"]
+Group = Literal["tensor", "pipeline", "expert", "data", "expert data", "stage", "world"]
+
+Add = Callable[[str, Operation, Group, int, int], None]
+"""Counts a collective: what, how, among whom, bytes of a call, calls."""
 
 BUCKET_VALUES = 40_000_000
 """megatron-core's least bucket of gradients, of which a million per data-parallel rank is the least, too."""
@@ -63,12 +71,16 @@ class Collective:
 
 
 def collectives_per_step(
-    config: RunConfig, world_size: int, precision: Precision, stage: int
+    config: RunConfig,
+    world_size: int,
+    precision: Precision,
+    stage: int,
+    found: Sequence[Parameter] | None = None,
 ) -> list[Collective]:
     """Every collective of a training step of a rank of a pipeline stage, in groups of more than one rank.
 
     Evaluation, logging and checkpoints are left out, and so are the few bytes of megatron-core's loss scale. For the
-    dispatchers whose splits depend on routing, all token slots count as routed.
+    dispatchers whose splits depend on routing, all token slots count as routed, to every rank as many.
 
     - Gradients are fp32, in buckets that the distributed optimizer pads: a parameter starts at a multiple of 64 values,
       a bucket ends at one of lcm(128, ranks). A reduce-scatter each, or an all-reduce without that optimizer.
@@ -78,6 +90,11 @@ def collectives_per_step(
       backward pass does the opposite, and gathers the input once more for the gradient of the weight.
     - EP: two all-to-alls of ``R D`` per block of pools in the forward pass, two in the backward pass.
     - PP: ``T D`` per micro-batch to the next stage, and its gradient back.
+    - Contrastive pretraining: fp32 features of captions and of images, gathered from TP and then from data-parallel
+      ranks; of the latter the gradient is reduce-scattered.
+
+    Args:
+        found: `estimated_parameters` of the run, where they are known already.
 
     Raises:
         ConfigError: if the layout does not fit the number of processes or the batch.
@@ -95,6 +112,7 @@ def collectives_per_step(
         "expert": (expert, 1),
         "data": (data_size, tensor),
         "expert data": (per_stage // expert, expert),
+        "stage": (per_stage, 1),
         "world": (world_size, 1),
     }
     calls: Counter[tuple[str, Operation, Group]] = Counter()
@@ -105,10 +123,11 @@ def collectives_per_step(
             calls[what, operation, group] += times
             sums[what, operation, group] += size * times
 
-    found = trained_parameters(config, estimated_parameters(config))
-    # Of the whole model: a stage without experts has the optimizer of experts too.
-    optimizers = len({parameter.sharding == "expert" for parameter in found})
-    trained = parameters_of_stage(found, config, stage)
+    found = estimated_parameters(config) if found is None else found
+    of_all_stages = trained_parameters(config, found)
+    # A stage without experts has the optimizer of experts too.
+    optimizers = len({parameter.sharding == "expert" for parameter in of_all_stages})
+    trained = parameters_of_stage(of_all_stages, config, stage)
     kinds: tuple[tuple[str, Group], ...] = (("dense", "data"), ("expert", "expert data"))
     for part, group in kinds:
         own = [p for p in trained if (p.sharding == "expert") == (part == "expert")]
@@ -122,36 +141,25 @@ def collectives_per_step(
                 add(what, "reduce-scatter", group, 4 * values, 1)
                 times = 1 if parallel.overlap_param_gather else optimizers
                 add(f"{part} weights", "all-gather", group, number_bytes * values, times)
-    # Parameters that every TP rank applies to its own samples.
-    replicated = sum(parameter.size for parameter in trained if parameter.sharding == "replicated")
+    # Parameters that every TP rank applies to its own samples; the temperature to the loss, which all compute.
+    replicated = sum(
+        parameter.size
+        for parameter in trained
+        if parameter.sharding == "replicated" and not parameter.key.endswith(".logit_scale")
+    )
     add("gradients of replicated parameters", "all-reduce", "tensor", 4 * replicated, 1)
     add("gradient norm", "all-reduce", "world", 4, 1)
     add("signals to stop", "all-reduce", "world", 8, 1)
+    if config.moe.balance_bias_rate > 0.0 and config.moe.train_experts:
+        plans = block_plans(config.model, config.moe)
+        own_pools = [pool for n in stage_blocks(config, stage) for pool in plans[n - 1].pools]
+        experts = sum(pool.num_experts for pool in own_pools)
+        add("choices of experts", "all-reduce", "stage", 8 * experts, 1)
 
     _add_blocks(config, precision, stage, micro_batches, add)
-    size = BYTES[precision]
-    whole = StreamLayout.of(config)
-    if stage == 0:
-        for segment in TEXT_SEGMENTS:
-            embedded = size * whole.size(segment) * width
-            add("word embeddings", "reduce-scatter", "tensor", embedded, micro_batches)
-            add("word embeddings", "all-gather", "tensor", embedded, micro_batches)
-    if stage == pipeline - 1:
-        present = (whole.size(*TEXT_SEGMENTS), whole.size(*VISION_SEGMENTS))
-        for slots, tokens in zip(head_slots(config, whole), present):
-            rows = size * slots * width if tokens else 0
-            add("predicted positions", "all-gather", "tensor", rows, 2 * micro_batches)
-            add("predicted positions", "reduce-scatter", "tensor", rows, micro_batches)
-            # Largest logit, the label's logit and the sum of exponentials.
-            add(
-                "cross entropy",
-                "all-reduce",
-                "tensor",
-                4 * slots if tokens else 0,
-                3 * micro_batches,
-            )
+    _add_ends(config, precision, stage, micro_batches, data_size, add)
     virtual = parallel.virtual_pipeline_model_parallel_size
-    hidden = size * whole.num_tokens // tensor * width
+    hidden = BYTES[precision] * StreamLayout.of(config).num_tokens // tensor * width
     # Every model chunk has a neighbour on each side, but for the first and the last of all.
     forward, backward = virtual - (stage == pipeline - 1), virtual - (stage == 0)
     for what, sent, received in (
@@ -166,16 +174,53 @@ def collectives_per_step(
     ]
 
 
+def _add_ends(
+    config: RunConfig,
+    precision: Precision,
+    stage: int,
+    micro_batches: int,
+    data_size: int,
+    add: Add,
+) -> None:
+    """Counts what embeddings and heads send, where a stage has them."""
+    size, width = BYTES[precision], config.model.hidden_size
+    whole = StreamLayout.of(config)
+    if stage == 0:
+        for segment in TEXT_SEGMENTS:
+            embedded = size * whole.size(segment) * width
+            add("word embeddings", "reduce-scatter", "tensor", embedded, micro_batches)
+            add("word embeddings", "all-gather", "tensor", embedded, micro_batches)
+    if stage == config.parallel.pipeline_model_parallel_size - 1:
+        present = (whole.size(*TEXT_SEGMENTS), whole.size(*VISION_SEGMENTS))
+        for slots, tokens in zip(head_slots(config, whole), present):
+            rows = size * slots * width if tokens else 0
+            add("predicted positions", "all-gather", "tensor", rows, 2 * micro_batches)
+            add("predicted positions", "reduce-scatter", "tensor", rows, micro_batches)
+            # Largest logit, the label's logit and the sum of exponentials.
+            add(
+                "cross entropy",
+                "all-reduce",
+                "tensor",
+                4 * slots if tokens else 0,
+                3 * micro_batches,
+            )
+        if config.objectives.kind == "contrastive":
+            rows, pool = 4 * whole.texts * width, 4 * whole.texts * data_size * width
+            add("features", "all-gather", "tensor", rows, 2 * micro_batches)
+            add("features", "all-gather", "data", pool, 2 * micro_batches)
+            add("features", "reduce-scatter", "data", pool, 2 * micro_batches)
+
+
 def _add_blocks(
     config: RunConfig,
     precision: Precision,
     stage: int,
     micro_batches: int,
-    add: Callable[[str, Operation, Group, int, int], None],
+    add: Add,
 ) -> None:
     """Counts what the blocks of a stage send, in the forward pass, its recomputation and the backward pass."""
     model, moe = config.model, config.moe
-    whole = StreamLayout.of(config)
+    whole, expert = StreamLayout.of(config), config.parallel.expert_model_parallel_size
     layout = whole.shard(config.parallel.tensor_model_parallel_size)
     row = BYTES[precision] * model.hidden_size
     forward = micro_batches * (2 if config.train.recompute == "full" else 1)
@@ -190,25 +235,23 @@ def _add_blocks(
             times = forward + micro_batches
             add("activations of blocks", "reduce-scatter", "tensor", row * tokens, times)
         if plan.pools:
-            rows = sum(
-                expert_rows(config, pool, layout)
-                for pool in plan.pools
-                if pool.num_tokens(layout) or moe.dispatcher != "fixed_capacity"
-            )
+            rows = sum(expert_rows(config, pool, layout) for pool in plan.pools)
             times = 2 * (forward + micro_batches)
             add("rows of experts", "all-to-all", "expert", row * rows, times)
+            if moe.dispatcher != "fixed_capacity" or moe.capacity_factor <= 0.0:
+                # megatron-core's dispatcher tells how many rows there are, and sends their gates with them.
+                counts = 8 * sum(pool.num_experts for pool in plan.pools) * expert
+                add("numbers of rows", "all-gather", "expert", counts, forward)
+                add("gates of rows", "all-to-all", "expert", 4 * rows, forward + micro_batches)
             statistics = sum(_statistics(config, pool) for pool in plan.pools)
             add("statistics of routers", "all-reduce", "tensor", 4 * statistics, forward)
 
 
 def _statistics(config: RunConfig, pool: Branch) -> int:
     """Sums over tokens that a router shares with the other TP ranks in training."""
-    moe = config.moe
-    aux: AuxLossConfig = moe.text_aux if pool.name == "text" else moe.vision_aux
-    terms = [term for term in aux.active_terms() if term != "load" or moe.noise_std != 0.0]
-    if not terms or not moe.train_experts:
-        return 0
-    return sum(statistics_sections(terms, pool.num_experts).values())
+    groups = router_losses(config.moe, pool.name, pool.num_experts, training=True)
+    sections = (statistics_sections(group.terms, pool.num_experts) for group in groups)
+    return sum(sum(sizes.values()) for sizes in sections)
 
 
 def _buffers(trained: Iterable[Parameter], precision: Precision) -> list[list[Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -105,7 +106,9 @@ def find_device(name: str) -> Device:
 
 def named_device(torch_name: str) -> Device | None:
     """The device that torch calls so; None if it is not in the table."""
-    return next((device for device in DEVICES.values() if device.part in torch_name), None)
+    # As whole words: an RTX A4000 is no A40.
+    found = (d for d in DEVICES.values() if re.search(rf"\b{re.escape(d.part)}\b", torch_name))
+    return next(found, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,7 +149,7 @@ def layout_lines(config: RunConfig, world_size: int) -> list[str]:
         f"{getattr(data, f'global_{n}') if getattr(data, f'micro_{n}') else 0:,} {n}" for n in names
     )
     micro = " + ".join(f"{getattr(data, f'micro_{n}')} {n}" for n in names)
-    return [
+    lines = [
         f"Layout of {world_size} rank(s), order tp-cp-ep-dp-pp",
         f"  TP {tensor} x PP {pipeline}{interleaved} x DP {data_size}; "
         f"EP {expert}, expert DP {world_size // (pipeline * expert)}",
@@ -158,6 +158,9 @@ def layout_lines(config: RunConfig, world_size: int) -> list[str]:
         f"{count} micro-batch(es) per step and rank",
         f"  tokens per step: {stream.num_tokens * count * data_size:,}",
     ]
+    if config.objectives.kind == "contrastive":
+        lines.append(f"  every pair is told from the others of {data.micro_pairs * data_size:,}")
+    return lines
 
 
 def parameter_summary(counts: ParameterCounts) -> list[str]:

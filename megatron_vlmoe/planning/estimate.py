@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_vlmoe.config.schema import Precision, RunConfig
@@ -26,6 +26,7 @@ from megatron_vlmoe.stream.sizes import (
     VOCAB_MULTIPLE,
     data_parallel_size,
     expert_capacity,
+    experts_per_token,
     num_micro_batches,
     padded_vocab_size,
     text_mask_slots,
@@ -39,21 +40,21 @@ def flops_per_step(config: RunConfig) -> float:
     """Model FLOPs of one optimizer step over the global batch, as MFU counts them.
 
     Matrix multiplications only, 2 per multiply-add; the backward pass counts twice the forward
-    pass; k experts per token slot; attention scores within each sample; heads on predicted slots;
-    nothing for recomputation, unfilled expert slots, padding rows of the vocabulary or a frozen
-    image tokenizer. Padding tokens of captions count as tokens.
+    pass; k experts per token slot, or as many as take it where experts choose; attention scores
+    within each sample; heads on predicted slots; nothing for recomputation, unfilled expert slots,
+    padding rows of the vocabulary or a frozen image tokenizer. Padding tokens of captions count as tokens.
 
     Raises:
         ConfigError: if the global batch is not made of whole micro-batches.
     """
     config = with_assumed_vocabularies(config)
     layout = StreamLayout.of(config)
-    topk = config.moe.topk
-    model = config.model
-    blocks = sum(
-        block_flops(config, plan, layout, lambda pool: topk * pool.num_tokens(layout))
-        for plan in block_plans(model, config.moe)
-    )
+    model, moe = config.model, config.moe
+
+    def rows(pool: Branch) -> float:
+        return experts_per_token(moe, pool.num_experts) * pool.num_tokens(layout)
+
+    blocks = sum(block_flops(config, plan, layout, rows) for plan in block_plans(model, moe))
     text, image = head_slots(config, layout)
     heads = 2.0 * model.hidden_size * (text * model.vocab_size + image * model.visual_vocab_size)
     ends = patch_flops(config, layout) + heads + contrastive_flops(config, layout)
@@ -110,13 +111,17 @@ def logit_entries(config: RunConfig) -> tuple[int, int]:
 def expert_rows(config: RunConfig, pool: Branch, layout: StreamLayout) -> int:
     """Rows that the experts of a pool compute in training for one rank's tokens (at most)."""
     moe, tokens = config.moe, pool.num_tokens(layout)
+    if not tokens:
+        return 0
     if moe.dispatcher == "dropless" or moe.capacity_factor <= 0.0:
         return moe.topk * tokens
     capacity = expert_capacity(
         tokens, pool.num_experts, moe.topk, moe.capacity_factor, moe.capacity_multiple_of
     )
     slots = pool.num_experts * capacity
-    return slots if moe.dispatcher == "fixed_capacity" else min(slots, moe.topk * tokens)
+    # Experts that choose fill all their slots.
+    every_slot = moe.dispatcher == "fixed_capacity" or moe.routing == "expert_choice"
+    return slots if every_slot else min(slots, moe.topk * tokens)
 
 
 def head_slots(config: RunConfig, layout: StreamLayout) -> tuple[int, int]:
@@ -138,7 +143,7 @@ def head_slots(config: RunConfig, layout: StreamLayout) -> tuple[int, int]:
 
 
 def block_flops(
-    config: RunConfig, plan: BlockPlan, layout: StreamLayout, rows: Callable[[Branch], int]
+    config: RunConfig, plan: BlockPlan, layout: StreamLayout, rows: Callable[[Branch], float]
 ) -> float:
     """Forward FLOPs of a block on a stream of this layout; `rows` are the rows that a pool's experts compute."""
     model = config.model
@@ -208,7 +213,10 @@ class MemoryEstimate:
 
 
 def memory_per_rank(
-    config: RunConfig, world_size: int, precision: Precision
+    config: RunConfig,
+    world_size: int,
+    precision: Precision,
+    found: Sequence[Parameter] | None = None,
 ) -> list[MemoryEstimate]:
     """Bytes of a rank of every pipeline stage in training.
 
@@ -216,6 +224,9 @@ def memory_per_rank(
     distributed optimizer shards the last two over d data-parallel ranks, for experts over the
     expert-data-parallel ones: 6 + 12 / d bytes in half precision and 8 + 8 / d in fp32, as in
     megatron-core's table.
+
+    Args:
+        found: `estimated_parameters` of the run, where they are known already.
 
     Raises:
         ConfigError: if the layout does not fit the number of processes or the batch.
@@ -226,7 +237,7 @@ def memory_per_rank(
     micro_batches = num_micro_batches(config, data_size)
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
-    found = estimated_parameters(config)
+    found = estimated_parameters(config) if found is None else found
     moments = 8
     if config.optim.optimizer == "sgd":
         moments = 4 if config.optim.sgd_momentum else 0
@@ -251,15 +262,21 @@ def memory_per_rank(
 
 
 def trained_parameters(config: RunConfig, found: Iterable[Parameter]) -> list[Parameter]:
-    """Those parameters that a run trains: tokens reach them, and they are not of experts that are frozen."""
+    """Those parameters that a run trains: tokens reach them, and they are not frozen."""
     layout = StreamLayout.of(config)
     reached = {segment for segment in SEGMENTS if layout.size(segment)}
-    frozen = not config.moe.train_experts
+    masked = not isinstance(config, FinetuneConfig) and config.objectives.kind == "masked"
+
+    def is_frozen(parameter: Parameter) -> bool:
+        if parameter.part == "routers" or parameter.sharding == "expert":
+            return not config.moe.train_experts
+        # Nothing else reaches the mask embedding.
+        return parameter.key.endswith(".mask_token") and not masked
+
     return [
         parameter
         for parameter in found
-        if reached.intersection(parameter.segments)
-        and not (frozen and (parameter.part == "routers" or parameter.sharding == "expert"))
+        if reached.intersection(parameter.segments) and not is_frozen(parameter)
     ]
 
 

@@ -6,14 +6,20 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import DataConfig, Precision, RunConfig
 from megatron_vlmoe.planning.estimate import MemoryEstimate, memory_per_rank
-from megatron_vlmoe.planning.parameters import with_assumed_vocabularies
+from megatron_vlmoe.planning.parameters import (
+    Parameter,
+    estimated_parameters,
+    with_assumed_vocabularies,
+)
 from megatron_vlmoe.planning.step_time import Cluster, StepTime, step_time
 from megatron_vlmoe.planning.validate import validate
 from megatron_vlmoe.stream.block_plan import block_plans
+from megatron_vlmoe.stream.sizes import check_parallel_sizes
 
 GIB = 2**30
 CHOICES = {
@@ -32,7 +38,7 @@ class Layout:
 
     Args:
         config: the run with it.
-        choice: value of each of `CHOICES`, and DP.
+        choice: value of each of `CHOICES`, and DP, `-` where TP and PP do not divide the devices.
         refused: why it cannot run; empty if it can.
         kind: the reason in short, to count by.
         memory: of a rank of every stage; empty where the options contradict themselves.
@@ -72,13 +78,35 @@ def search(
 
     Args:
         fixed: names of `CHOICES` that keep the value of `config`.
+
+    Raises:
+        ConfigError: for what is wrong with the run whatever its layout.
     """
     config = with_assumed_vocabularies(config)
+    _check_apart_from_layout(config)
+    parameters = estimated_parameters(config)
     found = [
-        _judge(candidate, world_size, precision, cluster)
+        _judge(candidate, world_size, precision, cluster, parameters)
         for candidate in _candidates(config, world_size, cluster, fixed)
     ]
     return sorted(found, key=lambda layout: (layout.seconds, layout.most_memory))
+
+
+def _check_apart_from_layout(config: RunConfig) -> None:
+    """Checks the run as one process with one micro-batch would make it."""
+    check_parallel_sizes(config.parallel)
+    alone = replace(
+        config.parallel,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
+    )
+    whole: dict[str, Any] = {}
+    for kind in ("texts", "images", "pairs"):
+        micro, total = (getattr(config.data, f"{scope}_{kind}") for scope in ("micro", "global"))
+        whole[f"micro_{kind}"] = total if micro > 0 and total > 0 else micro
+    validate(replace(config, parallel=alone, data=replace(config.data, **whole)))
 
 
 def _candidates(
@@ -137,16 +165,22 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _judge(config: RunConfig, world_size: int, precision: Precision, cluster: Cluster) -> Layout:
+def _judge(
+    config: RunConfig,
+    world_size: int,
+    precision: Precision,
+    cluster: Cluster,
+    parameters: Sequence[Parameter],
+) -> Layout:
     parallel, data = config.parallel, config.data
+    ranks, rest = divmod(
+        world_size, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    )
     choice = {
         "TP": str(parallel.tensor_model_parallel_size),
         "PP": str(parallel.pipeline_model_parallel_size),
         "EP": str(parallel.expert_model_parallel_size),
-        "DP": str(
-            world_size
-            // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-        ),
+        "DP": "-" if rest else str(ranks),
         "micro-batch": f"{data.micro_texts}+{data.micro_images}+{data.micro_pairs}",
         "recompute": config.train.recompute,
     }
@@ -154,12 +188,12 @@ def _judge(config: RunConfig, world_size: int, precision: Precision, cluster: Cl
         validate(config, world_size)
     except ConfigError as error:
         return Layout(config, choice, str(error), "the sizes do not divide")
-    memory = memory_per_rank(config, world_size, precision)
+    memory = memory_per_rank(config, world_size, precision, parameters)
     usable, needed = cluster.device.usable_memory, max(stage.total for stage in memory)
     if needed > usable:
         refused = f"needs {needed / GIB:.1f} GiB of {usable / GIB:.1f} GiB"
         return Layout(config, choice, refused, "not enough memory", memory)
-    time = step_time(config, world_size, precision, cluster)
+    time = step_time(config, world_size, precision, cluster, parameters)
     return Layout(config, choice, memory=memory, time=time)
 
 

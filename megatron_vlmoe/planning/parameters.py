@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, ObjectivesConfig, RunConfig
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import load_code
 from megatron_vlmoe.stream.block_plan import Branch, block_plans
@@ -21,7 +21,11 @@ from megatron_vlmoe.stream.layout import (
     VISION_SEGMENTS,
     SegmentName,
 )
-from megatron_vlmoe.stream.sizes import data_parallel_size, padded_vocab_size
+from megatron_vlmoe.stream.sizes import (
+    data_parallel_size,
+    experts_per_token,
+    padded_vocab_size,
+)
 
 ASSUMED_VOCAB_SIZE = 64_000
 ASSUMED_VISUAL_VOCAB_SIZE = 8_192
@@ -57,13 +61,11 @@ _TENSOR_PARALLEL = re.compile(
 )
 
 
-@functools.cache
 def part_of(key: str) -> str:
     """The part of a checkpoint key, such as `attention` or `text experts`; `unknown` for a name of no part."""
     return next((part for part, keys in _PARTS.items() if re.match(keys, key)), OTHER_PART)
 
 
-@functools.cache
 def sharding_of(key: str) -> Sharding:
     """How the ranks of a stage divide the parameter of a checkpoint key."""
     if ".moe.experts." in key:
@@ -94,12 +96,13 @@ class Parameter:
     segments: tuple[str, ...]
     activated: int
 
-    @property
+    # A plan asks for these once for every layout.
+    @functools.cached_property
     def size(self) -> int:
         """How many values it has."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def part(self) -> str:
         """What it belongs to; see `part_of`."""
         return part_of(self.key)
@@ -111,10 +114,10 @@ class Parameter:
 
     @property
     def fp32(self) -> bool:
-        """Whether it is kept in fp32 whatever the compute precision (routers)."""
-        return ".moe.router." in self.key
+        """Whether it is kept in fp32 whatever the compute precision (routers, the temperature)."""
+        return ".moe.router." in self.key or self.key.endswith(".logit_scale")
 
-    @property
+    @functools.cached_property
     def sharding(self) -> Sharding:
         """`tensor` splits it over TP ranks, `expert` over EP ranks."""
         return sharding_of(self.key)
@@ -176,19 +179,12 @@ def checkpoint_shapes(config: RunConfig) -> Shapes:
 def estimated_parameters(config: RunConfig) -> tuple[Parameter, ...]:
     """What an estimate counts before tokenizers and tasks are known.
 
-    Those are the trained tensors of pretraining, with the paper's vocabularies where none are given.
+    Those are the trained tensors of pretraining, with the paper's vocabularies where none are given. They do not depend
+    on the parallel layout: who compares layouts makes them once and hands them on.
     """
     config = with_assumed_vocabularies(config)
-    return _pretraining_parameters(config.model, config.moe, config.objectives)
-
-
-@functools.lru_cache(maxsize=4)
-def _pretraining_parameters(
-    model: ModelConfig, moe: MoEConfig, objectives: ObjectivesConfig
-) -> tuple[Parameter, ...]:
-    """Made once for all layouts of a model that a plan compares."""
-    config = RunConfig(model=model, moe=moe, objectives=objectives)
-    return tuple(parameter for parameter in parameters(config) if parameter.trained)
+    pretraining = RunConfig(model=config.model, moe=config.moe, objectives=config.objectives)
+    return tuple(parameter for parameter in parameters(pretraining) if parameter.trained)
 
 
 @dataclass(frozen=True)
@@ -202,8 +198,8 @@ class ParameterCounts:
             LayerScale), `BRANCH ffn`, `POOL experts`, `routers`, `image head`.
         per_token: what one image-text pair of tokens applies (the paper's "parameters per token",
             after LIMoE): embeddings, attention, norms, and of every block the FFNs that the two
-            tokens of a pair read, k experts per token and the router where there is a pool; no
-            heads. A pool that both tokens read counts at most 2 k experts.
+            tokens of a pair read, k experts per token (where experts choose, as many as take it on average) and the
+            router where there is a pool; no heads. A pool that both tokens read counts at most 2 k experts.
     """
 
     parts: Counter[str]
@@ -314,12 +310,12 @@ def _rows(
     shapes: Mapping[str, Shape],
     block: int,
     segments: tuple[str, ...],
-    applied: int = 1,
+    applied: float = 1,
     of: int = 1,
 ) -> list[Parameter]:
     """Tensors of which an image-text pair applies so many parts of so many."""
     return [
-        Parameter(prefix + key, shape, block, segments, math.prod(shape) * applied // of)
+        Parameter(prefix + key, shape, block, segments, int(math.prod(shape) * applied // of))
         for key, shape in shapes.items()
     ]
 
@@ -353,7 +349,7 @@ def _branch(config: RunConfig, branch: Branch, prefix: str, block: int) -> list[
         "weight2": (experts, width, inner),
         "bias2": (experts, width),
     }
-    active = min(experts, config.moe.topk * readers)
+    active = min(experts, experts_per_token(config.moe, experts) * readers)
     return found + _rows(f"{prefix}moe.experts.{name}.", pool, block, where, active, experts)
 
 

@@ -124,6 +124,8 @@ def plan_text(plan: Plan, runners_up: int = 8) -> str:
             _runners_up(plan, runners_up),
             _loser_lines(plan),
         )
+        # One device sends nothing.
+        if lines
     )
 
 
@@ -174,9 +176,7 @@ def _run_lines(plan: Plan) -> list[str]:
 
 
 def _cells(layout: Layout) -> tuple[str, ...]:
-    # DP of sizes that do not divide means nothing.
-    choice = {**layout.choice, "DP": layout.choice["DP"] if layout.memory else "-"}
-    return tuple(choice[name] for name in SHOWN)
+    return tuple(layout.choice[name] for name in SHOWN)
 
 
 def _runners_up(plan: Plan, number: int) -> list[str]:

@@ -24,6 +24,7 @@ from megatron_vlmoe.planning.estimate import (
     trained_parameters,
 )
 from megatron_vlmoe.planning.parameters import (
+    Parameter,
     estimated_parameters,
     parameters_of_stage,
     stage_blocks,
@@ -83,16 +84,24 @@ class StepTime:
 
 
 def step_time(
-    config: RunConfig, world_size: int, precision: Precision, cluster: Cluster
+    config: RunConfig,
+    world_size: int,
+    precision: Precision,
+    cluster: Cluster,
+    found: Sequence[Parameter] | None = None,
 ) -> StepTime:
     """The time of a step, without data loading, evaluation and checkpoints.
+
+    Args:
+        found: `estimated_parameters` of the run, where they are known already.
 
     Raises:
         ConfigError: if the layout does not fit, or the device does not compute in this precision.
     """
     config = with_assumed_vocabularies(config)
+    found = estimated_parameters(config) if found is None else found
     work = [
-        _StageWork.of(config, world_size, precision, stage)
+        _StageWork.of(config, world_size, precision, stage, found)
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
     data_size = data_parallel_size(config.parallel, world_size)
@@ -121,7 +130,14 @@ class _StageWork:
     collectives: Sequence[Collective]
 
     @classmethod
-    def of(cls, config: RunConfig, world_size: int, precision: Precision, stage: int) -> _StageWork:
+    def of(
+        cls,
+        config: RunConfig,
+        world_size: int,
+        precision: Precision,
+        stage: int,
+        found: Sequence[Parameter],
+    ) -> _StageWork:
         parallel, model = config.parallel, config.model
         tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
         layout = StreamLayout.of(config).shard(tensor)
@@ -146,8 +162,8 @@ class _StageWork:
         data_size = data_parallel_size(parallel, world_size)
         expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
         update = 0.0
-        found = parameters_of_stage(estimated_parameters(config), config, stage)
-        for parameter in trained_parameters(config, found):
+        held = parameters_of_stage(found, config, stage)
+        for parameter in trained_parameters(config, held):
             size = parameter.local_size(tensor, expert)
             replicas = expert_data_size if parameter.sharding == "expert" else data_size
             shards = replicas if parallel.use_distributed_optimizer else 1
@@ -158,7 +174,7 @@ class _StageWork:
             memory,
             operators,
             update,
-            collectives_per_step(config, world_size, precision, stage),
+            collectives_per_step(config, world_size, precision, stage, found),
         )
 
 
@@ -226,12 +242,14 @@ PER_STEP = {
     "gradients of replicated parameters": "tensor-parallel collectives",
     "gradient norm": "optimizer",
     "signals to stop": "optimizer",
+    "choices of experts": "optimizer",
 }
 """What is sent once a step, and the part of the time that it belongs to."""
 PER_MICRO_BATCH: Mapping[str, str] = {
     "tensor": "tensor-parallel collectives",
     "expert": "all-to-all of experts",
     "pipeline": "pipeline transfers",
+    "data": "features of data-parallel ranks",
 }
 """The part of the time of what a group sends in every micro-batch."""
 
@@ -241,15 +259,17 @@ def collective_seconds(collective: Collective, cluster: Cluster, speed: Rates) -
 
     Ranks of a group that share a node reach each other by its links. A ring leaves a node once, by the network of all
     the group's devices there, however many these are; of an all-to-all every rank sends the rows of other nodes by its
-    own.
+    own. Groups begin at multiples of their span and nodes at multiples of their size: of a group that straddles nodes,
+    the rank with the fewest others beside it counts.
     """
     size, stride = collective.size, collective.stride
-    per_node = max(1, min(size, cluster.per_node // stride))
+    span = size * stride
+    per_node = max(1, math.gcd(cluster.per_node, span) // stride)
     waiting = collective.calls * speed.latency * math.log2(size)
     if collective.operation == "receive":
         return 0.0  # the sender's time
     if collective.operation == "send":
-        inside = stride < cluster.per_node
+        inside = span <= cluster.per_node
         return waiting + collective.sent / (speed.link if inside else speed.network)
     if size <= per_node:
         return waiting + collective.sent / speed.link
@@ -258,4 +278,6 @@ def collective_seconds(collective: Collective, cluster: Cluster, speed: Rates) -
         return waiting + collective.bytes * max(
             far / speed.network, (per_node - 1) / size / speed.link
         )
-    return waiting + collective.sent / min(speed.link, per_node * speed.network)
+    leaving = per_node * speed.network
+    # A rank that is alone on its node has no other there to reach.
+    return waiting + collective.sent / (min(speed.link, leaving) if per_node > 1 else leaving)

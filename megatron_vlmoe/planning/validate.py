@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import signal
@@ -37,9 +38,12 @@ _ANY_RUN = {
         *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
         *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
         *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
-        "moe.balance_bias_rate",
+        *(f"moe.{kind}_aux.global_entropy_experts" for kind in ("text", "vision")),
     ),
-    "is not in [0, 1]": ("data.flip_probability", "data.pair_flip_probability"),
+    # Gates are in [0, 1] too.
+    "is not in [0, 1]": (
+        *("data.flip_probability", "data.pair_flip_probability", "moe.balance_bias_rate"),
+    ),
     "is not in [0, 1)": ("data.eval_fraction", "optim.adam_beta1", "optim.adam_beta2"),
     "is not in (0, 1]": ("data.crop_scale_min",),
 }
@@ -296,6 +300,9 @@ def _check_moe(config: RunConfig) -> None:
             "moe.shared_router=true needs moe.num_vision_experts, the size of the shared pool",
         )
     _check_bounds(config, {"must be at least 1": ("moe.topk", "moe.capacity_multiple_of")})
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(moe, name)
+        _require(math.isfinite(factor), f"moe.{name}={factor:g} must be finite")
     if moe.routing == "expert_choice":
         _require(
             moe.dispatcher != "dropless",

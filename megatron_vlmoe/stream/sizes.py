@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from megatron_vlmoe.config.errors import ConfigError, near_multiples
-from megatron_vlmoe.config.schema import ParallelConfig, RunConfig
+from megatron_vlmoe.config.schema import AuxLossConfig, MoEConfig, ParallelConfig, RunConfig
 
 VOCAB_MULTIPLE = 128
 TERMS = ("importance", "load", "z", "gshard", "local_entropy", "global_entropy")
 """The auxiliary losses of a router; their formulas are in moe/aux_losses."""
+# Losses that ask for what expert choice has by construction: as many tokens for every expert.
+BALANCE_TERMS = ("importance", "load", "gshard")
+# Losses that a shared router has for each modality apart (LIMoE, arXiv 2206.02770, section 3).
+ENTROPY_TERMS = ("local_entropy", "global_entropy")
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -49,6 +54,65 @@ def check_top_k(k: int, num_experts: int) -> None:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be in 1..{num_experts} (the number of experts), got {k}")
+
+
+def experts_per_token(moe: MoEConfig, num_experts: int) -> float:
+    """Experts of a pool that compute a token in training, on average and before any is dropped: k; where experts
+    choose, the tokens that they take over all tokens."""
+    if moe.routing == "expert_choice":
+        return min(num_experts, moe.topk * moe.capacity_factor)
+    return moe.topk
+
+
+def router_noise_std(moe: MoEConfig, num_experts: int) -> float:
+    """Standard deviation of the noise on the logits of a router in training."""
+    return 1.0 / num_experts if moe.noise_std < 0.0 else moe.noise_std
+
+
+class RouterLosses(NamedTuple):
+    """Auxiliary losses of a router over some tokens of its pool.
+
+    Args:
+        terms: their names.
+        weights: their weights.
+        tokens: which tokens count: all of them, or those of one modality.
+    """
+
+    terms: tuple[str, ...]
+    weights: AuxLossConfig
+    tokens: Literal["all", "text", "vision"]
+
+
+def router_losses(
+    moe: MoEConfig, pool: str, num_experts: int, training: bool
+) -> list[RouterLosses]:
+    """The auxiliary losses of the router of a pool; of a shared one the entropies of either modality stand apart."""
+
+    def terms(weights: AuxLossConfig) -> list[str]:
+        if not moe.train_experts:
+            return []
+        left_out = set(BALANCE_TERMS) if moe.routing == "expert_choice" else set()
+        if not training or router_noise_std(moe, num_experts) <= 0.0:
+            # Without noise the load loss has no meaning (V-MoE): evaluation reports the others.
+            left_out.add("load")
+        return [term for term in weights.active_terms() if term not in left_out]
+
+    text, vision = moe.text_aux, moe.vision_aux
+    if pool != "shared":
+        weights = text if pool == "text" else vision
+        groups = [RouterLosses(tuple(terms(weights)), weights, "all")]
+    else:
+        others = tuple(term for term in terms(vision) if term not in ENTROPY_TERMS)
+        entropies = [
+            tuple(term for term in terms(weights) if term in ENTROPY_TERMS)
+            for weights in (text, vision)
+        ]
+        groups = [
+            RouterLosses(others, vision, "all"),
+            RouterLosses(entropies[0], text, "text"),
+            RouterLosses(entropies[1], vision, "vision"),
+        ]
+    return [group for group in groups if group.terms]
 
 
 def statistics_sections(terms: Sequence[str], num_experts: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ Letters: m rows of this rank, B rows of the pool (all data-parallel ranks), D wi
 
 from __future__ import annotations
 
-from typing import Iterator, Mapping, Optional
+from typing import Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.losses.contrastive import contrastive_loss, first_is_right
 from megatron_vlmoe.runtime.distributed import device
 from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.stream.batch import Batch
-from megatron_vlmoe.train.objective import BatchSource
+from megatron_vlmoe.train.objective import PretrainingObjective
 from megatron_vlmoe.train.step import Losses, StepRunner
 
 
@@ -48,41 +47,13 @@ def pool_loss(outputs: Mapping[str, Tensor], ranks: Ranks) -> Tensor:
     )
 
 
-class ContrastiveObjective:
+class ContrastiveObjective(PretrainingObjective):
     """Tells the caption of every image, and the image of every caption, from the others of a pool.
 
     The pool is one micro-batch on all data-parallel ranks.
-
-    Args:
-        data: source of batches; needed to evaluate.
-        num_micro_batches: micro-batches of a step on each data-parallel rank; needed to evaluate.
     """
 
-    loss_names: tuple[str, ...] = ("contrastive",)
-    best_metric = ""
-    patience = 0
-    resumes_others = True
-    evaluates_at_start = True
-
-    def __init__(
-        self,
-        config: RunConfig,
-        ranks: Ranks,
-        data: Optional[BatchSource] = None,
-        num_micro_batches: int = 1,
-    ) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.data = data
-        self.num_micro_batches = num_micro_batches
-
-    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches as they are."""
-        return batches
-
-    def prepare(self, batch: Batch) -> Batch:
-        """The micro-batch as it is."""
-        return batch
+    loss_names = ("contrastive",)
 
     def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
         """The mean of image-to-text and text-to-image cross entropy over this rank's rows."""
@@ -102,15 +73,9 @@ class ContrastiveObjective:
             `eval/loss/contrastive` in nats, and `eval/recall_at_1/image_to_text` and `.../text_to_image`: shares of
             images whose nearest caption in the pool is one of theirs, and of captions whose nearest image is theirs.
         """
-        assert self.data is not None
-        steps, count = self.config.train.eval_steps, self.num_micro_batches
-        batches = iter(self.data.loader("eval", 0, steps * count))
         sums = torch.zeros(4, dtype=torch.float64, device=device())
-        for _ in range(steps):
-            for found in runner.evaluate(batches, count, self._sums):
-                # All tensor-parallel ranks hold the same; the first one speaks for them.
-                if self.ranks.tensor == 0:
-                    sums += found
+        for _, found in self.evaluated(runner, self._sums):
+            sums += found
         dist.all_reduce(sums)
         rows, loss, texts, images = sums.tolist()
         return {

@@ -7,11 +7,21 @@ heads made of it. Evaluation needs no objective, only a function of a micro-batc
 
 from __future__ import annotations
 
-from typing import Iterable, Mapping, Optional, Protocol
+import itertools
+from typing import Iterable, Iterator, Mapping, Optional, Protocol
 
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.sources import Split
+from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.stream.batch import Batch
-from megatron_vlmoe.train.step import Outputs, StepObjective, StepRunner
+from megatron_vlmoe.train.step import (
+    Measure,
+    Outputs,
+    Prepare,
+    Result,
+    StepObjective,
+    StepRunner,
+)
 
 
 class BatchSource(Protocol):
@@ -59,3 +69,61 @@ class Objective(StepObjective[Outputs], Protocol[Outputs]):
     def evaluation_line(self, metrics: Mapping[str, float]) -> str:
         """One line for the log."""
         ...
+
+
+class PretrainingObjective:
+    """What the objectives of pretraining have in common: they train on the micro-batches as the data gives them, and
+    are judged on the first held-out ones.
+
+    Args:
+        data: source of batches; needed to evaluate.
+        num_micro_batches: micro-batches of a step on each data-parallel rank; needed to evaluate.
+    """
+
+    loss_names: tuple[str, ...] = ()
+    best_metric = ""
+    patience = 0
+    resumes_others = True
+    evaluates_at_start = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        data: Optional[BatchSource] = None,
+        num_micro_batches: int = 1,
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.data = data
+        self.num_micro_batches = num_micro_batches
+
+    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches as they are."""
+        return batches
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The micro-batch as it is."""
+        return batch
+
+    def evaluated(
+        self,
+        runner: StepRunner,
+        measure: Measure[Outputs, Result],
+        change: Prepare = lambda batch: batch,
+    ) -> Iterator[tuple[Batch, Result]]:
+        """The micro-batches of `train.eval_steps` held-out steps with what is measured of them, on the last stage.
+
+        All tensor-parallel ranks hold the same; the first one speaks for them. Every rank must call it.
+
+        Args:
+            change: what becomes of every micro-batch before, on the host.
+        """
+        assert self.data is not None
+        steps, count = self.config.train.eval_steps, self.num_micro_batches
+        batches = iter(self.data.loader("eval", 0, steps * count))
+        for _ in range(steps):
+            step = list(itertools.islice(batches, count))
+            results = runner.evaluate(map(change, step), count, measure, self.prepare)
+            if self.ranks.tensor == 0:
+                yield from zip(step, results)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from dataclasses import replace
-from typing import Callable, Iterator, Mapping, Optional
+from typing import Callable, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from megatron_vlmoe.losses.masked import (
     LOSS_SEGMENTS,
     LOSSES,
     PAIR_LOSSES,
-    EvaluationSums,
     evaluation_metrics,
     evaluation_sums,
     exchange_captions,
@@ -45,11 +43,11 @@ from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.train.contrastive import ContrastiveObjective
 from megatron_vlmoe.train.metrics import collect
-from megatron_vlmoe.train.objective import BatchSource
+from megatron_vlmoe.train.objective import BatchSource, PretrainingObjective
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
-from megatron_vlmoe.train.step import Losses, Prepare, StepRunner
+from megatron_vlmoe.train.step import Losses, StepRunner
 from megatron_vlmoe.train.trainer import Trainer
 
 log = logging.getLogger("megatron_vlmoe")
@@ -120,20 +118,15 @@ def pretraining_objective(
     return MaskedObjective(config, ranks, data, num_micro_batches, image_tokenizer)
 
 
-class MaskedObjective:
+class MaskedObjective(PretrainingObjective):
     """Masked data modelling (paper section 3.1).
 
     Args:
-        data: source of batches; needed to evaluate.
-        num_micro_batches: micro-batches of a step on each data-parallel rank; needed to evaluate.
+        data: see `PretrainingObjective`, as is `num_micro_batches`.
         image_tokenizer: computes visual tokens on the last stage; None if they are stored.
     """
 
-    loss_names: tuple[str, ...] = LOSSES
-    best_metric = ""
-    patience = 0
-    resumes_others = True
-    evaluates_at_start = True
+    loss_names = LOSSES
 
     def __init__(
         self,
@@ -143,15 +136,8 @@ class MaskedObjective:
         num_micro_batches: int = 1,
         image_tokenizer: Optional[ImageTokenizer] = None,
     ) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.data = data
-        self.num_micro_batches = num_micro_batches
+        super().__init__(config, ranks, data, num_micro_batches)
         self.image_tokenizer = image_tokenizer
-
-    def prepare_step(self, runner: StepRunner, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches as they are."""
-        return batches
 
     def loss_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """`loss/mlm`, `loss/mim`, `loss/vlm_text`, `loss/vlm_image` of what the run has, and `loss/vlm`."""
@@ -184,13 +170,13 @@ class MaskedObjective:
         table, *histograms = flat.split([math.prod(shape), *sizes])
         sums = dict(zip(EVALUATED, table.view(shape)))
         if runner.layout.pairs:
-            for batch, result in self._evaluated(runner, exchange_captions):
+            for batch, result in self.evaluated(runner, evaluation_sums, exchange_captions):
                 if batch.get("exchange_distance", 0):
                     for name in PAIR_LOSSES:
                         sums["exchanged"][LOSSES.index(name)] += result[name].counts
             # What the experts did with wrong pairs is not part of their statistics.
             collect(runner.parts.chunks, self.config)
-        for batch, result in self._evaluated(runner, lambda batch: batch):
+        for batch, result in self.evaluated(runner, evaluation_sums):
             for name, (counts, labels, foreground) in result.items():
                 row, labels = LOSSES.index(name), labels.reshape(-1)
                 sums["all"][row] += counts
@@ -201,22 +187,6 @@ class MaskedObjective:
                 histograms[row].scatter_add_(0, labels.clamp(min=0), (labels >= 0).double())
         dist.all_reduce(flat)
         return evaluation_metrics(sums, histograms)
-
-    def _evaluated(
-        self, runner: StepRunner, change: Prepare
-    ) -> Iterator[tuple[Batch, dict[str, EvaluationSums]]]:
-        """The held-out micro-batches with what is added up of them, where the last stage has that.
-
-        All tensor-parallel ranks hold the same sums; the first one speaks for them.
-        """
-        assert self.data is not None
-        steps, count = self.config.train.eval_steps, self.num_micro_batches
-        batches = iter(self.data.loader("eval", 0, steps * count))
-        for _ in range(steps):
-            step = list(itertools.islice(batches, count))
-            results = runner.evaluate(map(change, step), count, evaluation_sums, self.prepare)
-            if self.ranks.tensor == 0:
-                yield from zip(step, results)
 
     def evaluation_line(self, metrics: Mapping[str, float]) -> str:
         """Loss, accuracy and the unigram entropy beside it, and what a pair's other half is worth."""

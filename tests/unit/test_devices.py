@@ -40,14 +40,15 @@ def _pretrain(where: Layout, precision: Any, *arguments: str) -> dict[str, int]:
 
     from megatron_vlmoe.data.collate import BatchShare
     from megatron_vlmoe.data.random_batches import RandomData
-    from megatron_vlmoe.train.pretrain import MaskedObjective
+    from megatron_vlmoe.train.pretrain import pretraining_objective
     from megatron_vlmoe.train.step import StepRunner
 
     stand_in, config = StandIn(where), small_config(*arguments, where=where)
     ranks = stand_in.ranks(config)
     batches = list(RandomData(config, BatchShare.of(ranks)).loader("train", 0, 2))
     parts = stand_in.training(config, precision)
-    runner, objective = StepRunner(config, parts, ranks), MaskedObjective(config, ranks)
+    runner: Any = StepRunner(config, parts, ranks)
+    objective: Any = pretraining_objective(config, ranks)
     with stand_in.mode, stand_in.watch:
         stand_in.watch.waits.clear()
         runner.start_step()
@@ -116,12 +117,24 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
         (
             layout(2, tp=2),
             "fp16",
-            ("--train.recompute", "full", "--moe.capacity_factor", "1"),
+            (
+                *("--train.recompute", "full", "--moe.capacity_factor", "1"),
+                *("--moe.balance_bias_rate", "0.01"),
+            ),
             # Dense parameters and experts have an optimizer each.
             {NORM: 1, OVERFLOW: 2},
         ),
+        (
+            layout(2),
+            "bf16",
+            (
+                *("--objectives.kind", "contrastive", "--data.micro_texts", "0"),
+                *("--data.micro_images", "0", "--moe.routing", "expert_choice"),
+            ),
+            {NORM: 1},
+        ),
     ],
-    ids=["bf16", "fp16-recompute-tp2"],
+    ids=["bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2"],
 )
 def test_a_step_of_pretraining_waits_for_the_norm_alone(
     where: Layout, precision: str, arguments: tuple[str, ...], reads: dict[str, int]

@@ -319,6 +319,27 @@ def test_hardware_flops_round_the_capacity_on_every_tensor_rank():
     assert two - one == 3 * FFN_ROW * 2 * (2 * 8 - 15)
 
 
+def test_experts_that_choose_compute_as_many_rows_as_they_take():
+    """Twice as many as tokens, whatever the dispatcher; each of two experts at most all of them."""
+    moe = {**MOE, "routing": "expert_choice", "capacity_factor": 2.0}
+    rows = 2 * 24 + 4 * 10
+    blocks = QKV_AND_OUTPUT + SCORES + rows * FFN_ROW + ROUTERS
+    for dispatcher in ("fixed_capacity", "alltoall"):
+        config = hand_config(moe={**moe, "dispatcher": dispatcher})
+        assert flops_per_step(config) == 2 * 3 * (blocks + PATCHES + HEADS)
+        assert hardware_flops_per_step(config) == 2 * 3 * (blocks + PATCHES + 2 * 8 * 128 * 9)
+    # One expert more for each of the two tokens of a pair.
+    counts = [parameter_counts(hand_config(moe=own)).per_token for own in (MOE, moe)]
+    assert counts[1] - counts[0] == 2 * (2 * 8 * 16 + 16 + 8)
+
+
+def test_experts_without_tokens_compute_nothing():
+    images = {"micro_texts": 0, "micro_pairs": 0}
+    both = hand_config(moe=MOE, data=images)
+    vision = hand_config(moe={**MOE, "modalities": "vision"}, data=images)
+    assert hardware_flops_per_step(both) == hardware_flops_per_step(vision)
+
+
 def test_an_objective_that_is_off_costs_nothing():
     config = hand_config(data={"micro_texts": 0, "micro_pairs": 0})
     attention = 2 * 5 * (8 * 24 + 8 * 8) + 2 * 2 * 8 * 25

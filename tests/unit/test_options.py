@@ -385,6 +385,8 @@ ANSWERS = {
     "heads fit",
     "--data.eval_fraction 2": "data.eval_fraction=2 is not in [0, 1)",
     "--data.num_workers -1": "data.num_workers=-1 must not be negative",
+    "--moe.balance_bias_rate 2": "moe.balance_bias_rate=2 is not in [0, 1]",
+    "--moe.text_aux.global_entropy_experts -3": "moe.text_aux.global_entropy_experts=-3 must not be negative",
     "--parallel.expert_model_parallel_size 2": "parallel.expert_model_parallel_size=2 does not divide 1 process: start"
     " with torchrun --nproc-per-node 2 (or plan with --dry-run-world-size 2), or use"
     " --parallel.expert_model_parallel_size 1",
@@ -461,6 +463,13 @@ def test_answers_to_mistakes_in_a_file(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(content)
     assert message(f"pretrain --config {path}") == f"--config {path}: {YAML_ANSWERS[content]}"
+
+
+def test_a_capacity_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {capacity_factor: .inf}")
+    answer = message(f"pretrain --preset tiny-8e --config {path}")
+    assert answer == "moe.capacity_factor=inf must be finite"
 
 
 def test_answers_to_mistakes_in_the_file_of_a_section(tmp_path: Path) -> None:

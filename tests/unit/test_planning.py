@@ -194,6 +194,22 @@ def test_seconds_of_a_collective(found: Collective, seconds: float) -> None:
     assert collective_seconds(found, H100, speed) == pytest.approx(seconds + latency)
 
 
+def test_groups_that_straddle_nodes_use_the_network() -> None:
+    speed = replace(
+        rates(H100.device, "bf16", 1.0, slow=False), link=4e11, network=5e10, latency=0.0
+    )
+    sixes = replace(H100, per_node=6)
+    # Ranks 4 to 7 of nodes of six: half of what each sends goes to the other node.
+    exchanged = collective_seconds(collective("all-to-all", 4), sixes, speed)
+    assert exchanged == pytest.approx(2 / 4 * 1e6 / 5e10)
+    # Stages of four ranks on nodes of eight: the second sends to another node.
+    sent = collective_seconds(collective("send", 4, stride=4), H100, speed)
+    assert sent == pytest.approx(1e6 / 5e10)
+    # Links inside a node are nothing to a group that has one rank on each.
+    apart = collective("all-gather", 2, stride=8)
+    assert collective_seconds(apart, H100, replace(speed, link=1.0)) == pytest.approx(0.5e6 / 5e10)
+
+
 def test_expert_gradients_go_to_expert_data_parallel_ranks() -> None:
     config = replace(BASE, parallel=replace(BASE.parallel, expert_model_parallel_size=8))
     sums: Counter[str] = Counter()
@@ -235,7 +251,8 @@ def test_devices_are_found_by_the_names_that_torch_gives() -> None:
         ("Tesla V100-SXM2-32GB", "v100"),
     ):
         assert named_device(name) is DEVICES[device]
-    assert named_device("NVIDIA GeForce GTX 750") is None
+    for name in ("NVIDIA GeForce GTX 750", "NVIDIA RTX A4000", "NVIDIA GH200 480GB"):
+        assert named_device(name) is None
     with pytest.raises(ConfigError, match="v100|V100|computes in fp16"):
         find_device("v100").peak("bf16")
 
@@ -288,6 +305,32 @@ def test_the_command_agrees_with_the_dry_run(
     assert plan["whole_run"]["cost"][0] == pytest.approx(2 * 8 * low * 200e3 / 3600)
 
 
+def test_an_objective_that_is_left_out_chooses_no_micro_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    words = f"--preset tiny-8e --gpus 4 --json {file} --objectives.kind contrastive"
+    left_out = "--data.micro_texts 0 --data.micro_images 0"
+    status, out, _ = planned(f"{words} {left_out}", capsys)
+    assert status == 0
+    sizes = {f"0+0+{n}" for n in (1, 2, 3, 4, 6, 12)}
+    plan = json.loads(file.read_text())
+    found = {lost["value"] for lost in plan["lost"] if lost["choice"] == "micro-batch"}
+    assert sizes <= found | {plan["best"]["micro-batch"]}
+    pairs = int(plan["best"]["micro-batch"].split("+")[2]) * int(plan["best"]["DP"])
+    assert f"every pair is told from the others of {pairs}" in out
+    planned(f"{words} {left_out} --data.micro_pairs 6", capsys)
+    plan = json.loads(file.read_text())
+    assert plan["best"]["micro-batch"] == "0+0+6"
+    assert not [lost for lost in plan["lost"] if lost["choice"] == "micro-batch"]
+
+
+def test_one_device_sends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = planned("--preset tiny-8e --gpus 1", capsys)
+    assert status == 0
+    assert "Collectives" not in out and "\n\n\n" not in out
+
+
 def test_a_device_of_its_own_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = "--gpu custom --tflops 0.05 --memory-gb 16 --memory-bandwidth 10"
     status, out, _ = planned(f"--preset tiny-8e --gpus 2 {numbers} --train.precision fp32", capsys)
@@ -321,6 +364,22 @@ def test_a_device_of_its_own_numbers(capsys: pytest.CaptureFixture[str]) -> None
         ("--gpus 7", "no layout runs on 7 x h100"),
         ("--gpus 8 --memory-gb 1", "no layout runs on 8 x h100: TP"),
         ("--gpus 8 --json /", "--json /: is a folder"),
+        (
+            "--gpus 8 --preset base-32e --parallel.expert_model_parallel_size 64",
+            "block 2 has 32 text experts, not divisible by parallel.expert_model_parallel_size=64",
+        ),
+        (
+            "--gpus 8 --preset base-32e --parallel.expert_model_parallel_size 32",
+            "parallel.expert_model_parallel_size=32 does not divide 8 processes",
+        ),
+        # What no layout mends is no matter of layouts.
+        ("--gpus 8 --preset tiny-8e --moe.topk 0", "error: moe.topk=0 must be at least 1"),
+        ("--gpus 8 --model.num_attention_heads 0", "error: model.num_attention_heads=0 must be"),
+        (
+            "--gpus 8 --parallel.tensor_model_parallel_size 0",
+            "error: parallel.tensor_model_parallel_size=0 must be at least 1",
+        ),
+        ("--gpus 8 --data.global_texts 0", "error: data.global_texts=0 is not a multiple of"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -106,7 +106,7 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
     """Rows of all ranks in rank order; every rank must hold the same number."""
     if not is_distributed():
         return rows
@@ -172,7 +172,9 @@ class Quantizer(nn.Module):
         """Place the codes by k-means over the vectors of all ranks; later calls do nothing."""
         if self.updates > 0:
             return
-        centres, counts = spherical_kmeans(gather_rows(unit_TC), self.num_codes, self._generator())
+        centres, counts = spherical_kmeans(
+            rows_of_all_ranks(unit_TC), self.num_codes, self._generator()
+        )
         if is_distributed():  # all ranks computed the same; this makes it bit-equal
             distributed.broadcast(centres, 0)
             distributed.broadcast(counts, 0)
@@ -195,7 +197,7 @@ class Quantizer(nn.Module):
             uniform_share = counts.sum() / self.num_codes
             dead = torch.nonzero(self.usage < self.restart_threshold * uniform_share).flatten()
             if count := dead.numel():
-                vectors = gather_rows(unit_TC)
+                vectors = rows_of_all_ranks(unit_TC)
                 far = 1.0 - (vectors @ self.codebook.t()).amax(dim=1)
                 self.codebook[dead] = draw_far_vectors(vectors, far, count, self._generator())
                 # A moved code starts as an average one: it has time to find vectors before it is judged.
