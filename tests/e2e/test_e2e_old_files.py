@@ -24,7 +24,7 @@ TOLERANCE, ROUNDING = 1e-4, 5e-6
 # The tiny preset had these values; others are in small.yaml.
 FORMER_TINY = (
     "--model.drop_path 0.1 --data.pair_unit caption --data.crop_scale_min 0.5 --data.flip_probability 0.5"
-    " --data.pixel_std 0.5 0.5 0.5 --optim.adam_beta2 0.999"
+    " --data.pixel_std 0.5 0.5 0.5 --optim.adam_beta2 0.999 --checkpoint.save_interval 200"
 )
 COMMANDS = {
     "resume": "pretrain --config pretrain/config.yaml --save resumed",
