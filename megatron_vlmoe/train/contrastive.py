@@ -53,7 +53,7 @@ class ContrastiveObjective(PretrainingObjective):
     The pool is one micro-batch on all data-parallel ranks.
     """
 
-    loss_names = ("contrastive",)
+    loss_names: tuple[str, ...] = ("contrastive",)
 
     def loss(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Losses]:
         """The mean of image-to-text and text-to-image cross entropy over this rank's rows."""

@@ -126,7 +126,7 @@ class MaskedObjective(PretrainingObjective):
         image_tokenizer: computes visual tokens on the last stage; None if they are stored.
     """
 
-    loss_names = LOSSES
+    loss_names: tuple[str, ...] = LOSSES
 
     def __init__(
         self,

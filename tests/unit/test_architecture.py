@@ -418,7 +418,7 @@ def unknown_options(text: str) -> list[str]:
         name
         for name in re.findall(r"--[a-z]+(?:\.[a-z0-9_]+)+(?![\w*])", text)
         # Those that a study gives to its fine-tunings.
-        if name.replace("--finetune.", "--") not in KNOWN_OPTIONS
+        if name.replace("--finetune.", "--") not in {*KNOWN_OPTIONS, "--config"}
     ]
     for line in commands(text):
         for tool, rest in re.findall(r"tools/(\w+\.py)([^`|;&]*)", line):

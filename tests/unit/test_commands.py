@@ -597,7 +597,7 @@ def test_launcher_finds_wrong_options_before_torchrun(tmp_path: Path, words: tup
 @pytest.mark.process
 def test_launcher_starts_what_only_other_nodes_make_whole(tmp_path: Path) -> None:
     words = ("pretrain", "--preset", "tiny-8e", "--parallel.expert_model_parallel_size", "4")
-    words += ("--data.micro_texts=1", "--data.micro_images=2", "--data.micro_pairs=3")
+    words += ("--data.micro_texts=1", "--data.micro_images=4", "--data.micro_pairs=6")
     nodes = {"NNODES": "2", "GPUS_PER_NODE": "2", "MASTER_ADDR": "host"}
     assert launched(tmp_path, *words, **nodes)[1]
     assert not launched(tmp_path, *words, NPROC="2")[1]

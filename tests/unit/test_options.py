@@ -493,7 +493,8 @@ SIZES = {
     "pretrain --data.micro_texts 0 --data.global_images 48": 4,
     "pretrain --data.global_texts 0": 2,
     "pretrain --parallel.tensor_model_parallel_size 2": 24,
-    "pretrain --parallel.pipeline_model_parallel_size 3 --parallel.virtual_pipeline_model_parallel_size 2": 3,
+    "pretrain --model.num_layers 6 --parallel.pipeline_model_parallel_size 3"
+    " --parallel.virtual_pipeline_model_parallel_size 2": 3,
     "finetune --preset sample-vqa": 2,
     "finetune --preset sample-nlvr2": 3,
     "finetune --preset sample-vqa --task.global_batch_size 10": 1,

@@ -168,11 +168,14 @@ class Planner:
             *("--preset", preset, *scale.options, *data, *size_options),
             *(*self._expert_parallel(run.experts), *self._options_of(run)),
         )
-        config = self._parsed.get(words)
-        if config is None:
-            config = parse_run("pretrain", words).config
-            validate(config, request.processes)
-            self._parsed[words] = config
+        if scale.one_micro_batch:
+            batch = self._pretraining_config(words).data
+            for name in ("texts", "images", "pairs"):
+                if f"--data.micro_{name}" not in words:
+                    share = getattr(batch, f"global_{name}") // request.processes
+                    words += (f"--data.micro_{name}", str(max(1, share)))
+        config = self._pretraining_config(words)
+        validate(config, request.processes)
         config = _with_seed(config, seed)
         digest = self._digest(config, "pretrain", "")
         name = _slug(preset, (*size_options, *run.options), seed)
@@ -184,6 +187,11 @@ class Planner:
             request.processes,
             digest,
         )
+
+    def _pretraining_config(self, words: tuple[str, ...]) -> RunConfig:
+        if words not in self._parsed:
+            self._parsed[words] = parse_run("pretrain", words).config
+        return self._parsed[words]
 
     def _options_of(self, run: Run) -> tuple[str, ...]:
         return (*own_options(run.options, RunConfig), *self._options)

@@ -44,7 +44,8 @@ class Scale:
         seeds: unless others are asked for.
         processes: of a run.
         rate: FLOP/s of a process, for the estimate before any run has been timed.
-        contrastive: options that give contrastive pretraining its batch, of which a micro-batch is to be all.
+        contrastive: options that give contrastive pretraining its batch, of which the micro-batches are to be all.
+        one_micro_batch: a process takes its share of a step at once, unless options say otherwise.
         vocabularies: text and visual tokens, for the same; 0: as many as the paper's.
         data: options that name the data; empty: they are asked for.
         folder: of the prepared tasks; empty: it is asked for.
@@ -61,6 +62,7 @@ class Scale:
     rate: float
     contrastive: tuple[str, ...]
     pools: tuple[str, ...] = ("dense", "8e", "16e", "32e")
+    one_micro_batch: bool = False
     data: tuple[str, ...] = ()
     folder: str = ""
     vocabularies: tuple[int, int] = (0, 0)
@@ -114,8 +116,6 @@ SCALES: Mapping[str, Scale] = {
         main="tiny",
         pool="8e",
         options=(
-            # Two runs side by side: each is one process, whose micro-batch is the whole batch.
-            *("--data.micro_texts", "4", "--data.micro_images", "16", "--data.micro_pairs", "24"),
             *("--train.steps", "600", "--train.eval_interval", "100", "--train.eval_steps", "10"),
             *("--checkpoint.save_interval", "300", "--checkpoint.keep_last", "1"),
         ),
@@ -138,7 +138,8 @@ SCALES: Mapping[str, Scale] = {
         seeds=(1, 2, 3),
         processes=1,
         rate=3e10,
-        contrastive=("--data.micro_pairs", "64", "--data.global_pairs", "64"),
+        contrastive=("--data.global_pairs", "64"),
+        one_micro_batch=True,
         data=_SAMPLE_DATA,
         folder=TASKS,
         vocabularies=(320, 96),
