@@ -168,13 +168,18 @@ class Planner:
             *("--preset", preset, *scale.options, *data, *size_options),
             *(*self._expert_parallel(run.experts), *self._options_of(run)),
         )
+        if words not in self._parsed:
+            self._parsed[words] = parse_run("pretrain", words).config
+        config = self._parsed[words]
         if scale.one_micro_batch:
-            batch = self._pretraining_config(words).data
-            for name in ("texts", "images", "pairs"):
-                if f"--data.micro_{name}" not in words:
-                    share = getattr(batch, f"global_{name}") // request.processes
-                    words += (f"--data.micro_{name}", str(max(1, share)))
-        config = self._pretraining_config(words)
+            shares = {
+                f"micro_{name}": max(1, getattr(config.data, f"global_{name}") // request.processes)
+                for name in ("texts", "images", "pairs")
+                if f"--data.micro_{name}" not in words
+            }
+            for name, share in shares.items():
+                words += (f"--data.{name}", str(share))
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, **shares))
         validate(config, request.processes)
         config = _with_seed(config, seed)
         digest = self._digest(config, "pretrain", "")
@@ -187,11 +192,6 @@ class Planner:
             request.processes,
             digest,
         )
-
-    def _pretraining_config(self, words: tuple[str, ...]) -> RunConfig:
-        if words not in self._parsed:
-            self._parsed[words] = parse_run("pretrain", words).config
-        return self._parsed[words]
 
     def _options_of(self, run: Run) -> tuple[str, ...]:
         return (*own_options(run.options, RunConfig), *self._options)

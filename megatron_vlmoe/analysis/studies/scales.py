@@ -72,7 +72,7 @@ class Scale:
     def __post_init__(self) -> None:
         config = SIZES[self.sizes[self.main][0]]
         layers, own = config.model.num_layers, config.moe.layers
-        # Those with experts, and of the blocks with a VL-FFN as many as the same rule gives.
+        # Every second block, also of those with a VL-FFN; or those that the preset names, and all with a VL-FFN.
         blocks: Iterable[int] = range(2, layers + 1, 2)
         if own:
             blocks = (*own, *range(layers - config.model.num_vl_layers + 1, layers + 1))
