@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from megatron_vlmoe.analysis import routing_measures as measures
 from megatron_vlmoe.analysis.plots import plain, save_figure
-from megatron_vlmoe.analysis.routing_measures import WORD_CLASSES, word_class, word_label
 from megatron_vlmoe.config.errors import FillingError
 from megatron_vlmoe.data.augment import decode_image
 from megatron_vlmoe.data.indexed import IndexedReader
@@ -286,7 +286,10 @@ def read_hidden_words(
             masked = [text.mask_token_id if n in hidden else i for n, i in enumerate(ids)]
             sequences.append(text.build_inputs_with_special_tokens(masked))
             labels.append([i if n in hidden else -100 for n, i in enumerate(ids)])
-            classes.append(_classes_of_pieces(text.convert_ids_to_tokens(ids)))
+            pieces = text.convert_ids_to_tokens(ids)
+            words, numbers = measures.words_of_pieces(pieces)
+            said = [measures.word_label(piece, words[n]) for piece, n in zip(pieces, numbers)]
+            classes.append([measures.word_class(label) for label in said])
         padded = text.pad({"input_ids": sequences}, return_tensors="pt")
         pictures = [image for image, _ in pairs]
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
@@ -308,7 +311,7 @@ def read_hidden_words(
                     )
                     found.append((classes[row][n], loss, right, other_loss, other_right))
     result = []
-    for name in (*WORD_CLASSES, "other", "punctuation", "all"):
+    for name in (*measures.WORD_CLASSES, "other", "punctuation", "all"):
         chosen = [one for one in found if name in ("all", one[0])]
         if chosen:
             values = np.array([one[1:] for one in chosen], dtype=np.float64)
@@ -320,17 +323,6 @@ def read_hidden_words(
                 )
             )
     return result
-
-
-def _classes_of_pieces(pieces: Sequence[str]) -> list[str]:
-    """Class of the word of every piece."""
-    word_of_piece = np.cumsum([piece.startswith("▁") for piece in pieces])
-    words: dict[int, str] = {}
-    for number, piece in zip(word_of_piece.tolist(), pieces):
-        words[number] = words.get(number, "") + piece.removeprefix("▁")
-    return [
-        word_class(word_label(piece, words[n])) for n, piece in zip(word_of_piece.tolist(), pieces)
-    ]
 
 
 def _pixels(image: Image.Image, tokenizer: ImageTokenizer) -> Tensor:

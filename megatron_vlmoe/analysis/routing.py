@@ -299,13 +299,7 @@ def _tokenized(source: Source, tokenizer: TextTokenizer) -> dict[str, Any]:
     if not ids:
         raise DataError(f"{source.name}: the caption has no token")
     pieces = [tokenizer.piece(i) for i in ids]
-    words: list[str] = []
-    numbers = []
-    for piece in pieces:
-        if piece.startswith("▁") or not words:
-            words.append("")
-        words[-1] += piece.removeprefix("▁")
-        numbers.append(len(words) - 1)
+    words, numbers = measures.words_of_pieces(pieces)
     return {
         "caption": source.caption,
         "ids": tuple(ids),

@@ -62,6 +62,18 @@ WORD_CLASSES: Mapping[str, frozenset[str]] = {
 """Words by class. A word that is in none is `other`; what has no letter or digit is `punctuation`."""
 
 
+def words_of_pieces(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The words that pieces make up, from one space to the next, and the number of the word of every piece."""
+    words: list[str] = []
+    numbers = []
+    for piece in pieces:
+        if piece.startswith("▁") or not words:
+            words.append("")
+        words[-1] += piece.removeprefix("▁")
+        numbers.append(len(words) - 1)
+    return words, numbers
+
+
 def word_label(piece: str, word: str) -> str:
     """What a piece is a part of: the word in lower case without the punctuation around it, or the punctuation itself.
 
