@@ -31,6 +31,10 @@ class ModelConfig:
         layer_scale_init: initial LayerScale; 0 builds the model without LayerScale.
         drop_path: stochastic depth of the last block; earlier blocks grow linearly from 0.
         init_std: standard deviation of the truncated normal (cut at one standard deviation, as BEiT).
+        init_sincos_std: root mean square of initial positions that are sines and cosines of a token's place, of a
+            patch's row and column; 0 draws them as other weights. Neighbours then start alike.
+        init_qk_correlation: correlation of initial key and query weights of a head, 0 to 1. Above 0 a token starts
+            by attending to what is like it (mimetic initialization, arXiv 2305.09828).
         token_type_embeddings: adds learned modality embeddings (the paper's formulas have none).
         attention_backend: `sdpa` is torch's scaled_dot_product_attention; `math` forces its plain kernel.
     """
@@ -50,6 +54,8 @@ class ModelConfig:
     layer_scale_init: float = 0.1
     drop_path: float = 0.1
     init_std: float = 0.02
+    init_sincos_std: float = 0.0
+    init_qk_correlation: float = 0.0
     token_type_embeddings: bool = False
     attention_backend: Literal["sdpa", "math"] = "sdpa"
 

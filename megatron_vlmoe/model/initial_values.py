@@ -1,7 +1,8 @@
 """What whole parameters start from, as a pure function of (seed, name, expert number) or of another model's positions.
 
 Values follow BEiT (paper section 4.1): truncated normal cut at one standard deviation, zero biases, and block l's
-attention and FFN output matrices divided by sqrt(2 l). Needs no megatron-core, so that converters start at once.
+attention and FFN output matrices divided by sqrt(2 l). Two options, off by default, start attention near a token's own
+place, which short runs on little data need. Needs no megatron-core, so that converters start at once.
 
 Letters: N patches, g patches along a side, D width, R rows of a table.
 """
@@ -27,6 +28,8 @@ VOCABULARIES = {
     "heads.image.linear.weight": "visual_vocab_size",
 }
 LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.")
+IMAGE_POSITIONS = "embedding.image.position"
+TEXT_POSITIONS = "embedding.text.position"
 
 
 def full_initial_value(key: str, shape: Sequence[int], model: ModelConfig, seed: int) -> Tensor:
@@ -59,6 +62,8 @@ def _draw(
         return torch.zeros(tuple(shape))
     if re.search(r"norm\.weight$", key):
         return torch.ones(tuple(shape))
+    if model.init_sincos_std > 0.0 and key in (IMAGE_POSITIONS, TEXT_POSITIONS):
+        return sincos_positions(key, shape, model.init_sincos_std)
     generator = keyed_generator(torch.device("cpu"), seed, key, expert)
     value = torch.empty(tuple(shape))
     std = model.init_std
@@ -67,10 +72,48 @@ def _draw(
     layer = LAYER_KEY.search(key)
     if layer and OUTPUT_KEY.search(key):
         value /= math.sqrt(2.0 * (int(layer.group(1)) + 1))
+    if model.init_qk_correlation > 0.0 and key.endswith("linear_qkv.weight"):
+        # megatron-core keeps query, key and value of a head together.
+        heads = value.view(model.num_attention_heads, 3, -1, shape[1])
+        correlation = model.init_qk_correlation
+        heads[:, 1] *= math.sqrt(1.0 - correlation**2)
+        heads[:, 1] += correlation * heads[:, 0]
     if vocabulary is not None:
         # Rows that only pad the vocabulary take no part in training; zeros stay zeros, also through an export.
         value[getattr(model, vocabulary) :] = 0.0
     return value
+
+
+def sincos_positions(key: str, shape: Sequence[int], std: float) -> Tensor:
+    """Sines and cosines of places, in waves of four tokens and more, evenly on a log scale.
+
+    The longest is of 256 tokens for texts, whatever their length, and of 4 g patches for images, where half of the
+    width is of rows and half of columns (MAE, MoCo v3), and [I_CLS] has zeros.
+
+    Args:
+        key: `IMAGE_POSITIONS` or `TEXT_POSITIONS`.
+        shape: ``(1 + g * g, D)`` or ``(R, D)``.
+        std: root mean square of the values.
+
+    Returns:
+        fp32, of the shape.
+    """
+    rows, width = shape
+    if key == TEXT_POSITIONS:
+        return std * _waves(rows, width, 256.0)
+    side = math.isqrt(rows - 1)
+    row = _waves(side, width // 2, 4.0 * side).repeat_interleave(side, dim=0)
+    column = _waves(side, width - width // 2, 4.0 * side).repeat(side, 1)
+    return std * torch.cat([torch.zeros(1, width), torch.cat([row, column], dim=1)])
+
+
+def _waves(length: int, width: int, longest: float) -> Tensor:
+    """Sines, then cosines, of the places of an axis, ``[length, width]``, with a root mean square of one."""
+    sines, cosines = (width + 1) // 2, width // 2
+    # Shorter waves than of four tokens would make neighbours unlike.
+    frequency = (4.0 / longest) ** (torch.arange(sines) / max(sines - 1, 1)) / 4.0
+    angles = 2 * math.pi * torch.arange(length)[:, None] * frequency
+    return math.sqrt(2.0) * torch.cat([angles.sin(), angles.cos()[:, :cosines]], dim=1)
 
 
 def resize_image_positions(table: Tensor, num_patches: int) -> Tensor:

@@ -57,9 +57,10 @@ _PRETRAINING = {
         *("moe.num_vision_experts", "moe.num_text_experts", "moe.num_vl_experts"),
         *("data.micro_texts", "data.micro_images", "data.micro_pairs"),
         *("data.global_texts", "data.global_images", "data.global_pairs"),
-        *("train.eval_steps", "optim.lr_warmup_steps"),
+        *("train.eval_steps", "optim.lr_warmup_steps", "model.init_sincos_std"),
     ),
     "must be at least 1": ("train.steps", "log.interval"),
+    "is not in [0, 1]": ("model.init_qk_correlation",),
     "is not in [0, 1)": ("model.drop_path",),
     "is not in (0, 1]": ("objectives.text_mask_fraction", "objectives.caption_mask_fraction"),
 }

@@ -52,8 +52,8 @@ log = logging.getLogger("megatron_vlmoe")
 # They say how a run starts, and nothing of one that goes on.
 START_OPTIONS = (
     *("checkpoint.load", "checkpoint.load_optimizer", "checkpoint.save_initial"),
-    *("checkpoint.require", "model.init_std", "model.layer_scale_init", "task.architecture"),
-    "contrastive.temperature",
+    *("checkpoint.require", "model.init_std", "model.init_sincos_std", "model.init_qk_correlation"),
+    *("model.layer_scale_init", "task.architecture", "contrastive.temperature"),
 )
 IMAGE_POSITIONS = "embedding.image.position"
 TEXT_POSITIONS = "embedding.text.position"
