@@ -161,11 +161,11 @@ class Planner:
 
     def _pretraining(self, run: Run, seed: int) -> PlannedRun:
         scale, request = self.scale, self.request
-        size, size_options = scale.sizes[run.size or scale.main]
-        preset = f"{size}-{run.experts}"
+        size = run.size or scale.main
+        preset, size_options = scale.sizes[size]
         data = () if self._has_own_data(run) else scale.data
         words = (
-            *("--preset", preset, *scale.options, *data, *size_options),
+            *("--preset", f"{preset}-{run.experts}", *scale.options, *data, *size_options),
             *(*self._expert_parallel(run.experts), *self._options_of(run)),
         )
         if words not in self._parsed:
@@ -183,7 +183,7 @@ class Planner:
         validate(config, request.processes)
         config = _with_seed(config, seed)
         digest = self._digest(config, "pretrain", "")
-        name = _slug(preset, (*size_options, *run.options), seed)
+        name = _slug(f"{size}-{run.experts}", run.options, seed)
         return PlannedRun(
             "pretrain",
             self._folder(name, digest),
@@ -337,9 +337,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _slug(preset: str, options: Sequence[str], seed: int | None = None) -> str:
-    """A readable name: preset, the last words of options and their values, seed."""
-    parts = [preset] if preset else []
+def _slug(model: str, options: Sequence[str], seed: int | None = None) -> str:
+    """A readable name: size and experts, the last words of options and their values, seed."""
+    parts = [model] if model else []
     for word in options:
         parts.append(word.rpartition(".")[2] if word.startswith("--") else word)
     text = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(parts))[:60].rstrip("-")

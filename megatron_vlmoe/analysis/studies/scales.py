@@ -39,6 +39,7 @@ class Scale:
         main: the size of studies that have one.
         pool: the experts of studies that compare other things.
         pools: experts of the studies that compare them, fewest first.
+        short: size of studies with so many runs that each has to be short; empty: the main one.
         options: of every pretraining.
         tasks: the fine-tunings there are.
         seeds: unless others are asked for.
@@ -62,12 +63,18 @@ class Scale:
     rate: float
     contrastive: tuple[str, ...]
     pools: tuple[str, ...] = ("dense", "8e", "16e", "32e")
+    short: str = ""
     one_micro_batch: bool = False
     data: tuple[str, ...] = ()
     folder: str = ""
     vocabularies: tuple[int, int] = (0, 0)
     num_experts: int = field(init=False)
     blocks_with_vl: tuple[str, ...] = field(init=False)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The sizes of the study that compares sizes."""
+        return tuple(size for size in self.sizes if size != self.short)
 
     def __post_init__(self) -> None:
         config = SIZES[self.sizes[self.main][0]]
@@ -99,25 +106,28 @@ _ABLATION_TASKS = (
     TaskRecipe("vqa", "vqa", "vqa"),
 )
 
+_NARROW = (
+    *("--model.hidden_size", "64", "--model.ffn_hidden_size", "256"),
+    *("--optim.lr", "3e-3", "--optim.lr_decay_steps", "1350"),
+)
+
 SCALES: Mapping[str, Scale] = {
     "tiny": Scale(
         about="the quick start's data and model, minutes a run on one CPU core",
         sizes={
-            # Half as wide: twice the rate, and twice the steps for its loss to leave the plateau too.
-            "narrow": (
-                "tiny",
-                (
-                    *("--model.hidden_size", "64", "--model.ffn_hidden_size", "256"),
-                    *("--optim.lr", "4e-3", "--train.steps", "1200"),
-                ),
-            ),
+            # Half as wide, it needs more steps for its losses to leave their plateau too.
+            "narrow": ("tiny", (*_NARROW, "--train.steps", "450")),
             "tiny": ("tiny", ()),
+            "short": ("tiny", (*_NARROW, "--train.steps", "300", "--train.eval_interval", "300")),
         },
         main="tiny",
         pool="8e",
+        short="short",
         options=(
-            *("--train.steps", "600", "--train.eval_interval", "100", "--train.eval_steps", "10"),
-            *("--checkpoint.save_interval", "300", "--checkpoint.keep_last", "1"),
+            # A rate that has hardly decayed: the beginning of a run of three times as many steps.
+            *("--train.steps", "350", "--optim.lr_decay_steps", "1050"),
+            *("--train.eval_interval", "100", "--train.eval_steps", "10"),
+            *("--checkpoint.save_interval", "150", "--checkpoint.keep_last", "1"),
         ),
         tasks=(
             TaskRecipe("vqa", "vqa", "sample-vqa", ("--train.steps", "800")),
@@ -138,7 +148,7 @@ SCALES: Mapping[str, Scale] = {
         seeds=(1, 2, 3),
         processes=1,
         rate=3e10,
-        contrastive=("--data.global_pairs", "64"),
+        contrastive=("--data.global_pairs", "32"),
         one_micro_batch=True,
         data=_SAMPLE_DATA,
         folder=TASKS,

@@ -87,7 +87,7 @@ def scaling(scale: Scale) -> Study:
         # All pools against the dense model of each size.
         return tuple(
             below(loss, f"{size}-{pool}", f"{size}-dense", equal_flops=True)
-            for size in scale.sizes
+            for size in scale.compared
             for pool in scale.pools[1:]
         )
 
@@ -101,14 +101,16 @@ def scaling(scale: Scale) -> Study:
                 ),
                 equal_flops=True,
             )
-            for size in scale.sizes
+            for size in scale.compared
         )
 
     return Study(
         name="scaling",
         title="Held-out losses against training FLOPs and time (Fig. 2)",
         runs=tuple(
-            Run(f"{size}-{pool}", pool, size=size) for size in scale.sizes for pool in scale.pools
+            Run(f"{size}-{pool}", pool, size=size)
+            for size in scale.compared
+            for pool in scale.pools
         ),
         columns=(*LOSSES, *COSTS, "seconds"),
         panels=(
@@ -250,7 +252,10 @@ def _losses_of(pool: str, **weights: float) -> tuple[str, ...]:
 
 def losses(scale: Scale) -> Study:
     """Auxiliary losses and other means against imbalance."""
-    pool = scale.pool
+
+    def run(label: str, options: tuple[str, ...] = ()) -> Run:
+        return Run(label, scale.pool, options, size=scale.short)
+
     no_losses = (*_losses_of("vision"), *_losses_of("text"), "--moe.noise_std", "0")
     vl = ("--moe.layers", *scale.blocks_with_vl)
     vision = {
@@ -282,8 +287,8 @@ def losses(scale: Scale) -> Study:
         name="losses",
         title="Auxiliary losses and the stability of training (Fig. 4)",
         runs=(
-            Run("vloss", pool),
-            *(Run(label, pool, options) for label, options in (vision | others).items()),
+            run("vloss"),
+            *(run(label, options) for label, options in (vision | others).items()),
         ),
         columns=("total", *LOSSES, *columns),
         panels=(
