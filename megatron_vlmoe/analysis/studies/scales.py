@@ -118,7 +118,7 @@ SCALES: Mapping[str, Scale] = {
             # Half as wide, it needs more steps for its losses to leave their plateau too.
             "narrow": ("tiny", (*_NARROW, "--train.steps", "450")),
             "tiny": ("tiny", ()),
-            "short": ("tiny", (*_NARROW, "--train.steps", "300", "--train.eval_interval", "300")),
+            "short": ("tiny", (*_NARROW, "--train.steps", "280", "--train.eval_interval", "280")),
         },
         main="tiny",
         pool="8e",
@@ -127,7 +127,7 @@ SCALES: Mapping[str, Scale] = {
             # A rate that has hardly decayed: the beginning of a run of three times as many steps.
             *("--train.steps", "350", "--optim.lr_decay_steps", "1050"),
             *("--train.eval_interval", "100", "--train.eval_steps", "10"),
-            *("--checkpoint.save_interval", "150", "--checkpoint.keep_last", "1"),
+            *("--checkpoint.save_interval", "280", "--checkpoint.keep_last", "1"),
         ),
         tasks=(
             TaskRecipe("vqa", "vqa", "sample-vqa", ("--train.steps", "800")),
