@@ -128,6 +128,8 @@ SCALES: Mapping[str, Scale] = {
             *("--train.steps", "350", "--optim.lr_decay_steps", "1050"),
             *("--train.eval_interval", "100", "--train.eval_steps", "10"),
             *("--checkpoint.save_interval", "280", "--checkpoint.keep_last", "1"),
+            # Spikes last a step or two.
+            *("--log.interval", "2"),
         ),
         tasks=(
             TaskRecipe("vqa", "vqa", "sample-vqa", ("--train.steps", "800")),
