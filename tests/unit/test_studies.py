@@ -37,6 +37,8 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.planning.estimate import flops_per_step
 
 TINY = SCALES["tiny"]
+DOCS = Path(__file__).parents[2] / "docs"
+PUBLISHED = sorted((DOCS / "studies").glob("*/summary.json"))
 
 
 def row(label: str, seed: int, **values: float) -> dict[str, Any]:
@@ -123,6 +125,9 @@ def test_every_study_at_every_scale_is_one_that_runs():
             assert len(set(labels)) == len(labels) == len(rows)
             for planned in rows:
                 assert set(planned.tasks) <= set(names)
+                config = planned.pretraining.config
+                after_warmup = config.train.steps - config.optim.lr_warmup_steps
+                assert after_warmup >= 100 * config.log.interval, "too few to see spikes"
                 shared.setdefault(planned.pretraining.digest, set()).add(name)
             terms = [term for claim in study.claims for part in claim.parts for term in part.terms]
             assert study.claims and {label for _, _, label in terms} <= set(labels)
@@ -455,6 +460,25 @@ def test_table_and_figure_are_drawn_from_a_summary_alone(name, tmp_path, capsys)
         paper = study.paper[-1]
         assert f"| *{paper.label}* |  | " in table and "numbers that the paper prints" in table
     assert (tmp_path / "out" / name / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in PUBLISHED])
+def test_published_results_are_what_their_summary_says(name, tmp_path):
+    """The table is drawn from the summary beside it, docs/studies.md has its claims, and no run is missing."""
+    folder = DOCS / "studies" / name
+    summary = json.loads((folder / "summary.json").read_text())
+    study = STUDIES[name](SCALES[summary["scale"]])
+    assert [run.label for run in study.runs] == summary["labels"]
+    assert all(state == "finished" for line in summary["rows"] for state in line["states"].values())
+    assert len({line["seed"] for line in summary["rows"]}) >= 3
+    assert run("study", ["--redraw", str(folder / "summary.json"), "--output", str(tmp_path)]) == 0
+    table = (tmp_path / name / "table.md").read_text()
+    assert table == (folder / "table.md").read_text()
+    page = (DOCS / "studies.md").read_text()
+    decided = [line for line in table.splitlines() if line.startswith("- **")]
+    assert len(decided) == len(study.claims)
+    assert [line for line in decided if line not in page] == []
+    assert f"studies/{name}/figure.png" in page and (folder / "figure.png").is_file()
 
 
 def test_a_number_of_fewer_seeds_says_so(tmp_path):
