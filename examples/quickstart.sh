@@ -14,7 +14,7 @@ source examples/setup_env.sh hf
 
 PRESET="${PRESET:-tiny-8e}"
 RUN="${RUN:-runs/quickstart}"
-STEPS="${STEPS:-1600}"
+STEPS="${STEPS:-1300}"
 NUM_IMAGES="${NUM_IMAGES:-2000}"
 CORPUS="${CORPUS:-corpora/sample-$NUM_IMAGES}"
 INDEXED="${INDEXED:-corpora/indexed-$NUM_IMAGES}"
@@ -38,7 +38,7 @@ torchrun --standalone --nproc-per-node "$PROCESSES" -m megatron_vlmoe pretrain \
     --data.eval_pairs "$INDEXED/pairs_val" \
     --data.text_tokenizer "$INDEXED/text.model" --data.image_tokenizer "$INDEXED/image_tokenizer" \
     --parallel.expert_model_parallel_size "$EXPERT_PARALLEL" \
-    --train.steps "$STEPS" --train.eval_interval 400 --train.seed 1 --save "$RUN"
+    --train.steps "$STEPS" --train.eval_interval 325 --train.seed 1 --save "$RUN"
 
 say "3/4 losses"
 python -m megatron_vlmoe plot-losses --run "$RUN" --output "$RUN/losses.png"
