@@ -15,7 +15,8 @@ SMALL = """
 --model.ffn_hidden_size 128 --model.num_vl_layers 1 --model.image_size 32 --model.patch_size 8
 --model.text_length 24 --model.pair_text_length 24 --moe.layers 2 3 --moe.num_vision_experts 8
 --moe.num_text_experts 4 --task.micro_batch_size 4 --task.global_batch_size 8 --task.eval_micro_batch_size 6
---model.layer_scale_init 1 --model.init_std 0.1 --task.eval_epochs 0 --task.report_examples 0
+--model.layer_scale_init 1 --model.init_std 0.1 --model.init_sincos_std 0 --model.init_qk_correlation 0
+--task.eval_epochs 0 --task.report_examples 0
 --contrastive.matching_weight 1 --data.pixel_std 0.5 0.5 0.5 --data.num_workers 0 --train.steps 2 --optim.lr 0.01
 """.split()
 SPLITS = {
