@@ -134,6 +134,8 @@ def _training_options(config: RunConfig) -> dict[str, Any]:
     # An empty list is the default rule, and compares as such with presets.
     moe["layers"] = content["moe"]["layers"]
     sections = {
+        # New positions of longer texts start as the others did.
+        "model": {n: content["model"][n] for n in ("init_sincos_std", "init_qk_correlation")},
         "moe": moe,
         "objectives": content["objectives"],
         "data": {name: content["data"][name] for name in ("pixel_mean", "pixel_std")},
