@@ -23,7 +23,12 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError
 from megatron_vlmoe.config.schema import RunConfig
-from megatron_vlmoe.model.initial_values import resize_image_positions, resize_text_positions
+from megatron_vlmoe.model.initial_values import (
+    IMAGE_POSITIONS,
+    TEXT_POSITIONS,
+    resize_image_positions,
+    resize_text_positions,
+)
 from megatron_vlmoe.runtime.distributed import barrier, is_rank_zero, union_over_ranks
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import (
@@ -55,8 +60,6 @@ START_OPTIONS = (
     *("checkpoint.require", "model.init_std", "model.init_sincos_std", "model.init_qk_correlation"),
     *("model.layer_scale_init", "task.architecture", "contrastive.temperature"),
 )
-IMAGE_POSITIONS = "embedding.image.position"
-TEXT_POSITIONS = "embedding.text.position"
 # Options in which the two models may differ: only positions and heads depend on them.
 FREE = (
     *("model.image_size", "model.text_length", "model.pair_text_length"),

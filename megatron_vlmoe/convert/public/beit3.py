@@ -28,6 +28,7 @@ from megatron_vlmoe.convert.public.planner import (
     run_config,
 )
 from megatron_vlmoe.convert.public.torch_files import PublicState
+from megatron_vlmoe.model.initial_values import TEXT_POSITIONS
 
 LAYERS = "beit3.encoder.layers."
 POSITIONS = "beit3.encoder.embed_positions"
@@ -124,7 +125,7 @@ def _take_embeddings(planner: Planner) -> None:
         planner.take_row("embedding.image.mask_token", "beit3.vision_embed.mask_token")
     planner.take_image_positions(f"{POSITIONS}.A.weight", FIRST_POSITION)
     text = f"{POSITIONS}.B.weight"
-    if planner.wants("embedding.text.position") and planner.has(text):
+    if planner.wants(TEXT_POSITIONS) and planner.has(text):
         planner.take_text_positions(text, FIRST_POSITION)
     words = "beit3.text_embed.weight"
     if planner.rows is not None and planner.has(words):
@@ -206,7 +207,7 @@ def _leave(planner: Planner) -> None:
         r"beit3\.encoder\.layers\.\d+\.(self_attn|self_attn_layer_norm)\..*",
         r"beit3\.encoder\.layer_norm\..*",
     )
-    if not planner.wants("embedding.text.position"):
+    if not planner.wants(TEXT_POSITIONS):
         planner.leave(
             "the new model has no text (--text-tokenizer)",
             r"beit3\.text_embed\..*|mlm_head\..*",

@@ -29,6 +29,8 @@ from megatron_vlmoe.convert.public.torch_files import PublicState, some
 from megatron_vlmoe.convert.public.vocabulary import RowMap
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.model.initial_values import (
+    IMAGE_POSITIONS,
+    TEXT_POSITIONS,
     full_initial_value,
     resize_image_positions,
     resize_text_positions,
@@ -249,7 +251,6 @@ class ImportReport:
 Make = Callable[[Sequence[Tensor]], Tensor]
 LINEAR = ("weight", "bias")
 NO_ABSOLUTE = "the source has no absolute positions"
-IMAGE_POSITION, TEXT_POSITION = "embedding.image.position", "embedding.text.position"
 
 
 class Planner:
@@ -384,7 +385,7 @@ class Planner:
     def take_image_positions(self, theirs: str, first: int = 0) -> None:
         """Positions ``[..., first + 1 + N, D]`` of [I_CLS] and patches, fitted to the image size; zero without."""
         if not self.has(theirs):
-            self.zero(IMAGE_POSITION, NO_ABSOLUTE)
+            self.zero(IMAGE_POSITIONS, NO_ABSOLUTE)
             return
         wanted = self.model.num_patches
         rows = self.source.shape(theirs)[-2] - first
@@ -393,22 +394,22 @@ class Planner:
             return resize_image_positions(tensors[0].flatten(0, -2)[first:], wanted)
 
         how = "" if rows == wanted + 1 else f"{rows} positions resized bicubically to {wanted + 1}"
-        self.take(IMAGE_POSITION, theirs, make=make, how=how)
+        self.take(IMAGE_POSITIONS, theirs, make=make, how=how)
 
     def take_text_positions(self, theirs: str, first: int = 0) -> None:
         """Positions ``[first + R, D]`` of text, cut off or continued with initial values."""
         count, width = self.source.shape(theirs, 2)
 
         def make(tensors: Sequence[Tensor]) -> Tensor:
-            return resize_text_positions(tensors[0][first:], self.initial(TEXT_POSITION))
+            return resize_text_positions(tensors[0][first:], self.initial(TEXT_POSITIONS))
 
-        planned = (self.shapes[TEXT_POSITION][0], width)
+        planned = (self.shapes[TEXT_POSITIONS][0], width)
         how = self.text_position_change(count - first)
-        self.take(TEXT_POSITION, theirs, make=make, how=how, planned=planned)
+        self.take(TEXT_POSITIONS, theirs, make=make, how=how, planned=planned)
 
     def text_position_change(self, rows: int) -> str:
         """What fitting a table of so many text positions does; empty if nothing."""
-        wanted = self.shapes[TEXT_POSITION][0]
+        wanted = self.shapes[TEXT_POSITIONS][0]
         if rows == wanted:
             return ""
         if rows > wanted:

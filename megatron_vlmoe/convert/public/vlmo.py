@@ -28,7 +28,6 @@ from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.convert.public.planner import (
     NO_ABSOLUTE,
-    TEXT_POSITION,
     ImportOptions,
     Planner,
     count_blocks,
@@ -37,7 +36,7 @@ from megatron_vlmoe.convert.public.planner import (
 )
 from megatron_vlmoe.convert.public.torch_files import EXPERTS, GATE, PublicState
 from megatron_vlmoe.convert.public.vocabulary import RowMap
-from megatron_vlmoe.model.initial_values import resize_text_positions
+from megatron_vlmoe.model.initial_values import TEXT_POSITIONS, resize_text_positions
 from megatron_vlmoe.stream.block_plan import block_plans
 
 # Of BERT's embedding; the blocks have another.
@@ -165,8 +164,8 @@ def plan(planner: Planner) -> str:
             planner.take_row("embedding.text.token_type", TOKEN_TYPE, row=0)
     if planner.rows is not None:
         _take_text(planner, planner.rows)
-    elif planner.wants(TEXT_POSITION) and not planner.has(ABSOLUTE):
-        planner.zero(TEXT_POSITION, NO_ABSOLUTE)
+    elif planner.wants(TEXT_POSITIONS) and not planner.has(ABSOLUTE):
+        planner.zero(TEXT_POSITIONS, NO_ABSOLUTE)
     for number in range(model.num_layers):
         _take_block(planner, number)
     planner.take_pair("decoder.final_layernorm", "transformer.norm")
@@ -258,7 +257,7 @@ def _take_text(planner: Planner, rows: RowMap) -> None:
     def make_positions(_: Sequence[Tensor]) -> Tensor:
         positions = tables().positions
         assert positions is not None
-        return resize_text_positions(positions, planner.initial(TEXT_POSITION))
+        return resize_text_positions(positions, planner.initial(TEXT_POSITIONS))
 
     count, width = source.shape(FOLDED[0], 2)
     rows.check(count, f"{source.path}: {FOLDED[0]}")
@@ -271,12 +270,12 @@ def _take_text(planner: Planner, rows: RowMap) -> None:
     planned = (planner.shapes[WORD][0], width)
     planner.take(WORD, *names, make=make_words, how=how, planned=planned)
     if not absolute:
-        planner.zero(TEXT_POSITION, NO_ABSOLUTE)
+        planner.zero(TEXT_POSITIONS, NO_ABSOLUTE)
         return
     if change := planner.text_position_change(source.shape(TEXT_TABLE, 2)[0]):
         how += f"; {change}"
-    planned = (planner.shapes[TEXT_POSITION][0], width)
-    planner.take(TEXT_POSITION, *names, make=make_positions, how=how, planned=planned)
+    planned = (planner.shapes[TEXT_POSITIONS][0], width)
+    planner.take(TEXT_POSITIONS, *names, make=make_positions, how=how, planned=planned)
     planner.measures.append(
         lambda: (
             f"text embedding: the sum of the two tables misses {tables().residual:.2%} of the original (rms)"
