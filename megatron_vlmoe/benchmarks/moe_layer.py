@@ -1,0 +1,434 @@
+"""One feed-forward layer of experts, forward and backward: ours beside a dense FFN and other implementations.
+
+All layers have the same weights and get the same tokens. These are made so that the router's weight decides how they spread:
+every contender routes by itself, and all of them carry out the same assignments. No auxiliary loss and no noise.
+
+Letters: T tokens, D width, F = 4 D inner width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import warnings
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_vlmoe.benchmarks.compare import (
+    Contender,
+    NotRun,
+    Row,
+    Work,
+    compare,
+    memory_needed,
+    now,
+    say,
+)
+from megatron_vlmoe.config.presets import preset
+from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.model.vlmoe import build_transformer_config
+from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
+from megatron_vlmoe.runtime.distributed import device
+from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
+from megatron_vlmoe.stream.layout import StreamLayout
+
+TEXT_LENGTH = 128
+DISPATCHERS = ("fixed_capacity", "alltoall", "dropless")
+# Logits of the chosen experts, best first; every other logit is 0.
+CHOSEN_LOGITS = (4.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Args:
+        tokens: T, a multiple of 128.
+        width: D.
+        experts: E.
+        topk: K, 1 or 2.
+        load: `balanced` gives every expert the same number of tokens, `skewed` from 1.75 to 0.25 times their mean, from
+            the first to the last. Nothing is dropped in either: fixed capacity has the slots that the fullest needs.
+    """
+
+    tokens: int
+    width: int
+    experts: int
+    topk: int
+    load: Literal["balanced", "skewed"]
+
+
+class Problem(NamedTuple):
+    """The weights and tokens that all contenders of a case share, and what must come out.
+
+    Args:
+        router: ``[E, D]``.
+        fc1: ``[E, F, D]``; fc2: ``[E, D, F]``. Biases are zero.
+        tokens: ``[T, D]``.
+        upstream: gradient of the outputs ``[T, D]``.
+        expert: chosen experts ``[T, K]``; gate: their softmax over all E.
+        capacity_factor: smallest that drops nothing.
+    """
+
+    case: Case
+    router: Tensor
+    fc1: Tensor
+    fc2: Tensor
+    tokens: Tensor
+    upstream: Tensor
+    expert: Tensor
+    gate: Tensor
+    capacity_factor: float
+
+
+def make_problem(case: Case, dtype: torch.dtype) -> Problem:
+    """Weights, tokens and their assignment, from a fixed seed, on the device."""
+    generator = torch.Generator().manual_seed(1)
+    width, inner, experts = case.width, 4 * case.width, case.experts
+    if experts > width:
+        raise ValueError(f"{experts} experts need a width of at least {experts}, got {width}")
+    router = torch.linalg.qr(torch.randn(width, experts, generator=generator)).Q.T.contiguous()
+    if case.load == "balanced":
+        share = torch.ones(experts)
+    else:
+        share = torch.linspace(1.75, 0.25, experts)
+    # Largest remainders, so that counts add up to T.
+    exact = share / share.sum() * case.tokens
+    counts = exact.floor().long()
+    order = (exact - counts).argsort(descending=True, stable=True)
+    counts[order[: case.tokens - int(counts.sum())]] += 1
+    first = torch.repeat_interleave(torch.arange(experts), counts)
+    first = first[torch.randperm(case.tokens, generator=generator)]
+    # The second choice is as unevenly spread as the first, only to other experts.
+    chosen = torch.stack([(first + choice) % experts for choice in range(case.topk)], dim=1)
+    tokens = torch.randn(case.tokens, width, generator=generator)
+    tokens -= tokens @ router.T @ router
+    logits = torch.zeros(case.tokens, experts)
+    logits.scatter_(1, chosen, torch.tensor(CHOSEN_LOGITS[: case.topk]).expand_as(chosen))
+    tokens += logits @ router
+    load = torch.bincount(chosen.flatten(), minlength=experts)
+    place = {"device": device(), "dtype": dtype}
+    return Problem(
+        case=case,
+        router=router.to(device()),
+        fc1=(torch.randn(experts, inner, width, generator=generator) * width**-0.5).to(**place),
+        fc2=(torch.randn(experts, width, inner, generator=generator) * inner**-0.5).to(**place),
+        tokens=tokens.to(**place),
+        upstream=torch.randn(case.tokens, width, generator=generator).to(**place),
+        expert=chosen.to(device()),
+        gate=torch.softmax(logits, dim=1).gather(1, chosen).to(device()),
+        capacity_factor=float(load.max()) * experts / (case.tokens * case.topk),
+    )
+
+
+class Layer(NamedTuple):
+    """A built contender: the layer as a function ``[T, D]`` to ``[T, D]``, and the parameters that get gradients."""
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: Sequence[nn.Parameter]
+
+
+Builder = Callable[[Problem], Layer]
+
+
+def dense(problem: Problem) -> Layer:
+    """The FFN of which a token's share of compute is the same with K = 1: the first expert for all tokens."""
+    inner, width = problem.fc1.shape[1:]
+    place = {"device": problem.fc1.device, "dtype": problem.fc1.dtype}
+    layer = nn.Sequential(
+        nn.Linear(width, inner, **place), nn.GELU(), nn.Linear(inner, width, **place)
+    )
+    return Layer(layer, list(layer.parameters()))
+
+
+def ours(dispatcher: str, problem: Problem) -> Layer:
+    """The MoE layer of a T-MoE block."""
+    case, (inner, width) = problem.case, problem.fc1.shape[1:]
+    moe = MoEConfig(
+        num_text_experts=case.experts,
+        topk=case.topk,
+        dispatcher=dispatcher,  # type: ignore[arg-type]
+        # Half a slot above what is needed, so that rounding cannot take one away.
+        capacity_factor=problem.capacity_factor + 0.5 * case.experts / (case.tokens * case.topk),
+        noise_std=0.0,
+        text_aux=replace(MoEConfig().text_aux, load=0.0),
+        vision_aux=replace(MoEConfig().vision_aux, importance=0.0, load=0.0),
+    )
+    base: RunConfig = preset("tiny-8e")
+    model = replace(
+        base.model, hidden_size=width, num_attention_heads=width // 64, ffn_hidden_size=inner
+    )
+    config = build_transformer_config(
+        replace(base, model=model, moe=moe), "fp32" if problem.fc1.dtype == torch.float32 else "bf16"
+    )
+    plan = BlockPlan(1, (Branch("text", ("texts",), case.experts),))
+    layer = ModalityMoELayer(config, moe_submodules(plan, moe), plan, moe).to(device())
+    pool = layer.experts.pool("text")
+    with torch.no_grad():
+        layer.router.get_submodule("text").weight.copy_(problem.router)
+        pool.weight1.copy_(problem.fc1)
+        pool.weight2.copy_(problem.fc2)
+        pool.bias1.zero_()
+        pool.bias2.zero_()
+    layout = StreamLayout(case.tokens // TEXT_LENGTH, 0, 0, TEXT_LENGTH, 1, 1)
+    stream = StreamBatch(layout)
+
+    def forward(tokens: Tensor) -> Tensor:
+        layer.router.recorder.take()
+        return layer([tokens.unsqueeze(1)], stream)[0].squeeze(1)
+
+    return Layer(forward, list(layer.parameters()))
+
+
+def megatron(dispatcher: str, grouped: bool, problem: Problem) -> Layer:
+    """megatron-core's own MoE layer: SequentialMLP, or TEGroupedMLP."""
+    case, (inner, width) = problem.case, problem.fc1.shape[1:]
+    if grouped and not importlib.util.find_spec("transformer_engine"):
+        raise NotRun("needs transformer-engine")
+    if grouped and not torch.cuda.is_available():
+        raise NotRun("needs a GPU")
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=width,
+        num_attention_heads=width // 64,
+        ffn_hidden_size=inner,
+        num_moe_experts=case.experts,
+        moe_ffn_hidden_size=inner,
+        moe_router_topk=case.topk,
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type=dispatcher,
+        moe_grouped_gemm=grouped,
+        add_bias_linear=False,
+        activation_func=F.gelu,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        params_dtype=problem.fc1.dtype,
+        bf16=problem.fc1.dtype == torch.bfloat16,
+    )
+    # Its router asks for this name, which 0.16.1 only defines where transformer-engine is installed.
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    spec: Any = get_moe_module_spec(
+        use_te=grouped, num_experts=case.experts, moe_grouped_gemm=grouped
+    )
+    layer: Any = MoELayer(config, spec.submodules, layer_number=1).to(device())
+    with torch.no_grad():
+        layer.router.weight.copy_(problem.router)
+        for number in range(case.experts):
+            if grouped:
+                getattr(layer.experts.linear_fc1, f"weight{number}").copy_(problem.fc1[number])
+                getattr(layer.experts.linear_fc2, f"weight{number}").copy_(problem.fc2[number])
+            else:
+                expert = layer.experts.local_experts[number]
+                expert.linear_fc1.weight.copy_(problem.fc1[number])
+                expert.linear_fc2.weight.copy_(problem.fc2[number])
+
+    def forward(tokens: Tensor) -> Tensor:
+        output, _ = layer(tokens.unsqueeze(1))
+        return output.squeeze(1)
+
+    return Layer(forward, list(layer.parameters()))
+
+
+def transformers_experts(implementation: str, problem: Problem) -> Layer:
+    """The experts of transformers 5 behind a linear router."""
+    case, (inner, width) = problem.case, problem.fc1.shape[1:]
+    if not importlib.util.find_spec("transformers.integrations.moe"):
+        raise NotRun("needs transformers 5")
+    from transformers.integrations.moe import use_experts_implementation
+
+    if implementation == "batched_mm":
+        # It copies both weights of its expert for every choice, and autograd makes gradients as large.
+        size = problem.fc1.element_size()
+        memory_needed(4.0 * case.tokens * case.topk * inner * width * size / 1e9)
+
+    @use_experts_implementation(has_gate=False, has_bias=True)
+    class Experts(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts = case.experts
+            self.up_proj = nn.Parameter(problem.fc1.clone())
+            self.up_proj_bias = nn.Parameter(problem.fc1.new_zeros(case.experts, inner))
+            self.down_proj = nn.Parameter(problem.fc2.clone())
+            self.down_proj_bias = nn.Parameter(problem.fc1.new_zeros(case.experts, width))
+            self.act_fn = nn.GELU()
+
+        def forward(self, tokens: Tensor, expert: Tensor, gate: Tensor) -> Tensor:
+            """The loop over experts that transformers' own models have as "eager"."""
+            result = torch.zeros_like(tokens)
+            for number in range(self.num_experts):
+                choice, token = torch.where((expert == number).T)
+                hidden = F.linear(tokens[token], self.up_proj[number], self.up_proj_bias[number])
+                hidden = F.linear(
+                    self.act_fn(hidden), self.down_proj[number], self.down_proj_bias[number]
+                )
+                result.index_add_(0, token, hidden * gate[token, choice, None].to(hidden.dtype))
+            return result
+
+    class Options:
+        _experts_implementation = implementation
+
+    experts = Experts(Options())
+    router = nn.Linear(width, case.experts, bias=False, device=device())
+    with torch.no_grad():
+        router.weight.copy_(problem.router)
+
+    def forward(tokens: Tensor) -> Tensor:
+        gates = torch.softmax(router(tokens.float()), dim=1)
+        gate, expert = torch.topk(gates, case.topk, dim=1)
+        return experts(tokens, expert, gate)
+
+    return Layer(forward, [*router.parameters(), *experts.parameters()])
+
+
+def deepspeed(problem: Problem) -> Layer:
+    """DeepSpeed's MoE layer; its gate divides two gates by their sum."""
+    case, (inner, width) = problem.case, problem.fc1.shape[1:]
+    if not importlib.util.find_spec("deepspeed"):
+        raise NotRun("needs deepspeed")
+    size = problem.fc1.element_size()
+    slots = case.tokens * case.topk * problem.capacity_factor
+    # Masks and combine weights [T, E, C] with their gradients; C is slots / E.
+    memory_needed(5.0 * case.tokens * slots * size / 1e9)
+    with contextlib.redirect_stdout(None):
+        logging.disable(logging.INFO)
+        from deepspeed.moe.layer import MoE
+
+        expert = nn.Sequential(
+            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)
+        )
+        layer = MoE(
+            width,
+            expert,
+            num_experts=case.experts,
+            k=case.topk,
+            capacity_factor=problem.capacity_factor,
+            min_capacity=1,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        ).to(device(), problem.fc1.dtype)
+        layer.set_deepspeed_parallelism()
+        logging.disable(logging.NOTSET)
+    with torch.no_grad():
+        layer.deepspeed_moe.gate.wg.float().weight.copy_(problem.router)
+        for number, own in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
+            own[0].weight.copy_(problem.fc1[number])
+            own[2].weight.copy_(problem.fc2[number])
+            own[0].bias.zero_()
+            own[2].bias.zero_()
+
+    def forward(tokens: Tensor) -> Tensor:
+        return layer(tokens)[0]
+
+    return Layer(forward, list(layer.parameters()))
+
+
+def builders() -> dict[str, Builder]:
+    """Every contender by name; the first is the reference."""
+    return {
+        "dense": dense,
+        **{f"ours_{name}": functools.partial(ours, name) for name in DISPATCHERS},
+        "megatron_sequential": functools.partial(megatron, "alltoall", False),
+        "megatron_sequential_allgather": functools.partial(megatron, "allgather", False),
+        "megatron_te_grouped": functools.partial(megatron, "alltoall", True),
+        **{
+            f"transformers_{name}": functools.partial(transformers_experts, name)
+            for name in ("eager", "grouped_mm", "batched_mm")
+        },
+        "deepspeed": deepspeed,
+    }
+
+
+def check(problem: Problem, name: str, layer: Layer) -> None:
+    """Raises RuntimeError unless outputs and the gradient of the tokens are those of a plain loop over experts."""
+    tokens = problem.tokens.detach().requires_grad_()
+    output = layer.forward(tokens)
+    (found,) = torch.autograd.grad(output, tokens, problem.upstream)
+    gate = problem.gate
+    if name == "deepspeed" and problem.case.topk > 1:
+        gate = gate / gate.sum(dim=1, keepdim=True)
+    expected = torch.zeros_like(tokens)
+    through = torch.zeros_like(tokens)
+    dot = torch.zeros_like(gate)
+    with torch.no_grad():
+        for number in range(problem.case.experts):
+            token, choice = torch.where(problem.expert == number)
+            own = gate[token, choice, None].to(tokens.dtype)
+            inner = tokens[token] @ problem.fc1[number].T
+            result = F.gelu(inner) @ problem.fc2[number].T
+            expected.index_add_(0, token, own * result)
+            dot[token, choice] = (result * problem.upstream[token]).sum(dim=1).to(dot.dtype)
+            grad = (own * problem.upstream[token]) @ problem.fc2[number]
+            grad = torch.ops.aten.gelu_backward(grad, inner)
+            through.index_add_(0, token, grad @ problem.fc1[number])
+    # The part of the gradient that goes through the gates.
+    logits = (tokens.detach().float() @ problem.router.T).requires_grad_()
+    gates = torch.softmax(logits, dim=1).gather(1, problem.expert)
+    if name == "deepspeed" and problem.case.topk > 1:
+        gates = gates / gates.sum(dim=1, keepdim=True)
+    (of_logits,) = torch.autograd.grad(gates, logits, dot)
+    through += (of_logits @ problem.router).to(through.dtype)
+    tolerance = 1e-4 if tokens.dtype == torch.float32 else 3e-2
+    for what, own, wanted in (("output", output, expected), ("gradient", found, through)):
+        error = float((own - wanted).abs().max() / wanted.abs().max())
+        if not error < tolerance:
+            raise RuntimeError(f"the {what} of {name} is off by {error:.1e} in {problem.case}")
+
+
+def contender(name: str, build: Builder, problem: Problem, phases: bool = True) -> Contender:
+    """A contender whose repetition is one forward and one backward pass."""
+
+    def ready() -> Work:
+        # Weights, their gradients, and three wide activations with gradients.
+        size = problem.fc1.element_size()
+        weights = 2 * problem.fc1.numel() * (1 if name == "dense" else 2) * size
+        memory_needed((weights + 8 * problem.tokens.numel() * 4 * size * problem.case.topk) / 1e9)
+        layer = build(problem)
+        tokens = problem.tokens.detach().requires_grad_()
+
+        def work() -> dict[str, float]:
+            tokens.grad = None
+            for parameter in layer.parameters:
+                parameter.grad = None
+            start = now()
+            output = layer.forward(tokens)
+            middle = now()
+            output.backward(problem.upstream)
+            return {"forward": middle - start, "backward": now() - middle}
+
+        return work
+
+    return Contender(name, ready)
+
+
+def run(cases: Sequence[Case], names: Sequence[str], rounds: int, dtype: torch.dtype) -> Iterator[list[Row]]:
+    """Measures the contenders case by case, after a check that each computes what it should."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    known = builders()
+    for case in cases:
+        problem = make_problem(case, dtype)
+        say(f"{case}")
+        failed: list[Row] = []
+        ready = []
+        for name in names:
+            try:
+                if name != "dense":
+                    check(problem, name, known[name](problem))
+                ready.append(contender(name, known[name], problem))
+            except NotRun as reason:
+                failed.append(Row(asdict(case), name, note=f"not run: {reason}"))
+        yield compare(asdict(case), ready, reference="dense", rounds=rounds) + failed
