@@ -12,12 +12,14 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import io
 import logging
 import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe import moe_utils
@@ -309,9 +311,11 @@ def deepspeed(problem: Problem) -> Layer:
     slots = case.tokens * case.topk * problem.capacity_factor
     # Masks and combine weights [T, E, C] with their gradients; C is slots / E.
     memory_needed(5.0 * case.tokens * slots * size / 1e9)
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         logging.disable(logging.INFO)
         moe = importlib.import_module("deepspeed.moe.layer")
+        comm = importlib.import_module("deepspeed.comm")
+        comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
         expert = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
         layer = moe.MoE(

@@ -140,16 +140,18 @@ def one_by_one(
         rows: ``[E, R, D]``, of which the first ``counts[e]`` are in use (None: all), or ``[N, D]`` sorted by expert.
         counts: ``[E]``, on the CPU.
     """
-    experts, length = len(weight1), rows.shape[1]
+    # Rows in use and rows that are not, in turn.
     if rows.dim() == 2:
         assert counts is not None
-        stops = counts.cumsum(0).tolist()
-        parts = list(zip([0, *stops], stops))
+        used = counts.tolist()
+        sizes = [size for count in used for size in (count, 0)]
+        sizes[-1] = len(rows) - sum(used)
     else:
-        used = [length] * experts if counts is None else counts.tolist()
-        parts = [(e * length, e * length + used[e]) for e in range(experts)]
+        length = rows.shape[1]
+        used = [length] * len(rows) if counts is None else counts.tolist()
+        sizes = [size for count in used for size in (count, length - count)]
     flat = rows.reshape(-1, rows.shape[-1])
-    output: Tensor = _OneByOne.apply(flat, parts, weight1, bias1, weight2, bias2)
+    output: Tensor = _OneByOne.apply(flat, sizes, weight1, bias1, weight2, bias2)
     return output.view(rows.shape)
 
 
@@ -161,80 +163,72 @@ class _OneByOne(torch.autograd.Function):
     added to megatron-core's gradient buffer (`main_grad`) by the matmul that computes them: with many experts,
     allocating them, storing them and adding them up costs more than the arithmetic.
 
-    Args of `apply`: rows ``[N, D]``, first row and end of every expert, and the parameters of `ExpertPool`. Rows of no
-    expert come out as 0.
+    Args of `apply`: rows ``[N, D]``; for every expert the number of its rows and of those behind them that are of none,
+    which come out as 0; the parameters of `ExpertPool`.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         rows: Tensor,
-        parts: Sequence[tuple[int, int]],
+        sizes: list[int],
         weight1: Tensor,
         bias1: Tensor,
         weight2: Tensor,
         bias2: Tensor,
     ) -> Tensor:
-        inner = weight1.shape[1]
-        before = rows.new_empty(len(rows), inner)
+        before = rows.new_empty(len(rows), weight1.shape[1])
         activated = torch.empty_like(before)
         outputs = torch.empty_like(rows)
-        end = 0
-        for expert, (start, stop) in enumerate(parts):
-            outputs[end:start].zero_()
-            end = stop
-            if start == stop:
-                continue
-            own = slice(start, stop)
-            torch.addmm(bias1[expert], rows[own], weight1[expert].t(), out=before[own])
-            torch.ops.aten.gelu.out(before[own], out=activated[own])
-            torch.addmm(bias2[expert], activated[own], weight2[expert].t(), out=outputs[own])
-        outputs[end:].zero_()
+        # Views of all experts by one call each: with small experts, making views takes longer than the arithmetic.
+        x, inner, y = (value.split(sizes) for value in (rows, before, activated))
+        result = outputs.split(sizes)
+        first, second = (weight.transpose(1, 2).unbind() for weight in (weight1, weight2))
+        bias = list(zip(bias1.unbind(), bias2.unbind()))
+        for expert in range(len(first)):
+            own = 2 * expert
+            if sizes[own]:
+                torch.addmm(bias[expert][0], x[own], first[expert], out=inner[own])
+                torch.ops.aten.gelu.out(inner[own], out=y[own])
+                torch.addmm(bias[expert][1], y[own], second[expert], out=result[own])
+            if sizes[own + 1]:
+                result[own + 1].zero_()
         ctx.save_for_backward(rows, before, activated, weight1, weight2)
-        ctx.parts = parts
+        ctx.sizes = sizes
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:  # type: ignore[override]
         rows, before, activated, weight1, weight2 = ctx.saved_tensors
-        needs_rows, _, *needs = ctx.needs_input_grad
-        trained = [
-            _GradientStore(weight) if needed else None
-            for weight, needed in ((weight1, needs[0]), (weight2, needs[2]))
-        ]
-        of_weight1, of_weight2 = trained
-        of_bias1 = grad.new_zeros(weight1.shape[:2]) if needs[1] else None
-        of_bias2 = grad.new_zeros(weight2.shape[:2]) if needs[3] else None
-        of_rows = torch.empty_like(rows) if needs_rows else None
-        longest = max(stop - start for start, stop in ctx.parts)
-        scratch = grad.new_empty(longest, weight1.shape[1])
-        end = 0
-        for expert, (start, stop) in enumerate(ctx.parts):
-            own = slice(start, stop)
-            if of_rows is not None:
-                of_rows[end:start].zero_()
-            end = stop
-            if of_weight2 is not None:
-                of_weight2.add_product(expert, grad[own], activated[own])
-            if start == stop:
-                if of_weight1 is not None:
-                    of_weight1.add_product(expert, scratch[:0], rows[own])
-                continue
-            if of_bias2 is not None:
-                torch.sum(grad[own], dim=0, out=of_bias2[expert])
-            inner = torch.mm(grad[own], weight2[expert], out=scratch[: stop - start])
-            torch.ops.aten.gelu_backward.grad_input(inner, before[own], grad_input=inner)
-            if of_weight1 is not None:
-                of_weight1.add_product(expert, inner, rows[own])
-            if of_bias1 is not None:
-                torch.sum(inner, dim=0, out=of_bias1[expert])
-            if of_rows is not None:
-                torch.mm(inner, weight1[expert], out=of_rows[own])
-        if of_rows is not None:
-            of_rows[end:].zero_()
-        weights = [None if own is None else own.gradient for own in trained]
-        return of_rows, None, weights[0], of_bias1, weights[1], of_bias2
+        sizes, needs = ctx.sizes, ctx.needs_input_grad
+        of_rows = torch.empty_like(rows) if needs[0] else None
+        store1 = _GradientStore(weight1) if needs[2] else None
+        store2 = _GradientStore(weight2) if needs[4] else None
+        of_bias1 = grad.new_zeros(weight1.shape[:2]) if needs[3] else None
+        of_bias2 = grad.new_zeros(weight2.shape[:2]) if needs[5] else None
+        scratch = before.new_empty(max(sizes[::2]), weight1.shape[1])
+        x, inner, y, upstream = (v.split(sizes) for v in (rows, before, activated, grad))
+        through = None if of_rows is None else of_rows.split(sizes)
+        first, second = weight1.unbind(), weight2.unbind()
+        for expert in range(len(first)):
+            own = 2 * expert
+            if through is not None and sizes[own + 1]:
+                through[own + 1].zero_()
+            if store2 is not None:
+                store2.add_product(expert, upstream[own], y[own])
+            of_inner = scratch[: sizes[own]]
+            torch.mm(upstream[own], second[expert], out=of_inner)
+            torch.ops.aten.gelu_backward.grad_input(of_inner, inner[own], grad_input=of_inner)
+            if store1 is not None:
+                store1.add_product(expert, of_inner, x[own])
+            if of_bias1 is not None and of_bias2 is not None:
+                torch.sum(of_inner, dim=0, out=of_bias1[expert])
+                torch.sum(upstream[own], dim=0, out=of_bias2[expert])
+            if through is not None:
+                torch.mm(of_inner, first[expert], out=through[own])
+        gradients = [None if own is None else own.gradient for own in (store1, store2)]
+        return of_rows, None, gradients[0], of_bias1, gradients[1], of_bias2
 
 
 class _GradientStore:
@@ -249,17 +243,18 @@ class _GradientStore:
         self.gradient = torch.empty_like(weight)
         buffer = getattr(weight, "main_grad", None)
         self.in_place = buffer is not None and buffer.dtype == weight.dtype
-        self.target = buffer if self.in_place else self.gradient
+        target = buffer if self.in_place else self.gradient
+        assert target is not None
+        self.targets = target.unbind()
         if self.in_place:
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
 
     def add_product(self, expert: int, left: Tensor, right: Tensor) -> None:
         """Adds ``left.T @ right`` to an expert's gradient, for left ``[R, M]``, right ``[R, K]``."""
-        assert self.target is not None
         if self.in_place:
-            self.target[expert].addmm_(left.t(), right)
+            self.targets[expert].addmm_(left.t(), right)
         else:
-            torch.mm(left.t(), right, out=self.target[expert])
+            torch.mm(left.t(), right, out=self.targets[expert])
 
 
 class _BatchedLinear(torch.autograd.Function):
