@@ -15,6 +15,7 @@ import sys
 from typing import Any, Callable
 
 import torch
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.utils._device import _device_constructors
@@ -90,6 +91,19 @@ def _with_cuda_spelling(plain_type: Callable[..., Any]) -> Callable[..., Any]:
     return tensor_type
 
 
+def _without_group_of_one(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A gather or scatter of DDP that does nothing in a group of one rank, where gloo copies whole buffers."""
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        if group is not None and group.size() == 1 and output.data_ptr() == source.data_ptr():
+            return None
+        return collective(output, source, *args, **kwargs)
+
+    return call
+
+
 def install_cpu_runtime() -> bool:
     """Installs the CPU runtime in this process, once.
 
@@ -139,4 +153,7 @@ def install_cpu_runtime() -> bool:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        collective = getattr(param_and_grad_buffer, name)
+        _replace(param_and_grad_buffer, name, _without_group_of_one(collective))
     return True
