@@ -252,7 +252,9 @@ class _GradientStore:
     def add_product(self, expert: int, left: Tensor, right: Tensor) -> None:
         """Adds ``left.T @ right`` to an expert's gradient, for left ``[R, M]``, right ``[R, K]``."""
         if self.in_place:
-            self.targets[expert].addmm_(left.t(), right)
+            # Not `addmm_`, which torch's counter of FLOPs does not know.
+            target = self.targets[expert]
+            torch.addmm(target, left.t(), right, out=target)
         else:
             torch.mm(left.t(), right, out=self.targets[expert])
 

@@ -93,11 +93,20 @@ def test_collectives_are_those_that_ran(name: str, measured: Any) -> None:
         assert sum(sizes.values()) > 10_000
 
 
-@pytest.mark.parametrize("name", ["PP 2", "recompute"])
-def test_flops_of_a_step_are_those_that_torch_counts(name: str, workers: Workers) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("PP 2, EP 2", ""),
+        # Where a CPU has all experts of a pool, it computes only the slots that are filled; here all are.
+        ("recompute", "--moe.dispatcher dropless --moe.route_padding true"),
+    ],
+)
+def test_flops_of_a_step_are_those_that_torch_counts(
+    name: str, more: str, workers: Workers
+) -> None:
     """With plain attention, which torch's counter knows; the first stage has no gradient of pixels."""
     where, options = RUNS[name]
-    arguments = (*SMALL, *options.split(), "--model.attention_backend", "math")
+    arguments = (*SMALL, *options.split(), *more.split(), "--model.attention_backend", "math")
     config = planned_config(where, arguments)
     count = num_micro_batches(config, data_parallel_size(config.parallel, where.world))
     for rank in workers.run(where, measure, where, arguments):
