@@ -1,4 +1,4 @@
-"""Measure training steps of presets against each other: the same as `vlmoe bench`."""
+"""Measure training steps of presets against each other: the same as `vlmoe bench step`."""
 
 import sys
 from pathlib import Path

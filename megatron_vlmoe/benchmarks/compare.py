@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,10 @@ import torch
 from megatron_vlmoe.runtime.files import write_text_atomic
 
 Work = Callable[[], Mapping[str, float]]
-"""One repetition: does the work and returns the seconds of its phases, of which the sum is the time that is compared."""
+"""One repetition: does the work and returns the seconds of its phases, whose sum is the time that is compared."""
+
+Build = Callable[[], AbstractContextManager[Work]]
+"""Makes work ready for a turn."""
 
 
 class NotRun(Exception):
@@ -36,11 +40,12 @@ class Contender:
 
     Args:
         name: what tables call it.
-        build: makes the work ready; what it allocates is given up after the contender's turn. Raises `NotRun`.
+        build: makes the work ready for a turn, after which the context ends and its memory is given back. Raises
+            `NotRun`.
     """
 
     name: str
-    build: Callable[[], Work]
+    build: Build
 
 
 @dataclass
@@ -93,8 +98,7 @@ class Row:
             "peak_mb": None if peak is None else round(peak, 1),
             "per_second": self.per_second(),
             "phases_ms": {
-                name: round(statistics.median(values), 4)
-                for name, values in self.phases_ms.items()
+                name: round(statistics.median(values), 4) for name, values in self.phases_ms.items()
             },
             "rounds_ms": [round(value, 4) for value in self.rounds_ms],
             "note": self.note,
@@ -108,20 +112,22 @@ def compare(
     reference: str,
     rounds: int,
     turn_seconds: float = 0.5,
+    repetitions: int = 1,
     warmup: int = 1,
     items: int = 0,
 ) -> list[Row]:
     """Gives every contender its turn in every round.
 
-    A contender is built for its turn and given up after it, so that memory holds one at a time. The order moves on by one
-    from round to round, so that nobody always follows the same neighbour.
+    A contender is built for its turn and given up after it, so that memory holds one at a time. The order moves on by
+    one from round to round, so that nobody always follows the same neighbour.
 
     Args:
         case: what the work is; goes into the rows.
         reference: contender that ratios refer to.
         rounds: turns of each.
-        turn_seconds: repetitions of a turn go on for so long, at least one.
-        warmup: repetitions before them.
+        turn_seconds: a turn's repetitions go on for at least so long.
+        repetitions: and are at least so many.
+        warmup: repetitions before them, which are not counted.
         items: of a repetition, as in `Row`.
     """
     rows = {own.name: Row(case, own.name, items=items) for own in contenders}
@@ -132,7 +138,7 @@ def compare(
             if row.note:
                 continue
             try:
-                _take_turn(own, row, turn_seconds, warmup)
+                _take_turn(own, row, turn_seconds, repetitions, warmup)
             except NotRun as reason:
                 row.note = f"not run: {reason}"
             give_memory_back()
@@ -145,21 +151,23 @@ def compare(
     return list(rows.values())
 
 
-def _take_turn(own: Contender, row: Row, turn_seconds: float, warmup: int) -> None:
-    work = own.build()
-    for _ in range(warmup):
-        work()
-    taken: list[Mapping[str, float]] = []
-    start = time.perf_counter()
-    while not taken or time.perf_counter() - start < turn_seconds:
-        taken.append(work())
-    row.rounds_ms.append(1e3 * statistics.median(sum(phases.values()) for phases in taken))
-    for name in taken[0]:
-        value = 1e3 * statistics.median(phases[name] for phases in taken)
-        row.phases_ms.setdefault(name, []).append(value)
-    if row.peak_mb is None:
-        rise = memory_rise(lambda: work())
-        row.peak_mb = rise / 1e6 if rise else None
+def _take_turn(
+    own: Contender, row: Row, turn_seconds: float, repetitions: int, warmup: int
+) -> None:
+    with own.build() as work:
+        for _ in range(warmup):
+            work()
+        taken: list[Mapping[str, float]] = []
+        start = time.perf_counter()
+        while len(taken) < repetitions or time.perf_counter() - start < turn_seconds:
+            taken.append(work())
+        row.rounds_ms.append(1e3 * statistics.median(sum(phases.values()) for phases in taken))
+        for name in taken[0]:
+            value = 1e3 * statistics.median(phases[name] for phases in taken)
+            row.phases_ms.setdefault(name, []).append(value)
+        if row.peak_mb is None:
+            rise = memory_rise(work)
+            row.peak_mb = rise / 1e6 if rise else None
 
 
 def now() -> float:
@@ -290,6 +298,8 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
         if not row.rounds_ms:
             yield "| " + " | ".join([*cells, row.note, *[""] * (numbers - 1)]) + " |"
             continue
+        if row.note:
+            cells[-1] += f" ({row.note})"
         times = [own["median_ms"], own["min_ms"], own["max_ms"]]
         times += [own["phases_ms"].get(name) for name in phases]
         cells += ["" if value is None else f"{value:.4g}" for value in times]

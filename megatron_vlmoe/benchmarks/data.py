@@ -1,5 +1,4 @@
-"""The loader beside a bare Pillow loop that makes the same pixels, and what a worker's memory costs with the size of the
-dataset.
+"""The loader beside a bare Pillow loop that makes the same pixels, and a worker's memory by the size of the dataset.
 
 Letters: n images of a micro-batch, S pixels along a side.
 """
@@ -8,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Literal, NamedTuple, cast
+from typing import Any, Callable, Iterator, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from megatron_vlmoe.benchmarks.compare import (
     CLOCKS,
+    Build,
     Contender,
     NotRun,
     Row,
@@ -48,7 +49,6 @@ from megatron_vlmoe.data.order import (
 from megatron_vlmoe.data.samples import ImagePart, ImageViews, PackedTexts, PixelPart
 from megatron_vlmoe.data.sources import Source, Sources
 from megatron_vlmoe.data.tables import SharedTables
-from megatron_vlmoe.stream.batch import Batch
 
 _ENHANCERS: dict[str, Any] = {
     "brightness": ImageEnhance.Brightness,
@@ -69,8 +69,8 @@ class Options:
         height: of each, in pixels.
         size: S.
         batch: n.
-        color_jitter: strengths, one case each.
-        documents: sizes of the generated text datasets, one case each.
+        color_jitter: strengths, one case each; none leaves out the speed.
+        documents: sizes of the generated text datasets, one case each; none leaves out the memory.
         workers: loader processes where memory is measured.
         texts: packed texts of a micro-batch there.
         micro_batches: how many each worker makes there.
@@ -97,7 +97,8 @@ class Options:
 def run(options: Options) -> Iterator[list[Row]]:
     """Measures the speed of the loader, jitter by jitter, then the memory of its workers, size by size."""
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder) / "images", options)
+        if options.color_jitter:
+            write_images(Path(folder) / "images", options)
         for jitter in options.color_jitter:
             yield compare_speed(Path(folder) / "images", jitter, options)
     for documents in options.documents:
@@ -126,10 +127,11 @@ def write_images(prefix: Path, options: Options) -> None:
 def images_dataset(prefix: Path, jitter: float, options: Options) -> MicroBatches:
     """Micro-batches of images as a first pipeline stage has them: masks and pixels, no codes."""
     config: RunConfig = preset("small-dense")
+    model = replace(config.model, image_size=options.size)
     config = replace(
         config,
-        model=replace(config.model, image_size=options.size),
-        objectives=replace(config.objectives, num_masked_patches=config.model.num_patches * 2 // 5),
+        model=model,
+        objectives=replace(config.objectives, num_masked_patches=model.num_patches * 2 // 5),
         data=replace(
             config.data,
             micro_texts=0,
@@ -201,8 +203,8 @@ def compare_speed(prefix: Path, jitter: float, options: Options) -> list[Row]:
     """Milliseconds of a micro-batch.
 
     The bare loop is told crops, flips and factors, and has the files in memory. Ours draws them, draws masks, and reads
-    the files through the index. The contenders ``..._worker`` are the same behind a loader with one worker, and take the
-    wall clock.
+    the files through the index. The contenders ``..._worker`` are the same behind a loader with one worker, and need
+    the wall clock.
 
     Raises:
         RuntimeError: pixels differ.
@@ -217,33 +219,25 @@ def compare_speed(prefix: Path, jitter: float, options: Options) -> list[Row]:
             raise RuntimeError(f"the pixels of micro-batch {number} differ in {case}")
     clock = CLOCKS[options.clock]
 
-    def in_process(make: Any) -> Any:
-        def build() -> Work:
-            number = 0
+    def timed(make: Callable[[], object]) -> Work:
+        def work() -> dict[str, float]:
+            start = clock()
+            make()
+            return {"micro_batch": clock() - start}
 
-            def work() -> dict[str, float]:
-                nonlocal number
-                start = clock()
-                make(number % len(batches))
-                number += 1
-                return {"micro_batch": clock() - start}
+        return work
 
-            return work
+    def in_process(make: Callable[[int], object]) -> Build:
+        numbers = itertools.cycle(range(len(batches)))
+        return lambda: contextlib.nullcontext(timed(lambda: make(next(numbers))))
 
-        return build
-
-    def behind_worker(source: Dataset[Any]) -> Any:
-        def build() -> Work:
+    def behind_worker(source: Dataset[Any]) -> Build:
+        @contextlib.contextmanager
+        def build() -> Iterator[Work]:
             if options.clock == "cpu":
                 raise NotRun("needs the wall clock")
             stream = iter(Loader(source, range(1 << 40), workers=1))
-
-            def work() -> dict[str, float]:
-                start = clock()
-                next(stream)
-                return {"micro_batch": clock() - start}
-
-            return work
+            yield timed(lambda: next(stream))
 
         return build
 

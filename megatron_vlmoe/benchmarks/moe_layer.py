@@ -1,7 +1,7 @@
 """One feed-forward layer of experts, forward and backward: ours beside a dense FFN and other implementations.
 
-All layers have the same weights and get the same tokens. These are made so that the router's weight decides how they spread:
-every contender routes by itself, and all of them carry out the same assignments. No auxiliary loss and no noise.
+All layers have the same weights and get the same tokens. These are made so that the router's weight decides how they
+spread: every contender routes by itself, and all carry out the same assignments. No auxiliary loss and no noise.
 
 Letters: T tokens, D width, F = 4 D inner width, E experts, K experts per token.
 """
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
+import io
 import logging
 import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe import moe_utils
@@ -35,10 +38,10 @@ from megatron_vlmoe.benchmarks.compare import (
     say,
 )
 from megatron_vlmoe.config.presets import preset
-from megatron_vlmoe.config.schema import MoEConfig, RunConfig
-from megatron_vlmoe.model.vlmoe import build_transformer_config
+from megatron_vlmoe.config.schema import MoEConfig, ParallelConfig, RunConfig
+from megatron_vlmoe.model.vlmoe import DTYPES, build_transformer_config
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
-from megatron_vlmoe.runtime.distributed import device
+from megatron_vlmoe.runtime.distributed import destroy, device, initialize
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
 from megatron_vlmoe.stream.layout import StreamLayout
@@ -60,6 +63,8 @@ class Case:
         topk: K, 1 or 2.
         load: `balanced` gives every expert the same number of tokens, `skewed` from 1.75 to 0.25 times their mean, from
             the first to the last. Nothing is dropped in either: fixed capacity has the slots that the fullest needs.
+        gradients: `new` ones in every pass, as PyTorch makes them, or added to buffers that stay (`main_grad`), as in
+            training with megatron-core.
     """
 
     tokens: int
@@ -67,6 +72,7 @@ class Case:
     experts: int
     topk: int
     load: Literal["balanced", "skewed"]
+    gradients: Literal["new", "main_grad"] = "new"
 
 
 class Problem(NamedTuple):
@@ -118,14 +124,17 @@ def make_problem(case: Case, dtype: torch.dtype) -> Problem:
     logits.scatter_(1, chosen, torch.tensor(CHOSEN_LOGITS[: case.topk]).expand_as(chosen))
     tokens += logits @ router
     load = torch.bincount(chosen.flatten(), minlength=experts)
-    place = {"device": device(), "dtype": dtype}
+
+    def placed(value: Tensor) -> Tensor:
+        return value.to(device(), dtype)
+
     return Problem(
         case=case,
         router=router.to(device()),
-        fc1=(torch.randn(experts, inner, width, generator=generator) * width**-0.5).to(**place),
-        fc2=(torch.randn(experts, width, inner, generator=generator) * inner**-0.5).to(**place),
-        tokens=tokens.to(**place),
-        upstream=torch.randn(case.tokens, width, generator=generator).to(**place),
+        fc1=placed(torch.randn(experts, inner, width, generator=generator) * width**-0.5),
+        fc2=placed(torch.randn(experts, width, inner, generator=generator) * inner**-0.5),
+        tokens=placed(tokens),
+        upstream=placed(torch.randn(case.tokens, width, generator=generator)),
         expert=chosen.to(device()),
         gate=torch.softmax(logits, dim=1).gather(1, chosen).to(device()),
         capacity_factor=float(load.max()) * experts / (case.tokens * case.topk),
@@ -145,10 +154,8 @@ Builder = Callable[[Problem], Layer]
 def dense(problem: Problem) -> Layer:
     """The FFN of which a token's share of compute is the same with K = 1: the first expert for all tokens."""
     inner, width = problem.fc1.shape[1:]
-    place = {"device": problem.fc1.device, "dtype": problem.fc1.dtype}
-    layer = nn.Sequential(
-        nn.Linear(width, inner, **place), nn.GELU(), nn.Linear(inner, width, **place)
-    )
+    layer = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+    layer = layer.to(problem.fc1)
     return Layer(layer, list(layer.parameters()))
 
 
@@ -170,7 +177,8 @@ def ours(dispatcher: str, problem: Problem) -> Layer:
         base.model, hidden_size=width, num_attention_heads=width // 64, ffn_hidden_size=inner
     )
     config = build_transformer_config(
-        replace(base, model=model, moe=moe), "fp32" if problem.fc1.dtype == torch.float32 else "bf16"
+        replace(base, model=model, moe=moe),
+        "fp32" if problem.fc1.dtype == torch.float32 else "bf16",
     )
     plan = BlockPlan(1, (Branch("text", ("texts",), case.experts),))
     layer = ModalityMoELayer(config, moe_submodules(plan, moe), plan, moe).to(device())
@@ -303,14 +311,14 @@ def deepspeed(problem: Problem) -> Layer:
     slots = case.tokens * case.topk * problem.capacity_factor
     # Masks and combine weights [T, E, C] with their gradients; C is slots / E.
     memory_needed(5.0 * case.tokens * slots * size / 1e9)
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         logging.disable(logging.INFO)
-        from deepspeed.moe.layer import MoE
+        moe = importlib.import_module("deepspeed.moe.layer")
+        comm = importlib.import_module("deepspeed.comm")
+        comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
-        expert = nn.Sequential(
-            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)
-        )
-        layer = MoE(
+        expert = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        layer = moe.MoE(
             width,
             expert,
             num_experts=case.experts,
@@ -388,40 +396,69 @@ def check(problem: Problem, name: str, layer: Layer) -> None:
             raise RuntimeError(f"the {what} of {name} is off by {error:.1e} in {problem.case}")
 
 
-def contender(name: str, build: Builder, problem: Problem, phases: bool = True) -> Contender:
-    """A contender whose repetition is one forward and one backward pass."""
+def contender(name: str, build: Builder, problem: Problem) -> Contender:
+    """A contender whose repetition is one forward and one backward pass.
 
-    def ready() -> Work:
+    With `main_grad` in the case, gradients are added up in buffers that stay, as megatron-core's DDP does it over the
+    micro-batches of a step: by its hook, or by the layer itself. Else every pass makes new ones, as plain PyTorch does.
+    """
+
+    @contextlib.contextmanager
+    def ready() -> Iterator[Work]:
         # Weights, their gradients, and three wide activations with gradients.
         size = problem.fc1.element_size()
         weights = 2 * problem.fc1.numel() * (1 if name == "dense" else 2) * size
         memory_needed((weights + 8 * problem.tokens.numel() * 4 * size * problem.case.topk) / 1e9)
         layer = build(problem)
         tokens = problem.tokens.detach().requires_grad_()
+        if problem.case.gradients == "main_grad":
+            for parameter in layer.parameters:
+                parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+                parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
 
         def work() -> dict[str, float]:
             tokens.grad = None
             for parameter in layer.parameters:
                 parameter.grad = None
+                parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
             start = now()
             output = layer.forward(tokens)
             middle = now()
             output.backward(problem.upstream)
             return {"forward": middle - start, "backward": now() - middle}
 
-        return work
+        yield work
 
     return Contender(name, ready)
 
 
-def run(cases: Sequence[Case], names: Sequence[str], rounds: int, dtype: torch.dtype) -> Iterator[list[Row]]:
-    """Measures the contenders case by case, after a check that each computes what it should."""
+def _add_to_main_grad(parameter: Tensor) -> None:
+    if not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def run(
+    cases: Sequence[Case],
+    names: Sequence[str],
+    rounds: int,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    threads: int = 0,
+) -> Iterator[list[Row]]:
+    """Measures contenders case by case, after a check that each computes what it should; 0 threads leave torch's.
+
+    Raises:
+        RuntimeError: if one computes something else.
+    """
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    if threads:
+        torch.set_num_threads(threads)
+    initialize(ParallelConfig(), seed=1)
     known = builders()
     for case in cases:
-        problem = make_problem(case, dtype)
-        say(f"{case}")
+        problem = make_problem(case, DTYPES[precision])
+        say(str(case))
         failed: list[Row] = []
         ready = []
         for name in names:
@@ -432,3 +469,4 @@ def run(cases: Sequence[Case], names: Sequence[str], rounds: int, dtype: torch.d
             except NotRun as reason:
                 failed.append(Row(asdict(case), name, note=f"not run: {reason}"))
         yield compare(asdict(case), ready, reference="dense", rounds=rounds) + failed
+    destroy()

@@ -1,8 +1,8 @@
 """Indexing of texts, images and pairs beside bare loops that write the same files.
 
 A bare loop reads, parses, tokenizes and decodes what ours does, and writes the same bytes, in one process. It looks for
-no other errors than those that Pillow and SentencePiece raise, and has no checksums, list of rejects, progress, manifest,
-syncs, or names that a file gets only when it is complete.
+no other errors than those that Pillow and SentencePiece raise, and has no checksums, list of rejects, progress,
+manifest, syncs, or names that a file gets only when it is complete.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import struct
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Literal, Sequence
 
@@ -274,25 +275,27 @@ def measured(
     clock = CLOCKS[options.clock]
     with tempfile.TemporaryDirectory() as folder:
 
-        def repetition(name: str, index: Index) -> Callable[[], Work]:
+        def repetition(name: str) -> Work:
             def work() -> dict[str, float]:
                 with contextlib.redirect_stderr(io.StringIO()):
                     start = clock()
-                    index(f"{folder}/{name}")
+                    contenders[name](f"{folder}/{name}")
                     return {"all": clock() - start}
 
-            return lambda: work
+            return work
 
-        ready = [Contender(name, repetition(name, index)) for name, index in contenders.items()]
-        for own in ready:
-            own.build()()
+        for name in contenders:
+            repetition(name)()
         for name, part, suffix in itertools.product(contenders, parts, (".bin", ".idx")):
             files = [f"{folder}/{one}_{part}{suffix}" for one in ("bare", name)]
             if not filecmp.cmp(*files, shallow=False):
                 raise RuntimeError(f"{name} writes another {part}{suffix} than bare in {case}")
         return compare(
             case,
-            ready,
+            [
+                Contender(name, partial(contextlib.nullcontext, repetition(name)))
+                for name in contenders
+            ],
             reference="bare",
             rounds=options.rounds,
             turn_seconds=options.turn_seconds,

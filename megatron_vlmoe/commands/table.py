@@ -77,7 +77,7 @@ COMMANDS = {
         cleans_up=False,
     ),
     "bench": _show(
-        "measure:bench", "time training steps of presets against each other", cleans_up=False
+        "bench:main", "time layers and training steps beside other implementations", cleans_up=False
     ),
     "plot": _show("measure:plot", "draw what runs logged: losses, accuracy, speed, experts"),
     "plot-losses": _show("measure:plot_losses", "draw only the losses of runs"),

@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from megatron_vlmoe.moe.experts import PooledExperts
+from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts
 from megatron_vlmoe.moe.router import PoolRouting
-from megatron_vlmoe.moe.routing_ops import SlotRouting
+from megatron_vlmoe.moe.routing_ops import SlotRouting, sorted_slots
 from megatron_vlmoe.stream.block_plan import Branch
 
 
@@ -73,9 +73,14 @@ class FixedCapacityDispatcher:
         for part, routing in zip(received, routings):
             pool = experts.pool(routing.pool.name)
             local, capacity = pool.num_local_experts, routing.capacity
+            # Which slots of other ranks are filled is not known here.
+            used = None
+            if self.ep_size == 1:
+                assert routing.slots is not None
+                used = routing.slots.load.clamp(max=capacity)
             # [EP, L, C, D] -> [L, EP * C, D]: an expert's rows from all source ranks together.
             by_expert = part.view(self.ep_size, local, capacity, -1).transpose(0, 1)
-            result = pool(by_expert.reshape(local, self.ep_size * capacity, -1))
+            result = pool(by_expert.reshape(local, self.ep_size * capacity, -1), used)
             back = result.view(local, self.ep_size, capacity, -1).transpose(0, 1)
             outputs.append(back.reshape(self.ep_size, local * capacity, -1))
         returned = self._exchange(outputs)
@@ -85,6 +90,7 @@ class FixedCapacityDispatcher:
             if routing.by_experts:
                 outputs.append(combine_chosen(slots, routing))
             else:
+                assert routing.slots is not None
                 outputs.append(_CombineSlots.apply(slots, routing.gate, routing.slots))
         return outputs
 
@@ -100,7 +106,10 @@ class FixedCapacityDispatcher:
 
 
 class TokenAllToAllDispatcher:
-    """megatron-core's all-to-all of as many rows as there are; serves `alltoall` and `dropless`."""
+    """megatron-core's all-to-all of as many rows as there are; serves `alltoall` and `dropless`.
+
+    Where one rank has all experts there is nothing to exchange, and rows are only sorted by expert.
+    """
 
     def __init__(
         self, token_dispatcher: MoETokenDispatcher, pools: Sequence[Branch], ep_size: int
@@ -115,6 +124,11 @@ class TokenAllToAllDispatcher:
         self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
     ) -> list[Tensor]:
         """See :class:`Dispatcher`."""
+        if self.ep_size == 1 and not any(routing.by_experts for routing in routings):
+            return [
+                self._alone(tokens, routing, experts.pool(routing.pool.name))
+                for tokens, routing in zip(inputs, routings)
+            ]
         tokens = torch.cat(list(inputs)).unsqueeze(1)
         routing_map, probs = self._union(routings)
         rows, probs = self.transport.dispatch_preprocess(tokens, routing_map, probs)
@@ -130,6 +144,12 @@ class TokenAllToAllDispatcher:
         result = self.transport.token_combine(result)
         combined = self.transport.combine_postprocess(result).squeeze(1)
         return list(combined.split([len(part) for part in inputs]))
+
+    def _alone(self, tokens: Tensor, routing: PoolRouting, pool: ExpertPool) -> Tensor:
+        slots = sorted_slots(routing.expert, routing.kept, pool.num_experts)
+        rows = pool(_FillSlots.apply(tokens, slots), slots.load)
+        combined: Tensor = _CombineSlots.apply(rows, routing.gate, slots)
+        return combined
 
     def _union(self, routings: Sequence[PoolRouting]) -> tuple[Tensor, Tensor]:
         """Routing map and gates of all tokens over all experts in rank-major order ``[sum T, sum E]``."""
@@ -167,7 +187,8 @@ def combine_chosen(rows: Tensor, routing: PoolRouting) -> Tensor:
 
 
 class _FillSlots(torch.autograd.Function):
-    """Copies kept tokens ``[T, D]`` into slots ``[S, D]``; unfilled slots are zero.
+    """Copies kept tokens ``[T, D]`` into slots ``[S, D]``; an unfilled slot holds a copy of some token, which nobody
+    asks for.
 
     A gather in both directions: no atomics, so the gradient is deterministic.
     """
@@ -175,8 +196,7 @@ class _FillSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: SlotRouting) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(slots.token_slot, slots.token_kept)
-        rows = tokens.index_select(0, slots.slot_token)
-        return rows.mul_(slots.slot_filled.unsqueeze(1))
+        return tokens.index_select(0, slots.slot_token)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -184,9 +204,18 @@ class _FillSlots(torch.autograd.Function):
         grad = torch.zeros((), device=grad_rows.device)
         for choice in range(token_slot.shape[1]):
             part = grad_rows.index_select(0, token_slot[:, choice])
-            part.mul_(kept[:, choice].unsqueeze(1))
-            grad = part if choice == 0 else grad + part
+            _clear_rows(part, kept[:, choice])
+            grad = part if choice == 0 else grad.add_(part)
         return grad, None
+
+
+def _clear_rows(rows: Tensor, kept: Tensor) -> None:
+    """Sets rows ``[T, D]`` to zero where `kept` ``[T]`` is False."""
+    if rows.device.type == "cpu":
+        # Few are dropped: a pass over all of them costs more than to look for these.
+        rows.index_fill_(0, torch.nonzero(~kept).squeeze(1), 0.0)
+    else:
+        rows.mul_(kept.unsqueeze(1))
 
 
 class _CombineSlots(torch.autograd.Function):
@@ -203,7 +232,7 @@ class _CombineSlots(torch.autograd.Function):
         for choice in range(slots.token_slot.shape[1]):
             part = rows.index_select(0, slots.token_slot[:, choice])
             part.mul_(weight[:, choice].unsqueeze(1))
-            total = part if choice == 0 else total + part
+            total = part if choice == 0 else total.add_(part)
         return total
 
     @staticmethod

@@ -68,20 +68,19 @@ class ExpertPool(nn.Module):
 
     def forward(self, rows: Tensor, counts: Optional[Tensor] = None) -> Tensor:
         """All experts at once: ``[E, R, D]`` to ``[E, R, D]``; or ``[N, D]`` sorted by expert, of each as many as
-        `counts` ``[E]`` says.
+        `counts` ``[E]`` says, and rows of none at the end.
 
-        Goes through the module's call, whose hooks wait for parameters that are still being gathered.
+        With three dimensions `counts` may say how many of every expert's rows are in use, from the first on; the others
+        come out as anything finite. Goes through the module's call, whose hooks wait for parameters that are still
+        being gathered.
         """
-        if counts is None:
-            hidden = F.gelu(batched_linear(rows, self.weight1, self.bias1))
-            return batched_linear(hidden, self.weight2, self.bias2)
-        expert = torch.repeat_interleave(
-            torch.arange(self.num_local_experts, device=rows.device),
-            counts.to(rows.device),
-            output_size=rows.shape[0],
-        )
-        hidden = F.gelu(grouped_matmul(rows, self.weight1, counts) + self.bias1[expert])
-        return grouped_matmul(hidden, self.weight2, counts) + self.bias2[expert]
+        own = (self.weight1, self.bias1, self.weight2, self.bias2)
+        if rows.device.type == "cpu":
+            return one_by_one(rows, counts, *own)
+        if rows.dim() == 3:
+            return batched(rows, *own)
+        assert counts is not None
+        return grouped(rows, counts, *own)
 
     def sharded_state_dict(
         self,
@@ -102,6 +101,160 @@ class ExpertPool(nn.Module):
                 prepend_axis_num=offset,
             )
         return shards
+
+
+def batched(rows: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """The FFNs of all experts, each on as many rows: ``[E, R, D]`` to ``[E, R, D]``."""
+    return batched_linear(F.gelu(batched_linear(rows, weight1, bias1)), weight2, bias2)
+
+
+def grouped(
+    rows: Tensor, counts: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """The FFNs of all experts on rows ``[N, D]`` sorted by expert, ``counts[e]`` of each.
+
+    Rows at the end may belong to no expert, and come out as 0.
+    """
+    ends = counts.to(rows.device).cumsum(0)
+    expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
+    absent = (expert == len(counts)).unsqueeze(1)
+    expert = expert.clamp(max=len(counts) - 1)
+    # What a grouped kernel leaves in rows of no group may be NaN, forward and backward.
+    inner = grouped_matmul(rows.masked_fill(absent, 0.0), weight1, counts).masked_fill(absent, 0.0)
+    inner = F.gelu(inner + bias1[expert]).masked_fill(absent, 0.0)
+    outputs = grouped_matmul(inner, weight2, counts) + bias2[expert]
+    return outputs.masked_fill(absent, 0.0)
+
+
+def one_by_one(
+    rows: Tensor,
+    counts: Optional[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    """Either of these for processors, one expert after the other; rows that are not in use come out as 0.
+
+    Args:
+        rows: ``[E, R, D]``, of which the first ``counts[e]`` are in use (None: all), or ``[N, D]`` sorted by expert.
+        counts: ``[E]``, on the CPU.
+    """
+    # Rows in use and rows that are not, in turn.
+    if rows.dim() == 2:
+        assert counts is not None
+        used = counts.tolist()
+        sizes = [size for count in used for size in (count, 0)]
+        sizes[-1] = len(rows) - sum(used)
+    else:
+        length = rows.shape[1]
+        used = [length] * len(rows) if counts is None else counts.tolist()
+        sizes = [size for count in used for size in (count, length - count)]
+    flat = rows.reshape(-1, rows.shape[-1])
+    output: Tensor = _OneByOne.apply(flat, sizes, weight1, bias1, weight2, bias2)
+    return output.view(rows.shape)
+
+
+class _OneByOne(torch.autograd.Function):
+    """The FFNs of a pool one expert after the other, for processors: ``W2 gelu(W1 x + b1) + b2``.
+
+    There, a batched matmul is slower than separate ones, and what one expert needs stays in the cache from one step of
+    its FFN to the next, which the inner activations ``[N, F]`` of all tokens together do not. Weight gradients are
+    added to megatron-core's gradient buffer (`main_grad`) by the matmul that computes them: with many experts,
+    allocating them, storing them and adding them up costs more than the arithmetic.
+
+    Args of `apply`: rows ``[N, D]``; for every expert the number of its rows and of those behind them that are of none,
+    which come out as 0; the parameters of `ExpertPool`.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: Tensor,
+        sizes: list[int],
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+    ) -> Tensor:
+        before = rows.new_empty(len(rows), weight1.shape[1])
+        activated = torch.empty_like(before)
+        outputs = torch.empty_like(rows)
+        # Views of all experts by one call each: with small experts, making views takes longer than the arithmetic.
+        x, inner, y = (value.split(sizes) for value in (rows, before, activated))
+        result = outputs.split(sizes)
+        first, second = (weight.transpose(1, 2).unbind() for weight in (weight1, weight2))
+        bias = list(zip(bias1.unbind(), bias2.unbind()))
+        for expert in range(len(first)):
+            own = 2 * expert
+            if sizes[own]:
+                torch.addmm(bias[expert][0], x[own], first[expert], out=inner[own])
+                torch.ops.aten.gelu.out(inner[own], out=y[own])
+                torch.addmm(bias[expert][1], y[own], second[expert], out=result[own])
+            if sizes[own + 1]:
+                result[own + 1].zero_()
+        ctx.save_for_backward(rows, before, activated, weight1, weight2)
+        ctx.sizes = sizes
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:  # type: ignore[override]
+        rows, before, activated, weight1, weight2 = ctx.saved_tensors
+        sizes, needs = ctx.sizes, ctx.needs_input_grad
+        of_rows = torch.empty_like(rows) if needs[0] else None
+        store1 = _GradientStore(weight1) if needs[2] else None
+        store2 = _GradientStore(weight2) if needs[4] else None
+        of_bias1 = grad.new_zeros(weight1.shape[:2]) if needs[3] else None
+        of_bias2 = grad.new_zeros(weight2.shape[:2]) if needs[5] else None
+        scratch = before.new_empty(max(sizes[::2]), weight1.shape[1])
+        x, inner, y, upstream = (v.split(sizes) for v in (rows, before, activated, grad))
+        through = None if of_rows is None else of_rows.split(sizes)
+        first, second = weight1.unbind(), weight2.unbind()
+        for expert in range(len(first)):
+            own = 2 * expert
+            if through is not None and sizes[own + 1]:
+                through[own + 1].zero_()
+            if store2 is not None:
+                store2.add_product(expert, upstream[own], y[own])
+            of_inner = scratch[: sizes[own]]
+            torch.mm(upstream[own], second[expert], out=of_inner)
+            torch.ops.aten.gelu_backward.grad_input(of_inner, inner[own], grad_input=of_inner)
+            if store1 is not None:
+                store1.add_product(expert, of_inner, x[own])
+            if of_bias1 is not None and of_bias2 is not None:
+                torch.sum(of_inner, dim=0, out=of_bias1[expert])
+                torch.sum(upstream[own], dim=0, out=of_bias2[expert])
+            if through is not None:
+                torch.mm(of_inner, first[expert], out=through[own])
+        gradients = [None if own is None else own.gradient for own in (store1, store2)]
+        return of_rows, None, gradients[0], of_bias1, gradients[1], of_bias2
+
+
+class _GradientStore:
+    """Where the gradient of an expert weight ``[E, M, K]`` goes: megatron-core's buffer if there is one of the same
+    type, else a tensor of its own.
+
+    `gradient` is what the backward pass returns. Where the buffer has the values already, it is memory that nobody
+    writes or reads: megatron-core's hook must find a gradient, but does not add it (`grad_added_to_main_grad`).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.gradient = torch.empty_like(weight)
+        buffer = getattr(weight, "main_grad", None)
+        self.in_place = buffer is not None and buffer.dtype == weight.dtype
+        target = buffer if self.in_place else self.gradient
+        assert target is not None
+        self.targets = target.unbind()
+        if self.in_place:
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+
+    def add_product(self, expert: int, left: Tensor, right: Tensor) -> None:
+        """Adds ``left.T @ right`` to an expert's gradient, for left ``[R, M]``, right ``[R, K]``."""
+        if self.in_place:
+            self.targets[expert].addmm_(left.t(), right)
+        else:
+            torch.mm(left.t(), right, out=self.targets[expert])
 
 
 class _BatchedLinear(torch.autograd.Function):
@@ -136,7 +289,8 @@ batched_linear = _BatchedLinear.apply
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """``rows[i] @ weight[expert of i].T`` for rows ``[N, K]`` sorted by expert, weight ``[E, M, K]``.
 
-    Uses torch's grouped kernel where it exists for the dtype, else one matmul per expert.
+    Rows at the end may belong to no expert, and come out as anything. Uses torch's grouped kernel where it exists for
+    the dtype, else one matmul per expert.
     """
     if rows.dtype in GROUPED_MM_DTYPES and hasattr(F, "grouped_mm") and rows.shape[0] > 0:
         offsets = counts.to(rows.device).cumsum(0).to(torch.int32)
@@ -144,8 +298,10 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     # Indexing `weight[e]` would make a gradient of the whole pool for every expert; the gradients of an
     # unbound tensor are stacked once.
     experts = weight.unbind(0)
-    parts = [part @ own.T for part, own in zip(rows.split(counts.tolist(), dim=0), experts)]
-    return torch.cat(parts, dim=0)
+    sizes = counts.tolist()
+    *parts, rest = rows.split([*sizes, len(rows) - sum(sizes)], dim=0)
+    products = [part @ own.T for part, own in zip(parts, experts)]
+    return torch.cat([*products, rest.new_zeros(len(rest), weight.shape[1])], dim=0)
 
 
 class _ContiguousGrad(torch.autograd.Function):

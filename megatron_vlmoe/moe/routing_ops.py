@@ -19,17 +19,18 @@ from megatron_vlmoe.stream.sizes import check_top_k
 class SlotRouting:
     """Which token fills which expert slot, seen from both sides.
 
-    Slots are numbered `expert * C + position`; an expert's slots are filled from position 0 on.
+    Slots are numbered `expert * C + position`; an expert's slots are filled from position 0 on. Where experts have as
+    many slots as assignments, those of one follow those of the other.
     """
 
     slot_token: Tensor
-    """[E*C] int64: the token in each slot; 0 where unfilled."""
+    """[S] int64, S = E*C slots: the token in each slot; any where unfilled."""
     slot_choice: Tensor
-    """[E*C] int64: which of the token's K choices this slot serves; 0 where unfilled."""
+    """[S] int64: which of the token's K choices this slot serves; any where unfilled."""
     slot_filled: Tensor
-    """[E*C] bool."""
+    """[S] bool."""
     token_slot: Tensor
-    """[T, K] int64: the slot of each choice; 0 where dropped or masked."""
+    """[T, K] int64: the slot of each choice; any where dropped or masked."""
     token_kept: Tensor
     """[T, K] bool: False where dropped or masked."""
     load: Tensor
@@ -143,6 +144,32 @@ def route_slots(
         token_slot=token_slot.clamp(min=0),
         token_kept=token_slot >= 0,
         load=load,
+    )
+
+
+@torch.no_grad()
+def sorted_slots(expert: Tensor, kept: Tensor, num_experts: int) -> SlotRouting:
+    """A slot for every assignment, sorted by expert: as many as there are, T * K, those that are not kept at the end.
+
+    Args:
+        expert: [T, K] int64.
+        kept: [T, K] bool, True = the assignment is carried out.
+    """
+    num_tokens, k = expert.shape
+    key = expert.to(torch.int32).masked_fill(~kept, num_experts).t().flatten()
+    sorted_key, order = torch.sort(key, stable=True)
+    bounds = torch.searchsorted(
+        sorted_key, torch.arange(num_experts + 1, dtype=torch.int32, device=expert.device)
+    )
+    token_slot = torch.empty_like(order)
+    token_slot.scatter_(0, order, torch.arange(len(order), device=expert.device))
+    return SlotRouting(
+        slot_token=order % max(num_tokens, 1),
+        slot_choice=order // max(num_tokens, 1),
+        slot_filled=sorted_key < num_experts,
+        token_slot=token_slot.view(k, num_tokens).t().contiguous(),
+        token_kept=kept,
+        load=bounds.diff(),
     )
 
 

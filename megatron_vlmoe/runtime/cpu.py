@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from typing import Any, Callable
 
 import torch
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.utils._device import _device_constructors
@@ -89,6 +91,19 @@ def _with_cuda_spelling(plain_type: Callable[..., Any]) -> Callable[..., Any]:
     return tensor_type
 
 
+def _without_group_of_one(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A gather or scatter of DDP that does nothing in a group of one rank, where gloo copies whole buffers."""
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        if group is not None and group.size() == 1 and output.data_ptr() == source.data_ptr():
+            return None
+        return collective(output, source, *args, **kwargs)
+
+    return call
+
+
 def install_cpu_runtime() -> bool:
     """Installs the CPU runtime in this process, once.
 
@@ -102,6 +117,9 @@ def install_cpu_runtime() -> bool:
         return False
     if getattr(torch.cuda.current_device, "__module__", "") == __name__:
         return True
+    # Large tensors on huge pages: a new tensor of gradients costs a page fault for every page of it, 75,000 of them for
+    # 300 MB on small pages. torch reads this when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # torch caches its factories for `with torch.device(...)`: fill the cache while they are its own.
     _device_constructors()
     cuda, shared = torch.cuda, _Inert()
@@ -135,4 +153,7 @@ def install_cpu_runtime() -> bool:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        collective = getattr(param_and_grad_buffer, name)
+        _replace(param_and_grad_buffer, name, _without_group_of_one(collective))
     return True

@@ -11,12 +11,14 @@ import warnings
 from typing import Any
 
 HEAVY = {
-    "megatron_vlmoe.analysis.bench": True,
     "megatron_vlmoe.analysis.device": False,
     "megatron_vlmoe.analysis.filling": False,
     "megatron_vlmoe.analysis.routing": False,
     "megatron_vlmoe.analysis.routing_figures": False,
     "megatron_vlmoe.analysis.routing_page": False,
+    "megatron_vlmoe.benchmarks.compare": False,
+    "megatron_vlmoe.benchmarks.moe_layer": True,
+    "megatron_vlmoe.benchmarks.step": True,
     "megatron_vlmoe.convert.compare": False,
     "megatron_vlmoe.convert.exporting": False,
     "megatron_vlmoe.convert.importing": False,

@@ -115,6 +115,9 @@ def compare(where: Layout, routing: str, block: int) -> dict[str, Any]:
         return [*outputs, *torch.autograd.grad(loss, leaves)]
 
     leaves = [*inputs, *routers, *(w for weights in experts for w in weights.values())]
+    for leaf in leaves:
+        # Where there is a gradient buffer, experts add to it and hand autograd a tensor without values.
+        leaf.main_grad = None
     layer.train()
     found = {}
     for dispatcher in ("fixed_capacity", "alltoall"):

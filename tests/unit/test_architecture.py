@@ -37,7 +37,7 @@ CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
 ORDER = (
     *("config", "stream", "runtime", "tokenizers", "sample_corpus", "moe", "planning", "model"),
     *("data", "losses", "train", "prepare", "convert", "analysis", "finetune", "inference"),
-    "commands",
+    *("benchmarks", "commands"),
 )
 WITHOUT_MEGATRON = (
     *("config", "stream", "tokenizers", "sample_corpus", "planning", "data", "losses"),

@@ -56,7 +56,7 @@ def test_other_pixels_end_the_benchmark(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.process
 def test_memory_of_workers_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     options = data.Options(
-        images=0, color_jitter=(), documents=(2000, 10**9), workers=1, texts=2, micro_batches=1
+        color_jitter=(), documents=(2000, 10**9), workers=1, texts=2, micro_batches=1
     )
     # As on a machine where a billion documents do not fit.
     monkeypatch.setattr(data, "memory_needed", refuse_large)

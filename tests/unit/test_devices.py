@@ -164,3 +164,17 @@ def test_the_norm_is_that_of_all_gradients_together() -> None:
     gradients = [torch.tensor([3.0, -4.0]), torch.tensor([[12.0], [84.0]])]
     norm, _ = l2_norm(0, torch.zeros(1), [gradients], False)
     assert norm.tolist() == [85.0]
+
+
+def test_clipping_scales_gradients_in_place() -> None:
+    torch = pytest.importorskip("torch")
+    from megatron_vlmoe.runtime.optimizer import scale
+
+    gradients = [torch.tensor([3.0, -4.0]), torch.tensor([[12.0], [84.0]])]
+    memory = [gradient.data_ptr() for gradient in gradients]
+    scale(0, torch.zeros(1), [gradients, gradients], 0.5)
+    assert [gradient.flatten().tolist() for gradient in gradients] == [[1.5, -2.0], [6.0, 42.0]]
+    assert [gradient.data_ptr() for gradient in gradients] == memory
+    copies = [torch.zeros(2), torch.zeros(2, 1)]
+    scale(0, torch.zeros(1), [gradients, copies], 2.0)
+    assert copies[1].tolist() == [[12.0], [84.0]] and gradients[0].tolist() == [1.5, -2.0]

@@ -13,9 +13,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_vlmoe.moe.dispatch import FixedCapacityDispatcher
-from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts, batched_linear, grouped_matmul
+from megatron_vlmoe.moe.experts import (
+    ExpertPool,
+    PooledExperts,
+    batched,
+    batched_linear,
+    grouped,
+    grouped_matmul,
+    one_by_one,
+)
 from megatron_vlmoe.moe.router import PoolRouting
-from megatron_vlmoe.moe.routing_ops import expert_choice_slots, route_slots, top_k_experts
+from megatron_vlmoe.moe.routing_ops import (
+    expert_choice_slots,
+    route_slots,
+    sorted_slots,
+    top_k_experts,
+)
 from megatron_vlmoe.stream.block_plan import Branch
 
 WIDTH, INNER = 6, 10
@@ -147,6 +160,97 @@ def test_batched_linear_gives_the_weight_gradient_in_the_weights_layout() -> Non
     rows, weight = torch.randn(2, 3, 4), torch.randn(2, 5, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(batched_linear(rows, weight, torch.zeros(2, 5)).sum(), weight)
     assert grad.is_contiguous()
+
+
+def pool_parameters(experts: int) -> list[Tensor]:
+    shapes = ((experts, INNER, WIDTH), (experts, INNER), (experts, WIDTH, INNER), (experts, WIDTH))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_experts_one_by_one_are_those_of_one_batch() -> None:
+    torch.manual_seed(2)
+    parameters = pool_parameters(3)
+    rows = torch.randn(3, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    used = torch.tensor([5, 0, 2])
+    in_use = torch.arange(5) < used.unsqueeze(1)
+    expected = batched(rows, *parameters) * in_use.unsqueeze(2)
+    actual = one_by_one(rows, used, *parameters)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    leaves = [rows, *parameters]
+    grads = [torch.autograd.grad(output, leaves, upstream) for output in (actual, expected)]
+    for own, wanted in zip(*grads):
+        torch.testing.assert_close(own, wanted)
+    torch.testing.assert_close(one_by_one(rows, None, *parameters), batched(rows, *parameters))
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0], [1, 4, 0]])
+def test_experts_one_by_one_are_those_of_one_group(counts: list[int]) -> None:
+    torch.manual_seed(3)
+    parameters = pool_parameters(3)
+    # Two rows at the end belong to no expert; what they hold must not matter.
+    rows = torch.randn(sum(counts) + 2, WIDTH, dtype=torch.float64)
+    rows[sum(counts) :] = float("nan")
+    rows.requires_grad_()
+    number = torch.tensor(counts)
+    outputs = [f(rows, number, *parameters) for f in (one_by_one, grouped)]
+    assert outputs[0][sum(counts) :].eq(0).all()
+    upstream = torch.randn(rows.shape, dtype=torch.float64)
+    leaves = [rows, *parameters]
+    found = [[output, *torch.autograd.grad(output, leaves, upstream)] for output in outputs]
+    for own, wanted in zip(*found):
+        torch.testing.assert_close(own, wanted)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_of_experts_one_by_one_by_finite_differences(trained: bool) -> None:
+    torch.manual_seed(4)
+    parameters = [parameter.detach().requires_grad_(trained) for parameter in pool_parameters(2)]
+    rows = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([3, 1])
+    assert torch.autograd.gradcheck(
+        lambda x, *own: one_by_one(x, counts, *own), (rows, *parameters)
+    )
+
+
+def test_weight_gradients_are_added_to_the_gradient_buffer() -> None:
+    """As megatron-core's own linear layer does it: the hook of its DDP finds a gradient, and must not add it again."""
+    torch.manual_seed(5)
+    counts = torch.tensor([2, 0, 3])
+    rows = torch.randn(5, WIDTH, dtype=torch.float64)
+    plain = pool_parameters(3)
+    one_by_one(rows, counts, *plain).square().sum().backward()
+    buffered = [parameter.detach().clone().requires_grad_() for parameter in plain]
+    for parameter in buffered:
+        parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    for _ in range(2):
+        for parameter in buffered:
+            parameter.grad = None
+        one_by_one(rows, counts, *buffered).square().sum().backward()
+    for index, (parameter, own) in enumerate(zip(buffered, plain)):
+        assert parameter.grad is not None and own.grad is not None
+        if index % 2:
+            # Biases are small, and left to the hook.
+            assert not parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
+            torch.testing.assert_close(parameter.grad, own.grad)
+        else:
+            assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
+            torch.testing.assert_close(parameter.main_grad, 1 + 2 * own.grad)  # type: ignore[attr-defined]
+
+
+def test_sorted_slots_hold_every_assignment_once() -> None:
+    expert = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    kept = torch.tensor([[True, True], [False, True], [True, True]])
+    slots = sorted_slots(expert, kept, 4)
+    assert slots.load.tolist() == [2, 1, 2, 0]
+    # By expert, then first choices before second ones, then by token.
+    filled = slots.slot_filled.tolist()
+    assert filled == [True] * 5 + [False]
+    pairs = list(zip(slots.slot_token.tolist(), slots.slot_choice.tolist()))
+    assert pairs == [(2, 0), (0, 1), (2, 1), (0, 0), (1, 1), (1, 0)]
+    for slot, (token, choice) in enumerate(pairs):
+        assert slots.token_slot[token, choice] == slot
 
 
 class WrittenBytes(TorchDispatchMode):

@@ -1,0 +1,146 @@
+"""The dense model as one would write it in plain PyTorch: what megatron-core's machinery is measured against.
+
+Multiway blocks (BEiT-3): attention shared by the modalities, an FFN of its own for each, and one for pairs in the last
+blocks. Texts, images and pairs go through it one kind after the other, each as a batch ``[n, L, D]``.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.stream.batch import Batch, ImageSegment, TextSegment
+
+
+class Block(nn.Module):
+    """Pre-norm attention and an FFN per branch, as residuals with LayerScale and stochastic depth per sample."""
+
+    def __init__(self, config: RunConfig, number: int) -> None:
+        super().__init__()
+        model = config.model
+        width, inner = model.hidden_size, model.ffn_hidden_size
+        self.heads = model.num_attention_heads
+        self.drop_rate = model.drop_path * (number - 1) / max(model.num_layers - 1, 1)
+        self.norm = nn.LayerNorm(width, eps=model.layernorm_epsilon)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        self.scales = nn.ParameterList()
+        if model.layer_scale_init > 0.0:
+            for _ in range(2):
+                self.scales.append(torch.full((width,), model.layer_scale_init))
+        in_vl_layers = number > model.num_layers - model.num_vl_layers
+        names = ("text", "vision", "vl") if in_vl_layers else ("text", "vision")
+        self.branches = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.LayerNorm(width, eps=model.layernorm_epsilon),
+                    nn.Linear(width, inner),
+                    nn.GELU(),
+                    nn.Linear(inner, width),
+                )
+                for name in names
+            }
+        )
+
+    def forward(self, hidden: Tensor, mask: Optional[Tensor], text_length: int) -> Tensor:
+        """``[n, L, D]`` to ``[n, L, D]``; the first `text_length` tokens are text."""
+        samples, length, width = hidden.shape
+        qkv = self.qkv(self.norm(hidden)).view(samples, length, 3, self.heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = self.projection(attended.transpose(1, 2).reshape(samples, length, width))
+        hidden = self._residual(hidden, attended, 0)
+        if "vl" in self.branches and 0 < text_length < length:
+            output = self.branches["vl"](hidden)
+        else:
+            text, vision = hidden.split([text_length, length - text_length], dim=1)
+            parts = [
+                self.branches[name](part)
+                for name, part in (("text", text), ("vision", vision))
+                if part.shape[1]
+            ]
+            output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self._residual(hidden, output, 1)
+
+    def _residual(self, hidden: Tensor, branch: Tensor, index: int) -> Tensor:
+        if len(self.scales):
+            branch = branch * self.scales[index]
+        if self.training and self.drop_rate > 0.0:
+            keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_rate
+            branch = branch * (keep / (1.0 - self.drop_rate))
+        return hidden + branch
+
+
+class PlainModel(nn.Module):
+    """Embeddings, blocks and the two heads of masked data modelling; its `forward` is the sum of the losses."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        model, width = config.model, config.model.hidden_size
+        self.config = config
+        self.words = nn.Embedding(model.vocab_size, width)
+        length = max(model.text_length, model.pair_text_length)
+        self.text_position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.patches = nn.Conv2d(3, width, model.patch_size, model.patch_size)
+        self.image_position = nn.Parameter(0.02 * torch.randn(model.image_length, width))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.blocks = nn.ModuleList(Block(config, n + 1) for n in range(model.num_layers))
+        self.norm = nn.LayerNorm(width, eps=model.layernorm_epsilon)
+        self.text_head = nn.Linear(width, model.vocab_size)
+        self.image_head = nn.Linear(width, model.visual_vocab_size)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The total loss of a micro-batch."""
+        losses = []
+        if "texts" in batch:
+            texts = batch["texts"]
+            hidden = self._blocks(self._text(texts), None, texts["ids"].shape[1])
+            losses.append(self._loss(self.text_head, hidden, texts["positions"], texts["labels"]))
+        if "images" in batch:
+            images = batch["images"]
+            hidden = self._blocks(self._image(images), None, 0)
+            positions = images["positions"] + 1
+            losses.append(self._loss(self.image_head, hidden, positions, images["labels"]))
+        if "pair_texts" in batch:
+            texts, images = batch["pair_texts"], batch["pair_images"]
+            length = texts["ids"].shape[1]
+            caption, image = self._text(texts), self._image(images)
+            seen = torch.arange(length, device=caption.device) < texts["lengths"].unsqueeze(1)
+            mask = torch.cat([seen, seen.new_ones(len(seen), image.shape[1])], dim=1)
+            hidden = self._blocks(torch.cat([caption, image], dim=1), mask[:, None, None], length)
+            losses.append(self._loss(self.text_head, hidden, texts["positions"], texts["labels"]))
+            positions = images["positions"] + 1 + length
+            losses.append(self._loss(self.image_head, hidden, positions, images["labels"]))
+        return torch.stack(losses).sum()
+
+    def _text(self, texts: TextSegment) -> Tensor:
+        ids = texts["ids"]
+        return self.words(ids) + self.text_position[: ids.shape[1]]
+
+    def _image(self, images: ImageSegment) -> Tensor:
+        data, pixels = self.config.data, images["pixels"]
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(3, 1, 1)
+            for values in (data.pixel_mean, data.pixel_std)
+        )
+        values = ((pixels.float() / 255.0 - mean) / std).to(self.patches.weight.dtype)
+        patches = self.patches(values).flatten(2).transpose(1, 2)
+        patches = torch.where(images["mask"].unsqueeze(2), self.mask_token, patches)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return tokens + self.image_position
+
+    def _blocks(self, hidden: Tensor, mask: Optional[Tensor], text_length: int) -> Tensor:
+        for block in self.blocks:
+            hidden = block(hidden, mask, text_length)
+        return self.norm(hidden)
+
+    @staticmethod
+    def _loss(head: nn.Linear, hidden: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+        index = positions.unsqueeze(2).expand(-1, -1, hidden.shape[2])
+        logits = head(hidden.gather(1, index)).float()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

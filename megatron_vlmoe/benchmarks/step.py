@@ -1,0 +1,337 @@
+"""Training steps of presets against each other and against plain PyTorch, on random data, and where their time goes.
+
+The optimizer is timed apart: its work grows with the parameters, the forward and backward pass should not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Iterator, Literal, Optional, Sequence
+
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor, nn
+from torch.profiler import profile, record_function
+
+from megatron_vlmoe.benchmarks.compare import Contender, Row, Work, compare, device_name, now
+from megatron_vlmoe.benchmarks.plain_model import PlainModel
+from megatron_vlmoe.config.command_line import parse_run
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.data.collate import BatchShare
+from megatron_vlmoe.data.random_batches import RandomData
+from megatron_vlmoe.model.embeddings import StreamEmbedding
+from megatron_vlmoe.model.heads import Heads
+from megatron_vlmoe.model.norm import LayerNorm
+from megatron_vlmoe.model.vlmoe import DTYPES
+from megatron_vlmoe.moe.experts import ExpertPool
+from megatron_vlmoe.moe.layer import ModalityMoELayer
+from megatron_vlmoe.moe.router import ModalityRouter
+from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.runtime.distributed import (
+    Ranks,
+    barrier,
+    destroy,
+    device,
+    initialize,
+    resolve_precision,
+)
+from megatron_vlmoe.stream.batch import Batch, map_values
+from megatron_vlmoe.train.pretrain import pretraining_objective
+from megatron_vlmoe.train.setup import build_training
+from megatron_vlmoe.train.step import StepRunner
+
+PLAIN = "plain_pytorch"
+# Whose time is whose, of modules that hold each other the innermost.
+PARTS: tuple[tuple[type[nn.Module], str], ...] = (
+    (SelfAttention, "attention"),
+    (LayerNorm, "norms"),
+    (MLP, "dense FFN"),
+    (ModalityMoELayer, "dispatch"),
+    (ModalityRouter, "router"),
+    (ExpertPool, "experts"),
+    (StreamEmbedding, "embeddings"),
+    (Heads, "heads"),
+)
+REST = "residuals and the rest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What to measure; `vlmoe bench step --help` explains the numbers. Ratios refer to the first of the presets."""
+
+    presets: Sequence[str]
+    plain: bool
+    texts: int
+    images: int
+    pairs: int
+    rounds: int
+    steps: int
+    warmup: int
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    vocab_size: int
+    visual_vocab_size: int
+    caption_mask_slots: int
+
+
+def step_config(options: StepOptions, name: str, extra: Sequence[str], data_size: int) -> RunConfig:
+    """The run of a preset, with `extra` options on top and one micro-batch per step and data-parallel rank.
+
+    Raises:
+        ConfigError: if the preset or an option is unknown.
+    """
+    sizes = {
+        "train.precision": options.precision,
+        "model.vocab_size": options.vocab_size,
+        "model.visual_vocab_size": options.visual_vocab_size,
+    }
+    for kind in ("texts", "images", "pairs"):
+        sizes[f"data.micro_{kind}"] = getattr(options, kind)
+        sizes[f"data.global_{kind}"] = getattr(options, kind) * data_size
+    words = [word for option, size in sizes.items() for word in (f"--{option}", str(size))]
+    config = parse_run("pretrain", ["--preset", name, *extra, *words]).config
+    masked = config.objectives.num_masked_patches or int(0.4 * config.model.num_patches)
+    slots = min(options.caption_mask_slots, config.model.pair_text_length - 2)
+    objectives = replace(config.objectives, num_masked_patches=masked, caption_mask_slots=slots)
+    return replace(config, objectives=objectives)
+
+
+def run(options: StepOptions, extra: Sequence[str], threads: int = 0) -> Iterator[list[Row]]:
+    """Gives every preset its turn, round after round.
+
+    `extra` are command line options for every preset; 0 CPU threads leave torch's number.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    first = step_config(options, options.presets[0], extra, 1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    ranks = initialize(first.parallel, first.train.seed)
+    configs = {n: step_config(options, n, extra, ranks.data_size) for n in options.presets}
+    for config in configs.values():
+        validate(config, ranks.world_size)
+    # The same batches for every preset and turn, made outside the clock.
+    data = RandomData(configs[options.presets[0]], BatchShare.of(ranks))
+    batches = list(data.loader("train", 0, options.warmup + options.steps))
+    contenders = [
+        Contender(name, functools.partial(_preset_steps, config, ranks, batches))
+        for name, config in configs.items()
+    ]
+    if options.plain:
+        contenders.append(Contender(PLAIN, functools.partial(_plain_steps, first, batches)))
+    case = {
+        "preset": options.presets[0].split("-")[0],
+        "texts": options.texts,
+        "images": options.images,
+        "pairs": options.pairs,
+        "precision": resolve_precision(first.train),
+    }
+    yield compare(
+        case,
+        contenders,
+        reference=options.presets[0],
+        rounds=options.rounds,
+        repetitions=options.steps,
+        warmup=options.warmup,
+    )
+    destroy()
+
+
+@contextlib.contextmanager
+def _preset_steps(config: RunConfig, ranks: Ranks, batches: Sequence[Batch]) -> Iterator[Work]:
+    """Steps of a preset, which every rank starts at the same time."""
+    objective = pretraining_objective(config, ranks)
+    parts = build_training(config, resolve_precision(config.train))
+    runner = StepRunner(config, parts, ranks)
+    upcoming = _endless(batches)
+
+    def step() -> dict[str, float]:
+        barrier()
+        start = now()
+        runner.start_step()
+        runner.train(upcoming, 1, objective)
+        middle = now()
+        parts.optimizer.step()
+        end = now()
+        for chunk in parts.chunks:
+            for module in chunk.modules():
+                if isinstance(module, ModalityRouter):
+                    module.recorder.take()
+        return {"forward + backward": middle - start, "optimizer": end - middle}
+
+    try:
+        yield step
+    finally:
+        # Dropping the objects is not enough: megatron-core's gradient hooks hold them from inside autograd's graph,
+        # where the garbage collector does not see the cycle.
+        for tensor in _state_tensors(parts):
+            tensor.untyped_storage().resize_(0)
+
+
+@contextlib.contextmanager
+def _plain_steps(config: RunConfig, batches: Sequence[Batch]) -> Iterator[Work]:
+    """Steps of the same dense model in plain PyTorch."""
+    precision = resolve_precision(config.train)
+    torch.manual_seed(1)
+    with torch.device(device()):
+        model = PlainModel(config).to(DTYPES[precision] if precision != "fp16" else torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    upcoming = _endless(batches)
+
+    def step() -> dict[str, float]:
+        batch = map_values(next(upcoming), lambda value: value.to(device()))
+        start = now()
+        optimizer.zero_grad()
+        model(batch).backward()
+        middle = now()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+        optimizer.step()
+        return {"forward + backward": middle - start, "optimizer": now() - middle}
+
+    yield step
+
+
+def _endless(batches: Sequence[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def where_time_goes(options: StepOptions, config: RunConfig, ranks: Ranks) -> dict[str, float]:
+    """Milliseconds of a step by part of the model, forward and backward together.
+
+    From torch's profiler: an operation belongs to the innermost module of `PARTS` around it, and what the backward pass
+    computes to the operation of the forward pass that it differentiates. On a GPU these are the times of kernels.
+    """
+    data = RandomData(config, BatchShare.of(ranks))
+    batches = list(data.loader("train", 0, options.warmup + 1))
+    objective = pretraining_objective(config, ranks)
+    parts = build_training(config, resolve_precision(config.train))
+    runner = StepRunner(config, parts, ranks)
+    handles = [
+        handle
+        for chunk in parts.chunks
+        for module in chunk.modules()
+        for kind, part in PARTS
+        if isinstance(module, kind)
+        for handle in _mark(module, part)
+    ]
+
+    def step(batch: Batch) -> None:
+        with record_function("part:zero gradients"):
+            runner.start_step()
+        runner.train(iter([batch]), 1, objective)
+        with record_function("part:optimizer"):
+            parts.optimizer.step()
+
+    for batch in batches[:-1]:
+        step(batch)
+    with profile() as found:
+        step(batches[-1])
+    for handle in handles:
+        handle.remove()
+    times = _by_part(found.events())
+    for tensor in _state_tensors(parts):
+        tensor.untyped_storage().resize_(0)
+    return times
+
+
+def _mark(module: nn.Module, part: str) -> Iterator[Any]:
+    """Names the module's forward pass in the profile."""
+    open_ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        open_ranges.append(record_function(f"part:{part}"))
+        open_ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    yield module.register_forward_pre_hook(enter)
+    yield module.register_forward_hook(leave)
+
+
+def _by_part(events: Any) -> dict[str, float]:
+    cuda = torch.cuda.is_available()
+    part_of_sequence: dict[int, str] = {}
+    times: Counter[str] = Counter()
+
+    def part_of(event: Any) -> Optional[str]:
+        while event is not None:
+            if event.name.startswith("part:"):
+                return str(event.name[5:])
+            event = event.cpu_parent
+        return None
+
+    def sequence_of(event: Any) -> int:
+        while event is not None:
+            if event.name.startswith("autograd::engine::evaluate_function"):
+                return int(event.sequence_nr)
+            event = event.cpu_parent
+        return -1
+
+    backward = []
+    for event in events:
+        if event.name.startswith("part:"):
+            continue
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        part = part_of(event)
+        if part is None and (sequence := sequence_of(event)) >= 0:
+            backward.append((sequence, own))
+            continue
+        if event.sequence_nr >= 0 and part is not None:
+            part_of_sequence.setdefault(event.sequence_nr, part)
+        times[part or REST] += own / 1e3
+    for sequence, own in backward:
+        times[part_of_sequence.get(sequence, REST)] += own / 1e3
+    return dict(times)
+
+
+def _state_tensors(parts: Any) -> Iterator[Tensor]:
+    for chunk in parts.chunks:
+        yield from chunk.parameters()
+        yield from chunk.buffers()
+    for chunk in parts.wrapped:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            yield from (t for t in (buffer.param_data, buffer.grad_data) if t is not None)
+    for optimizer in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+        if optimizer.optimizer is None:
+            continue
+        for group in optimizer.optimizer.param_groups:
+            yield from group["params"]
+        for state in optimizer.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
+def draw_parts(options: StepOptions, extra: Sequence[str], path: Path) -> None:
+    """A picture of where a step's time goes: a bar for each preset, stacked by part, slowest part first."""
+    first = step_config(options, options.presets[0], extra, 1)
+    ranks = initialize(first.parallel, first.train.seed)
+    times = {}
+    for name in options.presets:
+        config = step_config(options, name, extra, ranks.data_size)
+        times[name] = where_time_goes(options, config, ranks)
+    destroy()
+    parts = list(dict.fromkeys(part for own in times.values() for part in own))
+    parts.sort(key=lambda part: -sum(own.get(part, 0.0) for own in times.values()))
+    figure = Figure(figsize=(9, 1.2 + 0.6 * len(times)), layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["tab20"]
+    starts = dict.fromkeys(times, 0.0)
+    for number, part in enumerate(parts):
+        widths = [own.get(part, 0.0) for own in times.values()]
+        left = list(starts.values())
+        axes.barh(list(times), widths, left=left, label=part, color=colours(number % 20))
+        for name, width in zip(times, widths):
+            starts[name] += width
+    axes.invert_yaxis()
+    axes.set_xlabel(f"milliseconds of a step, {device_name()}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)

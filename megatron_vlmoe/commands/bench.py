@@ -1,0 +1,216 @@
+"""The command `bench`: what the parts of this project cost, beside what a user could take instead."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vlmoe.commands.options import CommandParser, output_file
+from megatron_vlmoe.config.command_line import did_you_mean
+from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.prepare.tool import count, positive_int
+from megatron_vlmoe.runtime.lazy import load
+
+SUMMARIES = {
+    "moe_layer": "one feed-forward layer of experts beside a dense one and other implementations",
+    "step": "training steps of presets against each other and plain PyTorch, and where their time goes",
+}
+"""Every benchmark, and what it measures."""
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlmoe bench moe_layer --tokens 8192 --experts 8 32`."""
+    if words and not words[0].startswith("-"):
+        name, rest = words[0], list(words[1:])
+        if name not in SUMMARIES:
+            hint = did_you_mean(name, SUMMARIES)
+            raise ConfigError(f"bench {name}: expected one of {', '.join(SUMMARIES)}{hint}")
+    elif list(words) in (["-h"], ["--help"]):
+        return _parser_of_names().print_help()
+    else:
+        # As the command was before it had names.
+        name, rest = "step", list(words)
+    {"moe_layer": _moe_layer, "step": _step}[name](rest)
+
+
+def _parser_of_names() -> CommandParser:
+    parser = CommandParser(
+        "bench",
+        "Measures parts of this project in turn with what could take their place, in one run. "
+        "`vlmoe bench NAME --help` lists the options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:<12}{text}" for name, text in SUMMARIES.items()),
+    )
+    parser.add_argument("name", metavar="NAME", choices=list(SUMMARIES), help="what to measure")
+    return parser
+
+
+def _parser(name: str, more: str = "") -> CommandParser:
+    """With the options that all benchmarks have."""
+    parser = CommandParser(
+        f"bench {name}", f"Measures {SUMMARIES[name]}. {more}".strip(), {"--presets": "--preset"}
+    )
+    add = parser.add_argument
+    add("--threads", type=count, default=0, help="CPU threads; 0 leaves torch's (%(default)s)")
+    add(
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="JSON list of rows, rewritten as they come, with a table beside it (default: "
+        "benchmarks/results/NAME-DEVICE.json)",
+    )
+    return parser
+
+
+def _report(name: str, title: str, output: Path | None, rows: Iterator[list[Any]]) -> None:
+    compare = load("megatron_vlmoe.benchmarks.compare")
+    path = output or compare.results_path(name)
+    done: list[Any] = []
+    for some in rows:
+        done += some
+        compare.write_rows(path, title, done)
+        print("\n".join(compare.table(some)), flush=True)
+    print(f"rows: {path}, table: {path.with_suffix('.md')}")
+
+
+def _moe_layer(words: Sequence[str]) -> None:
+    parser = _parser(
+        "moe_layer",
+        "All contenders have the same weights and carry out the same assignments, which is checked before they are "
+        "timed. Ratios are to the dense layer.",
+    )
+    add = parser.add_argument
+
+    def numbers(option: str, default: list[int], what: str, **more: Any) -> None:
+        add(
+            option,
+            type=positive_int,
+            nargs="+",
+            default=default,
+            help=f"{what}(%(default)s)",
+            **more,
+        )
+
+    numbers("--tokens", [1024, 8192, 32768], "multiples of 128 ")
+    numbers("--experts", [8, 32], "")
+    numbers("--topk", [1, 2], "experts per token ", choices=[1, 2])
+    numbers("--width", [384, 768], "multiples of 64 ")
+    add(
+        "--load",
+        nargs="+",
+        default=["balanced"],
+        choices=["balanced", "skewed"],
+        help="(%(default)s)",
+    )
+    add(
+        "--gradients",
+        nargs="+",
+        default=["new"],
+        choices=["new", "main_grad"],
+        help="made anew in every pass, or added to buffers as in training with megatron-core (%(default)s)",
+    )
+    add("--contenders", nargs="+", metavar="NAME", help="some of them; dense is always there")
+    add("--rounds", type=positive_int, default=5, help="turns of every contender (%(default)s)")
+    add("--precision", default="fp32", choices=["fp32", "bf16"], help="(%(default)s)")
+    options = parser.parse_args(words)
+    for width in options.width:
+        if width % 64:
+            parser.error(f"--width {width} is not a multiple of 64")
+        if max(options.experts) > width:
+            parser.error(f"--experts {max(options.experts)} needs a --width of at least as much")
+    for tokens in options.tokens:
+        if tokens % 128:
+            parser.error(f"--tokens {tokens} is not a multiple of 128")
+    module = load("megatron_vlmoe.benchmarks.moe_layer")
+    known = list(module.builders())
+    for name in options.contenders or ():
+        if name not in known:
+            hint = did_you_mean(name, known)
+            parser.error(f"--contenders {name}: expected some of {', '.join(known)}{hint}")
+    names = [name for name in known if name in ("dense", *(options.contenders or known))]
+    cases = [
+        module.Case(tokens, width, experts, topk, spread, gradients)
+        for tokens in options.tokens
+        for width in options.width
+        for experts in options.experts
+        for topk in options.topk
+        for spread in options.load
+        for gradients in options.gradients
+    ]
+    rows = module.run(cases, names, options.rounds, options.precision, options.threads)
+    _report("moe_layer", "One feed-forward layer, forward and backward", options.output, rows)
+
+
+def _step(words: Sequence[str]) -> None:
+    parser = _parser(
+        "step",
+        "Other options (`--section.option VALUE`) go to every preset. Under torchrun, ranks step together.",
+    )
+    add = parser.add_argument
+    add(
+        "--preset",
+        dest="presets",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="presets to measure; the first is the reference",
+    )
+    add(
+        "--texts",
+        type=int,
+        default=64,
+        help="texts of a step, of every data-parallel rank (%(default)s)",
+    )
+    add("--images", type=int, default=64, help="likewise images (%(default)s)")
+    add("--pairs", type=int, default=64, help="likewise pairs (%(default)s)")
+    add("--rounds", type=int, default=3, help="turns of every preset (%(default)s)")
+    add("--steps", type=int, default=2, help="measured steps of a turn (%(default)s)")
+    add("--warmup", type=int, default=1, help="steps of a turn before them (%(default)s)")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the model's arithmetic (%(default)s)",
+    )
+    add("--vocab-size", type=int, default=64_000, help="rows of the text head (%(default)s)")
+    add("--visual-vocab-size", type=int, default=8_192, help="rows of the image head (%(default)s)")
+    add(
+        "--caption-mask-slots",
+        type=int,
+        default=16,
+        help="predicted tokens of a caption (%(default)s)",
+    )
+    add(
+        "--dispatcher",
+        choices=["fixed_capacity", "alltoall", "dropless"],
+        help="short for --moe.dispatcher",
+    )
+    add(
+        "--plain",
+        action="store_true",
+        help="also a dense model in plain PyTorch, of the first preset's size",
+    )
+    add(
+        "--profile",
+        action="store_true",
+        help="also a picture of where the time of each preset goes, beside the JSON",
+    )
+    options, others = parser.parse_passing_on(words)
+    if options.rounds < 1 or options.steps < 1 or options.warmup < 0:
+        parser.error("--rounds and --steps must be at least 1 and --warmup at least 0")
+    if len(set(options.presets)) != len(options.presets):
+        parser.error("--preset names a preset twice")
+    if options.dispatcher:
+        others += ["--moe.dispatcher", options.dispatcher]
+    values = vars(options)
+    threads, output, profile, _ = (
+        values.pop(name) for name in ("threads", "output", "profile", "dispatcher")
+    )
+    module = load("megatron_vlmoe.benchmarks.step")
+    step_options = module.StepOptions(**values)
+    _report("step", "Training steps", output, module.run(step_options, others, threads))
+    if profile:
+        path = output or load("megatron_vlmoe.benchmarks.compare").results_path("step")
+        module.draw_parts(step_options, others, path.with_suffix(".png"))

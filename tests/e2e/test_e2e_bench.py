@@ -1,0 +1,64 @@
+"""`vlmoe bench` at a size that takes seconds: contenders that are checked, and rows that add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run
+from PIL import Image
+
+
+def bench(*words: str | Path) -> list[dict[str, Any]]:
+    """The rows that a command leaves."""
+    output = Path(words[words.index("--output") + 1])
+    run("-m", "megatron_vlmoe", "bench", *words).succeeded()
+    rows: list[dict[str, Any]] = json.loads(output.read_text())
+    for row in rows:
+        if row["median_ms"] is not None:
+            assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+    return rows
+
+
+def test_layers_of_experts(tmp_path: Path) -> None:
+    """Every contender's outputs and gradients are compared with a plain loop before it is timed."""
+    words = "--tokens 128 --width 64 --experts 4 --topk 2 --load skewed --rounds 1 --threads 1"
+    for gradients in ("new", "main_grad"):
+        rows = bench(
+            *("moe_layer", *words.split(), "--gradients", gradients),
+            *("--output", tmp_path / f"{gradients}.json"),
+        )
+        names = {row["contender"] for row in rows if row["median_ms"] is not None}
+        ours = {f"ours_{name}" for name in ("fixed_capacity", "alltoall", "dropless")}
+        assert {"dense", *ours, "megatron_sequential", "transformers_grouped_mm"} <= names
+        absent = [row for row in rows if row["contender"] not in names]
+        assert all(row["note"].startswith("not run: needs ") for row in absent)
+
+
+def test_steps_of_presets_and_plain_pytorch(tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    sizes = "--texts 2 --images 2 --pairs 2 --vocab-size 200 --visual-vocab-size 16"
+    words = f"--preset tiny-dense tiny-8e {sizes} --rounds 1 --steps 1 --threads 1"
+    # Without a name it is the benchmark of steps.
+    rows = bench(*words.split(), "--plain", "--profile", "--output", output)
+    assert [row["contender"] for row in rows] == ["tiny-dense", "tiny-8e", "plain_pytorch"]
+    for row in rows:
+        assert set(row["phases_ms"]) == {"forward + backward", "optimizer"}
+    with Image.open(output.with_suffix(".png")) as picture:
+        assert picture.width > 500
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("steb", ("steb", "did you mean step")),
+        ("moe_layer --width 100", ("--width 100", "multiple of 64")),
+        ("moe_layer --tokens 100", ("--tokens 100", "multiple of 128")),
+        ("moe_layer --experts 128 --width 64", ("--experts 128", "--width")),
+        ("moe_layer --contenders our_dropless", ("our_dropless", "did you mean ours_dropless")),
+    ],
+)
+def test_wrong_options_are_one_line(words: str, names: tuple[str, ...]) -> None:
+    run("-m", "megatron_vlmoe", "bench", *words.split()).refused(*names)
