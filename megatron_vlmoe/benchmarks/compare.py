@@ -26,6 +26,9 @@ from megatron_vlmoe.runtime.files import write_text_atomic
 Work = Callable[[], Mapping[str, float]]
 """One repetition: does the work and returns the seconds of its phases, whose sum is the time that is compared."""
 
+Build = Callable[[], AbstractContextManager[Work]]
+"""Makes work ready for a turn."""
+
 
 class NotRun(Exception):
     """A contender cannot be measured here; its text says why, and is a result."""
@@ -42,7 +45,7 @@ class Contender:
     """
 
     name: str
-    build: Callable[[], AbstractContextManager[Work]]
+    build: Build
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Row:
         peak_mb: how much memory rises in one more repetition, in 10^6 bytes: the allocator's peak on a GPU, else the
             resident set; None where the system does not tell.
         note: why it was not run, or what else must be known.
+        items: images, records or the like of a repetition, for a rate; 0 where that says nothing.
     """
 
     case: Mapping[str, Any]
@@ -68,6 +72,13 @@ class Row:
     ratio_to_dense: Optional[float] = None
     peak_mb: Optional[float] = None
     note: str = ""
+    items: int = 0
+
+    def per_second(self) -> Optional[float]:
+        """Items per second in the median round; None without."""
+        if not self.items or not self.rounds_ms:
+            return None
+        return round(1e3 * self.items / statistics.median(self.rounds_ms), 2)
 
     def record(self) -> dict[str, Any]:
         """The row as JSON types; without times where it was not run."""
@@ -85,6 +96,7 @@ class Row:
             **times,
             "ratio_to_dense": None if ratio is None else round(ratio, 4),
             "peak_mb": None if peak is None else round(peak, 1),
+            "per_second": self.per_second(),
             "phases_ms": {
                 name: round(statistics.median(values), 4) for name, values in self.phases_ms.items()
             },
@@ -102,6 +114,7 @@ def compare(
     turn_seconds: float = 0.5,
     repetitions: int = 1,
     warmup: int = 1,
+    items: int = 0,
 ) -> list[Row]:
     """Gives every contender its turn in every round.
 
@@ -115,8 +128,9 @@ def compare(
         turn_seconds: a turn's repetitions go on for at least so long.
         repetitions: and are at least so many.
         warmup: repetitions before them, which are not counted.
+        items: of a repetition, as in `Row`.
     """
-    rows = {own.name: Row(case, own.name) for own in contenders}
+    rows = {own.name: Row(case, own.name, items=items) for own in contenders}
     for number in range(rounds):
         shift = number % len(contenders)
         for own in [*contenders[shift:], *contenders[:shift]]:
@@ -161,6 +175,10 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": now, "cpu": time.process_time}
+"""Seconds by the name of a clock; `cpu` are those of this process, and mean something on a busy machine too."""
 
 
 def memory_rise(work: Callable[[], object]) -> int:
@@ -268,6 +286,9 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     if len(phases) == 1:
         phases = []
     columns = [*cases, "contender", "median ms", "min", "max", *phases, "ratio", "peak MB"]
+    with_rates = any(row.items for row in rows)
+    if with_rates:
+        columns.append("per second")
     yield "| " + " | ".join(columns) + " |"
     numbers = len(columns) - len(cases) - 1
     yield "|" + "---|" * (len(cases) + 1) + "---:|" * numbers
@@ -277,11 +298,16 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
         if not row.rounds_ms:
             yield "| " + " | ".join([*cells, row.note, *[""] * (numbers - 1)]) + " |"
             continue
+        if row.note:
+            cells[-1] += f" ({row.note})"
         times = [own["median_ms"], own["min_ms"], own["max_ms"]]
         times += [own["phases_ms"].get(name) for name in phases]
         cells += ["" if value is None else f"{value:.4g}" for value in times]
         cells.append("" if row.ratio_to_dense is None else f"{row.ratio_to_dense:.3f}")
         cells.append("" if row.peak_mb is None else f"{row.peak_mb:.0f}")
+        if with_rates:
+            rate = row.per_second()
+            cells.append("" if rate is None else f"{rate:.4g}")
         yield "| " + " | ".join(cells) + " |"
 
 

@@ -231,7 +231,8 @@ class DataConfig:
         pixel_std: standard deviation of each channel, in 0..1.
         num_workers: loader processes per rank; 0 loads in the training process.
         prefetch: batches that each worker prepares ahead.
-        cache_dir: folder of cached indexes of packed texts; empty keeps them in memory.
+        cache_dir: folder in which the processes of a machine share tables of the order of large datasets; empty for one
+            in the system's folder for temporary files.
     """
 
     text: tuple[str, ...] = ()

@@ -342,9 +342,8 @@ class PretrainData:
                 reader = item.reader("text")
                 first = reader.document_indices
                 begin, end = int(first[item.documents.start]), int(first[item.documents.stop])
-                lengths = reader.sequence_lengths[begin:end]
-                cut = float(np.mean(lengths > config.model.pair_text_length - 2))
-                line += f", {cut:.2%} of the captions are cut"
+                cut = reader.count_longer(config.model.pair_text_length - 2, range(begin, end))
+                line += f", {cut / (end - begin):.2%} of the captions are cut"
             lines.append(line)
         return lines
 

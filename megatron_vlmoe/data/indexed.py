@@ -265,6 +265,17 @@ class IndexedReader:
         """First sequence of each document, and the end: int64 ``[num_documents + 1]``."""
         return self._open()[3]
 
+    def items_before(self, index: int) -> int:
+        """Items of all sequences before one, or of all (``index`` is their number); sequences have no gaps."""
+        if index == self.num_sequences:
+            return self.num_items
+        return int(self._open()[2][index]) // self.dtype.itemsize
+
+    def count_longer(self, limit: int, sequences: range) -> int:
+        """How many sequences of a range have more than ``limit`` items."""
+        lengths = self.sequence_lengths[sequences.start : sequences.stop]
+        return sum(int(np.count_nonzero(block > limit)) for block in _blocks(lengths))
+
     def sequence(self, index: int) -> np.ndarray:
         """All items of a sequence, ``[length]``."""
         data, lengths, offsets, _ = self._maps or self._open()

@@ -7,6 +7,7 @@ run, at any data-parallel size, sees the samples that an unbroken one would.
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.data.tables import SharedTables
 
+MAX_TABLE = 1 << 27
+"""Up to so many samples (and documents of packed texts, see there) an order is a table. Changing it changes the runs
+between the old size and the new one."""
+
+_FEISTEL_ROUNDS = 8
 _BLEND_BLOCK = 1024
 _MAX_BLEND_BLOCK = 1 << 22
 _WORD = (1 << 64) - 1
@@ -60,12 +67,56 @@ def epoch_permutation(
     epoch: int,
     dataset: int = 0,
     purpose: Purpose = Purpose.SAMPLE_ORDER,
-) -> npt.NDArray[np.integer]:
-    """The order of samples in an epoch: a permutation of 0..num_samples-1, int32 if that fits."""
-    fits = num_samples <= np.iinfo(np.int32).max
-    order: npt.NDArray[np.integer] = np.arange(num_samples, dtype=np.int32 if fits else np.int64)
+) -> npt.NDArray[np.int32]:
+    """The order of samples in an epoch, as a table: a permutation of 0..num_samples-1."""
+    order = np.arange(num_samples, dtype=np.int32)
     keyed_rng(seed, purpose, dataset, epoch).shuffle(order)
     return order
+
+
+class FeistelPermutation:
+    """A permutation of 0..size-1 without a table: each entry is computed, in a few microseconds.
+
+    A Feistel network permutes the numbers of as many bits as ``size - 1`` has: in turn each half of the bits is changed
+    by a keyed hash of the other half. A number outside 0..size-1 goes through it again until it is inside, less than
+    twice on average (cycle walking: Black and Rogaway, CT-RSA 2002).
+
+    Args:
+        size: at least 1.
+        rng: gives the keys, and so decides which permutation it is.
+    """
+
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
+        self.size = size
+        bits = max(2, (size - 1).bit_length())
+        self._shift = bits // 2
+        self._low, self._high = (1 << self._shift) - 1, (1 << (bits - self._shift)) - 1
+        self._keys = rng.integers(
+            _WORD, size=_FEISTEL_ROUNDS, dtype=np.uint64, endpoint=True
+        ).tolist()
+
+    def __getitem__(self, place: int) -> int:
+        if not 0 <= place < self.size:
+            raise IndexError(f"place {place} of {self.size}")
+        number = self._permuted(place)
+        while number >= self.size:
+            number = self._permuted(number)
+        return number
+
+    def _permuted(self, number: int) -> int:
+        low, high = number & self._low, number >> self._shift
+        for key in range(0, _FEISTEL_ROUNDS, 2):
+            low ^= _hash(high + self._keys[key]) & self._low
+            high ^= _hash(low + self._keys[key + 1]) & self._high
+        return high << self._shift | low
+
+
+def _hash(word: int) -> int:
+    """Mixes the bits of a number, modulo 2**64: the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    word &= _WORD
+    word = ((word ^ word >> 30) * 0xBF58476D1CE4E5B9) & _WORD
+    word = ((word ^ word >> 27) * 0x94D049BB133111EB) & _WORD
+    return word ^ word >> 31
 
 
 class RecentCache(Generic[Value]):
@@ -94,30 +145,59 @@ class RecentCache(Generic[Value]):
 class SampleOrder:
     """Endless order over a dataset: every epoch has every sample once.
 
+    Up to `max_table` samples the order of an epoch is a table, which the processes of a machine share; above, it is a
+    `FeistelPermutation`, because a table would take minutes to make.
+
     Args:
         num_samples: samples of an epoch, at least 1.
         seed: seed of the shuffles.
         shuffle: false keeps the stored order in every epoch.
         dataset: number of the dataset, so that equal sizes do not mean equal orders.
+        tables: where tables are shared.
+        max_table: most samples that have a table.
     """
 
-    def __init__(self, num_samples: int, seed: int, shuffle: bool = True, dataset: int = 0) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int,
+        shuffle: bool = True,
+        dataset: int = 0,
+        tables: SharedTables = SharedTables(),  # noqa: B008 (frozen)
+        max_table: int = MAX_TABLE,
+    ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: an order needs at least one sample")
         self.num_samples = num_samples
         self.seed = seed
         self.shuffle = shuffle
         self.dataset = dataset
-        self._recent: RecentCache[npt.NDArray[np.integer]] = RecentCache()
+        self.tables, self.max_table = tables, max_table
+        self._recent: RecentCache[npt.NDArray[np.int32] | FeistelPermutation] = RecentCache()
 
     def locate(self, number: int) -> tuple[int, int]:
         """Epoch and sample index of the sample with this number, counted from 0 over all epochs."""
         epoch, place = divmod(number, self.num_samples)
         if not self.shuffle:
             return epoch, place
-        key = self.num_samples, self.seed
-        order = self._recent.get(epoch, lambda epoch: epoch_permutation(*key, epoch, self.dataset))
-        return epoch, int(order[place])
+        return epoch, int(self._recent.get(epoch, self._permutation)[place])
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int32] | FeistelPermutation:
+        size, seed, dataset = self.num_samples, self.seed, self.dataset
+        if size > self.max_table:
+            rng = keyed_rng(seed, Purpose.SAMPLE_ORDER, dataset, epoch)
+            return FeistelPermutation(size, rng)
+
+        def build() -> dict[str, npt.NDArray[np.int32]]:
+            return {"order": epoch_permutation(size, seed, epoch, dataset)}
+
+        name = table_name("samples", size, seed, dataset)
+        return self.tables.get(name, epoch, {"order": size}, build)["order"]
+
+
+def table_name(kind: str, *key: object) -> str:
+    """Name of a table for `SharedTables`, from all that it depends on."""
+    return f"{kind}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}"
 
 
 class BlendSpec(NamedTuple):

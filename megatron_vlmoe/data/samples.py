@@ -9,11 +9,9 @@ pixels touches no image.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,20 +45,25 @@ from megatron_vlmoe.data.masking import (
     natural_mask_count,
 )
 from megatron_vlmoe.data.order import (
+    MAX_TABLE,
     Purpose,
     RecentCache,
     SampleRef,
     SampleRngs,
     epoch_permutation,
+    keyed_rng,
+    table_name,
 )
 from megatron_vlmoe.data.sources import Sources
-from megatron_vlmoe.runtime.files import open_atomic
+from megatron_vlmoe.data.tables import SharedTables, Tables
 from megatron_vlmoe.stream.sizes import text_mask_slots
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
+
+_BLOCK_DOCUMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -220,16 +223,33 @@ def exchange_distance(images: Sequence[object]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class StoredStarts:
+    """First token of each document in the stored order, and the length of the whole, read from the indexed file."""
+
+    reader: IndexedReader
+    documents: range
+
+    def __len__(self) -> int:
+        return len(self.documents) + 1
+
+    def __getitem__(self, place: int) -> int:
+        first = self.documents.start
+        return self.reader.items_before(first + place) - self.reader.items_before(first) + place
+
+
 class PackingIndex(NamedTuple):
     """Where each document of an epoch begins in the concatenation of all.
 
     Args:
         order: ``[D]`` document at each place.
-        starts: int64 ``[D + 1]`` first token of each place, and the length of the whole.
+        starts: ``[D + 1]`` first token of each place, and the length of the whole.
+        begin: token with which the first sample begins.
     """
 
-    order: npt.NDArray[np.integer]
-    starts: npt.NDArray[np.int64]
+    order: npt.NDArray[np.int32] | range
+    starts: npt.NDArray[np.int64] | StoredStarts
+    begin: int = 0
 
 
 class PackedTexts:
@@ -239,15 +259,19 @@ class PackedTexts:
     shuffled anew in every epoch. Sample k has tokens k*(length-2) .. (k+1)*(length-2) of them;
     the last sample is filled up from the beginning.
 
+    More than ``max_table`` documents keep their stored order, because a shuffled one takes a table that is minutes to
+    make. Then what changes with the epoch is the token with which sample 0 begins.
+
     Args:
         reader: one sequence per document.
         documents: those that are used.
         length: tokens of a packed text.
         seed: seed of the document shuffles.
-        shuffle: false keeps the stored order.
+        shuffle: false keeps the stored order, from the first token on.
         dataset: number of the dataset within its blend.
-        cache_dir: folder in which the processes of a machine share an epoch's index; None keeps it in memory.
-        identity: names the dataset in the cache, and must change when the dataset does.
+        tables: where the processes of a machine share an epoch's index.
+        identity: names the dataset there, and must change when the dataset does; empty: nothing is shared.
+        max_table: most documents that are shuffled.
     """
 
     def __init__(
@@ -261,8 +285,9 @@ class PackedTexts:
         seed: int,
         shuffle: bool = True,
         dataset: int = 0,
-        cache_dir: str | None = None,
+        tables: SharedTables = SharedTables(),  # noqa: B008 (frozen)
         identity: str = "",
+        max_table: int = MAX_TABLE,
     ) -> None:
         if length < 3:
             raise ValueError(f"a packed text of {length} tokens has no place for text")
@@ -271,9 +296,8 @@ class PackedTexts:
         self.length = length
         self.bos_id, self.eos_id = bos_id, eos_id
         self.seed, self.shuffle, self.dataset = seed, shuffle, dataset
-        self.cache_dir, self.identity = cache_dir, identity
-        lengths = reader.sequence_lengths[documents.start : documents.stop]
-        self.num_tokens = int(lengths.sum(dtype=np.int64)) + len(lengths)
+        self.tables, self.identity, self.max_table = tables, identity, max_table
+        self.num_tokens = StoredStarts(reader, documents)[len(documents)]
         """Tokens of an epoch, with one ``</s>`` per document."""
         self.num_samples = -(-self.num_tokens // (length - 2))
         """Samples of an epoch."""
@@ -281,37 +305,36 @@ class PackedTexts:
 
     def index(self, epoch: int) -> PackingIndex:
         """Order and boundaries of the documents in an epoch (the same in all if not shuffled)."""
-        return self._recent.get(epoch if self.shuffle else 0, self._load_index)
+        return self._recent.get(epoch if self.shuffle else 0, self._make_index)
 
-    def _load_index(self, epoch: int) -> PackingIndex:
-        """An index that the processes of a machine share through memory-mapped files, if there is a folder for them."""
-        if self.cache_dir is None:
-            return self._build_index(epoch)
-        key = (self.identity, self.documents.start, self.documents.stop, self.seed, self.dataset)
-        digest = hashlib.sha256(repr((*key, self.shuffle, epoch)).encode()).hexdigest()[:20]
-        folder = Path(self.cache_dir)
-        paths = [folder / f"packing-{digest}-{part}.npy" for part in ("order", "starts")]
-        with contextlib.suppress(OSError, ValueError):
-            order, starts = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-            if len(starts) == len(order) + 1 == len(self.documents) + 1:
-                return PackingIndex(order, starts)
-        built = self._build_index(epoch)
-        # A cache that cannot be written (read-only folder, full disk) costs memory, nothing else.
-        with contextlib.suppress(OSError):
-            for path, array in zip(paths, (built.order, built.starts), strict=True):
-                with open_atomic(path) as file:
-                    np.save(file, array, allow_pickle=False)
-        return built
-
-    def _build_index(self, epoch: int) -> PackingIndex:
+    def _make_index(self, epoch: int) -> PackingIndex:
         size = len(self.documents)
-        lengths = self.reader.sequence_lengths[self.documents.start : self.documents.stop]
-        order: npt.NDArray[np.integer] = np.arange(size, dtype=np.int32)
-        if self.shuffle:
-            order = epoch_permutation(size, self.seed, epoch, self.dataset, Purpose.DOCUMENT_ORDER)
+        if not self.shuffle or size > self.max_table:
+            begin = 0
+            if self.shuffle:
+                rng = keyed_rng(self.seed, Purpose.DOCUMENT_ORDER, self.dataset, epoch)
+                begin = int(rng.integers(self.num_tokens))
+            return PackingIndex(range(size), StoredStarts(self.reader, self.documents), begin)
+
+        def build() -> Tables:
+            return self._build_tables(epoch)
+
+        if not self.identity:
+            return PackingIndex(**build())
+        key = (self.identity, self.documents.start, self.documents.stop, self.seed, self.dataset)
+        sizes = {"order": size, "starts": size + 1}
+        return PackingIndex(**self.tables.get(table_name("packing", *key), epoch, sizes, build))
+
+    def _build_tables(self, epoch: int) -> Tables:
+        """`order` and `starts` of a shuffled epoch; besides them it needs no memory to speak of."""
+        size, lengths = len(self.documents), self.reader.sequence_lengths
+        order = epoch_permutation(size, self.seed, epoch, self.dataset, Purpose.DOCUMENT_ORDER)
         starts = np.zeros(size + 1, dtype=np.int64)
-        np.cumsum(lengths[order] + np.int64(1), out=starts[1:])
-        return PackingIndex(order, starts)
+        for first in range(0, size, _BLOCK_DOCUMENTS):
+            documents = order[first : first + _BLOCK_DOCUMENTS] + np.int64(self.documents.start)
+            ends = np.cumsum(lengths[documents] + np.int64(1))
+            starts[first + 1 : first + 1 + len(ends)] = starts[first] + ends
+        return {"order": order, "starts": starts}
 
     def sample(self, epoch: int, k: int) -> tuple[Tokens, Tokens]:
         """Sample k of an epoch.
@@ -326,8 +349,9 @@ class PackedTexts:
         ids = np.full(self.length, self.eos_id, dtype=np.int64)
         documents = np.zeros(self.length, dtype=np.int64)
         ids[0] = self.bos_id
-        begin, filled, end, number = k * (self.length - 2), 1, self.length - 1, 0
-        place = int(np.searchsorted(index.starts, begin, side="right")) - 1
+        begin = (index.begin + k * (self.length - 2)) % self.num_tokens
+        filled, end, number = 1, self.length - 1, 0
+        place = bisect.bisect_right(index.starts, begin) - 1
         offset = begin - int(index.starts[place])
         while filled < end:
             span = int(index.starts[place + 1] - index.starts[place])
@@ -355,6 +379,7 @@ class TextPart:
         self.vocab = Vocabulary.of(tokenizer)
         self.slots, self.fraction = text_mask_slots(config), config.objectives.text_mask_fraction
         self.rngs, self.with_documents = rngs, config.data.reset_attention
+        tables = SharedTables(config.data.cache_dir)
         self.texts = [
             PackedTexts(
                 item.reader("text_document"),
@@ -365,13 +390,13 @@ class TextPart:
                 seed=rngs.seed,
                 shuffle=rngs.train,
                 dataset=rngs.dataset_key(number),
-                cache_dir=config.data.cache_dir or None,
+                tables=tables,
                 identity=item.manifest.files["_text_document.idx"].sha256,
             )
             for number, item in enumerate(sources.items)
         ]
         sizes = [text.num_samples for text in self.texts]
-        self.order = sources.order(sizes, rngs)
+        self.order = sources.order(sizes, rngs, tables)
 
     def make(self, numbers: range) -> dict[str, Any]:
         """The segment of the samples with these numbers."""
@@ -482,7 +507,8 @@ class ImagePart:
 
     def __init__(self, sources: Sources, pixels: PixelPart) -> None:
         sizes = [len(item.documents) for item in sources.items]
-        self.order = sources.order(sizes, pixels.views.rngs)
+        tables = SharedTables(pixels.views.data.cache_dir)
+        self.order = sources.order(sizes, pixels.views.rngs, tables)
         self.first_documents = [item.documents.start for item in sources.items]
         self.pixels = pixels
 
@@ -511,7 +537,7 @@ class PairOrder:
             first = reader.document_indices
             captions = int(first[documents.stop] - first[documents.start])
             sizes.append(len(documents) if self.by_image else captions)
-        self.order = sources.order(sizes, self.rngs)
+        self.order = sources.order(sizes, self.rngs, SharedTables(config.data.cache_dir))
 
     def locate(self, ref: SampleRef) -> tuple[int, int]:
         """Image document and caption sequence of a sample."""
@@ -519,7 +545,8 @@ class PairOrder:
         first = reader.document_indices
         if not self.by_image:
             sequence = int(first[documents.start]) + ref.index
-            return int(np.searchsorted(first, sequence, side="right")) - 1, sequence
+            # Not np.searchsorted: the file's numbers are not aligned, and it would copy all of them first.
+            return bisect.bisect_right(first, sequence) - 1, sequence
         image = documents.start + ref.index
         begin, end = int(first[image]), int(first[image + 1])
         if begin == end:

@@ -20,6 +20,7 @@ from megatron_vlmoe.data.order import (
     SampleRngs,
     parse_blend,
 )
+from megatron_vlmoe.data.tables import SharedTables
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -56,10 +57,12 @@ class Sources:
         total = sum(weights, Fraction(0))
         return [weight / total for weight in weights]
 
-    def order(self, num_samples: Sequence[int], rngs: SampleRngs) -> BlendedOrder:
+    def order(
+        self, num_samples: Sequence[int], rngs: SampleRngs, tables: SharedTables
+    ) -> BlendedOrder:
         """The order of samples over all datasets, given the samples per epoch of each."""
         orders = [
-            SampleOrder(n, rngs.seed, rngs.train, rngs.dataset_key(number))
+            SampleOrder(n, rngs.seed, rngs.train, rngs.dataset_key(number), tables)
             for number, n in enumerate(num_samples)
         ]
         return BlendedOrder(Blend(self.shares(num_samples), rngs.seed), orders)

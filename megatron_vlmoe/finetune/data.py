@@ -28,6 +28,7 @@ from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, SampleRef, SampleRngs
 from megatron_vlmoe.data.samples import ImageViews, TextFormat
+from megatron_vlmoe.data.tables import SharedTables
 from megatron_vlmoe.data.task_dataset import TaskDataset, TaskRow
 from megatron_vlmoe.finetune.prepared import PreparedTask
 from megatron_vlmoe.prepare.vqa_answers import NUM_ANNOTATORS
@@ -309,7 +310,8 @@ class TrainingMicroBatches(Dataset[Batch]):
         self.micro, self.whole = config.task.micro_batch_size, config.task.global_batch_size
         self.per_step = num_micro_batches(config, share.data_size)
         key = samples.rngs.dataset_key(0)
-        self.order = SampleOrder(len(samples), config.train.seed, True, key)
+        tables = SharedTables(config.data.cache_dir)
+        self.order = SampleOrder(len(samples), config.train.seed, True, key, tables)
 
     def refs(self, numbers: Sequence[int]) -> list[SampleRef]:
         """The samples with these numbers, counted over the run."""

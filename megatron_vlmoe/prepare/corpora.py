@@ -217,9 +217,11 @@ def _is_lossless_webp(data: bytes) -> bool:
 
 
 def add_images(output: DatasetOutput, images: Sequence[bytes]) -> None:
-    """Adds each encoded image as a document of the part ``image``."""
-    for data in images:
-        output.writers["image"].add_document([np.frombuffer(data, np.uint8)])
+    """Adds each encoded image as a document of the part ``image``; one call for all costs as much as for one."""
+    if images:
+        lengths = np.array([len(data) for data in images], np.int64)
+        items = np.frombuffer(b"".join(images), np.uint8)
+        output.writers["image"].add_documents(items, lengths, np.ones_like(lengths))
 
 
 def preprocess_images(

@@ -108,7 +108,7 @@ class CheckpointWriter:
                 chunk.enable_forward_pre_hook()
         # Before the first step an optimizer has no state yet; weights are all that a seed is for.
         with_optimizer = with_optimizer and state.step > 0
-        content = _state_dict(parts, is_loading=False, with_optimizer=with_optimizer)
+        content = sharded_content(parts, is_loading=False, with_optimizer=with_optimizer)
         content["train_state"] = dataclasses.asdict(state)
         content["config"] = dataclasses.asdict(config)
 
@@ -210,7 +210,7 @@ def load_checkpoint(
     check_architecture(path, saved, config)
     # A seed checkpoint, and that of the best step, have weights only.
     with_optimizer = with_optimizer and "optimizer" in common
-    content = _state_dict(parts, is_loading=True, with_optimizer=with_optimizer)
+    content = sharded_content(parts, is_loading=True, with_optimizer=with_optimizer)
     if with_optimizer:
         for member in _members(content["optimizer"]):
             member.pop("param_groups", None)
@@ -395,7 +395,8 @@ def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig)
         )
 
 
-def _state_dict(parts: ModelParts, is_loading: bool, with_optimizer: bool) -> dict[str, Any]:
+def sharded_content(parts: ModelParts, is_loading: bool, with_optimizer: bool) -> dict[str, Any]:
+    """What a checkpoint has of model, optimizer and schedule, as megatron-core saves it or loads into it."""
     metadata = checkpoint_metadata()
     content: dict[str, Any] = {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)

@@ -73,7 +73,9 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
     if config.checkpoint.save and is_rank_zero():
         keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)
     micro_batches = num_micro_batches(config, ranks.data_size)
-    log_layout(config, ranks, precision, micro_batches, data.summary())
+    # Only the first rank logs it, and it reads the length of every caption.
+    summary = data.summary() if is_rank_zero() else []
+    log_layout(config, ranks, precision, micro_batches, summary)
     parts = build_training(config, precision)
     if parts.frozen:
         log.info("frozen, never reached by this run: %s", ", ".join(parts.frozen))

@@ -50,6 +50,8 @@ def test_reads_what_was_written(prefix: str) -> None:
     assert reader.sequence_lengths.tolist() == [3, 1, 2, 1, 4, 1]
     assert reader.document_indices.tolist() == [0, 2, 3, 6]
     assert (reader.num_sequences, reader.num_items) == (6, 12)
+    assert [reader.items_before(i) for i in range(7)] == [0, 3, 4, 6, 7, 11, 12]
+    assert [reader.count_longer(n, range(1, 6)) for n in (0, 1, 2, 4)] == [5, 2, 1, 0]
     assert reader.sequence(4).dtype == np.uint16
     assert reader.sequence_slice(4, 1, 2).tolist() == [3, 4]
     with pytest.raises(IndexError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from fractions import Fraction
 
@@ -10,8 +11,10 @@ import pytest
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.data.order import (
+    MAX_TABLE,
     Blend,
     BlendedOrder,
+    FeistelPermutation,
     Purpose,
     SampleOrder,
     SampleRef,
@@ -78,6 +81,81 @@ def test_an_order_pickles_without_its_permutations() -> None:
     data = pickle.dumps(order)
     assert len(data) < 2000
     assert pickle.loads(data).locate(5) == expected
+
+
+def test_orders_stay_as_they_were() -> None:
+    """Runs that were started with an earlier version go on with the same samples."""
+    key = (1 << 32) + 2
+    order = SampleOrder(70_001, 11, dataset=key)
+    first = [order.locate(place)[1] for place in range(5)]
+    assert first == [7260, 14227, 8000, 14633, 64282]
+    later = [order.locate(3 * 70_001 + place)[1] for place in range(5)]
+    assert later == [19800, 46611, 32421, 2558, 64138]
+    digests = [
+        hashlib.sha256(epoch_permutation(n, 11, 3, key).astype("<i4").tobytes()).hexdigest()[:16]
+        for n in (1000, 70_001)
+    ]
+    assert digests == ["1f95cb969a8e2621", "039d9bb29d912138"]
+    assert MAX_TABLE == 1 << 27
+
+
+@pytest.mark.parametrize("size", [*range(1, 35), 127, 128, 129, 1000, 4097, 30_011])
+def test_a_permutation_without_a_table_has_every_number_once(size: int) -> None:
+    permutation = FeistelPermutation(size, np.random.default_rng(size))
+    assert sorted(permutation[place] for place in range(size)) == list(range(size))
+    for place in (-1, size):
+        with pytest.raises(IndexError):
+            permutation[place]
+
+
+def chi_square(found: np.ndarray, cells: int) -> float:
+    """Of counts in equally likely cells, in standard deviations above its mean."""
+    counts = np.bincount(found, minlength=cells)
+    expected = len(found) / cells
+    return (((counts - expected) ** 2).sum() / expected - (cells - 1)) / np.sqrt(2 * (cells - 1))
+
+
+@pytest.mark.parametrize("size", [(1 << 27) + 1, 999_999_937])
+def test_a_permutation_without_a_table_looks_like_chance(size: int) -> None:
+    permutation = FeistelPermutation(size, keyed_rng(3, Purpose.SAMPLE_ORDER, 1, 2))
+    found = np.array([permutation[place] for place in range(20_000)])
+    strided = np.array([permutation[place] for place in range(0, size, size // 20_000)])
+    # Where each goes, by coarse and by fine position, and where pairs of neighbours go.
+    for cells in (
+        found * 64 // size,
+        found % 64,
+        strided * 64 // size,
+        strided % 64,
+        (found[1:] * 8 // size) * 8 + found[:-1] * 8 // size,
+        ((found[1:] - found[:-1]) % size) * 64 // size,
+    ):
+        assert abs(chi_square(cells, 64)) < 4.5
+
+
+def test_where_a_sample_comes_depends_on_the_key_alone_and_is_uniform() -> None:
+    keys = [
+        (seed, epoch, dataset) for seed in range(20) for epoch in range(20) for dataset in range(5)
+    ]
+    places = [
+        SampleOrder(101, seed, dataset=dataset, max_table=100).locate(101 * epoch + 7)[1]
+        for seed, epoch, dataset in keys
+    ]
+    assert abs(chi_square(np.array(places), 101)) < 4.5
+
+
+def test_an_order_without_a_table_resumes_anywhere() -> None:
+    order = SampleOrder(131, seed=3, dataset=9, max_table=130)
+    found = [order.locate(number) for number in range(3 * 131)]
+    for epoch in range(3):
+        own = found[epoch * 131 : (epoch + 1) * 131]
+        assert {place[0] for place in own} == {epoch}
+        assert sorted(place[1] for place in own) == list(range(131))
+    assert len({tuple(found[epoch * 131 : (epoch + 1) * 131]) for epoch in range(3)}) == 3
+    # Whatever process asks, and whatever it was asked before.
+    again = pickle.loads(pickle.dumps(order))
+    assert [again.locate(n) for n in reversed(range(3 * 131))] == found[::-1]
+    # As in the version that introduced it.
+    assert [index for _, index in found[:5]] == [70, 103, 112, 16, 120]
 
 
 def test_an_empty_order_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_vlmoe.data.samples import PackedTexts
+from megatron_vlmoe.data.tables import SharedTables
 
 BOS, EOS = 0, 1
 
@@ -22,6 +25,9 @@ class Reader:
     @property
     def sequence_lengths(self) -> np.ndarray:
         return np.array(self.lengths, dtype=np.int32)
+
+    def items_before(self, index: int) -> int:
+        return sum(self.lengths[:index])
 
     def sequence_slice(self, index: int, offset: int, length: int) -> np.ndarray:
         assert offset >= 0 and offset + length <= self.lengths[index]
@@ -71,11 +77,11 @@ def test_samples_are_cuts_of_the_concatenation(length: int, documents: range, ep
 
 
 def test_document_order_is_shuffled_per_epoch() -> None:
-    orders = [packed().index(epoch).order.tolist() for epoch in range(4)]
+    orders = [list(packed().index(epoch).order) for epoch in range(4)]
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
     still = packed(shuffle=False)
-    assert still.index(3).order.tolist() == list(range(7))
+    assert list(still.index(3).order) == list(range(7))
 
 
 def test_samples_outside_the_epoch_are_refused() -> None:
@@ -94,26 +100,54 @@ def samples(texts: PackedTexts, epoch: int) -> list[list[int]]:
     return [texts.sample(epoch, k)[0].tolist() for k in range(texts.num_samples)]
 
 
-def test_a_cached_index_gives_the_same_samples(tmp_path: Path) -> None:
+def digest(texts: PackedTexts, epoch: int) -> str:
+    """Of tokens and documents of all samples."""
+    made = [np.concatenate(texts.sample(epoch, k)) for k in range(texts.num_samples)]
+    return hashlib.sha256(np.concatenate(made).astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def test_samples_stay_as_they_were() -> None:
+    """Runs that were started with an earlier version go on with the same samples."""
+    texts = packed(9, dataset=5)
+    assert [digest(texts, epoch) for epoch in (0, 3)] == ["fd96c9d1aa957af6", "1b31bb138033b443"]
+    texts = packed(9, range(2, 6), dataset=5)
+    assert [digest(texts, epoch) for epoch in (0, 3)] == ["01e4bbb4fa45a1a4", "3a80674617517b59"]
+    assert digest(packed(9, shuffle=False, dataset=5), 3) == "7cf7ab3417887c9d"
+    assert digest(packed(9, range(2, 6), shuffle=False, dataset=5), 3) == "0c2b7b41610101fb"
+
+
+@pytest.mark.parametrize("length", [3, 8, 46, 100])
+@pytest.mark.parametrize("documents", [range(7), range(2, 6)])
+def test_above_the_limit_documents_keep_their_order_and_the_cuts_move(
+    length: int, documents: range
+) -> None:
+    texts = packed(length, documents, max_table=3)
+    stream = concatenation(texts, 0)
+    begins = {texts.index(epoch).begin for epoch in range(40)}
+    assert len(begins) > 10 and begins <= set(range(len(stream)))
+    for epoch in (0, 3):
+        assert list(texts.index(epoch).order) == list(range(len(documents)))
+        found = [
+            token for k in range(texts.num_samples) for token in texts.sample(epoch, k)[0][1:-1]
+        ]
+        begin = texts.index(epoch).begin
+        assert found == [stream[(begin + i) % len(stream)][0] for i in range(len(found))]
+    again = packed(length, documents, max_table=3)
+    assert samples(again, 3) == samples(texts, 3)
+    assert pickle.loads(pickle.dumps(again)).sample(3, 0)[0].tolist() == samples(texts, 3)[0]
+
+
+def test_a_shared_index_gives_the_same_samples(tmp_path: Path) -> None:
     expected = samples(packed(), 2)
-    options = {"cache_dir": str(tmp_path / "cache"), "identity": "a"}
-    assert samples(packed(**options), 2) == expected
-    files = sorted((tmp_path / "cache").iterdir())
-    assert len(files) == 2 and all(file.suffix == ".npy" for file in files)
+    tables = SharedTables(str(tmp_path / "tables"), smallest=1)
+    assert samples(packed(tables=tables, identity="a"), 2) == expected
+    files = sorted((tmp_path / "tables").glob("*.npy"))
+    assert len(files) == 2
     times = [file.stat().st_mtime_ns for file in files]
-    assert samples(packed(**options), 2) == expected
+    assert samples(packed(tables=tables, identity="a"), 2) == expected
     assert [file.stat().st_mtime_ns for file in files] == times
-    samples(packed(cache_dir=options["cache_dir"], identity="b"), 2)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
-
-
-def test_a_damaged_or_unwritable_cache_is_no_obstacle(tmp_path: Path) -> None:
-    expected = samples(packed(), 2)
-    options = {"cache_dir": str(tmp_path), "identity": "a"}
-    samples(packed(**options), 2)
-    for file in tmp_path.iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    assert samples(packed(**options), 2) == expected
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert samples(packed(cache_dir=str(blocked / "x"), identity="a"), 2) == expected
+    samples(packed(tables=tables, identity="b"), 2)
+    assert len(list((tmp_path / "tables").glob("*.npy"))) == 4
+    # Without a name of the dataset nothing is shared.
+    samples(packed(tables=tables), 2)
+    assert len(list((tmp_path / "tables").glob("*.npy"))) == 4

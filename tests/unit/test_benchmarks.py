@@ -1,0 +1,132 @@
+"""Benchmarks of data, indexing and checkpoints at tiny sizes: their contenders agree, and they make rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import SMALL
+
+from megatron_vlmoe.benchmarks import checkpoint, data, preprocess
+from megatron_vlmoe.benchmarks.compare import Row, table
+from megatron_vlmoe.data.order import MAX_TABLE
+
+
+def measured(rows: list[Row]) -> dict[str, Row]:
+    """Rows by contender; all can be written."""
+    json.dumps([row.record() for row in rows])
+    assert len(list(table(rows))) == len(rows) + 2
+    assert all(bool(row.rounds_ms) != row.note.startswith("not run") for row in rows)
+    return {row.contender: row for row in rows}
+
+
+LOADER = data.Options(
+    images=6, width=100, height=75, size=32, batch=4, documents=(), rounds=1, turn_seconds=0.0
+)
+
+
+def test_the_loader_makes_the_pixels_of_the_bare_loop() -> None:
+    options = dataclasses.replace(LOADER, clock="cpu")
+    for jitter, rows in zip(options.color_jitter, data.run(options), strict=True):
+        found = measured(rows)
+        assert list(found) == ["pillow", "ours", "pillow_worker", "ours_worker"]
+        assert rows[0].case["color_jitter"] == jitter
+        assert found["pillow"].ratio_to_dense == 1 and found["ours"].ratio_to_dense is not None
+        assert found["ours"].per_second() == pytest.approx(4e3 / found["ours"].rounds_ms[0], 0.01)
+        assert "needs the wall clock" in found["ours_worker"].note
+
+
+@pytest.mark.process
+def test_loaders_with_workers_are_measured() -> None:
+    (rows,) = data.run(dataclasses.replace(LOADER, color_jitter=(0.4,)))
+    assert measured(rows)["ours_worker"].rounds_ms
+
+
+def test_other_pixels_end_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.write_images(tmp_path / "images", LOADER)
+    bare = data.bare_pixels
+    monkeypatch.setattr(data, "bare_pixels", lambda drawn, size: bare(drawn, size) ^ 1)
+    with pytest.raises(RuntimeError, match="pixels of micro-batch 0 differ"):
+        data.compare_speed(tmp_path / "images", 0.4, LOADER)
+
+
+@pytest.mark.process
+def test_memory_of_workers_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = data.Options(
+        color_jitter=(), documents=(2000, 10**9), workers=1, texts=2, micro_batches=1
+    )
+    # As on a machine where a billion documents do not fit.
+    monkeypatch.setattr(data, "memory_needed", refuse_large)
+    small, large = data.run(options)
+    assert list(measured(small)) == ["tables_per_worker", "ours", "ours_again"]
+    found = measured(large)
+    assert found["tables_per_worker"].note.startswith("not run") and 10**9 > MAX_TABLE
+    for name in ("ours", "ours_again"):
+        assert found[name].peak_mb is not None and found[name].peak_mb < 50
+
+
+def refuse_large(gigabytes: float) -> None:
+    if gigabytes > 1:
+        raise data.NotRun("too large")
+
+
+def test_generated_texts_are_what_an_index_would_say() -> None:
+    texts = data.GeneratedTexts(3000)
+    lengths = texts.sequence_lengths[np.arange(3000)]
+    assert lengths.min() >= 16 and lengths.max() <= 600
+    ends = np.cumsum(lengths)
+    assert [texts.items_before(i) for i in (0, 1, 1024, 2999, 3000)] == [
+        0,
+        *(int(ends[i - 1]) for i in (1, 1024, 2999, 3000)),
+    ]
+    assert len(texts.sequence_slice(2999, 3, 5)) == 5
+    with pytest.raises(IndexError):
+        texts.sequence_slice(0, 0, 601)
+
+
+INDEXING = preprocess.Options(
+    texts=40,
+    words=8,
+    vocab_size=150,
+    images=5,
+    width=60,
+    height=50,
+    captions=2,
+    resize_short=(0, 32),
+    rounds=1,
+    turn_seconds=0.0,
+    clock="cpu",
+)
+
+
+def test_indexing_writes_the_files_of_the_bare_loop() -> None:
+    cases = [measured(rows) for rows in preprocess.run(INDEXING)]
+    assert [list(found) for found in cases] == [
+        ["bare", "ours", "megatron"],
+        ["bare", "ours"],
+        ["bare", "ours"],
+        ["bare", "ours"],
+    ]
+    assert [found["ours"].items for found in cases] == [40, 5, 5, 5]
+
+
+def test_another_file_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "preprocess_text", lambda *_: None)
+    monkeypatch.setattr(preprocess.filecmp, "cmp", lambda *_, shallow: False)
+    with pytest.raises(RuntimeError, match="writes another text_document.bin"):
+        list(preprocess.run(dataclasses.replace(INDEXING, images=0)))
+
+
+@pytest.mark.process
+def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
+    words = (*SMALL, "--model.vocab_size", "300", "--model.visual_vocab_size", "200")
+    options = checkpoint.Options(("tiny-8e",), words, str(tmp_path), rounds=1, turn_seconds=0.0)
+    saving, loading = checkpoint.run(options)
+    found = measured(saving)
+    assert list(found) == ["torch_save", "torch_save_synced", "ours", "ours_async"]
+    assert found["ours_async"].note.startswith("complete after")
+    assert list(measured(loading)) == ["torch_load", "ours"]
+    assert not list(tmp_path.iterdir())
