@@ -13,7 +13,6 @@ import os
 import statistics
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Mapping
 
@@ -24,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_vlmoe.benchmarks.compare import Build, Contender, Row, compare, now, say
+from megatron_vlmoe.benchmarks.options import CheckpointOptions
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import destroy, initialize, resolve_precision
@@ -32,26 +32,7 @@ from megatron_vlmoe.train.checkpoint_files import TrainState, iteration_name
 from megatron_vlmoe.train.setup import TrainingParts, build_training
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is measured.
-
-    Args:
-        presets: models, one case each.
-        words: more options of `pretrain` for each, as on its command line.
-        folder: where checkpoints are written; empty for the system's folder for temporary files.
-        rounds: turns of each contender.
-        turn_seconds: length of a turn.
-    """
-
-    presets: tuple[str, ...] = ("small-8e",)
-    words: tuple[str, ...] = ("--model.vocab_size", "64000", "--model.visual_vocab_size", "8192")
-    folder: str = ""
-    rounds: int = 5
-    turn_seconds: float = 2.0
-
-
-def run(options: Options) -> Iterator[list[Row]]:
+def run(options: CheckpointOptions) -> Iterator[list[Row]]:
     """Measures saving, then loading, preset by preset.
 
     Raises:
@@ -94,7 +75,7 @@ def state_tensors(parts: TrainingParts) -> dict[str, Tensor]:
 
 
 def saving_and_loading(
-    name: str, config: RunConfig, parts: TrainingParts, folder: Path, options: Options
+    name: str, config: RunConfig, parts: TrainingParts, folder: Path, options: CheckpointOptions
 ) -> Iterator[list[Row]]:
     """The rows of saving a model, then those of loading it."""
     tensors = state_tensors(parts)

@@ -170,6 +170,12 @@ def _take_turn(
             row.peak_mb = rise / 1e6 if rise else None
 
 
+def use_threads(number: int) -> None:
+    """CPU threads of what is measured; 0 leaves torch's number."""
+    if number:
+        torch.set_num_threads(number)
+
+
 def now() -> float:
     """Seconds on a clock, after all that a GPU was given is done."""
     if torch.cuda.is_available():

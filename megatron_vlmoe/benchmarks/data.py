@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal, NamedTuple, cast
+from typing import Any, Callable, Iterator, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from megatron_vlmoe.benchmarks.compare import (
     memory_needed,
     say,
 )
+from megatron_vlmoe.benchmarks.options import DataOptions
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.augment import ImageDraw
@@ -59,42 +60,7 @@ _NO_TABLES_SHARED = 1 << 62
 _PATTERN = 1024  # documents after which generated lengths repeat
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is measured.
-
-    Args:
-        images: distinct JPEGs.
-        width: of each, in pixels.
-        height: of each, in pixels.
-        size: S.
-        batch: n.
-        color_jitter: strengths, one case each; none leaves out the speed.
-        documents: sizes of the generated text datasets, one case each; none leaves out the memory.
-        workers: loader processes where memory is measured.
-        texts: packed texts of a micro-batch there.
-        micro_batches: how many each worker makes there.
-        rounds: turns of each contender.
-        turn_seconds: length of a turn.
-        clock: `wall`, or `cpu`: processor seconds, for a machine that others use too.
-    """
-
-    images: int = 256
-    width: int = 500
-    height: int = 375
-    size: int = 224
-    batch: int = 64
-    color_jitter: tuple[float, ...] = (0.0, 0.4)
-    documents: tuple[int, ...] = (10_000_000, 1_000_000_000)
-    workers: int = 2
-    texts: int = 64
-    micro_batches: int = 4
-    rounds: int = 5
-    turn_seconds: float = 2.0
-    clock: Literal["wall", "cpu"] = "wall"
-
-
-def run(options: Options) -> Iterator[list[Row]]:
+def run(options: DataOptions) -> Iterator[list[Row]]:
     """Measures the speed of the loader, jitter by jitter, then the memory of its workers, size by size."""
     with tempfile.TemporaryDirectory() as folder:
         if options.color_jitter:
@@ -108,7 +74,7 @@ def run(options: Options) -> Iterator[list[Row]]:
 # Speed
 
 
-def write_images(prefix: Path, options: Options) -> None:
+def write_images(prefix: Path, options: DataOptions) -> None:
     """Indexed JPEGs that cost about as much to decode as photographs: smooth shapes under fine noise."""
     rng = np.random.default_rng(1)
     with IndexedWriter(f"{prefix}_image", np.uint8) as writer:
@@ -124,7 +90,7 @@ def write_images(prefix: Path, options: Options) -> None:
             writer.add_document([np.frombuffer(stream.getvalue(), np.uint8)])
 
 
-def images_dataset(prefix: Path, jitter: float, options: Options) -> MicroBatches:
+def images_dataset(prefix: Path, jitter: float, options: DataOptions) -> MicroBatches:
     """Micro-batches of images as a first pipeline stage has them: masks and pixels, no codes."""
     config: RunConfig = preset("small-dense")
     model = replace(config.model, image_size=options.size)
@@ -158,7 +124,7 @@ class Drawn(NamedTuple):
     draw: ImageDraw
 
 
-def drawn_images(dataset: MicroBatches, number: int, options: Options) -> list[Drawn]:
+def drawn_images(dataset: MicroBatches, number: int, options: DataOptions) -> list[Drawn]:
     """Files and draws of a micro-batch."""
     part = cast(ImagePart, dataset.parts["images"])
     views = part.pixels.views
@@ -199,7 +165,7 @@ class _BarePixels(Dataset[Any]):
         )
 
 
-def compare_speed(prefix: Path, jitter: float, options: Options) -> list[Row]:
+def compare_speed(prefix: Path, jitter: float, options: DataOptions) -> list[Row]:
     """Milliseconds of a micro-batch.
 
     The bare loop is told crops, flips and factors, and has the files in memory. Ours draws them, draws masks, and reads
@@ -335,7 +301,7 @@ def private_bytes() -> int:
     return 0
 
 
-def worker_memory(documents: int, options: Options) -> list[Row]:
+def worker_memory(documents: int, options: DataOptions) -> list[Row]:
     """Milliseconds until workers have started and made the first micro-batch, and how far a worker's memory has grown.
 
     Up to the limit of tables: each worker with its own (``tables_per_worker``), a run that makes the shared ones

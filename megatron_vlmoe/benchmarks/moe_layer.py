@@ -443,17 +443,14 @@ def run(
     names: Sequence[str],
     rounds: int,
     precision: Literal["fp32", "bf16"] = "fp32",
-    threads: int = 0,
 ) -> Iterator[list[Row]]:
-    """Measures contenders case by case, after a check that each computes what it should; 0 threads leave torch's.
+    """Measures contenders case by case, after a check that each computes what it should.
 
     Raises:
         RuntimeError: if one computes something else.
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    if threads:
-        torch.set_num_threads(threads)
     initialize(ParallelConfig(), seed=1)
     known = builders()
     for case in cases:

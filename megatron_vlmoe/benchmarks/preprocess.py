@@ -15,10 +15,9 @@ import json
 import os
 import struct
 import tempfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Literal, Sequence
+from typing import IO, Any, Callable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
@@ -27,6 +26,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from PIL import Image
 
 from megatron_vlmoe.benchmarks.compare import CLOCKS, Contender, Row, Work, compare, say
+from megatron_vlmoe.benchmarks.options import PreprocessOptions
 from megatron_vlmoe.data.image_files import DEFAULT_RULES
 from megatron_vlmoe.prepare.corpora import (
     PairOptions,
@@ -47,38 +47,7 @@ _IMAGES_AT_ONCE = 16
 _SYLLABLES = tuple(a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "ar", "en"))
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is measured.
-
-    Args:
-        texts: lines of JSON; 0 leaves out texts.
-        words: mean words of each.
-        vocab_size: pieces of the tokenizer, which is trained on the texts.
-        images: JPEG files; 0 leaves out images and pairs.
-        width: of each, in pixels.
-        height: of each, in pixels.
-        captions: of each image of the pairs.
-        resize_short: shorter sides that images are shrunk to, one case each; 0 keeps them.
-        rounds: turns of each contender.
-        turn_seconds: length of a turn.
-        clock: `wall`, or `cpu`: processor seconds, for a machine that others use too.
-    """
-
-    texts: int = 20_000
-    words: int = 150
-    vocab_size: int = 8000
-    images: int = 1000
-    width: int = 500
-    height: int = 375
-    captions: int = 5
-    resize_short: tuple[int, ...] = (0, 256)
-    rounds: int = 5
-    turn_seconds: float = 2.0
-    clock: Literal["wall", "cpu"] = "wall"
-
-
-def run(options: Options) -> Iterator[list[Row]]:
+def run(options: PreprocessOptions) -> Iterator[list[Row]]:
     """Measures texts, images at each size, then pairs; a repetition indexes all records."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -104,14 +73,14 @@ def sentences(count: int, words: int, seed: int) -> Iterator[str]:
         yield " ".join(lexicon[number] for number in chosen) + "."
 
 
-def make_tokenizer(folder: Path, options: Options) -> str:
+def make_tokenizer(folder: Path, options: PreprocessOptions) -> str:
     """Trains the tokenizer; returns its file."""
     training = TextTokenizerTraining(vocab_size=options.vocab_size, output_prefix=folder / "text")
     train_text_tokenizer(training, sentences(2000, 50, seed=1))
     return str(folder / "text.model")
 
 
-def write_images(folder: Path, options: Options) -> None:
+def write_images(folder: Path, options: PreprocessOptions) -> None:
     """JPEG files that cost about as much to decode as photographs: smooth shapes under fine noise."""
     folder.mkdir()
     rng = np.random.default_rng(2)
@@ -130,7 +99,7 @@ def write_images(folder: Path, options: Options) -> None:
 # What is measured
 
 
-def texts(folder: Path, tokenizer: str, options: Options) -> list[Row]:
+def texts(folder: Path, tokenizer: str, options: PreprocessOptions) -> list[Row]:
     """Lines of JSON. ``megatron`` is the loop of Megatron-LM: a call of the tokenizer and a tensor for each text."""
     source = folder / "texts.jsonl"
     with open(source, "w") as file:
@@ -163,7 +132,7 @@ def texts(folder: Path, tokenizer: str, options: Options) -> list[Row]:
     return measured(case, contenders, ["text_document"], options.texts, options)
 
 
-def images(folder: Path, short: int, options: Options) -> list[Row]:
+def images(folder: Path, short: int, options: PreprocessOptions) -> list[Row]:
     """A folder of JPEG files, decoded to see that they are whole; shrunk to a shorter side unless that is 0."""
     source = folder / "images"
     case = {"kind": "images", "records": options.images, "resize_short": short}
@@ -182,7 +151,7 @@ def images(folder: Path, short: int, options: Options) -> list[Row]:
     return measured(case, contenders, ["image"], options.images, options)
 
 
-def pairs(folder: Path, tokenizer: str, options: Options) -> list[Row]:
+def pairs(folder: Path, tokenizer: str, options: PreprocessOptions) -> list[Row]:
     """A JSON list of captions and the files of their images, which are decoded to see that they are whole."""
     source, annotations = folder / "images", folder / "pairs.json"
     captions = sentences(options.images * options.captions, 10, seed=4)
@@ -264,7 +233,7 @@ def measured(
     contenders: dict[str, Index],
     parts: Sequence[str],
     records: int,
-    options: Options,
+    options: PreprocessOptions,
 ) -> list[Row]:
     """The rows of a case, of which ``bare`` is the reference.
 

@@ -104,13 +104,8 @@ def step_config(options: StepOptions, name: str, extra: Sequence[str], data_size
     return replace(config, objectives=objectives)
 
 
-def run(options: StepOptions, extra: Sequence[str], threads: int = 0) -> Iterator[list[Row]]:
-    """Gives every preset its turn, round after round.
-
-    `extra` are command line options for every preset; 0 CPU threads leave torch's number.
-    """
-    if threads:
-        torch.set_num_threads(threads)
+def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
+    """Gives every preset its turn, round after round. `extra` are command line options for every preset."""
     first = step_config(options, options.presets[0], extra, 1)
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import docstring_parser
+
+from megatron_vlmoe.benchmarks.options import CheckpointOptions, DataOptions, PreprocessOptions
 from megatron_vlmoe.commands.options import CommandParser, output_file
 from megatron_vlmoe.config.command_line import did_you_mean
 from megatron_vlmoe.config.errors import ConfigError
@@ -16,8 +21,17 @@ from megatron_vlmoe.runtime.lazy import load
 SUMMARIES = {
     "moe_layer": "one feed-forward layer of experts beside a dense one and other implementations",
     "step": "training steps of presets against each other and plain PyTorch, and where their time goes",
+    "data": "the loader beside a bare loop, and the memory of its workers by the size of the dataset",
+    "preprocess": "indexing texts, images and pairs beside bare loops",
+    "checkpoint": "how long a save stalls training and a load takes, beside torch.save and torch.load",
 }
 """Every benchmark, and what it measures."""
+
+_OF_CLASS: dict[str, tuple[type[Any], str]] = {
+    "data": (DataOptions, "Loading images"),
+    "preprocess": (PreprocessOptions, "Indexing"),
+    "checkpoint": (CheckpointOptions, "Checkpoints"),
+}
 
 
 def main(words: Sequence[str]) -> None:
@@ -32,7 +46,10 @@ def main(words: Sequence[str]) -> None:
     else:
         # As the command was before it had names.
         name, rest = "step", list(words)
-    {"moe_layer": _moe_layer, "step": _step}[name](rest)
+    if name in _OF_CLASS:
+        _of_class(name, rest)
+    else:
+        {"moe_layer": _moe_layer, "step": _step}[name](rest)
 
 
 def _parser_of_names() -> CommandParser:
@@ -64,8 +81,12 @@ def _parser(name: str, more: str = "") -> CommandParser:
     return parser
 
 
-def _report(name: str, title: str, output: Path | None, rows: Iterator[list[Any]]) -> None:
+def _report(
+    name: str, title: str, output: Path | None, threads: int, rows: Iterator[list[Any]]
+) -> None:
+    """Measures, which the iterator does as it is read, and writes rows as they come."""
     compare = load("megatron_vlmoe.benchmarks.compare")
+    compare.use_threads(threads)
     path = output or compare.results_path(name)
     done: list[Any] = []
     for some in rows:
@@ -73,6 +94,37 @@ def _report(name: str, title: str, output: Path | None, rows: Iterator[list[Any]
         compare.write_rows(path, title, done)
         print("\n".join(compare.table(some)), flush=True)
     print(f"rows: {path}, table: {path.with_suffix('.md')}")
+
+
+def _of_class(name: str, words: Sequence[str]) -> None:
+    """A benchmark whose options are the fields of a class, which its docstring explains."""
+    kind, title = _OF_CLASS[name]
+    parser = _parser(name)
+    told = docstring_parser.parse(kind.__doc__ or "").params
+    about = {own.arg_name: own.description or "" for own in told}
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        own = types[field.name]
+        several = typing.get_origin(own) is tuple
+        element = typing.get_args(own)[0] if several else own
+        more: dict[str, Any] = {"type": element}
+        if typing.get_origin(element) is Literal:
+            more = {"choices": typing.get_args(element)}
+        if several:
+            more["nargs"] = "*"
+        default = field.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=default,
+            help=f"{' '.join(about[field.name].split()).removesuffix('.')} ({shown})",
+            **more,
+        )
+    values = vars(parser.parse_args(words))
+    threads, output = values.pop("threads"), values.pop("output")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    module = load(f"megatron_vlmoe.benchmarks.{name}")
+    _report(name, title, output, threads, module.run(kind(**values)))
 
 
 def _moe_layer(words: Sequence[str]) -> None:
@@ -139,8 +191,9 @@ def _moe_layer(words: Sequence[str]) -> None:
         for spread in options.load
         for gradients in options.gradients
     ]
-    rows = module.run(cases, names, options.rounds, options.precision, options.threads)
-    _report("moe_layer", "One feed-forward layer, forward and backward", options.output, rows)
+    rows = module.run(cases, names, options.rounds, options.precision)
+    title = "One feed-forward layer, forward and backward"
+    _report("moe_layer", title, options.output, options.threads, rows)
 
 
 def _step(words: Sequence[str]) -> None:
@@ -210,7 +263,7 @@ def _step(words: Sequence[str]) -> None:
     )
     module = load("megatron_vlmoe.benchmarks.step")
     step_options = module.StepOptions(**values)
-    _report("step", "Training steps", output, module.run(step_options, others, threads))
+    _report("step", "Training steps", output, threads, module.run(step_options, others))
     if profile:
         path = output or load("megatron_vlmoe.benchmarks.compare").results_path("step")
         module.draw_parts(step_options, others, path.with_suffix(".png"))

@@ -12,6 +12,11 @@ from helpers import SMALL
 
 from megatron_vlmoe.benchmarks import checkpoint, data, preprocess
 from megatron_vlmoe.benchmarks.compare import Row, table
+from megatron_vlmoe.benchmarks.options import (
+    CheckpointOptions,
+    DataOptions,
+    PreprocessOptions,
+)
 from megatron_vlmoe.data.order import MAX_TABLE
 
 
@@ -23,7 +28,7 @@ def measured(rows: list[Row]) -> dict[str, Row]:
     return {row.contender: row for row in rows}
 
 
-LOADER = data.Options(
+LOADER = DataOptions(
     images=6, width=100, height=75, size=32, batch=4, documents=(), rounds=1, turn_seconds=0.0
 )
 
@@ -55,7 +60,7 @@ def test_other_pixels_end_the_benchmark(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.process
 def test_memory_of_workers_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = data.Options(
+    options = DataOptions(
         color_jitter=(), documents=(2000, 10**9), workers=1, texts=2, micro_batches=1
     )
     # As on a machine where a billion documents do not fit.
@@ -87,7 +92,7 @@ def test_generated_texts_are_what_an_index_would_say() -> None:
         texts.sequence_slice(0, 0, 601)
 
 
-INDEXING = preprocess.Options(
+INDEXING = PreprocessOptions(
     texts=40,
     words=8,
     vocab_size=150,
@@ -123,7 +128,7 @@ def test_another_file_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.process
 def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
     words = (*SMALL, "--model.vocab_size", "300", "--model.visual_vocab_size", "200")
-    options = checkpoint.Options(("tiny-8e",), words, str(tmp_path), rounds=1, turn_seconds=0.0)
+    options = CheckpointOptions(("tiny-8e",), words, str(tmp_path), rounds=1, turn_seconds=0.0)
     saving, loading = checkpoint.run(options)
     found = measured(saving)
     assert list(found) == ["torch_save", "torch_save_synced", "ours", "ours_async"]

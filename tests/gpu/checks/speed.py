@@ -10,11 +10,11 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from megatron_vlmoe.analysis.bench import BenchOptions, bench_config
+from megatron_vlmoe.analysis.bench import bench as run_bench
 from torch import Tensor
 
 from checks.report import Report, milliseconds, wait
-from megatron_vlmoe.analysis.bench import BenchOptions, bench_config
-from megatron_vlmoe.analysis.bench import bench as run_bench
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
 from megatron_vlmoe.planning.estimate import memory_per_rank

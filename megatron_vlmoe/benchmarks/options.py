@@ -1,0 +1,91 @@
+"""Options of benchmarks, apart from what needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is measured.
+
+    Args:
+        images: distinct JPEGs.
+        width: of each, in pixels.
+        height: of each, in pixels.
+        size: side of the pixels that a model gets.
+        batch: images of a micro-batch.
+        color_jitter: strengths, one case each; none leaves out the speed.
+        documents: sizes of the generated text datasets, one case each; none leaves out the memory.
+        workers: loader processes where memory is measured.
+        texts: packed texts of a micro-batch there.
+        micro_batches: how many each worker makes there.
+        rounds: turns of each contender.
+        turn_seconds: length of a turn.
+        clock: `wall`, or `cpu`: processor seconds, for a machine that others use too.
+    """
+
+    images: int = 256
+    width: int = 500
+    height: int = 375
+    size: int = 224
+    batch: int = 64
+    color_jitter: tuple[float, ...] = (0.0, 0.4)
+    documents: tuple[int, ...] = (10_000_000, 1_000_000_000)
+    workers: int = 2
+    texts: int = 64
+    micro_batches: int = 4
+    rounds: int = 5
+    turn_seconds: float = 2.0
+    clock: Literal["wall", "cpu"] = "wall"
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What is measured.
+
+    Args:
+        texts: lines of JSON; 0 leaves out texts.
+        words: mean words of each.
+        vocab_size: pieces of the tokenizer, which is trained on the texts.
+        images: JPEG files; 0 leaves out images and pairs.
+        width: of each, in pixels.
+        height: of each, in pixels.
+        captions: of each image of the pairs.
+        resize_short: shorter sides that images are shrunk to, one case each; 0 keeps them.
+        rounds: turns of each contender.
+        turn_seconds: length of a turn.
+        clock: `wall`, or `cpu`: processor seconds, for a machine that others use too.
+    """
+
+    texts: int = 20_000
+    words: int = 150
+    vocab_size: int = 8000
+    images: int = 1000
+    width: int = 500
+    height: int = 375
+    captions: int = 5
+    resize_short: tuple[int, ...] = (0, 256)
+    rounds: int = 5
+    turn_seconds: float = 2.0
+    clock: Literal["wall", "cpu"] = "wall"
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What is measured.
+
+    Args:
+        presets: models, one case each.
+        words: more options of `pretrain` for each, as on its command line.
+        folder: where checkpoints are written; empty for the system's folder for temporary files.
+        rounds: turns of each contender.
+        turn_seconds: length of a turn.
+    """
+
+    presets: tuple[str, ...] = ("small-8e",)
+    words: tuple[str, ...] = ("--model.vocab_size", "64000", "--model.visual_vocab_size", "8192")
+    folder: str = ""
+    rounds: int = 5
+    turn_seconds: float = 2.0
