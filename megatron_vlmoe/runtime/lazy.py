@@ -18,7 +18,7 @@ HEAVY = {
     "megatron_vlmoe.analysis.routing_page": False,
     "megatron_vlmoe.benchmarks.checkpoint": True,
     "megatron_vlmoe.benchmarks.compare": False,
-    "megatron_vlmoe.benchmarks.data": True,
+    "megatron_vlmoe.benchmarks.data": False,
     "megatron_vlmoe.benchmarks.moe_layer": True,
     "megatron_vlmoe.benchmarks.preprocess": True,
     "megatron_vlmoe.benchmarks.step": True,
