@@ -49,6 +49,7 @@ def _losses(steps: int, *arguments: str, repeat_batch: bool = False) -> list[flo
         destroy()
 
 
+@pytest.mark.process
 def test_first_loss_equals_the_cpu() -> None:
     """Without noise and stochastic depth, whose generators differ between devices."""
     options = ("--moe.noise_std", "0", "--model.drop_path", "0", "--train.precision", "fp32")
