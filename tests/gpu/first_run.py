@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
@@ -255,7 +255,12 @@ class Runner:
         self._write()
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
-                list(pool.map(self._run, [check for check in self.checks if not check.alone]))
+                beside = [pool.submit(self._run, own) for own in self.checks if not own.alone]
+                # Looks up now and then: a signal that comes just before a thread blocks would wait with it.
+                while wait(beside, timeout=0.5).not_done:
+                    pass
+            for future in beside:
+                future.result()
             for check in self.checks:
                 if check.alone:
                     self._run(check)

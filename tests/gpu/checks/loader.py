@@ -11,11 +11,11 @@ from typing import Any
 from PIL import Image
 
 from checks.report import Report, vlmoe
+from checks.tokenizer import pictures, placed_tokenizer
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.data.batches import PretrainData
 from megatron_vlmoe.data.collate import BatchShare
-from megatron_vlmoe.tokenizers.vqkd.config import build_preset
-from megatron_vlmoe.tokenizers.vqkd.model import build_model, save_vqkd
+from megatron_vlmoe.tokenizers.vqkd.model import save_vqkd
 
 PICTURE = (500, 375)
 COCO = "raw/coco/annotations/captions_train2014.json"
@@ -56,13 +56,11 @@ def loader(report: Report) -> None:
     report.expect(good, f"steps wait {100 * share:.0f} % of their time for {workers} workers")
 
 
-def _corpus(folder: Path, pictures: int) -> list[str]:
+def _corpus(folder: Path, count: int) -> list[str]:
     """Data options of a corpus with both tokenizers; visual codes are computed on the fly by a small tokenizer."""
     raw, model = folder / "raw", str(folder / "text.model")
     workers = str(min(8, os.cpu_count() or 1))
-    vlmoe(
-        "sample-corpus", "--output", str(raw), "--num-images", str(pictures), "--workers", workers
-    )
+    vlmoe("sample-corpus", "--output", str(raw), "--num-images", str(count), "--workers", workers)
     for path in [*raw.glob("images/train/**/*.jpg"), *raw.glob("coco/train2014/*.jpg")]:
         with Image.open(path) as picture:
             picture.resize(PICTURE).save(path, quality=90)
@@ -85,7 +83,8 @@ def _corpus(folder: Path, pictures: int) -> list[str]:
         *("--text-tokenizer", model, "--workers", "1"),
     )
     sizes = {"image_size": 224, "patch_size": 16, "num_codes": 512}
-    save_vqkd(folder / "image_tokenizer", build_model(build_preset("tiny", **sizes), seed=1), {})
+    tokenizer = placed_tokenizer("tiny", pictures(4, 224, 14), **sizes)
+    save_vqkd(folder / "image_tokenizer", tokenizer, {})
     return [
         *("--data.text", str(folder / "text_train"), "--data.images", str(folder / "images_train")),
         *("--data.pairs", str(folder / "pairs_train"), "--data.text_tokenizer", model),
