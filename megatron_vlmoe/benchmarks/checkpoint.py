@@ -7,7 +7,6 @@ beside the next steps.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import statistics
@@ -22,7 +21,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megatron_vlmoe.benchmarks.compare import Build, Contender, Row, compare, now, say
+from megatron_vlmoe.benchmarks.compare import Build, Contender, Row, compare, now, ready, say
 from megatron_vlmoe.benchmarks.options import CheckpointOptions
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.schema import RunConfig
@@ -79,8 +78,8 @@ def saving_and_loading(
 ) -> Iterator[list[Row]]:
     """The rows of saving a model, then those of loading it."""
     tensors = state_tensors(parts)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    case = {"preset": name, "megabytes": round(size / 1e6)}
+    megabytes = round(sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6)
+    case = {"preset": name, "megabytes": megabytes}
     say(f"{case}")
     background: list[float] = []
     in_turn = CheckpointWriter(folder / "sync", 1, async_save=False)
@@ -108,18 +107,18 @@ def saving_and_loading(
             writer.save(state, config, parts)
             writer.finish()
             check_loaded(writer.root / iteration_name(1), config, parts)
-        common = {"rounds": options.rounds, "turn_seconds": options.turn_seconds}
         rows = compare(
             {"what": "save", **case},
             [
                 Contender("torch_save", timed("stall", lambda: torch_save(sync=False))),
                 Contender("torch_save_synced", timed("stall", lambda: torch_save(sync=True))),
                 Contender("ours", timed("stall", lambda: in_turn.save(state, config, parts))),
-                Contender("ours_async", lambda: contextlib.nullcontext(save_beside)),
+                Contender("ours_async", ready(save_beside)),
             ],
             reference="torch_save_synced",
-            items=case["megabytes"],
-            **common,
+            rounds=options.rounds,
+            turn_seconds=options.turn_seconds,
+            items=megabytes,
         )
         rows[-1].note = f"complete after {1e3 * statistics.median(background):.4g} ms"
         yield rows
@@ -131,8 +130,9 @@ def saving_and_loading(
                 Contender("ours", timed("load", lambda: load_checkpoint(path, config, parts))),
             ],
             reference="torch_load",
-            items=case["megabytes"],
-            **common,
+            rounds=options.rounds,
+            turn_seconds=options.turn_seconds,
+            items=megabytes,
         )
     finally:
         beside.close()
@@ -146,14 +146,15 @@ def timed(phase: str, work: Callable[[], object]) -> Build:
         work()
         return {phase: now() - start}
 
-    return lambda: contextlib.nullcontext(repetition)
+    return ready(repetition)
 
 
 def torch_load(folder: Path, parts: TrainingParts) -> None:
     """Reads the file of torch.save into the run's own tensors."""
     loaded = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    for key, tensor in state_tensors(parts).items():
-        tensor.copy_(loaded[key])
+    with torch.no_grad():
+        for key, tensor in state_tensors(parts).items():
+            tensor.copy_(loaded[key])
 
 
 def check_loaded(path: Path, config: RunConfig, parts: TrainingParts) -> None:

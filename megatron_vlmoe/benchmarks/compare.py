@@ -30,6 +30,11 @@ Build = Callable[[], AbstractContextManager[Work]]
 """Makes work ready for a turn."""
 
 
+def ready(work: Work) -> Build:
+    """The `build` of work that holds nothing which must be given back after a turn."""
+    return lambda: contextlib.nullcontext(work)
+
+
 class NotRun(Exception):
     """A contender cannot be measured here; its text says why, and is a result."""
 

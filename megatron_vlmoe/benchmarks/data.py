@@ -30,6 +30,7 @@ from megatron_vlmoe.benchmarks.compare import (
     Work,
     compare,
     memory_needed,
+    ready,
     say,
 )
 from megatron_vlmoe.benchmarks.options import DataOptions
@@ -195,7 +196,7 @@ def compare_speed(prefix: Path, jitter: float, options: DataOptions) -> list[Row
 
     def in_process(make: Callable[[int], object]) -> Build:
         numbers = itertools.cycle(range(len(batches)))
-        return lambda: contextlib.nullcontext(timed(lambda: make(next(numbers))))
+        return ready(timed(lambda: make(next(numbers))))
 
     def behind_worker(source: Dataset[Any]) -> Build:
         @contextlib.contextmanager
@@ -331,7 +332,7 @@ def worker_memory(documents: int, options: DataOptions) -> list[Row]:
                 start = time.perf_counter()
                 dataset = _Texts(documents, tables, limit, options.texts)
                 keys = range(options.micro_batches * options.workers)
-                private = []
+                private: list[int] = []
                 made[name] = []
                 for batch in Loader(dataset, keys, options.workers):
                     if not private:

@@ -15,9 +15,8 @@ import json
 import os
 import struct
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Sequence
+from typing import IO, Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import sentencepiece
@@ -25,7 +24,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from PIL import Image
 
-from megatron_vlmoe.benchmarks.compare import CLOCKS, Contender, Row, Work, compare, say
+from megatron_vlmoe.benchmarks.compare import CLOCKS, Contender, Row, Work, compare, ready, say
 from megatron_vlmoe.benchmarks.options import PreprocessOptions
 from megatron_vlmoe.data.image_files import DEFAULT_RULES
 from megatron_vlmoe.prepare.corpora import (
@@ -76,7 +75,8 @@ def sentences(count: int, words: int, seed: int) -> Iterator[str]:
 def make_tokenizer(folder: Path, options: PreprocessOptions) -> str:
     """Trains the tokenizer; returns its file."""
     training = TextTokenizerTraining(vocab_size=options.vocab_size, output_prefix=folder / "text")
-    train_text_tokenizer(training, sentences(2000, 50, seed=1))
+    count = min(2000, max(100, options.texts))
+    train_text_tokenizer(training, sentences(count, 50, seed=1))
     return str(folder / "text.model")
 
 
@@ -230,7 +230,7 @@ def bare_writer(name: str, dtype: Any) -> Iterator[Callable[..., None]]:
 
 def measured(
     case: dict[str, Any],
-    contenders: dict[str, Index],
+    contenders: Mapping[str, Index],
     parts: Sequence[str],
     records: int,
     options: PreprocessOptions,
@@ -256,15 +256,12 @@ def measured(
         for name in contenders:
             repetition(name)()
         for name, part, suffix in itertools.product(contenders, parts, (".bin", ".idx")):
-            files = [f"{folder}/{one}_{part}{suffix}" for one in ("bare", name)]
-            if not filecmp.cmp(*files, shallow=False):
+            expected, written = (f"{folder}/{one}_{part}{suffix}" for one in ("bare", name))
+            if not filecmp.cmp(expected, written, shallow=False):
                 raise RuntimeError(f"{name} writes another {part}{suffix} than bare in {case}")
         return compare(
             case,
-            [
-                Contender(name, partial(contextlib.nullcontext, repetition(name)))
-                for name in contenders
-            ],
+            [Contender(name, ready(repetition(name))) for name in contenders],
             reference="bare",
             rounds=options.rounds,
             turn_seconds=options.turn_seconds,

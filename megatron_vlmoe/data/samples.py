@@ -316,14 +316,14 @@ class PackedTexts:
                 begin = int(rng.integers(self.num_tokens))
             return PackingIndex(range(size), StoredStarts(self.reader, self.documents), begin)
 
-        def build() -> Tables:
-            return self._build_tables(epoch)
-
-        if not self.identity:
-            return PackingIndex(**build())
-        key = (self.identity, self.documents.start, self.documents.stop, self.seed, self.dataset)
-        sizes = {"order": size, "starts": size + 1}
-        return PackingIndex(**self.tables.get(table_name("packing", *key), epoch, sizes, build))
+        if self.identity:
+            used = self.documents.start, self.documents.stop
+            name = table_name("packing", self.identity, *used, self.seed, self.dataset)
+            sizes = {"order": size, "starts": size + 1}
+            tables = self.tables.get(name, epoch, sizes, lambda: self._build_tables(epoch))
+        else:
+            tables = self._build_tables(epoch)
+        return PackingIndex(tables["order"], tables["starts"])
 
     def _build_tables(self, epoch: int) -> Tables:
         """`order` and `starts` of a shuffled epoch; besides them it needs no memory to speak of."""
