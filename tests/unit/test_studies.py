@@ -217,6 +217,32 @@ def test_an_image_tokenizer_is_its_model_and_not_the_record_of_its_training(stud
     assert found[0] == found[1] != found[2]
 
 
+def test_an_objective_that_is_left_out_has_no_micro_batch(study, tmp_path):
+    rows = Planner(TINY, Request(tmp_path, (1,), 1, ("--data.global_texts", "0"))).plan(study)
+    assert rows[0].pretraining.config.data.micro_texts == 0
+
+
+def test_a_seed_that_no_generator_takes(study, tmp_path):
+    with pytest.raises(ConfigError, match="frozen: train.seed=9223372036854775808 is not"):
+        digests(study, tmp_path, seeds=(2**63,))
+
+
+def test_runs_on_one_task_know_their_own_splits(tmp_path):
+    """A run is the same planned alone and after one that evaluates other splits of the task."""
+    for split in ("train", "one", "two"):
+        (tmp_path / f"mnli_{split}.json").write_text(
+            json.dumps({"files": {"x": {"sha256": split}}})
+        )
+    runs = [Run(name, "8e", (), ("mnli",), ("--task.eval_splits", name)) for name in ("one", "two")]
+
+    def digest(*chosen: Run) -> str:
+        request = Request(tmp_path, (1,), 1, tasks=str(tmp_path))
+        rows = Planner(TINY, request).plan(Study("mine", "", chosen, (), ()))
+        return rows[-1].tasks["mnli"].digest
+
+    assert digest(*runs) == digest(runs[1])
+
+
 def test_tasks_of_the_sample_corpus_do_not_go_with_data_of_ones_own(tmp_path):
     mine = Study("mine", "", (Run("a", "8e", tasks=("vqa",)),), (), ())
     for options, folder in (((), TINY.folder), (("--data.text", "t"), "data")):
@@ -531,6 +557,8 @@ def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
         ("frozen --print-commands --slurm", "examples/slurm_pretrain.sh is not here"),
         ("frozen --checkpoint.step 3", "--checkpoint.step is not for studies"),
         ("frozen --finetune.task vqa", "--task.name is not for studies"),
+        ("frozen --checkpoint {here}/load.yaml", "--checkpoint.load is not for studies"),
+        ("help.yaml", "help: --help is not for studies"),
     ],
 )
 def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch):
@@ -541,6 +569,8 @@ def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch
     content["rows"][0]["values"] = []
     (tmp_path / "foreign.json").write_text(json.dumps(content))
     (tmp_path / "losses.yaml").write_text("runs: [{label: a, experts: 8e}]")
+    (tmp_path / "help.yaml").write_text("runs: [{label: help, experts: 8e, options: '--help'}]")
+    (tmp_path / "load.yaml").write_text("load: elsewhere")
     line = words.format(here=tmp_path).split()
     assert main(["study", *line]) in (1, 2)
     (error,) = capsys.readouterr().err.splitlines()
