@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_vlmoe.analysis.studies.claims import Interval, decide, t_quantile
+from megatron_vlmoe.analysis.studies.metrics import LAST, SCORES
 from megatron_vlmoe.analysis.studies.plan import Planner, Request
 from megatron_vlmoe.analysis.studies.results import (
     measured_of,
@@ -28,6 +29,7 @@ from megatron_vlmoe.analysis.studies.study import (
     Study,
     above,
     below,
+    metrics_of,
     read_study,
 )
 from megatron_vlmoe.analysis.studies.table import STUDIES
@@ -132,6 +134,9 @@ def test_every_study_at_every_scale_is_one_that_runs():
             terms = [term for claim in study.claims for part in claim.parts for term in part.terms]
             assert study.claims and {label for _, _, label in terms} <= set(labels)
             assert {label for panel in study.panels for label in panel.labels} <= set(labels)
+            scored = [name for name in metrics_of(study) if name.partition("/")[0] in names]
+            assert {name.split("/")[2] for name in scored} <= set(SCORES)
+            assert set(metrics_of(study)) - set(scored) <= {*LAST, "average"}
         # The paper's sparse model of this size, trained once for all of them.
         assert max(map(len, shared.values())) >= 6
 
@@ -258,6 +263,11 @@ def test_a_run_is_found_under_the_name_that_another_study_gave_it(study, tmp_pat
     assert rows[0].pretraining.folder == folder
 
 
+def claim(part: str) -> str:
+    """A study whose only claim has this part, or none."""
+    return f"runs: [{{label: a, experts: 8e}}]\nclaims: [{{text: x, source: me, parts: [{part}]}}]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -305,10 +315,43 @@ def test_a_run_is_found_under_the_name_that_another_study_gave_it(study, tmp_pat
             "paper: [{label: a, values: {mim: low}}]\nruns: [{label: a, experts: 8e}]",
             "mim: expected a number",
         ),
+        (claim("{text: y, terms: [[1, mim, a]], equal_flops: maybe}"), "expected true or false"),
+        (claim("{text: y, terms: [[.nan, mim, a]]}"), "term [nan, 'mim', 'a']: expected [FACTOR,"),
+        (claim("{text: y, terms: [[1e400, mim, a]]}"), "expected [FACTOR, METRIC, LABEL]"),
+        (claim("{text: y, terms: []}"), "terms: expected at least one"),
+        (claim(""), "claims[1]: parts: expected at least one"),
+        (claim("{above: [mimm, a, a]}"), "claim 'x': metric mimm: unknown; did you mean mim?"),
         (
-            "runs: [{label: a, experts: 8e}]\nclaims: [{text: x, source: me, parts: "
-            "[{text: y, terms: [[1, mim, a]], equal_flops: maybe}]}]",
-            "equal_flops: expected true or false",
+            claim("{text: y, terms: [[1, dropped, a]], equal_flops: true}"),
+            "metric dropped: unknown; choose one of mlm, mim",
+        ),
+        ('name: "a\\0b"\nruns: [{label: a, experts: 8e}]', "has the character '\\x00'"),
+        ('runs: [{label: "\\ud800", experts: 8e}]', "runs[1]: label: has the character"),
+        (f"name: {'n' * 300}\nruns: [{{label: a, experts: 8e}}]", "expected the name of a folder"),
+        ("runs: [{label: '', experts: 8e}]", "runs[1]: label: is empty"),
+        (
+            "runs: [{label: a, experts: 8e, finetune: {train.stepz: 3}}]",
+            "run a: finetune: the run has no `tasks:`",
+        ),
+        ("columns: [mim, spike]\nruns: [{label: a, experts: 8e}]", "did you mean spikes?"),
+        ("columns: [average]\nruns: [{label: a, experts: 8e}]", "columns: metric average: unknown"),
+        (
+            "panels: [{kind: blocks, metrics: [dropped/mmlm]}]\nruns: [{label: a, experts: 8e}]",
+            "panels[1]: metric dropped/mmlm: unknown; choose one of dropped/mlm",
+        ),
+        (
+            "scores: [vqa/val/vqa]\nruns: [{label: a, experts: 8e, tasks: [vqa]}]",
+            "score vqa/val/vqa: vqa: unknown; choose one of accuracy",
+        ),
+        (
+            "columns: [mim]\npaper: [{label: p, values: {mimm: 3}}]\n"
+            "runs: [{label: a, experts: 8e}]",
+            "paper p: mimm is not in `columns:`; did you mean mim?",
+        ),
+        (
+            "columns: [mim]\npaper: [{label: p, values: {mim: .nan}}]\n"
+            "runs: [{label: a, experts: 8e}]",
+            "mim: expected a number",
         ),
     ],
 )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmoe.analysis.plots import save_figure
+from megatron_vlmoe.analysis.studies.metrics import METRICS
 from megatron_vlmoe.analysis.studies.study import Panel, Study
-from megatron_vlmoe.analysis.studies.table import METRICS
 from megatron_vlmoe.analysis.studies.tables import by_label, metric_name, numbers_of
 
 if TYPE_CHECKING:
