@@ -24,6 +24,7 @@ import yaml
 
 from megatron_vlmoe.config.errors import MetricsError
 from megatron_vlmoe.runtime.files import open_atomic
+from megatron_vlmoe.runtime.json_files import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +126,9 @@ def read_metrics(run: Path) -> list[Row]:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise MetricsError(f"{path}: line {number} has no step")
         for key, value in row.items():
-            if value is not None and not isinstance(value, (int, float)):
+            if isinstance(value, float) and math.isinf(value):
+                row[key] = None
+            elif value is not None and not is_number(value):
                 raise MetricsError(f"{path}: line {number}: {key} is not a number")
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_vlmoe.config.command_line import normalize_arguments
+from megatron_vlmoe.config.command_line import ALIASES, normalize_arguments, option_types
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean
+from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.planning.validate import prefix_of_file
 from megatron_vlmoe.prepare.tool import Run, positive_int
@@ -66,7 +69,14 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_passing_on(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parses the options of this command; gives the others, which must be options of `pretrain`, as they are."""
-        options, others = self.parse_known_args(words)
+        known = {*self._option_string_actions, *self._renamed}
+        # Where the command takes words without an option, one after a complete option is such a word.
+        takes_words = any(not action.option_strings for action in self._actions)
+        types = option_types(RunConfig) if takes_words else {}
+        own, others = pick_options(words, lambda name: name not in known, types)
+        options, left = self.parse_known_args(own)
+        if left:
+            raise ConfigError(f"{left[0]!r} is not an option; see --help")
         normalize_arguments(others, own=self._option_string_actions)
         return options, others
 
@@ -86,6 +96,37 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
+def pick_options(
+    words: Sequence[str], is_picked: Callable[[str], bool], types: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """The words without the options that are picked by their names, and these with their values.
+
+    Args:
+        types: of the options, as `option_types` gives them, which says how many values an option has; one that is not
+            among them has all words up to the next option.
+    """
+    own: list[str] = []
+    picked: list[str] = []
+    target, room = own, 0.0
+    for word in words:
+        if word.startswith("--"):
+            name, equals, _ = word.partition("=")
+            target = picked if is_picked(name) else own
+            kind = types.get(ALIASES.get(name, name)[2:], tuple)
+            several = kind is tuple or typing.get_origin(kind) is tuple
+            room = 0.0 if equals else math.inf if several else 1.0
+            target.append(word)
+        elif target is picked and room > 0 and (kind is not bool or word.lower() in _TRUTH):
+            target.append(word)
+            room -= 1
+        else:
+            target = own
+            own.append(word)
+    return own, picked
+
+
+# What may stand after an option that is true or false.
+_TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")
 _EXPECTED: Mapping[Any, str] = {int: "expected a whole number", float: "expected a number"}
 
 

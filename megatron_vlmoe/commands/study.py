@@ -7,7 +7,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ from megatron_vlmoe.analysis.studies.runner import (
     unique_runs,
 )
 from megatron_vlmoe.analysis.studies.scales import INDEXED, SCALES, TASKS, Scale
-from megatron_vlmoe.analysis.studies.study import Study, read_study, study_from
+from megatron_vlmoe.analysis.studies.study import Study, metrics_of, read_study, study_from
 from megatron_vlmoe.analysis.studies.table import STUDIES
 from megatron_vlmoe.analysis.studies.tables import table
-from megatron_vlmoe.commands.options import CommandParser
+from megatron_vlmoe.commands.options import CommandParser, pick_options
+from megatron_vlmoe.config.command_line import option_types
 from megatron_vlmoe.config.errors import ConfigError, unknown_name, user_files
+from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.planning.validate import SEEDS
 from megatron_vlmoe.prepare.tool import positive_int
 from megatron_vlmoe.runtime.files import write_text_atomic
 
@@ -54,12 +58,16 @@ def main(words: Sequence[str]) -> int:
     """
     own, finetune = options_apart(words)
     options, others = _parser().parse_passing_on(own)
+    for name in ("output", "tasks"):
+        if getattr(options, name) == "":
+            raise ConfigError(f"--{name} is empty")
     if options.redraw is not None:
-        return _redraw(options, [options.study or "", *others, *finetune])
+        return _redraw(options, words)
     scale = SCALES[options.scale]
     request = _request(options, others, finetune, scale)
     study = _study(options.study, scale)
     rows = Planner(scale, request).plan(study)
+    _check_tasks(study, rows, request, is_own=options.study not in STUDIES)
     # Processes of one run share the machine's GPUs; single ones share its cores.
     single = request.processes == 1
     jobs = options.jobs or (min(_MOST_JOBS, os.cpu_count() or 1) if single else 1)
@@ -78,8 +86,10 @@ def main(words: Sequence[str]) -> int:
     about = {"scale": options.scale, "command": shlex.join(["vlmoe", "study", *words])}
     folder = request.output / study.name
     if options.collect:
-        _leave(study, summarize(study, rows, about, {}), folder)
-        print(f"{sum(map(is_finished, runs))} of {len(runs)} runs are finished")
+        counts = Counter(_leave(study, rows, about, {}, folder).values())
+        others_of = [f"{count} {word}" for word, count in counts.items() if word != "finished"]
+        finished = f"{counts['finished']} of {len(runs)} runs are finished"
+        print(", ".join([finished, *others_of]))
         return 0
     if request.processes > options.gpus_per_node and not all(map(is_finished, runs)):
         raise ConfigError(
@@ -87,13 +97,15 @@ def main(words: Sequence[str]) -> int:
             "start them as `vlmoe study ... --print-commands --slurm` prints, then --collect the results"
         )
     with locked(request.output) as lock:
+        # Before the runs, for it may not be possible.
+        folder.mkdir(parents=True, exist_ok=True)
         runner = Runner(runs, jobs, lock)
         runner.run()
-        _leave(study, summarize(study, rows, about, runner.failures), folder)
+        states = _leave(study, rows, about, runner.failures, folder)
     if runner.is_stopped:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    return 1 if runner.failures else 0
+    return 0 if set(states.values()) == {"finished"} else 1
 
 
 def _request(
@@ -102,12 +114,12 @@ def _request(
     """What is asked for. Raises ConfigError where options do not fit each other."""
     if options.study is None:
         raise ConfigError(f"NAME is missing: one of {', '.join(STUDIES)}, or FILE.yaml")
-    for name in ("output", "tasks"):
-        if getattr(options, name) == "":
-            raise ConfigError(f"--{name} is empty")
     seeds = tuple(options.seeds or scale.seeds)
     if len(set(seeds)) != len(seeds):
         raise ConfigError("--seeds names a seed twice")
+    for seed in seeds:
+        if seed not in SEEDS:
+            raise ConfigError(f"--seeds {seed}: not a whole number of 64 bits with its sign")
     if options.slurm and not options.print_commands:
         raise ConfigError("--slurm goes with --print-commands")
     processes = options.processes or scale.processes
@@ -168,18 +180,23 @@ def _parser() -> CommandParser:
     )
     add("--tasks", metavar="DIR", help="folder of the tasks that `vlmoe index-task` prepared")
     add("--output", metavar="DIR", help=f"folder of studies and runs ({OUTPUT})")
-    add("--dry-run", action="store_true", help="check all runs, list them with a guess of the time")
-    add(
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead(
+        "--dry-run",
+        action="store_true",
+        help="check all runs, list them with a guess of the time",
+    )
+    instead(
         "--print-commands",
         action="store_true",
         help="print a script of the runs that are not finished, instead of running them",
     )
-    add("--slurm", action="store_true", help="of jobs for Slurm, with --print-commands")
-    add(
+    instead(
         "--collect",
         action="store_true",
         help="summary, table and figure of what is there, also while runs go on; starts nothing",
     )
+    add("--slurm", action="store_true", help="of jobs for Slurm, with --print-commands")
     add(
         "--redraw",
         metavar="SUMMARY",
@@ -191,16 +208,12 @@ def _parser() -> CommandParser:
 
 def options_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words without `--finetune.section.option VALUE ...`, and these as the options of a fine-tuning."""
-    own: list[str] = []
-    finetune: list[str] = []
-    target = own
-    for word in words:
-        if word.startswith("--"):
-            is_of_task = word.startswith("--finetune.")
-            target = finetune if is_of_task else own
-            word = f"--{word.removeprefix('--finetune.')}" if is_of_task else word
-        target.append(word)
-    return own, finetune
+    prefix = "--finetune."
+    types = {f"finetune.{name}": kind for name, kind in option_types(FinetuneConfig).items()}
+    own, finetune = pick_options(words, lambda name: name.startswith(prefix), types)
+    return own, [
+        f"--{word[len(prefix) :]}" if word.startswith(prefix) else word for word in finetune
+    ]
 
 
 def _study(name: str, scale: Scale) -> Study:
@@ -218,9 +231,11 @@ def _study(name: str, scale: Scale) -> Study:
     raise ConfigError(f"study {name}: {unknown_name(name, names)}")
 
 
-def _redraw(options: argparse.Namespace, others: Sequence[str]) -> int:
-    if given := [word for word in others if word]:
-        raise ConfigError(f"{given[0]}: --redraw runs nothing")
+def _redraw(options: argparse.Namespace, words: Sequence[str]) -> int:
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    others = [name for name in given if name not in ("--redraw", "--output")]
+    if options.study is not None or others:
+        raise ConfigError(f"{options.study or others[0]}: --redraw runs nothing")
     summary = read_summary(options.redraw)
     study = study_from(summary["study"], options.redraw)
     # Not where a study of this name may have results of its own.
@@ -248,9 +263,45 @@ def _check_machines(processes: int, gpus_per_node: int, slurm: bool) -> None:
         raise ConfigError(f"--slurm: {SLURM_SCRIPT} is not here; start it in the repository's root")
 
 
-def _leave(study: Study, summary: dict[str, Any], folder: Path) -> None:
+def _check_tasks(study: Study, rows: Sequence[PlannedRow], request: Request, is_own: bool) -> None:
+    """Whether fine-tunings take place that options and, in a user's own study, metrics are of.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    splits: dict[str, list[str]] = {}
+    for name, run in ((name, run) for row in rows for name, run in row.tasks.items()):
+        assert isinstance(run.config, FinetuneConfig)
+        splits.setdefault(name, []).extend(run.config.task.splits)
+    if request.finetune and not splits:
+        option = request.finetune[0].replace("--", "--finetune.", 1)
+        raise ConfigError(f"{option}: nothing is fine-tuned in {study.name}")
+    # Of the runs that are left out, others may have other splits.
+    for metric in metrics_of(study) if is_own and not request.only else ():
+        task, _, rest = metric.partition("/")
+        split = rest.partition("/")[0]
+        if task in splits and split not in splits[task]:
+            hint = unknown_name(split, dict.fromkeys(splits[task]))
+            raise ConfigError(f"{study.name}: metric {metric}: split {split}: {hint}")
+
+
+def _leave(
+    study: Study,
+    rows: Sequence[PlannedRow],
+    about: Mapping[str, Any],
+    failures: Mapping[Path, str],
+    folder: Path,
+) -> dict[str, str]:
+    """Writes and shows the results; returns what became of each run, in a word, by its folder's name."""
+    summary = summarize(study, rows, about, failures)
     write_summary(summary, folder / "summary.json")
     _show(study, summary, folder)
+    states = {name: state for row in summary["rows"] for name, state in row["states"].items()}
+    told = {path.name for path in failures}
+    for name, state in states.items():
+        if state.startswith(("failed", "diverged")) and name not in told:
+            print(f"warning: {name}: {state}", file=sys.stderr)
+    return {name: state.partition(":")[0] for name, state in states.items()}
 
 
 def _show(study: Study, summary: dict[str, Any], folder: Path) -> None:

@@ -32,6 +32,8 @@ _BOUNDS: Mapping[str, Callable[[float], bool]] = {
     "is not in (0, 1]": lambda value: 0 < value <= 1,
 }
 """What may be wrong with a number, and when it is not."""
+SEEDS = range(-(2**63), 2**63)
+"""The seeds that every generator takes."""
 _ANY_RUN = {
     "must not be negative": (
         *("data.num_workers", "data.color_jitter", "objectives.caption_mask_slots"),
@@ -181,6 +183,11 @@ def _check_any_run(config: RunConfig) -> None:
             f"{did_you_mean(name, possible)}",
         )
     _check_bounds(config, _ANY_RUN, "g")
+    seeds = [("train.seed", config.train.seed)]
+    if isinstance(config, FinetuneConfig):
+        seeds += [("task.seeds", seed) for seed in config.task.seeds]
+    for name, seed in seeds:
+        _require(seed in SEEDS, f"{name}={seed} is not a whole number of 64 bits with its sign")
 
 
 def _check_dataset_prefixes(option: str, values: Sequence[str]) -> None:

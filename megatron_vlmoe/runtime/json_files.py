@@ -13,6 +13,16 @@ from megatron_vlmoe.config.errors import DataError, UserError
 Content = TypeVar("Content")
 
 
+LARGEST_NUMBER = 1e100
+"""More than anything that is measured; sums and squares of numbers up to it are finite."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON or YAML is a number to reckon with: no truth value, finite, up to 1e100 in size."""
+    is_kind = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_kind and abs(value) <= LARGEST_NUMBER
+
+
 def parse_json(content: bytes | str) -> Any:
     """One value. Raises DataError with the reason why there is none, which the caller puts after file and record."""
     try:

@@ -84,6 +84,7 @@ class Trainer:
         # Sums since the last report, and of how many micro-batches.
         count = len(self.loss_names) + 1
         self.losses = torch.zeros(count, dtype=torch.float64, device=device())
+        self.counters: dict[tuple[int, str], torch.Tensor] = {}
         self.throughput = Throughput(config, ranks, num_micro_batches, precision)
 
     def run(self) -> TrainState:
@@ -202,8 +203,9 @@ class Trainer:
         count = max(sums[-1], 1.0)
         means = {name: value / count for name, value in zip(self.loss_names, sums)}
         metrics = {"loss/total": means["total"], **self.objective.loss_metrics(means)}
-        counters = collect(self.parts.chunks, self.config)
-        moe = metrics_from_counters(counters, self.config.log.moe_per_layer)
+        self._count()
+        moe = metrics_from_counters(self.counters, self.config.log.moe_per_layer)
+        self.counters = {}
         metrics["loss/total"] += sum(v for k, v in moe.items() if k.startswith("loss/aux/"))
         metrics.update(moe)
         metrics["grad_norm"] = grad_norm
@@ -218,8 +220,14 @@ class Trainer:
         log.info(progress_line(step, self.config.train.steps, metrics, left))
         return metrics
 
+    def _count(self) -> None:
+        """Adds what the experts did in training since the last call to the counters of this interval."""
+        for key, vector in collect(self.parts.chunks, self.config).items():
+            self.counters[key] = self.counters[key] + vector if key in self.counters else vector
+
     def _evaluate(self) -> dict[str, float]:
-        collect(self.parts.chunks, self.config)
+        # It may come between two logged steps, and counts by itself.
+        self._count()
         metrics = self.objective.evaluate(self.runner)
         log.info(self.objective.evaluation_line(metrics))
         counters = collect(self.parts.chunks, self.config)

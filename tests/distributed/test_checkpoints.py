@@ -52,6 +52,22 @@ RESUMED = {
 }
 
 
+def test_an_evaluation_between_logged_steps_takes_nothing_from_the_next_line(
+    workers: Workers, tmp_path: Path
+) -> None:
+    options = (*FEW, "--train.steps", "3", "--log.interval", "3")
+    lines = []
+    for interval in ("0", "2"):
+        folder = tmp_path / interval
+        more = ("--train.eval_interval", interval, "--moe.capacity_factor", "1.05")
+        workers.run(ONE, trainer_run, ONE, (*options, *more), str(folder))
+        lines.append(metrics(folder))
+    assert [line["step"] for line in lines[1]] == [0, 2, 3]
+    # Sums of counters in another order.
+    assert lines[1][-1] == pytest.approx(lines[0][-1], rel=1e-5)
+    assert lines[0][-1]["moe/vision/dropped_fraction"] > 0.0
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_run_is_bit_identical(name: str, workers: Workers, tmp_path: Path) -> None:
     where, options = RESUMED[name]

@@ -6,14 +6,19 @@ import dataclasses
 import json
 import math
 import os
+import pickle
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_vlmoe.analysis.studies.claims import Interval, decide, t_quantile
+from megatron_vlmoe.analysis.studies.metrics import LAST, SCORES
 from megatron_vlmoe.analysis.studies.plan import Planner, Request
 from megatron_vlmoe.analysis.studies.results import (
     measured_of,
@@ -28,12 +33,13 @@ from megatron_vlmoe.analysis.studies.study import (
     Study,
     above,
     below,
+    metrics_of,
     read_study,
 )
 from megatron_vlmoe.analysis.studies.table import STUDIES
 from megatron_vlmoe.commands.main import main, run
 from megatron_vlmoe.config.command_line import parse_run, to_yaml
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.planning.estimate import flops_per_step
 
 TINY = SCALES["tiny"]
@@ -132,6 +138,9 @@ def test_every_study_at_every_scale_is_one_that_runs():
             terms = [term for claim in study.claims for part in claim.parts for term in part.terms]
             assert study.claims and {label for _, _, label in terms} <= set(labels)
             assert {label for panel in study.panels for label in panel.labels} <= set(labels)
+            scored = [name for name in metrics_of(study) if name.partition("/")[0] in names]
+            assert {name.split("/")[2] for name in scored} <= set(SCORES)
+            assert set(metrics_of(study)) - set(scored) <= {*LAST, "average"}
         # The paper's sparse model of this size, trained once for all of them.
         assert max(map(len, shared.values())) >= 6
 
@@ -217,6 +226,32 @@ def test_an_image_tokenizer_is_its_model_and_not_the_record_of_its_training(stud
     assert found[0] == found[1] != found[2]
 
 
+def test_an_objective_that_is_left_out_has_no_micro_batch(study, tmp_path):
+    rows = Planner(TINY, Request(tmp_path, (1,), 1, ("--data.global_texts", "0"))).plan(study)
+    assert rows[0].pretraining.config.data.micro_texts == 0
+
+
+def test_a_seed_that_no_generator_takes(study, tmp_path):
+    with pytest.raises(ConfigError, match="frozen: train.seed=9223372036854775808 is not"):
+        digests(study, tmp_path, seeds=(2**63,))
+
+
+def test_runs_on_one_task_know_their_own_splits(tmp_path):
+    """A run is the same planned alone and after one that evaluates other splits of the task."""
+    for split in ("train", "one", "two"):
+        (tmp_path / f"mnli_{split}.json").write_text(
+            json.dumps({"files": {"x": {"sha256": split}}})
+        )
+    runs = [Run(name, "8e", (), ("mnli",), ("--task.eval_splits", name)) for name in ("one", "two")]
+
+    def digest(*chosen: Run) -> str:
+        request = Request(tmp_path, (1,), 1, tasks=str(tmp_path))
+        rows = Planner(TINY, request).plan(Study("mine", "", chosen, (), ()))
+        return rows[-1].tasks["mnli"].digest
+
+    assert digest(*runs) == digest(runs[1])
+
+
 def test_tasks_of_the_sample_corpus_do_not_go_with_data_of_ones_own(tmp_path):
     mine = Study("mine", "", (Run("a", "8e", tasks=("vqa",)),), (), ())
     for options, folder in (((), TINY.folder), (("--data.text", "t"), "data")):
@@ -230,6 +265,11 @@ def test_a_run_is_found_under_the_name_that_another_study_gave_it(study, tmp_pat
     folder.mkdir(parents=True)
     rows = Planner(TINY, Request(tmp_path, (1,), 1)).plan(study)
     assert rows[0].pretraining.folder == folder
+
+
+def claim(part: str) -> str:
+    """A study whose only claim has this part, or none."""
+    return f"runs: [{{label: a, experts: 8e}}]\nclaims: [{{text: x, source: me, parts: [{part}]}}]"
 
 
 @pytest.mark.parametrize(
@@ -279,10 +319,43 @@ def test_a_run_is_found_under_the_name_that_another_study_gave_it(study, tmp_pat
             "paper: [{label: a, values: {mim: low}}]\nruns: [{label: a, experts: 8e}]",
             "mim: expected a number",
         ),
+        (claim("{text: y, terms: [[1, mim, a]], equal_flops: maybe}"), "expected true or false"),
+        (claim("{text: y, terms: [[.nan, mim, a]]}"), "term [nan, 'mim', 'a']: expected [FACTOR,"),
+        (claim("{text: y, terms: [[1e400, mim, a]]}"), "expected [FACTOR, METRIC, LABEL]"),
+        (claim("{text: y, terms: []}"), "terms: expected at least one"),
+        (claim(""), "claims[1]: parts: expected at least one"),
+        (claim("{above: [mimm, a, a]}"), "claim 'x': metric mimm: unknown; did you mean mim?"),
         (
-            "runs: [{label: a, experts: 8e}]\nclaims: [{text: x, source: me, parts: "
-            "[{text: y, terms: [[1, mim, a]], equal_flops: maybe}]}]",
-            "equal_flops: expected true or false",
+            claim("{text: y, terms: [[1, dropped, a]], equal_flops: true}"),
+            "metric dropped: unknown; choose one of mlm, mim",
+        ),
+        ('name: "a\\0b"\nruns: [{label: a, experts: 8e}]', "has the character '\\x00'"),
+        ('runs: [{label: "\\ud800", experts: 8e}]', "runs[1]: label: has the character"),
+        (f"name: {'n' * 300}\nruns: [{{label: a, experts: 8e}}]", "expected the name of a folder"),
+        ("runs: [{label: '', experts: 8e}]", "runs[1]: label: is empty"),
+        (
+            "runs: [{label: a, experts: 8e, finetune: {train.stepz: 3}}]",
+            "run a: finetune: the run has no `tasks:`",
+        ),
+        ("columns: [mim, spike]\nruns: [{label: a, experts: 8e}]", "did you mean spikes?"),
+        ("columns: [average]\nruns: [{label: a, experts: 8e}]", "columns: metric average: unknown"),
+        (
+            "panels: [{kind: blocks, metrics: [dropped/mmlm]}]\nruns: [{label: a, experts: 8e}]",
+            "panels[1]: metric dropped/mmlm: unknown; choose one of dropped/mlm",
+        ),
+        (
+            "scores: [vqa/val/vqa]\nruns: [{label: a, experts: 8e, tasks: [vqa]}]",
+            "score vqa/val/vqa: vqa: unknown; choose one of accuracy",
+        ),
+        (
+            "columns: [mim]\npaper: [{label: p, values: {mimm: 3}}]\n"
+            "runs: [{label: a, experts: 8e}]",
+            "paper p: mimm is not in `columns:`; did you mean mim?",
+        ),
+        (
+            "columns: [mim]\npaper: [{label: p, values: {mim: .nan}}]\n"
+            "runs: [{label: a, experts: 8e}]",
+            "mim: expected a number",
         ),
     ],
 )
@@ -332,6 +405,9 @@ def write_run(folder: Path, *options: str) -> None:
                 **{"step": 2 * place, "loss/total": loss + 0.5, "loss/aux/text": 0.2},
                 **{"loss/aux/vision": 0.3, "step_seconds": 2.0, "grad_norm": 1.0},
                 **{"memory_gb": 1.0, "moe/text/load_max": 1.0 + place, "moe/text/dead_experts": 1},
+                # 500 and 1500 assignments: two blocks of 8 experts with 80 and 98 slots each.
+                **{"moe/text/effective_capacity_factor": 1280 / 500},
+                **{"moe/vision/effective_capacity_factor": 1568 / 1500},
                 **{"moe/vision/load_max": 3.0, "moe/vision/dead_experts": 2.0},
                 "moe/text/dropped_fraction": 0.1 * place,
                 "moe/vision/dropped_fraction": 0.3,
@@ -365,7 +441,7 @@ def test_a_row_of_a_summary_is_what_the_run_logged(tmp_path):
     # The last quarter are steps 14 and 16.
     expected = {
         **{"train": 2.5, "overfit": 3.5, "seconds": 32.0, "seconds_per_step": 2.0, "mlm": 3.0},
-        **{"acc/mlm": 0.25, "eval_dropped/mim": 0.125, "dropped_text": 0.75, "dropped": 0.525},
+        **{"acc/mlm": 0.25, "eval_dropped/mim": 0.125, "dropped_text": 0.75, "dropped": 0.4125},
         **{"dropped/mim": 0.075, "dropped/mim/block_4": 0.15, "load_max": 8.5, "dead_experts": 3.0},
         # 40 is 33.5 above the running median; 1.5 is the median of all distances from it.
         **{"spikes": 1.0, "gradient_peak": 1.0},
@@ -414,12 +490,88 @@ def test_steps_without_a_finite_number_and_between_logged_ones(tmp_path):
     assert values["steps"] == 16 and not {"mlm", "total", "train", "roughness"} & set(values)
 
 
+@pytest.mark.parametrize("key", ["loss/total", "loss/aux/text"])
+def test_a_loss_that_is_not_finite_leaves_out_what_it_would_enter(key, tmp_path):
+    write_run(tmp_path / "run", "--train.stop_on_nan", "false")
+    change(tmp_path / "run", lambda rows: rows[7].update({key: None, "moe/text/load_max": None}))
+    measured = measured_of(tmp_path / "run")
+    values = measured["values"]
+    assert measured["diverged_at"] == 14
+    assert measured["training"] == {
+        **{"step": [2, 4, 6, 8, 10, 12, 16], "train": [9.0, 8.0, 7.0, 6.0, 5.0, 40.0, 2.0]}
+    }
+    assert not {"train", "overfit", "roughness", "spikes", "load_max_text"} & set(values)
+    assert values["mlm"] == 3.0 and values["load_max_vision"] == 3.0
+
+
 def test_scores_of_one_seed_and_means_of_several(tmp_path):
+    for text in ("[]", "{}", '{"metrics": {"dev/accuracy": "high"}}', '{"metrics": {"a/b": NaN}}'):
+        (tmp_path / "metrics.json").write_text(text)
+        with pytest.raises(DataError, match="metrics.json: damaged"):
+            task_scores("nlvr2", tmp_path)
     path = tmp_path / "metrics.json"
     path.write_text('{"metrics": {"dev/accuracy": 60.0, "dev/samples": 9}}')
     assert task_scores("nlvr2", tmp_path) == {"nlvr2/dev/accuracy": 60.0}
     path.write_text('{"seeds": {}, "summary": {"dev/accuracy": {"mean": 61.0, "std": 1.0}}}')
     assert task_scores("nlvr2", tmp_path) == {"nlvr2/dev/accuracy": 61.0}
+
+
+def drop(key: str) -> Callable[[Path], object]:
+    """Takes a key out of every line of metrics.jsonl."""
+    return lambda folder: change(folder, lambda rows: [row.pop(key, None) for row in rows])
+
+
+def noted(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "study.json").write_text(text)
+
+
+def cut(folder: Path) -> None:
+    change(folder, lambda rows: rows.__delitem__(slice(5, None)))
+
+
+# What is done to a finished run of 16,000,016 steps, and its state then.
+SPOILED: list[tuple[Callable[[Path], object], str]] = [
+    (noted("{}"), "finished"),
+    (noted('{"environment": "x"}'), "finished"),
+    (noted('{"environ'), "finished"),
+    (drop("memory_gb"), "metrics.jsonl: step 2000002 has no memory_gb"),
+    (lambda folder: (folder / "config.yaml").unlink(), "config.yaml: No such file"),
+    (
+        lambda folder: change(folder, lambda rows: rows[7].update({"loss/total": None})),
+        "diverged: a loss is not finite at step 14000014",
+    ),
+    (lambda folder: (cut(folder), noted('{"failed": "no memory"}')(folder)), "failed: no memory"),
+    (cut, "unfinished: after step 8000008"),
+]
+
+
+def test_one_run_that_cannot_be_read_keeps_no_other_from_the_table(tmp_path, capsys, monkeypatch):
+    steps = ["--train.steps", "16000016"]
+    seeds = [str(seed) for seed in range(1, len(SPOILED) + 1)]
+    words = [*steps, "--seeds", *seeds]
+    script = printed_script(
+        tmp_path, monkeypatch, capsys, *words, text="runs: [{label: a, experts: 8e}]"
+    )
+    folders = [Path(shlex.split(line)[-1]) for line in script[2:]]
+    for folder, (spoil, _) in zip(folders, SPOILED):
+        write_run(folder, *steps)
+        change(folder, lambda rows: [row.update(step=1_000_001 * row["step"]) for row in rows])
+        root = folder / "checkpoints"
+        (root / "iter_16000016").mkdir(parents=True)
+        (root / "latest_checkpointed_iteration.txt").write_text("16000016")
+        (root / "iter_16000016/metadata.json").write_text("{}")
+        with (root / "iter_16000016/.metadata").open("wb") as file:
+            pickle.dump(Metadata(state_dict_metadata={}, storage_data={}), file)
+        spoil(folder)
+    assert main(["study", "mine.yaml", *DATA, "--data.text", "my text", *words, "--collect"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 of 8 runs are finished, 3 failed, 1 diverged, 1 unfinished" in out
+    rows = json.loads(Path("runs/studies/mine/summary.json").read_text())["rows"]
+    for line, (_, state) in zip(rows, SPOILED):
+        assert state in line["states"][folders[rows.index(line)].name]
+    assert rows[0]["curve"]["step"] == [0, 8000008, 16000016] and rows[0]["values"]["mlm"] == 3.0
+    # One line each for the two that cannot be read, the one that diverged and the one that failed before.
+    assert [line.startswith("warning: tiny-8e-seed") for line in err.splitlines()] == [True] * 4
 
 
 def summary(folder: Path, name: str, runs: int | None = None) -> Path:
@@ -499,6 +651,77 @@ def test_a_number_of_fewer_seeds_says_so(tmp_path):
     assert "Not measured: mimm." in table and "took 4 minutes" in table
 
 
+@pytest.mark.parametrize("name", ["scaling", "losses"])
+def test_lines_of_means_show_the_spread_over_seeds(name, tmp_path, monkeypatch):
+    """Seeds end at 5 and 6: 5.5 with a standard deviation of the root of a half."""
+    drawn: list[Any] = []
+    bars, band = Axes.errorbar, Axes.fill_between
+    monkeypatch.setattr(
+        Axes,
+        "errorbar",
+        lambda self, x, y, e, **k: (drawn.append((y, e)), bars(self, x, y, e, **k)),
+    )
+    monkeypatch.setattr(
+        Axes,
+        "fill_between",
+        lambda self, x, a, b, **k: (drawn.append((a, b)), band(self, x, a, b, **k)),
+    )
+    path = summary(tmp_path, name, runs=1)
+    content = json.loads(path.read_text())
+    for line in content["rows"]:
+        line["curve"]["mlm"] = [9.0, 4.0 + line["seed"]]
+        line["training"]["train"] = [4.0, 4.0 + line["seed"]]
+    write_summary(content, path)
+    assert run("study", ["--redraw", str(path)]) == 0
+    spread = math.sqrt(0.5)
+    expected = ([4.0, 5.5 - spread], [4.0, 5.5 + spread]) if name == "losses" else ([5.5], [spread])
+    assert any(
+        [*a, *b] == pytest.approx([*expected[0], *expected[1]])
+        for a, b in drawn
+        if isinstance(a, list) and len(a) == len(expected[0])
+    )
+
+
+def edited(key: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    """Sets something in the first row of a summary."""
+    section, _, name = key.partition(".")
+    return lambda content: (content["rows"][0][section] if name else content["rows"][0]).update(
+        {name or section: value}
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda content: content.update(labels=[["a"], "b"]), "labels: expected different texts"),
+        (lambda content: content.update(labels=["frozen"] * 2), "labels: expected different texts"),
+        (lambda content: content.update(environments=["x"]), "environments: expected objects"),
+        (lambda content: content.update(format_version="2"), "format_version: wrong type"),
+        (lambda content: content.pop("format_version"), "format_version is missing"),
+        (lambda content: content["rows"].append(content["rows"][0]), "seed 1 is there twice"),
+        (lambda content: content["rows"].append(3), "rows[5]: expected an object"),
+        (edited("label", "other"), "label other is not among the labels"),
+        (edited("seed", True), "seed: wrong type"),
+        (edited("values.mim", math.nan), "rows[1]: values: mim: expected a number"),
+        (edited("values.mim", 10**400), "rows[1]: values: mim: expected a number"),
+        (edited("states", {"x": 1}), "states: x: expected a text"),
+        (edited("curve.flops", [None, 1]), "curve: flops: expected numbers"),
+        (edited("curve.mlm", ["a", "b"]), "curve: mlm: expected numbers"),
+        (edited("curve.mlm", [5.0]), "curve: mlm: as many as steps are expected"),
+        (edited("training.train", [None, 3.0]), "training: train: expected numbers"),
+        (edited("training.train", [3.0]), "training: train: as many as steps are expected"),
+    ],
+)
+def test_a_summary_that_was_changed_by_hand_is_one_line(edit, message, tmp_path, capsys):
+    path = summary(tmp_path, "frozen")
+    content = json.loads(path.read_text())
+    edit(content)
+    write_summary(content, path)
+    assert main(["study", "--redraw", str(path)]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: damaged: not the summary of a study" in error and message in error
+
+
 def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
     path = summary(tmp_path, "contrastive", runs=1)
     assert run("study", ["--redraw", str(path), "--output", str(tmp_path / "out")]) == 0
@@ -531,6 +754,18 @@ def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
         ("frozen --print-commands --slurm", "examples/slurm_pretrain.sh is not here"),
         ("frozen --checkpoint.step 3", "--checkpoint.step is not for studies"),
         ("frozen --finetune.task vqa", "--task.name is not for studies"),
+        ("--scale tiny --train.steps 5 frozen --only frozn", "did you mean frozen?"),
+        ("--finetune.train.steps 5 frozen --only frozn", "did you mean frozen?"),
+        ("frozen --train.steps 5 6", "'6' is not an option"),
+        ("scaling --finetune.train.steps 3", "--finetune.train.steps: nothing is fine-tuned in"),
+        ("frozen --seeds 9223372036854775808", "--seeds 9223372036854775808: not a whole number"),
+        ("frozen --collect --dry-run", "not allowed with"),
+        ("frozen --checkpoint {here}/load.yaml", "--checkpoint.load is not for studies"),
+        ("help.yaml", "help: --help is not for studies"),
+        ("split.yaml", "metric mnli/dev/accuracy: split dev: unknown; choose one of dev_matched"),
+        ("--redraw {here}/frozen.json --train.steps 3", "--train.steps: --redraw runs nothing"),
+        ("--redraw {here}/frozen.json --scale tiny", "--scale: --redraw runs nothing"),
+        ("--redraw {here}/frozen.json --output=", "--output is empty"),
     ],
 )
 def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch):
@@ -541,6 +776,9 @@ def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch
     content["rows"][0]["values"] = []
     (tmp_path / "foreign.json").write_text(json.dumps(content))
     (tmp_path / "losses.yaml").write_text("runs: [{label: a, experts: 8e}]")
+    (tmp_path / "help.yaml").write_text("runs: [{label: help, experts: 8e, options: '--help'}]")
+    (tmp_path / "load.yaml").write_text("load: elsewhere")
+    (tmp_path / "split.yaml").write_text(f"scores: [mnli/dev/accuracy]\n{TUNED}")
     line = words.format(here=tmp_path).split()
     assert main(["study", *line]) in (1, 2)
     (error,) = capsys.readouterr().err.splitlines()
@@ -548,7 +786,11 @@ def test_a_users_error_is_one_line(words, message, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "runs").exists()
 
 
-def printed_script(folder: Path, monkeypatch, capsys, *more: str) -> list[str]:
+DATA = "--data.images images --data.pairs pairs --data.text_tokenizer text.model".split()
+TUNED = "runs: [{label: a, experts: 32e, tasks: [mnli]}]"
+
+
+def printed_script(folder: Path, monkeypatch, capsys, *more: str, text: str = TUNED) -> list[str]:
     """The lines that `--print-commands` prints of a run and its fine-tuning, with data in a folder with a space."""
     monkeypatch.chdir(folder)
     for name in ("my text", "images", "pairs", "t/mnli_train", "t/mnli_dev_matched"):
@@ -556,9 +798,8 @@ def printed_script(folder: Path, monkeypatch, capsys, *more: str) -> list[str]:
         (folder / f"{name}.json").write_text("{}")
     (folder / "t/mnli_dev_mismatched.json").write_text("{}")
     (folder / "text.model").write_text("")
-    (folder / "mine.yaml").write_text("runs: [{label: a, experts: 32e, tasks: [mnli]}]")
-    data = "--data.images images --data.pairs pairs --data.text_tokenizer text.model".split()
-    words = ["mine.yaml", "--tasks", "t", "--print-commands", *data, "--data.text", "my text"]
+    (folder / "mine.yaml").write_text(text)
+    words = ["mine.yaml", "--tasks", "t", "--print-commands", *DATA, "--data.text", "my text"]
     assert main(["study", *words, *more]) == 0
     return capsys.readouterr().out.splitlines()
 

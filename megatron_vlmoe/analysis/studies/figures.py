@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmoe.analysis.plots import save_figure
+from megatron_vlmoe.analysis.studies.metrics import METRICS
 from megatron_vlmoe.analysis.studies.study import Panel, Study
-from megatron_vlmoe.analysis.studies.table import METRICS
 from megatron_vlmoe.analysis.studies.tables import by_label, metric_name, numbers_of
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ _LEGEND_COLUMNS = 4
 def draw_study(study: Study, summary: Mapping[str, Any], output: Path) -> Path:
     """Draws every panel; returns the file. Panels without any value say so.
 
-    Seeds are small points, or thin lines of training curves; lines and bars are means over seeds, and error bars one
-    standard deviation.
+    Seeds are small points, or thin lines of training curves; lines and bars are means over seeds; error bars, and the
+    bands of training curves, reach one standard deviation to both sides.
 
     Raises:
         FileError: the file cannot be written.
@@ -85,12 +85,34 @@ def draw_study(study: Study, summary: Mapping[str, Any], output: Path) -> Path:
 
 
 Styles = Mapping[str, tuple[str, str, str]]
+# Of as many as there are runs in a panel, at every evaluation.
+_THIN_BARS: Mapping[str, Any] = {"fmt": "none", "elinewidth": 0.7, "capsize": 2.0, "capthick": 0.7}
+
+
+def _means(
+    seeds: Sequence[Mapping[float, tuple[float, float]]],
+) -> tuple[list[float], list[float], list[float]]:
+    """Mean x, mean y and standard deviation of y over seeds, at the steps that all of them have.
+
+    Args:
+        seeds: x and y of each by step.
+    """
+    steps = [step for step in seeds[0] if all(step in own for own in seeds)] if seeds else []
+    xs = [statistics.fmean(own[step][0] for own in seeds) for step in steps]
+    values = [[own[step][1] for own in seeds] for step in steps]
+    return xs, list(map(statistics.fmean, values)), list(map(_spread, values))
+
+
+def _spread(numbers: Sequence[float]) -> float:
+    """Standard deviation; 0 of a single number."""
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def _curve(
     axis: Axes, panel: Panel, summary: Mapping[str, Any], labels: Sequence[str], styles: Styles
 ) -> None:
-    """Held-out loss after step 0: points of seeds, and the line of their means at steps that all seeds have."""
+    """Held-out loss after step 0: points of seeds, and the line of their means at steps that all seeds have, with
+    error bars of one deviation."""
     metric = panel.metrics[0]
     for label in labels:
         color, line, marker = styles[label]
@@ -103,15 +125,14 @@ def _curve(
             for row in by_label(summary, label)
             if metric in (curve := row["curve"])
         ]
-        for points in filter(None, curves):
-            axis.plot(*zip(*points.values()), marker, color=color, markersize=2, alpha=0.5)
-        means = [
-            tuple(map(statistics.fmean, zip(*(points[step] for points in curves))))
-            for step in (curves[0] if curves else ())
-            if all(step in points for points in curves)
-        ]
-        if means:
-            axis.plot(*zip(*means), color=color, linestyle=line, linewidth=1.4)
+        curves = [points for points in curves if points]
+        for points in curves:
+            axis.plot(*zip(*points.values()), marker, color=color, markersize=2, alpha=0.35)
+        xs, ys, spreads = _means(curves)
+        if xs:
+            axis.plot(xs, ys, color=color, linestyle=line, linewidth=1.2)
+        if any(spreads):
+            axis.errorbar(xs, ys, spreads, color=color, alpha=0.6, **_THIN_BARS)
     axis.set_xlabel(AXES[panel.x], fontsize=8)
     axis.set_ylabel("nats", fontsize=8)
 
@@ -119,17 +140,22 @@ def _curve(
 def _training(
     axis: Axes, panel: Panel, summary: Mapping[str, Any], labels: Sequence[str], styles: Styles
 ) -> None:
-    """Training loss: a thin line per seed, and a thick one of their means."""
+    """Training loss: a thin line per seed, and a thick one of their means in a band of one deviation."""
     metric = panel.metrics[0]
     for label in labels:
         color, line, _ = styles[label]
         rows = [row["training"] for row in by_label(summary, label) if row["training"].get(metric)]
         for own in rows:
             axis.plot(own["step"], own[metric], color=color, linewidth=0.5, alpha=0.4)
-        if rows:
-            steps = [statistics.fmean(values) for values in zip(*(own["step"] for own in rows))]
-            means = [statistics.fmean(values) for values in zip(*(own[metric] for own in rows))]
+        steps, means, spreads = _means(
+            [{step: (step, loss) for step, loss in zip(own["step"], own[metric])} for own in rows]
+        )
+        if steps:
             axis.plot(steps, means, color=color, linestyle=line, linewidth=1.4)
+        if any(spreads):
+            low = [mean - spread for mean, spread in zip(means, spreads)]
+            high = [mean + spread for mean, spread in zip(means, spreads)]
+            axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axis.set_xlabel(AXES["step"], fontsize=8)
     axis.set_ylabel("nats, without auxiliary losses", fontsize=8)
 
@@ -153,8 +179,7 @@ def _values(
                 else number + width * (place - (len(labels) - 1) / 2)
             )
             axis.plot([x] * len(numbers), numbers, marker, color=color, markersize=4, alpha=0.5)
-            spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-            mean = statistics.fmean(numbers)
+            mean, spread = statistics.fmean(numbers), _spread(numbers)
             axis.errorbar(x, mean, spread, fmt="_", color=color, markersize=14, capsize=3)
     ticks = labels if len(groups) == 1 else [metric_name(metric).split(",")[0] for metric in groups]
     long = max(map(len, ticks)) * len(ticks) > 30
@@ -169,7 +194,7 @@ def _values(
 def _blocks(
     axis: Axes, panel: Panel, summary: Mapping[str, Any], labels: Sequence[str], styles: Styles
 ) -> None:
-    """Dropped tokens by block: a line per kind of token, of the first run; points are seeds."""
+    """Dropped tokens by block: a line per kind of token, of the first run; points are seeds, error bars a deviation."""
     rows = [row["values"] for label in labels[:1] for row in by_label(summary, label)]
     for place, prefix in enumerate(panel.metrics):
         color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
@@ -191,6 +216,9 @@ def _blocks(
         if blocks:
             means = [statistics.fmean(points[block]) for block in blocks]
             axis.plot(blocks, means, color=color, label=metric_name(prefix))
+            spreads = [_spread(points[block]) for block in blocks]
+            if any(spreads):
+                axis.errorbar(blocks, means, spreads, color=color, alpha=0.6, **_THIN_BARS)
             axis.set_xticks(blocks)
     axis.set_xlabel("block", fontsize=8)
     axis.set_ylabel("%", fontsize=8)

@@ -20,9 +20,11 @@ from typing import Any, Literal, TypeVar
 from megatron_vlmoe.analysis.studies.scales import Scale, TaskRecipe
 from megatron_vlmoe.analysis.studies.study import Run, Study, option_words
 from megatron_vlmoe.config.command_line import (
+    PROGRAM_OPTIONS,
     flat_options,
-    merge_file,
+    from_dict,
     normalize_arguments,
+    option_types,
     parse_options,
     parse_run,
     read_yaml,
@@ -47,6 +49,7 @@ _NEUTRAL = (
 _OWN = (
     *("--preset", "--train.seed", "--task.name", "--dry-run", "--dry-run-world-size"),
     *("--dry-run-gpus-per-node", "--checkpoint.save", "--checkpoint.load", "--checkpoint.step"),
+    "--help",
 )
 # Of a folder with an image tokenizer; its other files are about the training.
 _TOKENIZER_FILES = ("config.json", "model.safetensors")
@@ -124,7 +127,7 @@ class Planner:
         self.request = request
         # By what the options start from, and the options.
         self._parsed: dict[Hashable, RunConfig] = {}
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints: dict[tuple[Path, ...], str] = {}
         self._folders: dict[str, Path] = {}
         self._options = own_options(request.options, RunConfig)
         self._finetune = own_options(request.finetune, FinetuneConfig, "--finetune: ")
@@ -172,16 +175,20 @@ class Planner:
             self._parsed[words] = parse_run("pretrain", words).config
         config = self._parsed[words]
         if scale.one_micro_batch:
-            shares = {
-                f"micro_{name}": max(1, getattr(config.data, f"global_{name}") // request.processes)
+            totals = {
+                f"micro_{name}": getattr(config.data, f"global_{name}")
                 for name in ("texts", "images", "pairs")
                 if f"--data.micro_{name}" not in words
+            }
+            shares: dict[str, Any] = {
+                name: max(1, total // request.processes) if total else 0
+                for name, total in totals.items()
             }
             for name, share in shares.items():
                 words += (f"--data.{name}", str(share))
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, **shares))
-        validate(config, request.processes)
         config = _with_seed(config, seed)
+        validate(config, request.processes)
         digest = self._digest(config, "pretrain", "")
         name = _slug(f"{size}-{run.experts}", run.options, seed)
         return PlannedRun(
@@ -229,9 +236,9 @@ class Planner:
             given += ("--task.micro_batch_size", str(share))
             own = dataclasses.replace(config.task, micro_batch_size=share)
             config = dataclasses.replace(config, task=own)
-        validate_task(config, request.processes)
         given += ("--train.seed", str(seed))
         config = _with_seed(config, seed)
+        validate_task(config, request.processes)
         digest = self._digest(config, "finetune", start.digest)
         name = f"{task.name}-{_slug_of(start.folder.name)}"
         words_of = (*given, "--load", str(start.folder))
@@ -273,13 +280,16 @@ class Planner:
 
     def _fingerprint(self, path: str, task: Any = None) -> str:
         """A digest of a dataset, tokenizer or task, wherever it lies; its path where there is nothing yet."""
-        if path not in self._fingerprints:
+        files = tuple(_content_files(path, task))
+        if not files:
+            return path
+        # Of one task other runs may read other splits.
+        if files not in self._fingerprints:
             digest = hashlib.sha256()
-            files = list(_content_files(path, task))
             for file in files:
                 digest.update(_content(file))
-            self._fingerprints[path] = digest.hexdigest() if files else path
-        return self._fingerprints[path]
+            self._fingerprints[files] = digest.hexdigest()
+        return self._fingerprints[files]
 
 
 DATASETS = (
@@ -364,18 +374,15 @@ def own_options(words: Sequence[str], root: type[RunConfig], where: str = "") ->
         ConfigError: naming the option that does not exist, or that the study itself decides.
     """
     found: list[str] = []
+    known = {f"--{name}" for name in option_types(root)}
     try:
-        normalized = normalize_arguments(words, root)
-        for place, word in enumerate(normalized):
-            if word == "--config":
-                file = Path(normalized[place + 1])
-                merge_file(root(), file)
-                options = flat_options(read_yaml(file, str(file)))
-                # A section without any option is None.
-                given = {name: value for name, value in options.items() if value is not None}
-                found += normalize_arguments(option_words(given), root)
-            elif not place or normalized[place - 1] != "--config":
-                found.append(word)
+        rest = iter(normalize_arguments(words, root))
+        for name in rest:
+            values = [] if PROGRAM_OPTIONS.get(name, str) is None else [next(rest)]
+            if name == "--config" or not (name in known or name in PROGRAM_OPTIONS):
+                found += _options_of_file(name, Path(values[0]), root)
+            else:
+                found += [name, *values]
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from None
     for name in _OWN:
@@ -383,3 +390,18 @@ def own_options(words: Sequence[str], root: type[RunConfig], where: str = "") ->
             how = {"--train.seed": "; use --seeds", "--preset": "; see --scale"}.get(name, "")
             raise ConfigError(f"{name} is not for studies, which decide it for every run{how}")
     return tuple(found)
+
+
+def _options_of_file(option: str, file: Path, root: type[RunConfig]) -> list[str]:
+    """The options in the file of `--config`, or of a section such as `--model`, as names and values in turn."""
+    where = f"{option} {file}"
+    content = read_yaml(file, where)
+    if option != "--config":
+        for part in reversed(option[2:].split(".")):
+            content = {part: content}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: expected sections such as `model:`")
+    from_dict(content, root(), where)
+    # A section without any option is None.
+    given = {name: value for name, value in flat_options(content).items() if value is not None}
+    return normalize_arguments(option_words(given), root)

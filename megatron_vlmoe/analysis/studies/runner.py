@@ -27,11 +27,12 @@ from megatron_vlmoe.analysis.studies.results import (
     RUN_FILE,
     is_finished,
     noted_environment,
+    starts_from_failed,
     training_seconds,
 )
 from megatron_vlmoe.analysis.studies.scales import Scale
 from megatron_vlmoe.config.command_line import merge_file
-from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.config.errors import ConfigError, DataError, UserError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.planning.estimate import hardware_flops_per_step
@@ -107,10 +108,16 @@ def estimate(runs: Sequence[PlannedRun], scale: Scale) -> Estimate:
     """From the FLOPs of every unfinished run's steps, at the rate of the finished ones among them or the scale's."""
     work = time_spent = 0.0
     done = [run for run in runs if run.command == "pretrain" and is_finished(run)]
+    timed = 0
     for run in done:
-        config = merge_file(RunConfig(), run.folder / "config.yaml")
-        work += hardware_flops_per_step(config) * config.train.steps / run.processes
-        time_spent += training_seconds(read_metrics(run.folder))[config.train.steps]
+        try:
+            config = merge_file(RunConfig(), run.folder / "config.yaml")
+            flops_done = hardware_flops_per_step(config) * run.config.train.steps / run.processes
+            seconds_done = training_seconds(read_metrics(run.folder))[run.config.train.steps]
+        except UserError:
+            # Which is said where its results are wanted.
+            continue
+        work, time_spent, timed = work + flops_done, time_spent + seconds_done, timed + 1
     rate = work / time_spent if time_spent else scale.rate
     seconds: dict[Path, float | None] = {}
     for run in runs:
@@ -119,7 +126,7 @@ def estimate(runs: Sequence[PlannedRun], scale: Scale) -> Estimate:
             seconds[run.folder] = (
                 flops / (rate * run.processes) + _OVERHEAD_SECONDS if flops else None
             )
-    return Estimate(seconds, rate, len(done))
+    return Estimate(seconds, rate, timed if time_spent else 0)
 
 
 def _flops(run: PlannedRun, scale: Scale) -> float:
@@ -297,7 +304,7 @@ class Runner:
                 continue
             waiting.remove(run)
             if run.after is not None and run.after.folder in self.failures:
-                self._fail(run, f"{run.after.folder.name}, which it starts from, failed")
+                self._fail(run, starts_from_failed(run.after))
             else:
                 active.append(self._start(run))
 
@@ -311,17 +318,17 @@ class Runner:
             _say(f"stopped {name}, which goes on another time")
         else:
             console = own.run.folder / CONSOLE
-            self._fail(own.run, _reason(console, own.console_start, own.process.returncode))
+            reason = _reason(console, own.console_start, own.process.returncode)
+            self._fail(own.run, reason)
+            # Later commands say it too.
+            with contextlib.suppress(OSError):
+                self._note(own.run, {"failed": reason})
 
     def _start(self, run: PlannedRun) -> ActiveRun:
         folder = run.folder
         folder.mkdir(parents=True, exist_ok=True)
         command = command_of(run, [sys.executable])
-        noted = {
-            "command": shlex.join(["vlmoe", *command[command.index(run.command) :]]),
-            "environment": environment_of(run.processes, self.jobs),
-        }
-        write_text_atomic(folder / RUN_FILE, json.dumps(noted, indent=1) + "\n")
+        self._note(run, {})
         threads = max(1, (os.cpu_count() or 1) // (self.jobs * run.processes))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         # Also where the package is not installed and the current folder is another one.
@@ -341,6 +348,16 @@ class Runner:
                 pass_fds=(self.lock.fileno(),),
             )
         return ActiveRun(run, process, before, time.monotonic())
+
+    def _note(self, run: PlannedRun, more: Mapping[str, str]) -> None:
+        """Writes study.json into a run's folder."""
+        command = command_of(run, [sys.executable])
+        noted = {
+            "command": shlex.join(["vlmoe", *command[command.index(run.command) :]]),
+            "environment": environment_of(run.processes, self.jobs),
+            **more,
+        }
+        write_text_atomic(run.folder / RUN_FILE, json.dumps(noted, indent=1) + "\n")
 
     def _fail(self, run: PlannedRun, reason: str) -> None:
         self.failures[run.folder] = reason

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_vlmoe.analysis.studies.metrics import (
+    DROPPED,
+    HELD_OUT,
+    LAST,
+    SCORES,
+    TRAINING,
+    without_block,
+)
 from megatron_vlmoe.config.command_line import flat_options, read_yaml
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean, unknown_name
 from megatron_vlmoe.config.presets import EXPERTS
+from megatron_vlmoe.runtime.json_files import is_number
 
 Kind = Literal["curve", "training", "values", "blocks"]
 Axis = Literal["flops", "seconds", "step"]
+
+# Bytes in the name of a folder.
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,13 @@ def read_study(path: Path, sizes: Sequence[str], tasks: Sequence[str]) -> Study:
     if not content.get("runs"):
         raise ConfigError(f"{path}: has no runs")
     study = study_from({"name": path.stem, "title": path.stem, **_with_defaults(content)}, path)
+    _check_names(study, path, sizes, tasks)
+    _check_metrics(study, path)
+    return study
+
+
+def _check_names(study: Study, path: Path, sizes: Sequence[str], tasks: Sequence[str]) -> None:
+    """Labels, sizes, tasks and experts. Raises ConfigError."""
     labels = [run.label for run in study.runs]
     for run in study.runs:
         where = f"{path}: run {run.label}"
@@ -161,6 +181,8 @@ def read_study(path: Path, sizes: Sequence[str], tasks: Sequence[str]) -> Study:
         for task in run.tasks:
             if task not in tasks:
                 raise ConfigError(f"{where}: task {task}: {unknown_name(task, tasks)}")
+        if run.finetune and not run.tasks:
+            raise ConfigError(f"{where}: finetune: the run has no `tasks:` to fine-tune")
     named = [
         *((f"panel {panel.metrics[0]}", label) for panel in study.panels for label in panel.labels),
         *(
@@ -173,13 +195,72 @@ def read_study(path: Path, sizes: Sequence[str], tasks: Sequence[str]) -> Study:
     for what, label in named:
         if label not in labels:
             raise ConfigError(f"{path}: {what}: run {label}: {unknown_name(label, labels)}")
+
+
+def metrics_of(study: Study) -> list[str]:
+    """All metrics that a study names, but for those that the paper alone has."""
+    printed = {name for row in study.paper for name in row.values}
+    named = [
+        *(name for name in study.columns if name not in printed),
+        *(name for panel in study.panels for name in panel.metrics),
+        *(term[1] for claim in study.claims for part in claim.parts for term in part.terms),
+        *study.scores,
+    ]
+    return list(dict.fromkeys(named))
+
+
+def _check_metrics(study: Study, path: Path) -> None:
+    """Whether every metric that the study names is one that its runs may have. Raises ConfigError."""
+    printed = {name for row in study.paper for name in row.values}
     tuned = list(dict.fromkeys(task for run in study.runs for task in run.tasks))
-    for score in study.scores:
-        task = score.partition("/")[0]
-        if task not in tuned:
-            hint = unknown_name(task, tuned) if tuned else "no run has `tasks:`"
-            raise ConfigError(f"{path}: score {score}: task {task}: {hint}")
-    return study
+    last = (*LAST, *(("average",) if study.scores else ()))
+    kinds: Mapping[Kind, Sequence[str]] = {
+        **{"curve": HELD_OUT, "training": TRAINING},
+        **{"values": last, "blocks": DROPPED},
+    }
+    named: list[tuple[str, str, Sequence[str]]] = [
+        *(("columns", name, last) for name in study.columns if name not in printed),
+        *(
+            (f"panels[{place}]", name, kinds[panel.kind])
+            for place, panel in enumerate(study.panels, 1)
+            for name in panel.metrics
+        ),
+        *(
+            (f"claim {claim.text!r}", name, HELD_OUT if part.equal_flops else last)
+            for claim in study.claims
+            for part in claim.parts
+            for _, name, _ in part.terms
+        ),
+    ]
+    for name in study.scores:
+        if wrong := _wrong_score(name, tuned):
+            raise ConfigError(f"{path}: score {name}: {wrong}")
+    for where, name, known in named:
+        if name in known or (known is last and without_block(name) in DROPPED):
+            continue
+        wrong = f"unknown{did_you_mean(name, known)}; docs/studies.md lists what is measured"
+        if known is not last:
+            wrong = unknown_name(name, known)
+        elif name.count("/") > 1 and not did_you_mean(name, known):
+            wrong = _wrong_score(name, tuned)
+        if wrong:
+            raise ConfigError(f"{path}: {where}: metric {name}: {wrong}")
+    for row in study.paper:
+        for name in row.values:
+            if name not in study.columns:
+                hint = did_you_mean(name, study.columns)
+                raise ConfigError(f"{path}: paper {row.label}: {name} is not in `columns:`{hint}")
+
+
+def _wrong_score(metric: str, tuned: Sequence[str]) -> str:
+    """What is wrong with TASK/SPLIT/METRIC, where these tasks are fine-tuned; empty if nothing is."""
+    task, _, rest = metric.partition("/")
+    score = rest.partition("/")[2].partition("/")[0]
+    if task not in tuned:
+        return f"task {task}: {unknown_name(task, tuned) if tuned else 'no run has `tasks:`'}"
+    if not score:
+        return "expected TASK/SPLIT/METRIC"
+    return "" if score in SCORES else f"{score}: {unknown_name(score, SCORES)}"
 
 
 def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,8 +283,10 @@ def study_from(content: Mapping[str, Any], where: object) -> Study:
         ConfigError: naming `where` and the field that is unknown, missing or wrong.
     """
     study = _make(Study, content, str(where))
-    if not study.name or study.name.startswith(".") or "/" in study.name:
-        raise ConfigError(f"{where}: name {study.name!r}: expected the name of a folder")
+    too_long = len(study.name.encode()) > _LONGEST_NAME
+    if study.name.startswith(".") or "/" in study.name or too_long:
+        shown = f"{study.name[:20]}..." if too_long else study.name
+        raise ConfigError(f"{where}: name {shown!r}: expected the name of a folder")
     if not study.panels:
         raise ConfigError(f"{where}: panels: expected at least one")
     study = dataclasses.replace(
@@ -218,6 +301,9 @@ def study_from(content: Mapping[str, Any], where: object) -> Study:
         if not 1 <= len(panel.metrics) <= most:
             expected = "one" if most == 1 else "at least one"
             raise ConfigError(f"{where}: panels[{place}]: metrics: {panel.kind} takes {expected}")
+    for place, claim in enumerate(study.claims, 1):
+        if not claim.parts:
+            raise ConfigError(f"{where}: claims[{place}]: parts: expected at least one")
     return study
 
 
@@ -250,7 +336,9 @@ def _make(kind: Any, content: Any, where: str) -> Any:
                 raise ConfigError(f"{here}: expected true or false")
             values[name] = value
         else:
-            values[name] = _text(value, here)
+            # What has a default may be left empty too.
+            is_needed = fields[name].default is dataclasses.MISSING
+            values[name] = _text(value, here) if is_needed or value != "" else ""
     missing = [
         name
         for name, field in fields.items()
@@ -272,13 +360,19 @@ def _listed(value: Any, where: str) -> Sequence[Any]:
 
 
 def _text(value: Any, where: str) -> str:
-    """A text or a number. Raises ConfigError for anything else."""
+    """A text or a number, as one line that any file can hold. Raises ConfigError for anything else."""
     if isinstance(value, bool):
         hint = "YAML reads yes, no, on and off as true and false; put a text in quotes"
         raise ConfigError(f"{where}: {hint}")
     if not isinstance(value, (str, int, float)):
         raise ConfigError(f"{where}: expected a text" + (", not several" if value else ""))
-    return str(value)
+    text = " ".join(str(value).split())
+    if not text:
+        raise ConfigError(f"{where}: is empty")
+    # Control characters, and halves of surrogate pairs.
+    if wrong := [letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")]:
+        raise ConfigError(f"{where}: has the character {ascii(wrong[0])}, which no text has")
+    return text
 
 
 def _numbers(value: Any, where: str) -> dict[str, float]:
@@ -286,9 +380,9 @@ def _numbers(value: Any, where: str) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected METRIC: NUMBER")
     for name, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if not is_number(number):
             raise ConfigError(f"{where}: {name}: expected a number")
-    return {str(name): float(number) for name, number in value.items()}
+    return {_text(name, where): float(number) for name, number in value.items()}
 
 
 def _words(value: Any, where: str) -> tuple[str, ...]:
@@ -322,17 +416,19 @@ def _part(content: Any, where: str) -> Part:
         raise ConfigError(f"{where}: expected `below: [METRIC, LABEL, LABEL]` or `above: ...`")
     for name, make in (("below", below), ("above", above)):
         if name in content:
-            named = [str(item) for item in _listed(content[name], f"{where}: {name}")]
+            here = f"{where}: {name}"
+            named = [_text(item, here) for item in _listed(content[name], here)]
             if len(content) > 1 or len(named) != 3:
                 raise ConfigError(f"{where}: expected {name}: [METRIC, LABEL, LABEL] alone")
             metric, first, second = named
             return make(metric, first, second)
     part: Part = _make(Part, content, where)
+    if not part.terms:
+        raise ConfigError(f"{where}: terms: expected at least one")
     terms = []
     for term in part.terms:
-        try:
-            factor, metric, label = term
-            terms.append((float(factor), str(metric), str(label)))
-        except (TypeError, ValueError):
-            raise ConfigError(f"{where}: term {term}: expected [FACTOR, METRIC, LABEL]") from None
+        here = f"{where}: term {term}"
+        if not isinstance(term, (list, tuple)) or len(term) != 3 or not is_number(term[0]):
+            raise ConfigError(f"{here}: expected [FACTOR, METRIC, LABEL]")
+        terms.append((float(term[0]), _text(term[1], here), _text(term[2], here)))
     return dataclasses.replace(part, terms=tuple(terms))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from megatron_vlmoe.analysis.paper_tables import TABLE_1, TABLE_2
+from megatron_vlmoe.analysis.studies.metrics import DROPPED
 from megatron_vlmoe.analysis.studies.scales import Scale
 from megatron_vlmoe.analysis.studies.study import (
     Claim,
@@ -21,57 +22,8 @@ from megatron_vlmoe.analysis.studies.study import (
     below,
 )
 
-METRICS: Mapping[str, tuple[str, float, int]] = {
-    "mlm": ("MLM loss, nats", 1.0, 3),
-    "mim": ("MIM loss, nats", 1.0, 3),
-    "vlm": ("VLM loss, nats", 1.0, 3),
-    "vlm_text": ("VLM text loss, nats", 1.0, 3),
-    "vlm_image": ("VLM image loss, nats", 1.0, 3),
-    "contrastive": ("contrastive loss, nats", 1.0, 3),
-    "total": ("held-out loss, nats", 1.0, 3),
-    "train": ("training loss, nats", 1.0, 3),
-    "overfit": ("held-out minus training loss, nats", 1.0, 3),
-    "roughness": ("roughness of the training loss, nats", 1.0, 4),
-    "spikes": ("spikes", 1.0, 1),
-    "gradient_peak": ("gradient norm, 95th percentile / median", 1.0, 2),
-    "dropped": ("dropped, %", 100.0, 1),
-    "dropped/mlm": ("texts", 100.0, 1),
-    "dropped/mim": ("images", 100.0, 1),
-    "dropped/vlm_text": ("texts of pairs", 100.0, 1),
-    "dropped/vlm_image": ("images of pairs", 100.0, 1),
-    "dropped_vision": ("dropped of images, %", 100.0, 1),
-    "dropped_text": ("dropped of texts, %", 100.0, 1),
-    "dropped_shared": ("dropped of the shared pool, %", 100.0, 1),
-    "dropped_vl": ("dropped of the VL pool, %", 100.0, 1),
-    "eval_dropped/mlm": ("texts", 100.0, 1),
-    "eval_dropped/mim": ("images", 100.0, 1),
-    "eval_dropped/vlm_text": ("texts of pairs", 100.0, 1),
-    "eval_dropped/vlm_image": ("images of pairs", 100.0, 1),
-    "load_max": ("load of the fullest expert, mean = 1", 1.0, 2),
-    "dead_experts": ("experts without a token", 1.0, 1),
-    "flops": ("training FLOPs", 1.0, -3),
-    "seconds": ("training seconds", 1.0, 0),
-    "seconds_per_step": ("seconds per step", 1.0, 3),
-    "parameters": ("parameters, millions", 1e-6, 2),
-    "parameters_per_token": ("parameters per token, millions", 1e-6, 2),
-    "average": ("average, %", 1.0, 1),
-    "vqa/val/vqa_official": ("VQA val, %", 1.0, 1),
-    "vqa/test-dev": ("VQA test-dev, %", 1.0, 2),
-    "vqa/test-std": ("VQA test-std, %", 1.0, 2),
-    "nlvr2/dev/accuracy": ("NLVR2 dev, %", 1.0, 1),
-    "nlvr2/test/accuracy": ("NLVR2 test-P, %", 1.0, 1),
-    "coco/test/TR@1": ("COCO TR@1, %", 1.0, 1),
-    "coco/test/IR@1": ("COCO IR@1, %", 1.0, 1),
-    "retrieval/test/TR@1": ("Flickr30K TR@1, %", 1.0, 1),
-    "retrieval/test/IR@1": ("Flickr30K IR@1, %", 1.0, 1),
-    "imagenet/val/top1": ("ImageNet top-1, %", 1.0, 1),
-    "mnli/dev_matched/accuracy": ("MNLI-m, %", 1.0, 1),
-}
-"""Metrics with what stands above their column, the factor that is shown, and digits (-3: three significant ones)."""
-
 LOSSES = ("mlm", "mim", "vlm")
 COSTS = ("flops", "seconds_per_step", "parameters", "parameters_per_token")
-DROPPED = ("dropped/mlm", "dropped/mim", "dropped/vlm_text", "dropped/vlm_image")
 # The four tasks of the paper's section 5, and the scores of its Table 3, whose mean it calls Avg.
 ABLATION = ("nlvr2", "retrieval", "imagenet", "mnli")
 ABLATION_SCORES = (

@@ -15,8 +15,8 @@ from megatron_vlmoe.analysis.studies.claims import (
     SummaryRow,
     decide,
 )
+from megatron_vlmoe.analysis.studies.metrics import METRICS
 from megatron_vlmoe.analysis.studies.study import Study
-from megatron_vlmoe.analysis.studies.table import METRICS
 
 
 def metric_name(metric: str) -> str:
