@@ -68,6 +68,8 @@ class Row:
             resident set; None where the system does not tell.
         note: why it was not run, or what else must be known.
         items: images, records or the like of a repetition, for a rate; 0 where that says nothing.
+        state_mb: what a contender holds between repetitions, such as parameters, gradients and optimizer state; None
+            where it was not counted.
     """
 
     case: Mapping[str, Any]
@@ -78,6 +80,7 @@ class Row:
     peak_mb: Optional[float] = None
     note: str = ""
     items: int = 0
+    state_mb: Optional[float] = None
 
     def per_second(self) -> Optional[float]:
         """Items per second in the median round; None without."""
@@ -101,6 +104,7 @@ class Row:
             **times,
             "ratio_to_dense": None if ratio is None else round(ratio, 4),
             "peak_mb": None if peak is None else round(peak, 1),
+            "state_mb": None if self.state_mb is None else round(self.state_mb, 1),
             "per_second": self.per_second(),
             "phases_ms": {
                 name: round(statistics.median(values), 4) for name, values in self.phases_ms.items()
@@ -297,6 +301,9 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     if len(phases) == 1:
         phases = []
     columns = [*cases, "contender", "median ms", "min", "max", *phases, "ratio", "peak MB"]
+    with_state = any(row.state_mb is not None for row in rows)
+    if with_state:
+        columns.append("state MB")
     with_rates = any(row.items for row in rows)
     if with_rates:
         columns.append("per second")
@@ -316,6 +323,8 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
         cells += ["" if value is None else f"{value:.4g}" for value in times]
         cells.append("" if row.ratio_to_dense is None else f"{row.ratio_to_dense:.3f}")
         cells.append("" if row.peak_mb is None else f"{row.peak_mb:.0f}")
+        if with_state:
+            cells.append("" if row.state_mb is None else f"{row.state_mb:.0f}")
         if with_rates:
             rate = row.per_second()
             cells.append("" if rate is None else f"{rate:.4g}")

@@ -45,6 +45,7 @@ from megatron_vlmoe.runtime.distributed import (
     resolve_precision,
 )
 from megatron_vlmoe.stream.batch import Batch, map_values
+from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.pretrain import pretraining_objective
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.step import StepRunner
@@ -116,8 +117,9 @@ def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
     # The same batches for every preset and turn, made outside the clock.
     data = RandomData(configs[options.presets[0]], BatchShare.of(ranks))
     batches = list(data.loader("train", 0, options.warmup + options.steps))
+    states: dict[str, int] = {}
     contenders = [
-        Contender(name, functools.partial(_preset_steps, config, ranks, batches))
+        Contender(name, functools.partial(_preset_steps, name, config, ranks, batches, states))
         for name, config in configs.items()
     ]
     if options.plain:
@@ -129,20 +131,30 @@ def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
         "pairs": options.pairs,
         "precision": resolve_precision(first.train),
     }
-    yield compare(
+    rows = compare(
         case,
         contenders,
         reference=options.presets[0],
         rounds=options.rounds,
         repetitions=options.steps,
         warmup=options.warmup,
+        items=StreamLayout.of(first).num_tokens,
     )
+    for row in rows:
+        row.state_mb = states[row.contender] / 1e6 if row.contender in states else None
     destroy()
+    yield rows
 
 
 @contextlib.contextmanager
-def _preset_steps(config: RunConfig, ranks: Ranks, batches: Sequence[Batch]) -> Iterator[Work]:
-    """Steps of a preset, which every rank starts at the same time."""
+def _preset_steps(
+    name: str,
+    config: RunConfig,
+    ranks: Ranks,
+    batches: Sequence[Batch],
+    states: dict[str, int],
+) -> Iterator[Work]:
+    """Steps of a preset, which every rank starts at the same time; notes the bytes of its state by its name."""
     objective = pretraining_objective(config, ranks)
     parts = build_training(config, resolve_precision(config.train))
     runner = StepRunner(config, parts, ranks)
@@ -164,6 +176,9 @@ def _preset_steps(config: RunConfig, ranks: Ranks, batches: Sequence[Batch]) -> 
 
     try:
         yield step
+        # Storage that several tensors share counts once.
+        storages = [tensor.untyped_storage() for tensor in _state_tensors(parts)]
+        states[name] = sum({own.data_ptr(): own.nbytes() for own in storages}.values())
     finally:
         # Dropping the objects is not enough: megatron-core's gradient hooks hold them from inside autograd's graph,
         # where the garbage collector does not see the cycle.

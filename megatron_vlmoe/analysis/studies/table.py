@@ -35,25 +35,31 @@ ABLATION_SCORES = (
 def scaling(scale: Scale) -> Study:
     """Sizes and numbers of experts: held-out losses against what they cost."""
 
-    def parts(loss: str) -> tuple[Part, ...]:
-        # All pools against the dense model of each size.
-        return tuple(
-            below(loss, f"{size}-{pool}", f"{size}-dense", equal_flops=True)
-            for size in scale.compared
-            for pool in scale.pools[1:]
+    def below_dense(loss: str, size: str) -> Claim:
+        # All pools against the dense model of the size.
+        return Claim(
+            f"{loss.upper()}, {size}: experts are below dense at equal FLOPs",
+            "section 4.1, Fig. 2",
+            tuple(
+                below(loss, f"{size}-{pool}", f"{size}-dense", equal_flops=True)
+                for pool in scale.pools[1:]
+            ),
         )
 
-    def less_than(other: str) -> tuple[Part, ...]:
-        return tuple(
-            Part(
-                f"{size}: gain of {scale.pool} over dense is smaller on VLM than on {other.upper()}",
-                (
-                    *((1.0, other, f"{size}-dense"), (-1.0, other, f"{size}-{scale.pool}")),
-                    *((-1.0, "vlm", f"{size}-dense"), (1.0, "vlm", f"{size}-{scale.pool}")),
+    def less_than(other: str, size: str) -> Claim:
+        return Claim(
+            f"{size}: the gain on VLM is smaller than that on {other.upper()}",
+            "section 4.2",
+            (
+                Part(
+                    f"gain of {scale.pool} over dense, {other.upper()} minus VLM",
+                    (
+                        *((1.0, other, f"{size}-dense"), (-1.0, other, f"{size}-{scale.pool}")),
+                        *((-1.0, "vlm", f"{size}-dense"), (1.0, "vlm", f"{size}-{scale.pool}")),
+                    ),
+                    equal_flops=True,
                 ),
-                equal_flops=True,
-            )
-            for size in scale.compared
+            ),
         )
 
     return Study(
@@ -70,20 +76,8 @@ def scaling(scale: Scale) -> Study:
             *(Panel("curve", (loss,), "seconds") for loss in LOSSES),
         ),
         claims=(
-            Claim(
-                "MLM: experts are below dense at equal FLOPs", "section 4.1, Fig. 2", parts("mlm")
-            ),
-            Claim(
-                "MIM: experts are below dense at equal FLOPs", "section 4.1, Fig. 2", parts("mim")
-            ),
-            Claim(
-                "VLM: experts are below dense at equal FLOPs", "section 4.1, Fig. 2", parts("vlm")
-            ),
-            Claim(
-                "The gain on VLM is smaller than that on MLM and MIM",
-                "section 4.2",
-                (*less_than("mlm"), *less_than("mim")),
-            ),
+            *(below_dense(loss, size) for loss in LOSSES for size in scale.compared),
+            *(less_than(loss, size) for loss in ("mlm", "mim") for size in scale.compared),
         ),
     )
 
@@ -162,23 +156,32 @@ def strategy(scale: Scale) -> Study:
                 "section 5, Table 3",
                 tuple(above("average", label, "neither") for label in only),
             ),
-            Claim(
-                "Scaling a modality improves the task of that modality",
-                "section 5, Table 3",
-                (
-                    above("mnli/dev_matched/accuracy", "T-only", "neither"),
-                    above("imagenet/val/top1", "V-only", "neither"),
-                ),
+            *(
+                Claim(
+                    f"{label}: scaling a modality improves the task of that modality",
+                    "section 5, Table 3",
+                    (above(score, label, "neither"),),
+                )
+                for label, score in (
+                    ("T-only", "mnli/dev_matched/accuracy"),
+                    ("V-only", "imagenet/val/top1"),
+                )
             ),
-            Claim(
-                "Scaling a modality lowers its own loss",
-                "appendix A.1, Fig. 7",
-                (below("mlm", "T-only", "neither"), below("mim", "V-only", "neither")),
+            *(
+                Claim(
+                    f"{label}: scaling a modality lowers its own loss",
+                    "appendix A.1, Fig. 7",
+                    (below(loss, label, "neither"),),
+                )
+                for label, loss in (("T-only", "mlm"), ("V-only", "mim"))
             ),
-            Claim(
-                "Scaling a modality lowers the VLM loss",
-                "appendix A.1, Fig. 7",
-                tuple(below("vlm", label, "neither") for label in only),
+            *(
+                Claim(
+                    f"{label}: scaling a modality lowers the VLM loss",
+                    "appendix A.1, Fig. 7",
+                    (below("vlm", label, "neither"),),
+                )
+                for label in only
             ),
             Claim(
                 "Both have a lower VLM loss than either alone",

@@ -14,6 +14,7 @@ from checks.report import Report, difference, identical, milliseconds
 from megatron_vlmoe.benchmarks import moe_layer as benchmark
 from megatron_vlmoe.benchmarks.compare import NotRun as NotMeasured
 from megatron_vlmoe.config.schema import ParallelConfig
+from megatron_vlmoe.model.vlmoe import DTYPES
 from megatron_vlmoe.moe.aux_losses import compute_router_statistics, losses_from_statistics
 from megatron_vlmoe.moe.routing_ops import route_slots, top_k_experts
 from megatron_vlmoe.runtime.distributed import destroy, initialize
@@ -109,19 +110,19 @@ def moe_layer(report: Report) -> None:
     )
     # It copies an expert for every token, which takes longer than all others together.
     builders = {n: b for n, b in benchmark.builders().items() if n != "transformers_batched_mm"}
-    dtype = report.size(torch.bfloat16, torch.float32)
-    with _groups():
-        for case in cases:
-            names = _agreeing(report, builders, benchmark.make_problem(case, dtype))
-            (rows,) = benchmark.run([case], names, report.size(2, 1), dtype)
-            taken = {row.contender: row.record() for row in rows}
-            kept = ("median_ms", "min_ms", "ratio_to_dense", "peak_mb", "phases_ms", "note")
-            table = {name: {key: own[key] for key in kept} for name, own in taken.items()}
-            label = f"{case.tokens} tokens, {case.experts} experts, {case.load}"
-            report.note(**{label: table})
-            for name in ("dense", *(f"ours_{own}" for own in benchmark.DISPATCHERS)):
-                measured = bool(table.get(name, {}).get("median_ms"))
-                report.expect(measured, f"{label}: {name} was not measured")
+    precision = report.size("bf16", "fp32")
+    for case in cases:
+        with _groups():
+            names = _agreeing(report, builders, benchmark.make_problem(case, DTYPES[precision]))
+        (rows,) = benchmark.run([case], names, report.size(2, 1), precision)
+        taken = {row.contender: row.record() for row in rows}
+        kept = ("median_ms", "min_ms", "ratio_to_dense", "peak_mb", "phases_ms", "note")
+        table = {name: {key: own[key] for key in kept} for name, own in taken.items()}
+        label = f"{case.tokens} tokens, {case.experts} experts, {case.load}"
+        report.note(**{label: table})
+        for name in ("dense", *(f"ours_{own}" for own in benchmark.DISPATCHERS)):
+            measured = bool(table.get(name, {}).get("median_ms"))
+            report.expect(measured, f"{label}: {name} was not measured")
 
 
 def _agreeing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from checks.report import Report, milliseconds, wait
 from checks.tokenizer import pictures, placed_tokenizer
-from megatron_vlmoe.analysis.bench import BenchOptions, bench_config
-from megatron_vlmoe.analysis.bench import bench as run_bench
+from megatron_vlmoe.benchmarks import step as benchmark
+from megatron_vlmoe.benchmarks.step import StepOptions, step_config
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
 from megatron_vlmoe.planning.estimate import memory_per_rank
@@ -32,7 +31,7 @@ STATE_TOLERANCE, TOTAL_TOLERANCE = 0.02, 0.3
 
 
 def bench(report: Report) -> None:
-    """`vlmoe bench` of two pairs of presets, memory beside the estimate of `--dry-run`, and a profile of one step."""
+    """Steps of two pairs of presets, memory beside the estimate of `--dry-run`, and a profile of one step."""
     rounds = report.size({"small": 2, "base": 1}, {"tiny": 1})
     with mock.patch.object(setup, "initialize_parameters", _draw_weights):
         for size, number in rounds.items():
@@ -55,10 +54,11 @@ def _draw_weights(chunks: Sequence[Any], *unused: Any) -> None:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _options(report: Report, presets: Sequence[str], rounds: int) -> BenchOptions:
+def _options(report: Report, presets: Sequence[str], rounds: int) -> StepOptions:
     samples = report.size(64, 4)
-    return BenchOptions(
+    return StepOptions(
         presets=list(presets),
+        plain=False,
         texts=samples,
         images=samples,
         pairs=samples,
@@ -76,28 +76,23 @@ def _pair(report: Report, size: str, rounds: int) -> None:
     """Times and memory of the dense preset of a size and of its sparse one."""
     presets = [f"{size}-dense", f"{size}-{report.size('32e', '8e')}"]
     options = _options(report, presets, rounds)
-    output = report.folder / f"{size}.json"
-    run_bench(options, [], output=output)
-    summary = json.loads(output.read_text())
-    for name, own in summary["presets"].items():
-        estimate = memory_per_rank(bench_config(options, name, [], 1), 1, "bf16")[0]
+    (rows,) = benchmark.run(options, [])
+    for row in rows:
+        name = row.contender
+        estimate = memory_per_rank(step_config(options, name, [], 1), 1, "bf16")[0]
         state = estimate.weights + estimate.gradients + estimate.optimizer
-        total = own["resident_bytes"] + own["activation_bytes"]
+        held, rise = 1e6 * (row.state_mb or 0.0), 1e6 * (row.peak_mb or 0.0)
+        total = held + rise
         report.note(
             **{
                 name: {
-                    "forward_backward_ms": 1e3 * own["forward_backward_seconds"],
-                    "optimizer_ms": 1e3 * own["optimizer_seconds"],
-                    "ratio": own["ratio_of_rounds"],
-                    "tokens_per_second": own["tokens_per_second_per_data_rank"],
-                    "state_gb": own["resident_bytes"] / 1e9,
-                    "estimated_state_gb": state / 1e9,
-                    "activations_gb": own["activation_bytes"] / 1e9,
-                    "estimated_activations_gb": (estimate.total - state) / 1e9,
+                    **row.record(),
+                    "estimated_state_mb": state / 1e6,
+                    "estimated_activations_mb": (estimate.total - state) / 1e6,
                 }
             }
         )
-        off = own["resident_bytes"] / state - 1.0
+        off = held / state - 1.0
         report.expect(
             abs(off) < STATE_TOLERANCE, f"{name}: state is {100 * off:+.1f} % of the estimate"
         )
@@ -110,7 +105,7 @@ def _pair(report: Report, size: str, rounds: int) -> None:
 def _profile(report: Report, preset: str) -> None:
     """Kernels of one whole step after some others, and how much of the step the GPU works."""
     options = _options(report, [preset], 1)
-    config = bench_config(options, preset, [], 1)
+    config = step_config(options, preset, [], 1)
     ranks = initialize(config.parallel, config.train.seed)
     try:
         parts = setup.build_training(config, resolve_precision(config.train))
