@@ -118,11 +118,12 @@ def grouped(
     ends = counts.to(rows.device).cumsum(0)
     expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
     absent = (expert == len(counts)).unsqueeze(1)
-    expert = expert.clamp(max=len(counts) - 1)
+    # Biases by a product: indexing would add up their gradients in 16 bits, one row after the other.
+    owner = (expert.unsqueeze(1) == torch.arange(len(counts), device=rows.device)).to(rows.dtype)
     # What a grouped kernel leaves in rows of no group may be NaN, forward and backward.
     inner = grouped_matmul(rows.masked_fill(absent, 0.0), weight1, counts).masked_fill(absent, 0.0)
-    inner = F.gelu(inner + bias1[expert]).masked_fill(absent, 0.0)
-    outputs = grouped_matmul(inner, weight2, counts) + bias2[expert]
+    inner = F.gelu(inner + owner @ bias1).masked_fill(absent, 0.0)
+    outputs = grouped_matmul(inner, weight2, counts) + owner @ bias2
     return outputs.masked_fill(absent, 0.0)
 
 

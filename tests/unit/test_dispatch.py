@@ -202,6 +202,21 @@ def test_experts_one_by_one_are_those_of_one_group(counts: list[int]) -> None:
         torch.testing.assert_close(own, wanted)
 
 
+@pytest.mark.parametrize("run", [one_by_one, grouped])
+def test_gradients_of_biases_in_16_bits_are_sums_in_more(run: Any) -> None:
+    """Added up one after the other in bfloat16, 4,000 gradients near 1 would stop growing at 256."""
+    shapes = ((1, 16, 8), (1, 16), (1, 8, 16), (1, 8))
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        parameters = [torch.ones(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        run(torch.zeros(4000, 8, dtype=dtype), torch.tensor([4000]), *parameters).sum().backward()
+        found[dtype] = parameters[3].grad
+    assert found[torch.float64].eq(4000).all()
+    torch.testing.assert_close(
+        found[torch.bfloat16].double(), found[torch.float64], rtol=0.01, atol=0
+    )
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_gradients_of_experts_one_by_one_by_finite_differences(trained: bool) -> None:
     torch.manual_seed(4)
