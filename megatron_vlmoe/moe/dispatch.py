@@ -10,7 +10,7 @@ dropped come back as zero. Expert numbers inside a transfer are rank-major (all 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Sequence
+from typing import Any, Optional, Protocol, Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -73,11 +73,7 @@ class FixedCapacityDispatcher:
         for part, routing in zip(received, routings):
             pool = experts.pool(routing.pool.name)
             local, capacity = pool.num_local_experts, routing.capacity
-            # Which slots of other ranks are filled is not known here.
-            used = None
-            if self.ep_size == 1:
-                assert routing.slots is not None
-                used = routing.slots.load.clamp(max=capacity)
+            used = slots_in_use(routing, self.ep_size)
             # [EP, L, C, D] -> [L, EP * C, D]: an expert's rows from all source ranks together.
             by_expert = part.view(self.ep_size, local, capacity, -1).transpose(0, 1)
             result = pool(by_expert.reshape(local, self.ep_size * capacity, -1), used)
@@ -103,6 +99,13 @@ class FixedCapacityDispatcher:
         buffer = torch.cat(by_rank, dim=1)
         received = all_to_all(self.ep_group, buffer.flatten(0, 1)).view_as(buffer)
         return list(received.split(sizes, dim=1))
+
+
+def slots_in_use(routing: PoolRouting, ep_size: int) -> Optional[Tensor]:
+    """How many of every expert's slots are filled ``[E]``; None where slots come from other ranks, which do not say."""
+    if ep_size > 1 or routing.slots is None:
+        return None
+    return routing.slots.load.clamp(max=routing.capacity)
 
 
 class TokenAllToAllDispatcher:
