@@ -13,8 +13,11 @@ class _Built(Exception):
     """Carries the parser out of a command that is about to parse."""
 
 
-def parser_of(name: str) -> CommandParser:
-    """The parser of a command; not for those of training, whose options are the configuration's."""
+def parser_of(name: str, *words: str) -> CommandParser:
+    """The parser of a command; not for those of training, whose options are the configuration's.
+
+    `words` are what it needs to choose one, such as the name of a benchmark.
+    """
 
     def parse(self: CommandParser, *_: object) -> None:
         raise _Built(self)
@@ -23,7 +26,7 @@ def parser_of(name: str) -> CommandParser:
     main = getattr(importlib.import_module(f"megatron_vlmoe.commands.{module}"), function)
     with mock.patch.object(CommandParser, "parse_known_args", parse):
         try:
-            main([])
+            main(list(words))
         except _Built as built:
             return built.args[0]
     raise AssertionError(f"{name} does not parse with CommandParser")

@@ -61,10 +61,11 @@ def parse(command: DocumentCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in TRAINING:
         check_options([name, *words])
         return
-    parser = parser_of(name) if name != "predict" else None
+    chosen = [words.pop(0)] if name == "bench" and not words[0].startswith("-") else []
+    parser = parser_of(name, *chosen) if name != "predict" else None
     if parser is None:
         importlib.import_module("megatron_vlmoe.commands.predict").parse_arguments(words)
-    elif name in PASSES_ON:
+    elif name in PASSES_ON and chosen in ([], ["step"]):
         words, finetune = options_apart(words)
         _, others = parser.parse_known_args(words)
         check_options(["pretrain", *others])
