@@ -134,7 +134,7 @@ def compare(
         case: what the work is; goes into the rows.
         reference: contender that ratios refer to.
         rounds: turns of each.
-        turn_seconds: a turn's repetitions go on for at least so long.
+        turn_seconds: a turn's repetitions go on for at least so long; 0 where ranks must agree on their number.
         repetitions: and are at least so many.
         warmup: repetitions before them, which are not counted.
         items: of a repetition, as in `Row`.
@@ -174,7 +174,8 @@ def _take_turn(
         for name in taken[0]:
             value = 1e3 * statistics.median(phases[name] for phases in taken)
             row.phases_ms.setdefault(name, []).append(value)
-        if row.peak_mb is None:
+        # In the first round alone, also where the system does not tell: ranks repeat together.
+        if len(row.rounds_ms) == 1:
             rise = memory_rise(work)
             row.peak_mb = rise / 1e6 if rise else None
 

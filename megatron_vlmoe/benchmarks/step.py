@@ -42,12 +42,13 @@ from megatron_vlmoe.runtime.distributed import (
     destroy,
     device,
     initialize,
+    is_rank_zero,
     resolve_precision,
 )
 from megatron_vlmoe.stream.batch import Batch, map_values
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.pretrain import pretraining_objective
-from megatron_vlmoe.train.setup import build_training
+from megatron_vlmoe.train.setup import TrainingParts, build_training
 from megatron_vlmoe.train.step import StepRunner
 
 PLAIN = "plain_pytorch"
@@ -106,7 +107,10 @@ def step_config(options: StepOptions, name: str, extra: Sequence[str], data_size
 
 
 def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
-    """Gives every preset its turn, round after round. `extra` are command line options for every preset."""
+    """Gives every preset its turn, round after round; rows come on the first rank.
+
+    `extra` are command line options for every preset.
+    """
     first = step_config(options, options.presets[0], extra, 1)
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -136,14 +140,31 @@ def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
         contenders,
         reference=options.presets[0],
         rounds=options.rounds,
+        turn_seconds=0.0,
         repetitions=options.steps,
         warmup=options.warmup,
         items=StreamLayout.of(first).num_tokens,
     )
     for row in rows:
         row.state_mb = states[row.contender] / 1e6 if row.contender in states else None
+    reports = is_rank_zero()
     destroy()
-    yield rows
+    if reports:
+        yield rows
+
+
+@contextlib.contextmanager
+def _training(config: RunConfig, ranks: Ranks) -> Iterator[tuple[TrainingParts, StepRunner, Any]]:
+    """The model of a run, its runner and its objective; their memory is given back at the end."""
+    objective = pretraining_objective(config, ranks)
+    parts = build_training(config, resolve_precision(config.train))
+    try:
+        yield parts, StepRunner(config, parts, ranks), objective
+    finally:
+        # Dropping the objects is not enough: megatron-core's gradient hooks hold them from inside autograd's graph,
+        # where the garbage collector does not see the cycle.
+        for tensor in _state_tensors(parts):
+            tensor.untyped_storage().resize_(0)
 
 
 @contextlib.contextmanager
@@ -155,35 +176,27 @@ def _preset_steps(
     states: dict[str, int],
 ) -> Iterator[Work]:
     """Steps of a preset, which every rank starts at the same time; notes the bytes of its state by its name."""
-    objective = pretraining_objective(config, ranks)
-    parts = build_training(config, resolve_precision(config.train))
-    runner = StepRunner(config, parts, ranks)
-    upcoming = _endless(batches)
+    with _training(config, ranks) as (parts, runner, objective):
+        upcoming = _endless(batches)
 
-    def step() -> dict[str, float]:
-        barrier()
-        start = now()
-        runner.start_step()
-        runner.train(upcoming, 1, objective)
-        middle = now()
-        parts.optimizer.step()
-        end = now()
-        for chunk in parts.chunks:
-            for module in chunk.modules():
-                if isinstance(module, ModalityRouter):
-                    module.recorder.take()
-        return {"forward + backward": middle - start, "optimizer": end - middle}
+        def step() -> dict[str, float]:
+            barrier()
+            start = now()
+            runner.start_step()
+            runner.train(upcoming, 1, objective)
+            middle = now()
+            parts.optimizer.step()
+            end = now()
+            for chunk in parts.chunks:
+                for module in chunk.modules():
+                    if isinstance(module, ModalityRouter):
+                        module.recorder.take()
+            return {"forward + backward": middle - start, "optimizer": end - middle}
 
-    try:
         yield step
         # Storage that several tensors share counts once.
         storages = [tensor.untyped_storage() for tensor in _state_tensors(parts)]
         states[name] = sum({own.data_ptr(): own.nbytes() for own in storages}.values())
-    finally:
-        # Dropping the objects is not enough: megatron-core's gradient hooks hold them from inside autograd's graph,
-        # where the garbage collector does not see the cycle.
-        for tensor in _state_tensors(parts):
-            tensor.untyped_storage().resize_(0)
 
 
 @contextlib.contextmanager
@@ -222,35 +235,30 @@ def where_time_goes(options: StepOptions, config: RunConfig, ranks: Ranks) -> di
     """
     data = RandomData(config, BatchShare.of(ranks))
     batches = list(data.loader("train", 0, options.warmup + 1))
-    objective = pretraining_objective(config, ranks)
-    parts = build_training(config, resolve_precision(config.train))
-    runner = StepRunner(config, parts, ranks)
-    handles = [
-        handle
-        for chunk in parts.chunks
-        for module in chunk.modules()
-        for kind, part in PARTS
-        if isinstance(module, kind)
-        for handle in _mark(module, part)
-    ]
+    with _training(config, ranks) as (parts, runner, objective):
+        handles = [
+            handle
+            for chunk in parts.chunks
+            for module in chunk.modules()
+            for kind, part in PARTS
+            if isinstance(module, kind)
+            for handle in _mark(module, part)
+        ]
 
-    def step(batch: Batch) -> None:
-        with record_function("part:zero gradients"):
-            runner.start_step()
-        runner.train(iter([batch]), 1, objective)
-        with record_function("part:optimizer"):
-            parts.optimizer.step()
+        def step(batch: Batch) -> None:
+            with record_function("part:zero gradients"):
+                runner.start_step()
+            runner.train(iter([batch]), 1, objective)
+            with record_function("part:optimizer"):
+                parts.optimizer.step()
 
-    for batch in batches[:-1]:
-        step(batch)
-    with profile() as found:
-        step(batches[-1])
-    for handle in handles:
-        handle.remove()
-    times = _by_part(found.events())
-    for tensor in _state_tensors(parts):
-        tensor.untyped_storage().resize_(0)
-    return times
+        for batch in batches[:-1]:
+            step(batch)
+        with profile() as found:
+            step(batches[-1])
+        for handle in handles:
+            handle.remove()
+        return _by_part(found.events())
 
 
 def _mark(module: nn.Module, part: str) -> Iterator[Any]:
@@ -321,14 +329,17 @@ def _state_tensors(parts: Any) -> Iterator[Tensor]:
 
 
 def draw_parts(options: StepOptions, extra: Sequence[str], path: Path) -> None:
-    """A picture of where a step's time goes: a bar for each preset, stacked by part, slowest part first."""
+    """A picture of where a step's time goes on the first rank: a bar for each preset, stacked by part."""
     first = step_config(options, options.presets[0], extra, 1)
     ranks = initialize(first.parallel, first.train.seed)
     times = {}
     for name in options.presets:
         config = step_config(options, name, extra, ranks.data_size)
         times[name] = where_time_goes(options, config, ranks)
+    draws = is_rank_zero()
     destroy()
+    if not draws:
+        return
     parts = list(dict.fromkeys(part for own in times.values() for part in own))
     parts.sort(key=lambda part: -sum(own.get(part, 0.0) for own in times.values()))
     figure = Figure(figsize=(9, 1.2 + 0.6 * len(times)), layout="constrained")

@@ -93,7 +93,9 @@ def _report(
         done += some
         compare.write_rows(path, title, done)
         print("\n".join(compare.table(some)), flush=True)
-    print(f"rows: {path}, table: {path.with_suffix('.md')}")
+    # Of a run on several ranks, one has the rows.
+    if done:
+        print(f"rows: {path}, table: {path.with_suffix('.md')}")
 
 
 def _of_class(name: str, words: Sequence[str]) -> None:

@@ -223,8 +223,9 @@ class _OneByOne(torch.autograd.Function):
             torch.ops.aten.gelu_backward.grad_input(of_inner, inner[own], grad_input=of_inner)
             if store1 is not None:
                 store1.add_product(expert, of_inner, x[own])
-            if of_bias1 is not None and of_bias2 is not None:
+            if of_bias1 is not None:
                 torch.sum(of_inner, dim=0, out=of_bias1[expert])
+            if of_bias2 is not None:
                 torch.sum(upstream[own], dim=0, out=of_bias2[expert])
             if through is not None:
                 torch.mm(of_inner, first[expert], out=through[own])

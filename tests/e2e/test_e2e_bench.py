@@ -62,3 +62,14 @@ def test_steps_of_presets_and_plain_pytorch(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_one_line(words: str, names: tuple[str, ...]) -> None:
     run("-m", "megatron_vlmoe", "bench", *words.split()).refused(*names)
+
+
+def test_ranks_step_together_and_one_reports(tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    sizes = "--texts 2 --images 2 --pairs 2 --vocab-size 200 --visual-vocab-size 16"
+    words = f"step --preset tiny-8e {sizes} --rounds 2 --steps 1 --threads 1"
+    outcome = run("-m", "megatron_vlmoe", "bench", *words.split(), "--output", output, ranks=2)
+    outcome.succeeded()
+    assert outcome.stdout.count("rows: ") == 1 and outcome.stdout.count("| tiny-8e |") == 1
+    (row,) = json.loads(output.read_text())
+    assert len(row["rounds_ms"]) == 2

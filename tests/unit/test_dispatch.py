@@ -228,6 +228,19 @@ def test_gradients_of_experts_one_by_one_by_finite_differences(trained: bool) ->
     )
 
 
+@pytest.mark.parametrize("trained", range(4))
+def test_one_trained_parameter_has_its_gradient(trained: int) -> None:
+    torch.manual_seed(6)
+    rows, counts = torch.randn(3, WIDTH, dtype=torch.float64), torch.tensor([2, 1])
+    parameters = [parameter.detach() for parameter in pool_parameters(2)]
+    leaf = parameters[trained].requires_grad_()
+    found = [
+        torch.autograd.grad(run(rows, counts, *parameters).square().sum(), leaf)[0]
+        for run in (one_by_one, grouped)
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_weight_gradients_are_added_to_the_gradient_buffer() -> None:
     """As megatron-core's own linear layer does it: the hook of its DDP finds a gradient, and must not add it again."""
     torch.manual_seed(5)
