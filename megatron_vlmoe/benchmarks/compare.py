@@ -22,6 +22,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 import torch
 
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.machine import processor_name
 
 Work = Callable[[], Mapping[str, float]]
 """One repetition: does the work and returns the seconds of its phases, whose sum is the time that is compared."""
@@ -268,11 +269,7 @@ def device_name() -> str:
     """The GPU's name, or that of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1].strip()
-    return f"{platform.machine()} CPU"
+    return processor_name()
 
 
 def results_path(name: str) -> Path:

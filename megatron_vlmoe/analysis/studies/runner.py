@@ -37,6 +37,7 @@ from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.planning.estimate import hardware_flops_per_step
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.machine import processor_name
 
 SLURM_SCRIPT = "examples/slurm_pretrain.sh"
 CONSOLE = "console.txt"
@@ -197,12 +198,7 @@ def _machine() -> str:
         names = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
         if names:
             return f"{len(names)} x {names[0]}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
-    return f"{os.cpu_count()} cores {model or platform.machine()}"
+    return f"{os.cpu_count()} cores {processor_name()}"
 
 
 def _output(command: Sequence[str]) -> str:
