@@ -34,6 +34,7 @@ from megatron_vlmoe.benchmarks.compare import (
     say,
 )
 from megatron_vlmoe.benchmarks.options import DataOptions
+from megatron_vlmoe.benchmarks.photographs import photographs
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.augment import ImageDraw
@@ -76,19 +77,10 @@ def run(options: DataOptions) -> Iterator[list[Row]]:
 
 
 def write_images(prefix: Path, options: DataOptions) -> None:
-    """Indexed JPEGs that cost about as much to decode as photographs: smooth shapes under fine noise."""
-    rng = np.random.default_rng(1)
+    """Indexed JPEGs."""
     with IndexedWriter(f"{prefix}_image", np.uint8) as writer:
-        for _ in range(options.images):
-            coarse = rng.integers(0, 256, (options.height // 25, options.width // 25, 3), np.uint8)
-            size = options.width, options.height
-            smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-            pixels = np.asarray(smooth, np.float32)
-            pixels = pixels + rng.normal(0, 6, pixels.shape).astype(np.float32)
-            stream = io.BytesIO()
-            image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-            image.save(stream, "JPEG", quality=90)
-            writer.add_document([np.frombuffer(stream.getvalue(), np.uint8)])
+        for data in photographs(options.images, options.width, options.height, seed=1):
+            writer.add_document([np.frombuffer(data, np.uint8)])
 
 
 def images_dataset(prefix: Path, jitter: float, options: DataOptions) -> MicroBatches:

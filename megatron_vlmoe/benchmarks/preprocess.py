@@ -26,6 +26,7 @@ from PIL import Image
 
 from megatron_vlmoe.benchmarks.compare import CLOCKS, Contender, Row, Work, compare, ready, say
 from megatron_vlmoe.benchmarks.options import PreprocessOptions
+from megatron_vlmoe.benchmarks.photographs import photographs
 from megatron_vlmoe.data.image_files import DEFAULT_RULES
 from megatron_vlmoe.prepare.corpora import (
     PairOptions,
@@ -81,19 +82,11 @@ def make_tokenizer(folder: Path, options: PreprocessOptions) -> str:
 
 
 def write_images(folder: Path, options: PreprocessOptions) -> None:
-    """JPEG files that cost about as much to decode as photographs: smooth shapes under fine noise."""
+    """A folder of JPEG files."""
     folder.mkdir()
-    rng = np.random.default_rng(2)
-    for number in range(options.images):
-        coarse = rng.integers(
-            0, 256, (options.height // 25 + 1, options.width // 25 + 1, 3), np.uint8
-        )
-        size = options.width, options.height
-        smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-        pixels = np.asarray(smooth, np.float32)
-        pixels = pixels + rng.normal(0, 6, pixels.shape).astype(np.float32)
-        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-        image.save(folder / f"{number:08d}.jpg", quality=90)
+    made = photographs(options.images, options.width, options.height, seed=2)
+    for number, data in enumerate(made):
+        (folder / f"{number:08d}.jpg").write_bytes(data)
 
 
 # What is measured
