@@ -351,6 +351,8 @@ class TrainConfig:
         precision: `auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU.
         deterministic: deterministic kernels on GPU (CPU runs always are).
         recompute: `full` recomputes each block in the backward pass.
+        head_chunk_rows: predicted positions whose logits a rank holds at once; more are computed chunk by chunk, and
+            again in the backward pass. 0: all at once, once.
         eval_interval: steps between evaluations; 0 evaluates only at step 0 and at the end.
         eval_steps: evaluation steps (each of the global batch size); 0 turns evaluation off.
         exit_interval: saves and exits when the step is a multiple of this; 0 never.
@@ -364,6 +366,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False
     recompute: Literal["none", "full"] = "none"
+    head_chunk_rows: int = 0
     eval_interval: int = 1000
     eval_steps: int = 10
     exit_interval: int = 0

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
@@ -54,6 +55,17 @@ class VocabHead(MegatronModule):
             padding = torch.arange(logits.shape[1], device=logits.device) >= self.valid_rows
             logits = logits.masked_fill(padding, float("-inf"))
         return logits
+
+    def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """Losses, and in evaluation hits, both ``[TP, S / TP]``, of local rows ``[S / TP, D]``.
+
+        Args:
+            labels: of all rows ``[TP, S / TP]``.
+        """
+        logits, target = self(hidden.unsqueeze(1)), labels.reshape(-1)
+        # Before the loss, which spends the logits; training has no use for it.
+        correct = None if self.training else self.correct(logits, target).view_as(labels)
+        return self.losses(logits, target).view_as(labels), correct
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy ``[S]`` in nats; 0 where the label is negative (an unused position).
@@ -112,6 +124,7 @@ class MaskedHeads(Heads):
         super().__init__(config=config)
         model = run.model
         self.objectives = run.objectives
+        self.chunk_rows = run.train.head_chunk_rows
         # A run without texts or without images has no tokenizer for them, hence no head.
         self.text = VocabHead(config, model.vocab_size) if model.vocab_size else None
         self.image = VocabHead(config, model.visual_vocab_size) if model.visual_vocab_size else None
@@ -125,7 +138,7 @@ class MaskedHeads(Heads):
             present = [segment for segment in segments if stream.layout.count(segment)]
             if present:
                 assert head is not None, "the vocabulary of a head must be known"
-                result.update(_predict(head, present, hidden, batch, stream))
+                result.update(_predict(head, self.chunk_rows, present, hidden, batch, stream))
         return result
 
     def unreached(self, layout: StreamLayout) -> dict[str, nn.Module]:
@@ -139,12 +152,13 @@ class MaskedHeads(Heads):
 
 def _predict(
     head: VocabHead,
+    chunk_rows: int,
     segments: Sequence[SegmentName],
     hidden: Tensor,
     batch: Batch,
     stream: StreamBatch,
 ) -> dict[SegmentName, Predicted]:
-    """One matmul for all segments of a head; rows of a gathered tensor come rank by rank."""
+    """All segments of a head together; rows of a gathered tensor come rank by rank."""
     rows, labels, sizes = [], [], []
     for segment in segments:
         samples = stream.layout.take(hidden.squeeze(1), segment)
@@ -157,18 +171,29 @@ def _predict(
         rows.append(samples.reshape(n * length, width).index_select(0, places))
         labels.append(batch[segment]["labels"].reshape(stream.tensor_size, -1))
         sizes.append(rows[-1].shape[0])
-    logits = head(torch.cat(rows).unsqueeze(1))
-    target = torch.cat(labels, dim=1).reshape(-1)
-    # Before the loss, which spends the logits; training has no use for it.
-    correct = None if head.training else head.correct(logits, target)
-    losses = head.losses(logits, target)
+    own, target = torch.cat(rows), torch.cat(labels, dim=1)
+    size = chunk_rows or max(1, len(own))
+    losses, correct = [], []
+    for part, wanted in zip(own.split(size), target.split(size, dim=1)):
+        if chunk_rows and torch.is_grad_enabled():
+            # What the backward pass needs, which is as large as the logits, is not kept but made again.
+            loss, hits = checkpoint(
+                head.score, part, wanted, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            loss, hits = head.score(part, wanted)
+        losses.append(loss)
+        correct.append(hits)
 
-    def by_segment(values: Tensor) -> list[Tensor]:
-        split = values.view(stream.tensor_size, -1).split(sizes, dim=1)
-        return [part.reshape(-1) for part in split]
+    def by_segment(parts: Sequence[Tensor]) -> list[Tensor]:
+        split = torch.cat(tuple(parts), dim=1).split(sizes, dim=1)
+        return [values.reshape(-1) for values in split]
 
-    hits = [None] * len(segments) if correct is None else by_segment(correct)
     return {
-        segment: Predicted(loss, hit)
-        for segment, loss, hit in zip(segments, by_segment(losses), hits)
+        segment: Predicted(loss, hits)
+        for segment, loss, hits in zip(
+            segments,
+            by_segment(losses),
+            [None] * len(segments) if head.training else by_segment(correct),
+        )
     }

@@ -192,18 +192,19 @@ def _add_ends(
             add("word embeddings", "all-gather", "tensor", embedded, micro_batches)
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         present = (whole.size(*TEXT_SEGMENTS), whole.size(*VISION_SEGMENTS))
+        chunk = config.train.head_chunk_rows * config.parallel.tensor_model_parallel_size
+        forward = micro_batches * (2 if chunk else 1)
         for slots, tokens in zip(head_slots(config, whole), present):
-            rows = size * slots * width if tokens else 0
-            add("predicted positions", "all-gather", "tensor", rows, 2 * micro_batches)
-            add("predicted positions", "reduce-scatter", "tensor", rows, micro_batches)
-            # Largest logit, the label's logit and the sum of exponentials.
-            add(
-                "cross entropy",
-                "all-reduce",
-                "tensor",
-                4 * slots if tokens else 0,
-                3 * micro_batches,
-            )
+            slots = slots if tokens else 0
+            full, rest = divmod(slots, chunk) if chunk else (1, 0)
+            for part, count in ((chunk or slots, full), (rest, 1)):
+                rows = size * part * width
+                # Again in the backward pass, for the weight's gradient.
+                times = count * (forward + micro_batches)
+                add("predicted positions", "all-gather", "tensor", rows, times)
+                add("predicted positions", "reduce-scatter", "tensor", rows, count * micro_batches)
+                # Largest logit, the label's logit and the sum of exponentials.
+                add("cross entropy", "all-reduce", "tensor", 4 * part, 3 * count * forward)
         if config.objectives.kind == "contrastive":
             rows, pool = 4 * whole.texts * width, 4 * whole.texts * data_size * width
             add("features", "all-gather", "tensor", rows, 2 * micro_batches)

@@ -65,7 +65,8 @@ def hardware_flops_per_step(config: RunConfig) -> float:
     """FLOPs of one step that the devices carry out over the global batch.
 
     Like :func:`flops_per_step`, but with the experts' whole capacity, the padding rows of the
-    vocabulary and, with `train.recompute=full`, a second forward pass of the blocks.
+    vocabulary and, with `train.recompute=full` and `train.head_chunk_rows`, a second forward pass of the blocks and
+    of the heads.
 
     Raises:
         ConfigError: if the batch does not fit micro-batches or TP ranks.
@@ -79,7 +80,7 @@ def hardware_flops_per_step(config: RunConfig) -> float:
 
 def stage_flops(config: RunConfig, stage: int) -> tuple[float, float]:
     """FLOPs that one TP rank of a pipeline stage carries out for a micro-batch: in its blocks, and in the patch
-    projection and the heads, which are not recomputed.
+    projection and the heads.
 
     The vocabularies must be known.
     """
@@ -91,11 +92,12 @@ def stage_flops(config: RunConfig, stage: int) -> tuple[float, float]:
         block_flops(config, plans[n - 1], layout, lambda pool: expert_rows(config, pool, layout))
         for n in stage_blocks(config, stage)
     )
-    ends = patch_flops(config, layout) if stage == 0 else 0.0
+    ends = 3.0 * patch_flops(config, layout) if stage == 0 else 0.0
     if stage == parallel.pipeline_model_parallel_size - 1:
-        ends += 2.0 * model.hidden_size * sum(logit_entries(config))
-        ends += contrastive_flops(config, layout)
-    return (4.0 if config.train.recompute == "full" else 3.0) * blocks, 3.0 * ends
+        heads = 2.0 * model.hidden_size * sum(logit_entries(config))
+        ends += (4.0 if config.train.head_chunk_rows else 3.0) * heads
+        ends += 3.0 * contrastive_flops(config, layout)
+    return (4.0 if config.train.recompute == "full" else 3.0) * blocks, ends
 
 
 def logit_entries(config: RunConfig) -> tuple[int, int]:
@@ -353,7 +355,9 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
     """What lives for a moment beside the kept activations: the larger of what the heads and what one block need.
 
     - Heads: input and output of the last LayerNorm, fp32 logits of both heads (cross entropy is computed in place), and
-      beside those of one head a copy, masked where the vocabulary is padded, else in the compute precision.
+      beside those of one head a copy, masked where the vocabulary is padded, else in the compute precision. With
+      `train.head_chunk_rows` those of one chunk, and the gradient of the head's weight twice: the sum so far, and the
+      chunk's.
     - The backward pass of a block: gradients of the stream and of the branch (2 T D), of the GELU's input in one branch
       (F per row, while the gradient of its output takes the place of that output), and of the branch's larger weights.
       With recomputation also all that the block keeps.
@@ -383,13 +387,19 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
             need += sum(parts.values()) - stream
         needs.append(need)
     if stage == parallel.pipeline_model_parallel_size - 1:
-        entries = logit_entries(config)
-        copies = []
-        for number, vocabulary in zip(entries, (model.vocab_size, model.visual_vocab_size)):
+        chunk = config.train.head_chunk_rows
+        kept = logits = 0
+        for number, vocabulary in zip(
+            logit_entries(config), (model.vocab_size, model.visual_vocab_size)
+        ):
+            weight = 0
+            if chunk:
+                number = min(number, chunk * padded_vocab_size(vocabulary))
+                weight = 2 * size * padded_vocab_size(vocabulary) // tensor * width
             padded = vocabulary % VOCAB_MULTIPLE > 0
-            copies.append(number * (4 if padded else size % 4))
-        text, image = entries
-        logits = max(4 * text + copies[0], 4 * (text + image) + copies[1])
+            copy = number * (4 if padded else size % 4)
+            logits = max(logits, kept + 4 * number + copy + weight)
+            kept += 0 if chunk else 4 * number
         needs.append(2 * stream + logits)
     gathered = stream * tensor if tensor > 1 else 0
     return max(needs) + gathered

@@ -38,8 +38,8 @@ from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
 # activations, in values per token and width (LayerNorms, biases, LayerScale, residuals, splits and joins of segments),
 # per row and inner width (bias, GELU), and per row of experts and width (slots filled and combined).
 VALUES_PER_TOKEN, VALUES_PER_INNER_ROW, VALUES_PER_EXPERT_ROW = 79, 8, 17
-# Passes over fp32 logits: conversion, maximum, subtraction, exponential, sum, division and their gradients.
-VALUES_PER_LOGIT = 16
+# Passes over fp32 logits: conversion, maximum, subtraction, exponential, sum and division; then their gradients.
+VALUES_PER_LOGIT, VALUES_PER_LOGIT_GRADIENT = 10, 6
 # Operators that are started, forward and backward.
 OPERATORS_PER_BLOCK, OPERATORS_PER_POOL = 270, 250
 # Shares of the work of a micro-batch.
@@ -158,7 +158,9 @@ class _StageWork:
             values, operators = (number * (1 + FORWARD) for number in (values, operators))
         memory = values * BYTES[precision]
         if stage == parallel.pipeline_model_parallel_size - 1:
-            memory += 4.0 * VALUES_PER_LOGIT * sum(logit_entries(config))
+            forward = 2 if config.train.head_chunk_rows else 1
+            passes = forward * VALUES_PER_LOGIT + VALUES_PER_LOGIT_GRADIENT
+            memory += 4.0 * passes * sum(logit_entries(config))
         data_size = data_parallel_size(parallel, world_size)
         expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
         update = 0.0

@@ -39,6 +39,7 @@ _ANY_RUN = {
         *("data.num_workers", "data.color_jitter", "objectives.caption_mask_slots"),
         *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
         *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
+        "train.head_chunk_rows",
         *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
         *(f"moe.{kind}_aux.global_entropy_experts" for kind in ("text", "vision")),
     ),

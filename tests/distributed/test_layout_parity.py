@@ -195,6 +195,8 @@ SAME_RESULT = {
     "recompute-1f1b": ("pp2", "--train.recompute full"),
     "recompute-tp-ep": ("tp2-ep2-on-2", "--train.recompute full"),
     "recompute-interleaved": ("pp2-interleaved", "--train.recompute full"),
+    "head-chunks": ("pp2", "--train.head_chunk_rows 3"),
+    "head-chunks-tp": ("tp2-ep2", "--train.head_chunk_rows 4"),
     "no-overlap": ("dp2", "--parallel.overlap_grad_reduce false"),
     "math-attention": ("dp2", "--model.attention_backend math"),
 }

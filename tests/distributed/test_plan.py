@@ -16,6 +16,8 @@ from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
 RUNS: dict[str, tuple[Layout, str]] = {
     **{name: (where, "") for name, where in LAYOUTS.items()},
     "recompute": (layout(1), "--train.recompute full"),
+    "head chunks": (layout(1), "--train.head_chunk_rows 48"),
+    "TP 2, head chunks": (layout(2, tp=2), "--train.head_chunk_rows 9"),
     "TP 2, EP 2, recompute": (layout(2, tp=2, ep=2), "--train.recompute full"),
     # The second stage has no experts.
     "PP 2, EP 2": (layout(4, pp=2, ep=2), ""),
@@ -60,7 +62,7 @@ def precision_of(name: str) -> Any:
     return "bf16" if "bf16" in name else "fp32"
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "recompute"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "recompute", "head chunks"])
 def test_memory_is_within_a_tenth_of_the_tensors_at_the_peak(name: str, measured: Any) -> None:
     """Also of what a step adds to the tensors that live between steps."""
     where, options = RUNS[name]
@@ -97,6 +99,7 @@ def test_collectives_are_those_that_ran(name: str, measured: Any) -> None:
     ("name", "more"),
     [
         ("PP 2, EP 2", ""),
+        ("head chunks", "--moe.modalities none"),
         # Where a CPU has all experts of a pool, it computes only the slots that are filled; here all are.
         ("recompute", "--moe.dispatcher dropless --moe.route_padding true"),
     ],

@@ -301,6 +301,8 @@ def test_hardware_flops_by_hand():
     assert hardware_flops_per_step(config) == 2 * 3 * (blocks + ends)
     recompute = change(config, train={"recompute": "full"})
     assert hardware_flops_per_step(recompute) == 2 * (4 * blocks + 3 * ends)
+    chunks = change(config, train={"head_chunk_rows": 2})
+    assert hardware_flops_per_step(chunks) == 2 * (3 * blocks + 3 * PATCHES + 4 * (ends - PATCHES))
     dropless = change(config, moe={"dispatcher": "dropless"})
     rows = 44 * FFN_ROW - (2 * 13 + 4 * 6) * FFN_ROW
     assert hardware_flops_per_step(dropless) == 2 * 3 * (blocks + rows + ends)
