@@ -213,6 +213,8 @@ class DataConfig:
         eval_fraction: share of the documents that is held out where no eval dataset is given.
         text_tokenizer: SentencePiece model file.
         image_tokenizer: folder of a VQ-KD tokenizer, or the official BEiT v2 file.
+        image_tokenizer_precision: of its encoder where codes are computed in training; `bf16` is faster on a GPU, and
+            gives some patches another code.
         codes: `auto` reads visual tokens from PREFIX_codes where every image dataset has them, else computes
             them on the fly; `stored` demands them; `compute` ignores them.
         micro_texts: texts in a micro-batch of one data-parallel rank.
@@ -229,7 +231,8 @@ class DataConfig:
         pair_flip_probability: probability of a horizontal flip of pairs (a flip makes "left" and "right" false).
         pixel_mean: mean of each channel, in 0..1, for the model's input.
         pixel_std: standard deviation of each channel, in 0..1.
-        num_workers: loader processes per rank; 0 loads in the training process.
+        num_workers: loader processes per rank; 0 loads in the training process, -1 takes this rank's cores but one, at
+            most 8.
         prefetch: batches that each worker prepares ahead.
         cache_dir: folder in which the processes of a machine share tables of the order of large datasets; empty for one
             in the system's folder for temporary files.
@@ -244,6 +247,7 @@ class DataConfig:
     eval_fraction: float = 0.02
     text_tokenizer: str = ""
     image_tokenizer: str = ""
+    image_tokenizer_precision: Literal["fp32", "bf16"] = "fp32"
     codes: Literal["auto", "stored", "compute"] = "auto"
     micro_texts: int = 64
     micro_images: int = 64
@@ -259,7 +263,7 @@ class DataConfig:
     pair_flip_probability: float = 0.5
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    num_workers: int = 2
+    num_workers: int = -1
     prefetch: int = 2
     cache_dir: str = ""
 

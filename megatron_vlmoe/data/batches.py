@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from megatron_vlmoe.config.errors import ConfigError
@@ -109,7 +110,12 @@ def open_targets(
         raise ConfigError(f"data.codes is stored, but {codes_prefix(without[0])}.json is missing")
     if tokenizer is None and data.image_tokenizer:
         try:
-            tokenizer = ImageTokenizer.from_pretrained(data.image_tokenizer)
+            tokenizer = ImageTokenizer.from_pretrained(
+                data.image_tokenizer,
+                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[
+                    data.image_tokenizer_precision
+                ],
+            )
         except ValueError as error:
             raise ConfigError(f"data.image_tokenizer: {error}") from error
     if tokenizer is not None and tokenizer.grid != grid:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.runtime.machine import loader_workers
 from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.stream.batch import Batch, map_values
 
@@ -105,13 +106,14 @@ class Loader:
     Args:
         dataset: a batch by its key.
         keys: of the batches that are wanted; each iteration goes through them from the start.
-        workers: processes; 0 makes the batches in this one.
+        workers: processes; 0 makes the batches in this one, -1 takes as many as this rank has cores for.
         prefetch: batches that each worker makes ahead.
     """
 
     def __init__(
         self, dataset: Dataset[Any], keys: Iterable[Any], workers: int, prefetch: int = 2
     ) -> None:
+        workers = loader_workers() if workers < 0 else workers
         self._loader: DataLoader[Any] = DataLoader(
             _ErrorsAsValues(dataset),
             batch_size=None,

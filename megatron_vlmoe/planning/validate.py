@@ -26,6 +26,7 @@ from megatron_vlmoe.stream.sizes import (
 _BOUNDS: Mapping[str, Callable[[float], bool]] = {
     "must be positive": lambda value: value > 0,
     "must not be negative": lambda value: value >= 0,
+    "must not be below -1": lambda value: value >= -1,
     "must be at least 1": lambda value: value >= 1,
     "is not in [0, 1]": lambda value: 0 <= value <= 1,
     "is not in [0, 1)": lambda value: 0 <= value < 1,
@@ -36,13 +37,14 @@ SEEDS = range(-(2**63), 2**63)
 """The seeds that every generator takes."""
 _ANY_RUN = {
     "must not be negative": (
-        *("data.num_workers", "data.color_jitter", "objectives.caption_mask_slots"),
+        *("data.color_jitter", "objectives.caption_mask_slots"),
         *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),
         *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
         "train.head_chunk_rows",
         *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
         *(f"moe.{kind}_aux.global_entropy_experts" for kind in ("text", "vision")),
     ),
+    "must not be below -1": ("data.num_workers",),
     # Gates are in [0, 1] too.
     "is not in [0, 1]": (
         *("data.flip_probability", "data.pair_flip_probability", "moe.balance_bias_rate"),

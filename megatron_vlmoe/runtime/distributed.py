@@ -135,7 +135,8 @@ def agree(flag: bool) -> bool:
     """True on every rank if it is true on any rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
-    value = torch.tensor([int(flag)], device=device())
+    # On the host, over gloo: a GPU need not finish what it has to do before.
+    value = torch.tensor([int(flag)])
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 

@@ -1,10 +1,26 @@
-"""What the machine is called."""
+"""What the machine is called, and how many of its cores are for whom."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from pathlib import Path
+
+MOST_WORKERS = 8
+"""Loader processes that a rank starts by itself: with 2.6 ms for a view, 8 make the 128 of a micro-batch in 42 ms."""
+
+
+def loader_workers() -> int:
+    """Loader processes for which this rank has cores, one left for itself: 1 to `MOST_WORKERS`.
+
+    The cores that this process may use are its own if something like srun started every rank; torchrun's processes
+    share them.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        cores //= int(os.environ["LOCAL_WORLD_SIZE"])
+    return max(1, min(cores - 1, MOST_WORKERS))
 
 
 def processor_name() -> str:

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
@@ -138,6 +142,11 @@ class CheckpointWriter:
             request = dist_checkpointing.save(
                 content,
                 str(temporary),
+                # What data-parallel ranks hold in common is divided among them, where rank 0 would write it all.
+                FullyParallelSaveStrategyWrapper(
+                    get_default_save_sharded_strategy(),
+                    parallel_state.get_data_parallel_group(with_context_parallel=True),
+                ),
                 async_sharded_save=self.queue is not None,
                 content_metadata=dict(CONTENT_METADATA),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.data import collate
 from megatron_vlmoe.data.batches import BatchShare, PretrainData
 from megatron_vlmoe.data.codes import CodesReader
+from megatron_vlmoe.data.collate import Loader
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.data.manifest import DatasetManifest, length_percentiles, stage_manifest
 from megatron_vlmoe.data.random_batches import RandomData
@@ -351,6 +355,29 @@ def test_a_damaged_image_is_one_line_and_middle_stages_never_see_it(
         batches(open_data(config), 1)
     assert "\n" not in str(caught.value)
     assert batches(open_data(config, first_stage=False, last_stage=False), 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(2, None, 1), (6, None, 5), (1, None, 1), (128, 8, 8), (16, 8, 1), (32, 8, 3), (8, 16, 1)],
+)
+def test_loader_workers_are_the_cores_of_a_rank_but_one(
+    cores: int, processes: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun's processes share the cores that they see; one started alone or by srun sees its own."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    if processes:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    started: list[int] = []
+    monkeypatch.setattr(
+        collate, "DataLoader", lambda *_, **words: started.append(words["num_workers"])
+    )
+    for asked in (-1, 0, 3):
+        Loader(TensorDataset(), range(1), asked)
+    assert started == [workers, 0, 3]
 
 
 @pytest.mark.parametrize("unit,epoch", [("caption", 39), ("image", NUM_PAIRS)])

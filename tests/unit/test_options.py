@@ -384,7 +384,7 @@ ANSWERS = {
     "--model.num_attention_heads 5": "model.hidden_size=128 is not divisible by model.num_attention_heads=5: 4 or 8 "
     "heads fit",
     "--data.eval_fraction 2": "data.eval_fraction=2 is not in [0, 1)",
-    "--data.num_workers -1": "data.num_workers=-1 must not be negative",
+    "--data.num_workers -2": "data.num_workers=-2 must not be below -1",
     "--moe.balance_bias_rate 2": "moe.balance_bias_rate=2 is not in [0, 1]",
     "--moe.text_aux.global_entropy_experts -3": "moe.text_aux.global_entropy_experts=-3 must not be negative",
     "--parallel.expert_model_parallel_size 2": "parallel.expert_model_parallel_size=2 does not divide 1 process: start"
