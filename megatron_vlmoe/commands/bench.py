@@ -243,9 +243,20 @@ def _step(words: Sequence[str]) -> None:
         help="short for --moe.dispatcher",
     )
     add(
+        "--experts",
+        type=count,
+        default=0,
+        help="of each modality in sparse presets; 0 leaves those of the preset (%(default)s)",
+    )
+    add(
         "--plain",
         action="store_true",
         help="also a dense model in plain PyTorch, of the first preset's size",
+    )
+    add(
+        "--transformers",
+        action="store_true",
+        help="also that model with attention and FFN of transformers",
     )
     add(
         "--profile",

@@ -42,8 +42,9 @@ def test_steps_of_presets_and_plain_pytorch(tmp_path: Path) -> None:
     sizes = "--texts 2 --images 2 --pairs 2 --vocab-size 200 --visual-vocab-size 16"
     words = f"--preset tiny-dense tiny-8e {sizes} --rounds 1 --steps 1 --threads 1"
     # Without a name it is the benchmark of steps.
-    rows = bench(*words.split(), "--plain", "--profile", "--output", output)
-    assert [row["contender"] for row in rows] == ["tiny-dense", "tiny-8e", "plain_pytorch"]
+    rows = bench(*words.split(), "--plain", "--transformers", "--profile", "--output", output)
+    names = ["tiny-dense", "tiny-8e", "plain_pytorch", "transformers_layers"]
+    assert [row["contender"] for row in rows] == names
     for row in rows:
         assert set(row["phases_ms"]) == {"forward + backward", "optimizer"}
     with Image.open(output.with_suffix(".png")) as picture:

@@ -1,4 +1,4 @@
-"""Benchmarks of data, indexing and checkpoints at tiny sizes: their contenders agree, and they make rows."""
+"""Benchmarks at tiny sizes: their contenders agree, and they make rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from helpers import SMALL
 
-from megatron_vlmoe.benchmarks import checkpoint, data, preprocess
+from megatron_vlmoe.benchmarks import (
+    checkpoint,
+    data,
+    preprocess,
+    step,
+)
 from megatron_vlmoe.benchmarks.compare import Row, table
 from megatron_vlmoe.benchmarks.options import (
     CheckpointOptions,
@@ -135,3 +140,40 @@ def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
     assert found["ours_async"].note.startswith("complete after")
     assert list(measured(loading)) == ["torch_load", "ours"]
     assert not list(tmp_path.iterdir())
+
+
+# Vocabularies that need no padding, and stochastic depth, which the check leaves out.
+STEPS = step.StepOptions(
+    presets=("tiny-dense",),
+    plain=True,
+    transformers=True,
+    texts=1,
+    images=1,
+    pairs=1,
+    rounds=1,
+    steps=1,
+    warmup=0,
+    precision="fp32",
+    vocab_size=128,
+    visual_vocab_size=128,
+    caption_mask_slots=4,
+)
+DROP_PATH = ("--model.drop_path", "0.5")
+
+
+def test_layers_of_transformers_make_the_same_model() -> None:
+    (rows,) = step.run(STEPS, DROP_PATH)
+    assert list(measured(rows)) == ["tiny-dense", "plain_pytorch", "transformers_layers"]
+    assert len({row.parameters for row in rows}) == 1
+    for row in rows:
+        # Parameters, gradients and two moments, in fp32.
+        assert row.state_mb == pytest.approx(16e-6 * (row.parameters or 0), rel=0.01)
+        assert f"{row.parameters:,}" in "".join(table(rows))
+
+
+def test_another_loss_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling = pytest.importorskip("transformers.models.siglip.modeling_siglip")
+    made = modeling.SiglipMLP.forward
+    monkeypatch.setattr(modeling.SiglipMLP, "forward", lambda self, hidden: 2 * made(self, hidden))
+    with pytest.raises(RuntimeError, match="the loss of transformers' layers is off"):
+        list(step.run(STEPS, DROP_PATH))
