@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
@@ -15,6 +12,7 @@ from megatron_vlmoe.analysis.plots import read_metrics
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.planning.validate import validate
+from megatron_vlmoe.runtime.ranks import run_on_ranks
 
 OPTIONS = {
     "tp": "--parallel.tensor_model_parallel_size",
@@ -122,22 +120,10 @@ def compare_layouts(
 
 def _run(layout: NamedLayout, words: Sequence[str], folder: Path) -> Metrics:
     """Losses and gradient norm of every training step of a run under torchrun."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(layout.world_size), "-m", "megatron_vlmoe"),
-        *(*words, *layout.options, "--save", str(folder)),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    environment.setdefault("OMP_NUM_THREADS", "1")
     folder.mkdir(parents=True)
-    with (folder / "output.log").open("w", encoding="utf-8") as log:
-        status = subprocess.run(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    if status != 0:
-        lines = (folder / "output.log").read_text(encoding="utf-8").splitlines()
-        said = next((line for line in lines if line.startswith("error: ")), "")
-        reason = said.removeprefix("error: ") or f"exit status {status}, see {folder}/output.log"
+    words = [*words, *layout.options, "--save", str(folder)]
+    reason = run_on_ranks(layout.world_size, words, folder / "output.log")
+    if reason:
         raise ConfigError(f"layout {layout.name}: {reason}")
     return {
         row["step"]: {

@@ -71,6 +71,7 @@ class Row:
         items: images, records or the like of a repetition, for a rate; 0 where that says nothing.
         state_mb: what a contender holds between repetitions, such as parameters, gradients and optimizer state; None
             where it was not counted.
+        parameters: their number on a rank; None likewise.
     """
 
     case: Mapping[str, Any]
@@ -82,6 +83,7 @@ class Row:
     note: str = ""
     items: int = 0
     state_mb: Optional[float] = None
+    parameters: Optional[int] = None
 
     def per_second(self) -> Optional[float]:
         """Items per second in the median round; None without."""
@@ -106,6 +108,7 @@ class Row:
             "ratio_to_dense": None if ratio is None else round(ratio, 4),
             "peak_mb": None if peak is None else round(peak, 1),
             "state_mb": None if self.state_mb is None else round(self.state_mb, 1),
+            "parameters": self.parameters,
             "per_second": self.per_second(),
             "phases_ms": {
                 name: round(statistics.median(values), 4) for name, values in self.phases_ms.items()
@@ -113,6 +116,14 @@ class Row:
             "rounds_ms": [round(value, 4) for value in self.rounds_ms],
             "note": self.note,
         }
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], items: int) -> Row:
+        """The row of a `record`, in which phases have their median alone."""
+        names = ("case", "contender", "rounds_ms", "ratio_to_dense", "peak_mb", "note", "state_mb")
+        phases = {name: [value] for name, value in record["phases_ms"].items()}
+        own = {name: record[name] for name in (*names, "parameters")}
+        return cls(**own, phases_ms=phases, items=items)
 
 
 def compare(
@@ -301,7 +312,7 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     columns = [*cases, "contender", "median ms", "min", "max", *phases, "ratio", "peak MB"]
     with_state = any(row.state_mb is not None for row in rows)
     if with_state:
-        columns.append("state MB")
+        columns += ["state MB", "parameters"]
     with_rates = any(row.items for row in rows)
     if with_rates:
         columns.append("per second")
@@ -323,6 +334,7 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
         cells.append("" if row.peak_mb is None else f"{row.peak_mb:.0f}")
         if with_state:
             cells.append("" if row.state_mb is None else f"{row.state_mb:.0f}")
+            cells.append("" if row.parameters is None else f"{row.parameters:,}")
         if with_rates:
             rate = row.per_second()
             cells.append("" if rate is None else f"{rate:.4g}")

@@ -89,3 +89,49 @@ class CheckpointOptions:
     folder: str = ""
     rounds: int = 5
     turn_seconds: float = 2.0
+
+
+@dataclass(frozen=True)
+class ScalingOptions:
+    """What is measured.
+
+    Args:
+        axis: what is varied, one after the other; the rest stays as it is.
+        work: a training step, or one layer of experts forward and backward (experts and tokens alone).
+        size: of the presets.
+        experts: of each modality, one case each.
+        samples: texts, images and pairs of a step, of every rank, one case each; of a layer texts of 128 tokens.
+        lengths: tokens of a text, one case each: texts alone, in all as many tokens as `base_samples` of the longest.
+        ranks: processes, one case each, which torchrun starts.
+        base_experts: where experts are not varied.
+        base_samples: where tokens are not varied.
+        layout: `data` gives every rank all experts, `expert` spreads them over the ranks.
+        dispatcher: of tokens to experts.
+        precision: of the arithmetic.
+        vocab_size: rows of the text head.
+        visual_vocab_size: rows of the image head.
+        rounds: turns of each contender.
+        steps: measured steps of a turn, after one to warm up.
+    """
+
+    axis: tuple[Literal["experts", "tokens", "sequence", "ranks"], ...] = (
+        "experts",
+        "tokens",
+        "sequence",
+        "ranks",
+    )
+    work: Literal["step", "layer"] = "step"
+    size: Literal["tiny", "small", "base", "large"] = "small"
+    experts: tuple[int, ...] = (4, 8, 16, 32)
+    samples: tuple[int, ...] = (4, 8, 16, 32)
+    lengths: tuple[int, ...] = (64, 128, 256, 512)
+    ranks: tuple[int, ...] = (1, 2)
+    base_experts: int = 8
+    base_samples: int = 8
+    layout: Literal["data", "expert"] = "data"
+    dispatcher: Literal["fixed_capacity", "alltoall", "dropless"] = "fixed_capacity"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    vocab_size: int = 64_000
+    visual_vocab_size: int = 8_192
+    rounds: int = 3
+    steps: int = 1

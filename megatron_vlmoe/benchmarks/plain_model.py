@@ -6,28 +6,66 @@ blocks. Texts, images and pairs go through it one kind after the other, each as 
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.stream.batch import Batch, ImageSegment, TextSegment
+
+
+class Attention(nn.Module):
+    """Self-attention of all heads in one call of torch's kernel."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        width = model.hidden_size
+        self.heads = model.num_attention_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """``[n, L, D]`` to ``[n, L, D]``; `mask` ``[n, 1, 1, L]`` is true where a token may be seen."""
+        samples, length, width = hidden.shape
+        qkv = self.qkv(hidden).view(samples, length, 3, self.heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.projection(attended.transpose(1, 2).reshape(samples, length, width))
+
+
+def feed_forward(model: ModelConfig) -> nn.Module:
+    """An FFN with GELU."""
+    width, inner = model.hidden_size, model.ffn_hidden_size
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+
+class Layers(NamedTuple):
+    """What makes the two layers of a block that hold nearly all of its work.
+
+    Args:
+        attention: makes a module of tokens ``[n, L, D]`` and a mask, as `Attention`.
+        feed_forward: makes a module of tokens ``[n, L, D]``.
+    """
+
+    attention: Callable[[ModelConfig], nn.Module]
+    feed_forward: Callable[[ModelConfig], nn.Module]
+
+
+PLAIN_LAYERS = Layers(Attention, feed_forward)
 
 
 class Block(nn.Module):
     """Pre-norm attention and an FFN per branch, as residuals with LayerScale and stochastic depth per sample."""
 
-    def __init__(self, config: RunConfig, number: int) -> None:
+    def __init__(self, config: RunConfig, number: int, layers: Layers) -> None:
         super().__init__()
         model = config.model
-        width, inner = model.hidden_size, model.ffn_hidden_size
-        self.heads = model.num_attention_heads
+        width = model.hidden_size
         self.drop_rate = model.drop_path * (number - 1) / max(model.num_layers - 1, 1)
         self.norm = nn.LayerNorm(width, eps=model.layernorm_epsilon)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
+        self.attention = layers.attention(model)
         self.scales = nn.ParameterList()
         if model.layer_scale_init > 0.0:
             for _ in range(2):
@@ -37,10 +75,7 @@ class Block(nn.Module):
         self.branches = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    nn.LayerNorm(width, eps=model.layernorm_epsilon),
-                    nn.Linear(width, inner),
-                    nn.GELU(),
-                    nn.Linear(inner, width),
+                    nn.LayerNorm(width, eps=model.layernorm_epsilon), layers.feed_forward(model)
                 )
                 for name in names
             }
@@ -48,12 +83,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Optional[Tensor], text_length: int) -> Tensor:
         """``[n, L, D]`` to ``[n, L, D]``; the first `text_length` tokens are text."""
-        samples, length, width = hidden.shape
-        qkv = self.qkv(self.norm(hidden)).view(samples, length, 3, self.heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = self.projection(attended.transpose(1, 2).reshape(samples, length, width))
-        hidden = self._residual(hidden, attended, 0)
+        length = hidden.shape[1]
+        hidden = self._residual(hidden, self.attention(self.norm(hidden), mask), 0)
         if "vl" in self.branches and 0 < text_length < length:
             output = self.branches["vl"](hidden)
         else:
@@ -78,7 +109,7 @@ class Block(nn.Module):
 class PlainModel(nn.Module):
     """Embeddings, blocks and the two heads of masked data modelling; its `forward` is the sum of the losses."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, layers: Layers = PLAIN_LAYERS) -> None:
         super().__init__()
         model, width = config.model, config.model.hidden_size
         self.config = config
@@ -89,7 +120,7 @@ class PlainModel(nn.Module):
         self.image_position = nn.Parameter(0.02 * torch.randn(model.image_length, width))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.blocks = nn.ModuleList(Block(config, n + 1) for n in range(model.num_layers))
+        self.blocks = nn.ModuleList(Block(config, n + 1, layers) for n in range(model.num_layers))
         self.norm = nn.LayerNorm(width, eps=model.layernorm_epsilon)
         self.text_head = nn.Linear(width, model.vocab_size)
         self.image_head = nn.Linear(width, model.visual_vocab_size)

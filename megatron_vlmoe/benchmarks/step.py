@@ -1,4 +1,4 @@
-"""Training steps of presets against each other and against plain PyTorch, on random data, and where their time goes.
+"""Training steps of presets against each other, plain PyTorch and transformers, on random data, and where time goes.
 
 The optimizer is timed apart: its work grows with the parameters, the forward and backward pass should not.
 """
@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Literal, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Literal, NamedTuple, Optional, Sequence
 
 import torch
 from matplotlib import colormaps
@@ -22,8 +22,17 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 from torch.profiler import profile, record_function
 
-from megatron_vlmoe.benchmarks.compare import Contender, Row, Work, compare, device_name, now
-from megatron_vlmoe.benchmarks.plain_model import PlainModel
+from megatron_vlmoe.benchmarks.compare import (
+    Contender,
+    NotRun,
+    Row,
+    Work,
+    compare,
+    device_name,
+    now,
+)
+from megatron_vlmoe.benchmarks.plain_model import PLAIN_LAYERS, Layers, PlainModel
+from megatron_vlmoe.benchmarks.transformers_model import check, transformers_layers
 from megatron_vlmoe.config.command_line import parse_run
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import BatchShare
@@ -46,12 +55,13 @@ from megatron_vlmoe.runtime.distributed import (
     resolve_precision,
 )
 from megatron_vlmoe.stream.batch import Batch, map_values
+from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.pretrain import pretraining_objective
 from megatron_vlmoe.train.setup import TrainingParts, build_training
 from megatron_vlmoe.train.step import StepRunner
 
-PLAIN = "plain_pytorch"
+PLAIN, TRANSFORMERS = "plain_pytorch", "transformers_layers"
 # Whose time is whose, of modules that hold each other the innermost.
 PARTS: tuple[tuple[type[nn.Module], str], ...] = (
     (SelfAttention, "attention"),
@@ -82,6 +92,27 @@ class StepOptions:
     vocab_size: int
     visual_vocab_size: int
     caption_mask_slots: int
+    transformers: bool = False
+    experts: int = 0
+
+
+class Held(NamedTuple):
+    """What a contender holds between steps, on this rank.
+
+    Args:
+        parameters: their number.
+        state: bytes of parameters, gradients and optimizer state.
+    """
+
+    parameters: int
+    state: int
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor], state: Iterable[Tensor]) -> Held:
+        """Counts; storage that several tensors share counts once."""
+        storages = [tensor.untyped_storage() for tensor in state]
+        nbytes = {own.data_ptr(): own.nbytes() for own in storages}
+        return cls(sum(own.numel() for own in parameters), sum(nbytes.values()))
 
 
 def step_config(options: StepOptions, name: str, extra: Sequence[str], data_size: int) -> RunConfig:
@@ -100,6 +131,13 @@ def step_config(options: StepOptions, name: str, extra: Sequence[str], data_size
         sizes[f"data.global_{kind}"] = getattr(options, kind) * data_size
     words = [word for option, size in sizes.items() for word in (f"--{option}", str(size))]
     config = parse_run("pretrain", ["--preset", name, *extra, *words]).config
+    if not has_experts(config.moe):
+        # Beside a sparse model whose experts are spread over ranks, each of these has the whole dense one.
+        parallel = replace(config.parallel, expert_model_parallel_size=1)
+        config = replace(config, parallel=parallel)
+    elif number := options.experts:
+        moe = replace(config.moe, num_vision_experts=number, num_text_experts=number)
+        config = replace(config, moe=moe)
     masked = config.objectives.num_masked_patches or int(0.4 * config.model.num_patches)
     slots = min(options.caption_mask_slots, config.model.pair_text_length - 2)
     objectives = replace(config.objectives, num_masked_patches=masked, caption_mask_slots=slots)
@@ -111,29 +149,46 @@ def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
 
     `extra` are command line options for every preset.
     """
-    first = step_config(options, options.presets[0], extra, 1)
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    ranks = initialize(first.parallel, first.train.seed)
-    configs = {n: step_config(options, n, extra, ranks.data_size) for n in options.presets}
+    with _started(options, extra) as (ranks, configs):
+        rows = _measure(options, ranks, configs)
+        reports = is_rank_zero()
+    if reports:
+        yield rows
+
+
+def _measure(options: StepOptions, ranks: Ranks, configs: dict[str, RunConfig]) -> list[Row]:
     for config in configs.values():
         validate(config, ranks.world_size)
+    first = configs[options.presets[0]]
     # The same batches for every preset and turn, made outside the clock.
-    data = RandomData(configs[options.presets[0]], BatchShare.of(ranks))
+    data = RandomData(first, BatchShare.of(ranks))
     batches = list(data.loader("train", 0, options.warmup + options.steps))
-    states: dict[str, int] = {}
+    held: dict[str, Held] = {}
     contenders = [
-        Contender(name, functools.partial(_preset_steps, name, config, ranks, batches, states))
+        Contender(name, functools.partial(_preset_steps, name, config, ranks, batches, held))
         for name, config in configs.items()
     ]
+    makers: dict[str, Callable[[], Layers]] = {}
     if options.plain:
-        contenders.append(Contender(PLAIN, functools.partial(_plain_steps, first, batches)))
+        makers[PLAIN] = lambda: PLAIN_LAYERS
+    if options.transformers:
+        makers[TRANSFORMERS] = transformers_layers
+        # Where it is not installed, its row says so.
+        with contextlib.suppress(NotRun):
+            check(first, batches[0])
+    contenders += [
+        Contender(name, functools.partial(_plain_steps, name, first, make, batches, held))
+        for name, make in makers.items()
+    ]
     case = {
         "preset": options.presets[0].split("-")[0],
         "texts": options.texts,
         "images": options.images,
         "pairs": options.pairs,
         "precision": resolve_precision(first.train),
+        **({"experts": options.experts} if options.experts else {}),
     }
     rows = compare(
         case,
@@ -143,14 +198,28 @@ def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
         turn_seconds=0.0,
         repetitions=options.steps,
         warmup=options.warmup,
-        items=StreamLayout.of(first).num_tokens,
+        items=StreamLayout.of(first).num_tokens * ranks.data_size,
     )
     for row in rows:
-        row.state_mb = states[row.contender] / 1e6 if row.contender in states else None
-    reports = is_rank_zero()
-    destroy()
-    if reports:
-        yield rows
+        if own := held.get(row.contender):
+            row.parameters, row.state_mb = own.parameters, own.state / 1e6
+    return rows
+
+
+@contextlib.contextmanager
+def _started(
+    options: StepOptions, extra: Sequence[str]
+) -> Iterator[tuple[Ranks, dict[str, RunConfig]]]:
+    """Process groups for all presets, which end with the context; the ranks and the run of every preset."""
+    alone = [step_config(options, name, extra, 1) for name in options.presets]
+    # That of a sparse preset, where there is one.
+    widest = max(alone, key=lambda config: config.parallel.expert_model_parallel_size)
+    ranks = initialize(widest.parallel, widest.train.seed)
+    try:
+        size = ranks.data_size
+        yield ranks, {name: step_config(options, name, extra, size) for name in options.presets}
+    finally:
+        destroy()
 
 
 @contextlib.contextmanager
@@ -173,9 +242,9 @@ def _preset_steps(
     config: RunConfig,
     ranks: Ranks,
     batches: Sequence[Batch],
-    states: dict[str, int],
+    held: dict[str, Held],
 ) -> Iterator[Work]:
-    """Steps of a preset, which every rank starts at the same time; notes the bytes of its state by its name."""
+    """Steps of a preset, which every rank starts at the same time; notes what it holds by its name."""
     with _training(config, ranks) as (parts, runner, objective):
         upcoming = _endless(batches)
 
@@ -194,18 +263,24 @@ def _preset_steps(
             return {"forward + backward": middle - start, "optimizer": end - middle}
 
         yield step
-        # Storage that several tensors share counts once.
-        storages = [tensor.untyped_storage() for tensor in _state_tensors(parts)]
-        states[name] = sum({own.data_ptr(): own.nbytes() for own in storages}.values())
+        parameters = (own for chunk in parts.chunks for own in chunk.parameters())
+        held[name] = Held.of(parameters, _state_tensors(parts))
 
 
 @contextlib.contextmanager
-def _plain_steps(config: RunConfig, batches: Sequence[Batch]) -> Iterator[Work]:
-    """Steps of the same dense model in plain PyTorch."""
+def _plain_steps(
+    name: str,
+    config: RunConfig,
+    layers: Callable[[], Layers],
+    batches: Sequence[Batch],
+    held: dict[str, Held],
+) -> Iterator[Work]:
+    """Steps of the same dense model in plain PyTorch, with layers of that or another library."""
     precision = resolve_precision(config.train)
+    dtype = DTYPES[precision] if precision != "fp16" else torch.float32
     torch.manual_seed(1)
     with torch.device(device()):
-        model = PlainModel(config).to(DTYPES[precision] if precision != "fp16" else torch.float32)
+        model = PlainModel(config, layers()).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     upcoming = _endless(batches)
 
@@ -220,6 +295,10 @@ def _plain_steps(config: RunConfig, batches: Sequence[Batch]) -> Iterator[Work]:
         return {"forward + backward": middle - start, "optimizer": now() - middle}
 
     yield step
+    state = [*model.parameters(), *(own.grad for own in model.parameters() if own.grad is not None)]
+    for own in optimizer.state.values():
+        state += [value for value in own.values() if torch.is_tensor(value)]
+    held[name] = Held.of(model.parameters(), state)
 
 
 def _endless(batches: Sequence[Batch]) -> Iterator[Batch]:
@@ -330,14 +409,9 @@ def _state_tensors(parts: Any) -> Iterator[Tensor]:
 
 def draw_parts(options: StepOptions, extra: Sequence[str], path: Path) -> None:
     """A picture of where a step's time goes on the first rank: a bar for each preset, stacked by part."""
-    first = step_config(options, options.presets[0], extra, 1)
-    ranks = initialize(first.parallel, first.train.seed)
-    times = {}
-    for name in options.presets:
-        config = step_config(options, name, extra, ranks.data_size)
-        times[name] = where_time_goes(options, config, ranks)
-    draws = is_rank_zero()
-    destroy()
+    with _started(options, extra) as (ranks, configs):
+        times = {name: where_time_goes(options, own, ranks) for name, own in configs.items()}
+        draws = is_rank_zero()
     if not draws:
         return
     parts = list(dict.fromkeys(part for own in times.values() for part in own))

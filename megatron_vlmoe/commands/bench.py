@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import docstring_parser
 
-from megatron_vlmoe.benchmarks.options import CheckpointOptions, DataOptions, PreprocessOptions
+from megatron_vlmoe.benchmarks.options import (
+    CheckpointOptions,
+    DataOptions,
+    PreprocessOptions,
+    ScalingOptions,
+)
 from megatron_vlmoe.commands.options import CommandParser, output_file
 from megatron_vlmoe.config.command_line import did_you_mean
 from megatron_vlmoe.config.errors import ConfigError
@@ -20,7 +25,8 @@ from megatron_vlmoe.runtime.lazy import load
 
 SUMMARIES = {
     "moe_layer": "one feed-forward layer of experts beside a dense one and other implementations",
-    "step": "training steps of presets against each other and plain PyTorch, and where their time goes",
+    "step": "training steps of presets against each other, plain PyTorch and transformers, and where time goes",
+    "scaling": "how a step or a layer grows with experts, tokens, length and ranks, beside its dense model",
     "data": "the loader beside a bare loop, and the memory of its workers by the size of the dataset",
     "preprocess": "indexing texts, images and pairs beside bare loops",
     "checkpoint": "how long a save stalls training and a load takes, beside torch.save and torch.load",
@@ -28,6 +34,7 @@ SUMMARIES = {
 """Every benchmark, and what it measures."""
 
 _OF_CLASS: dict[str, tuple[type[Any], str]] = {
+    "scaling": (ScalingOptions, "How time grows"),
     "data": (DataOptions, "Loading images"),
     "preprocess": (PreprocessOptions, "Indexing"),
     "checkpoint": (CheckpointOptions, "Checkpoints"),
@@ -82,9 +89,14 @@ def _parser(name: str, more: str = "") -> CommandParser:
 
 
 def _report(
-    name: str, title: str, output: Path | None, threads: int, rows: Iterator[list[Any]]
+    name: str,
+    title: str,
+    output: Path | None,
+    threads: int,
+    rows: Iterator[list[Any]],
+    draw: Callable[[list[Any], Path], None] | None = None,
 ) -> None:
-    """Measures, which the iterator does as it is read, and writes rows as they come."""
+    """Measures, which the iterator does as it is read, and writes rows as they come, at the end a picture of them."""
     compare = load("megatron_vlmoe.benchmarks.compare")
     compare.use_threads(threads)
     path = output or compare.results_path(name)
@@ -96,6 +108,8 @@ def _report(
     # Of a run on several ranks, one has the rows.
     if done:
         print(f"rows: {path}, table: {path.with_suffix('.md')}")
+        if draw:
+            draw(done, path.with_suffix(".png"))
 
 
 def _of_class(name: str, words: Sequence[str]) -> None:
@@ -126,7 +140,8 @@ def _of_class(name: str, words: Sequence[str]) -> None:
     threads, output = values.pop("threads"), values.pop("output")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     module = load(f"megatron_vlmoe.benchmarks.{name}")
-    _report(name, title, output, threads, module.run(kind(**values)))
+    draw = getattr(module, "draw", None)
+    _report(name, title, output, threads, module.run(kind(**values)), draw)
 
 
 def _moe_layer(words: Sequence[str]) -> None:
@@ -243,9 +258,20 @@ def _step(words: Sequence[str]) -> None:
         help="short for --moe.dispatcher",
     )
     add(
+        "--experts",
+        type=count,
+        default=0,
+        help="of each modality in sparse presets; 0 leaves those of the preset (%(default)s)",
+    )
+    add(
         "--plain",
         action="store_true",
         help="also a dense model in plain PyTorch, of the first preset's size",
+    )
+    add(
+        "--transformers",
+        action="store_true",
+        help="also that model with attention and FFN of transformers",
     )
     add(
         "--profile",

@@ -21,6 +21,7 @@ HEAVY = {
     "megatron_vlmoe.benchmarks.data": False,
     "megatron_vlmoe.benchmarks.moe_layer": True,
     "megatron_vlmoe.benchmarks.preprocess": True,
+    "megatron_vlmoe.benchmarks.scaling": True,
     "megatron_vlmoe.benchmarks.step": True,
     "megatron_vlmoe.convert.compare": False,
     "megatron_vlmoe.convert.exporting": False,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,30 @@ def environment_world_size() -> int:
 def environment_rank() -> int:
     """Number of this process among them; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
+
+
+def run_on_ranks(number: int, words: Sequence[str], log: Path) -> str:
+    """Runs a command of this program in so many processes of torchrun, with one thread each if nothing else is said.
+
+    Args:
+        words: the command and its options.
+        log: a new file for what it prints.
+
+    Returns:
+        Why it failed, in one line; nothing if it did not.
+    """
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(number), "-m", "megatron_vlmoe", *words),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    with log.open("w", encoding="utf-8") as file:
+        status = subprocess.run(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if status == 0:
+        return ""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    said = next((line for line in lines if line.startswith("error: ")), "")
+    return said.removeprefix("error: ") or f"exit status {status}, see {log}"

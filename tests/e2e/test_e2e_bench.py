@@ -42,8 +42,9 @@ def test_steps_of_presets_and_plain_pytorch(tmp_path: Path) -> None:
     sizes = "--texts 2 --images 2 --pairs 2 --vocab-size 200 --visual-vocab-size 16"
     words = f"--preset tiny-dense tiny-8e {sizes} --rounds 1 --steps 1 --threads 1"
     # Without a name it is the benchmark of steps.
-    rows = bench(*words.split(), "--plain", "--profile", "--output", output)
-    assert [row["contender"] for row in rows] == ["tiny-dense", "tiny-8e", "plain_pytorch"]
+    rows = bench(*words.split(), "--plain", "--transformers", "--profile", "--output", output)
+    names = ["tiny-dense", "tiny-8e", "plain_pytorch", "transformers_layers"]
+    assert [row["contender"] for row in rows] == names
     for row in rows:
         assert set(row["phases_ms"]) == {"forward + backward", "optimizer"}
     with Image.open(output.with_suffix(".png")) as picture:
@@ -73,3 +74,15 @@ def test_ranks_step_together_and_one_reports(tmp_path: Path) -> None:
     assert outcome.stdout.count("rows: ") == 1 and outcome.stdout.count("| tiny-8e |") == 1
     (row,) = json.loads(output.read_text())
     assert len(row["rounds_ms"]) == 2
+
+
+def test_time_by_number_of_ranks(tmp_path: Path) -> None:
+    """The command starts torchrun by itself; experts are spread over its ranks, the dense model is whole on each."""
+    output = tmp_path / "scaling.json"
+    sizes = "--size tiny --base-samples 2 --vocab-size 200 --visual-vocab-size 16 --rounds 1"
+    words = f"scaling --axis ranks --ranks 2 --layout expert {sizes} --threads 1"
+    dense, moe = bench(*words.split(), "--output", output)
+    assert (dense["contender"], moe["contender"]) == ("dense", "moe")
+    assert dense["case"]["ranks"] == moe["case"]["ranks"] == 2 and moe["ratio_to_dense"]
+    with Image.open(output.with_suffix(".png")) as picture:
+        assert picture.width > 300

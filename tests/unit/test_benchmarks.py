@@ -1,22 +1,31 @@
-"""Benchmarks of data, indexing and checkpoints at tiny sizes: their contenders agree, and they make rows."""
+"""Benchmarks at tiny sizes: their contenders agree, and they make rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import SMALL
 
-from megatron_vlmoe.benchmarks import checkpoint, data, preprocess
+from megatron_vlmoe.benchmarks import (
+    checkpoint,
+    data,
+    preprocess,
+    scaling,
+    step,
+)
 from megatron_vlmoe.benchmarks.compare import Row, table
 from megatron_vlmoe.benchmarks.options import (
     CheckpointOptions,
     DataOptions,
     PreprocessOptions,
+    ScalingOptions,
 )
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.data.order import MAX_TABLE
 
 
@@ -135,3 +144,100 @@ def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
     assert found["ours_async"].note.startswith("complete after")
     assert list(measured(loading)) == ["torch_load", "ours"]
     assert not list(tmp_path.iterdir())
+
+
+# Vocabularies that need no padding, and stochastic depth, which the check leaves out.
+STEPS = step.StepOptions(
+    presets=("tiny-dense",),
+    plain=True,
+    transformers=True,
+    texts=1,
+    images=1,
+    pairs=1,
+    rounds=1,
+    steps=1,
+    warmup=0,
+    precision="fp32",
+    vocab_size=128,
+    visual_vocab_size=128,
+    caption_mask_slots=4,
+)
+DROP_PATH = ("--model.drop_path", "0.5")
+
+
+def test_layers_of_transformers_make_the_same_model() -> None:
+    (rows,) = step.run(STEPS, DROP_PATH)
+    assert list(measured(rows)) == ["tiny-dense", "plain_pytorch", "transformers_layers"]
+    assert len({row.parameters for row in rows}) == 1
+    for row in rows:
+        # Parameters, gradients and two moments, in fp32.
+        assert row.state_mb == pytest.approx(16e-6 * (row.parameters or 0), rel=0.01)
+        assert f"{row.parameters:,}" in "".join(table(rows))
+
+
+def test_another_loss_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling = pytest.importorskip("transformers.models.siglip.modeling_siglip")
+    made = modeling.SiglipMLP.forward
+    monkeypatch.setattr(modeling.SiglipMLP, "forward", lambda self, hidden: 2 * made(self, hidden))
+    with pytest.raises(RuntimeError, match="the loss of transformers' layers is off"):
+        list(step.run(STEPS, DROP_PATH))
+
+
+TINY = ScalingOptions(
+    axis=("experts", "sequence"),
+    size="tiny",
+    experts=(2,),
+    lengths=(16, 32),
+    base_samples=1,
+    vocab_size=128,
+    visual_vocab_size=128,
+    rounds=1,
+)
+
+
+def test_steps_are_measured_by_experts_and_length(tmp_path: Path) -> None:
+    cases = list(scaling.run(TINY))
+    found = [measured(rows)["moe"] for rows in cases]
+    assert [row.case["experts"] for row in found] == [2, 8, 8]
+    assert [row.case.get("length") for row in found] == [None, 16, 32]
+    # Twice as many texts of half the length.
+    assert found[1].case["tokens"] == found[2].case["tokens"] == 32
+    assert all(row.ratio_to_dense is not None for row in found)
+    assert (found[0].parameters or 0) < (found[1].parameters or 0)
+    scaling.draw([row for rows in cases for row in rows], tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_layers_are_measured_by_tokens() -> None:
+    options = dataclasses.replace(TINY, axis=("tokens",), work="layer", samples=(1, 2))
+    cases = [measured(rows) for rows in scaling.run(options)]
+    assert [list(found) for found in cases] == [["dense", "moe"]] * 2
+    assert [found["moe"].case["tokens"] for found in cases] == [128, 256]
+
+
+def test_a_row_is_read_as_it_was_written() -> None:
+    row = Row({"tokens": 8}, "moe", [2.0, 4.0], {"forward": [2.0, 4.0]}, 1.5, 3.0, "", 8, 1.0, 10)
+    assert Row.read(json.loads(json.dumps(row.record())), 8).record() == row.record()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": (4, 0)}, "--experts 0: expected at least 1"),
+        ({"work": "layer"}, "--axis sequence needs --work step"),
+        (
+            {"work": "layer", "axis": ("tokens",), "base_experts": 129},
+            "--experts 129: a layer of tiny has at most 128",
+        ),
+        ({"lengths": (48, 64)}, "--lengths 48 does not divide the longest"),
+    ],
+)
+def test_options_that_do_not_go_together(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        next(scaling.run(dataclasses.replace(TINY, **change)))
+
+
+def test_torchrun_measures_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="--axis must be ranks alone"):
+        next(scaling.run(TINY))
