@@ -251,6 +251,18 @@ def test_ways_to_run_experts_give_what_one_after_the_other_gives(way):
         assert difference <= tolerance * torch.linalg.vector_norm(plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_experts_give_what_they_give_with_them(dtype):
+    experts = sparse_branch().experts.to(dtype)
+    for most in range(1, 10):
+        # One row of expert 0, up to nine of expert 3.
+        owner = torch.tensor([0] + [3] * most + [5])
+        rows = torch.randn(len(owner), 16).to(dtype)
+        with torch.no_grad():
+            found = experts.one_by_one(rows, owner)
+        torch.testing.assert_close(found, experts.one_by_one(rows, owner).detach())
+
+
 def test_only_experts_with_tokens_are_visited(monkeypatch):
     experts = sparse_branch().experts
     calls = []
