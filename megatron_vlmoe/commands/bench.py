@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 import docstring_parser
 
-from megatron_vlmoe.benchmarks.options import CheckpointOptions, DataOptions, PreprocessOptions
+from megatron_vlmoe.benchmarks.options import (
+    CheckpointOptions,
+    DataOptions,
+    ExportOptions,
+    PreprocessOptions,
+)
 from megatron_vlmoe.commands.options import CommandParser, output_file
 from megatron_vlmoe.config.command_line import did_you_mean
 from megatron_vlmoe.config.errors import ConfigError
@@ -24,6 +29,7 @@ SUMMARIES = {
     "data": "the loader beside a bare loop, and the memory of its workers by the size of the dataset",
     "preprocess": "indexing texts, images and pairs beside bare loops",
     "checkpoint": "how long a save stalls training and a load takes, beside torch.save and torch.load",
+    "export": "inference of the Hugging Face model with experts beside the dense one and transformers' experts",
 }
 """Every benchmark, and what it measures."""
 
@@ -31,6 +37,7 @@ _OF_CLASS: dict[str, tuple[type[Any], str]] = {
     "data": (DataOptions, "Loading images"),
     "preprocess": (PreprocessOptions, "Indexing"),
     "checkpoint": (CheckpointOptions, "Checkpoints"),
+    "export": (ExportOptions, "Inference of the Hugging Face model"),
 }
 
 
