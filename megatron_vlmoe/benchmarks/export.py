@@ -77,11 +77,12 @@ def run(options: ExportOptions) -> Iterator[list[Row]]:
         RuntimeError: a contender computes something else.
     """
     warnings.filterwarnings("ignore")
-    dense = build(options, 0, 1)
-    if options.short_text > dense.config.text_length:
+    longest = preset(f"{options.size}-dense", "--size").model.text_length
+    if options.short_text > longest:
         raise ConfigError(
-            f"--short-text {options.short_text}: texts of {options.size} have up to {dense.config.text_length} tokens"
+            f"--short-text {options.short_text}: texts of {options.size} have up to {longest} tokens"
         )
+    dense = build(options, 0, 1)
     for experts in options.experts:
         for topk in options.topk:
             sparse = build(options, experts, topk)

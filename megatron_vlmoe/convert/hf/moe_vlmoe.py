@@ -97,6 +97,8 @@ class VLMoEExperts(nn.Module):
             top_k_weights: gates ``[T, K]``.
         """
         num_tokens, k = top_k_index.shape
+        if self._may_run_in_place(hidden_states):
+            return self.in_place(hidden_states, top_k_index, top_k_weights)
         # Shapes that no value decides: choices that are not carried out come last and stay.
         expert, choice = torch.sort(top_k_index.flatten(), stable=True)
         outputs = self.run(hidden_states[choice if k == 1 else choice // k], expert)
@@ -127,10 +129,7 @@ class VLMoEExperts(nn.Module):
 
         The configuration names the implementation.
         """
-        implementation = getattr(self.config, "_experts_implementation", None) or "grouped_mm"
-        if implementation not in EXPERTS_IMPLEMENTATIONS:
-            known = ", ".join(EXPERTS_IMPLEMENTATIONS)
-            raise ValueError(f"experts_implementation={implementation!r} is none of {known}")
+        implementation = self._implementation()
         if implementation == "batched_mm":
             return self.batched(rows, expert)
         if implementation == "grouped_mm":
@@ -192,11 +191,53 @@ class VLMoEExperts(nn.Module):
         outputs = []
         for number in busy:
             fc1_weight, fc1_bias, fc2_weight, fc2_bias = (values[number] for values in pool)
-            own = rows[slice(*parts[number])]
-            inner = F.gelu(_linear(own, fc1_weight, fc1_bias, COLUMNS_FC1))
-            outputs.append(_linear(inner, fc2_weight, fc2_bias, COLUMNS_FC2))
+            inner = F.gelu(F.linear(rows[slice(*parts[number])], fc1_weight, fc1_bias))
+            outputs.append(F.linear(inner, fc2_weight, fc2_bias))
         absent = torch.zeros_like(rows[ends[-1] :], dtype=outputs[0].dtype)
         return torch.cat([*outputs, absent])
+
+    def in_place(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`forward` one expert after the other, for inference on a CPU: with few copies, and nothing is kept."""
+        num_tokens, k = top_k_index.shape
+        expert, choice = torch.sort(top_k_index.flatten(), stable=True)
+        ends = [*self._ends(expert).tolist(), expert.shape[0]]
+        sizes = [end - start for start, end in zip([0, *ends], ends)]
+        rows = hidden_states.index_select(0, choice if k == 1 else choice // k).split(sizes)
+        *places, absent = choice.split(sizes)
+        outputs = hidden_states.new_empty(choice.shape[0], hidden_states.shape[1])
+        pool = zip(
+            self.fc1_weight.unbind(0),
+            self.fc1_bias.unbind(0),
+            self.fc2_weight.unbind(0),
+            self.fc2_bias.unbind(0),
+        )
+        for own, place, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) in zip(rows, places, pool):
+            if own.shape[0]:
+                inner = torch.ops.aten.gelu_(_linear(own, fc1_weight, fc1_bias, COLUMNS_FC1))
+                outputs.index_copy_(0, place, _linear(inner, fc2_weight, fc2_bias, COLUMNS_FC2))
+        if absent.shape[0]:
+            outputs.index_fill_(0, absent, 0.0)
+        outputs.mul_(top_k_weights.reshape(-1, 1).to(outputs.dtype))
+        return outputs if k == 1 else outputs.view(num_tokens, k, -1).sum(dim=1)
+
+    def _implementation(self) -> str:
+        """The implementation that the configuration names."""
+        implementation = getattr(self.config, "_experts_implementation", None) or "grouped_mm"
+        if implementation not in EXPERTS_IMPLEMENTATIONS:
+            known = ", ".join(EXPERTS_IMPLEMENTATIONS)
+            raise ValueError(f"experts_implementation={implementation!r} is none of {known}")
+        return implementation
+
+    def _may_run_in_place(self, hidden_states: Tensor) -> bool:
+        """Whether `in_place` can stand in for `run`, which would go through the experts one after the other."""
+        return (
+            self._implementation() != "batched_mm"
+            and hidden_states.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )
 
     def _ends(self, expert: Tensor) -> Tensor:
         """Numbers of rows up to the last one of every expert ``[E]``."""
@@ -631,18 +672,13 @@ def can_group(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor, as_columns: range) -> Tensor:
-    """`F.linear` of rows ``[R, D]``, on a CPU in fp32 without gradients in less time if `as_columns` has their number.
+    """`F.linear` of rows ``[R, D]`` on a CPU, in fp32 in less time if `as_columns` has their number.
 
     As columns of the right-hand factor, whose left-hand one is the weight, few rows take little longer than the weight
     takes to be read; as rows of the left-hand factor two to three times as long.
     """
     count = rows.shape[0]
-    if (
-        torch.is_grad_enabled()
-        or count not in as_columns
-        or rows.device.type != "cpu"
-        or rows.dtype != torch.float32
-    ):
+    if count not in as_columns or rows.dtype != torch.float32:
         return F.linear(rows, weight, bias)
     # A matrix times one vector takes longer than times two.
     columns = (torch.cat([rows, rows]) if count == 1 else rows).t()
