@@ -37,6 +37,11 @@ from megatron_vlmoe.benchmarks.compare import (
     now,
     say,
 )
+from megatron_vlmoe.benchmarks.transformers_experts import (
+    IMPLEMENTATIONS,
+    batched_mm_needs,
+    transformers_experts,
+)
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import MoEConfig, ParallelConfig, RunConfig
 from megatron_vlmoe.model.vlmoe import DTYPES, build_transformer_config
@@ -251,45 +256,19 @@ def megatron(dispatcher: str, grouped: bool, problem: Problem) -> Layer:
     return Layer(forward, list(layer.parameters()))
 
 
-def transformers_experts(implementation: str, problem: Problem) -> Layer:
+def transformers(implementation: str, problem: Problem) -> Layer:
     """The experts of transformers 5 behind a linear router."""
     case, (inner, width) = problem.case, problem.fc1.shape[1:]
-    if not importlib.util.find_spec("transformers.integrations.moe"):
-        raise NotRun("needs transformers 5")
-    from transformers.integrations.moe import use_experts_implementation
-
     if implementation == "batched_mm":
         # It copies both weights of its expert for every choice, and autograd makes gradients as large.
-        size = problem.fc1.element_size()
-        memory_needed(4.0 * case.tokens * case.topk * inner * width * size / 1e9)
-
-    @use_experts_implementation(has_gate=False, has_bias=True)
-    class Experts(nn.Module):
-        def __init__(self, config: Any) -> None:
-            super().__init__()
-            self.num_experts = case.experts
-            self.up_proj = nn.Parameter(problem.fc1.clone())
-            self.up_proj_bias = nn.Parameter(problem.fc1.new_zeros(case.experts, inner))
-            self.down_proj = nn.Parameter(problem.fc2.clone())
-            self.down_proj_bias = nn.Parameter(problem.fc1.new_zeros(case.experts, width))
-            self.act_fn = nn.GELU()
-
-        def forward(self, tokens: Tensor, expert: Tensor, gate: Tensor) -> Tensor:
-            """The loop over experts that transformers' own models have as "eager"."""
-            result = torch.zeros_like(tokens)
-            for number in range(self.num_experts):
-                choice, token = torch.where((expert == number).T)
-                hidden = F.linear(tokens[token], self.up_proj[number], self.up_proj_bias[number])
-                hidden = F.linear(
-                    self.act_fn(hidden), self.down_proj[number], self.down_proj_bias[number]
-                )
-                result.index_add_(0, token, hidden * gate[token, choice, None].to(hidden.dtype))
-            return result
-
-    class Options:
-        _experts_implementation = implementation
-
-    experts = Experts(Options())
+        batched_mm_needs(case.tokens * case.topk, problem.fc1, copies=4)
+    experts = transformers_experts(
+        implementation,
+        problem.fc1.clone(),
+        problem.fc1.new_zeros(case.experts, inner),
+        problem.fc2.clone(),
+        problem.fc1.new_zeros(case.experts, width),
+    )
     router = nn.Linear(width, case.experts, bias=False, device=device())
     with torch.no_grad():
         router.weight.copy_(problem.router)
@@ -297,7 +276,8 @@ def transformers_experts(implementation: str, problem: Problem) -> Layer:
     def forward(tokens: Tensor) -> Tensor:
         gates = torch.softmax(router(tokens.float()), dim=1)
         gate, expert = torch.topk(gates, case.topk, dim=1)
-        return experts(tokens, expert, gate)
+        output: Tensor = experts(tokens, expert, gate)
+        return output
 
     return Layer(forward, [*router.parameters(), *experts.parameters()])
 
@@ -353,8 +333,8 @@ def builders() -> dict[str, Builder]:
         "megatron_sequential_allgather": functools.partial(megatron, "allgather", False),
         "megatron_te_grouped": functools.partial(megatron, "alltoall", True),
         **{
-            f"transformers_{name}": functools.partial(transformers_experts, name)
-            for name in ("eager", "grouped_mm", "batched_mm")
+            f"transformers_{name}": functools.partial(transformers, name)
+            for name in IMPLEMENTATIONS
         },
         "deepspeed": deepspeed,
     }

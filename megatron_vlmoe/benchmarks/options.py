@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from typing import Literal
+
+from megatron_vlmoe.config.errors import ConfigError
+
+ExportContender = Literal[
+    "ours",
+    "ours_eager",
+    "ours_batched_mm",
+    "transformers_eager",
+    "transformers_grouped_mm",
+    "transformers_batched_mm",
+]
+"""Experts of the Hugging Face model: ours as a user gets them, the others by `experts_implementation`, and those that
+models of transformers have."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +149,49 @@ class ScalingOptions:
     visual_vocab_size: int = 8_192
     rounds: int = 3
     steps: int = 1
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is measured.
+
+    Args:
+        size: of the presets, whose model it is.
+        experts: of every pool, one case each.
+        topk: experts per token, one case each.
+        inputs: what the model reads, one case each; none leaves out the batches.
+        batch: samples at once, one case each.
+        short_text: tokens of a single text, one more case; 0 leaves it out.
+        contenders: with experts; dense is always there.
+        precision: of the weights.
+        rounds: turns of each contender.
+        turn_seconds: length of a turn.
+        clock: `wall`, or `cpu`: processor seconds, for a machine that others use too.
+
+    Raises:
+        ConfigError: numbers that fit no model or are no work, named as options of `vlmoe bench export`.
+    """
+
+    size: Literal["tiny", "small", "base", "large"] = "small"
+    experts: tuple[int, ...] = (8,)
+    topk: tuple[int, ...] = (1, 2)
+    inputs: tuple[Literal["texts", "images", "pairs"], ...] = ("images",)
+    batch: tuple[int, ...] = (1, 8, 64)
+    short_text: int = 16
+    contenders: tuple[ExportContender, ...] = typing.get_args(ExportContender)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    rounds: int = 5
+    turn_seconds: float = 1.0
+    clock: Literal["wall", "cpu"] = "wall"
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "topk", "batch"):
+            least = 2 if name == "experts" else 1
+            if wrong := [value for value in getattr(self, name) if value < least]:
+                raise ConfigError(f"--{name} {wrong[0]}: must be at least {least}")
+        if max(self.topk, default=1) > min(self.experts, default=1):
+            raise ConfigError(f"--topk {max(self.topk)} is more than --experts {min(self.experts)}")
+        if self.short_text < 0:
+            raise ConfigError(f"--short-text {self.short_text}: must be at least 0")
+        if self.rounds < 1:
+            raise ConfigError(f"--rounds {self.rounds}: must be at least 1")

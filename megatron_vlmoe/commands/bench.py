@@ -14,6 +14,7 @@ import docstring_parser
 from megatron_vlmoe.benchmarks.options import (
     CheckpointOptions,
     DataOptions,
+    ExportOptions,
     PreprocessOptions,
     ScalingOptions,
 )
@@ -30,6 +31,7 @@ SUMMARIES = {
     "data": "the loader beside a bare loop, and the memory of its workers by the size of the dataset",
     "preprocess": "indexing texts, images and pairs beside bare loops",
     "checkpoint": "how long a save stalls training and a load takes, beside torch.save and torch.load",
+    "export": "inference of the Hugging Face model with experts beside the dense one and transformers' experts",
 }
 """Every benchmark, and what it measures."""
 
@@ -38,6 +40,7 @@ _OF_CLASS: dict[str, tuple[type[Any], str]] = {
     "data": (DataOptions, "Loading images"),
     "preprocess": (PreprocessOptions, "Indexing"),
     "checkpoint": (CheckpointOptions, "Checkpoints"),
+    "export": (ExportOptions, "Inference of the Hugging Face model"),
 }
 
 

@@ -19,6 +19,7 @@ HEAVY = {
     "megatron_vlmoe.benchmarks.checkpoint": True,
     "megatron_vlmoe.benchmarks.compare": False,
     "megatron_vlmoe.benchmarks.data": False,
+    "megatron_vlmoe.benchmarks.export": False,
     "megatron_vlmoe.benchmarks.moe_layer": True,
     "megatron_vlmoe.benchmarks.preprocess": True,
     "megatron_vlmoe.benchmarks.scaling": True,

@@ -59,6 +59,9 @@ def test_steps_of_presets_and_plain_pytorch(tmp_path: Path) -> None:
         ("moe_layer --tokens 100", ("--tokens 100", "multiple of 128")),
         ("moe_layer --experts 128 --width 64", ("--experts 128", "--width")),
         ("moe_layer --contenders our_dropless", ("our_dropless", "did you mean ours_dropless")),
+        ("export --topk 3 --experts 2", ("--topk 3", "--experts 2")),
+        ("export --contenders our", ("--contenders", "our")),
+        ("export --short-text 200", ("--short-text 200", "up to 128 tokens")),
     ],
 )
 def test_wrong_options_are_one_line(words: str, names: tuple[str, ...]) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import SMALL
 
 from megatron_vlmoe.benchmarks import (
     checkpoint,
     data,
+    export,
     preprocess,
     scaling,
     step,
@@ -22,10 +24,12 @@ from megatron_vlmoe.benchmarks.compare import Row, table
 from megatron_vlmoe.benchmarks.options import (
     CheckpointOptions,
     DataOptions,
+    ExportOptions,
     PreprocessOptions,
     ScalingOptions,
 )
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.convert.hf.moe_vlmoe import VLMoEExperts
 from megatron_vlmoe.data.order import MAX_TABLE
 
 
@@ -241,3 +245,64 @@ def test_torchrun_measures_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="--axis must be ranks alone"):
         next(scaling.run(TINY))
+
+
+EXPORT = ExportOptions(
+    size="tiny",
+    experts=(4,),
+    inputs=("pairs",),
+    batch=(1,),
+    short_text=5,
+    rounds=1,
+    turn_seconds=0.0,
+    clock="cpu",
+)
+
+
+def test_inference_of_an_export_is_measured() -> None:
+    found = [measured(rows) for rows in export.run(EXPORT)]
+    for number, rows in enumerate(found):
+        assert list(rows) == ["dense", *EXPORT.contenders]
+        assert rows["dense"].ratio_to_dense == 1 and rows["ours"].ratio_to_dense is not None
+        # A pair of 40 tokens and 37 of its image; then a text.
+        kind, tokens = (("pairs", 77), ("texts", 5))[number % 2]
+        assert {row.items for row in rows.values()} == {tokens}
+        assert rows["ours"].case["inputs"] == kind
+        assert rows["ours"].case["topk"] == 1 + number // 2
+    assert len(found) == 4
+
+
+def test_bf16_is_measured() -> None:
+    options = dataclasses.replace(EXPORT, precision="bf16", topk=(2,), batch=())
+    (rows,) = export.run(options)
+    assert all(row.rounds_ms for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("in_place", "equal experts, texts: off by"),
+        ("batched", r"ours_batched_mm, encoder\.layer\.1\.feed_forward\.text: off by"),
+    ],
+)
+def test_other_outputs_end_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr(VLMoEExperts, name, lambda self, rows, *_: torch.zeros_like(rows))
+    with pytest.raises(RuntimeError, match=message):
+        list(export.run(dataclasses.replace(EXPORT, batch=())))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"topk": (5,)}, "--topk 5 is more than --experts 4"),
+        ({"batch": (1, 0)}, "--batch 0"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"short_text": -1}, "--short-text -1"),
+        ({"short_text": 65}, "--short-text 65: texts of tiny have up to 64 tokens"),
+    ],
+)
+def test_numbers_that_fit_no_export_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        list(export.run(dataclasses.replace(EXPORT, **given)))

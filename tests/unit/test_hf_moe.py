@@ -251,6 +251,22 @@ def test_ways_to_run_experts_give_what_one_after_the_other_gives(way):
         assert difference <= tolerance * torch.linalg.vector_norm(plain)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_experts_give_what_they_give_with_them(dtype, k):
+    experts = sparse_branch().experts.to(dtype)
+    for most in range(10):
+        # One row of expert 0, up to nine of expert 3, and a choice that is not carried out; with K = 2 every token also
+        # goes to expert 4.
+        chosen = torch.tensor([3] * most + [5, 0]).unsqueeze(1)
+        chosen = torch.cat([chosen, torch.full_like(chosen, 4)], dim=1)[:, :k]
+        tokens, gates = torch.randn(most + 2, 16).to(dtype), torch.rand(most + 2, k)
+        expected = experts(tokens, chosen, gates)
+        with torch.no_grad():
+            found = experts(tokens, chosen, gates)
+        torch.testing.assert_close(found, expected.detach())
+
+
 def test_only_experts_with_tokens_are_visited(monkeypatch):
     experts = sparse_branch().experts
     calls = []
