@@ -9,6 +9,7 @@ import os
 import pickle
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megatron_vlmoe.analysis.studies.results import (
     task_scores,
     write_summary,
 )
+from megatron_vlmoe.analysis.studies.runner import locked
 from megatron_vlmoe.analysis.studies.scales import SCALES
 from megatron_vlmoe.analysis.studies.study import (
     Claim,
@@ -831,13 +833,24 @@ def test_commands_for_slurm_wait_for_what_they_start_from(tmp_path, capsys, monk
     pretrain, finetune = calls_of(lines, tmp_path, "sbatch", says)
     assert pretrain[0] == finetune[0] == str(here)
     assert pretrain[2].startswith("--job-name=base-32e-seed1-")
-    own = ["--nodes=4", "--gpus-per-node=8", "examples/slurm_pretrain.sh", "examples/launch.sh"]
-    assert pretrain[3:9] == [*own, "pretrain", "--preset"]
+    nodes = ["--nodes=4", "--gpus-per-node=8", "--export=ALL,GPUS_PER_NODE=8"]
+    own = ["examples/slurm_pretrain.sh", "examples/launch.sh"]
+    assert pretrain[3:10] == [*nodes, *own, "pretrain", "--preset"]
     assert pretrain[pretrain.index("--data.text") + 1] == '["my text"]'
     assert pretrain[pretrain.index("--parallel.expert_model_parallel_size") + 1] == "32"
-    assert finetune[5:8] == ["--dependency=afterok:1", *own[2:]]
+    assert finetune[6:9] == ["--dependency=afterok:1", *own]
     assert finetune[finetune.index("--load") + 1] == pretrain[-1]
     assert finetune[finetune.index("--task.micro_batch_size") + 1] == "1"
+
+
+def test_a_job_starts_as_many_processes_as_its_run_has(tmp_path, capsys, monkeypatch):
+    """Also where Slurm gives it whole nodes, of which the launcher would use all GPUs."""
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/slurm_pretrain.sh").write_text("")
+    words = ("--scale", "base", "--processes", "4", "--slurm")
+    lines = printed_script(tmp_path, monkeypatch, capsys, *words)
+    for job in lines[2:]:
+        assert "--nodes=1 --gpus-per-node=4 --export=ALL,GPUS_PER_NODE=4 " in job
 
 
 @pytest.mark.process
@@ -850,6 +863,25 @@ def test_commands_without_slurm_run_as_they_are_printed(tmp_path, capsys, monkey
     assert pretrain[:7] == [str(here), *start, "pretrain"] and finetune[6] == "finetune"
     assert pretrain[pretrain.index("--data.text") + 1] == '["my text"]'
     assert finetune[finetune.index("--load") + 1] == pretrain[pretrain.index("--save") + 1]
+
+
+@pytest.mark.process
+def test_a_run_that_a_killed_study_left_behind_is_named(tmp_path):
+    """It holds the lock as the study gave it, and nobody can wait for, or end, what he does not know."""
+    with locked(tmp_path) as lock:
+        code = "import sys; sys.stdin.read()"
+        words = [sys.executable, "-c", code, "--save", str(tmp_path / "runs/tiny-8e-seed1-0")]
+        left = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=(lock.fileno(),))
+    try:
+        with (
+            pytest.raises(ConfigError, match=rf"\(tiny-8e-seed1-0, process {left.pid}\); wait"),
+            locked(tmp_path),
+        ):
+            pass
+    finally:
+        left.communicate()
+    with locked(tmp_path):
+        pass
 
 
 def test_parts_may_have_terms_of_several_metrics():

@@ -82,7 +82,10 @@ def command_lines(runs: Sequence[PlannedRun], gpus_per_node: int, slurm: bool) -
         jobs[run.folder] = name = f"JOB{len(jobs) + 1}"
         nodes = -(-run.processes // gpus_per_node)
         line = ["sbatch", "--parsable", f"--job-name={run.folder.name}", f"--nodes={nodes}"]
-        line += [f"--gpus-per-node={min(run.processes, gpus_per_node)}"]
+        gpus = min(run.processes, gpus_per_node)
+        # A job that shares its nodes with no other is given all of their GPUs, however few it asks for, and a user may
+        # have the variable set; another number of processes would be another run.
+        line += [f"--gpus-per-node={gpus}", f"--export=ALL,GPUS_PER_NODE={gpus}"]
         text = shlex.join(line)
         if run.after is not None and run.after.folder in jobs:
             text += f" --dependency=afterok:${jobs[run.after.folder]}"
@@ -168,11 +171,32 @@ def locked(output: Path) -> Iterator[IO[str]]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            found = "; ".join(_holders(output / LOCK))
             raise ConfigError(
-                f"{output}: another `vlmoe study`, or a run that it left behind, works in this folder; wait for it, or "
-                "give another --output"
+                f"{output}: another `vlmoe study`, or a run that it left behind, works in this folder"
+                + (f" ({found})" if found else "")
+                + "; wait for it, or give another --output"
             ) from None
         yield file
+
+
+def _holders(lock: Path) -> list[str]:
+    """The processes that have this file open, as far as this user may see: runs by their names, once each."""
+    holders: dict[str, str] = {}
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        # Another user's, or one that has ended meanwhile.
+        with contextlib.suppress(OSError):
+            if process.name == str(os.getpid()):
+                continue
+            if not any(file.samefile(lock) for file in (process / "fd").iterdir() if file.exists()):
+                continue
+            words = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+            name = "a study"
+            if "--save" in words[:-1]:
+                name = Path(words[words.index("--save") + 1]).name
+            # A run's helpers have the file open too; it was there before them.
+            holders.setdefault(name, f"{name}, process {process.name}")
+    return list(holders.values())
 
 
 def environment_of(processes: int, jobs: int) -> dict[str, Any]:
