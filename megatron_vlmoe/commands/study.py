@@ -66,7 +66,8 @@ def main(words: Sequence[str]) -> int:
     scale = SCALES[options.scale]
     request = _request(options, others, finetune, scale)
     study = _study(options.study, scale)
-    rows = Planner(scale, request).plan(study)
+    planner = Planner(scale, request)
+    rows = planner.plan(study)
     _check_tasks(study, rows, request, is_own=options.study not in STUDIES)
     # Processes of one run share the machine's GPUs; single ones share its cores.
     single = request.processes == 1
@@ -77,7 +78,8 @@ def main(words: Sequence[str]) -> int:
     starts = not (options.print_commands or options.collect)
     if starts and options.scale == "tiny" and _missing(rows) and _prepare(rows):
         # Runs are known by the content of their data, which was not there before.
-        rows = Planner(scale, request).plan(study)
+        planner = Planner(scale, request)
+        rows = planner.plan(study)
     _check_data(rows)
     runs = unique_runs(rows)
     if options.print_commands:
@@ -99,7 +101,7 @@ def main(words: Sequence[str]) -> int:
     with locked(request.output) as lock:
         # Before the runs, for it may not be possible.
         folder.mkdir(parents=True, exist_ok=True)
-        runner = Runner(runs, jobs, lock)
+        runner = Runner(runs, jobs, lock, planner.has_changed)
         runner.run()
         states = _leave(study, rows, about, runner.failures, folder)
     if runner.is_stopped:

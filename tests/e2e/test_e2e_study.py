@@ -42,24 +42,8 @@ def study(corpus: Corpus, *more: str) -> Outcome:
     return run("-m", "megatron_vlmoe", *words(corpus, *more), cwd=corpus.folder, timeout=900)
 
 
-def kill_a_run(studies: Path, launcher: subprocess.Popen[str]) -> str:
-    """Kills the first run that has saved; returns its folder's name."""
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and launcher.poll() is None:
-        for tracker in studies.glob("runs/*/checkpoints/latest_checkpointed_iteration.txt"):
-            folder = tracker.parents[1]
-            for process in psutil.process_iter(["cmdline"]):
-                if (process.info["cmdline"] or [""])[-1].endswith(folder.name):
-                    process.send_signal(signal.SIGKILL)
-                    return folder.name
-        time.sleep(0.02)
-    raise AssertionError(f"no run has saved: {launcher.communicate(timeout=1)}")
-
-
-def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
-    (corpus.folder / "mine.yaml").write_text(STUDY)
-    studies = corpus.folder / "studies"
-    launcher = subprocess.Popen(
+def launch(corpus: Corpus) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "megatron_vlmoe", *words(corpus, "--jobs", "1")],
         cwd=corpus.folder,
         env=environment(),
@@ -67,7 +51,36 @@ def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    killed = kill_a_run(studies, launcher)
+
+
+def a_run_that_saved(studies: Path, launcher: subprocess.Popen[str]) -> psutil.Process:
+    """The process of the first run that has saved and works."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and launcher.poll() is None:
+        for tracker in studies.glob("runs/*/checkpoints/latest_checkpointed_iteration.txt"):
+            for process in psutil.process_iter(["cmdline"]):
+                if (process.info["cmdline"] or [""])[-1].endswith(tracker.parents[1].name):
+                    return process
+        time.sleep(0.02)
+    raise AssertionError(f"no run has saved: {launcher.communicate(timeout=1)}")
+
+
+def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
+    (corpus.folder / "mine.yaml").write_text(STUDY)
+    studies = corpus.folder / "studies"
+    # The terminal closes: the run saves, and nothing is left behind.
+    launcher = launch(corpus)
+    process = a_run_that_saved(studies, launcher)
+    launcher.send_signal(signal.SIGHUP)
+    out, err = launcher.communicate()
+    assert launcher.returncode == 130, out + err
+    assert f"stopped {Path(process.info['cmdline'][-1]).name}, which goes on another time" in out
+    assert not process.is_running()
+
+    launcher = launch(corpus)
+    process = a_run_that_saved(studies, launcher)
+    killed = Path(process.info["cmdline"][-1]).name
+    process.send_signal(signal.SIGKILL)
     # Another one at the same time would run the same again.
     study(corpus).refused("studies: another `vlmoe study`", code=2)
     out, err = launcher.communicate()

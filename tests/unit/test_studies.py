@@ -26,7 +26,7 @@ from megatron_vlmoe.analysis.studies.results import (
     task_scores,
     write_summary,
 )
-from megatron_vlmoe.analysis.studies.runner import locked
+from megatron_vlmoe.analysis.studies.runner import Runner, locked
 from megatron_vlmoe.analysis.studies.scales import SCALES
 from megatron_vlmoe.analysis.studies.study import (
     Claim,
@@ -838,7 +838,7 @@ def test_commands_for_slurm_wait_for_what_they_start_from(tmp_path, capsys, monk
     assert pretrain[3:10] == [*nodes, *own, "pretrain", "--preset"]
     assert pretrain[pretrain.index("--data.text") + 1] == '["my text"]'
     assert pretrain[pretrain.index("--parallel.expert_model_parallel_size") + 1] == "32"
-    assert finetune[6:9] == ["--dependency=afterok:1", *own]
+    assert finetune[6:10] == ["--dependency=afterok:1", "--kill-on-invalid-dep=yes", *own]
     assert finetune[finetune.index("--load") + 1] == pretrain[-1]
     assert finetune[finetune.index("--task.micro_batch_size") + 1] == "1"
 
@@ -882,6 +882,22 @@ def test_a_run_that_a_killed_study_left_behind_is_named(tmp_path):
         left.communicate()
     with locked(tmp_path):
         pass
+
+
+def test_data_that_change_while_a_study_runs_are_not_taken_for_the_former(study, tmp_path, capsys):
+    manifest = tmp_path / "text.json"
+    manifest.write_text(json.dumps({"files": {"text_document.bin": {"size": 1, "sha256": "ab"}}}))
+    request = Request(tmp_path, (1,), 1, ("--data.text", str(tmp_path / "text")))
+    planner = Planner(TINY, request)
+    runs = [row.pretraining for row in planner.plan(study)][:1]
+    assert not planner.has_changed(runs[0])
+    manifest.write_text(manifest.read_text().replace("ab", "cd"))
+    with locked(tmp_path) as lock:
+        runner = Runner(runs, 1, lock, planner.has_changed)
+        runner.run()
+    assert not runs[0].folder.exists()
+    assert "its data have changed since this command began" in runner.failures[runs[0].folder]
+    assert capsys.readouterr().err.startswith(f"failed: {runs[0].folder.name}: its data have")
 
 
 def test_parts_may_have_terms_of_several_metrics():

@@ -146,6 +146,12 @@ class Planner:
         chosen = [run for run in study.runs if run.label in (self.request.only or labels)]
         return [self._row(run, seed) for seed in self.request.seeds for run in chosen]
 
+    def has_changed(self, run: PlannedRun) -> bool:
+        """Whether the data of a planned run are others now, so that it would be another run."""
+        self._fingerprints.clear()
+        start = run.after.digest if run.after else ""
+        return self._digest(run.config, run.command, start) != run.digest
+
     def _row(self, run: Run, seed: int) -> PlannedRow:
         try:
             pretraining = self._pretraining(run, seed)

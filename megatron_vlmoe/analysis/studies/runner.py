@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -88,7 +88,8 @@ def command_lines(runs: Sequence[PlannedRun], gpus_per_node: int, slurm: bool) -
         line += [f"--gpus-per-node={gpus}", f"--export=ALL,GPUS_PER_NODE={gpus}"]
         text = shlex.join(line)
         if run.after is not None and run.after.folder in jobs:
-            text += f" --dependency=afterok:${jobs[run.after.folder]}"
+            # Else it would wait for ever if that one fails.
+            text += f" --dependency=afterok:${jobs[run.after.folder]} --kill-on-invalid-dep=yes"
         script = shlex.join([SLURM_SCRIPT, "examples/launch.sh", *words])
         yield f"{name}=$({text} {script})"
 
@@ -260,6 +261,7 @@ class Runner:
         runs: all of them, each after the one that it starts from.
         jobs: how many at a time.
         lock: which the runs hold too.
+        has_changed: whether a run, before it is started, has become another one (`Planner.has_changed`).
 
     Attributes:
         failures: what was wrong with each run that failed, by its folder.
@@ -269,6 +271,7 @@ class Runner:
     runs: Sequence[PlannedRun]
     jobs: int
     lock: IO[str]
+    has_changed: Callable[[PlannedRun], bool]
     failures: dict[Path, str] = field(default_factory=dict)
     is_stopped: bool = False
 
@@ -325,6 +328,8 @@ class Runner:
             waiting.remove(run)
             if run.after is not None and run.after.folder in self.failures:
                 self._fail(run, starts_from_failed(run.after))
+            elif self.has_changed(run):
+                self._fail(run, "its data have changed since this command began; give it again")
             else:
                 active.append(self._start(run))
 
@@ -390,7 +395,10 @@ class Runner:
         def leave(number: int, frame: FrameType | None) -> None:
             self.is_stopped = True
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # A terminal that closes, but under nohup.
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, leave) for number in numbers}
         try:
             yield
