@@ -229,9 +229,14 @@ class VLMoEExperts(nn.Module):
         return implementation
 
     def _may_run_in_place(self, hidden_states: Tensor) -> bool:
-        """Whether `in_place` can stand in for `run`, which would go through the experts one after the other."""
+        """Whether `in_place` can stand in for `run`, which would go through the experts one after the other.
+
+        Not in training: reentrant gradient checkpointing has its first pass without gradients, and its second one,
+        which is to give the same, with them.
+        """
         return (
-            self._implementation() != "batched_mm"
+            not self.training
+            and self._implementation() != "batched_mm"
             and hidden_states.device.type == "cpu"
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
