@@ -30,22 +30,24 @@ claims:
 """
 
 
-def words(corpus: Corpus, *more: str) -> list[str]:
+def words(corpus: Corpus, *more: str, steps: int = STEPS, output: str = "studies") -> list[str]:
     # The study itself says what the preset and the seeds are.
     own = SMALL_MODEL[2 : SMALL_MODEL.index("--train.seed")]
-    steps = ["--train.steps", str(STEPS), "--train.eval_interval", "12", "--save-interval", "4"]
-    options = [*own, *corpus.data, *steps]
-    return ["study", "mine.yaml", "--seeds", "1", "2", "--output", "studies", *options, *more]
+    times = ["--train.steps", str(steps), "--train.eval_interval", "12", "--save-interval", "4"]
+    options = [*own, *corpus.data, *times]
+    return ["study", "mine.yaml", "--seeds", "1", "2", "--output", output, *options, *more]
 
 
 def study(corpus: Corpus, *more: str) -> Outcome:
     return run("-m", "megatron_vlmoe", *words(corpus, *more), cwd=corpus.folder, timeout=900)
 
 
-def launch(corpus: Corpus) -> subprocess.Popen[str]:
+def launch(corpus: Corpus, words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_vlmoe", *words(corpus, "--jobs", "1")],
+        [sys.executable, "-m", "megatron_vlmoe", *words, "--jobs", "1"],
         cwd=corpus.folder,
+        # The tests themselves may run under nohup, which a study heeds.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -65,19 +67,21 @@ def a_run_that_saved(studies: Path, launcher: subprocess.Popen[str]) -> psutil.P
     raise AssertionError(f"no run has saved: {launcher.communicate(timeout=1)}")
 
 
-def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
+def test_a_study_that_loses_its_terminal_stops_its_runs(corpus: Corpus) -> None:
     (corpus.folder / "mine.yaml").write_text(STUDY)
-    studies = corpus.folder / "studies"
-    # The terminal closes: the run saves, and nothing is left behind.
-    launcher = launch(corpus)
-    process = a_run_that_saved(studies, launcher)
+    launcher = launch(corpus, words(corpus, steps=10_000, output="closed"))
+    process = a_run_that_saved(corpus.folder / "closed", launcher)
     launcher.send_signal(signal.SIGHUP)
     out, err = launcher.communicate()
     assert launcher.returncode == 130, out + err
     assert f"stopped {Path(process.info['cmdline'][-1]).name}, which goes on another time" in out
     assert not process.is_running()
 
-    launcher = launch(corpus)
+
+def test_a_study_from_a_kill_to_its_table(corpus: Corpus) -> None:
+    (corpus.folder / "mine.yaml").write_text(STUDY)
+    studies = corpus.folder / "studies"
+    launcher = launch(corpus, words(corpus))
     process = a_run_that_saved(studies, launcher)
     killed = Path(process.info["cmdline"][-1]).name
     process.send_signal(signal.SIGKILL)
