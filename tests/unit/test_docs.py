@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 from command_parsers import parser_of
 from commands import REPOSITORY
 from document_commands import (
@@ -170,3 +172,20 @@ def test_messages_of_the_troubleshooting_page_exist():
         if longest not in said:
             unknown.append((message, longest))
     assert not unknown
+
+
+def pages_of(entry: object) -> list[str]:
+    """Files that a part of the site's navigation names."""
+    if isinstance(entry, str):
+        return [entry]
+    parts = entry.values() if isinstance(entry, dict) else entry
+    assert isinstance(parts, Iterable)
+    return [page for part in parts for page in pages_of(part)]
+
+
+def test_the_site_has_every_page_once() -> None:
+    site = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+    docs = REPOSITORY / "docs"
+    pages = [path.relative_to(docs).as_posix() for path in docs.rglob("*.md")]
+    # The tables of published results are files beside their pictures.
+    assert sorted(pages_of(site["nav"])) == sorted(p for p in pages if not p.startswith("studies/"))
