@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.machine import processor_name
@@ -190,6 +191,16 @@ def _take_turn(
         if len(row.rounds_ms) == 1:
             rise = memory_rise(work)
             row.peak_mb = rise / 1e6 if rise else None
+
+
+def require_close(what: str, found: Tensor, expected: Tensor) -> None:
+    """Raises RuntimeError unless a contender's output or gradient is the expected one but for rounding in its type.
+
+    The largest difference may be 1e-4 of the largest value in fp32, 3e-2 in 16 bits. `what` begins the message.
+    """
+    error = float((found - expected).abs().max() / expected.abs().max())
+    if not error < (1e-4 if found.dtype == torch.float32 else 3e-2):
+        raise RuntimeError(f"{what} off by {error:.1e}")
 
 
 def use_threads(number: int) -> None:

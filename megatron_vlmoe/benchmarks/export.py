@@ -27,10 +27,12 @@ from megatron_vlmoe.benchmarks.compare import (
     Row,
     Work,
     compare,
+    require_close,
     say,
 )
 from megatron_vlmoe.benchmarks.options import ExportOptions
 from megatron_vlmoe.benchmarks.transformers_experts import (
+    IMPLEMENTATIONS,
     batched_mm_needs,
     transformers_experts,
 )
@@ -48,9 +50,6 @@ from megatron_vlmoe.convert.hf_config import export_config
 
 PIECES = 1000
 """Of the text tokenizer, whose number an embedding does not feel."""
-
-TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
-"""Largest difference of two outputs, of the largest value."""
 
 
 class Batch(NamedTuple):
@@ -86,7 +85,7 @@ def run(options: ExportOptions) -> Iterator[list[Row]]:
     for experts in options.experts:
         for topk in options.topk:
             sparse = build(options, experts, topk)
-            check_against_dense(dense, sparse, options)
+            check_against_dense(dense, sparse)
             draw_experts(sparse)
             for batch in batches(dense, options):
                 case = {
@@ -156,7 +155,7 @@ def random_batch(model: VLMoEModel, kind: str, samples: int, text_length: int) -
 
 
 @torch.no_grad()
-def check_against_dense(dense: VLMoEModel, sparse: VLMoEModel, options: ExportOptions) -> None:
+def check_against_dense(dense: VLMoEModel, sparse: VLMoEModel) -> None:
     """Gives a model with experts the weights of a dense one, its FFN to every expert.
 
     Raises:
@@ -176,7 +175,7 @@ def check_against_dense(dense: VLMoEModel, sparse: VLMoEModel, options: ExportOp
         found = sparse(**batch.inputs).last_hidden_state
         sparse.config.normalize_gate = False
         expected = dense(**batch.inputs).last_hidden_state
-        require_close(f"the model with equal experts, {kind}", found, expected, options)
+        require_close(f"the model with equal experts, {kind}:", found, expected)
 
 
 @torch.no_grad()
@@ -209,13 +208,6 @@ def spread_tokens(model: VLMoEModel, batch: Batch) -> None:
         hook.remove()
 
 
-def require_close(what: str, found: Tensor, expected: Tensor, options: ExportOptions) -> None:
-    """Raises RuntimeError unless two outputs are equal but for rounding."""
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error < TOLERANCES[options.precision]:
-        raise RuntimeError(f"{what}: off by {error:.1e}")
-
-
 def measure(
     case: dict[str, Any],
     dense: VLMoEModel,
@@ -231,7 +223,7 @@ def measure(
     for name in options.contenders:
         try:
             with known[name]():
-                check_pools(name, sparse, calls, options)
+                check_pools(name, sparse, calls)
             ready.append(contender(name, sparse, batch, known[name], options))
         except NotRun as reason:
             failed.append(Row(case, name, note=f"not run: {reason}"))
@@ -260,7 +252,7 @@ def experts_of_contenders(model: VLMoEModel, batch: Batch) -> dict[str, Experts]
         "ours_batched_mm": functools.partial(implementation, model, "batched_mm", rows),
         **{
             f"transformers_{name}": functools.partial(experts_of_transformers, model, name, rows)
-            for name in ("eager", "grouped_mm", "batched_mm")
+            for name in IMPLEMENTATIONS
         },
     }
 
@@ -353,9 +345,7 @@ def loop(
 
 
 @torch.inference_mode()
-def check_pools(
-    name: str, model: VLMoEModel, calls: dict[str, PoolCall], options: ExportOptions
-) -> None:
+def check_pools(name: str, model: VLMoEModel, calls: dict[str, PoolCall]) -> None:
     """Raises RuntimeError unless the experts that are in the model give what the loop gives.
 
     Pool by pool, for the same choices: of two models that differ by rounding, a token may choose differently.
@@ -363,7 +353,7 @@ def check_pools(
     branches = sparse_branches(model)
     for branch, call in calls.items():
         found = branches[branch].experts(call.tokens, call.expert, call.gate)
-        require_close(f"{name}, {branch}", found, call.output, options)
+        require_close(f"{name}, {branch}:", found, call.output)
 
 
 def load_of(calls: dict[str, PoolCall], model: VLMoEModel) -> str:

@@ -35,6 +35,7 @@ from megatron_vlmoe.benchmarks.compare import (
     compare,
     memory_needed,
     now,
+    require_close,
     say,
 )
 from megatron_vlmoe.benchmarks.transformers_experts import (
@@ -369,11 +370,8 @@ def check(problem: Problem, name: str, layer: Layer) -> None:
         gates = gates / gates.sum(dim=1, keepdim=True)
     (of_logits,) = torch.autograd.grad(gates, logits, dot)
     through += (of_logits @ problem.router).to(through.dtype)
-    tolerance = 1e-4 if tokens.dtype == torch.float32 else 3e-2
     for what, own, wanted in (("output", output, expected), ("gradient", found, through)):
-        error = float((own - wanted).abs().max() / wanted.abs().max())
-        if not error < tolerance:
-            raise RuntimeError(f"the {what} of {name} is off by {error:.1e} in {problem.case}")
+        require_close(f"{problem.case}: the {what} of {name} is", own, wanted)
 
 
 def contender(name: str, build: Builder, problem: Problem) -> Contender:

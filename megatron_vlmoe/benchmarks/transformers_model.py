@@ -13,13 +13,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_vlmoe.benchmarks.compare import NotRun
+from megatron_vlmoe.benchmarks.compare import NotRun, require_close
 from megatron_vlmoe.benchmarks.plain_model import Layers, PlainModel
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
 from megatron_vlmoe.runtime.distributed import device
 from megatron_vlmoe.stream.batch import Batch, map_values
-
-TOLERANCE = 1e-4
 
 
 def transformers_layers() -> Layers:
@@ -78,6 +76,4 @@ def check(config: RunConfig, batch: Batch) -> None:
         (gradient,) = torch.autograd.grad(loss, model.get_parameter("blocks.0.norm.weight"))
         found.append((loss.detach(), gradient))
     for what, expected, own in zip(("loss", "gradient"), *found):
-        error = float((own - expected).abs().max() / expected.abs().max())
-        if not error < TOLERANCE:
-            raise RuntimeError(f"the {what} of transformers' layers is off by {error:.1e}")
+        require_close(f"the {what} of transformers' layers is", own, expected)

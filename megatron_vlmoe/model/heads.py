@@ -5,6 +5,7 @@ Letters: n samples, M predicted positions of a sample, S positions in total, D w
 
 from __future__ import annotations
 
+import functools
 from typing import Mapping, NamedTuple, Optional, Sequence
 
 import torch
@@ -173,27 +174,21 @@ def _predict(
         sizes.append(rows[-1].shape[0])
     own, target = torch.cat(rows), torch.cat(labels, dim=1)
     size = chunk_rows or max(1, len(own))
-    losses, correct = [], []
-    for part, wanted in zip(own.split(size), target.split(size, dim=1)):
-        if chunk_rows and torch.is_grad_enabled():
-            # What the backward pass needs, which is as large as the logits, is not kept but made again.
-            loss, hits = checkpoint(
-                head.score, part, wanted, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            loss, hits = head.score(part, wanted)
-        losses.append(loss)
-        correct.append(hits)
+    score = head.score
+    if chunk_rows and torch.is_grad_enabled():
+        # What the backward pass needs, which is as large as the logits, is not kept but made again.
+        score = functools.partial(
+            checkpoint, head.score, use_reentrant=False, preserve_rng_state=False
+        )
+    parts = [score(*part) for part in zip(own.split(size), target.split(size, dim=1))]
+    losses, correct = zip(*parts)
 
-    def by_segment(parts: Sequence[Tensor]) -> list[Tensor]:
-        split = torch.cat(tuple(parts), dim=1).split(sizes, dim=1)
+    def by_segment(chunks: Sequence[Tensor]) -> list[Tensor]:
+        split = torch.cat(tuple(chunks), dim=1).split(sizes, dim=1)
         return [values.reshape(-1) for values in split]
 
+    hits = [None] * len(segments) if head.training else by_segment(correct)
     return {
-        segment: Predicted(loss, hits)
-        for segment, loss, hits in zip(
-            segments,
-            by_segment(losses),
-            [None] * len(segments) if head.training else by_segment(correct),
-        )
+        segment: Predicted(loss, hit)
+        for segment, loss, hit in zip(segments, by_segment(losses), hits)
     }

@@ -54,6 +54,24 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def torchrun(number: int) -> list[str]:
+    """What stands between Python and `-m megatron_vlmoe` to start so many processes on this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(number)]
+
+
+def program_environment() -> dict[str, str]:
+    """That of a process of this program, also where the package is not installed and the folder is another one."""
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def first_error(said: str) -> str:
+    """The first error line of this program in what it has said, without its prefix; empty if there is none."""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    return errors[0].removeprefix("error: ") if errors else ""
+
+
 def run_on_ranks(number: int, words: Sequence[str], log: Path) -> str:
     """Runs a command of this program in so many processes of torchrun, with one thread each if nothing else is said.
 
@@ -64,18 +82,12 @@ def run_on_ranks(number: int, words: Sequence[str], log: Path) -> str:
     Returns:
         Why it failed, in one line; nothing if it did not.
     """
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(number), "-m", "megatron_vlmoe", *words),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, *torchrun(number), "-m", "megatron_vlmoe", *words]
+    environment = {"OMP_NUM_THREADS": "1", **program_environment()}
     with log.open("w", encoding="utf-8") as file:
         status = subprocess.run(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         ).returncode
     if status == 0:
         return ""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    said = next((line for line in lines if line.startswith("error: ")), "")
-    return said.removeprefix("error: ") or f"exit status {status}, see {log}"
+    return first_error(log.read_text(encoding="utf-8")) or f"exit status {status}, see {log}"

@@ -38,6 +38,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.planning.estimate import hardware_flops_per_step
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.machine import processor_name
+from megatron_vlmoe.runtime.ranks import first_error, program_environment, torchrun
 
 SLURM_SCRIPT = "examples/slurm_pretrain.sh"
 CONSOLE = "console.txt"
@@ -58,8 +59,7 @@ def command_of(run: PlannedRun, program: Sequence[str]) -> list[str]:
     """The command line of a run, of which `program` starts one process of Python."""
     launcher = [*program]
     if run.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(run.processes)]
+        launcher += torchrun(run.processes)
     return [*launcher, "-m", "megatron_vlmoe", run.command, *run.words, "--save", str(run.folder)]
 
 
@@ -355,10 +355,7 @@ class Runner:
         command = command_of(run, [sys.executable])
         self._note(run, {})
         threads = max(1, (os.cpu_count() or 1) // (self.jobs * run.processes))
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        # Also where the package is not installed and the current folder is another one.
-        path = [str(_PACKAGE), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(path)
+        environment = {"OMP_NUM_THREADS": str(threads), **program_environment()}
         _say(f"started {folder.name}")
         with (folder / CONSOLE).open("ab") as console:
             before = console.tell()
@@ -425,9 +422,7 @@ class Runner:
 
 def _reason(console: Path, before: int, status: int) -> str:
     """The error line of a run that ended, from what it has said since it was started."""
-    content = console.read_bytes()[before:].decode("utf-8", "replace")
-    errors = [line for line in content.splitlines() if line.startswith("error: ")]
-    said = errors[0].removeprefix("error: ") if errors else ""
+    said = first_error(console.read_bytes()[before:].decode("utf-8", "replace"))
     if not said:
         said = f"exit status {status}" if status else "ended before its last step"
     return f"{said} ({console})"
