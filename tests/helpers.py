@@ -222,8 +222,8 @@ def small_config(*arguments: str, where: Layout = Layout(1)) -> Any:
 
 
 def with_random_vocabulary(config: Any, caption_slots: int = 3) -> Any:
-    """Fills in what the data would decide: vocabularies that need padding, and numbers of masked slots."""
-    model = replace(config.model, vocab_size=300, visual_vocab_size=200)
+    """Fills in what the data would decide: vocabularies, of which one needs padding, and numbers of masked slots."""
+    model = replace(config.model, vocab_size=300, visual_vocab_size=256)
     patches = config.objectives.num_masked_patches or int(0.4 * config.model.num_patches)
     objectives = replace(
         config.objectives, num_masked_patches=patches, caption_mask_slots=caption_slots

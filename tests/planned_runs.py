@@ -53,7 +53,9 @@ class TensorBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+                is_sparse = tensor.layout is torch.sparse_coo
+                for dense in (tensor._indices(), tensor._values()) if is_sparse else (tensor,):
+                    self.add(dense.untyped_storage())
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:

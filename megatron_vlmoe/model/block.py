@@ -14,7 +14,6 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.model.linear import ColumnLinear, RowLinear
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
 from megatron_vlmoe.stream.batch import StreamBatch
@@ -302,14 +302,14 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
         module=StreamSelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=ColumnLinear,
             core_attention=functools.partial(
                 StreamAttention, backend=config.model.attention_backend
             ),
-            linear_proj=RowParallelLinear,
+            linear_proj=RowLinear,
         ),
     )
-    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    dense = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
     feed_forward = ModuleSpec(
         module=MoMEFeedForward,
         params={"plan": plan, "moe": config.moe},

@@ -9,12 +9,12 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import DataConfig, ModelConfig
+from megatron_vlmoe.model.linear import WordEmbedding
 from megatron_vlmoe.model.norm import mark_sequence_parallel
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
 from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS
@@ -26,7 +26,7 @@ class TextEmbedding(MegatronModule):
 
     def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
         super().__init__(config=config)
-        self.word = VocabParallelEmbedding(
+        self.word = WordEmbedding(
             padded_vocab_size(model.vocab_size),
             model.hidden_size,
             init_method=lambda tensor: None,

@@ -11,13 +11,13 @@ from typing import Mapping, NamedTuple, Optional, Sequence
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.model.linear import ColumnLinear
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
 from megatron_vlmoe.stream.layout import (
     TEXT_SEGMENTS,
@@ -34,7 +34,7 @@ class VocabHead(MegatronModule):
     def __init__(self, config: TransformerConfig, num_classes: int) -> None:
         super().__init__(config=config)
         padded = padded_vocab_size(num_classes)
-        self.linear = ColumnParallelLinear(
+        self.linear = ColumnLinear(
             config.hidden_size,
             padded,
             config=config,

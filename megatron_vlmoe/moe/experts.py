@@ -5,7 +5,7 @@ Letters: E experts of a pool on this rank, F inner width, D width, R rows per ex
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_vlmoe.runtime.gradients import GradientStore
+from megatron_vlmoe.runtime.host_threads import side_by_side
 from megatron_vlmoe.stream.block_plan import Branch
 
 GROUPED_MM_DTYPES = (torch.bfloat16,)
@@ -157,12 +159,13 @@ def one_by_one(
 
 
 class _OneByOne(torch.autograd.Function):
-    """The FFNs of a pool one expert after the other, for processors: ``W2 gelu(W1 x + b1) + b2``.
+    """The FFNs of a pool expert by expert, for processors: ``W2 gelu(W1 x + b1) + b2``.
 
     There, a batched matmul is slower than separate ones, and what one expert needs stays in the cache from one step of
     its FFN to the next, which the inner activations ``[N, F]`` of all tokens together do not. Weight gradients are
     added to megatron-core's gradient buffer (`main_grad`) by the matmul that computes them: with many experts,
-    allocating them, storing them and adding them up costs more than the arithmetic.
+    allocating them, storing them and adding them up costs more than the arithmetic. With several threads, each computes
+    experts of its own.
 
     Args of `apply`: rows ``[N, D]``; for every expert the number of its rows and of those behind them that are of none,
     which come out as 0; the parameters of `ExpertPool`.
@@ -186,14 +189,18 @@ class _OneByOne(torch.autograd.Function):
         result = outputs.split(sizes)
         first, second = (weight.transpose(1, 2).unbind() for weight in (weight1, weight2))
         bias = list(zip(bias1.unbind(), bias2.unbind()))
-        for expert in range(len(first)):
-            own = 2 * expert
-            if sizes[own]:
-                torch.addmm(bias[expert][0], x[own], first[expert], out=inner[own])
-                torch.ops.aten.gelu.out(inner[own], out=y[own])
-                torch.addmm(bias[expert][1], y[own], second[expert], out=result[own])
-            if sizes[own + 1]:
-                result[own + 1].zero_()
+
+        def compute(experts: Iterator[int]) -> None:
+            for expert in experts:
+                own = 2 * expert
+                if sizes[own]:
+                    torch.addmm(bias[expert][0], x[own], first[expert], out=inner[own])
+                    torch.ops.aten.gelu.out(inner[own], out=y[own])
+                    torch.addmm(bias[expert][1], y[own], second[expert], out=result[own])
+                if sizes[own + 1]:
+                    result[own + 1].zero_()
+
+        side_by_side(compute, _operations(sizes, weight1))
         ctx.save_for_backward(rows, before, activated, weight1, weight2)
         ctx.sizes = sizes
         return outputs
@@ -204,61 +211,42 @@ class _OneByOne(torch.autograd.Function):
         rows, before, activated, weight1, weight2 = ctx.saved_tensors
         sizes, needs = ctx.sizes, ctx.needs_input_grad
         of_rows = torch.empty_like(rows) if needs[0] else None
-        store1 = _GradientStore(weight1) if needs[2] else None
-        store2 = _GradientStore(weight2) if needs[4] else None
+        store1 = GradientStore(weight1) if needs[2] else None
+        store2 = GradientStore(weight2) if needs[4] else None
         of_bias1 = grad.new_zeros(weight1.shape[:2]) if needs[3] else None
         of_bias2 = grad.new_zeros(weight2.shape[:2]) if needs[5] else None
-        scratch = before.new_empty(max(sizes[::2]), weight1.shape[1])
         x, inner, y, upstream = (v.split(sizes) for v in (rows, before, activated, grad))
         through = None if of_rows is None else of_rows.split(sizes)
         first, second = weight1.unbind(), weight2.unbind()
-        for expert in range(len(first)):
-            own = 2 * expert
-            if through is not None and sizes[own + 1]:
-                through[own + 1].zero_()
-            if store2 is not None:
-                store2.add_product(expert, upstream[own], y[own])
-            of_inner = scratch[: sizes[own]]
-            torch.mm(upstream[own], second[expert], out=of_inner)
-            torch.ops.aten.gelu_backward.grad_input(of_inner, inner[own], grad_input=of_inner)
-            if store1 is not None:
-                store1.add_product(expert, of_inner, x[own])
-            if of_bias1 is not None:
-                torch.sum(of_inner, dim=0, out=of_bias1[expert])
-            if of_bias2 is not None:
-                torch.sum(upstream[own], dim=0, out=of_bias2[expert])
-            if through is not None:
-                torch.mm(of_inner, first[expert], out=through[own])
+
+        def compute(experts: Iterator[int]) -> None:
+            scratch = before.new_empty(max(sizes[::2]), weight1.shape[1])
+            for expert in experts:
+                own = 2 * expert
+                if through is not None and sizes[own + 1]:
+                    through[own + 1].zero_()
+                if store2 is not None:
+                    store2.add_product(upstream[own], y[own], expert)
+                of_inner = scratch[: sizes[own]]
+                torch.mm(upstream[own], second[expert], out=of_inner)
+                torch.ops.aten.gelu_backward.grad_input(of_inner, inner[own], grad_input=of_inner)
+                if store1 is not None:
+                    store1.add_product(of_inner, x[own], expert)
+                if of_bias1 is not None:
+                    torch.sum(of_inner, dim=0, out=of_bias1[expert])
+                if of_bias2 is not None:
+                    torch.sum(upstream[own], dim=0, out=of_bias2[expert])
+                if through is not None:
+                    torch.mm(of_inner, first[expert], out=through[own])
+
+        side_by_side(compute, _operations(sizes, weight1))
         gradients = [None if own is None else own.gradient for own in (store1, store2)]
         return of_rows, None, gradients[0], of_bias1, gradients[1], of_bias2
 
 
-class _GradientStore:
-    """Where the gradient of an expert weight ``[E, M, K]`` goes: megatron-core's buffer if there is one of the same
-    type, else a tensor of its own.
-
-    `gradient` is what the backward pass returns. Where the buffer has the values already, it is memory that nobody
-    writes or reads: megatron-core's hook must find a gradient, but does not add it (`grad_added_to_main_grad`).
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.gradient = torch.empty_like(weight)
-        buffer = getattr(weight, "main_grad", None)
-        self.in_place = buffer is not None and buffer.dtype == weight.dtype
-        target = buffer if self.in_place else self.gradient
-        assert target is not None
-        self.targets = target.unbind()
-        if self.in_place:
-            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-
-    def add_product(self, expert: int, left: Tensor, right: Tensor) -> None:
-        """Adds ``left.T @ right`` to an expert's gradient, for left ``[R, M]``, right ``[R, K]``."""
-        if self.in_place:
-            # Not `addmm_`, which torch's counter of FLOPs does not know.
-            target = self.targets[expert]
-            torch.addmm(target, left.t(), right, out=target)
-        else:
-            torch.mm(left.t(), right, out=self.targets[expert])
+def _operations(sizes: list[int], weight: Tensor) -> list[int]:
+    """Of a forward pass of every expert, floating-point ones; weight ``[E, F, D]``, sizes as `_OneByOne` has them."""
+    return [4 * rows * weight[0].numel() for rows in sizes[::2]]
 
 
 class _BatchedLinear(torch.autograd.Function):
