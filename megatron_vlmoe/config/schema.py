@@ -36,7 +36,9 @@ class ModelConfig:
         init_qk_correlation: correlation of initial key and query weights of a head, 0 to 1. Above 0 a token starts
             by attending to what is like it (mimetic initialization, arXiv 2305.09828).
         token_type_embeddings: adds learned modality embeddings (the paper's formulas have none).
-        attention_backend: `sdpa` is torch's scaled_dot_product_attention; `math` forces its plain kernel.
+        attention_backend: `sdpa` is torch's scaled_dot_product_attention, without cuDNN's kernel where there is a mask;
+            `math` forces its plain kernel; `varlen` is its flash attention over sequences of different lengths, one
+            call for all samples and none of their padding (on a GPU, in bf16 or fp16).
     """
 
     num_layers: int = 12
@@ -57,7 +59,7 @@ class ModelConfig:
     init_sincos_std: float = 0.0
     init_qk_correlation: float = 0.0
     token_type_embeddings: bool = False
-    attention_backend: Literal["sdpa", "math"] = "sdpa"
+    attention_backend: Literal["sdpa", "math", "varlen"] = "sdpa"
 
     @property
     def patch_grid(self) -> int:

@@ -1,18 +1,15 @@
 """One MoME block: self-attention within samples, then a feed-forward branch per modality; and a stage's stack of them.
 
-Letters: T tokens of the stream (of all tensor-parallel ranks inside attention), D width, H heads on this rank, K head
-width, n samples, L tokens.
+Letters: T tokens of the stream, D width.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -29,70 +26,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.model.attention import StreamAttention
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan
-
-
-class StreamAttention(MegatronModule):
-    """The `core_attention` of megatron-core's SelfAttention; the StreamBatch comes as attention_mask.
-
-    Each sample attends within itself, the two halves of a pair together. The backend `sdpa` lets torch choose the
-    kernel, `math` forces the plain one.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, backend: str, **unused: Any
-    ) -> None:
-        super().__init__(config=config)
-        self.layer_number = layer_number
-        self.backend = backend
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: StreamBatch,
-        **unused: Any,
-    ) -> Tensor:
-        """Query, key and value ``[T, 1, H, K]`` to ``[T, 1, H * K]``."""
-        stream = attention_mask
-        layout, gathered = stream.layout, stream.tensor_size
-        parts: dict[str, Tensor] = {}
-        q, k, v = (layout.segments(x.squeeze(1), gathered) for x in (query, key, value))
-        if layout.texts:
-            mask, documents = stream.sample_mask("texts"), stream.text_documents
-            if documents is not None:
-                mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
-            elif mask is not None:
-                mask = mask[:, None, None, :]
-            parts["texts"] = self._attend(q["texts"], k["texts"], v["texts"], mask)
-        if layout.pairs:
-            captions = stream.sample_mask("pair_texts")
-            assert captions is not None, "pairs need the lengths of their captions"
-            images = captions.new_ones(captions.shape[0], layout.image_length)
-            mask = torch.cat([captions, images], dim=1)[:, None, None, :]
-            pq, pk, pv = (torch.cat([x["pair_texts"], x["pair_images"]], dim=1) for x in (q, k, v))
-            parts["pair_texts"], parts["pair_images"] = self._attend(pq, pk, pv, mask).split(
-                [layout.pair_text_length, layout.image_length], dim=1
-            )
-        if layout.images:
-            parts["images"] = self._attend(q["images"], k["images"], v["images"], None)
-        output = layout.assemble(parts, gathered)
-        return output.reshape(output.shape[0], 1, -1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """``[n, L, H, K]`` within samples; the mask broadcasts to ``[n, H, L, L]``, True may be seen."""
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        plain = self.backend == "math"
-        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return output.transpose(1, 2)
 
 
 class StreamSelfAttention(SelfAttention):

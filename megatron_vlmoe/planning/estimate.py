@@ -64,7 +64,8 @@ def flops_per_step(config: RunConfig) -> float:
 def hardware_flops_per_step(config: RunConfig) -> float:
     """FLOPs of one step that the devices carry out over the global batch.
 
-    Like :func:`flops_per_step`, but with the experts' whole capacity, the padding rows of the
+    Like :func:`flops_per_step`, whose attention scores include padding and, in packed texts, other documents (that
+    `model.attention_backend=varlen` leaves out), but with the experts' whole capacity, the padding rows of the
     vocabulary and, with `train.recompute=full` and `train.head_chunk_rows`, a second forward pass of the blocks and
     of the heads.
 
@@ -290,7 +291,8 @@ def block_activation_parts(
     The layout is the rank's share of a micro-batch, of T tokens, T_p of them in pairs.
 
     - `attention`: ``b D (5 T + 3 T_p)``: query, key and value (those of pairs once more, concatenated) and the output
-      twice; fp32 scores only with `model.attention_backend=math`.
+      twice; fp32 scores only with `model.attention_backend=math`. With `varlen`, ``5 b D T``: query, key and value in
+      the order of the sequences alone, and the output in both orders; ``4 b D T`` where there is one order.
     - `norms and residuals`: ``4 b T D``, inputs and outputs of two LayerNorms, and two inputs of LayerScale.
     - `ffn`: ``2 b T F``, input and output of the GELU.
     - `experts`: the same of R expert rows, ``2 b R F``.
@@ -300,7 +302,11 @@ def block_activation_parts(
     model = config.model
     width, inner, size = model.hidden_size, model.ffn_hidden_size, BYTES[precision]
     tokens, paired = layout.num_tokens, layout.size(*PAIR_SEGMENTS)
-    parts = Counter(attention=size * width * (5 * tokens + 3 * paired))
+    wide = 5 * tokens + 3 * paired
+    if model.attention_backend == "varlen":
+        same_order = not paired and config.parallel.tensor_model_parallel_size == 1
+        wide = (4 if same_order else 5) * tokens
+    parts = Counter(attention=size * width * wide)
     if model.attention_backend == "math":
         parts["attention"] += 4 * model.num_attention_heads * score_entries(layout)
     scales = 2 if model.layer_scale_init > 0.0 else 0

@@ -488,14 +488,22 @@ def test_sgd_keeps_no_moments():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("name", "layer_scale"),
-    [("tiny-dense", 0.1), ("small-dense", 0.0), ("small-8e", 0.1), ("small-32e", 0.1)],
+    ("name", "layer_scale", "backend"),
+    [
+        ("tiny-dense", 0.1, "sdpa"),
+        ("small-dense", 0.0, "varlen"),
+        ("small-8e", 0.1, "sdpa"),
+        ("small-32e", 0.1, "sdpa"),
+    ],
 )
-def test_activations_are_what_autograd_saves(name, precision, layer_scale, every_slot_filled):
+def test_activations_are_what_autograd_saves(
+    name, precision, layer_scale, backend, every_slot_filled
+):
     from megatron_vlmoe.planning.estimate import block_activation_parts
     from megatron_vlmoe.stream.block_plan import block_plans
 
-    config = change(measured_config(name), model={"layer_scale_init": layer_scale})
+    model = {"layer_scale_init": layer_scale, "attention_backend": backend}
+    config = change(measured_config(name), model=model)
     saved: dict[int, torch.UntypedStorage] = {}
     with fake_mode():
         model = build(config, precision)
