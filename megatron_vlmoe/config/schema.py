@@ -356,6 +356,8 @@ class TrainConfig:
         seed: seed of initial weights, data order, masks, router noise and stochastic depth.
         precision: `auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU.
         deterministic: deterministic kernels on GPU (CPU runs always are).
+        compile: compiles functions of a block that torch would run as many small kernels: bias and GELU of FFNs, the
+            end of a branch, what routers count and sort, and in 16 bits, without tensor parallelism, cross entropy.
         recompute: `full` recomputes each block in the backward pass.
         head_chunk_rows: predicted positions whose logits a rank holds at once; more are computed chunk by chunk, and
             again in the backward pass. 0: all at once, once.
@@ -371,6 +373,7 @@ class TrainConfig:
     seed: int = 1234
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False
+    compile: bool = False
     recompute: Literal["none", "full"] = "none"
     head_chunk_rows: int = 0
     eval_interval: int = 1000

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
 from megatron_vlmoe.model.attention import StreamAttention
+from megatron_vlmoe.model.feed_forward import CompiledMLP
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
+from megatron_vlmoe.runtime.compiled import compiled
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan
 
@@ -153,6 +155,7 @@ class MoMELayer(TransformerLayer):
         layer_number: number within the pipeline stage, from 1.
         layer_scale_init: initial gamma; 0 leaves LayerScale out.
         drop_path: stochastic depth of the last block.
+        compile: what ends a branch is one compiled function.
         **kwargs: megatron-core's own arguments.
     """
 
@@ -163,11 +166,13 @@ class MoMELayer(TransformerLayer):
         layer_number: int,
         layer_scale_init: float,
         drop_path: float,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
         # Linear from 0 in the first block to the full rate in the last (BEiT).
         self.drop_rate = drop_path * (self.layer_number - 1) / max(config.num_layers - 1, 1)
+        self.add_branch = compiled(add_branch, compile)
         self.gamma_1: Optional[nn.Parameter] = None
         self.gamma_2: Optional[nn.Parameter] = None
         if layer_scale_init > 0.0:
@@ -181,32 +186,39 @@ class MoMELayer(TransformerLayer):
         attention, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=stream
         )
-        if bias is not None:
-            attention = attention + bias
-        hidden_states = self._residual(
-            hidden_states, attention, self.gamma_1, "attention_drop_path", stream
-        )
+        scale = self._keep_scale("attention_drop_path", hidden_states, stream)
+        hidden_states = self.add_branch(hidden_states, attention, bias, self.gamma_1, scale)
         feed_forward = self.mlp(hidden_states, stream)
-        return self._residual(hidden_states, feed_forward, self.gamma_2, "ffn_drop_path", stream)
+        scale = self._keep_scale("ffn_drop_path", hidden_states, stream)
+        return self.add_branch(hidden_states, feed_forward, None, self.gamma_2, scale)
 
-    def _residual(
-        self,
-        hidden: Tensor,
-        branch: Tensor,
-        gamma: Optional[nn.Parameter],
-        purpose: str,
-        stream: StreamBatch,
-    ) -> Tensor:
-        if gamma is not None:
-            branch = branch * gamma
-        scale = None
-        if self.training:
-            scale = stream.keep_scale(self.layer_number, purpose, self.drop_rate, hidden.device)
-        return (
-            hidden + branch
-            if scale is None
-            else torch.addcmul(hidden, branch, scale.to(branch.dtype))
-        )
+    def _keep_scale(self, purpose: str, hidden: Tensor, stream: StreamBatch) -> Optional[Tensor]:
+        if not self.training:
+            return None
+        return stream.keep_scale(self.layer_number, purpose, self.drop_rate, hidden.device)
+
+
+def add_branch(
+    hidden: Tensor,
+    branch: Tensor,
+    bias: Optional[Tensor],
+    gamma: Optional[Tensor],
+    scale: Optional[Tensor],
+) -> Tensor:
+    """How a branch of a block ends: ``hidden + scale * gamma * (branch + bias)``, all ``[T, 1, D]``.
+
+    Args:
+        bias: of the branch's last product ``[D]``.
+        gamma: LayerScale ``[D]``.
+        scale: stochastic depth ``[T, 1, 1]``, in fp32.
+    """
+    if bias is not None:
+        branch = branch + bias
+    if gamma is not None:
+        branch = branch * gamma
+    if scale is None:
+        return hidden + branch
+    return torch.addcmul(hidden, branch, scale.to(branch.dtype))
 
 
 class MoMEBlock(TransformerBlock):
@@ -255,8 +267,11 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
         params={"plan": plan, "moe": config.moe},
         submodules=MoMEFeedForwardSubmodules(
             norm=LayerNorm,
-            dense=ModuleSpec(module=MLP, submodules=dense),
-            moe=ModuleSpec(module=ModalityMoELayer, submodules=moe_submodules(plan, config.moe)),
+            dense=ModuleSpec(module=CompiledMLP if config.train.compile else MLP, submodules=dense),
+            moe=ModuleSpec(
+                module=ModalityMoELayer,
+                submodules=moe_submodules(plan, config.moe, config.train.compile),
+            ),
         ),
     )
     return ModuleSpec(
@@ -264,6 +279,7 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
         params={
             "layer_scale_init": config.model.layer_scale_init,
             "drop_path": config.model.drop_path,
+            "compile": config.train.compile,
         },
         submodules=TransformerLayerSubmodules(
             input_layernorm=LayerNorm,

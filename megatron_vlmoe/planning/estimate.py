@@ -101,6 +101,12 @@ def stage_flops(config: RunConfig, stage: int) -> tuple[float, float]:
     return (4.0 if config.train.recompute == "full" else 3.0) * blocks, ends
 
 
+def has_compiled_cross_entropy(config: RunConfig, precision: Precision) -> bool:
+    """Whether cross entropy is one compiled function, of logits in the compute precision."""
+    alone = config.parallel.tensor_model_parallel_size == 1
+    return config.train.compile and alone and precision != "fp32"
+
+
 def logit_entries(config: RunConfig) -> tuple[int, int]:
     """Logits of the text head and of the image head on one TP rank, padding rows of the vocabularies included."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
@@ -363,7 +369,8 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
     - Heads: input and output of the last LayerNorm, fp32 logits of both heads (cross entropy is computed in place), and
       beside those of one head a copy, masked where the vocabulary is padded, else in the compute precision. With
       `train.head_chunk_rows` those of one chunk, and the gradient of the head's weight twice: the sum so far, and the
-      chunk's.
+      chunk's. Compiled cross entropy keeps logits in the compute precision, and has beside them the gradient of one
+      head's.
     - The backward pass of a block: gradients of the stream and of the branch (2 T D), of the GELU's input in one branch
       (F per row, while the gradient of its output takes the place of that output), and of the branch's larger weights.
       With recomputation also all that the block keeps.
@@ -402,10 +409,11 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
             if chunk:
                 number = min(number, chunk * padded_vocab_size(vocabulary))
                 weight = 2 * size * padded_vocab_size(vocabulary) // tensor * width
-            padded = vocabulary % VOCAB_MULTIPLE > 0
-            copy = number * (4 if padded else size % 4)
-            logits = max(logits, kept + 4 * number + copy + weight)
-            kept += 0 if chunk else 4 * number
+            held, beside = 4, 4 if vocabulary % VOCAB_MULTIPLE else size % 4
+            if has_compiled_cross_entropy(config, precision):
+                held = beside = size
+            logits = max(logits, kept + (held + beside) * number + weight)
+            kept += 0 if chunk else held * number
         needs.append(2 * stream + logits)
     gathered = stream * tensor if tensor > 1 else 0
     return max(needs) + gathered

@@ -563,6 +563,25 @@ def test_recompute_and_tensor_parallelism_shrink_activations():
     assert halved == pytest.approx(whole / 2, rel=0.01)
 
 
+def test_compiled_cross_entropy_keeps_logits_in_16_bits():
+    config = change(preset("base-dense"), model={"vocab_size": 64_000, "visual_vocab_size": 8192})
+    compiled = change(config, train={"compile": True})
+    # 19 of a text's tokens and 63 of a caption's; the larger head decides.
+    logits = (64 * 19 + 64 * 63) * 64_000
+
+    def saved(precision, tensor):
+        both = (
+            change(own, parallel={"tensor_model_parallel_size": tensor})
+            for own in (config, compiled)
+        )
+        plain, fused = (memory_per_rank(own, tensor, precision)[0].temporary for own in both)
+        return plain - fused
+
+    # fp32 in place and the copy from 16 bits, against 16 bits and their gradient.
+    assert saved("bf16", 1) == (4 + 2) * logits - (2 + 2) * logits
+    assert saved("fp32", 1) == saved("bf16", 2) == 0
+
+
 # ---- capacity and the printed report ----
 
 
