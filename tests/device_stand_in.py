@@ -20,7 +20,7 @@ import torch.distributed as dist
 from helpers import Layout
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -141,6 +141,10 @@ class StandIn:
 
         for number, batch in enumerate(batches):
             fake = map_values(batch, self.mode.from_tensor)
+            if "document_count" in batch.get("texts", {}):
+                # It stays on the host, and is read there.
+                with _disable_current_modes():
+                    fake["texts"]["document_count"] = int(batch["texts"]["document_count"])
             yield fake | {"micro_batch": number}
 
     def _tensor(self, plain: Any) -> Any:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.model.attention import allowed_kernels
 from megatron_vlmoe.stream.batch import Batch, ImageSegment, TextSegment
 
 
@@ -31,7 +32,8 @@ class Attention(nn.Module):
         samples, length, width = hidden.shape
         qkv = self.qkv(hidden).view(samples, length, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        with allowed_kernels(mask):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.projection(attended.transpose(1, 2).reshape(samples, length, width))
 
 

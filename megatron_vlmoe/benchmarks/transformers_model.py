@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_vlmoe.benchmarks.compare import NotRun, require_close
 from megatron_vlmoe.benchmarks.plain_model import Layers, PlainModel
 from megatron_vlmoe.config.schema import ModelConfig, RunConfig
+from megatron_vlmoe.model.attention import allowed_kernels
 from megatron_vlmoe.runtime.distributed import device
 from megatron_vlmoe.stream.batch import Batch, map_values
 
@@ -39,7 +40,8 @@ def transformers_layers() -> Layers:
     class Attention(SiglipAttention):
         def forward(self, hidden: Tensor, mask: Optional[Tensor]) -> Tensor:
             """Without the attention weights, which this kernel does not give."""
-            output: Tensor = super().forward(hidden, mask)[0]
+            with allowed_kernels(mask):
+                output: Tensor = super().forward(hidden, mask)[0]
             return output
 
     return Layers(

@@ -36,7 +36,9 @@ class ModelConfig:
         init_qk_correlation: correlation of initial key and query weights of a head, 0 to 1. Above 0 a token starts
             by attending to what is like it (mimetic initialization, arXiv 2305.09828).
         token_type_embeddings: adds learned modality embeddings (the paper's formulas have none).
-        attention_backend: `sdpa` is torch's scaled_dot_product_attention; `math` forces its plain kernel.
+        attention_backend: `sdpa` is torch's scaled_dot_product_attention, without cuDNN's kernel where there is a mask;
+            `math` forces its plain kernel; `varlen` is its flash attention over sequences of different lengths, one
+            call for all samples and none of their padding (on a GPU, in bf16 or fp16).
     """
 
     num_layers: int = 12
@@ -57,7 +59,7 @@ class ModelConfig:
     init_sincos_std: float = 0.0
     init_qk_correlation: float = 0.0
     token_type_embeddings: bool = False
-    attention_backend: Literal["sdpa", "math"] = "sdpa"
+    attention_backend: Literal["sdpa", "math", "varlen"] = "sdpa"
 
     @property
     def patch_grid(self) -> int:
@@ -354,6 +356,8 @@ class TrainConfig:
         seed: seed of initial weights, data order, masks, router noise and stochastic depth.
         precision: `auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU.
         deterministic: deterministic kernels on GPU (CPU runs always are).
+        compile: compiles functions of a block that torch would run as many small kernels: bias and GELU of FFNs, the
+            end of a branch, what routers count and sort, and in 16 bits, without tensor parallelism, cross entropy.
         recompute: `full` recomputes each block in the backward pass.
         head_chunk_rows: predicted positions whose logits a rank holds at once; more are computed chunk by chunk, and
             again in the backward pass. 0: all at once, once.
@@ -369,6 +373,7 @@ class TrainConfig:
     seed: int = 1234
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False
+    compile: bool = False
     recompute: Literal["none", "full"] = "none"
     head_chunk_rows: int = 0
     eval_interval: int = 1000

@@ -70,6 +70,13 @@ class RandomData:
             ids = self._ids(rng, (count, length))
             labels = self._ids(rng, (count, slots))
             batch["texts"] = {"ids": ids, "positions": positions, "labels": labels}
+            if self.config.data.reset_attention:
+                # Of their own generator, so that everything else is as without them.
+                own = np.random.default_rng((seed, number, 2 + int(split == "eval")))
+                documents = torch.from_numpy((own.random((count, length)) < 0.1).cumsum(axis=1))
+                documents -= documents[:, :1].clone()
+                batch["texts"]["documents"] = documents
+                batch["texts"]["document_count"] = (documents[:, -1] + 1).sum()
         if self.layout.pairs:
             count, length = self.layout.pairs, self.layout.pair_text_length
             slots = self.config.objectives.caption_mask_slots

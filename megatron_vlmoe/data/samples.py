@@ -415,6 +415,7 @@ class TextPart:
         }
         if self.with_documents:
             texts["documents"] = np.stack(documents)
+            texts["document_count"] = np.sum(texts["documents"][:, -1] + 1)
         return {"texts": texts}
 
 

@@ -153,7 +153,11 @@ class VLMoE:
         moe = replace(config.moe, eval_capacity_factor=capacity_factor)
         if capacity_factor > 0.0 and moe.dispatcher == "dropless":
             moe = replace(moe, dispatcher="fixed_capacity")
-        config = replace(config, parallel=ParallelConfig(), moe=moe)
+        model = config.model
+        if model.attention_backend == "varlen":
+            # A kernel of the run's machine, not of every one.
+            model = replace(model, attention_backend="sdpa")
+        config = replace(config, parallel=ParallelConfig(), model=model, moe=moe)
         text_tokenizer = _open_tokenizer(checkpoint, config, tokenizer)
         classes = _open_labels(checkpoint, config, labels)
         # As the command line does: it warns about our feed-forward spec once per block.

@@ -1,18 +1,15 @@
 """One MoME block: self-attention within samples, then a feed-forward branch per modality; and a stage's stack of them.
 
-Letters: T tokens of the stream (of all tensor-parallel ranks inside attention), D width, H heads on this rank, K head
-width, n samples, L tokens.
+Letters: T tokens of the stream, D width.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -28,71 +25,16 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
+from megatron_vlmoe.model.attention import StreamAttention
+from megatron_vlmoe.model.feed_forward import CompiledMLP
 from megatron_vlmoe.model.linear import ColumnLinear, RowLinear
 from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
+from megatron_vlmoe.runtime.compiled import compiled
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan
-
-
-class StreamAttention(MegatronModule):
-    """The `core_attention` of megatron-core's SelfAttention; the StreamBatch comes as attention_mask.
-
-    Each sample attends within itself, the two halves of a pair together. The backend `sdpa` lets torch choose the
-    kernel, `math` forces the plain one.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, backend: str, **unused: Any
-    ) -> None:
-        super().__init__(config=config)
-        self.layer_number = layer_number
-        self.backend = backend
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: StreamBatch,
-        **unused: Any,
-    ) -> Tensor:
-        """Query, key and value ``[T, 1, H, K]`` to ``[T, 1, H * K]``."""
-        stream = attention_mask
-        layout, gathered = stream.layout, stream.tensor_size
-        parts: dict[str, Tensor] = {}
-        q, k, v = (layout.segments(x.squeeze(1), gathered) for x in (query, key, value))
-        if layout.texts:
-            mask, documents = stream.sample_mask("texts"), stream.text_documents
-            if documents is not None:
-                mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
-            elif mask is not None:
-                mask = mask[:, None, None, :]
-            parts["texts"] = self._attend(q["texts"], k["texts"], v["texts"], mask)
-        if layout.pairs:
-            captions = stream.sample_mask("pair_texts")
-            assert captions is not None, "pairs need the lengths of their captions"
-            images = captions.new_ones(captions.shape[0], layout.image_length)
-            mask = torch.cat([captions, images], dim=1)[:, None, None, :]
-            pq, pk, pv = (torch.cat([x["pair_texts"], x["pair_images"]], dim=1) for x in (q, k, v))
-            parts["pair_texts"], parts["pair_images"] = self._attend(pq, pk, pv, mask).split(
-                [layout.pair_text_length, layout.image_length], dim=1
-            )
-        if layout.images:
-            parts["images"] = self._attend(q["images"], k["images"], v["images"], None)
-        output = layout.assemble(parts, gathered)
-        return output.reshape(output.shape[0], 1, -1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """``[n, L, H, K]`` within samples; the mask broadcasts to ``[n, H, L, L]``, True may be seen."""
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        plain = self.backend == "math"
-        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return output.transpose(1, 2)
 
 
 class StreamSelfAttention(SelfAttention):
@@ -213,6 +155,7 @@ class MoMELayer(TransformerLayer):
         layer_number: number within the pipeline stage, from 1.
         layer_scale_init: initial gamma; 0 leaves LayerScale out.
         drop_path: stochastic depth of the last block.
+        compile: what ends a branch is one compiled function.
         **kwargs: megatron-core's own arguments.
     """
 
@@ -223,11 +166,13 @@ class MoMELayer(TransformerLayer):
         layer_number: int,
         layer_scale_init: float,
         drop_path: float,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
         # Linear from 0 in the first block to the full rate in the last (BEiT).
         self.drop_rate = drop_path * (self.layer_number - 1) / max(config.num_layers - 1, 1)
+        self.add_branch = compiled(add_branch, compile)
         self.gamma_1: Optional[nn.Parameter] = None
         self.gamma_2: Optional[nn.Parameter] = None
         if layer_scale_init > 0.0:
@@ -241,32 +186,39 @@ class MoMELayer(TransformerLayer):
         attention, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=stream
         )
-        if bias is not None:
-            attention = attention + bias
-        hidden_states = self._residual(
-            hidden_states, attention, self.gamma_1, "attention_drop_path", stream
-        )
+        scale = self._keep_scale("attention_drop_path", hidden_states, stream)
+        hidden_states = self.add_branch(hidden_states, attention, bias, self.gamma_1, scale)
         feed_forward = self.mlp(hidden_states, stream)
-        return self._residual(hidden_states, feed_forward, self.gamma_2, "ffn_drop_path", stream)
+        scale = self._keep_scale("ffn_drop_path", hidden_states, stream)
+        return self.add_branch(hidden_states, feed_forward, None, self.gamma_2, scale)
 
-    def _residual(
-        self,
-        hidden: Tensor,
-        branch: Tensor,
-        gamma: Optional[nn.Parameter],
-        purpose: str,
-        stream: StreamBatch,
-    ) -> Tensor:
-        if gamma is not None:
-            branch = branch * gamma
-        scale = None
-        if self.training:
-            scale = stream.keep_scale(self.layer_number, purpose, self.drop_rate, hidden.device)
-        return (
-            hidden + branch
-            if scale is None
-            else torch.addcmul(hidden, branch, scale.to(branch.dtype))
-        )
+    def _keep_scale(self, purpose: str, hidden: Tensor, stream: StreamBatch) -> Optional[Tensor]:
+        if not self.training:
+            return None
+        return stream.keep_scale(self.layer_number, purpose, self.drop_rate, hidden.device)
+
+
+def add_branch(
+    hidden: Tensor,
+    branch: Tensor,
+    bias: Optional[Tensor],
+    gamma: Optional[Tensor],
+    scale: Optional[Tensor],
+) -> Tensor:
+    """How a branch of a block ends: ``hidden + scale * gamma * (branch + bias)``, all ``[T, 1, D]``.
+
+    Args:
+        bias: of the branch's last product ``[D]``.
+        gamma: LayerScale ``[D]``.
+        scale: stochastic depth ``[T, 1, 1]``, in fp32.
+    """
+    if bias is not None:
+        branch = branch + bias
+    if gamma is not None:
+        branch = branch * gamma
+    if scale is None:
+        return hidden + branch
+    return torch.addcmul(hidden, branch, scale.to(branch.dtype))
 
 
 class MoMEBlock(TransformerBlock):
@@ -315,8 +267,11 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
         params={"plan": plan, "moe": config.moe},
         submodules=MoMEFeedForwardSubmodules(
             norm=LayerNorm,
-            dense=ModuleSpec(module=MLP, submodules=dense),
-            moe=ModuleSpec(module=ModalityMoELayer, submodules=moe_submodules(plan, config.moe)),
+            dense=ModuleSpec(module=CompiledMLP if config.train.compile else MLP, submodules=dense),
+            moe=ModuleSpec(
+                module=ModalityMoELayer,
+                submodules=moe_submodules(plan, config.moe, config.train.compile),
+            ),
         ),
     )
     return ModuleSpec(
@@ -324,6 +279,7 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
         params={
             "layer_scale_init": config.model.layer_scale_init,
             "drop_path": config.model.drop_path,
+            "compile": config.train.compile,
         },
         submodules=TransformerLayerSubmodules(
             input_layernorm=LayerNorm,

@@ -9,6 +9,7 @@ import functools
 from typing import Mapping, NamedTuple, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import MegatronModule
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.model.linear import ColumnLinear
+from megatron_vlmoe.runtime.compiled import compiled
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
 from megatron_vlmoe.stream.layout import (
     TEXT_SEGMENTS,
@@ -29,10 +31,17 @@ from megatron_vlmoe.stream.sizes import padded_vocab_size
 
 
 class VocabHead(MegatronModule):
-    """Linear ``D -> V`` with bias, sharded over the vocabulary; rows beyond V are padding."""
+    """Linear ``D -> V`` with bias, sharded over the vocabulary; rows beyond V are padding.
 
-    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
+    Args:
+        num_classes: V.
+        compile: cross entropy of 16-bit logits is one compiled function where a rank has the whole vocabulary. In fp32
+            megatron-core's, which works in place, needs half of the memory.
+    """
+
+    def __init__(self, config: TransformerConfig, num_classes: int, compile: bool = False) -> None:
         super().__init__(config=config)
+        self.num_classes = num_classes
         padded = padded_vocab_size(num_classes)
         self.linear = ColumnLinear(
             config.hidden_size,
@@ -47,6 +56,8 @@ class VocabHead(MegatronModule):
         rows = padded // self.tp_group.size()
         self.first_row = rows * self.tp_group.rank()
         self.valid_rows = max(0, min(rows, num_classes - self.first_row))
+        whole = self.tp_group.size() == 1 and config.params_dtype != torch.float32
+        self.compile_loss = compile and whole
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Local rows ``[S / TP, 1, D]`` to logits of all rows ``[S, V / TP]`` in fp32; padding is -inf."""
@@ -63,6 +74,12 @@ class VocabHead(MegatronModule):
         Args:
             labels: of all rows ``[TP, S / TP]``.
         """
+        if self.compile_loss and self.training:
+            logits, _ = self.linear(hidden.unsqueeze(1))
+            loss = compiled(cross_entropy, True)
+            return loss(logits.squeeze(1), labels.reshape(-1), self.num_classes).view_as(
+                labels
+            ), None
         logits, target = self(hidden.unsqueeze(1)), labels.reshape(-1)
         # Before the loss, which spends the logits; training has no use for it.
         correct = None if self.training else self.correct(logits, target).view_as(labels)
@@ -90,6 +107,19 @@ class VocabHead(MegatronModule):
             best = values.argmax(dim=0, keepdim=True)
             index = indices.gather(0, best).squeeze(0).long()
         return index == labels
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Cross entropy ``[S]`` in nats, in fp32, of logits ``[S, V]``; 0 where the label is negative.
+
+    Args:
+        num_classes: logits from there on are padding.
+    """
+    logits = logits.float()
+    if num_classes < logits.shape[1]:
+        padding = torch.arange(logits.shape[1], device=logits.device) >= num_classes
+        logits = logits.masked_fill(padding, float("-inf"))
+    return F.cross_entropy(logits, labels.clamp(min=0), reduction="none") * (labels >= 0)
 
 
 class Predicted(NamedTuple):
@@ -127,8 +157,10 @@ class MaskedHeads(Heads):
         self.objectives = run.objectives
         self.chunk_rows = run.train.head_chunk_rows
         # A run without texts or without images has no tokenizer for them, hence no head.
-        self.text = VocabHead(config, model.vocab_size) if model.vocab_size else None
-        self.image = VocabHead(config, model.visual_vocab_size) if model.visual_vocab_size else None
+        sizes = (model.vocab_size, model.visual_vocab_size)
+        self.text, self.image = (
+            VocabHead(config, size, run.train.compile) if size else None for size in sizes
+        )
 
     def forward(
         self, hidden: Tensor, batch: Batch, stream: StreamBatch

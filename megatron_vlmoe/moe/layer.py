@@ -24,11 +24,11 @@ from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan
 
 
-def moe_submodules(plan: BlockPlan, moe: MoEConfig) -> MoESubmodules:
-    """The spec of a block's MoE layer: swap the router or the experts here."""
+def moe_submodules(plan: BlockPlan, moe: MoEConfig, compile: bool = False) -> MoESubmodules:
+    """The spec of a block's MoE layer: swap the router or the experts here; `compile` as `train.compile`."""
     return MoESubmodules(
-        experts=ModuleSpec(module=PooledExperts, params={"pools": plan.pools}),
-        router=functools.partial(ModalityRouter, plan=plan, moe=moe),
+        experts=ModuleSpec(module=PooledExperts, params={"pools": plan.pools, "compile": compile}),
+        router=functools.partial(ModalityRouter, plan=plan, moe=moe, compile=compile),
     )
 
 

@@ -27,6 +27,7 @@ from megatron_vlmoe.moe.routing_ops import (
     route_slots,
     top_k_experts,
 )
+from megatron_vlmoe.runtime.compiled import compiled
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch
 from megatron_vlmoe.stream.layout import SEGMENTS, TEXT_SEGMENTS
@@ -185,9 +186,13 @@ class ModalityRouter(MegatronModule):
         pg_collection: ProcessGroupCollection,
         plan: BlockPlan,
         moe: MoEConfig,
+        compile: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.moe = moe
+        self.statistics = compiled(compute_router_statistics, compile)
+        self.losses = compiled(losses_from_statistics, compile)
+        self.route = compiled(route_slots, compile)
         self.pools = plan.pools
         self.tp_group = pg_collection.tp
         self.layer_number = plan.layer_number
@@ -268,7 +273,7 @@ class ModalityRouter(MegatronModule):
             for group in router_losses(self.moe, pool.name, pool.num_experts, self.training):
                 rows, mask = places[group.tokens], score.mask
                 parts.append(
-                    compute_router_statistics(
+                    self.statistics(
                         score.clean[rows],
                         score.noisy[rows],
                         self.moe.topk,
@@ -287,7 +292,7 @@ class ModalityRouter(MegatronModule):
         for (index, (terms, weights, _)), part in zip(groups, sums):
             experts = weights.global_entropy_experts
             threshold = math.log(experts) if experts > 0.0 else None
-            found = losses_from_statistics(
+            found = self.losses(
                 part, terms, self.pools[index].num_experts, self.moe.topk, threshold
             )
             losses[index].append((weights, found))
@@ -320,7 +325,7 @@ class ModalityRouter(MegatronModule):
             _, expert = top_k_experts(gates.detach() + layer.balance_bias, moe.topk)
             gate = gates.gather(1, expert)
         if capacity:
-            slots = route_slots(
+            slots = self.route(
                 gate.detach(), expert, pool.num_experts, capacity, mask, moe.batch_priority
             )
             routing = PoolRouting(pool, gate, expert, slots.token_kept, capacity, slots)

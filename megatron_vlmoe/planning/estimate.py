@@ -64,7 +64,8 @@ def flops_per_step(config: RunConfig) -> float:
 def hardware_flops_per_step(config: RunConfig) -> float:
     """FLOPs of one step that the devices carry out over the global batch.
 
-    Like :func:`flops_per_step`, but with the experts' whole capacity, the padding rows of the
+    Like :func:`flops_per_step`, whose attention scores include padding and, in packed texts, other documents (that
+    `model.attention_backend=varlen` leaves out), but with the experts' whole capacity, the padding rows of the
     vocabulary and, with `train.recompute=full` and `train.head_chunk_rows`, a second forward pass of the blocks and
     of the heads.
 
@@ -98,6 +99,12 @@ def stage_flops(config: RunConfig, stage: int) -> tuple[float, float]:
         ends += (4.0 if config.train.head_chunk_rows else 3.0) * heads
         ends += 3.0 * contrastive_flops(config, layout)
     return (4.0 if config.train.recompute == "full" else 3.0) * blocks, ends
+
+
+def has_compiled_cross_entropy(config: RunConfig, precision: Precision) -> bool:
+    """Whether cross entropy is one compiled function, of logits in the compute precision."""
+    alone = config.parallel.tensor_model_parallel_size == 1
+    return config.train.compile and alone and precision != "fp32"
 
 
 def logit_entries(config: RunConfig) -> tuple[int, int]:
@@ -290,7 +297,8 @@ def block_activation_parts(
     The layout is the rank's share of a micro-batch, of T tokens, T_p of them in pairs.
 
     - `attention`: ``b D (5 T + 3 T_p)``: query, key and value (those of pairs once more, concatenated) and the output
-      twice; fp32 scores only with `model.attention_backend=math`.
+      twice; fp32 scores only with `model.attention_backend=math`. With `varlen`, ``5 b D T``: query, key and value in
+      the order of the sequences alone, and the output in both orders; ``4 b D T`` where there is one order.
     - `norms and residuals`: ``4 b T D``, inputs and outputs of two LayerNorms, and two inputs of LayerScale.
     - `ffn`: ``2 b T F``, input and output of the GELU.
     - `experts`: the same of R expert rows, ``2 b R F``.
@@ -300,7 +308,11 @@ def block_activation_parts(
     model = config.model
     width, inner, size = model.hidden_size, model.ffn_hidden_size, BYTES[precision]
     tokens, paired = layout.num_tokens, layout.size(*PAIR_SEGMENTS)
-    parts = Counter(attention=size * width * (5 * tokens + 3 * paired))
+    wide = 5 * tokens + 3 * paired
+    if model.attention_backend == "varlen":
+        same_order = not paired and config.parallel.tensor_model_parallel_size == 1
+        wide = (4 if same_order else 5) * tokens
+    parts = Counter(attention=size * width * wide)
     if model.attention_backend == "math":
         parts["attention"] += 4 * model.num_attention_heads * score_entries(layout)
     scales = 2 if model.layer_scale_init > 0.0 else 0
@@ -357,7 +369,8 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
     - Heads: input and output of the last LayerNorm, fp32 logits of both heads (cross entropy is computed in place), and
       beside those of one head a copy, masked where the vocabulary is padded, else in the compute precision. With
       `train.head_chunk_rows` those of one chunk, and the gradient of the head's weight twice: the sum so far, and the
-      chunk's.
+      chunk's. Compiled cross entropy keeps logits in the compute precision, and has beside them the gradient of one
+      head's.
     - The backward pass of a block: gradients of the stream and of the branch (2 T D), of the GELU's input in one branch
       (F per row, while the gradient of its output takes the place of that output), and of the branch's larger weights.
       With recomputation also all that the block keeps.
@@ -396,10 +409,11 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
             if chunk:
                 number = min(number, chunk * padded_vocab_size(vocabulary))
                 weight = 2 * size * padded_vocab_size(vocabulary) // tensor * width
-            padded = vocabulary % VOCAB_MULTIPLE > 0
-            copy = number * (4 if padded else size % 4)
-            logits = max(logits, kept + 4 * number + copy + weight)
-            kept += 0 if chunk else 4 * number
+            held, beside = 4, 4 if vocabulary % VOCAB_MULTIPLE else size % 4
+            if has_compiled_cross_entropy(config, precision):
+                held = beside = size
+            logits = max(logits, kept + (held + beside) * number + weight)
+            kept += 0 if chunk else held * number
         needs.append(2 * stream + logits)
     gathered = stream * tensor if tensor > 1 else 0
     return max(needs) + gathered

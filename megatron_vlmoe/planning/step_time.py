@@ -19,6 +19,7 @@ from megatron_vlmoe.planning.devices import Device, Rates, rates
 from megatron_vlmoe.planning.estimate import (
     BYTES,
     expert_rows,
+    has_compiled_cross_entropy,
     logit_entries,
     stage_flops,
     trained_parameters,
@@ -40,6 +41,10 @@ from megatron_vlmoe.stream.sizes import data_parallel_size, num_micro_batches
 VALUES_PER_TOKEN, VALUES_PER_INNER_ROW, VALUES_PER_EXPERT_ROW = 79, 8, 17
 # Passes over fp32 logits: conversion, maximum, subtraction, exponential, sum and division; then their gradients.
 VALUES_PER_LOGIT, VALUES_PER_LOGIT_GRADIENT = 10, 6
+# The same where functions are compiled: bias and GELU, and the ends of both branches, once forward and once backward;
+# logits in the compute precision, of which the maximum and the sum are two passes.
+COMPILED_PER_TOKEN, COMPILED_PER_INNER_ROW = 64, 5
+COMPILED_PER_LOGIT, COMPILED_PER_LOGIT_GRADIENT = 2, 2
 # Operators that are started, forward and backward.
 OPERATORS_PER_BLOCK, OPERATORS_PER_POOL = 270, 250
 # Shares of the work of a micro-batch.
@@ -143,9 +148,12 @@ class _StageWork:
         layout = StreamLayout.of(config).shard(tensor)
         plans = block_plans(model, config.moe)
         width, inner = model.hidden_size, model.ffn_hidden_size
+        per_token, per_inner_row = VALUES_PER_TOKEN, VALUES_PER_INNER_ROW
+        if config.train.compile:
+            per_token, per_inner_row = COMPILED_PER_TOKEN, COMPILED_PER_INNER_ROW
         values = operators = 0.0
         for number in stage_blocks(config, stage):
-            values += VALUES_PER_TOKEN * layout.num_tokens * width
+            values += per_token * layout.num_tokens * width
             operators += OPERATORS_PER_BLOCK
             for branch in plans[number - 1].branches:
                 rows = branch.num_tokens(layout)
@@ -153,14 +161,17 @@ class _StageWork:
                     rows = expert_rows(config, branch, layout)
                     values += VALUES_PER_EXPERT_ROW * rows * width
                     operators += OPERATORS_PER_POOL
-                values += VALUES_PER_INNER_ROW * rows * inner
+                values += per_inner_row * rows * inner
         if config.train.recompute == "full":
             values, operators = (number * (1 + FORWARD) for number in (values, operators))
         memory = values * BYTES[precision]
         if stage == parallel.pipeline_model_parallel_size - 1:
             forward = 2 if config.train.head_chunk_rows else 1
-            passes = forward * VALUES_PER_LOGIT + VALUES_PER_LOGIT_GRADIENT
-            memory += 4.0 * passes * sum(logit_entries(config))
+            passes, size = forward * VALUES_PER_LOGIT + VALUES_PER_LOGIT_GRADIENT, 4
+            if has_compiled_cross_entropy(config, precision):
+                passes = forward * COMPILED_PER_LOGIT + COMPILED_PER_LOGIT_GRADIENT
+                size = BYTES[precision]
+            memory += size * passes * sum(logit_entries(config))
         data_size = data_parallel_size(parallel, world_size)
         expert_data_size = world_size // (parallel.pipeline_model_parallel_size * expert)
         update = 0.0

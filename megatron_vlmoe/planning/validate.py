@@ -94,6 +94,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_any_run(config)
     _check_bounds(config, _PRETRAINING)
     _check_model(config)
+    _check_varlen(config)
     _check_moe(config)
     _check_parallel(config)
     for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
@@ -112,6 +113,7 @@ def validate_task(config: FinetuneConfig, world_size: int, training: bool = True
     """The same of a run on a task."""
     task, options, model = config.task, config.contrastive, config.model
     _check_any_run(config)
+    _check_varlen(config)
     _require(
         config.objectives.kind == "masked",
         "objectives.kind=contrastive is for pretraining; the task decides what fine-tuning minimises",
@@ -273,6 +275,27 @@ def _check_model(config: RunConfig) -> None:
         0 <= objectives.num_masked_patches <= model.num_patches,
         f"objectives.num_masked_patches={objectives.num_masked_patches} is not in "
         f"0..{model.num_patches} (0 means floor(0.4 N))",
+    )
+
+
+def _check_varlen(config: RunConfig) -> None:
+    """What attention without masks cannot do, whatever the machine."""
+    model = config.model
+    if model.attention_backend != "varlen":
+        return
+    width = model.hidden_size // model.num_attention_heads
+    _require(
+        width % 8 == 0 and width <= 256,
+        f"model.attention_backend=varlen with heads of width {width}: its kernel takes multiples of 8 up to 256",
+    )
+    _require(
+        config.train.precision != "fp32",
+        "model.attention_backend=varlen with train.precision=fp32: its kernel takes bf16 and fp16",
+    )
+    _require(
+        not config.moe.route_padding,
+        "model.attention_backend=varlen with moe.route_padding=true: padding attends to padding alone there, "
+        "and its experts would be others",
     )
 
 

@@ -7,13 +7,14 @@ image tokenizer's or the model's images, A answers of a question.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional, Sequence, TypedDict, TypeVar
+from typing import Any, Callable, Literal, Optional, Sequence, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, StreamLayout
+from megatron_vlmoe.stream.sequences import Sequences, attention_sequences
 
 
 class TextSegment(TypedDict, total=False):
@@ -27,6 +28,9 @@ class TextSegment(TypedDict, total=False):
 
     documents: Tensor
     """Number of the document of every token within its packed text ``[n, L]``, with `data.reset_attention`."""
+
+    document_count: Tensor
+    """Documents of all of these texts together, with `data.reset_attention`; stays on the host: it sizes tensors."""
 
     positions: Tensor
     """Predicted positions ``[n, M]``, ascending; 0 where unused."""
@@ -149,6 +153,7 @@ class StreamBatch:
         key: names the micro-batch for random draws; None draws nothing.
         text_documents: document number of every token of every text ``[n, L]``, to restart attention.
         text_lengths: tokens of every text ``[n]``, special tokens included; None where texts are packed full.
+        document_count: documents of all texts of the micro-batch together; 0 is unknown.
         drawn_layout: layout for which random numbers are drawn, of which this one has a part of the segments; None
             means `layout`. A forward pass over a part of a micro-batch then sees the numbers of the whole.
     """
@@ -160,10 +165,15 @@ class StreamBatch:
     key: Optional[DrawKey] = None
     text_documents: Optional[Tensor] = None
     text_lengths: Optional[Tensor] = None
+    document_count: int = 0
     drawn_layout: Optional[StreamLayout] = None
     # Every block asks for the same masks: made once for a micro-batch.
     _masks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _sample_masks: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _attention_masks: dict[str, Optional[Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _sequences: list[Sequences] = field(default_factory=list, init=False, repr=False)
 
     def share(self, samples: Tensor) -> Tensor:
         """This rank's part of a tensor over the samples of the whole micro-batch."""
@@ -179,6 +189,45 @@ class StreamBatch:
             positions = torch.arange(self.layout.length(segment), device=lengths.device)
             self._sample_masks[segment] = positions < lengths.unsqueeze(1)
         return self._sample_masks[segment]
+
+    def attention_mask(self, samples: Literal["texts", "pairs"]) -> Optional[Tensor]:
+        """Which keys a query of the same sample may see, over the whole micro-batch; None if it may see all.
+
+        ``[n, 1, 1, L]`` where that depends on the key alone, ``[n, 1, L, L]`` for documents of packed texts; those of
+        a pair are its caption and its image.
+        """
+        if samples not in self._attention_masks:
+            mask = self.sample_mask("pair_texts" if samples == "pairs" else "texts")
+            documents = self.text_documents
+            if samples == "pairs":
+                assert mask is not None, "pairs need the lengths of their captions"
+                image = mask.new_ones(len(mask), self.layout.image_length)
+                mask = torch.cat([mask, image], dim=1)[:, None, None, :]
+            elif documents is not None:
+                mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+            elif mask is not None:
+                mask = mask[:, None, None, :]
+            self._attention_masks[samples] = mask
+        return self._attention_masks[samples]
+
+    def sequences(self, device: torch.device) -> Sequences:
+        """The same as `attention_mask` for all samples at once, as sequences of the gathered stream."""
+        if not self._sequences:
+            self._sequences.append(
+                attention_sequences(
+                    self.layout,
+                    self.tensor_size,
+                    device,
+                    text_lengths=self.text_lengths,
+                    text_documents=self.text_documents,
+                    # Rounded up to a power of two: tensors of few different sizes.
+                    num_documents=1 << (self.document_count - 1).bit_length()
+                    if self.document_count
+                    else 0,
+                    pair_lengths=self.pair_lengths,
+                )
+            )
+        return self._sequences[0]
 
     def token_mask(self, segments: Sequence[str], device: torch.device) -> Optional[Tensor]:
         """True for tokens that are not padding, over this rank's tokens of the segments; None if all are."""

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision, RunConfig
+from megatron_vlmoe.model.attention import check_attention_backend
 from megatron_vlmoe.model.task_heads import build_pretraining_heads
 from megatron_vlmoe.model.vlmoe import (
     DTYPES,
@@ -110,8 +111,10 @@ def build_training(
         build_heads: makes the heads of the last stage.
 
     Raises:
-        ConfigError: on every rank, if megatron-core could not save what it is to train.
+        ConfigError: on every rank, if megatron-core could not save what it is to train, or this machine cannot do what
+            an option asks for.
     """
+    check_attention_backend(config.model, precision, device())
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
     frozen = freeze_unreachable(chunks, config)
@@ -161,7 +164,12 @@ def _finalize_and_balance(
 def build_forward_only(
     config: RunConfig, precision: Precision, build_heads: BuildHeads
 ) -> ModelParts:
-    """The model alone, for evaluation and prediction: no gradients, no optimizer."""
+    """The model alone, for evaluation and prediction: no gradients, no optimizer.
+
+    Raises:
+        ConfigError: if this machine cannot do what an option asks for.
+    """
+    check_attention_backend(config.model, precision, device())
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
     for chunk in chunks:

@@ -171,15 +171,17 @@ class StepRunner:
             key=key,
             text_documents=texts.get("documents"),
             text_lengths=texts.get("lengths"),
+            document_count=int(texts["document_count"]) if "document_count" in texts else 0,
         )
 
 
 def _to_device(batch: Batch) -> Batch:
-    target, number = device(), batch.get("micro_batch")
+    target = device()
+    # The number of the micro-batch seeds generators, that of documents sizes tensors: both are wanted on the host.
+    stays = (batch.get("micro_batch"), batch.get("texts", TextSegment()).get("document_count"))
 
     def move(value: Tensor) -> Tensor:
-        # The number of the micro-batch stays on the host: it seeds generators.
-        return value if value is number else value.to(target, non_blocking=True)
+        return value if any(value is own for own in stays) else value.to(target, non_blocking=True)
 
     return map_values(batch, move)
 

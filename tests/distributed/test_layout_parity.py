@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import Layout, Workers, assert_close, assert_identical, layout
-from training_runs import run
+from training_runs import merge, run, train_uncompiled
 
 from megatron_vlmoe.moe.router import HEADER
 
@@ -207,6 +207,20 @@ def test_options_that_change_no_result(name: str, workers: Workers, alone: Any) 
     where, options = SAME_RESULT[name]
     actual = run(workers, LAYOUTS[where], *SGD, *options.split())
     compare(actual, alone(*SGD), skip_slots=name in ("alltoall", "dropless"))
+
+
+def test_functions_that_can_be_compiled_change_no_result(workers: Workers, alone: Any) -> None:
+    """Those of the model are in their places; what compiling does to them: tests/unit/test_compiled.py."""
+    results = workers.run(LAYOUTS["ep2"], train_uncompiled, LAYOUTS["ep2"], SGD, 3)
+    compare(merge(results), alone(*SGD))
+    # Cross entropy only in 16 bits: another sum of the same logits.
+    options = ("--train.precision", "bf16")
+    (mine,) = workers.run(Layout(1), train_uncompiled, Layout(1), options, 1)
+    theirs = alone(*options)
+    for key, loss in mine["steps"][0]["losses"].items():
+        assert loss == pytest.approx(theirs["steps"][0]["losses"][key], rel=1e-6), key
+    norms = [run["steps"][0]["grad_norm"] for run in (mine, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_overlapped_parameter_gather_changes_no_bit(workers: Workers) -> None:

@@ -166,6 +166,14 @@ def train(
     }
 
 
+def train_uncompiled(where: Layout, arguments: tuple[str, ...], steps: int) -> dict[str, Any]:
+    """The same with `train.compile`, whose functions are called as they are: compiling them takes minutes."""
+    from unittest import mock
+
+    with mock.patch.object(torch, "compile", lambda function, **options: function):
+        return train(where, (*arguments, "--train.compile", "true"), steps)
+
+
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of all ranks: losses of all micro-batches, whole gradients and weights.
 

@@ -182,6 +182,7 @@ def test_shapes_and_types(corpus: Corpus) -> None:
     assert (slots, masked) == (9, 25)  # floor(0.15 * 62 + 0.5), floor(0.4 * 64)
     expected = {
         **dict.fromkeys(("texts/ids", "texts/documents"), (MICRO, 64)),
+        "texts/document_count": (),
         **dict.fromkeys(("texts/positions", "texts/labels"), (MICRO, slots)),
         "pair_texts/ids": (MICRO, 32),
         "pair_texts/lengths": (MICRO,),
@@ -199,6 +200,8 @@ def test_shapes_and_types(corpus: Corpus) -> None:
     for name, value in flat(batch).items():
         wanted = torch.uint8 if "pixels" in name else torch.int64
         assert value.dtype == (torch.bool if name.endswith("mask") else wanted), name
+    numbers = [len(documents.unique()) for documents in batch["texts"]["documents"]]
+    assert int(batch["texts"]["document_count"]) == sum(numbers) > MICRO
     assert data.config.model.vocab_size == corpus.tokenizer.size
     assert data.config.model.visual_vocab_size == 256
     assert data.config.objectives.num_masked_patches == masked

@@ -133,8 +133,14 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
             ),
             {NORM: 1},
         ),
+        (
+            layout(2, tp=2),
+            "bf16",
+            ("--model.attention_backend", "varlen", "--data.reset_attention", "true"),
+            {NORM: 1},
+        ),
     ],
-    ids=["bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2"],
+    ids=["bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2", "varlen-packed-tp2"],
 )
 def test_a_step_of_pretraining_waits_for_the_norm_alone(
     where: Layout, precision: str, arguments: tuple[str, ...], reads: dict[str, int]

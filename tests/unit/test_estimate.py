@@ -488,14 +488,22 @@ def test_sgd_keeps_no_moments():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("name", "layer_scale"),
-    [("tiny-dense", 0.1), ("small-dense", 0.0), ("small-8e", 0.1), ("small-32e", 0.1)],
+    ("name", "layer_scale", "backend"),
+    [
+        ("tiny-dense", 0.1, "sdpa"),
+        ("small-dense", 0.0, "varlen"),
+        ("small-8e", 0.1, "sdpa"),
+        ("small-32e", 0.1, "sdpa"),
+    ],
 )
-def test_activations_are_what_autograd_saves(name, precision, layer_scale, every_slot_filled):
+def test_activations_are_what_autograd_saves(
+    name, precision, layer_scale, backend, every_slot_filled
+):
     from megatron_vlmoe.planning.estimate import block_activation_parts
     from megatron_vlmoe.stream.block_plan import block_plans
 
-    config = change(measured_config(name), model={"layer_scale_init": layer_scale})
+    model = {"layer_scale_init": layer_scale, "attention_backend": backend}
+    config = change(measured_config(name), model=model)
     saved: dict[int, torch.UntypedStorage] = {}
     with fake_mode():
         model = build(config, precision)
@@ -553,6 +561,25 @@ def test_recompute_and_tensor_parallelism_shrink_activations():
     assert activations(change(config, train={"recompute": "full"}), 1)[0] < 0.45 * whole
     halved = activations(change(config, parallel={"tensor_model_parallel_size": 2}), 2)[0]
     assert halved == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_compiled_cross_entropy_keeps_logits_in_16_bits():
+    config = change(preset("base-dense"), model={"vocab_size": 64_000, "visual_vocab_size": 8192})
+    compiled = change(config, train={"compile": True})
+    # 19 of a text's tokens and 63 of a caption's; the larger head decides.
+    logits = (64 * 19 + 64 * 63) * 64_000
+
+    def saved(precision, tensor):
+        both = (
+            change(own, parallel={"tensor_model_parallel_size": tensor})
+            for own in (config, compiled)
+        )
+        plain, fused = (memory_per_rank(own, tensor, precision)[0].temporary for own in both)
+        return plain - fused
+
+    # fp32 in place and the copy from 16 bits, against 16 bits and their gradient.
+    assert saved("bf16", 1) == (4 + 2) * logits - (2 + 2) * logits
+    assert saved("fp32", 1) == saved("bf16", 2) == 0
 
 
 # ---- capacity and the printed report ----

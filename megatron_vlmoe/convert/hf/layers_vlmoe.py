@@ -7,11 +7,13 @@ tokens those that are no padding ``[n, L]``.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -236,9 +238,16 @@ class VLMoEAttention(nn.Module):
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        context, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling
-        )
+        kernels: Any = nullcontext()
+        if attention_mask is not None and query.requires_grad:
+            # Not cuDNN's, whose gradients may be NaN where there is a mask (pytorch/pytorch#196678).
+            kernels = sdpa_kernel(
+                [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            )
+        with kernels:
+            context, weights = attend(
+                self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling
+            )
         return self.output(context.reshape(samples, length, width)), weights
 
 

@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from checks.report import Report, difference, identical, milliseconds
 from megatron_vlmoe.benchmarks import moe_layer as benchmark
 from megatron_vlmoe.benchmarks.compare import NotRun as NotMeasured
 from megatron_vlmoe.config.schema import ParallelConfig
+from megatron_vlmoe.model.block import add_branch
+from megatron_vlmoe.model.heads import cross_entropy
 from megatron_vlmoe.model.vlmoe import DTYPES
 from megatron_vlmoe.moe.aux_losses import compute_router_statistics, losses_from_statistics
+from megatron_vlmoe.moe.experts import batched, bias_gelu
 from megatron_vlmoe.moe.routing_ops import route_slots, top_k_experts
 from megatron_vlmoe.runtime.distributed import destroy, initialize
 
@@ -144,16 +146,6 @@ def _agreeing(
     return names
 
 
-def bias_gelu(rows: Tensor, bias: Tensor) -> Tensor:
-    """What stands between the two matmuls of an expert."""
-    return F.gelu(rows + bias)
-
-
-def residual(hidden: Tensor, branch: Tensor, gamma: Tensor, scale: Tensor) -> Tensor:
-    """The end of a branch of a block."""
-    return torch.addcmul(hidden, branch * gamma, scale)
-
-
 def router_losses(clean: Tensor, noise: Tensor) -> Tensor:
     """Sum of the auxiliary losses of a router with noise."""
     experts = clean.shape[1]
@@ -171,8 +163,10 @@ def slots(gates: Tensor, capacity: int) -> list[Tensor]:
 
 
 def compile(report: Report) -> None:
-    """Small functions compiled against eager: values, gradients and times; and the MoE layer in a CUDA graph."""
+    """The functions of `train.compile` compiled against eager: values, gradients and times; the FFNs of experts with
+    one of them; and the MoE layer in a CUDA graph."""
     rows, width, experts = report.size((25_216, 768, 32), (256, 64, 8))
+    vocabulary = report.size(64_000, 128)
     dtype = report.size(torch.bfloat16, torch.float32)
     generator = torch.Generator().manual_seed(1)
 
@@ -180,14 +174,16 @@ def compile(report: Report) -> None:
         value = torch.randn(shape, generator=generator)
         return value.to(report.device, dtype).requires_grad_()
 
-    scale = draw(rows, 1).detach()
-    wide = (draw(rows, width), draw(rows, width), draw(width), scale)
+    scale = draw(rows, 1, dtype=torch.float32).detach()
+    ends = (draw(rows, width), draw(rows, width), draw(width), draw(width), scale)
+    labels = torch.randint(-1, vocabulary, (rows // 8,), generator=generator).to(report.device)
     logits = draw(rows, experts, dtype=torch.float32)
     noise = draw(rows, experts, dtype=torch.float32).detach()
-    functions: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    functions: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
         "bias_gelu": (bias_gelu, (draw(rows, 4 * width), draw(4 * width))),
-        "residual": (residual, wide),
+        "add_branch": (add_branch, ends),
         "router_losses": (router_losses, (logits, noise)),
+        "cross_entropy": (cross_entropy, (draw(rows // 8, vocabulary), labels, vocabulary)),
     }
     for name, (function, arguments) in functions.items():
         try:
@@ -199,6 +195,7 @@ def compile(report: Report) -> None:
     except Exception as error:
         report.expect(False, f"slots: {type(error).__name__}: {str(error).strip()[:300]}")
     if report.on_gpu:
+        _experts(report, draw)
         with _groups():
             _graph(report)
     else:
@@ -213,9 +210,9 @@ def _backend(report: Report) -> str:
 
 
 def _compiled(
-    report: Report, name: str, function: Callable[..., Tensor], arguments: Sequence[Tensor]
+    report: Report, name: str, function: Callable[..., Tensor], arguments: Sequence[Any]
 ) -> dict[str, float]:
-    leaves = [x for x in arguments if x.requires_grad]
+    leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
     upstream = torch.randn_like(function(*arguments).detach())
 
     def outcome(call: Callable[..., Tensor]) -> list[Tensor]:
@@ -233,6 +230,27 @@ def _compiled(
         "eager_ms": milliseconds(lambda: outcome(function), repetitions),
         "compiled_ms": milliseconds(lambda: outcome(compiled), repetitions),
     }
+
+
+def _experts(report: Report, draw: Callable[..., Tensor]) -> None:
+    """The FFNs of 32 experts: a product with a bias and GELU, against a product and one compiled function of both."""
+    shapes = ((32, 828, 768), (32, 3_072, 768), (32, 3_072), (32, 768, 3_072), (32, 768))
+    arguments = [draw(*shape) for shape in shapes]
+    upstream = torch.randn_like(arguments[0].detach())
+
+    def work(compile: bool) -> list[Tensor]:
+        output = batched(*arguments, compile=compile)
+        return [output.detach(), *torch.autograd.grad(output, arguments, upstream)]
+
+    off = max(map(difference, work(True), work(False)))
+    report.expect(off < 2e-2, f"experts: compiled is off by {off:.2g}")
+    report.note(
+        experts={
+            "off_by": off,
+            "eager_ms": milliseconds(lambda: work(False), 20),
+            "compiled_ms": milliseconds(lambda: work(True), 20),
+        }
+    )
 
 
 def _compiled_slots(report: Report, gates: Tensor) -> dict[str, float]:
