@@ -169,7 +169,9 @@ class VLMoE:
             # megatron-core takes the GPU wherever it sees one.
             hint = "; hide its GPUs with CUDA_VISIBLE_DEVICES=''" if here == "cuda" else ""
             raise ConfigError(f"device={device}, but this process runs on {here}{hint}")
-        config = replace(config, train=replace(config.train, precision=precision))  # type: ignore[arg-type]
+        # Compiling takes longer than what most callers ask for.
+        train = replace(config.train, precision=precision, compile=False)  # type: ignore[arg-type]
+        config = replace(config, train=train)
         with _unchanged_generators():
             world = dist.get_world_size() if dist.is_initialized() else environment_world_size()
             if world > 1:

@@ -76,10 +76,9 @@ class VocabHead(MegatronModule):
         """
         if self.compile_loss and self.training:
             logits, _ = self.linear(hidden.unsqueeze(1))
-            loss = compiled(cross_entropy, True)
-            return loss(logits.squeeze(1), labels.reshape(-1), self.num_classes).view_as(
-                labels
-            ), None
+            function = compiled(cross_entropy, True)
+            losses = function(logits.squeeze(1), labels.reshape(-1), self.num_classes)
+            return losses.view_as(labels), None
         logits, target = self(hidden.unsqueeze(1)), labels.reshape(-1)
         # Before the loss, which spends the logits; training has no use for it.
         correct = None if self.training else self.correct(logits, target).view_as(labels)

@@ -35,7 +35,9 @@ def compiled(function: Callable[Arguments, Value], wanted: bool) -> Callable[Arg
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # One for all modules that call it: dynamo has one table of versions for a function, too.
+    # The backward pass is compiled beside the forward one, where a failure is caught.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    # For all modules that call the function, since dynamo counts them together.
     torch._dynamo.config.recompile_limit = max(
         torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT
     )
@@ -46,13 +48,16 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if not _Process.failed:
             try:
                 return fast(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
-                # An error of the function itself comes again below.
-                reason = next(iter(str(error).strip().splitlines()), "")[:200]
+                # An error of the function itself comes again below. torch wraps what a compiler says.
+                cause = getattr(error, "inner_exception", error)
+                reason = next(iter(str(cause).strip().splitlines()), "")[:200]
                 log.warning(
-                    "train.compile: %s was not compiled (%s: %s); nothing is from here on",
+                    "train.compile: %s cannot be compiled (%s: %s); from here on nothing is compiled",
                     function.__name__,
-                    type(error).__name__,
+                    type(cause).__name__,
                     reason,
                 )
                 _Process.failed = True

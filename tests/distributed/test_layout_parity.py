@@ -109,6 +109,7 @@ VARIANTS = {
     "expert-choice-of-all": ("tp2", "--moe.routing expert_choice"),
     "balance-bias": ("tp2-ep2", "--moe.balance_bias_rate 0.01 --moe.topk 2"),
     "balance-bias-interleaved": ("pp2-interleaved", "--moe.balance_bias_rate 0.01"),
+    "packed-documents": ("tp2-pp2", "--data.reset_attention true"),
     "texts-only": ("tp2", "--data.micro_images 0 --data.micro_pairs 0"),
     "pairs-only": ("pp2", "--data.micro_images 0 --data.micro_texts 0"),
 }
