@@ -141,7 +141,7 @@ class StandIn:
 
         for number, batch in enumerate(batches):
             fake = map_values(batch, self.mode.from_tensor)
-            yield fake | {"micro_batch": number}
+            yield fake | {"micro_batch": _Number(number)}
 
     def _tensor(self, plain: Any) -> Any:
         def tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> torch.Tensor:
@@ -158,6 +158,15 @@ class StandIn:
     def _replace(owner: Any, name: str, value: Any) -> None:
         assert hasattr(owner, name), f"{owner} has no {name}"
         setattr(owner, name, value)
+
+
+class _Number(int):
+    """The number of a micro-batch: known on the host, without content on the device."""
+
+    def to(self, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        """Pinned, as a loader's is."""
+        assert non_blocking
+        return torch.empty((), dtype=torch.int64, device=device)
 
 
 def _gather_own(places: list[Any], own: Any, group: Any = None) -> None:

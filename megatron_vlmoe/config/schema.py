@@ -354,6 +354,8 @@ class TrainConfig:
         seed: seed of initial weights, data order, masks, router noise and stochastic depth.
         precision: `auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU.
         deterministic: deterministic kernels on GPU (CPU runs always are).
+        counter_draws: computes router noise and stochastic depth of a micro-batch from its number in a few operations
+            on the device, in place of a generator for every draw; the numbers are others.
         recompute: `full` recomputes each block in the backward pass.
         head_chunk_rows: predicted positions whose logits a rank holds at once; more are computed chunk by chunk, and
             again in the backward pass. 0: all at once, once.
@@ -369,6 +371,7 @@ class TrainConfig:
     seed: int = 1234
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False
+    counter_draws: bool = False
     recompute: Literal["none", "full"] = "none"
     head_chunk_rows: int = 0
     eval_interval: int = 1000

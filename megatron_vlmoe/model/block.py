@@ -36,6 +36,7 @@ from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan
+from megatron_vlmoe.stream.sizes import drop_path_rate
 
 
 class StreamAttention(MegatronModule):
@@ -226,8 +227,7 @@ class MoMELayer(TransformerLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
-        # Linear from 0 in the first block to the full rate in the last (BEiT).
-        self.drop_rate = drop_path * (self.layer_number - 1) / max(config.num_layers - 1, 1)
+        self.drop_rate = drop_path_rate(drop_path, self.layer_number, config.num_layers)
         self.gamma_1: Optional[nn.Parameter] = None
         self.gamma_2: Optional[nn.Parameter] = None
         if layer_scale_init > 0.0:

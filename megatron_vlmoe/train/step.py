@@ -8,11 +8,13 @@ from typing import Any, Callable, Iterator, Optional, Protocol, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.distributed import Ranks, device
 from megatron_vlmoe.stream.batch import Batch, StreamBatch, TextSegment, map_values
+from megatron_vlmoe.stream.counter_draws import CounterDraws
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts
@@ -57,6 +59,7 @@ class StepRunner:
         self.parts = parts
         self.ranks = ranks
         self.layout = StreamLayout.of(config)
+        self._draws: dict[tuple[int, StreamLayout], CounterDraws] = {}
 
     def start_step(self) -> None:
         """Zeroes the gradients of a training step that begins."""
@@ -132,15 +135,16 @@ class StepRunner:
         backward: bool = False,
         training: bool = True,
     ) -> list[Result]:
-        def forward(iterator: Iterator[Batch], model: Callable[..., Outputs]) -> tuple[Any, Any]:
-            batch = next(iterator)
-            outputs = model(batch, self.stream(batch, training, layout))
+        def forward(iterator: Iterator[Batch], model: MegatronModule) -> tuple[Any, Any]:
+            batch, chunk = next(iterator), self.parts.wrapped.index(model)
+            outputs = model(batch, self.stream(batch, training, layout, chunk))
             return outputs, functools.partial(finish, batch)
 
         for chunk in self.parts.wrapped:
             chunk.train(training)
         prepared = (
-            prepare(_to_device(batch)) for batch in itertools.islice(batches, num_micro_batches)
+            prepare(self._to_device(batch))
+            for batch in itertools.islice(batches, num_micro_batches)
         )
         # With virtual stages every chunk walks the same micro-batches at its own pace.
         iterators: Any = list(itertools.tee(prepared, len(self.parts.chunks)))
@@ -157,31 +161,62 @@ class StepRunner:
             )
 
     def stream(
-        self, batch: Batch, draws: bool, layout: Optional[StreamLayout] = None
+        self,
+        batch: Batch,
+        draws: bool,
+        layout: Optional[StreamLayout] = None,
+        chunk: int = 0,
     ) -> StreamBatch:
-        """The StreamBatch of a batch; `draws` turns noise and stochastic depth on."""
-        key = DrawKey(self.config.train.seed, int(batch["micro_batch"])) if draws else None
+        """The StreamBatch of a batch for one model chunk.
+
+        Args:
+            batch: on the device.
+            draws: turns noise and stochastic depth on.
+            layout: of the whole micro-batch; None: that of training.
+            chunk: number of the chunk among those of this rank.
+        """
+        share = (layout or self.layout).shard(self.ranks.tensor_size)
+        key = drawn = None
+        if draws and self.config.train.counter_draws:
+            drawn = self._counter_draws(chunk, share).draw(batch["draw_counter"])
+        elif draws:
+            key = DrawKey(self.config.train.seed, int(batch["micro_batch"]))
         texts, captions = batch.get("texts", TextSegment()), batch.get("pair_texts", TextSegment())
         return StreamBatch(
-            layout=(layout or self.layout).shard(self.ranks.tensor_size),
+            layout=share,
             tensor_rank=self.ranks.tensor,
             tensor_size=self.ranks.tensor_size,
             pair_lengths=captions.get("lengths"),
             drawn_layout=self.layout.shard(self.ranks.tensor_size),
             key=key,
+            drawn=drawn,
             text_documents=texts.get("documents"),
             text_lengths=texts.get("lengths"),
         )
 
+    def _counter_draws(self, chunk: int, share: StreamLayout) -> CounterDraws:
+        if (chunk, share) not in self._draws:
+            self._draws[chunk, share] = CounterDraws(
+                self.config,
+                [layer.layer_number for layer in self.parts.chunks[chunk].decoder.layers],
+                share,
+                self.ranks.tensor,
+                self.parts.transformer_config.params_dtype,
+                device(),
+            )
+        return self._draws[chunk, share]
 
-def _to_device(batch: Batch) -> Batch:
-    target, number = device(), batch.get("micro_batch")
+    def _to_device(self, batch: Batch) -> Batch:
+        target, number = device(), batch.get("micro_batch")
 
-    def move(value: Tensor) -> Tensor:
-        # The number of the micro-batch stays on the host: it seeds generators.
-        return value if value is number else value.to(target, non_blocking=True)
+        def move(value: Tensor) -> Tensor:
+            # The number of the micro-batch stays on the host: it seeds generators.
+            return value if value is number else value.to(target, non_blocking=True)
 
-    return map_values(batch, move)
+        moved = map_values(batch, move)
+        if self.config.train.counter_draws and number is not None:
+            moved["draw_counter"] = number.to(target, non_blocking=True)
+        return moved
 
 
 def _without_loss(measure: Measure[Outputs, Result]) -> Measure[Outputs, tuple[Tensor, Result]]:

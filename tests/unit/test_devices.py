@@ -18,6 +18,8 @@ BATCH = "copy: megatron_vlmoe/train/step.py move"
 NORM = "read: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
 SIMILARITY = "copy: megatron_vlmoe/losses/tasks.py hard_negatives"
 DRAWN = "copy: megatron_vlmoe/finetune/retrieval.py _draw"
+# What the draws of every micro-batch have in common, once in a run.
+STATES = "copy: megatron_vlmoe/stream/counter_draws.py __init__"
 OVERFLOW = "read: megatron/core/optimizer/optimizer.py _unscale_main_grads_and_check_for_nan"
 
 
@@ -133,8 +135,9 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
             ),
             {NORM: 1},
         ),
+        (layout(2, tp=2), "bf16", ("--train.counter_draws", "true"), {NORM: 1, STATES: 4}),
     ],
-    ids=["bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2"],
+    ids=["bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2", "counter-draws"],
 )
 def test_a_step_of_pretraining_waits_for_the_norm_alone(
     where: Layout, precision: str, arguments: tuple[str, ...], reads: dict[str, int]
