@@ -37,16 +37,19 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         waits: what stopped the host: `read` or `copy` with the function of this project that asked for it.
+        operations: how many were called.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.operations = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.operations += 1
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if func.namespace == "c10d":
             on_host = [tensor for tensor in tensors if tensor.device != DEVICE]

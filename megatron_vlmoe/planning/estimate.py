@@ -21,7 +21,7 @@ from megatron_vlmoe.planning.parameters import (
     with_assumed_vocabularies,
 )
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch, block_plans
-from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, StreamLayout
+from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, TEXT_SEGMENTS, StreamLayout
 from megatron_vlmoe.stream.sizes import (
     VOCAB_MULTIPLE,
     data_parallel_size,
@@ -352,7 +352,13 @@ def _kept_activations(
     if virtual > 1:
         chunks = 2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1
         in_flight = min(micro_batches * virtual, chunks) / virtual
-    return Counter({part: math.ceil(number * in_flight) for part, number in parts.items()})
+    held = Counter({part: math.ceil(number * in_flight) for part, number in parts.items()})
+    if config.train.cuda_graph:
+        # A graph reads every micro-batch of the step from tensors of its own; pixels and tokens are counted.
+        pixels = (layout.images + layout.pairs) * 3 * model.image_size**2
+        tokens = 8 * StreamLayout.of(config).size(*TEXT_SEGMENTS)
+        held["batches"] = micro_batches * (pixels + tokens)
+    return held
 
 
 def drawn_noise_bytes(config: RunConfig, stage: int) -> int:

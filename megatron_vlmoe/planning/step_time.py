@@ -154,6 +154,9 @@ class _StageWork:
                     values += VALUES_PER_EXPERT_ROW * rows * width
                     operators += OPERATORS_PER_POOL
                 values += VALUES_PER_INNER_ROW * rows * inner
+        if config.train.cuda_graph:
+            # The host starts the whole step at once.
+            operators = 0.0
         if config.train.recompute == "full":
             values, operators = (number * (1 + FORWARD) for number in (values, operators))
         memory = values * BYTES[precision]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, Callable, Iterator, Optional, Protocol, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Optional, Protocol, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -18,6 +18,7 @@ from megatron_vlmoe.stream.counter_draws import CounterDraws
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts
+from megatron_vlmoe.train.step_graph import Capture, StepGraph, capture_cuda_graph
 
 Outputs = TypeVar("Outputs", contravariant=True)
 """What the heads of the last stage return; the heads and the objective of a run are chosen together."""
@@ -52,13 +53,24 @@ class StepObjective(Protocol[Outputs]):
 
 
 class StepRunner:
-    """Runs micro-batches through the model of a rank."""
+    """Runs micro-batches through the model of a rank.
 
-    def __init__(self, config: RunConfig, parts: ModelParts, ranks: Ranks) -> None:
+    Args:
+        capture: makes the graph of `train.cuda_graph`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: ModelParts,
+        ranks: Ranks,
+        capture: Capture[Any] = capture_cuda_graph,
+    ) -> None:
         self.config = config
         self.parts = parts
         self.ranks = ranks
         self.layout = StreamLayout.of(config)
+        self.graph = StepGraph(capture) if config.train.cuda_graph else None
         self._draws: dict[tuple[int, StreamLayout], CounterDraws] = {}
 
     def start_step(self) -> None:
@@ -82,7 +94,8 @@ class StepRunner:
             objective: completes them and makes the loss.
 
         Returns:
-            The losses of every micro-batch on the last stage; empty elsewhere.
+            The losses of every micro-batch on the last stage; empty elsewhere. With `train.cuda_graph` they are
+            tensors that the next step fills anew, and `num_micro_batches` and `objective` must be the same in all.
         """
         step = objective.prepare_step(self, itertools.islice(batches, num_micro_batches))
         return self._run(
@@ -146,19 +159,25 @@ class StepRunner:
             prepare(self._to_device(batch))
             for batch in itertools.islice(batches, num_micro_batches)
         )
-        # With virtual stages every chunk walks the same micro-batches at its own pace.
-        iterators: Any = list(itertools.tee(prepared, len(self.parts.chunks)))
-        schedule = get_forward_backward_func()
-        with torch.set_grad_enabled(backward):
-            return schedule(
-                forward_step_func=forward,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.parts.wrapped,
-                num_microbatches=num_micro_batches,
-                seq_length=(layout or self.layout).num_tokens,
-                micro_batch_size=1,
-                forward_only=not backward,
-            )
+
+        def passes(batches: Iterable[Batch]) -> list[Result]:
+            # With virtual stages every chunk walks the same micro-batches at its own pace.
+            iterators: Any = list(itertools.tee(batches, len(self.parts.chunks)))
+            schedule = get_forward_backward_func()
+            with torch.set_grad_enabled(backward):
+                return schedule(
+                    forward_step_func=forward,
+                    data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                    model=self.parts.wrapped,
+                    num_microbatches=num_micro_batches,
+                    seq_length=(layout or self.layout).num_tokens,
+                    micro_batch_size=1,
+                    forward_only=not backward,
+                )
+
+        if backward and self.graph is not None:
+            return self.graph.run(prepared, passes)
+        return passes(prepared)
 
     def stream(
         self,

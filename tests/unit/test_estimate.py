@@ -667,3 +667,14 @@ def test_noise_of_all_blocks_is_in_memory_at_once(recompute, kept):
     assert after.total - before.total == noise
     silent = change(counted, moe={"noise_std": 0.0})
     assert memory_per_rank(silent, 1, "bf16")[0].total == before.total
+
+
+def test_a_graph_holds_all_batches_of_a_step():
+    """Pixels, one byte each, and tokens, eight, of both micro-batches."""
+    plain = hand_config(moe=MOE, train={"counter_draws": True})
+    config = change(plain, train={"cuda_graph": True})
+    model, data = config.model, config.data
+    images = (data.micro_images + data.micro_pairs) * 3 * model.image_size**2
+    tokens = data.micro_texts * model.text_length + data.micro_pairs * model.pair_text_length
+    (before,), (after,) = (memory_per_rank(own, 1, "bf16") for own in (plain, config))
+    assert after.total - before.total == after.kept["batches"] == 2 * (images + 8 * tokens)
