@@ -157,10 +157,8 @@ class CounterDraws:
                     shape = layout.length(segment), pool.num_experts
                     runs = self.noises.setdefault(shape, [])
                     if runs and (runs[-1].draw, runs[-1].last + 1) == (draw, place):
-                        runs[-1].last, runs[-1].tokens = (
-                            place,
-                            runs[-1].tokens + layout.size(segment),
-                        )
+                        runs[-1].last = place
+                        runs[-1].tokens += layout.size(segment)
                     else:
                         runs.append(_Run(draw, place, layout.size(segment)))
                     noise_parts.setdefault(shape, []).append(states(draw, segment))
@@ -168,7 +166,7 @@ class CounterDraws:
         counts = [layout.count(name) for name in samples]
         self.sizes = [len(rates) * sum(counts), *map(len, parts[len(rates) * len(samples) :])]
         self.states = torch.cat(parts or [torch.zeros(0, dtype=torch.int64)]).to(device)
-        # A sample is dropped by bits below the threshold.
+        # A sample is dropped if the upper half of its bits is below the threshold.
         thresholds = [[math.ceil(rate * 2**32)] for rate in rates]
         self.thresholds = torch.tensor(thresholds, dtype=torch.int64, device=device)
         self.kept = torch.tensor(
@@ -188,8 +186,8 @@ class CounterDraws:
         dropping, *noise_states = splitmix64(self.states, micro_batch).split(self.sizes)
         keep_scales: dict[Draw, Tensor] = {}
         if self.drops:
-            uniform = (dropping.view(len(self.drops), -1) >> 32).bitwise_and_(LOW_32)
-            scales = torch.where(uniform >= self.thresholds, self.kept, 0.0)
+            upper = (dropping.view(len(self.drops), -1) >> 32).bitwise_and_(LOW_32)
+            scales = torch.where(upper >= self.thresholds, self.kept, 0.0)
             of_tokens = scales.index_select(1, self.sample_of_token)
             keep_scales = dict(zip(self.drops, of_tokens.view(len(self.drops), -1, 1, 1)))
         found: dict[Draw, dict[int, Tensor]] = {}

@@ -62,21 +62,36 @@ def test_splitmix64_has_the_published_outputs() -> None:
     assert [chain(1234567, number) for number in range(5)] == published
 
 
-@pytest.mark.parametrize("seed", [1234, -3])
-def test_every_number_is_that_of_its_place(seed: int) -> None:
-    config = small_config(*OPTIONS, "--train.seed", str(seed))
+@pytest.mark.parametrize(
+    ("seed", "options", "pools"),
+    [
+        (
+            1234,
+            OPTIONS,
+            {
+                (2, "text_noise"): ("texts", "pair_texts"),
+                (2, "vision_noise"): ("pair_images", "images"),
+                (4, "text_noise"): ("texts",),
+                (4, "vl_noise"): ("pair_texts", "pair_images"),
+                (4, "vision_noise"): ("images",),
+            },
+        ),
+        # Texts and images of one length, captions between them of another.
+        (
+            -3,
+            "--moe.shared_router true --model.text_length 17".split(),
+            {(2, "shared_noise"): SEGMENTS, (4, "shared_noise"): ("texts", "images")},
+        ),
+    ],
+)
+def test_every_number_is_that_of_its_place(
+    seed: int, options: list[str], pools: dict[tuple[int, str], tuple[str, ...]]
+) -> None:
+    config = small_config(*options, "--train.seed", str(seed))
     micro_batch = 70_000_000_001
     found = drawn(config, micro_batch)
-    assert {key for key in found.noise} == {
-        *((2, "text_noise"), (2, "vision_noise")),
-        *((4, "text_noise"), (4, "vision_noise"), (4, "vl_noise")),
-    }
+    assert found.noise.keys() == pools.keys()
     layout = StreamLayout.of(config)
-    pools = {
-        (2, "text_noise"): ("texts", "pair_texts"),
-        (4, "vl_noise"): ("pair_texts", "pair_images"),
-        (4, "vision_noise"): ("images",),
-    }
     for (layer, purpose), segments in pools.items():
         rows = iter(found.noise[layer, purpose].tolist())
         for segment in segments:
