@@ -37,16 +37,19 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         waits: what stopped the host: `read` or `copy` with the function of this project that asked for it.
+        operations: how many were called.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.operations = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.operations += 1
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if func.namespace == "c10d":
             on_host = [tensor for tensor in tensors if tensor.device != DEVICE]
@@ -145,7 +148,7 @@ class StandIn:
                 # It stays on the host, and is read there.
                 with _disable_current_modes():
                     fake["texts"]["document_count"] = int(batch["texts"]["document_count"])
-            yield fake | {"micro_batch": number}
+            yield fake | {"micro_batch": _Number(number)}
 
     def _tensor(self, plain: Any) -> Any:
         def tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> torch.Tensor:
@@ -162,6 +165,15 @@ class StandIn:
     def _replace(owner: Any, name: str, value: Any) -> None:
         assert hasattr(owner, name), f"{owner} has no {name}"
         setattr(owner, name, value)
+
+
+class _Number(int):
+    """The number of a micro-batch: known on the host, without content on the device."""
+
+    def to(self, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        """Pinned, as a loader's is."""
+        assert non_blocking
+        return torch.empty((), dtype=torch.int64, device=device)
 
 
 def _gather_own(places: list[Any], own: Any, group: Any = None) -> None:

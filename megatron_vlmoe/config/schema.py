@@ -358,6 +358,10 @@ class TrainConfig:
         deterministic: deterministic kernels on GPU (CPU runs always are).
         compile: compiles functions of a block that torch would run as many small kernels: bias and GELU of FFNs, the
             end of a branch, what routers count and sort, and in 16 bits, without tensor parallelism, cross entropy.
+        counter_draws: computes router noise and stochastic depth of a micro-batch from its number in a few operations
+            on the device, in place of a generator for every draw; the numbers are others.
+        cuda_graph: replays forward and backward of a step as one CUDA graph from the fourth step on; needs
+            counter_draws, one pipeline stage and shapes that do not depend on the routing.
         recompute: `full` recomputes each block in the backward pass.
         head_chunk_rows: predicted positions whose logits a rank holds at once; more are computed chunk by chunk, and
             again in the backward pass. 0: all at once, once.
@@ -374,6 +378,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False
     compile: bool = False
+    counter_draws: bool = False
+    cuda_graph: bool = False
     recompute: Literal["none", "full"] = "none"
     head_chunk_rows: int = 0
     eval_interval: int = 1000

@@ -39,6 +39,7 @@ from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_fil
 from megatron_vlmoe.train.run_log import begin_run_logs
 from megatron_vlmoe.train.setup import TrainingParts, build_forward_only, build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
+from megatron_vlmoe.train.step_graph import check_cuda_graph
 from megatron_vlmoe.train.trainer import Trainer
 
 log = logging.getLogger("megatron_vlmoe")
@@ -59,6 +60,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     Returns:
         Metrics of all splits by `SPLIT/NAME`, from the best weights.
     """
+    check_cuda_graph(config.train, precision)
     make_run_folder(config)
     begun = _begun(config)
     data = TaskData.open(config, BatchShare.of(ranks))

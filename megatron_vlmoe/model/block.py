@@ -35,6 +35,7 @@ from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
 from megatron_vlmoe.runtime.compiled import compiled
 from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan
+from megatron_vlmoe.stream.sizes import drop_path_rate
 
 
 class StreamSelfAttention(SelfAttention):
@@ -170,8 +171,7 @@ class MoMELayer(TransformerLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
-        # Linear from 0 in the first block to the full rate in the last (BEiT).
-        self.drop_rate = drop_path * (self.layer_number - 1) / max(config.num_layers - 1, 1)
+        self.drop_rate = drop_path_rate(drop_path, self.layer_number, config.num_layers)
         self.add_branch = compiled(add_branch, compile)
         self.gamma_1: Optional[nn.Parameter] = None
         self.gamma_2: Optional[nn.Parameter] = None

@@ -80,7 +80,10 @@ class _Scores(NamedTuple):
 
 
 class RoutingRecorder:
-    """Counters of the pools of one block, summed on the device until they are taken for a log line."""
+    """Counters of the pools of one block, summed on the device until they are taken for a log line.
+
+    In tensors that stay where they are: a CUDA graph adds to them, too.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
@@ -142,13 +145,16 @@ class RoutingRecorder:
             header[f"assignments_{segment}"] = valid[part].sum() * topk
             header[f"kept_{segment}"] = kept_by_token[part].sum()
         vector = torch.cat([torch.stack([header[name].float() for name in HEADER]), load])
-        known = self.totals.get(pool.name)
-        self.totals[pool.name] = vector if known is None else known + vector
+        if pool.name not in self.totals:
+            self.totals[pool.name] = torch.zeros_like(vector)
+        self.totals[pool.name] += vector
 
     def take(self) -> dict[str, Tensor]:
         """Returns the sums by pool and starts again from zero."""
-        totals, self.totals = self.totals, {}
-        return totals
+        taken = {name: total.clone() for name, total in self.totals.items()}
+        for total in self.totals.values():
+            total.zero_()
+        return taken
 
 
 class PoolGate(nn.Module):

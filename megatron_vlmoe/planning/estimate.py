@@ -21,7 +21,7 @@ from megatron_vlmoe.planning.parameters import (
     with_assumed_vocabularies,
 )
 from megatron_vlmoe.stream.block_plan import BlockPlan, Branch, block_plans
-from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, StreamLayout
+from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, TEXT_SEGMENTS, StreamLayout
 from megatron_vlmoe.stream.sizes import (
     VOCAB_MULTIPLE,
     data_parallel_size,
@@ -29,6 +29,7 @@ from megatron_vlmoe.stream.sizes import (
     experts_per_token,
     num_micro_batches,
     padded_vocab_size,
+    router_noise_std,
     text_mask_slots,
 )
 
@@ -351,6 +352,9 @@ def _kept_activations(
     if stage == 0:
         patches = (layout.images + layout.pairs) * model.num_patches
         parts["patches"] = size * patches * 3 * model.patch_size**2
+    if config.train.recompute == "full":
+        # The backward pass needs it again; otherwise it is only there while the blocks go forward.
+        parts["router noise"] = drawn_noise_bytes(config, stage)
     # Outputs for the next stage are held until their gradients come back.
     sent = virtual - int(stage == pipeline - 1)
     if pipeline > 1 and sent:
@@ -360,7 +364,29 @@ def _kept_activations(
     if virtual > 1:
         chunks = 2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1
         in_flight = min(micro_batches * virtual, chunks) / virtual
-    return Counter({part: math.ceil(number * in_flight) for part, number in parts.items()})
+    held = Counter({part: math.ceil(number * in_flight) for part, number in parts.items()})
+    if config.train.cuda_graph:
+        # A graph reads every micro-batch of the step from tensors of its own; pixels and tokens are counted.
+        pixels = (layout.images + layout.pairs) * 3 * model.image_size**2
+        tokens = 8 * StreamLayout.of(config).size(*TEXT_SEGMENTS)
+        held["batches"] = micro_batches * (pixels + tokens)
+    return held
+
+
+def drawn_noise_bytes(config: RunConfig, stage: int) -> int:
+    """Bytes of the router noise of a micro-batch on one rank, which `train.counter_draws` draws for all blocks of a
+    stage at once: fp32 ``[T, E]`` for every pool."""
+    moe = config.moe
+    if not config.train.counter_draws or not moe.train_experts:
+        return 0
+    layout = StreamLayout.of(config).shard(config.parallel.tensor_model_parallel_size)
+    plans = block_plans(config.model, moe)
+    return sum(
+        4 * pool.num_tokens(layout) * pool.num_experts
+        for number in stage_blocks(config, stage)
+        for pool in plans[number - 1].pools
+        if router_noise_std(moe, pool.num_experts) > 0.0
+    )
 
 
 def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int:
@@ -370,7 +396,7 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
       beside those of one head a copy, masked where the vocabulary is padded, else in the compute precision. With
       `train.head_chunk_rows` those of one chunk, and the gradient of the head's weight twice: the sum so far, and the
       chunk's. Compiled cross entropy keeps logits in the compute precision, and has beside them the gradient of one
-      head's.
+      head's. With `train.counter_draws` also the router noise of the blocks, if these are not computed again.
     - The backward pass of a block: gradients of the stream and of the branch (2 T D), of the GELU's input in one branch
       (F per row, while the gradient of its output takes the place of that output), and of the branch's larger weights.
       With recomputation also all that the block keeps.
@@ -414,6 +440,7 @@ def _temporary_bytes(config: RunConfig, stage: int, precision: Precision) -> int
                 held = beside = size
             logits = max(logits, kept + (held + beside) * number + weight)
             kept += 0 if chunk else held * number
-        needs.append(2 * stream + logits)
+        noise = 0 if config.train.recompute == "full" else drawn_noise_bytes(config, stage)
+        needs.append(2 * stream + logits + noise)
     gathered = stream * tensor if tensor > 1 else 0
     return max(needs) + gathered

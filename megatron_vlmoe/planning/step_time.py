@@ -162,6 +162,9 @@ class _StageWork:
                     values += VALUES_PER_EXPERT_ROW * rows * width
                     operators += OPERATORS_PER_POOL
                 values += per_inner_row * rows * inner
+        if config.train.cuda_graph:
+            # The host starts the whole step at once.
+            operators = 0.0
         if config.train.recompute == "full":
             values, operators = (number * (1 + FORWARD) for number in (values, operators))
         memory = values * BYTES[precision]

@@ -97,6 +97,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_varlen(config)
     _check_moe(config)
     _check_parallel(config)
+    _check_cuda_graph(config)
     for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
         _check_dataset_prefixes(f"data.{name}", getattr(config.data, name))
     data_size = data_parallel_size(config.parallel, world_size)
@@ -145,6 +146,10 @@ def validate_task(config: FinetuneConfig, world_size: int, training: bool = True
                 f"task.{name}={alpha}: {task.name} does not mix images, only tasks of one image and its class do",
             )
     matches = task.spec.target == "match"
+    _require(
+        not (training and matches and config.train.cuda_graph),
+        f"train.cuda_graph=true is not for {task.name}, whose hard negatives are drawn on the host",
+    )
     _check_bounds(config, _TASK)
     _require(
         not matches or model.text_length == model.pair_text_length,
@@ -423,6 +428,51 @@ def _check_parallel(config: RunConfig) -> None:
         not parallel.overlap_param_gather or parallel.use_distributed_optimizer,
         "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true",
     )
+
+
+def _check_cuda_graph(config: RunConfig) -> None:
+    """What a graph of a whole step cannot hold: other numbers of the host, other shapes, other tensors every time."""
+    train, moe, parallel = config.train, config.moe, config.parallel
+    if not train.cuda_graph:
+        return
+    where = "train.cuda_graph=true"
+    _require(
+        train.counter_draws,
+        f"{where} needs train.counter_draws=true: a generator's seed comes from the host",
+    )
+    _require(
+        parallel.pipeline_model_parallel_size == 1,
+        f"{where} with parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}: "
+        "a graph has one stage",
+    )
+    _require(
+        not parallel.overlap_param_gather,
+        f"{where} with parallel.overlap_param_gather=true: the forward pass waits for what began before the graph",
+    )
+    _require(
+        train.recompute == "none",
+        f"{where} with train.recompute={train.recompute}: megatron-core reads the state of a generator in every block",
+    )
+    _require(
+        train.precision != "fp16",
+        f"{where} with train.precision=fp16: the graph would keep the first loss scale; use bf16",
+    )
+    _require(
+        not config.data.reset_attention or config.model.attention_backend != "varlen",
+        f"{where} with model.attention_backend=varlen and data.reset_attention=true: "
+        "the number of documents decides shapes; use sdpa",
+    )
+    if has_experts(moe):
+        _require(
+            moe.dispatcher == "fixed_capacity",
+            f"{where} with moe.dispatcher={moe.dispatcher}: only fixed_capacity has shapes that do not depend on "
+            "the routing",
+        )
+        _require(
+            moe.capacity_factor > 0.0,
+            f"{where} with moe.capacity_factor={moe.capacity_factor:g}: without a capacity shapes depend on the "
+            "routing",
+        )
 
 
 def _check_task_batches(config: FinetuneConfig, data_size: int, training: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Callable, Literal, Optional, Sequence, TypedDict, TypeVa
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.stream.counter_draws import Drawn
 from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, StreamLayout
 from megatron_vlmoe.stream.sequences import Sequences, attention_sequences
@@ -80,6 +81,9 @@ class Batch(TypedDict, total=False):
 
     micro_batch: Tensor
     """Its number, counted over the run and all data-parallel ranks; stays on the host, since it seeds generators."""
+
+    draw_counter: Tensor
+    """The same number on the device, added there (`train.counter_draws`)."""
 
     step: Tensor
     """Number of its step, from 0 (pretraining)."""
@@ -150,12 +154,13 @@ class StreamBatch:
         tensor_rank: tensor-parallel rank.
         tensor_size: tensor-parallel size; samples of rank r are the r-th part of each segment.
         pair_lengths: tokens of every caption of the whole micro-batch ``[n]``, special tokens included.
-        key: names the micro-batch for random draws; None draws nothing.
+        key: names the micro-batch for random draws; None draws nothing, unless it is `drawn`.
         text_documents: document number of every token of every text ``[n, L]``, to restart attention.
         text_lengths: tokens of every text ``[n]``, special tokens included; None where texts are packed full.
         document_count: documents of all texts of the micro-batch together; 0 is unknown.
         drawn_layout: layout for which random numbers are drawn, of which this one has a part of the segments; None
             means `layout`. A forward pass over a part of a micro-batch then sees the numbers of the whole.
+        drawn: numbers that are drawn already, with `train.counter_draws`.
     """
 
     layout: StreamLayout
@@ -167,6 +172,7 @@ class StreamBatch:
     text_lengths: Optional[Tensor] = None
     document_count: int = 0
     drawn_layout: Optional[StreamLayout] = None
+    drawn: Optional[Drawn] = None
     # Every block asks for the same masks: made once for a micro-batch.
     _masks: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _sample_masks: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -256,8 +262,11 @@ class StreamBatch:
     ) -> Optional[Tensor]:
         """Standard normal draws for this rank's tokens of the segments: ``[T, width]`` in fp32.
 
-        The draw covers the whole micro-batch, so every layout takes its share of the same numbers.
+        The draw covers the whole micro-batch, so every layout takes its share of the same numbers. None if nothing is
+        drawn.
         """
+        if self.drawn is not None:
+            return self.drawn.noise.get((layer_number, purpose))
         if self.key is None:
             return None
         generator = self.key.generator(layer_number, purpose, device)
@@ -277,6 +286,8 @@ class StreamBatch:
 
         The two halves of a pair share one draw. None if nothing is dropped.
         """
+        if self.drawn is not None:
+            return self.drawn.keep_scales.get((layer_number, purpose))
         if self.key is None or drop_rate <= 0.0:
             return None
         generator = self.key.generator(layer_number, purpose, device)

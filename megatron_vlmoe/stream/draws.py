@@ -1,7 +1,8 @@
 """Random numbers as pure functions of a key, so that no generator state needs to travel or be saved.
 
 Router noise and stochastic depth are drawn for a whole micro-batch from (seed, step, micro-batch, layer,
-purpose). Recomputed blocks, resumed runs and every parallel layout therefore see the same draws.
+purpose). Recomputed blocks, resumed runs and every parallel layout therefore see the same draws. With
+`train.counter_draws` they come from `stream/counter_draws.py` instead, which has the same purposes.
 """
 
 from __future__ import annotations

@@ -69,6 +69,11 @@ def router_noise_std(moe: MoEConfig, num_experts: int) -> float:
     return 1.0 / num_experts if moe.noise_std < 0.0 else moe.noise_std
 
 
+def drop_path_rate(last: float, layer_number: int, num_layers: int) -> float:
+    """Stochastic depth of a block (numbers from 1): linear from 0 in the first to `last` in the last one (BEiT)."""
+    return last * (layer_number - 1) / max(num_layers - 1, 1)
+
+
 class RouterLosses(NamedTuple):
     """Auxiliary losses of a router over some tokens of its pool.
 

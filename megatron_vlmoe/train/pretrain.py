@@ -48,6 +48,7 @@ from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
 from megatron_vlmoe.train.step import Losses, StepRunner
+from megatron_vlmoe.train.step_graph import check_cuda_graph
 from megatron_vlmoe.train.trainer import Trainer
 
 log = logging.getLogger("megatron_vlmoe")
@@ -66,6 +67,7 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
     make_run_folder(config)
     report_packages()
     precision = resolve_precision(config.train)
+    check_cuda_graph(config.train, precision)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
     data = open_data(config, BatchShare.of(ranks))
     config = data.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from megatron_vlmoe.model.vlmoe import (
 from megatron_vlmoe.moe.router import balance_experts
 from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
+from megatron_vlmoe.train.step_graph import stream_of_hooks
 
 
 @dataclass
@@ -189,16 +191,17 @@ def _wrap(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,
     )
-    wrapped = [
-        DistributedDataParallel(
-            config=transformer_config,
-            ddp_config=ddp_config,
-            module=chunk,
-            # Only the first chunk's gradients are on the critical path of the interleaved schedule.
-            disable_bucketing=index > 0,
-        )
-        for index, chunk in enumerate(chunks)
-    ]
+    with stream_of_hooks() if config.train.cuda_graph else contextlib.nullcontext():
+        wrapped = [
+            DistributedDataParallel(
+                config=transformer_config,
+                ddp_config=ddp_config,
+                module=chunk,
+                # Only the first chunk's gradients are on the critical path of the interleaved schedule.
+                disable_bucketing=index > 0,
+            )
+            for index, chunk in enumerate(chunks)
+        ]
     for chunk in wrapped:
         chunk.broadcast_params()
     if parallel.overlap_grad_reduce:

@@ -48,6 +48,7 @@ RESUMED = {
             *("--data.micro_images", "0", "--data.global_pairs", "8"),
         ),
     ),
+    "counter-draws": (layout(2, tp=2), (*FEW, "--train.counter_draws", "true")),
     "dropping": (layout(2, ep=2), (*FEW, "--moe.capacity_factor", "1.05", "--moe.topk", "2")),
 }
 

@@ -86,11 +86,22 @@ def test_layer_decay_and_head_rate_are_the_same_on_every_stage(run: Any) -> None
         np.testing.assert_allclose(moved, expected_move, rtol=2e-2, atol=2e-6, err_msg=key)
 
 
-def test_the_pass_without_gradient_sees_the_draws_of_training(run: Any) -> None:
+@pytest.mark.parametrize("counter", ["false", "true"])
+def test_the_pass_without_gradient_sees_the_draws_of_training(counter: str, run: Any) -> None:
     # One micro-batch is the whole pool: the same loss, cached or not, with stochastic depth and matching on.
     options = ("--task.micro_batch_size", "8", "--model.drop_path", "0.5")
+    options += ("--train.counter_draws", counter)
     cached = run("retrieval", ALONE, *options, "--contrastive.cache", "true")
     compare(cached, run("retrieval", ALONE, *options), "cached gradients with stochastic depth")
+
+
+def test_batches_in_the_tensors_of_a_graph_are_the_same(run: Any) -> None:
+    # Three steps, as many as come before the graph.
+    options = ("--train.counter_draws", "true", "--task.mixup", "0.8")
+    graph = run("imagenet", ALONE, *options, "--train.cuda_graph", "true", steps=3)
+    plain = run("imagenet", ALONE, *options, steps=3)
+    assert graph["steps"] == plain["steps"] and plain["steps"][1] != plain["steps"][2]
+    assert_identical(graph["weights"], plain["weights"], "weights")
 
 
 @pytest.mark.parametrize("name", ["alone", "pp2"])

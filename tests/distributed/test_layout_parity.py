@@ -144,6 +144,30 @@ def test_recomputed_blocks_count_once(workers: Workers, alone: Any) -> None:
     compare(actual, alone(*options))
 
 
+COUNTER = ("--train.counter_draws", "true")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tp2-ep2", ()),
+        ("pp2-interleaved", ("--train.recompute", "full")),
+        ("ep2", ("--moe.dispatcher", "alltoall")),
+    ],
+)
+def test_draws_of_a_counter_equal_one_process(
+    name: str, options: tuple[str, ...], workers: Workers, alone: Any
+) -> None:
+    expected = alone(*SGD, *COUNTER)
+    compare(
+        run(workers, LAYOUTS[name], *SGD, *COUNTER, *options), expected, skip_slots=name == "ep2"
+    )
+    # Other numbers than those of generators, of which there are no more in evaluation.
+    plain = alone(*SGD)
+    first = [report["steps"][0]["losses"] for report in (expected, plain)]
+    assert first[0] != first[1]
+
+
 CONTRASTIVE = (
     *("--objectives.kind", "contrastive", "--data.micro_texts", "0", "--data.micro_images", "0"),
     *("--optim.lr", "0.1"),

@@ -19,6 +19,7 @@ RUNS: dict[str, tuple[Layout, str]] = {
     "head chunks": (layout(1), "--train.head_chunk_rows 48"),
     "TP 2, head chunks": (layout(2, tp=2), "--train.head_chunk_rows 9"),
     "TP 2, EP 2, recompute": (layout(2, tp=2, ep=2), "--train.recompute full"),
+    "draws of a counter": (layout(1), "--train.counter_draws true"),
     # The second stage has no experts.
     "PP 2, EP 2": (layout(4, pp=2, ep=2), ""),
     "dense, DP 2": (layout(2), "--moe.modalities none"),
@@ -62,7 +63,7 @@ def precision_of(name: str) -> Any:
     return "bf16" if "bf16" in name else "fp32"
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "recompute", "head chunks"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "recompute", "head chunks", "draws of a counter"])
 def test_memory_is_within_a_tenth_of_the_tensors_at_the_peak(name: str, measured: Any) -> None:
     """Also of what a step adds to the tensors that live between steps."""
     where, options = RUNS[name]

@@ -81,6 +81,7 @@ CHECKS = (
     Check(
         "syncs", "steps", 45, "forward and backward never wait for the GPU; waits of the optimizer"
     ),
+    Check("step_graph", "steps", 60, "steps as a CUDA graph have the bits of ordinary ones"),
     Check(
         "sdpa",
         "attention",
@@ -96,7 +97,7 @@ CHECKS = (
         "compile",
         "layers",
         50,
-        "torch.compile of small functions, the MoE layer in a CUDA graph",
+        "torch.compile of small functions, the MoE layer in a CUDA graph, times of a step in one",
         alone=True,
     ),
     Check(

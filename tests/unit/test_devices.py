@@ -18,6 +18,8 @@ BATCH = "copy: megatron_vlmoe/train/step.py move"
 NORM = "read: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"
 SIMILARITY = "copy: megatron_vlmoe/losses/tasks.py hard_negatives"
 DRAWN = "copy: megatron_vlmoe/finetune/retrieval.py _draw"
+# What the draws of every micro-batch have in common, once in a run.
+STATES = "copy: megatron_vlmoe/stream/counter_draws.py __init__"
 OVERFLOW = "read: megatron/core/optimizer/optimizer.py _unscale_main_grads_and_check_for_nan"
 
 
@@ -139,8 +141,12 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
             ("--model.attention_backend", "varlen", "--data.reset_attention", "true"),
             {NORM: 1},
         ),
+        (layout(2, tp=2), "bf16", ("--train.counter_draws", "true"), {NORM: 1, STATES: 4}),
     ],
-    ids=["bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2", "varlen-packed-tp2"],
+    ids=[
+        *("bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2"),
+        *("varlen-packed-tp2", "counter-draws"),
+    ],
 )
 def test_a_step_of_pretraining_waits_for_the_norm_alone(
     where: Layout, precision: str, arguments: tuple[str, ...], reads: dict[str, int]
@@ -161,6 +167,60 @@ def test_a_step_of_a_task_waits_for_the_norm_alone(task: str, prepared: Prepared
     # Similarities and which images are the same go to the host; what was drawn, and whether, comes back.
     draws = {SIMILARITY: 4 * 2, DRAWN: 2 * 3} if task == "retrieval" else {}
     assert waits == {NORM: 1, **draws}
+
+
+def _capture(where: Layout, *arguments: str) -> tuple[int, dict[str, int]]:
+    """Four steps of pretraining with a graph: operations that would be recorded, and what would stop the host there."""
+    from device_stand_in import StandIn
+
+    from megatron_vlmoe.data.collate import BatchShare
+    from megatron_vlmoe.data.random_batches import RandomData
+    from megatron_vlmoe.train.pretrain import pretraining_objective
+    from megatron_vlmoe.train.step import StepRunner
+
+    stand_in, config = StandIn(where), small_config(*arguments, where=where)
+    ranks = stand_in.ranks(config)
+    batches = list(RandomData(config, BatchShare.of(ranks)).loader("train", 0, 2))
+    parts = stand_in.training(config, "bf16")
+    found: list[Any] = []
+
+    def capture(work: Any) -> Any:
+        watch = stand_in.watch
+        waits, operations = watch.waits.copy(), watch.operations
+        results = work()
+        found.append((watch.operations - operations, dict(watch.waits - waits)))
+        return lambda: results
+
+    runner: Any = StepRunner(config, parts, ranks, capture)
+    objective: Any = pretraining_objective(config, ranks)
+    with stand_in.mode, stand_in.watch:
+        for _ in range(4):
+            runner.start_step()
+            runner.train(stand_in.batches(batches), 2, objective)
+            parts.optimizer.step()
+    ((operations, waits),) = found
+    return operations, waits
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("where", "arguments"),
+    [
+        (layout(2, ep=2), ("--moe.topk", "2", "--moe.balance_bias_rate", "0.01")),
+        (
+            layout(2, tp=2),
+            (
+                *("--objectives.kind", "contrastive", "--data.micro_texts", "0"),
+                *("--data.micro_images", "0", "--moe.routing", "expert_choice"),
+            ),
+        ),
+    ],
+    ids=["masked-ep2", "contrastive-tp2"],
+)
+def test_nothing_in_a_graph_waits_or_copies(where: Layout, arguments: tuple[str, ...]) -> None:
+    graph = ("--train.counter_draws", "true", "--train.cuda_graph", "true")
+    ((operations, waits),) = Workers(1).run(1, _capture, where, *graph, *arguments)
+    assert operations > 1000 and not waits
 
 
 def test_the_norm_is_that_of_all_gradients_together() -> None:

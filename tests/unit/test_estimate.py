@@ -681,3 +681,27 @@ def test_fidelity_page_names_options_that_exist():
     assert len(set(named)) > 30
     for section, option in named:
         assert hasattr(getattr(config, section), option), f"{section}.{option}"
+
+
+@pytest.mark.parametrize(("recompute", "kept"), [("none", False), ("full", True)])
+def test_noise_of_all_blocks_is_in_memory_at_once(recompute, kept):
+    """24 tokens and 2 experts, 20 tokens and 4: kept where blocks are computed again, else beside the logits."""
+    plain = hand_config(moe=MOE, train={"recompute": recompute})
+    counted = change(plain, train={"counter_draws": True})
+    (before,), (after,) = (memory_per_rank(own, 1, "bf16") for own in (plain, counted))
+    noise = 4 * (24 * 2 + 20 * 4)
+    assert after.kept.get("router noise", 0) == (noise if kept else 0)
+    assert after.total - before.total == noise
+    silent = change(counted, moe={"noise_std": 0.0})
+    assert memory_per_rank(silent, 1, "bf16")[0].total == before.total
+
+
+def test_a_graph_holds_all_batches_of_a_step():
+    """Pixels, one byte each, and tokens, eight, of both micro-batches."""
+    plain = hand_config(moe=MOE, train={"counter_draws": True})
+    config = change(plain, train={"cuda_graph": True})
+    model, data = config.model, config.data
+    images = (data.micro_images + data.micro_pairs) * 3 * model.image_size**2
+    tokens = data.micro_texts * model.text_length + data.micro_pairs * model.pair_text_length
+    (before,), (after,) = (memory_per_rank(own, 1, "bf16") for own in (plain, config))
+    assert after.total - before.total == after.kept["batches"] == 2 * (images + 8 * tokens)

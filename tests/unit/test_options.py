@@ -38,6 +38,29 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "--parallel.context_parallel_size 2 --dry-run-world-size 2",
         ["context_parallel_size"],
     ),
+    "graph without draws of a counter": (
+        "--train.cuda_graph true",
+        ["cuda_graph", "counter_draws"],
+    ),
+    **{
+        f"graph and {option} {value}": (
+            f"--train.cuda_graph true --train.counter_draws true --{option} {value} --dry-run-world-size 2",
+            ["cuda_graph", f"{option}={value}"],
+        )
+        for option, value in (
+            ("parallel.pipeline_model_parallel_size", "2"),
+            ("parallel.overlap_param_gather", "true"),
+            ("train.recompute", "full"),
+            ("train.precision", "fp16"),
+            ("moe.dispatcher", "alltoall"),
+            ("moe.capacity_factor", "-1"),
+        )
+    },
+    "graph and documents as sequences": (
+        "--train.cuda_graph true --train.counter_draws true --data.reset_attention true "
+        "--model.attention_backend varlen",
+        ["cuda_graph", "reset_attention", "sdpa"],
+    ),
     "expert tensor parallel": (
         "--parallel.tensor_model_parallel_size 2 --parallel.expert_tensor_parallel_size 2 --dry-run-world-size 2",
         ["expert_tensor_parallel_size"],

@@ -60,6 +60,15 @@ def test_an_option_of_another_section_is_named(section: dict[str, Any], named: s
         validate_task(replace(CONFIG, **section), world_size=1)
 
 
+def test_a_graph_is_not_for_retrieval() -> None:
+    train = TrainConfig(cuda_graph=True, counter_draws=True)
+    validate_task(replace(CONFIG, train=train), 1)
+    retrieval = replace(CONFIG, train=train, task=replace(CONFIG.task, name="retrieval"))
+    with pytest.raises(ConfigError, match="train.cuda_graph=true is not for retrieval"):
+        validate_task(retrieval, 1)
+    validate_task(retrieval, 1, training=False)
+
+
 def test_evaluation_needs_no_training_options() -> None:
     options = {"epochs": 0.0, "global_batch_size": 7}
     validate_task(replace(CONFIG, task=replace(CONFIG.task, **options)), 2, training=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from checks.report import Report, difference, identical, milliseconds
+from checks.steps import graph_times
 from megatron_vlmoe.benchmarks import moe_layer as benchmark
 from megatron_vlmoe.benchmarks.compare import NotRun as NotMeasured
 from megatron_vlmoe.config.schema import ParallelConfig
@@ -164,7 +165,7 @@ def slots(gates: Tensor, capacity: int) -> list[Tensor]:
 
 def compile(report: Report) -> None:
     """The functions of `train.compile` compiled against eager: values, gradients and times; the FFNs of experts with
-    one of them; and the MoE layer in a CUDA graph."""
+    one of them; the MoE layer in a CUDA graph; times of a step with and without one."""
     rows, width, experts = report.size((25_216, 768, 32), (256, 64, 8))
     vocabulary = report.size(64_000, 128)
     dtype = report.size(torch.bfloat16, torch.float32)
@@ -198,9 +199,13 @@ def compile(report: Report) -> None:
         _experts(report, draw)
         with _groups():
             _graph(report)
+        try:
+            graph_times(report)
+        except RuntimeError as error:
+            report.expect(False, f"no graph of a step: {str(error).splitlines()[0]}")
     else:
         report.left_out(
-            "the MoE layer in a CUDA graph; inductor: functions were traced, not compiled"
+            "the MoE layer and a step in CUDA graphs; inductor: functions were traced, not compiled"
         )
 
 

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from checks.report import Report, difference, identical, milliseconds
 from checks.training import Training, training
 from megatron_vlmoe.train.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_vlmoe.train.checkpoint_files import TrainState, find_checkpoint
+from megatron_vlmoe.train.step_graph import capture_cuda_graph
 
 # Options under which a step takes other kernels.
 VARIANTS = {
@@ -25,6 +27,19 @@ VARIANTS = {
     "expert choice": ("--moe.routing", "expert_choice", "--moe.capacity_factor", "1"),
     "recompute": ("--train.recompute", "full"),
 }
+# Steps that a CUDA graph may hold.
+GRAPHED = {
+    "fixed_capacity": ("--moe.capacity_factor", "1.05", "--moe.topk", "2"),
+    "balance bias": ("--moe.balance_bias_rate", "0.01"),
+    "expert choice": ("--moe.routing", "expert_choice", "--moe.capacity_factor", "1"),
+    "dense": ("--moe.modalities", "none", "--moe.layers", "[]"),
+}
+# A model whose host takes longer to start its operations than a GPU to carry them out.
+LAUNCH_BOUND = """
+--model.num_layers 12 --model.num_vl_layers 3 --model.hidden_size 384 --model.num_attention_heads 6
+--model.ffn_hidden_size 1536 --moe.layers 2 4 6 8 --moe.capacity_factor 1.05 --moe.num_vision_experts 32
+--moe.num_text_experts 32 --data.micro_texts 8 --data.micro_images 8 --data.micro_pairs 8
+""".split()
 # Of one step: the gradient norm. fp16 also reads whether anything overflowed, for dense parameters and for experts.
 EXPECTED_WAITS = {"bf16": 1, "fp16": 3}
 
@@ -131,6 +146,51 @@ def _cost(report: Report) -> None:
         with training("--moe.capacity_factor", "1", deterministic=wanted) as run:
             work = functools.partial(run.forward_backward, run.batches())
             report.note(**{name: milliseconds(work, 10)})
+
+
+def step_graph(report: Report) -> None:
+    """Steps as a CUDA graph and ordinary ones: the same bits, with an evaluation in between."""
+    if not report.on_gpu:
+        report.left_out(
+            "the graph: its steps ran as functions, in the tensors that a graph would have"
+        )
+    for name in report.size(tuple(GRAPHED), ("fixed_capacity",)):
+        words, results = GRAPHED[name], []
+        for graph in (False, True):
+            with _graphed(report, graph, *words, deterministic=True) as run:
+                losses = run.train(5)
+                run.runner.evaluate(iter(run.batches()), run.count, lambda batch, outputs: None)
+                losses += run.train(report.size(3, 1))
+                results.append((losses, run.weights()))
+        (losses, weights), (others, other_weights) = results
+        report.note(**{f"{name}_losses": losses})
+        report.expect(losses == others, f"{name}: losses {losses} and of a graph {others}")
+        same = identical(weights, other_weights)
+        report.expect(same, f"{name}: weights differ after {len(losses)} steps")
+        report.expect(len(set(losses)) == len(losses), f"{name}: steps repeat, {losses}")
+
+
+def graph_times(report: Report) -> None:
+    """Milliseconds of forward and backward with and without a graph, and the memory that torch took for them."""
+    found = {}
+    for graph in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with _graphed(report, graph, *LAUNCH_BOUND) as run:
+            work = functools.partial(run.forward_backward, run.batches())
+            # The graph is made in the fourth call.
+            taken = milliseconds(work, repetitions=20, warmup=5)
+            reserved = torch.cuda.max_memory_reserved() / 1e6
+        found["graph" if graph else "ordinary"] = {"ms": taken, "reserved_mb": reserved}
+    report.note(step_graph=found)
+
+
+def _graphed(
+    report: Report, graph: bool, *words: str, deterministic: bool = False
+) -> AbstractContextManager[Training]:
+    options = ("--train.counter_draws", "true", "--train.cuda_graph", str(graph).lower(), *words)
+    capture = report.size(capture_cuda_graph, lambda work: work)
+    return training(*options, deterministic=deterministic, capture=capture)
 
 
 def recompute(report: Report) -> None:

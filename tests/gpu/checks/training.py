@@ -18,6 +18,7 @@ from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.train.pretrain import pretraining_objective
 from megatron_vlmoe.train.setup import TrainingParts, build_training
 from megatron_vlmoe.train.step import StepRunner
+from megatron_vlmoe.train.step_graph import Capture, capture_cuda_graph
 
 
 class Training:
@@ -26,13 +27,16 @@ class Training:
     Args:
         config: the run.
         precision: of its arithmetic; fp16 also on a CPU, which a run refuses.
+        capture: makes the graph of `train.cuda_graph`.
     """
 
-    def __init__(self, config: Any, precision: Any) -> None:
+    def __init__(
+        self, config: Any, precision: Any, capture: Capture[Any] = capture_cuda_graph
+    ) -> None:
         self.config = config
         self.parts: TrainingParts = build_training(config, precision)
         ranks = self.ranks
-        self.runner = StepRunner(config, self.parts, ranks)
+        self.runner = StepRunner(config, self.parts, ranks, capture)
         self.count = num_micro_batches(config, 1)
         self.objective: Any = pretraining_objective(config, ranks, None, self.count)
         self.data = RandomData(config, BatchShare.of(ranks))
@@ -90,13 +94,16 @@ class Training:
 
 @contextmanager
 def training(
-    *words: str, precision: str = "bf16", deterministic: bool = False
+    *words: str,
+    precision: str = "bf16",
+    deterministic: bool = False,
+    capture: Capture[Any] = capture_cuda_graph,
 ) -> Iterator[Training]:
     """A run of the small model with options on top; process groups end with it."""
     config = small_config(*words)
     initialize(config.parallel, config.train.seed, deterministic)
     try:
-        yield Training(config, precision)
+        yield Training(config, precision, capture)
     finally:
         torch.use_deterministic_algorithms(False)
         destroy()
