@@ -405,6 +405,12 @@ class CheckpointConfig:
         load_optimizer: takes optimizer and step from `load` too; false takes only the weights and starts at step 0.
         async_save: writes checkpoints in the background while training goes on.
         require: fails if there is nothing to resume from.
+        optimizer_format: how optimizer state is stored, in megatron-core's words. `fully_reshardable` loads at any
+            layout, but every rank gathers the state of all data-parallel ranks to write it. With `dp_reshardable`
+            every rank writes its own share; it loads at the same TP, PP, EP and buckets, with any number of
+            data-parallel ranks. `auto` is the latter, and the former for the last checkpoint, also of a clean exit.
+        parallel_load: every data-parallel rank reads its share and sends it to the others, in place of all of them
+            reading everything.
     """
 
     save: str = ""
@@ -416,6 +422,8 @@ class CheckpointConfig:
     load_optimizer: bool = True
     async_save: bool = False
     require: bool = False
+    optimizer_format: Literal["fully_reshardable", "dp_reshardable", "auto"] = "fully_reshardable"
+    parallel_load: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

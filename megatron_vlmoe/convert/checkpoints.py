@@ -39,12 +39,13 @@ from megatron_vlmoe.train.checkpoint_files import (
     checkpoint_root,
     find_best_or_last,
     has_checkpoints,
+    is_optimizer_key,
     iteration_name,
     one_line,
+    stored_format,
 )
 
 COMMON_FILE = "common.pt"
-OPTIMIZER = "optimizer."
 
 
 class CheckpointReader:
@@ -86,10 +87,12 @@ class CheckpointReader:
             key: LazyTensor(tuple(entry.size), entry.properties.dtype, partial(self._read, key))
             for key, entry in self._entries.items()
         }
-        self.tensors = {k: t for k, t in stored.items() if not k.startswith(OPTIMIZER)}
+        self.tensors = {k: t for k, t in stored.items() if not is_optimizer_key(k)}
         """The model's tensors by checkpoint key."""
-        self.optimizer_tensors = {k: t for k, t in stored.items() if k.startswith(OPTIMIZER)}
-        """The optimizer's, as `optimizer.state.{param,exp_avg,exp_avg_sq}.KEY`."""
+        self.optimizer_tensors = {k: t for k, t in stored.items() if is_optimizer_key(k)}
+        """The optimizer's, as `optimizer.state.{param,exp_avg,exp_avg_sq}.KEY`; or its buckets, under names that end
+        with one of the three kinds, where `optimizer_format` is dp_reshardable."""
+        self.optimizer_format = stored_format(self.common)
         self.num_shards = {key: len(entry.chunks) for key, entry in self._entries.items()}
         """Pieces in which each tensor was written."""
 

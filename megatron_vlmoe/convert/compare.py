@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_vlmoe.config.command_line import flat_options
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.inspect import TensorSource, number, open_source, optimizer_key, to_json
 from megatron_vlmoe.convert.statistics import Distance, distance
 from megatron_vlmoe.convert.tensors import type_name, with_progress
@@ -86,6 +87,13 @@ def compare_checkpoints(
         ConvertError: one of them is not there or cannot be read.
     """
     first, second = open_source(left), open_source(right)
+    readers = [source.reader for source in (first, second) if source.reader is not None]
+    formats = [reader.optimizer_format for reader in readers if reader.optimizer_tensors]
+    if with_optimizer and len(set(formats)) > 1:
+        raise ConvertError(
+            f"--optimizer: the state is {formats[0]} in {first.path} and {formats[1]} in {second.path}, "
+            "which have no names in common; the weights alone can be compared"
+        )
     exported = first.reader is None or second.reader is None
     ours, theirs = (
         {

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoints import OPTIMIZER, CheckpointReader
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.hf_config import import_config, read_config
 from megatron_vlmoe.convert.name_table import VocabularyRows, name_table
 from megatron_vlmoe.convert.statistics import Measure, mean_cosine, measure, row_digests, row_norms
@@ -35,11 +35,14 @@ from megatron_vlmoe.planning.parameters import (
     part_order,
 )
 from megatron_vlmoe.stream.block_plan import block_plans, moe_layer_numbers
+from megatron_vlmoe.train.checkpoint_files import FULLY_RESHARDABLE, is_optimizer_key
 from megatron_vlmoe.train.run_files import is_hugging_face
 
 _POOL = re.compile(
     r"decoder\.layers\.(\d+)\.mlp\.moe\.(?:router\.([a-z]+)\.weight|experts\.([a-z]+)\.(\w+))$"
 )
+_STATE = "optimizer.state."
+_BUCKET = re.compile(r"\.bucket_idx_\d+$")
 _FILE_RANK = re.compile(r"__(\d+)_\d+\.distcp$")
 
 
@@ -62,7 +65,7 @@ class TensorSource:
     Args:
         tensors: the model's; of a Hugging Face folder they are joined by the name table, and those that have no key
             of ours come under their own name.
-        optimizer_tensors: the optimizer's, as `optimizer.state.KIND.KEY`.
+        optimizer_tensors: the optimizer's, see `CheckpointReader`.
         problems: what does not go with the configuration.
         reader: of a checkpoint; None for a Hugging Face folder.
         stored: of a Hugging Face folder, the tensors in the files that make a key's.
@@ -134,15 +137,26 @@ def _differences(
 
 
 def optimizer_key(name: str) -> tuple[str, str]:
-    """Kind and parameter of an optimizer's tensor: `exp_avg` and the key; two empty strings if it is none."""
-    if not name.startswith(OPTIMIZER):
+    """Kind and parameter of an optimizer's tensor: `exp_avg` and the key; two empty strings if it is none.
+
+    A bucket has many parameters; its own name takes the place of the key.
+    """
+    if not is_optimizer_key(name):
         return "", ""
-    kind, _, key = name.removeprefix(f"{OPTIMIZER}state.").partition(".")
-    return (kind, key) if name.startswith(f"{OPTIMIZER}state.") else ("other", name)
+    bucket, _, kind = name.rpartition(".")
+    if _BUCKET.search(bucket):
+        return kind, bucket
+    kind, _, key = name.removeprefix(_STATE).partition(".")
+    return (kind, key) if name.startswith(_STATE) else ("other", name)
 
 
 def _optimizer_problems(reader: CheckpointReader, wanted: Mapping[str, Shape]) -> Iterator[Problem]:
-    """Frozen parameters have no state, so a parameter may lack all of it, but not one of its moments."""
+    """Frozen parameters have no state, so a parameter may lack all of it, but not one of its moments.
+
+    Which buckets there are, the configuration does not tell.
+    """
+    if reader.optimizer_format != FULLY_RESHARDABLE:
+        return
     kinds_of: dict[str, set[str]] = {}
     for name, tensor in reader.optimizer_tensors.items():
         kind, key = optimizer_key(name)
@@ -157,7 +171,7 @@ def _optimizer_problems(reader: CheckpointReader, wanted: Mapping[str, Shape]) -
     moments = {kind for kinds in kinds_of.values() for kind in kinds if "param" not in kind}
     for key, found in kinds_of.items():
         for kind in sorted(moments - found):
-            yield Problem("missing", f"{OPTIMIZER}state.{kind}.{key}", "not there")
+            yield Problem("missing", f"{_STATE}{kind}.{key}", "not there")
 
 
 def _hugging_face(folder: Path) -> TensorSource:
@@ -217,10 +231,11 @@ class PartSummary:
 class OptimizerSummary:
     """The optimizer state of a checkpoint.
 
-    Number of tensors by kind, such as `exp_avg`; bytes of their values; updates that the optimizer counts, None where
-    the checkpoint does not tell; root mean square and largest value by kind.
+    Its format; number of tensors by kind, such as `exp_avg`; bytes of their values; updates that the optimizer counts,
+    None where the checkpoint does not tell; root mean square and largest value by kind.
     """
 
+    format: str
     kinds: Mapping[str, int]
     nbytes: int
     steps: Optional[int]
@@ -380,7 +395,11 @@ def _optimizer(source: TensorSource, states: Mapping[str, Measure]) -> Optional[
             stack.extend(item.values())
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
+    if source.reader.optimizer_format != FULLY_RESHARDABLE:
+        # It lies in the files of the ranks. The schedule counts the same updates.
+        steps = [int(source.reader.common["scheduler"]["num_steps"])]
     return OptimizerSummary(
+        source.reader.optimizer_format,
         dict(Counter(optimizer_key(name)[0] for name in source.optimizer_tensors)),
         sum(tensor.nbytes for tensor in source.optimizer_tensors.values()),
         max(steps, default=None),
@@ -518,6 +537,8 @@ def _written_lines(inspection: Inspection) -> list[str]:
             for name, count in optimizer.kinds.items()
         )
         of = f"{counts[-1]} of {sum(inspection.types.values())} tensors"
+        if optimizer.format != FULLY_RESHARDABLE:
+            of = f"{counts[-1]} buckets ({optimizer.format})"
         steps = f", {optimizer.steps} updates" if optimizer.steps is not None else ""
         lines.append(f"optimizer state: {kinds} of {of}, {size_text(optimizer.nbytes)}{steps}")
     if not inspection.source.reader:

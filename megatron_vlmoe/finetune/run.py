@@ -24,6 +24,7 @@ from megatron_vlmoe.model.task_heads import build_task_heads
 from megatron_vlmoe.planning.validate import validate, validate_task
 from megatron_vlmoe.runtime.distributed import (
     destroy,
+    from_rank_zero,
     initialize,
     is_rank_zero,
     resolve_precision,
@@ -38,7 +39,12 @@ from megatron_vlmoe.train.resume import warm_start
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.run_log import begin_run_logs
 from megatron_vlmoe.train.setup import TrainingParts, build_forward_only, build_training
-from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
+from megatron_vlmoe.train.startup import (
+    check_same_on_all_ranks,
+    log_layout,
+    make_run_folder,
+    report_packages,
+)
 from megatron_vlmoe.train.step_graph import check_cuda_graph
 from megatron_vlmoe.train.trainer import Trainer
 
@@ -65,6 +71,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     begun = _begun(config)
     data = TaskData.open(config, BatchShare.of(ranks))
     config = data.config
+    check_same_on_all_ranks(config)
     validate(config, ranks.world_size)
     if begun is not None and begun.task.labels_sha256 != config.task.labels_sha256:
         raise ConfigError(
@@ -100,10 +107,10 @@ def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
         ConfigError: if it is one of something else.
     """
     save = config.checkpoint.save
-    own = find_checkpoint(save, config.checkpoint.step) if save else None
+    own = from_rank_zero(lambda: find_checkpoint(save, config.checkpoint.step)) if save else None
     if own is None:
         return None
-    run = saved_run(str(own))
+    run = from_rank_zero(lambda: saved_run(str(own)))
     if isinstance(run, FinetuneConfig) and run.task.name == config.task.name:
         return run
     name = run.task.name if isinstance(run, FinetuneConfig) else "pretraining"
@@ -115,8 +122,8 @@ def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
     if not config.checkpoint.load:
         log.info("starting from initial weights: no --load")
         return
-    path = checkpoint_of(config.checkpoint.load, config.checkpoint.step)
-    source = saved_run(str(path))
+    path = from_rank_zero(lambda: checkpoint_of(config.checkpoint.load, config.checkpoint.step))
+    source = from_rank_zero(lambda: saved_run(str(path)))
     # A head for other classes is no start for this one.
     same_head = (
         isinstance(source, FinetuneConfig)
@@ -124,7 +131,8 @@ def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
         and source.task.labels_sha256 == config.task.labels_sha256
     ) or (source.objectives.kind == "contrastive" and config.task.spec.target == "match")
     log.info("starting from %s", path)
-    report = warm_start(weight_source(path), config, parts, with_heads=same_head)
+    weights = weight_source(path, config.checkpoint.parallel_load)
+    report = warm_start(weights, config, parts, with_heads=same_head)
     for line in report.lines():
         log.info(line)
     if config.checkpoint.save and is_rank_zero():
@@ -139,12 +147,13 @@ def run_evaluate(config: FinetuneConfig) -> None:
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
+    check_same_on_all_ranks(config)
     # The length of training is of no account here.
     config = replace(config, train=replace(config.train, steps=max(1, config.train.steps)))
     validate(config, ranks.world_size)
     log_layout(config, ranks, precision, 0, data.summary())
     parts = build_forward_only(config, precision, build_task_heads)
-    path = checkpoint_of(config.checkpoint.load, config.checkpoint.step)
+    path = from_rank_zero(lambda: checkpoint_of(config.checkpoint.load, config.checkpoint.step))
     load_weights(path, config, parts)
     log.info("loaded %s", path)
     begin_run_logs()
@@ -176,9 +185,11 @@ def _load_best(
 ) -> str:
     """Loads the weights of the best evaluation, where there is one; returns the folder of what is in the model."""
     save, state = config.checkpoint.save, trainer.state
-    best = find_checkpoint(Path(save) / "best") if save and config.task.save_best else None
+    keeps_best = save and config.task.save_best
+    best = from_rank_zero(lambda: find_checkpoint(Path(save) / "best")) if keeps_best else None
     if best is None:
-        return str(find_checkpoint(trainer.writer.root)) if trainer.writer is not None else ""
+        root = trainer.writer.root if trainer.writer is not None else None
+        return str(from_rank_zero(lambda: find_checkpoint(root))) if root is not None else ""
     if state.best_step == state.step:
         log.info("the last weights are the best, %s", best)
     else:

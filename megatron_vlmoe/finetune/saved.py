@@ -14,14 +14,14 @@ from megatron_vlmoe.train.resume import CheckpointWeights, WeightSource, warm_st
 from megatron_vlmoe.train.run_files import is_hugging_face
 
 
-def weight_source(path: Path) -> WeightSource:
-    """The weights of an iteration folder or of a Hugging Face folder.
+def weight_source(path: Path, in_parallel: bool = False) -> WeightSource:
+    """The weights of an iteration folder, see `CheckpointWeights`, or of a Hugging Face folder.
 
     Raises:
         CheckpointError: a Hugging Face folder that is damaged, tampered with, or of another architecture.
     """
     if not is_hugging_face(path):
-        return CheckpointWeights(path)
+        return CheckpointWeights(path, in_parallel)
     try:
         # Checksums cost a whole reading: once per node.
         return HuggingFaceModel(path, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)

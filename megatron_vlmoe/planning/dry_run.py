@@ -9,6 +9,7 @@ from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.planning.collectives import collectives_per_step
 from megatron_vlmoe.planning.estimate import (
+    checkpoint_bytes,
     flops_per_step,
     hardware_flops_per_step,
     memory_per_rank,
@@ -56,6 +57,7 @@ def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> 
         f"Memory per rank in GiB, {precision}{note}, recompute {config.train.recompute}",
         *table(header, rows),
         "  without the CUDA context, communication buffers, the image tokenizer and fragmentation",
+        checkpoint_line(config, precision),
     ]
     parallel = config.parallel
     kinds = (
@@ -82,6 +84,18 @@ def dry_run_text(config: RunConfig, world_size: int, gpus_per_node: int = 8) -> 
         warnings,
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def checkpoint_line(config: RunConfig, precision: Precision) -> str:
+    """Size of a checkpoint, and what writing it takes of a host's memory."""
+    size = checkpoint_bytes(config, precision)
+    line = f"  a checkpoint has {size.stored / GIB:.2f} GiB"
+    if not size.gathered:
+        return f"{line}, and every rank writes its share"
+    last = "the last one" if config.checkpoint.optimizer_format == "auto" else "it"
+    return (
+        f"{line}; for {last}, every rank gathers up to {size.gathered / GIB:.2f} GiB in host memory"
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

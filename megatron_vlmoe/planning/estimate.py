@@ -271,6 +271,45 @@ def memory_per_rank(
     return estimates
 
 
+@dataclass(frozen=True)
+class CheckpointBytes:
+    """What a checkpoint that training can go on from takes.
+
+    Args:
+        stored: in its files, all ranks together, without what is not a tensor.
+        gathered: optimizer state that a rank holds in host memory while it writes or reads it, beside all else: the
+            most of any rank, 0 where every rank keeps to its own share (`dp_reshardable`, or no distributed optimizer).
+    """
+
+    stored: int
+    gathered: int
+
+
+def checkpoint_bytes(config: RunConfig, precision: Precision) -> CheckpointBytes:
+    """Bytes of the last checkpoint of a run; see `CheckpointBytes`.
+
+    Optimizer state is 12 bytes a trained parameter: an fp32 copy and Adam's moments. For `fully_reshardable`
+    megatron-core puts together on every rank the state of all parameters that the rank holds, not of its share alone.
+    """
+    config = with_assumed_vocabularies(config)
+    parallel, found = config.parallel, estimated_parameters(config)
+    moments = 8
+    if config.optim.optimizer == "sgd":
+        moments = 4 if config.optim.sgd_momentum else 0
+    distributed = parallel.use_distributed_optimizer
+    state = moments + (4 if distributed or precision != "fp32" else 0)
+    trained = trained_parameters(config, found)
+    stored = sum(p.local_size(1, 1) * (4 if p.fp32 else BYTES[precision]) for p in found)
+    stored += state * sum(p.local_size(1, 1) for p in trained)
+    sizes = (parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
+    held = [
+        sum(p.local_size(*sizes) for p in parameters_of_stage(trained, config, stage))
+        for stage in range(parallel.pipeline_model_parallel_size)
+    ]
+    gathers = distributed and config.checkpoint.optimizer_format != "dp_reshardable"
+    return CheckpointBytes(stored, state * max(held) if gathers else 0)
+
+
 def trained_parameters(config: RunConfig, found: Iterable[Parameter]) -> list[Parameter]:
     """Those parameters that a run trains: tokens reach them, and they are not frozen."""
     layout = StreamLayout.of(config)

@@ -11,12 +11,17 @@ from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.collectives import collectives_per_step
 from megatron_vlmoe.planning.dry_run import (
     GIB,
+    checkpoint_line,
     collective_lines,
     layout_lines,
     parameter_summary,
     table,
 )
-from megatron_vlmoe.planning.estimate import flops_per_step, hardware_flops_per_step
+from megatron_vlmoe.planning.estimate import (
+    checkpoint_bytes,
+    flops_per_step,
+    hardware_flops_per_step,
+)
 from megatron_vlmoe.planning.layout_search import CHOICES, Layout, losers
 from megatron_vlmoe.planning.parameters import parameter_counts
 from megatron_vlmoe.planning.step_time import Cluster
@@ -147,6 +152,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     return [
         f"Memory per rank in GiB, of {usable:.1f} that a plan may fill",
         *table(header, rows),
+        checkpoint_line(plan.best.config, plan.precision),
     ]
 
 
@@ -242,6 +248,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "model": flops_per_step(config),
             "hardware": hardware_flops_per_step(config),
         },
+        "checkpoint": asdict(checkpoint_bytes(config, plan.precision)),
         "best": {
             **of_layout(best),
             "seconds_by_part": dict(best.time.parts),

@@ -428,6 +428,12 @@ def _check_parallel(config: RunConfig) -> None:
         not parallel.overlap_param_gather or parallel.use_distributed_optimizer,
         "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true",
     )
+    form = config.checkpoint.optimizer_format
+    _require(
+        form == "fully_reshardable" or parallel.use_distributed_optimizer,
+        f"checkpoint.optimizer_format={form} needs parallel.use_distributed_optimizer=true: "
+        "without it no rank has a share of its own to write",
+    )
 
 
 def _check_cuda_graph(config: RunConfig) -> None:

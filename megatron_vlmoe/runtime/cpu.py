@@ -15,6 +15,7 @@ import sys
 from typing import Any, Callable
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import token_dispatcher
@@ -23,7 +24,10 @@ from torch.utils._device import _device_constructors
 CPU = torch.device("cpu")
 
 # Factories that megatron-core calls with device="cuda" or device=torch.cuda.current_device().
-FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
+FACTORIES = (
+    *("empty", "empty_like", "zeros", "ones", "full", "tensor", "arange"),
+    *("rand", "randn", "randint"),
+)
 
 
 class _Inert:
@@ -139,6 +143,8 @@ def install_cpu_runtime() -> bool:
     _replace(cuda.nvtx, "range_pop", lambda *args, **kwargs: None)
     for name in FACTORIES:
         _replace(torch, name, _on_cpu(getattr(torch, name)))
+    # Its default argument is torch's own factory.
+    _replace(ShardedTensor, "init_data", _on_cpu(ShardedTensor.init_data))
     _replace(torch.Tensor, "to", _on_cpu(torch.Tensor.to))
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)

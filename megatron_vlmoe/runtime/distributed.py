@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Callable, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from megatron_vlmoe.runtime.cpu import install_cpu_runtime
 from megatron_vlmoe.runtime.optimizer import install_fallbacks
 from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.stream.sizes import data_parallel_size
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -139,6 +141,29 @@ def agree(flag: bool) -> bool:
     value = torch.tensor([int(flag)])
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def from_rank_zero(find: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank, and the error where it fails; every rank must call it.
+
+    Nodes may see different states of a shared file system for a while. A decision that is taken from files, and that
+    decides which collectives follow, is taken once.
+
+    Args:
+        find: is called on rank 0 alone; the result is sent as a pickle.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return find()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = find()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 def union_over_ranks(keys: Iterable[str]) -> set[str]:

@@ -7,6 +7,7 @@ the place before stays as it was until then. A write that fails leaves nothing b
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -123,6 +124,8 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
 def folder_atomic(path: Path) -> Iterator[Path]:
     """A folder to fill, which replaces the one at ``path``, if any, where the block ends without an error.
 
+    What processes that were killed have left beside it is deleted first; those that run here still, keep theirs.
+
     Yields:
         Its path before that.
 
@@ -130,7 +133,10 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         FileError: it cannot be written.
     """
     temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in [temporary, *path.parent.glob(f"{glob.escape(path.name)}.tmp-*")]:
+        process = left.name.rpartition("-")[2]
+        if left == temporary or (process.isdecimal() and not _runs(int(process))):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         with naming(path):
             temporary.mkdir(parents=True)
@@ -176,6 +182,17 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def _named(error: OSError, path: str | Path) -> FileError:
     return FileError(error.errno or 0, error.strerror or str(error), str(path))
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _temporary(path: Path) -> Path:

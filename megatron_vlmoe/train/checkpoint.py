@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -35,6 +40,7 @@ from megatron_vlmoe.runtime.distributed import (
     agree,
     barrier,
     device,
+    from_rank_zero,
     is_rank_zero,
     union_over_ranks,
 )
@@ -42,12 +48,16 @@ from megatron_vlmoe.runtime.files import publish_folder, write_text_atomic
 from megatron_vlmoe.runtime.results_queue import install_results_queue
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
-    CONTENT_METADATA,
+    DP_RESHARDABLE,
+    FULLY_RESHARDABLE,
     TRACKER,
     TrainState,
+    content_metadata,
+    is_optimizer_key,
     iteration_name,
     iterations,
     one_line,
+    stored_format,
 )
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
@@ -63,6 +73,12 @@ ARCHITECTURE = (
     "moe.shared_router",
 )
 
+# What the buckets of the distributed optimizer depend on besides: `dp_reshardable` stores them as they are.
+BUCKET_OPTIONS = (
+    *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+    *("parallel.virtual_pipeline_model_parallel_size", "parallel.expert_model_parallel_size"),
+    "parallel.overlap_grad_reduce",
+)
 # Which parameters have optimizer state, and of what kind, is decided by these; of the batch sizes by which are 0.
 STATE_OPTIONS = (
     *("optim.optimizer", "optim.sgd_momentum", "parallel.use_distributed_optimizer"),
@@ -96,8 +112,12 @@ class CheckpointWriter:
         config: RunConfig,
         parts: ModelParts,
         with_optimizer: bool = True,
+        is_last: bool = False,
     ) -> Path:
         """Writes a checkpoint, with `with_optimizer` one that training can go on from.
+
+        Args:
+            is_last: whether the run ends with it, which decides the format where `checkpoint.optimizer_format` is auto.
 
         Raises:
             CheckpointError: on every rank, if the disk is too full or writing fails on any.
@@ -112,7 +132,13 @@ class CheckpointWriter:
                 chunk.enable_forward_pre_hook()
         # Before the first step an optimizer has no state yet; weights are all that a seed is for.
         with_optimizer = with_optimizer and state.step > 0
-        content = sharded_content(parts, is_loading=False, with_optimizer=with_optimizer)
+        wanted, optimizer_format = config.checkpoint.optimizer_format, FULLY_RESHARDABLE
+        if with_optimizer and (wanted == DP_RESHARDABLE or (wanted == "auto" and not is_last)):
+            optimizer_format = DP_RESHARDABLE
+        content = sharded_content(parts, False, with_optimizer, optimizer_format)
+        if optimizer_format == DP_RESHARDABLE:
+            assert isinstance(parts, TrainingParts)
+            content["optimizer_buckets"] = bucket_digest(parts.optimizer)
         content["train_state"] = dataclasses.asdict(state)
         content["config"] = dataclasses.asdict(config)
 
@@ -148,7 +174,7 @@ class CheckpointWriter:
                     parallel_state.get_data_parallel_group(with_context_parallel=True),
                 ),
                 async_sharded_save=self.queue is not None,
-                content_metadata=dict(CONTENT_METADATA),
+                content_metadata=content_metadata(optimizer_format),
             )
         except (Exception, CheckpointException) as error:
             problem = one_line(error)
@@ -185,8 +211,7 @@ class CheckpointWriter:
             self.queue.close()
 
     def _publish(self, temporary: Path, target: Path, step: int) -> None:
-        barrier()
-        if is_rank_zero():
+        def publish() -> None:
             publish_folder(temporary, target)
             write_text_atomic(self.root / TRACKER, f"{step}\n")
             if self.keep_last > 0:
@@ -194,7 +219,9 @@ class CheckpointWriter:
                 own = [path for number, path in iterations(self.root) if 0 < number <= step]
                 for path in own[: -self.keep_last]:
                     shutil.rmtree(path, ignore_errors=True)
+
         barrier()
+        from_rank_zero(publish)
 
 
 def load_checkpoint(
@@ -208,7 +235,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: if the checkpoint is of another model, has other optimizer state, or is damaged.
     """
-    common = load_common(path)
+    common = from_rank_zero(lambda: load_common(path))
     saved = common.get("config", {})
     # Earlier versions had masks alone.
     kinds = saved.get("objectives", {}).get("kind", "masked"), config.objectives.kind
@@ -219,14 +246,19 @@ def load_checkpoint(
     check_architecture(path, saved, config)
     # A seed checkpoint, and that of the best step, have weights only.
     with_optimizer = with_optimizer and "optimizer" in common
-    content = sharded_content(parts, is_loading=True, with_optimizer=with_optimizer)
-    if with_optimizer:
+    optimizer_format = stored_format(common) if with_optimizer else FULLY_RESHARDABLE
+    in_buckets = optimizer_format == DP_RESHARDABLE
+    if in_buckets:
+        assert isinstance(parts, TrainingParts)
+        if common.get("optimizer_buckets") != bucket_digest(parts.optimizer):
+            raise CheckpointError(_other_buckets(path, saved, config))
+    content = sharded_content(parts, True, with_optimizer, optimizer_format)
+    if with_optimizer and not in_buckets:
         for member in _members(content["optimizer"]):
             member.pop("param_groups", None)
         _check_optimizer_state(path, content["optimizer"], saved, config)
     strict = StrictHandling.RAISE_ALL if with_optimizer else StrictHandling.RAISE_UNEXPECTED
-    with naming_checkpoint(path):
-        loaded = dist_checkpointing.load(content, str(path), strict=strict)
+    loaded = load_sharded(content, path, strict, config.checkpoint.parallel_load)
     for index, chunk in enumerate(parts.chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     if not with_optimizer:
@@ -234,12 +266,72 @@ def load_checkpoint(
             parts.optimizer.reload_model_params()
         return TrainState()
     assert isinstance(parts, TrainingParts)
-    _adopt_groups(parts.optimizer, loaded["optimizer"], common["optimizer"])
-    parts.optimizer.load_state_dict(loaded["optimizer"])
+    # In buckets, groups are stored with the share of every rank.
+    groups = loaded if in_buckets else common
+    _adopt_groups(parts.optimizer, loaded["optimizer"], groups["optimizer"])
+    # From buckets megatron-core copies into parameters that require gradients.
+    with torch.no_grad():
+        parts.optimizer.load_state_dict(loaded["optimizer"])
     first_scale = saved.get("optim", {}).get("initial_loss_scale", config.optim.initial_loss_scale)
     bound_loss_scale(parts.optimizer, first_scale != config.optim.initial_loss_scale)
     parts.scheduler.load_state_dict(loaded["scheduler"])
     return TrainState(**common["train_state"])
+
+
+def load_sharded(
+    content: dict[str, Any], path: Path, strict: StrictHandling, in_parallel: bool
+) -> dict[str, Any]:
+    """Fills a sharded state dict from a checkpoint; every rank must call it.
+
+    Args:
+        in_parallel: of what data-parallel ranks have in common each reads a share, and broadcasts it to the others.
+
+    Raises:
+        CheckpointError: on every rank, if any cannot read.
+    """
+    with naming_checkpoint(path):
+        strategy = None
+        if in_parallel:
+            # Of megatron-core's other exchanges, gather_rounds needs NCCL, and gather_object pickles whole states.
+            strategy = FullyParallelLoadStrategyWrapper(
+                get_default_load_sharded_strategy(str(path)),
+                parallel_state.get_data_parallel_group(with_context_parallel=True),
+                exchange_algo="broadcast",
+            )
+        return dist_checkpointing.load(content, str(path), strategy, strict=strict)  # type: ignore[no-any-return]
+
+
+def bucket_digest(optimizer: MegatronOptimizer) -> str:
+    """Which element of which parameter lies where in the buckets of all ranks, as SHA-256; every rank must call it.
+
+    It does not depend on the number of data-parallel ranks as long as the sizes of buckets do not: up to 40 such ranks.
+    """
+    digests = []
+    for index, part in enumerate(_optimizers(optimizer)):
+        names = {
+            parameter: f"{number} {name}"
+            for number, chunk in enumerate(getattr(part, "model_chunks", ()))
+            for name, parameter in chunk.named_parameters()
+        }
+        lines = [f"{index} {getattr(part, 'data_parallel_group_idx', None)}"]
+        for buffer in getattr(part, "buffers", ()):
+            lines.append(f"{buffer.param_dtype} {buffer.grad_dtype}")
+            for parameter, (start, end, bucket) in buffer.param_index_map.items():
+                first = buffer.bucket_indices[bucket][0]
+                lines.append(f"{bucket} {start - first} {end - first} {names[parameter]}")
+        digests.append(hashlib.sha256("\n".join(lines).encode()).hexdigest())
+    return hashlib.sha256("\n".join(sorted(union_over_ranks(digests))).encode()).hexdigest()
+
+
+def _other_buckets(path: Path, saved: Mapping[str, Any], config: RunConfig) -> str:
+    """The error of optimizer state in buckets that this run does not have."""
+    changed = _changed_state_options(saved, config, (*BUCKET_OPTIONS, *STATE_OPTIONS))
+    return (
+        f"{path}: its optimizer state is {DP_RESHARDABLE}, which loads only into the buckets that it was written from "
+        f"({', '.join(changed) or 'another number of ranks changes their size'}); go on with it there for one step, "
+        f"--checkpoint.optimizer_format {FULLY_RESHARDABLE} --exit-interval 1, and that checkpoint loads here; or take "
+        f"the weights alone into a new run with --load {path} --checkpoint.load_optimizer false"
+    )
 
 
 def _check_optimizer_state(
@@ -250,26 +342,37 @@ def _check_optimizer_state(
     Raises:
         CheckpointError: on every rank.
     """
-    with naming_checkpoint(path):
-        stored = dist_checkpointing.load_tensors_metadata(str(path))
-    theirs = {key for key in stored if key.startswith("optimizer.")}
+
+    def stored_keys() -> set[str]:
+        with naming_checkpoint(path):
+            stored = dist_checkpointing.load_tensors_metadata(str(path))
+        return {key for key in stored if is_optimizer_key(key)}
+
+    theirs = from_rank_zero(stored_keys)
     wanted = (value for value in nested_values(requested) if isinstance(value, ShardedTensor))
     ours = union_over_ranks(value.key for value in wanted)
     if theirs == ours:
         return
-    before, now = flat_options(saved), flat_options(dataclasses.asdict(config))
-    changed = [name for name in STATE_OPTIONS if before.get(name) != now[name]]
-    changed += [
-        name
-        for name in USED_OPTIONS
-        if name in before and name in now and bool(before[name]) != bool(now[name])
-    ]
-    listed = ", ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed)
+    listed = ", ".join(_changed_state_options(saved, config, STATE_OPTIONS))
     raise CheckpointError(
         f"{path}: its optimizer state is not of what this run trains ({len(ours - theirs)} tensors are missing, "
         f"{len(theirs - ours)} have no use{f'; {listed}' if listed else ''}); to take the weights alone, start a new "
         f"run with --load {path} --checkpoint.load_optimizer false"
     )
+
+
+def _changed_state_options(
+    saved: Mapping[str, Any], config: RunConfig, names: Sequence[str]
+) -> list[str]:
+    """Which of these options differ from a checkpoint's, and which of `USED_OPTIONS` are 0 on one side alone."""
+    before, now = flat_options(saved), flat_options(dataclasses.asdict(config))
+    changed = [name for name in names if before.get(name) != now[name]]
+    changed += [
+        name
+        for name in USED_OPTIONS
+        if name in before and name in now and bool(before[name]) != bool(now[name])
+    ]
+    return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
 
 
 def _adopt_groups(
@@ -282,7 +385,8 @@ def _adopt_groups(
     the loading run's own. megatron-core looks saved groups up instead: 0.16.1 without their rates, so that it takes one
     group for another, 0.19 with them, so that it finds none when a rate has changed.
 
-    `common` is the optimizer's part of what the checkpoint holds besides tensors.
+    `common` is where the checkpoint's groups are: the optimizer's part of what it holds besides tensors, or in buckets
+    of what was loaded.
     """
     steps = {g["step"] for m in _members(common) for g in m.get("param_groups", ()) if "step" in g}
     # All groups take every step together; where they differ, a group without parameters was left behind.
@@ -404,9 +508,14 @@ def warn_of_other_gates(path: Path, saved: Mapping[str, Any], config: RunConfig)
         )
 
 
-def sharded_content(parts: ModelParts, is_loading: bool, with_optimizer: bool) -> dict[str, Any]:
+def sharded_content(
+    parts: ModelParts,
+    is_loading: bool,
+    with_optimizer: bool,
+    optimizer_format: str = FULLY_RESHARDABLE,
+) -> dict[str, Any]:
     """What a checkpoint has of model, optimizer and schedule, as megatron-core saves it or loads into it."""
-    metadata = checkpoint_metadata()
+    metadata = checkpoint_metadata(optimizer_format)
     content: dict[str, Any] = {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(parts.chunks)
@@ -417,8 +526,25 @@ def sharded_content(parts: ModelParts, is_loading: bool, with_optimizer: bool) -
         content["optimizer"] = parts.optimizer.sharded_state_dict(
             models, is_loading=is_loading, metadata=metadata
         )
+        if optimizer_format == DP_RESHARDABLE:
+            _clear_gaps(content["optimizer"])
         content["scheduler"] = parts.scheduler.state_dict()
     return content
+
+
+def _clear_gaps(state: Mapping[Any, Any]) -> None:
+    """Writes zeros between the parameters of a bucket, where megatron-core stores what was in memory."""
+    chained = [state[key] for key in state if isinstance(key, int)]
+    for member in chained or [state]:
+        buffers = [value for value in member["param_state"].values() if isinstance(value, dict)]
+        pieces = [
+            p for buffer in buffers for buckets in buffer.values() for b in buckets for p in b
+        ]
+        for piece in pieces:
+            if piece["padding"].unwrap():
+                for value in piece.values():
+                    if isinstance(value, ShardedTensor):
+                        value.data.zero_()
 
 
 def _raise_together(problem: str, path: Path) -> None:

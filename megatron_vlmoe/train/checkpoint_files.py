@@ -26,14 +26,20 @@ _ITERATION = re.compile(r"iter_([0-9]{1,18})")
 _LISTED = 6
 # megatron-core writes it last.
 _MARKER = "metadata.json"
+# How a checkpoint stores the state of the distributed optimizer; the names are megatron-core's.
+FULLY_RESHARDABLE = "fully_reshardable"
+DP_RESHARDABLE = "dp_reshardable"
+_FORMAT = "distrib_optim_sharding_type"
 # megatron-core's choices by which any layout may load what another wrote.
 CONTENT_METADATA: Mapping[str, Any] = MappingProxyType(
     {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        _FORMAT: FULLY_RESHARDABLE,
         "chained_optim_avoid_prefix": True,
         "non_homogeneous_layers": True,
     }
 )
+# In buckets, dense parameters and experts have optimizers of their own in the names.
+_OPTIMIZER_KEY = re.compile(r"(chained_[0-9]+\.)?optimizer\.")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,21 @@ class TrainState:
     best_step: int = 0
     worse_evaluations: int = 0
     best_metric: str = ""
+
+
+def content_metadata(optimizer_format: str) -> dict[str, Any]:
+    """What a checkpoint notes of how it is stored, with its optimizer state in one of the two formats."""
+    return {**CONTENT_METADATA, _FORMAT: optimizer_format}
+
+
+def stored_format(common: Mapping[str, Any]) -> str:
+    """The format of the optimizer state of a checkpoint that holds this besides tensors."""
+    return str(common.get("content_metadata", CONTENT_METADATA)[_FORMAT])
+
+
+def is_optimizer_key(key: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the optimizer's state, in either format."""
+    return _OPTIMIZER_KEY.match(key) is not None
 
 
 def iteration_name(step: int) -> str:

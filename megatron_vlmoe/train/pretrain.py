@@ -46,7 +46,12 @@ from megatron_vlmoe.train.metrics import collect
 from megatron_vlmoe.train.objective import BatchSource, PretrainingObjective
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.setup import build_training
-from megatron_vlmoe.train.startup import log_layout, make_run_folder, report_packages
+from megatron_vlmoe.train.startup import (
+    check_same_on_all_ranks,
+    log_layout,
+    make_run_folder,
+    report_packages,
+)
 from megatron_vlmoe.train.step import Losses, StepRunner
 from megatron_vlmoe.train.step_graph import check_cuda_graph
 from megatron_vlmoe.train.trainer import Trainer
@@ -71,6 +76,7 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
     data = open_data(config, BatchShare.of(ranks))
     config = data.config
+    check_same_on_all_ranks(config)
     validate(config, ranks.world_size)
     if config.checkpoint.save and is_rank_zero():
         keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)

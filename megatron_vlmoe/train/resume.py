@@ -29,13 +29,14 @@ from megatron_vlmoe.model.initial_values import (
     resize_image_positions,
     resize_text_positions,
 )
-from megatron_vlmoe.runtime.distributed import barrier, is_rank_zero, union_over_ranks
+from megatron_vlmoe.runtime.distributed import from_rank_zero, is_rank_zero, union_over_ranks
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.train.checkpoint import (
     changed_options,
     check_architecture,
     load_checkpoint,
     load_common,
+    load_sharded,
     naming_checkpoint,
     warn_of_other_gates,
 )
@@ -46,6 +47,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     TrainState,
     find_checkpoint,
     is_complete,
+    is_optimizer_key,
     is_tracked,
     iteration_name,
     later_checkpoints,
@@ -84,12 +86,20 @@ def resume(
         CheckpointError: a checkpoint is damaged or of something else.
     """
     checkpoint = config.checkpoint
-    own = find_checkpoint(checkpoint.save, checkpoint.step) if checkpoint.save else None
+    own = (
+        from_rank_zero(lambda: find_checkpoint(checkpoint.save, checkpoint.step))
+        if checkpoint.save
+        else None
+    )
     if own is not None and own == Path(checkpoint.save):
         raise ConfigError(f"--save {own}: is a checkpoint, not the folder of a run")
     # Other objectives have taken their weights from it by now.
     continues = bool(checkpoint.load) and starts_from_load and own is None
-    other = find_checkpoint(checkpoint.load, checkpoint.step) if continues else None
+    other = (
+        from_rank_zero(lambda: find_checkpoint(checkpoint.load, checkpoint.step))
+        if continues
+        else None
+    )
     if continues and other is None:
         raise ConfigError(f"--load {checkpoint.load}: no checkpoint there")
     if own is None and not checkpoint.load:
@@ -104,8 +114,8 @@ def resume(
     path = own or other
     state = TrainState()
     if path is not None:
-        if own is not None and is_rank_zero():
-            _tell_changes(own, config)
+        if own is not None:
+            from_rank_zero(lambda: _tell_changes(own, config))
         state = load_checkpoint(path, config, parts, own is not None or checkpoint.load_optimizer)
         if state.step > config.train.steps:
             raise ConfigError(
@@ -117,10 +127,10 @@ def resume(
         log.info("loaded %s: starting after step %d", path, state.step)
     if checkpoint.save:
         if best_metric:
-            state = agree_with_best(Path(checkpoint.save) / "best", state, best_metric)
+            loaded, best = state, Path(checkpoint.save) / "best"
+            state = from_rank_zero(lambda: agree_with_best(best, loaded, best_metric))
         if own is not None:
-            go_on_from(own.parent, state.step)
-        barrier()
+            from_rank_zero(lambda: go_on_from(own.parent, state.step))
     return state
 
 
@@ -137,7 +147,7 @@ def _tell_changes(own: Path, config: RunConfig) -> None:
 def agree_with_best(folder: Path, state: TrainState, metric: str) -> TrainState:
     """Forgets the best result so far if it is of another metric, or if SAVE/best does not have its weights.
 
-    What SAVE/best has then is of later steps, or of another metric, and is set aside. Every rank must call it.
+    What SAVE/best has then is of later steps, or of another metric, and is set aside. Rank 0 calls it for all.
 
     Returns:
         The state, without a best result if there is none to compare with.
@@ -149,28 +159,22 @@ def agree_with_best(folder: Path, state: TrainState, metric: str) -> TrainState:
         folder / iteration_name(state.best_step)
     ):
         why = f"{folder} does not have the weights of step {state.best_step}"
-    barrier()
     if state.best_value is not None and not why:
         go_on_from(folder, state.best_step)
         return state
-    if is_rank_zero():
-        _drop_tracker(folder)
-        _set_aside(folder, later_checkpoints(folder, -1))
+    _drop_tracker(folder)
+    _set_aside(folder, later_checkpoints(folder, -1))
     if state.best_value is None:
         return state
-    if is_rank_zero():
-        log.warning("the best result so far does not count any more: %s", why)
+    log.warning("the best result so far does not count any more: %s", why)
     return dataclasses.replace(
         state, best_value=None, best_step=0, worse_evaluations=0, best_metric=""
     )
 
 
 def go_on_from(root: Path, step: int) -> None:
-    """Makes a step the last one of a checkpoint folder; later checkpoints are set aside. Every rank must call it."""
+    """Makes a step the last one of a checkpoint folder; later checkpoints are set aside. Rank 0 calls it for all."""
     later = later_checkpoints(root, step)
-    barrier()
-    if not is_rank_zero():
-        return
     if not is_tracked(root, step):
         # First: a run that dies in between goes on from here too.
         _drop_tracker(root)
@@ -216,8 +220,8 @@ class WarmStart:
 
     def lines(self) -> list[str]:
         """For the log."""
-        optimizer = [key for key in self.left if key.startswith("optimizer")]
-        left = [key for key in self.left if not key.startswith("optimizer")]
+        optimizer = [key for key in self.left if is_optimizer_key(key)]
+        left = [key for key in self.left if not is_optimizer_key(key)]
         return [
             f"weights: {len(self.taken)} tensors taken, {len(self.resized)} resized, {len(self.new)} new, "
             f"{len(left)} left and {len(optimizer)} of the optimizer",
@@ -253,27 +257,35 @@ class WeightSource(Protocol):
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint of any parallel layout (a `WeightSource`).
+    """The weights of a checkpoint of any parallel layout (a `WeightSource`); every rank must make one.
+
+    Args:
+        path: its folder.
+        in_parallel: see `load_sharded`.
 
     Raises:
         CheckpointError: the folder is no readable checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, in_parallel: bool = False) -> None:
         self.path = path
-        with naming_checkpoint(path):
-            metadata = dist_checkpointing.load_tensors_metadata(str(path))
-        self.shapes = {key: tuple(entry.global_shape) for key, entry in metadata.items()}
-        self.sections: Mapping[str, Any] = load_common(path).get("config", {})
+        self.in_parallel = in_parallel
+
+        def contents() -> tuple[dict[str, tuple[int, ...]], Mapping[str, Any]]:
+            with naming_checkpoint(path):
+                metadata = dist_checkpointing.load_tensors_metadata(str(path))
+            shapes = {key: tuple(entry.global_shape) for key, entry in metadata.items()}
+            return shapes, load_common(path).get("config", {})
+
+        self.shapes, self.sections = from_rank_zero(contents)
 
     @torch.no_grad()
     def load(self, wanted: Mapping[str, ShardedTensor]) -> None:
         """See `WeightSource`."""
         places = {name: entry.data for name, entry in wanted.items()}
-        with naming_checkpoint(self.path):
-            loaded = dist_checkpointing.load(
-                dict(wanted), str(self.path), strict=StrictHandling.RAISE_UNEXPECTED
-            )
+        loaded = load_sharded(
+            dict(wanted), self.path, StrictHandling.RAISE_UNEXPECTED, self.in_parallel
+        )
         for name, place in places.items():
             place.copy_(loaded[name].view_as(place))
 

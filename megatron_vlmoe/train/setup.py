@@ -38,7 +38,7 @@ from megatron_vlmoe.model.vlmoe import (
 )
 from megatron_vlmoe.moe.router import balance_experts
 from megatron_vlmoe.runtime.distributed import agree, device
-from megatron_vlmoe.train.checkpoint_files import CONTENT_METADATA
+from megatron_vlmoe.train.checkpoint_files import FULLY_RESHARDABLE, content_metadata
 from megatron_vlmoe.train.step_graph import stream_of_hooks
 
 
@@ -71,10 +71,10 @@ class TrainingParts(ModelParts):
     frozen: list[str]
 
 
-def checkpoint_metadata() -> dict[str, Any]:
-    """megatron-core's metadata for sharded state dicts: any layout may load what another wrote."""
+def checkpoint_metadata(optimizer_format: str = FULLY_RESHARDABLE) -> dict[str, Any]:
+    """megatron-core's metadata for sharded state dicts; the weights among them load at any layout."""
     return {
-        **CONTENT_METADATA,
+        **content_metadata(optimizer_format),
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -135,6 +135,16 @@ def build_training(
         wrapped,
         config_overrides=_group_overrides(chunks, config),
     )
+    if config.checkpoint.save and config.checkpoint.optimizer_format != FULLY_RESHARDABLE:
+        chained = getattr(optimizer, "chained_optimizers", [optimizer])
+        ranges = [r for part in chained for r in getattr(part, "gbuf_ranges", ())]
+        shares = [bucket for r in ranges for buckets in r.values() for bucket in buckets]
+        if agree(not all(share["param_map"] for share in shares)):
+            raise ConfigError(
+                f"checkpoint.optimizer_format={config.checkpoint.optimizer_format}: a data-parallel rank has no "
+                "parameters in one of the optimizer's buckets, which megatron-core then cannot write; so small a "
+                f"model needs {FULLY_RESHARDABLE}"
+            )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         # megatron-core calls it before it loads a state, but has none for SGD.
         part.init_state_fn = part.init_state_fn or _init_momentum

@@ -7,14 +7,17 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Sequence
 
 import torch
 
+from megatron_vlmoe.config.command_line import flat_options
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.dry_run import nodes_crossed
+from megatron_vlmoe.runtime.distributed import from_rank_zero, union_over_ranks
 from megatron_vlmoe.runtime.ranks import Ranks, environment_rank
 from megatron_vlmoe.train.run_log import open_run_log
 
@@ -75,6 +78,31 @@ def report_packages() -> None:
         log.info(", ".join(parts))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def check_same_on_all_ranks(config: RunConfig) -> None:
+    """Refuses a run whose ranks have read other numbers from their data; every rank must call it.
+
+    Steps, warm-up, classes and vocabularies follow from files, which every node reads for itself. A node that sees
+    others, such as an earlier state of a shared file system, would leave the collectives of the others.
+
+    Args:
+        config: after the data was opened.
+
+    Raises:
+        ConfigError: on every rank, naming the options that differ; paths may differ.
+    """
+    ours = flat_options(asdict(config))
+    theirs = from_rank_zero(lambda: ours)
+    numbers = [name for name, value in ours.items() if isinstance(value, (int, float))]
+    different = union_over_ranks(
+        name for name in (*numbers, "task.labels_sha256") if ours.get(name) != theirs.get(name)
+    )
+    if different:
+        raise ConfigError(
+            f"the ranks have read different data: {', '.join(sorted(different))} "
+            f"{'differs' if len(different) == 1 else 'differ'} between them; do all nodes see the same files?"
+        )
 
 
 def log_layout(

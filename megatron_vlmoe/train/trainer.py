@@ -17,7 +17,13 @@ import torch.distributed as dist
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import TrainingError
 from megatron_vlmoe.config.schema import Precision, RunConfig, TrainConfig
-from megatron_vlmoe.runtime.distributed import Ranks, agree, device, is_rank_zero
+from megatron_vlmoe.runtime.distributed import (
+    Ranks,
+    agree,
+    device,
+    from_rank_zero,
+    is_rank_zero,
+)
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
@@ -99,7 +105,7 @@ class Trainer:
                 if self.config.checkpoint.save_initial:
                     self._save()
             reason = self._loop(watch, profiler)
-            self._save()
+            self._save(is_last=True)
             if self.writer is not None:
                 self.writer.close()
             # Also by a signal that came while the last checkpoint was written.
@@ -168,7 +174,7 @@ class Trainer:
             if reason:
                 return f"stopped after step {step}: {reason}"
             if config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0:
-                self._save()
+                self._save(is_last=step == train.steps)
         return f"finished {train.steps} steps"
 
     def _train_step(self, batches: Iterator[Batch]) -> float:
@@ -265,15 +271,17 @@ class Trainer:
             for output in self.outputs:
                 output.write(step, metrics)
 
-    def _save(self) -> None:
+    def _save(self, is_last: bool = False) -> None:
         if self.writer is None:
             return
         # It may be this step's. Whatever somebody has done to the tracker meanwhile, a run keeps what it has reached.
         self.writer.finish()
         root, step = self.writer.root, self.state.step
-        if is_tracked(root, step) and is_complete(root / iteration_name(step)):
+        if from_rank_zero(
+            lambda: is_tracked(root, step) and is_complete(root / iteration_name(step))
+        ):
             return
-        target = self.writer.save(self.state, self.config, self.parts)
+        target = self.writer.save(self.state, self.config, self.parts, is_last=is_last)
         in_background = self.config.checkpoint.async_save
         log.info("saving %s in the background" if in_background else "saved %s", target)
         self.throughput.reset()

@@ -8,8 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Layout, Workers, assemble, assert_close, assert_identical, layout
-from training_runs import load_and_go_on, merge, save_and_go_on, trainer_run
+from helpers import Layout, Workers, assemble, assert_close, assert_identical, layout, small_config
+from training_runs import (
+    check_data_of_ranks,
+    load_and_go_on,
+    load_every_way,
+    merge,
+    save_and_go_on,
+    save_in_both_formats,
+    trainer_run,
+)
+
+from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.convert.checkpoints import CheckpointReader
+from megatron_vlmoe.convert.compare import compare_checkpoints
+from megatron_vlmoe.convert.inspect import inspect_checkpoint, inspection_lines
+from megatron_vlmoe.convert.upcycle.plan import UpcycleOptions
+from megatron_vlmoe.convert.upcycle.run import upcycle_checkpoint
+from megatron_vlmoe.planning.estimate import checkpoint_bytes
 
 ONE = Layout(1)
 FEW = ("--data.global_texts", "4", "--data.global_images", "4", "--data.global_pairs", "4")
@@ -49,6 +65,13 @@ RESUMED = {
         ),
     ),
     "counter-draws": (layout(2, tp=2), (*FEW, "--train.counter_draws", "true")),
+    "bf16-buckets": (
+        layout(4, tp=2, ep=2),
+        (
+            *(*FEW, "--train.precision", "bf16", "--checkpoint.parallel_load", "true"),
+            *("--checkpoint.optimizer_format", "dp_reshardable"),
+        ),
+    ),
     "dropping": (layout(2, ep=2), (*FEW, "--moe.capacity_factor", "1.05", "--moe.topk", "2")),
 }
 
@@ -129,6 +152,121 @@ def test_loaded_at_other_layouts(name: str, workers: Workers, tmp_path: Path) ->
         assert_close(actual["weights"], expected["weights"], what, 1e-3)
 
 
+def test_formats_of_optimizer_state_and_ways_to_read_it_give_the_same_bits(
+    workers: Workers, tmp_path: Path
+) -> None:
+    options = ("--train.steps", "16")
+    source = layout(2, ep=2)
+    written = workers.run(source, save_in_both_formats, source, options, str(tmp_path))
+    saved = assemble([weights for weights, _ in written])
+    planned = checkpoint_bytes(small_config(*options, where=source), "fp32")
+    assert planned.gathered == max(gathered for _, gathered in written)
+    reader = CheckpointReader(tmp_path / "fully_reshardable")
+    tensors = [*reader.tensors.values(), *reader.optimizer_tensors.values()]
+    assert planned.stored == sum(tensor.nbytes for tensor in tensors)
+    for where in (source, layout(4, ep=2)):
+        ranks = workers.run(where, load_every_way, where, options, str(tmp_path))
+        for way in ranks[0]:
+            for rank in ranks:
+                assert not rank[way]["refused"]
+                first = rank["fully_reshardable", False]["optimizer"]
+                assert_identical(rank[way]["optimizer"], first, f"{way} at {where}")
+            assert_identical(assemble([rank[way]["weights"] for rank in ranks]), saved, str(way))
+        alone, shared = (
+            [rank["fully_reshardable", in_parallel]["read"] for rank in ranks]
+            for in_parallel in (False, True)
+        )
+        # Besides its experts every rank reads everything, or together they read everything once.
+        files = (tmp_path / "fully_reshardable/iter_0000002").glob("*.distcp")
+        stored = sum(path.stat().st_size for path in files)
+        assert min(alone) > 0.6 * stored
+        assert sum(shared) == pytest.approx(stored, rel=0.02)
+        assert max(shared) < 1.1 * stored / len(ranks)
+        # Nobody reads the buckets of another rank; weights are a quarter of all.
+        buckets = [rank["dp_reshardable", False]["read"] for rank in ranks]
+        assert max(buckets) < (0.25 + 0.75 / len(ranks) + 0.05) * stored
+
+    target = layout(2, tp=2)
+    ranks = workers.run(target, load_every_way, target, options, str(tmp_path))
+    for way in ranks[0]:
+        for rank in ranks:
+            message = rank[way]["refused"]
+            assert bool(message) == (way[0] == "dp_reshardable")
+            if message:
+                assert "parallel.tensor_model_parallel_size: 1 -> 2" in message
+                assert "--checkpoint.optimizer_format fully_reshardable" in message
+                assert "\n" not in message
+        # The weights load alone, and with either state.
+        assert_identical(assemble([rank[way]["weights"] for rank in ranks]), saved, str(way))
+
+
+def test_the_last_checkpoint_of_a_run_loads_anywhere_and_tools_read_all(
+    workers: Workers, tmp_path: Path
+) -> None:
+    options = (*FEW, "--train.steps", "3", "--save-interval", "1", "--keep-last", "0")
+    options = (*options, "--moe.modalities", "none", "--moe.layers", "[]")
+    options = (*options, "--checkpoint.optimizer_format", "auto")
+    workers.run(ONE, trainer_run, ONE, (*options, "--exit-interval", "2"), str(tmp_path / "left"))
+    workers.run(ONE, trainer_run, ONE, options, str(tmp_path / "ended"))
+
+    def formats(run: str) -> list[str]:
+        folders = sorted((tmp_path / run / "checkpoints").glob("iter_*"))
+        return [CheckpointReader(folder).optimizer_format for folder in folders]
+
+    assert formats("left") == ["dp_reshardable", "fully_reshardable"]
+    assert formats("ended") == ["dp_reshardable", "dp_reshardable", "fully_reshardable"]
+    whole, buckets = (tmp_path / run / "checkpoints/iter_0000002" for run in ("left", "ended"))
+    assert compare_checkpoints(whole, buckets).equal
+    with pytest.raises(ConvertError, match="fully_reshardable in .* and dp_reshardable in"):
+        compare_checkpoints(whole, buckets, with_optimizer=True)
+    assert compare_checkpoints(buckets, buckets, with_optimizer=True).equal
+    first, second = (inspect_checkpoint(path) for path in (whole, buckets))
+    assert not first.problems and not second.problems
+    assert first.optimizer is not None and second.optimizer is not None
+    assert first.optimizer.steps == second.optimizer.steps == 2
+    # Root mean squares are of the gaps too, which are zero.
+    largest = [
+        {kind: values[1] for kind, values in found.optimizer.parts.items()}  # type: ignore[union-attr]
+        for found in (first, second)
+    ]
+    assert largest[0] == largest[1] and largest[0].keys() == {"param", "exp_avg", "exp_avg_sq"}
+    assert first.optimizer.nbytes <= second.optimizer.nbytes < 1.05 * first.optimizer.nbytes
+    assert any("buckets (dp_reshardable)" in line for line in inspection_lines(second))
+    reader = CheckpointReader(buckets)
+    with pytest.raises(ConvertError, match="cannot be carried"):
+        carried = UpcycleOptions(carry_optimizer=True)
+        upcycle_checkpoint(reader, reader.config, tmp_path / "grown", carried)
+
+
+def test_ranks_that_see_other_files_follow_rank_zero(workers: Workers, tmp_path: Path) -> None:
+    """Where a client of a network file system is behind, its rank takes part in what the others do all the same."""
+    where = layout(2)
+    options = (*FEW, "--save-interval", "1", "--keep-last", "0")
+    run = str(tmp_path)
+    for steps in ("2", "3"):
+        more = (*options, "--train.steps", steps)
+        results = workers.run(where, trainer_run, where, more, run, "stale", timeout=100.0)
+        assert [result.get("step") for result in results] == [int(steps)] * 2, results
+    assert checkpoints(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_ranks_that_have_read_other_data_are_refused_together(workers: Workers) -> None:
+    where = layout(2)
+    for message in workers.run(where, check_data_of_ranks, where):
+        assert "the ranks have read different data: train.steps differs between them" in message
+
+
+def test_a_share_without_parameters_is_refused_before_training(
+    workers: Workers, tmp_path: Path
+) -> None:
+    options = (*RESUMED["contrastive"][1], "--train.precision", "bf16", "--moe.modalities", "none")
+    options = (*options, "--moe.layers", "[]", "--checkpoint.optimizer_format", "auto")
+    # The temperature is fp32, alone in its bucket.
+    message = refused(workers, layout(2), options, tmp_path)
+    assert "checkpoint.optimizer_format=auto: a data-parallel rank has no parameters" in message
+
+
 def test_seed_checkpoint_starts_other_layouts(workers: Workers, tmp_path: Path) -> None:
     options = (*FEW, "--train.steps", "2")
     where = layout(2, ep=2)
@@ -199,7 +337,9 @@ def test_damaged_checkpoint(damage: str, workers: Workers, saved: Path, tmp_path
         (target / ".metadata").write_bytes(b"")
     else:
         (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text("9\n")
-    message = refused(workers, ONE, FEW, folder)
+    # What rank 0 reads for all, it tells the others.
+    where = layout(2) if damage in ("tracker", "common") else ONE
+    message = refused(workers, where, FEW, folder)
     assert str(folder) in message
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping
+from unittest import mock
 
 import torch
 from helpers import Layout, Shard, small_config
@@ -241,6 +245,42 @@ def _lost_tracker(replace: Any) -> Any:
     return replace_and_lose
 
 
+def check_data_of_ranks(where: Layout) -> str:
+    """What a run is refused with whose second rank has counted other samples, and finds its files elsewhere."""
+    from megatron_vlmoe.config.errors import ConfigError
+    from megatron_vlmoe.runtime.distributed import initialize
+    from megatron_vlmoe.train.startup import check_same_on_all_ranks
+
+    config = small_config(where=where)
+    ranks = initialize(config.parallel, config.train.seed)
+    config = replace(
+        config, data=replace(config.data, text_tokenizer=f"/node{ranks.rank}/text.model")
+    )
+    check_same_on_all_ranks(config)
+    try:
+        check_same_on_all_ranks(replace(config, train=replace(config.train, steps=3 + ranks.rank)))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _stale_client() -> contextlib.ExitStack:
+    """On rank 1, a file system that has not yet seen the checkpoints of the run."""
+    from megatron_vlmoe.train import resume, trainer
+
+    stack = contextlib.ExitStack()
+    if os.environ.get("RANK") == "1":
+        for module, name, value in (
+            (trainer, "is_tracked", False),
+            (trainer, "is_complete", False),
+            (resume, "find_checkpoint", None),
+            (resume, "is_tracked", False),
+            (resume, "later_checkpoints", []),
+        ):
+            stack.enter_context(mock.patch.object(module, name, return_value=value))
+    return stack
+
+
 def _killed_writer(schedule: Any) -> Any:
     def schedule_and_kill(queue: Any, request: Any) -> Any:
         result = schedule(queue, request)
@@ -262,12 +302,10 @@ def trainer_run(
         arguments: options.
         folder: `--save`.
         fault: `disk` fills the disk, `kill` kills between writing and renaming, `tracker` deletes every tracker once
-            it is there, `writer` kills the background process that writes a checkpoint.
+            it is there, `writer` kills the background process that writes a checkpoint, `stale` shows rank 1 none.
     """
     import logging
-    import os
     import shutil
-    from unittest import mock
 
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -294,7 +332,7 @@ def trainer_run(
             "schedule_async_request",
             _killed_writer(AsyncCallsQueue.schedule_async_request),
         ),
-        "": mock.patch.object(os, "replace", os.replace),
+        "": contextlib.nullcontext(),
     }
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -302,7 +340,7 @@ def trainer_run(
     logger = logging.getLogger("megatron_vlmoe")
     logger.addHandler(handler)
     try:
-        with patches[fault]:
+        with _stale_client() if fault == "stale" else patches[fault]:
             state = trainer.run()
     except (CheckpointError, ConfigError, Killed) as error:
         return {"error": type(error).__name__, "message": str(error)}
@@ -355,3 +393,81 @@ def load_and_go_on(where: Layout, arguments: tuple[str, ...], folder: str) -> di
     assert state.step == 2
     recorder.skip(state.step)
     return _report_from(recorder, 2)
+
+
+def save_in_both_formats(
+    where: Layout, arguments: tuple[str, ...], folder: str
+) -> tuple[dict[str, list[Shard]], int]:
+    """Two steps, then the same state in FOLDER/fully_reshardable and FOLDER/dp_reshardable.
+
+    Returns:
+        The weights, and how many bytes of optimizer state the rank has gathered for the former.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_vlmoe.train.checkpoint import CheckpointWriter, sharded_content
+    from megatron_vlmoe.train.checkpoint_files import TrainState
+
+    recorder = Recorder(start(where, *arguments))
+    for _ in range(2):
+        recorder.step()
+    for form in FORMATS:
+        config = recorder.config
+        config = replace(config, checkpoint=replace(config.checkpoint, optimizer_format=form))
+        writer = CheckpointWriter(Path(folder) / form, 0, False)
+        writer.save(TrainState(step=2), config, recorder.parts)
+    content = sharded_content(recorder.parts, is_loading=False, with_optimizer=True)
+    state = nested_values(content["optimizer"])
+    gathered = sum(value.data.nbytes for value in state if isinstance(value, ShardedTensor))
+    return shards(recorder.parts), gathered
+
+
+FORMATS = ("fully_reshardable", "dp_reshardable")
+
+
+def load_every_way(where: Layout, arguments: tuple[str, ...], folder: str) -> dict[Any, Any]:
+    """Loads those by (format, in parallel), each over the state of a further step.
+
+    Returns:
+        For each way the weights, the optimizer's state and the bytes that this rank has read of tensors; or the line
+        with which it is refused, and then the weights that are loaded alone.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    from megatron_vlmoe.config.errors import CheckpointError
+    from megatron_vlmoe.train.checkpoint import load_checkpoint
+
+    recorder = Recorder(start(where, *arguments))
+    found = {}
+    piece = FileSystemReader._slice_file
+    read: list[int] = []
+
+    def counted(reader: Any, file: Any, place: Any) -> Any:
+        read.append(place.length)
+        return piece(reader, file, place)
+
+    for form in FORMATS:
+        path = Path(folder) / form / "iter_0000002"
+        for in_parallel in (False, True):
+            recorder.step()
+            # A schedule goes on from where it is by as many steps as it loads.
+            recorder.parts.scheduler.num_steps = 0
+            read.clear()
+            config = recorder.config
+            checkpoint = replace(config.checkpoint, parallel_load=in_parallel)
+            config = replace(config, checkpoint=checkpoint)
+            refused = ""
+            with mock.patch.object(FileSystemReader, "_slice_file", counted):
+                try:
+                    load_checkpoint(path, config, recorder.parts)
+                except CheckpointError as error:
+                    refused = str(error)
+                    load_checkpoint(path, config, recorder.parts, with_optimizer=False)
+            found[form, in_parallel] = {
+                "weights": shards(recorder.parts),
+                "optimizer": optimizer_shards(recorder.parts),
+                "read": sum(read),
+                "refused": refused,
+            }
+    return found

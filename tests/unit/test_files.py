@@ -77,6 +77,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model", "model/new"]
 
 
+def test_what_a_killed_process_left_beside_a_folder_goes(tmp_path: Path) -> None:
+    gone = 2**22 + 1  # Linux numbers no process as high
+    target = tmp_path / "iter_0000004"
+    names = [f"iter_0000004.tmp-{number}" for number in (gone, os.getppid(), "notes")]
+    others = [f"iter_0000040.tmp-{gone}"]
+    for name in (*names, *others):
+        (tmp_path / name).mkdir()
+    with folder_atomic(target) as folder:
+        (folder / "file").write_text("new")
+    # Of a process that runs, of none, and of another folder.
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == sorted(["iter_0000004", *names[1:], *others])
+
+
 def test_files_that_belong_together_are_published_together(tmp_path: Path) -> None:
     staged = [StagedFile(tmp_path / name, "w") for name in "ab"]
     for one in staged:

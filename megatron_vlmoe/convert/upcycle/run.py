@@ -37,6 +37,7 @@ from megatron_vlmoe.convert.upcycle.plan import (
 from megatron_vlmoe.model.initial_values import full_initial_value
 from megatron_vlmoe.planning.parameters import checkpoint_shapes, parameter_counts
 from megatron_vlmoe.stream.draws import keyed_generator
+from megatron_vlmoe.train.checkpoint_files import FULLY_RESHARDABLE, stored_format
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file, run_file
 
 PARAM, FIRST, SECOND = "param", "exp_avg", "exp_avg_sq"
@@ -105,6 +106,13 @@ def upcycle_checkpoint(
             checkpoint already.
     """
     options = options or UpcycleOptions()
+    optimizer_format = stored_format(reader.common)
+    if options.carry_optimizer and optimizer_format != FULLY_RESHARDABLE:
+        raise ConvertError(
+            f"{reader.path}: its optimizer state is {optimizer_format}, in buckets of many parameters, and cannot "
+            f"be carried; go on with it for one step, --checkpoint.optimizer_format {FULLY_RESHARDABLE} "
+            "--exit-interval 1, and upcycle that checkpoint"
+        )
     pools, tensors = upcycled_tensors(reader, config, options)
     optimizer = None
     if options.carry_optimizer:
