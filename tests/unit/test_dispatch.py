@@ -287,9 +287,9 @@ def test_sorted_slots_hold_every_assignment_once() -> None:
 def test_gate_gradients_in_16_bits_are_products_and_sums_in_fp32(
     by_experts: bool, dtype: torch.dtype
 ) -> None:
-    """300 x 300 is more than fp16 holds, and 257 x 257 more digits than bfloat16."""
-    rows = torch.tensor([[300.0, 300.0, 257.0, 1.0], [1.0, 2.0, 0.0, 0.0]], dtype=dtype)
-    upstream = torch.tensor([[300.0, -300.0, 257.0, 2.0], [5.0, 7.0, 0.0, 0.0]], dtype=dtype)
+    """300 x 300 is more than fp16 holds, and 255 x 255 more digits than bfloat16 has."""
+    rows = torch.tensor([[300.0, 300.0, 255.0, 1.0], [1.0, 2.0, 0.0, 0.0]], dtype=dtype)
+    upstream = torch.tensor([[300.0, -300.0, 255.0, 2.0], [5.0, 7.0, 0.0, 0.0]], dtype=dtype)
     expected = (rows.double() * upstream.double()).sum(dim=1)
     # The first token's slot is in the first expert, the second's in the second.
     gates, mask = torch.tensor([[0.75, 0.25], [0.25, 0.75]]), None
