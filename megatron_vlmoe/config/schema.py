@@ -133,6 +133,9 @@ class MoEConfig:
         balance_bias_rate: u of loss-free balancing (arXiv 2408.15664): every step moves a bias of each expert, which is
             added to its gates for the choice of experts alone, by u towards equal load; 0 is no bias.
         dispatcher: `fixed_capacity` (static shapes), `alltoall` (megatron-core's) or `dropless`.
+        all_to_all_chunks: groups of a rank's experts whose tokens `fixed_capacity` sends by themselves, while the
+            experts of other groups compute; at most one per expert of the rank. Without expert parallelism it changes
+            nothing.
         route_padding: sends padding tokens of captions to experts (as the paper did).
         aux_loss_coefficient: weight of the auxiliary losses in the total.
         text_aux: Auxiliary losses of the text routers, and entropies of the text tokens of shared routers
@@ -158,6 +161,7 @@ class MoEConfig:
     normalize_gate: bool = False
     balance_bias_rate: float = 0.0
     dispatcher: Literal["fixed_capacity", "alltoall", "dropless"] = "fixed_capacity"
+    all_to_all_chunks: int = 1
     route_padding: bool = False
     aux_loss_coefficient: float = 0.01
     text_aux: AuxLossConfig = field(default_factory=lambda: AuxLossConfig(load=1.0))

@@ -127,15 +127,21 @@ class MoMEFeedForward(MegatronModule):
             tokens = own[0] if len(own) == 1 else torch.cat(own)
             inputs[branch.name] = self.norm(branch.name)(tokens)
         outputs = {}
-        for branch in branches:
-            if not branch.num_experts:
-                output, bias = self.ffn(branch.name)(inputs[branch.name])
-                outputs[branch.name] = output if bias is None else output + bias
-        if self.moe is not None:
+
+        def dense() -> None:
+            for branch in branches:
+                if not branch.num_experts:
+                    output, bias = self.ffn(branch.name)(inputs[branch.name])
+                    outputs[branch.name] = output if bias is None else output + bias
+
+        if self.moe is None:
+            dense()
+        else:
             # Every pool takes part in every micro-batch, also without tokens: collectives must match.
             pools = self.plan.pools
             pool_inputs = [inputs.get(pool.name, hidden[:0]) for pool in pools]
-            for pool, output in zip(pools, self.moe(pool_inputs, stream)):
+            # Dense branches compute while tokens travel to experts.
+            for pool, output in zip(pools, self.moe(pool_inputs, stream, dense)):
                 outputs[pool.name] = output
         parts = {
             branch.name: iter(

@@ -10,102 +10,114 @@ dropped come back as zero. Expert numbers inside a transfer are rank-major (all 
 
 from __future__ import annotations
 
-from typing import Any, Optional, Protocol, Sequence
+from typing import Any, Callable, Optional, Protocol, Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 from megatron_vlmoe.moe.experts import ExpertPool, PooledExperts
 from megatron_vlmoe.moe.router import PoolRouting
-from megatron_vlmoe.moe.routing_ops import SlotRouting, sorted_slots
+from megatron_vlmoe.moe.routing_ops import sorted_slots
+from megatron_vlmoe.moe.slots import combine_slots, fill_slots, weigh_rows
+from megatron_vlmoe.moe.transfers import SlotOrder, slots_of, through_experts
 from megatron_vlmoe.stream.block_plan import Branch
+
+
+def nothing() -> None:
+    """What else there is to compute where there is nothing."""
 
 
 class Dispatcher(Protocol):
     """Sends tokens to experts and combines what comes back."""
 
     def __call__(
-        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
+        self,
+        inputs: Sequence[Tensor],
+        routings: Sequence[PoolRouting],
+        experts: PooledExperts,
+        meanwhile: Callable[[], None] = nothing,
     ) -> list[Tensor]:
-        """Gated expert outputs ``[T, D]`` of every pool for its tokens ``[T, D]``."""
+        """Gated expert outputs ``[T, D]`` of every pool for its tokens ``[T, D]``.
+
+        Calls `meanwhile` once, when tokens are under way if it can send them in the background.
+        """
         ...
 
 
 class FixedCapacityDispatcher:
     """Static shapes: every expert computes C rows per source rank, filled or not; no host synchronization.
 
-    One send buffer ``[EP, R, D]`` holds, for each destination rank, the slots of its experts of every pool;
-    one equal-split all-to-all carries it there and one brings the results back.
+    The slots of all pools go to the ranks of their experts and back by equal-split all-to-alls, one each way for every
+    group of local experts (`SlotOrder`). While those of a group are under way, other groups compute.
+
+    Args:
+        pg_collection: the ranks among which experts are spread.
+        chunks: groups of local experts; at most one per expert.
     """
 
-    def __init__(self, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(self, pg_collection: ProcessGroupCollection, chunks: int = 1) -> None:
         self.ep_group = pg_collection.ep
         self.ep_size = pg_collection.ep.size()
+        self.chunks = chunks
+        # Sizes in training and in evaluation; the same in every micro-batch.
+        self._orders: dict[tuple[tuple[tuple[int, int], ...], torch.device], SlotOrder] = {}
 
     def __call__(
-        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
+        self,
+        inputs: Sequence[Tensor],
+        routings: Sequence[PoolRouting],
+        experts: PooledExperts,
+        meanwhile: Callable[[], None] = nothing,
     ) -> list[Tensor]:
         """See :class:`Dispatcher`."""
         # A run's layout is the same on all ranks, so they all leave out the same pools.
         reached = [index for index, tokens in enumerate(inputs) if len(tokens)]
         outputs = list(inputs)
-        if reached:
-            parts = [inputs[index] for index in reached]
-            results = self._transfer(parts, [routings[index] for index in reached], experts)
-            for index, result in zip(reached, results):
-                outputs[index] = result
+        parts, own = [inputs[index] for index in reached], [routings[index] for index in reached]
+        if self.ep_size > 1 and reached:
+            results = self._exchanged(parts, own, experts, meanwhile)
+        else:
+            meanwhile()
+            results = [
+                self._alone(tokens, routing, experts.pool(routing.pool.name))
+                for tokens, routing in zip(parts, own)
+            ]
+        for index, result in zip(reached, results):
+            outputs[index] = result
         return outputs
 
-    def _transfer(
-        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
-    ) -> list[Tensor]:
-        rows = [
-            fill_chosen(tokens, routing)
-            if routing.by_experts
-            else _FillSlots.apply(tokens, routing.slots)
-            for tokens, routing in zip(inputs, routings)
-        ]
-        received = self._exchange(rows)
-        outputs = []
-        for part, routing in zip(received, routings):
-            pool = experts.pool(routing.pool.name)
-            local, capacity = pool.num_local_experts, routing.capacity
-            used = slots_in_use(routing, self.ep_size)
-            # [EP, L, C, D] -> [L, EP * C, D]: an expert's rows from all source ranks together.
-            by_expert = part.view(self.ep_size, local, capacity, -1).transpose(0, 1)
-            result = pool(by_expert.reshape(local, self.ep_size * capacity, -1), used)
-            back = result.view(local, self.ep_size, capacity, -1).transpose(0, 1)
-            outputs.append(back.reshape(self.ep_size, local * capacity, -1))
-        returned = self._exchange(outputs)
-        outputs = []
-        for part, routing in zip(returned, routings):
-            slots = part.reshape(-1, part.shape[-1])
-            if routing.by_experts:
-                outputs.append(combine_chosen(slots, routing))
-            else:
-                assert routing.slots is not None
-                outputs.append(_CombineSlots.apply(slots, routing.gate, routing.slots))
-        return outputs
+    def _alone(self, tokens: Tensor, routing: PoolRouting, pool: ExpertPool) -> Tensor:
+        """Where one rank has all experts."""
+        slots, capacity = slots_of(routing), routing.capacity
+        rows = fill_slots(tokens, slots, routing.by_experts)
+        results = pool(rows.view(pool.num_experts, capacity, -1), slots_in_use(routing))
+        combined: Tensor = combine_slots(
+            results.view_as(rows), routing.gate, slots, routing.by_experts
+        )
+        return combined
 
-    def _exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """One all-to-all of every pool's slots, grouped by the rank on the other side."""
-        by_rank = [part.reshape(self.ep_size, -1, part.shape[-1]) for part in parts]
-        if self.ep_size == 1:
-            return by_rank
-        sizes = [part.shape[1] for part in by_rank]
-        buffer = torch.cat(by_rank, dim=1)
-        received = all_to_all(self.ep_group, buffer.flatten(0, 1)).view_as(buffer)
-        return list(received.split(sizes, dim=1))
+    def _exchanged(
+        self,
+        inputs: Sequence[Tensor],
+        routings: Sequence[PoolRouting],
+        experts: PooledExperts,
+        meanwhile: Callable[[], None],
+    ) -> Sequence[Tensor]:
+        pools = [experts.pool(routing.pool.name) for routing in routings]
+        sizes = tuple(
+            (pool.num_local_experts, routing.capacity) for pool, routing in zip(pools, routings)
+        )
+        key = sizes, inputs[0].device
+        if key not in self._orders:
+            self._orders[key] = SlotOrder(self.ep_size, sizes, self.chunks, inputs[0].device)
+        return through_experts(self._orders[key], self.ep_group, inputs, routings, pools, meanwhile)
 
 
-def slots_in_use(routing: PoolRouting, ep_size: int) -> Optional[Tensor]:
-    """How many of every expert's slots are filled ``[E]``; None where slots come from other ranks, which do not say."""
-    if ep_size > 1 or routing.slots is None:
-        return None
-    return routing.slots.load.clamp(max=routing.capacity)
+def slots_in_use(routing: PoolRouting) -> Optional[Tensor]:
+    """How many of every expert's slots are filled ``[E]``, where one rank has all experts."""
+    return slots_of(routing).load.clamp(max=routing.capacity)
 
 
 class TokenAllToAllDispatcher:
@@ -124,9 +136,14 @@ class TokenAllToAllDispatcher:
         self.local = [pool.num_experts // ep_size for pool in pools]
 
     def __call__(
-        self, inputs: Sequence[Tensor], routings: Sequence[PoolRouting], experts: PooledExperts
+        self,
+        inputs: Sequence[Tensor],
+        routings: Sequence[PoolRouting],
+        experts: PooledExperts,
+        meanwhile: Callable[[], None] = nothing,
     ) -> list[Tensor]:
         """See :class:`Dispatcher`."""
+        meanwhile()
         if self.ep_size == 1 and not any(routing.by_experts for routing in routings):
             return [
                 self._alone(tokens, routing, experts.pool(routing.pool.name))
@@ -137,12 +154,19 @@ class TokenAllToAllDispatcher:
         rows, probs = self.transport.dispatch_preprocess(tokens, routing_map, probs)
         rows, probs = self.transport.token_dispatch(rows, probs)
         rows, counts, probs = self.transport.dispatch_postprocess(rows, probs)
-        outputs = []
-        counts_by_pool = counts.split(self.local)
-        row_counts = [int(part.sum()) for part in counts_by_pool]
-        for pool, part, pool_counts in zip(self.pools, rows.split(row_counts), counts_by_pool):
-            outputs.append(experts.pool(pool.name)(part, pool_counts))
-        result = torch.cat(outputs) * probs.unsqueeze(-1).to(rows.dtype)
+        numbers = iter(counts.tolist())
+        sizes = [[next(numbers) for _ in range(local)] for local in self.local]
+        # megatron-core has the counts on the host; they go back once, for all pools.
+        if counts.device != rows.device:
+            if rows.is_cuda:
+                counts = counts.pin_memory()
+            counts = counts.to(rows.device, non_blocking=True)
+        parts = rows.split([sum(own) for own in sizes])
+        outputs = [
+            experts.pool(pool.name)(part, *own)
+            for pool, part, *own in zip(self.pools, parts, counts.split(self.local), sizes)
+        ]
+        result = weigh_rows(torch.cat(outputs), probs)
         result = self.transport.combine_preprocess(result)
         result = self.transport.token_combine(result)
         combined = self.transport.combine_postprocess(result).squeeze(1)
@@ -150,8 +174,8 @@ class TokenAllToAllDispatcher:
 
     def _alone(self, tokens: Tensor, routing: PoolRouting, pool: ExpertPool) -> Tensor:
         slots = sorted_slots(routing.expert, routing.kept, pool.num_experts)
-        rows = pool(_FillSlots.apply(tokens, slots), slots.load)
-        combined: Tensor = _CombineSlots.apply(rows, routing.gate, slots)
+        rows = pool(fill_slots(tokens, slots, False), slots.load)
+        combined: Tensor = combine_slots(rows, routing.gate, slots, False)
         return combined
 
     def _union(self, routings: Sequence[PoolRouting]) -> tuple[Tensor, Tensor]:
@@ -168,83 +192,3 @@ class TokenAllToAllDispatcher:
             probs.append(empty.scatter(1, column, gate))
             maps.append(torch.zeros_like(empty, dtype=torch.bool).scatter(1, column, kept))
         return torch.cat(maps), torch.cat(probs)
-
-
-def fill_chosen(tokens: Tensor, routing: PoolRouting) -> Tensor:
-    """Tokens ``[T, D]`` that experts have chosen into their slots ``[S, D]``; unfilled slots are zero.
-
-    Like `combine_chosen` by single slots, of which a token has any number: one gather per choice, as below, would be
-    one per expert. The sums are in a fixed order on CPU, and on GPU with deterministic algorithms.
-    """
-    assert routing.slots is not None
-    return tokens.index_select(0, routing.slots.slot_token) * routing.slots.slot_filled.unsqueeze(1)
-
-
-def combine_chosen(rows: Tensor, routing: PoolRouting) -> Tensor:
-    """Sums for every token the slots that it fills, weighted by its gates: ``[S, D]`` to ``[T, D]``."""
-    slots = routing.slots
-    assert slots is not None
-    weight = routing.gate[slots.slot_token, slots.slot_choice] * slots.slot_filled
-    weighted = rows * weight.to(rows.dtype).unsqueeze(1)
-    return rows.new_zeros(len(routing.gate), rows.shape[1]).index_add(0, slots.slot_token, weighted)
-
-
-class _FillSlots(torch.autograd.Function):
-    """Copies kept tokens ``[T, D]`` into slots ``[S, D]``; an unfilled slot holds a copy of some token, which nobody
-    asks for.
-
-    A gather in both directions: no atomics, so the gradient is deterministic.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, slots: SlotRouting) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(slots.token_slot, slots.token_kept)
-        return tokens.index_select(0, slots.slot_token)
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        token_slot, kept = ctx.saved_tensors
-        grad = torch.zeros((), device=grad_rows.device)
-        for choice in range(token_slot.shape[1]):
-            part = grad_rows.index_select(0, token_slot[:, choice])
-            _clear_rows(part, kept[:, choice])
-            grad = part if choice == 0 else grad.add_(part)
-        return grad, None
-
-
-def _clear_rows(rows: Tensor, kept: Tensor) -> None:
-    """Sets rows ``[T, D]`` to zero where `kept` ``[T]`` is False."""
-    if rows.device.type == "cpu":
-        # Few are dropped: a pass over all of them costs more than to look for these.
-        rows.index_fill_(0, torch.nonzero(~kept).squeeze(1), 0.0)
-    else:
-        rows.mul_(kept.unsqueeze(1))
-
-
-class _CombineSlots(torch.autograd.Function):
-    """Sums each token's kept slots weighted by its gates: ``[S, D]`` to ``[T, D]``; both gradients are gathers."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate: Tensor, slots: SlotRouting) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(
-            *(rows, gate, slots.slot_token, slots.slot_choice, slots.slot_filled),
-            *(slots.token_slot, slots.token_kept),
-        )
-        weight = (gate * slots.token_kept).to(rows.dtype)
-        total = torch.zeros((), device=rows.device)
-        for choice in range(slots.token_slot.shape[1]):
-            part = rows.index_select(0, slots.token_slot[:, choice])
-            part.mul_(weight[:, choice].unsqueeze(1))
-            total = part if choice == 0 else total.add_(part)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        rows, gate, slot_token, slot_choice, filled, token_slot, kept = ctx.saved_tensors
-        grad_rows = grad.index_select(0, slot_token)
-        # The gate's gradient is a dot product per slot; only these scalars go back to the tokens.
-        dot = (rows * grad_rows).sum(dim=1, dtype=gate.dtype)
-        grad_gate = dot[token_slot] * kept
-        weight = gate[slot_token, slot_choice] * filled
-        grad_rows.mul_(weight.unsqueeze(1).to(grad_rows.dtype))
-        return grad_rows, grad_gate, None

@@ -5,6 +5,8 @@ Letters: E experts of a pool on this rank, F inner width, D width, R rows per ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Iterator, Optional, Sequence
 
 import torch
@@ -20,7 +22,53 @@ from megatron_vlmoe.runtime.gradients import GradientStore
 from megatron_vlmoe.runtime.host_threads import side_by_side
 from megatron_vlmoe.stream.block_plan import Branch
 
+# torch takes fp16 and fp32 too, but computes them one expert after the other, by sizes that it reads on the host.
 GROUPED_MM_DTYPES = (torch.bfloat16,)
+
+
+class SharedGradients:
+    """Gradients of a pool's parameters that several backward passes write, each the part of its own experts.
+
+    Only the last pass hands them to autograd, which would else add up gradients of the whole pool.
+
+    Args:
+        passes: how many there will be.
+    """
+
+    def __init__(self, passes: int) -> None:
+        self.passes = passes
+        self._unfinished: dict[str, tuple[Any, int]] = {}
+
+    def of(self, name: str, make: Callable[[], Any]) -> Any:
+        """The gradient of a parameter, made by the first pass that asks."""
+        if name not in self._unfinished:
+            self._unfinished[name] = make(), self.passes
+        return self._unfinished[name][0]
+
+    def finish(self, name: str) -> bool:
+        """Says that a pass has written its part; whether it was the last."""
+        gradient, left = self._unfinished.pop(name)
+        if left > 1:
+            self._unfinished[name] = gradient, left - 1
+        return left == 1
+
+
+@dataclass(frozen=True)
+class ExpertRange:
+    """Consecutive experts of a pool that compute by themselves.
+
+    Args:
+        first: the first of them, among those of this rank.
+        gradients: shared by all ranges of the pool in a forward pass.
+    """
+
+    first: int
+    gradients: SharedGradients
+
+
+def every_expert() -> ExpertRange:
+    """The range of a pass over a whole pool."""
+    return ExpertRange(0, SharedGradients(1))
 
 
 class ExpertPool(nn.Module):
@@ -76,21 +124,32 @@ class ExpertPool(nn.Module):
             parameter.partition_stride = 1  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
-    def forward(self, rows: Tensor, counts: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self,
+        rows: Tensor,
+        counts: Optional[Tensor] = None,
+        sizes: Optional[Sequence[int]] = None,
+        part: Optional[ExpertRange] = None,
+    ) -> Tensor:
         """All experts at once: ``[E, R, D]`` to ``[E, R, D]``; or ``[N, D]`` sorted by expert, of each as many as
         `counts` ``[E]`` says, and rows of none at the end.
 
         With three dimensions `counts` may say how many of every expert's rows are in use, from the first on; the others
         come out as anything finite. Goes through the module's call, whose hooks wait for parameters that are still
         being gathered.
+
+        Args:
+            counts: where the rows are.
+            sizes: the same numbers, where the host knows them.
+            part: with three dimensions, to which experts the rows belong; None: to all.
         """
         own = (self.weight1, self.bias1, self.weight2, self.bias2)
         if rows.device.type == "cpu":
-            return one_by_one(rows, counts, *own)
+            return one_by_one(rows, counts, *own, part)
         if rows.dim() == 3:
-            return batched(rows, *own, compile=self.compile_gelu)
+            return batched(rows, *own, part, self.compile_gelu)
         assert counts is not None
-        return grouped(rows, counts, *own, compile=self.compile_gelu)
+        return grouped(rows, counts, *own, sizes, self.compile_gelu)
 
     def sharded_state_dict(
         self,
@@ -125,19 +184,22 @@ def batched(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    part: Optional[ExpertRange] = None,
     compile: bool = False,
 ) -> Tensor:
-    """The FFNs of all experts, each on as many rows: ``[E, R, D]`` to ``[E, R, D]``.
+    """The FFNs of all experts or of a part of them, each on as many rows: ``[E, R, D]`` to ``[E, R, D]``.
 
     A product with a bias writes the bias to all rows first. Where the GELU is a compiled function, that one takes the
     bias too, and a product alone has two passes less over the inner activations.
     """
+    part = part or every_expert()
     if compile:
-        product = batched_linear(rows, weight1, None)
-        inner = compiled(bias_gelu, True)(product, bias1.unsqueeze(1))
+        product = batched_linear(rows, weight1, None, part, "1")
+        own_bias = bias1[part.first : part.first + len(rows)]
+        inner = compiled(bias_gelu, True)(product, own_bias.unsqueeze(1))
     else:
-        inner = F.gelu(batched_linear(rows, weight1, bias1))
-    return batched_linear(inner, weight2, bias2)
+        inner = F.gelu(batched_linear(rows, weight1, bias1, part, "1"))
+    return batched_linear(inner, weight2, bias2, part, "2")
 
 
 def grouped(
@@ -147,21 +209,26 @@ def grouped(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    sizes: Optional[Sequence[int]] = None,
     compile: bool = False,
 ) -> Tensor:
     """The FFNs of all experts on rows ``[N, D]`` sorted by expert, ``counts[e]`` of each.
 
-    Rows at the end may belong to no expert, and come out as 0.
+    Rows at the end may belong to no expert, and come out as 0. `sizes` are the counts where the host knows them.
     """
-    ends = counts.to(rows.device).cumsum(0)
+    if sizes is None and not _has_grouped_kernel(rows):
+        # Once for both products: the host waits for it.
+        sizes = counts.tolist()
+    ends = counts.cumsum(0)
     expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
     absent = (expert == len(counts)).unsqueeze(1)
     # Biases by a product: indexing would add up their gradients in 16 bits, one row after the other.
     owner = (expert.unsqueeze(1) == torch.arange(len(counts), device=rows.device)).to(rows.dtype)
     # What a grouped kernel leaves in rows of no group may be NaN, forward and backward.
-    inner = grouped_matmul(rows.masked_fill(absent, 0.0), weight1, counts).masked_fill(absent, 0.0)
+    present = rows.masked_fill(absent, 0.0)
+    inner = grouped_matmul(present, weight1, ends, sizes).masked_fill(absent, 0.0)
     inner = compiled(bias_gelu, compile)(inner, owner @ bias1).masked_fill(absent, 0.0)
-    outputs = grouped_matmul(inner, weight2, counts) + owner @ bias2
+    outputs = grouped_matmul(inner, weight2, ends, sizes) + owner @ bias2
     return outputs.masked_fill(absent, 0.0)
 
 
@@ -172,12 +239,14 @@ def one_by_one(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    part: Optional[ExpertRange] = None,
 ) -> Tensor:
     """Either of these for processors, one expert after the other; rows that are not in use come out as 0.
 
     Args:
         rows: ``[E, R, D]``, of which the first ``counts[e]`` are in use (None: all), or ``[N, D]`` sorted by expert.
         counts: ``[E]``, on the CPU.
+        part: the experts of these rows; None: all.
     """
     # Rows in use and rows that are not, in turn.
     if rows.dim() == 2:
@@ -190,7 +259,9 @@ def one_by_one(
         used = [length] * len(rows) if counts is None else counts.tolist()
         sizes = [size for count in used for size in (count, length - count)]
     flat = rows.reshape(-1, rows.shape[-1])
-    output: Tensor = _OneByOne.apply(flat, sizes, weight1, bias1, weight2, bias2)
+    output: Tensor = _OneByOne.apply(
+        flat, sizes, part or every_expert(), weight1, bias1, weight2, bias2
+    )
     return output.view(rows.shape)
 
 
@@ -204,7 +275,7 @@ class _OneByOne(torch.autograd.Function):
     experts of its own.
 
     Args of `apply`: rows ``[N, D]``; for every expert the number of its rows and of those behind them that are of none,
-    which come out as 0; the parameters of `ExpertPool`.
+    which come out as 0; which experts of the pool these are; the parameters of `ExpertPool`.
     """
 
     @staticmethod
@@ -212,6 +283,7 @@ class _OneByOne(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         sizes: list[int],
+        part: ExpertRange,
         weight1: Tensor,
         bias1: Tensor,
         weight2: Tensor,
@@ -226,9 +298,9 @@ class _OneByOne(torch.autograd.Function):
         first, second = (weight.transpose(1, 2).unbind() for weight in (weight1, weight2))
         bias = list(zip(bias1.unbind(), bias2.unbind()))
 
-        def compute(experts: Iterator[int]) -> None:
-            for expert in experts:
-                own = 2 * expert
+        def compute(pieces: Iterator[int]) -> None:
+            for piece in pieces:
+                own, expert = 2 * piece, part.first + piece
                 if sizes[own]:
                     torch.addmm(bias[expert][0], x[own], first[expert], out=inner[own])
                     torch.ops.aten.gelu.out(inner[own], out=y[own])
@@ -238,27 +310,34 @@ class _OneByOne(torch.autograd.Function):
 
         side_by_side(compute, _operations(sizes, weight1))
         ctx.save_for_backward(rows, before, activated, weight1, weight2)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.part = sizes, part
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:  # type: ignore[override]
         rows, before, activated, weight1, weight2 = ctx.saved_tensors
-        sizes, needs = ctx.sizes, ctx.needs_input_grad
+        sizes, part, needs = ctx.sizes, ctx.part, ctx.needs_input_grad
         of_rows = torch.empty_like(rows) if needs[0] else None
-        store1 = GradientStore(weight1) if needs[2] else None
-        store2 = GradientStore(weight2) if needs[4] else None
-        of_bias1 = grad.new_zeros(weight1.shape[:2]) if needs[3] else None
-        of_bias2 = grad.new_zeros(weight2.shape[:2]) if needs[5] else None
+        makers: dict[str, Callable[[], Any]] = {
+            "weight1": lambda: GradientStore(weight1),
+            "bias1": lambda: grad.new_zeros(weight1.shape[:2]),
+            "weight2": lambda: GradientStore(weight2),
+            "bias2": lambda: grad.new_zeros(weight2.shape[:2]),
+        }
+        names = [name for name, needed in zip(makers, needs[3:]) if needed]
+        found = {name: part.gradients.of(name, makers[name]) for name in names}
+        store1, store2, of_bias1, of_bias2 = map(
+            found.get, ("weight1", "weight2", "bias1", "bias2")
+        )
         x, inner, y, upstream = (v.split(sizes) for v in (rows, before, activated, grad))
         through = None if of_rows is None else of_rows.split(sizes)
         first, second = weight1.unbind(), weight2.unbind()
 
-        def compute(experts: Iterator[int]) -> None:
+        def compute(pieces: Iterator[int]) -> None:
             scratch = before.new_empty(max(sizes[::2]), weight1.shape[1])
-            for expert in experts:
-                own = 2 * expert
+            for piece in pieces:
+                own, expert = 2 * piece, part.first + piece
                 if through is not None and sizes[own + 1]:
                     through[own + 1].zero_()
                 if store2 is not None:
@@ -276,8 +355,14 @@ class _OneByOne(torch.autograd.Function):
                     torch.mm(of_inner, first[expert], out=through[own])
 
         side_by_side(compute, _operations(sizes, weight1))
-        gradients = [None if own is None else own.gradient for own in (store1, store2)]
-        return of_rows, None, gradients[0], of_bias1, gradients[1], of_bias2
+        last = {name for name in names if part.gradients.finish(name)}
+        gradients = (found[name] if name in last else None for name in makers)
+        return (
+            of_rows,
+            None,
+            None,
+            *(own.gradient if isinstance(own, GradientStore) else own for own in gradients),
+        )
 
 
 def _operations(sizes: list[int], weight: Tensor) -> list[int]:
@@ -286,7 +371,8 @@ def _operations(sizes: list[int], weight: Tensor) -> list[int]:
 
 
 class _BatchedLinear(torch.autograd.Function):
-    """``rows[e] @ weight[e].T + bias[e]`` for rows ``[E, R, K]``, weight ``[E, M, K]``, bias ``[E, M]`` or None.
+    """``rows[e] @ weight[e].T + bias[e]`` for rows ``[E, R, K]``, weight ``[E, M, K]``, bias ``[E, M]`` or None, or for
+    some of the experts.
 
     The weight's gradient has the layout of the weight. Differentiating ``baddbmm`` gives the gradient of the transposed
     weight, and storing that costs a transposed copy of every expert weight in every backward pass: 5 % of the layer
@@ -294,41 +380,81 @@ class _BatchedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        part: ExpertRange,
+        name: str,
+    ) -> Tensor:
+        ctx.own = slice(part.first, part.first + len(rows))
+        ctx.gradients, ctx.name = part.gradients, name
         ctx.save_for_backward(rows, weight)
+        transposed = weight[ctx.own].transpose(1, 2)
         if bias is None:
-            return torch.bmm(rows, weight.transpose(1, 2))
-        return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
+            return torch.bmm(rows, transposed)
+        return torch.baddbmm(bias[ctx.own].unsqueeze(1), rows, transposed)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:  # type: ignore[override]
         rows, weight = ctx.saved_tensors
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            torch.bmm(grad, weight) if needs_rows else None,
-            torch.bmm(grad.transpose(1, 2), rows) if needs_weight else None,
-            grad.sum(dim=1) if needs_bias else None,
-        )
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        of_rows = torch.bmm(grad, weight[ctx.own]) if needs_rows else None
+        of_weight = of_bias = None
+        shared, name = ctx.gradients, ctx.name
+        if needs_weight:
+            of_weight = shared.of(f"weight{name}", lambda: torch.empty_like(weight))
+            torch.bmm(grad.transpose(1, 2), rows, out=of_weight[ctx.own])
+            of_weight = of_weight if shared.finish(f"weight{name}") else None
+        if needs_bias:
+            of_bias = shared.of(f"bias{name}", lambda: grad.new_empty(weight.shape[:2]))
+            torch.sum(grad, dim=1, out=of_bias[ctx.own])
+            of_bias = of_bias if shared.finish(f"bias{name}") else None
+        return of_rows, of_weight, of_bias, None, None
 
 
-batched_linear = _BatchedLinear.apply
+def batched_linear(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    part: Optional[ExpertRange] = None,
+    name: str = "",
+) -> Tensor:
+    """``rows[e] @ weight[e].T + bias[e]``: ``[E, R, K]`` to ``[E, R, M]`` by weight ``[E, M, K]`` and bias ``[E, M]``.
+
+    Args:
+        part: the experts of these rows; None: all.
+        name: of the parameters among the gradients of the part.
+    """
+    output: Tensor = _BatchedLinear.apply(rows, weight, bias, part or every_expert(), name)
+    return output
 
 
-def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _has_grouped_kernel(rows: Tensor) -> bool:
+    return rows.dtype in GROUPED_MM_DTYPES and hasattr(F, "grouped_mm") and rows.shape[0] > 0
+
+
+def grouped_matmul(
+    rows: Tensor, weight: Tensor, ends: Tensor, sizes: Optional[Sequence[int]] = None
+) -> Tensor:
     """``rows[i] @ weight[expert of i].T`` for rows ``[N, K]`` sorted by expert, weight ``[E, M, K]``.
 
     Rows at the end may belong to no expert, and come out as anything. Uses torch's grouped kernel where it exists for
     the dtype, else one matmul per expert.
+
+    Args:
+        ends: where the rows of every expert end ``[E]``, on their device.
+        sizes: how many rows every expert has; needed where there is no grouped kernel.
     """
-    if rows.dtype in GROUPED_MM_DTYPES and hasattr(F, "grouped_mm") and rows.shape[0] > 0:
-        offsets = counts.to(rows.device).cumsum(0).to(torch.int32)
+    if _has_grouped_kernel(rows):
+        offsets = ends.to(torch.int32)
         return _ContiguousGrad.apply(F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets))
+    assert sizes is not None
     # Indexing `weight[e]` would make a gradient of the whole pool for every expert; the gradients of an
     # unbound tensor are stacked once.
     experts = weight.unbind(0)
-    sizes = counts.tolist()
     *parts, rest = rows.split([*sizes, len(rows) - sum(sizes)], dim=0)
     products = [part @ own.T for part, own in zip(parts, experts)]
     return torch.cat([*products, rest.new_zeros(len(rest), weight.shape[1])], dim=0)

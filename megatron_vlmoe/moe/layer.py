@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -17,6 +17,7 @@ from megatron_vlmoe.moe.dispatch import (
     Dispatcher,
     FixedCapacityDispatcher,
     TokenAllToAllDispatcher,
+    nothing,
 )
 from megatron_vlmoe.moe.experts import PooledExperts
 from megatron_vlmoe.moe.router import ModalityRouter
@@ -54,15 +55,21 @@ class ModalityMoELayer(MoELayer):
         )
         self.moe = moe
         self.plan = plan
-        self.fixed_capacity = FixedCapacityDispatcher(groups)
+        self.fixed_capacity = FixedCapacityDispatcher(groups, moe.all_to_all_chunks)
         self.token_all_to_all = TokenAllToAllDispatcher(
             self.token_dispatcher, plan.pools, groups.ep.size()
         )
 
     def forward(  # type: ignore[override]
-        self, inputs: Sequence[Tensor], stream: StreamBatch
+        self,
+        inputs: Sequence[Tensor],
+        stream: StreamBatch,
+        meanwhile: Callable[[], None] = nothing,
     ) -> list[Tensor]:
-        """Outputs ``[T, 1, D]`` of every pool for its tokens ``[T, 1, D]``."""
+        """Outputs ``[T, 1, D]`` of every pool for its tokens ``[T, 1, D]``.
+
+        Calls `meanwhile` once, when tokens are under way to their experts.
+        """
         # 0 or less drops nothing.
         capacity_factor = 0.0
         if self.moe.dispatcher != "dropless":
@@ -74,4 +81,5 @@ class ModalityMoELayer(MoELayer):
         dispatch: Dispatcher = self.token_all_to_all
         if capacity_factor > 0.0 and self.moe.dispatcher == "fixed_capacity":
             dispatch = self.fixed_capacity
-        return [output.unsqueeze(1) for output in dispatch(flat, routings, self.experts)]
+        outputs = dispatch(flat, routings, self.experts, meanwhile)
+        return [output.unsqueeze(1) for output in outputs]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.planning.estimate import BYTES, expert_rows, head_slots, trained_parameters
@@ -33,8 +33,23 @@ from megatron_vlmoe.stream.sizes import (
 Operation = Literal["all-reduce", "reduce-scatter", "all-gather", "all-to-all", "send", "receive"]
 Group = Literal["tensor", "pipeline", "expert", "data", "expert data", "stage", "world"]
 
-Add = Callable[[str, Operation, Group, int, int], None]
-"""Counts a collective: what, how, among whom, bytes of a call, calls."""
+
+class Add(Protocol):
+    """Counts a collective."""
+
+    def __call__(
+        self,
+        what: str,
+        operation: Operation,
+        group: Group,
+        size: int,
+        times: int,
+        pieces: int = 1,
+        /,
+    ) -> None:
+        """What, how, among whom, its bytes, how often, and in how many calls each time."""
+        ...
+
 
 BUCKET_VALUES = 40_000_000
 """megatron-core's least bucket of gradients, of which a million per data-parallel rank is the least, too."""
@@ -88,7 +103,8 @@ def collectives_per_step(
       optimizers, which are two in a model with experts, unless `parallel.overlap_param_gather` is set.
     - TP: a block gathers ``T D`` before a column-parallel layer and reduce-scatters it after a row-parallel one; the
       backward pass does the opposite, and gathers the input once more for the gradient of the weight.
-    - EP: two all-to-alls of ``R D`` per block of pools in the forward pass, two in the backward pass.
+    - EP: two all-to-alls of ``R D`` per block of pools in the forward pass, two in the backward pass; each in as many
+      calls as `moe.all_to_all_chunks` says.
     - PP: ``T D`` per micro-batch to the next stage, and its gradient back.
     - Contrastive pretraining: fp32 features of captions and of images, gathered from TP and then from data-parallel
       ranks; of the latter the gradient is reduce-scattered.
@@ -118,9 +134,11 @@ def collectives_per_step(
     calls: Counter[tuple[str, Operation, Group]] = Counter()
     sums: Counter[tuple[str, Operation, Group]] = Counter()
 
-    def add(what: str, operation: Operation, group: Group, size: int, times: int) -> None:
+    def add(
+        what: str, operation: Operation, group: Group, size: int, times: int, pieces: int = 1
+    ) -> None:
         if size and times and groups[group][0] > 1:
-            calls[what, operation, group] += times
+            calls[what, operation, group] += times * pieces
             sums[what, operation, group] += size * times
 
     found = estimated_parameters(config) if found is None else found
@@ -238,8 +256,13 @@ def _add_blocks(
         if plan.pools:
             rows = sum(expert_rows(config, pool, layout) for pool in plan.pools)
             times = 2 * (forward + micro_batches)
-            add("rows of experts", "all-to-all", "expert", row * rows, times)
-            if moe.dispatcher != "fixed_capacity" or moe.capacity_factor <= 0.0:
+            static = moe.dispatcher == "fixed_capacity" and moe.capacity_factor > 0.0
+            # Groups of experts that are sent by themselves; pools without tokens are left out.
+            reached = [pool for pool in plan.pools if pool.num_tokens(layout)]
+            experts = sum(pool.num_experts for pool in reached) // expert
+            chunks = min(moe.all_to_all_chunks, experts) if static else 1
+            add("rows of experts", "all-to-all", "expert", row * rows, times, chunks)
+            if not static:
                 # megatron-core's dispatcher tells how many rows there are, and sends their gates with them.
                 counts = 8 * sum(pool.num_experts for pool in plan.pools) * expert
                 add("numbers of rows", "all-gather", "expert", counts, forward)

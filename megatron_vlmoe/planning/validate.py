@@ -338,7 +338,15 @@ def _check_moe(config: RunConfig) -> None:
             moe.num_vision_experts > 0,
             "moe.shared_router=true needs moe.num_vision_experts, the size of the shared pool",
         )
-    _check_bounds(config, {"must be at least 1": ("moe.topk", "moe.capacity_multiple_of")})
+    _check_bounds(
+        config,
+        {"must be at least 1": ("moe.topk", "moe.capacity_multiple_of", "moe.all_to_all_chunks")},
+    )
+    _require(
+        moe.all_to_all_chunks == 1 or moe.dispatcher == "fixed_capacity",
+        f"moe.all_to_all_chunks={moe.all_to_all_chunks} with moe.dispatcher={moe.dispatcher}: only "
+        "fixed_capacity sends the tokens of single experts",
+    )
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(moe, name)
         _require(math.isfinite(factor), f"moe.{name}={factor:g} must be finite")

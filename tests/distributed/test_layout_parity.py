@@ -217,6 +217,7 @@ def test_negatives_come_from_all_data_parallel_ranks(workers: Workers) -> None:
 SAME_RESULT = {
     "alltoall": ("tp2-ep2", "--moe.dispatcher alltoall"),
     "dropless": ("ep2", "--moe.dispatcher dropless"),
+    "chunks-recompute": ("pp2-ep2", "--moe.all_to_all_chunks 100 --train.recompute full"),
     "recompute-1f1b": ("pp2", "--train.recompute full"),
     "recompute-tp-ep": ("tp2-ep2-on-2", "--train.recompute full"),
     "recompute-interleaved": ("pp2-interleaved", "--train.recompute full"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import Layout, Workers, layout
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import start
 
 from megatron_vlmoe.stream.layout import PAIR_SEGMENTS
@@ -166,6 +167,135 @@ def test_dispatchers_equal_a_plain_loop(
         assert all(drops > 0 for drops in result["drops"]) and result["padded"] > 0
         for name, difference in result["differences"].items():
             assert difference < 1e-5, name
+
+
+class WideCopies(TorchDispatchMode):
+    """Counts rows of a width that operations copy from one place to another as they are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("cat", "clone", "copy_", "index"):
+            if result.dim() > 1 and result.shape[-1] == self.width:
+                self.rows += result.numel() // self.width
+        return result
+
+
+class Handle:
+    """A transfer that writes down when it is started and when it is waited for."""
+
+    def __init__(self, events: list[str], work: Any) -> None:
+        self.events, self.work = events, work
+        self.number = sum(event.startswith("send") for event in events)
+        events.append(f"send {self.number}")
+
+    def wait(self) -> None:
+        self.events.append(f"wait {self.number}")
+        self.work.wait()
+
+
+def in_chunks(where: Layout) -> None:
+    """Outputs, gradients and copies of a layer that sends its slots in chunks of experts."""
+    from megatron.core.transformer.moe.moe_utils import (
+        MoEAuxLossAutoScaler,
+        get_default_pg_collection,
+    )
+
+    from megatron_vlmoe.moe.dispatch import FixedCapacityDispatcher
+    from megatron_vlmoe.train.step import StepRunner
+
+    config, ranks, parts, data = start(where, *OPTIONS, *WITH_VL)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    layer, width = parts.chunks[0].decoder.layers[3].mlp.moe.train(), config.model.hidden_size
+    pools, parameters = layer.plan.pools, dict(layer.named_parameters())
+    assert [pool.num_experts for pool in pools] == [4, 4, 8]
+    for routing, topk, left_out in (
+        ("token_choice", 1, ()),
+        ("token_choice", 2, ()),
+        ("token_choice", 2, ("micro_pairs",)),
+        ("token_choice", 1, ("micro_texts", "micro_images")),
+        ("expert_choice", 2, ()),
+    ):
+        factor, case = FACTORS[routing], f"{routing}, {topk}, without {left_out}"
+        layer.moe = replace(layer.moe, capacity_factor=factor)
+        layer.router.moe = replace(layer.router.moe, routing=routing, topk=topk)
+        own = replace(config, data=replace(config.data, **dict.fromkeys(left_out, 0)))
+        stream = StepRunner(own, parts, ranks).stream(data.batch(ranks.rank), draws=True)
+        generator = torch.Generator().manual_seed(ranks.rank)
+        sizes = [stream.layout.size(*pool.segments) for pool in pools]
+        slots = sum(
+            pool.num_experts * expert_capacity(size, pool.num_experts, topk, factor)
+            for pool, size in zip(pools, sizes)
+            if size
+        )
+        experts = sum(pool.num_experts for pool, size in zip(pools, sizes) if size)
+        tokens = [torch.randn(size, 1, width, generator=generator) for size in sizes]
+        expected: dict[str, Tensor | None] = {}
+        for chunks in (1, 2, 5, 100):
+            layer.fixed_capacity = FixedCapacityDispatcher(get_default_pg_collection(), chunks)
+            inputs = [value.clone().requires_grad_() for value in tokens]
+            for parameter in parameters.values():
+                parameter.grad, parameter.main_grad = None, torch.zeros_like(parameter)
+            with WideCopies(width) as copies:
+                outputs = layer(inputs, stream)
+                sum(output.square().sum() for output in outputs).backward()
+            results = {f"output {n}": value.detach() for n, value in enumerate(outputs)}
+            results |= {f"gradient {n}": value.grad for n, value in enumerate(inputs)}
+            # megatron-core's hooks have added up all gradients of parameters here.
+            results |= {key: parameter.main_grad for key, parameter in parameters.items()}
+            expected = expected or results
+            for key, value in results.items():
+                wanted = expected[key]
+                assert value is not None and wanted is not None, f"{case}, {chunks}: {key}"
+                assert torch.equal(value, wanted), f"{case}, {chunks} chunks: {key}"
+            # Several experts in a chunk are copied once on each way; what arrives for a single one is what it needs.
+            single = chunks == 100 or experts == ranks.expert_size
+            if routing == "token_choice" and chunks in (1, 100):
+                assert copies.rows == (0 if single else 4 * slots), f"{case}, {chunks} chunks"
+        for key, value in expected.items():
+            unused = any(not size and pool.name in key for pool, size in zip(pools, sizes))
+            assert value is not None and (value.any() or not value.numel() or unused), key
+
+
+@pytest.mark.parametrize(
+    "where", [layout(2, ep=2), layout(4, ep=4), layout(4, tp=2, ep=2)], ids=["2", "4", "tp2-ep2"]
+)
+def test_chunks_of_experts_change_no_bit(where: Layout, workers: Workers) -> None:
+    workers.run(where, in_chunks, where)
+
+
+def transfers(where: Layout) -> list[str]:
+    """What a block with a dense branch and two local experts does in turn."""
+    import torch.distributed as dist
+
+    from megatron_vlmoe.train.step import StepRunner
+
+    options = ("--moe.modalities", "text", "--moe.num_vision_experts", "0")
+    chunks = ("--moe.all_to_all_chunks", "2", "--parallel.overlap_grad_reduce", "false")
+    config, ranks, parts, data = start(where, *options, *chunks)
+    block = parts.chunks[0].decoder.layers[1].mlp.train()
+    stream = StepRunner(config, parts, ranks).stream(data.batch(ranks.rank), draws=True)
+    events: list[str] = []
+    plain = dist.all_to_all_single
+    dist.all_to_all_single = lambda *args, **own: Handle(events, plain(*args, **own))
+    block.moe.experts.text.register_forward_hook(lambda *_: events.append("experts"))
+    block.vision_ffn.register_forward_hook(lambda *_: events.append("dense"))
+    block.vision_ffn.register_full_backward_hook(lambda *_: events.append("dense backward"))
+    shape = (stream.layout.num_tokens, 1, config.model.hidden_size)
+    block(torch.randn(shape, requires_grad=True), stream).sum().backward()
+    return events
+
+
+def test_transfers_are_under_way_while_others_compute(workers: Workers) -> None:
+    forward = ["send 0", "send 1", "dense"]
+    forward += ["wait 0", "experts", "send 2", "wait 1", "experts", "send 3", "wait 2", "wait 3"]
+    # Gradients of results, in the order of chunks; those of rows follow experts, the last first.
+    backward = ["send 4", "send 5", "wait 5", "send 6", "wait 4", "send 7", "dense backward"]
+    for events in workers.run(2, transfers, layout(2, ep=2)):
+        assert events == [*forward, *backward, "wait 7", "wait 6"]
 
 
 QUIET = (

@@ -41,6 +41,10 @@ RUNS: dict[str, tuple[Layout, str]] = {
         "--objectives.kind contrastive --data.micro_texts 0 --data.micro_images 0 "
         "--train.precision bf16",
     ),
+    "EP 2, recompute, chunks": (
+        layout(2, ep=2),
+        "--moe.all_to_all_chunks 3 --train.recompute full",
+    ),
     "EP 2, alltoall": (layout(2, ep=2), "--moe.dispatcher alltoall"),
 }
 

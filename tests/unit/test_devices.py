@@ -142,10 +142,12 @@ def _finetune(task: str, prefix: str, tokenizer: str, *arguments: str) -> dict[s
             {NORM: 1},
         ),
         (layout(2, tp=2), "bf16", ("--train.counter_draws", "true"), {NORM: 1, STATES: 4}),
+        # A chunk of both pools, and one of a single pool.
+        (layout(2, ep=2), "bf16", ("--moe.topk", "2", "--moe.all_to_all_chunks", "2"), {NORM: 1}),
     ],
     ids=[
         *("bf16", "fp16-recompute-tp2-bias", "contrastive-expert-choice-dp2"),
-        *("varlen-packed-tp2", "counter-draws"),
+        *("varlen-packed-tp2", "counter-draws", "chunks-ep2"),
     ],
 )
 def test_a_step_of_pretraining_waits_for_the_norm_alone(
@@ -221,6 +223,63 @@ def test_nothing_in_a_graph_waits_or_copies(where: Layout, arguments: tuple[str,
     graph = ("--train.counter_draws", "true", "--train.cuda_graph", "true")
     ((operations, waits),) = Workers(1).run(1, _capture, where, *graph, *arguments)
     assert operations > 1000 and not waits
+
+
+def _dispatched() -> dict[str, int]:
+    """Two pools, to whose experts a transport has brought rows, and counts of them on the host; what stopped it."""
+    import torch
+    from device_stand_in import DEVICE, StandIn
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_vlmoe.moe.dispatch import TokenAllToAllDispatcher
+    from megatron_vlmoe.moe.experts import PooledExperts
+    from megatron_vlmoe.moe.router import PoolRouting
+    from megatron_vlmoe.stream.block_plan import Branch
+
+    stand_in, pools = StandIn(Layout(1)), (Branch("text", (), 4), Branch("vision", (), 4))
+    two: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    groups: Any = SimpleNamespace(ep=two, expt_dp=two)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=1,
+        num_moe_experts=8,
+        moe_ffn_hidden_size=32,
+        params_dtype=torch.bfloat16,
+    )
+
+    def same(*values: Any) -> Any:
+        return values[0] if len(values) == 1 else (values[0], values[-1])
+
+    with torch.device(DEVICE), stand_in.mode:
+        experts = PooledExperts(4, config, groups, pools)
+        inputs = [torch.empty(6, 16, dtype=torch.bfloat16, requires_grad=True) for _ in pools]
+        expert, gate = torch.empty(6, 1, dtype=torch.int64), torch.empty(6, 1)
+        gates, kept = torch.empty(12), torch.empty(6, 1, dtype=torch.bool)
+        counts: Any = torch.empty(4, dtype=torch.int64, device="cpu")
+        # The host knows what they hold; tensors of the stand-in hold nothing.
+        counts.tolist = lambda: [3, 0, 4, 5]
+        transport: Any = SimpleNamespace(
+            dispatch_preprocess=lambda rows, chosen, probs: (rows.squeeze(1), gates),
+            token_dispatch=same,
+            dispatch_postprocess=lambda rows, probs: (rows, counts, probs),
+            combine_preprocess=same,
+            token_combine=same,
+            combine_postprocess=lambda rows: rows.unsqueeze(1),
+        )
+        dispatch = TokenAllToAllDispatcher(transport, pools, 2)
+        routings = [PoolRouting(pool, gate, expert, kept, 0, None) for pool in pools]
+        with stand_in.watch:
+            outputs = dispatch(inputs, routings, experts)
+            torch.cat(outputs).sum().backward()
+        assert all(value.grad is not None and value.grad.device == DEVICE for value in inputs)
+    return dict(stand_in.watch.waits)
+
+
+@pytest.mark.process
+def test_counts_of_rows_go_to_the_device_once_for_all_pools() -> None:
+    (waits,) = Workers(1).run(1, _dispatched)
+    assert waits == {"copy: megatron_vlmoe/moe/dispatch.py __call__": 1}
 
 
 def test_the_norm_is_that_of_all_gradients_together() -> None:

@@ -29,6 +29,7 @@ from megatron_vlmoe.moe.routing_ops import (
     sorted_slots,
     top_k_experts,
 )
+from megatron_vlmoe.moe.slots import combine_slots, weigh_rows
 from megatron_vlmoe.stream.block_plan import Branch
 
 WIDTH, INNER = 6, 10
@@ -281,6 +282,31 @@ def test_sorted_slots_hold_every_assignment_once() -> None:
         assert slots.token_slot[token, choice] == slot
 
 
+@pytest.mark.parametrize("by_experts", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gate_gradients_in_16_bits_are_products_and_sums_in_fp32(
+    by_experts: bool, dtype: torch.dtype
+) -> None:
+    """300 x 300 is more than fp16 holds, and 255 x 255 more digits than bfloat16 has."""
+    rows = torch.tensor([[300.0, 300.0, 255.0, 1.0], [1.0, 2.0, 0.0, 0.0]], dtype=dtype)
+    upstream = torch.tensor([[300.0, -300.0, 255.0, 2.0], [5.0, 7.0, 0.0, 0.0]], dtype=dtype)
+    expected = (rows.double() * upstream.double()).sum(dim=1)
+    # The first token's slot is in the first expert, the second's in the second.
+    gates, mask = torch.tensor([[0.75, 0.25], [0.25, 0.75]]), None
+    if by_experts:
+        slots, gate = expert_choice_slots(gates, 1, mask), gates.clone()
+        wanted = torch.diag(expected)
+    else:
+        gate, expert = top_k_experts(gates, 1)
+        slots, wanted = route_slots(gate, expert, 2, 1, mask), expected.unsqueeze(1)
+    gate.requires_grad_()
+    combine_slots(rows, gate, slots, by_experts).backward(upstream)
+    weight = torch.ones(2, requires_grad=True)
+    weigh_rows(rows, weight).backward(upstream)
+    assert gate.grad is not None and gate.grad.tolist() == wanted.tolist()
+    assert weight.grad is not None and weight.grad.tolist() == expected.tolist()
+
+
 class WrittenBytes(TorchDispatchMode):
     """Counts the bytes of every tensor that an operation makes; views make none."""
 
@@ -302,7 +328,7 @@ def test_grouped_matmul_writes_no_gradient_of_the_pool_per_expert(dtype: torch.d
     counts = torch.tensor([0, *[2] * 30, 4])
     weight = torch.randn(32, 24, 16, dtype=dtype, requires_grad=True)
     with WrittenBytes() as written:
-        grouped_matmul(rows, weight, counts).sum().backward()
+        grouped_matmul(rows, weight, counts.cumsum(0), counts.tolist()).sum().backward()
     # Outputs, their gradients, and one gradient of the pool that is made and stacked: far from one per expert.
     assert weight.nbytes <= written.count < 5 * weight.nbytes
     owner = torch.repeat_interleave(torch.arange(32), counts)

@@ -408,7 +408,7 @@ def every_slot_filled(runtime, monkeypatch):
     """Fake tensors do not say which slots are filled; a plan counts all of them, as a GPU computes them."""
     from megatron_vlmoe.moe import dispatch
 
-    monkeypatch.setattr(dispatch, "slots_in_use", lambda routing, ep_size: None)
+    monkeypatch.setattr(dispatch, "slots_in_use", lambda routing: None)
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-8e", "small-8e"])

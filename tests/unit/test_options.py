@@ -409,6 +409,9 @@ ANSWERS = {
     "--data.eval_fraction 2": "data.eval_fraction=2 is not in [0, 1)",
     "--data.num_workers -2": "data.num_workers=-2 must not be below -1",
     "--moe.balance_bias_rate 2": "moe.balance_bias_rate=2 is not in [0, 1]",
+    "--moe.all_to_all_chunks 0": "moe.all_to_all_chunks=0 must be at least 1",
+    "--moe.all_to_all_chunks 2 --moe.dispatcher alltoall": "moe.all_to_all_chunks=2 with moe.dispatcher=alltoall: only"
+    " fixed_capacity sends the tokens of single experts",
     "--moe.text_aux.global_entropy_experts -3": "moe.text_aux.global_entropy_experts=-3 must not be negative",
     "--parallel.expert_model_parallel_size 2": "parallel.expert_model_parallel_size=2 does not divide 1 process: start"
     " with torchrun --nproc-per-node 2 (or plan with --dry-run-world-size 2), or use"
