@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -35,28 +36,28 @@ def side_by_side(work: Work, operations: Sequence[int]) -> None:
         work(iter(range(len(operations))))
         return
     pieces = iter(sorted(range(len(operations)), key=lambda piece: -operations[piece]))
-    running = [_threads(os.getpid(), threads).submit(_work, work, pieces) for _ in range(threads)]
+    # Whether gradients are recorded, and whether tensors are those of inference, are settings of a thread.
+    mode = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
+    pool = _threads(os.getpid(), threads)
+    running = [pool.submit(mode(work), pieces) for _ in range(threads)]
     wait(running)
     for done in running:
         done.result()
 
 
-def _work(work: Work, pieces: Iterator[int]) -> None:
-    # Whether gradients are recorded is a setting of a thread.
-    with torch.no_grad():
-        work(pieces)
-
-
 @functools.lru_cache(maxsize=1)
 def _threads(process: int, number: int) -> ThreadPoolExecutor:
     """Threads in which torch uses one; made anew in a process that was forked, which has none."""
-    pool = ThreadPoolExecutor(number, "host", initializer=lambda: torch.set_num_threads(1))
-    started: list[Future[None]] = [pool.submit(_started) for _ in range(number)]
-    wait(started)
+
+    def begin() -> None:
+        # Asking comes first: torch sets a thread's number by the process's when the thread first needs it.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(number, "host", initializer=begin)
+    # All of them now: a thread is only made for work that finds none idle.
+    together = threading.Barrier(number)
+    wait([pool.submit(together.wait) for _ in range(number)])
     # It is also what later threads of torch begin with.
     torch.set_num_threads(number)
     return pool
-
-
-def _started() -> None:
-    """Nothing; a thread is made for it."""

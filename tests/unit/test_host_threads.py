@@ -82,6 +82,18 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert child.exitcode == 0
 
 
+def test_pieces_may_write_to_tensors_of_inference() -> None:
+    with torch.inference_mode():
+        written = torch.zeros(4)
+
+        def work(pieces: Iterator[int]) -> None:
+            for piece in pieces:
+                written[piece] = piece
+
+        side_by_side(work, [1, 1, 1, 1])
+    assert written.tolist() == [0, 1, 2, 3]
+
+
 def test_experts_side_by_side_are_those_one_by_one() -> None:
     """With an expert without rows and rows of none; outputs, all gradients, and the sums in megatron-core's buffers."""
     torch.manual_seed(0)
