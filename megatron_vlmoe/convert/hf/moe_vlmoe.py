@@ -6,8 +6,13 @@ width, E experts, K experts per token, R rows: one for every choice of a token, 
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Callable, Mapping, NamedTuple, Optional
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,8 @@ EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 # of an AMD EPYC at D = 384 and 768. The second layer has long rows and few results, where only two are faster.
 COLUMNS_FC1 = range(1, 7)
 COLUMNS_FC2 = range(2, 3)
+# Rows below which the time of an expert is that of reading its weights.
+FEW_ROWS = 8
 
 
 class VLMoEBranchOutput(nn.Linear):
@@ -211,10 +218,15 @@ class VLMoEExperts(nn.Module):
             self.fc2_weight.unbind(0),
             self.fc2_bias.unbind(0),
         )
-        for own, place, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) in zip(rows, places, pool):
-            if own.shape[0]:
+        used = [one for one in zip(rows, places, pool) if one[0].shape[0]]
+
+        def compute(numbers: Iterator[int]) -> None:
+            for number in numbers:
+                own, place, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) = used[number]
                 inner = torch.ops.aten.gelu_(_linear(own, fc1_weight, fc1_bias, COLUMNS_FC1))
                 outputs.index_copy_(0, place, _linear(inner, fc2_weight, fc2_bias, COLUMNS_FC2))
+
+        _side_by_side(compute, [max(own.shape[0], FEW_ROWS) for own, *_ in used])
         if absent.shape[0]:
             outputs.index_fill_(0, absent, 0.0)
         outputs.mul_(top_k_weights.reshape(-1, 1).to(outputs.dtype))
@@ -689,6 +701,46 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor, as_columns: range) -> Te
     columns = (torch.cat([rows, rows]) if count == 1 else rows).t()
     # Contiguous, since the next product is slow on transposed rows.
     return torch.addmm(bias.unsqueeze(1), weight, columns).t()[:count].contiguous()
+
+
+def _side_by_side(work: Callable[[Iterator[int]], None], costs: list[int]) -> None:
+    """Does pieces ``0 .. len(costs) - 1`` on a CPU, on as many threads as torch uses, each of which has torch alone.
+
+    Several threads share a product of few rows badly. Where one piece costs much more than what a thread should get,
+    this thread does them in order, each with all threads.
+
+    Args:
+        work: is called by every thread with one common iterator of pieces; they write to different memory.
+        costs: of the pieces, in any unit.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not costs or max(costs) * threads > 1.25 * sum(costs):
+        work(iter(range(len(costs))))
+        return
+    pieces = iter(sorted(range(len(costs)), key=lambda piece: -costs[piece]))
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+    pool = _host_threads(os.getpid(), threads)
+    running = [pool.submit(mode()(work), pieces) for _ in range(threads)]
+    wait(running)
+    for done in running:
+        done.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _host_threads(process: int, number: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one; made anew in a forked process, which has none."""
+
+    def begin() -> None:
+        # Asking comes first: torch sets a thread's number by the process's when the thread first needs it.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(number, "experts", initializer=begin)
+    together = threading.Barrier(number)
+    wait([pool.submit(together.wait) for _ in range(number)])
+    # It is also what later threads of torch begin with.
+    torch.set_num_threads(number)
+    return pool
 
 
 def _torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
