@@ -212,4 +212,4 @@ def test_the_notebook_runs(old: Old) -> None:
     (old.folder / "explore.py").write_text(program)
     outcome = run("explore.py", cwd=old.folder).succeeded()
     assert "pretrain, last evaluation" in outcome.stdout
-    assert "how many squares are there? [(" in outcome.stdout
+    assert "How many squares are there? [(" in outcome.stdout
