@@ -251,10 +251,15 @@ def test_ways_to_run_experts_give_what_one_after_the_other_gives(way):
         assert difference <= tolerance * torch.linalg.vector_norm(plain)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_gradients_experts_give_what_they_give_with_them(dtype, k):
+def test_without_gradients_experts_give_what_they_give_with_them(dtype, k, threads, monkeypatch):
+    """With two threads, each has experts of its own."""
     experts = sparse_branch().experts.to(dtype)
+    monkeypatch.setattr(moe, "LARGEST_SHARE", 9.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     for most in range(10):
         # One row of expert 0, up to nine of expert 3, and a choice that is not carried out; with K = 2 every token also
         # goes to expert 4.
@@ -262,9 +267,12 @@ def test_without_gradients_experts_give_what_they_give_with_them(dtype, k):
         chosen = torch.cat([chosen, torch.full_like(chosen, 4)], dim=1)[:, :k]
         tokens, gates = torch.randn(most + 2, 16).to(dtype), torch.rand(most + 2, k)
         expected = experts(tokens, chosen, gates)
-        with torch.no_grad():
-            found = experts(tokens, chosen, gates)
-        torch.testing.assert_close(found, expected.detach())
+        for without_gradients in (torch.no_grad, torch.inference_mode):
+            with without_gradients():
+                found = experts(tokens, chosen, gates)
+            torch.testing.assert_close(found, expected.detach())
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
 
 
 def test_only_experts_with_tokens_are_visited(monkeypatch):

@@ -28,6 +28,8 @@ COLUMNS_FC1 = range(1, 7)
 COLUMNS_FC2 = range(2, 3)
 # Rows below which the time of an expert is that of reading its weights.
 FEW_ROWS = 8
+# How much more than an equal share of all work one thread may get before threads share every product instead.
+LARGEST_SHARE = 1.25
 
 
 class VLMoEBranchOutput(nn.Linear):
@@ -714,7 +716,7 @@ def _side_by_side(work: Callable[[Iterator[int]], None], costs: list[int]) -> No
         costs: of the pieces, in any unit.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or not costs or max(costs) * threads > 1.25 * sum(costs):
+    if threads == 1 or not costs or max(costs) * threads > LARGEST_SHARE * sum(costs):
         work(iter(range(len(costs))))
         return
     pieces = iter(sorted(range(len(costs)), key=lambda piece: -costs[piece]))
