@@ -9,7 +9,6 @@ Letters: m rows of a micro-batch, B rows of a pool, D width.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Iterator, Mapping, Optional
@@ -35,6 +34,7 @@ from megatron_vlmoe.finetune.objective import (
 from megatron_vlmoe.losses.contrastive import CachedGradients
 from megatron_vlmoe.losses.tasks import hard_negatives, matching_loss
 from megatron_vlmoe.runtime.distributed import Ranks, device
+from megatron_vlmoe.runtime.machine import cores_of_rank
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.draws import keyed_generator
 from megatron_vlmoe.train.contrastive import gather_rows, pool_loss
@@ -73,7 +73,7 @@ class RetrievalObjective(TaskObjective):
         losses = ("contrastive", "matching") if self.matches else ("contrastive",)
         super().__init__(config, ranks, data, losses)
         self._cache: Optional[StepCache] = None
-        self.threads = min(16, max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        self.threads = min(16, cores_of_rank())
 
     def evaluate_split(self, runner: StepRunner, split: SplitData) -> Measured:
         """Recalls, also those after ranking the best candidates anew, where that is asked for."""

@@ -11,16 +11,23 @@ MOST_WORKERS = 8
 """Loader processes that a rank starts by itself: with 2.6 ms for a view, 8 make the 128 of a micro-batch in 42 ms."""
 
 
-def loader_workers() -> int:
-    """Loader processes for which this rank has cores, one left for itself: 1 to `MOST_WORKERS`.
+def cores_of_rank() -> int:
+    """Cores that are for this rank alone, at least 1.
 
-    The cores that this process may use are its own if something like srun started every rank; torchrun's processes
-    share them.
+    torchrun's processes share what they may use. What Slurm gives a task is the rank's own, also where tasks are not
+    bound to their cores; any other launcher is taken to bind them.
     """
     cores = len(os.sched_getaffinity(0))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         cores //= int(os.environ["LOCAL_WORLD_SIZE"])
-    return max(1, min(cores - 1, MOST_WORKERS))
+    elif own := os.environ.get("SLURM_CPUS_PER_TASK"):
+        cores = min(cores, int(own))
+    return max(1, cores)
+
+
+def loader_workers() -> int:
+    """Loader processes for which this rank has cores, one left for itself: 1 to `MOST_WORKERS`."""
+    return max(1, min(cores_of_rank() - 1, MOST_WORKERS))
 
 
 def processor_name() -> str:

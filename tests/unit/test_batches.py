@@ -361,14 +361,24 @@ def test_a_damaged_image_is_one_line_and_middle_stages_never_see_it(
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "workers"),
-    [(2, None, 1), (6, None, 5), (1, None, 1), (128, 8, 8), (16, 8, 1), (32, 8, 3), (8, 16, 1)],
+    ("cores", "processes", "workers", "of_task"),
+    [
+        *((2, None, 1, ""), (6, None, 5, ""), (1, None, 1, "")),
+        *((128, 8, 8, ""), (16, 8, 1, ""), (32, 8, 3, ""), (8, 16, 1, "")),
+        *((128, None, 7, "8"), (4, None, 3, "8"), (128, 8, 8, "8")),
+    ],
 )
 def test_loader_workers_are_the_cores_of_a_rank_but_one(
-    cores: int, processes: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+    cores: int,
+    processes: int | None,
+    workers: int,
+    of_task: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torchrun's processes share the cores that they see; one started alone or by srun sees its own."""
+    """torchrun's processes share the cores that they see; one started by srun has those of its task, else what it
+    sees."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", of_task)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     if processes:
