@@ -99,7 +99,15 @@ start_workers() {
     # Threads of a process for what runs on the CPU; the machine's cores are shared by its processes.
     local threads=$(($(nproc) / GPUS_PER_NODE))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-    # megatron-core overlaps tensor-parallel communication with computation only on one hardware queue.
-    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    # megatron-core overlaps tensor-parallel communication with computation only on one hardware queue, which keeps other
+    # transfers from running beside kernels.
+    local tensor="$TP" previous="" argument
+    for argument in "$@"; do
+        case "$previous=$argument" in
+            --parallel.tensor_model_parallel_size=* | *=--parallel.tensor_model_parallel_size=*) tensor="${argument#*=}" ;;
+        esac
+        previous="$argument"
+    done
+    [ "$tensor" = 1 ] || export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     launch "${launcher[@]}" --nproc-per-node "$GPUS_PER_NODE" -m megatron_vlmoe "$@"
 }

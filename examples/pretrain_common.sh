@@ -11,7 +11,8 @@
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500
 #   GPUS_PER_NODE               processes per node (NPROC is the same); unset: the GPUs found, or 1
 # Layout:
-#   TP=1 PP=1 EP                EP unset: the largest number that divides the experts and the ranks of a stage
+#   TP=1 PP=1 EP                EP unset: the largest number that divides the experts, the ranks of a stage and those of
+#                               a node, beyond which all-to-alls are slow
 # Everything after the script's name goes to the program:
 #   bash examples/pretrain_base_32e.sh --dry-run
 #   bash examples/pretrain_base_32e.sh --train.seed 2 --data.num_workers 4
@@ -19,7 +20,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source examples/launch_common.sh
-if [ "$EXPERTS" = dense ]; then EP="${EP:-1}"; else EP="${EP:-$(gcd "${EXPERTS%e}" $((RANKS / PP)))}"; fi
+if [ "$EXPERTS" = dense ]; then EP="${EP:-1}"; else EP="${EP:-$(gcd "$(gcd "${EXPERTS%e}" $((RANKS / PP)))" "$GPUS_PER_NODE")}"; fi
 
 OPTIONS=(
     --preset "$SIZE-$EXPERTS"

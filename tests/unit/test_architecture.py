@@ -493,7 +493,7 @@ def run_script(row: str, *arguments: str, **variables: str) -> subprocess.Comple
         (
             "base_32e",
             {"NNODES": "4", "GPUS_PER_NODE": "8"},
-            "TP 1 x PP 1 x DP 32; EP 32, expert DP 1",
+            "TP 1 x PP 1 x DP 32; EP 8, expert DP 4",
         ),
         (
             "small_16e",

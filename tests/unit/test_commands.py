@@ -531,7 +531,7 @@ def test_a_command_is_recorded_with_what_it_made(tmp_path: Path) -> None:
 
 
 NOISE = """#!/bin/bash
-touch "$STARTED"
+echo "${CUDA_DEVICE_MAX_CONNECTIONS-none}" > "$STARTED"
 echo "starting" >&2
 echo "error: rank 1 ran out of data" >&2
 printf 'traceback of torchrun\\n=====\\n' >&2
@@ -601,6 +601,32 @@ def test_launcher_starts_what_only_other_nodes_make_whole(tmp_path: Path) -> Non
     nodes = {"NNODES": "2", "GPUS_PER_NODE": "2", "MASTER_ADDR": "host"}
     assert launched(tmp_path, *words, **nodes)[1]
     assert not launched(tmp_path, *words, NPROC="2")[1]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("words", "variables", "connections"),
+    [
+        ((), {}, "none"),
+        ((), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8"),
+        (("--parallel.tensor_model_parallel_size", "2"), {}, "1"),
+        (("--parallel.tensor_model_parallel_size=2",), {}, "1"),
+        (("--parallel.tensor_model_parallel_size", "1"), {}, "none"),
+        (("--parallel.tensor_model_parallel_size", "2"), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8"),
+    ],
+)
+def test_one_hardware_queue_is_for_tensor_parallelism_alone(
+    tmp_path: Path,
+    words: tuple[str, ...],
+    variables: dict[str, str],
+    connections: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    _, started = launched(
+        tmp_path, "pretrain", "--preset", "tiny-8e", *words, NPROC="2", **variables
+    )
+    assert started and (tmp_path / "started").read_text() == f"{connections}\n"
 
 
 @pytest.mark.process
