@@ -332,7 +332,7 @@ def _say_not_finite(axis: Axes) -> None:
             color=colors[0] if len(colors) == 1 else "black",
             ha="right",
             fontsize=8,
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0},
+            bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1.0},
         )
 
 
@@ -612,9 +612,15 @@ def draw_runs(
 
 
 def draw_losses(runs: Runs, output: Path) -> Path:
-    """Only the losses: training, evaluation and what guessing by frequency would lose; returns the file."""
+    """Only the losses: training, evaluation and what guessing by frequency would lose; returns the file.
+
+    Raises:
+        MetricsError: nothing was logged.
+    """
     named = dict(zip(run_names(list(runs)), runs.values()))
     section = replace(loss_section(named), columns=2)
+    if not section.panels:
+        raise MetricsError(f"{', '.join(named)}: nothing logged yet")
     title = f"Losses of {', '.join(named)}"
     return draw_sections(title, [section], run_keys(named), output)
 

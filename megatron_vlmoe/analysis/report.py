@@ -385,7 +385,7 @@ def _runs_chapter(runs: Sequence[Run], starts: Mapping[str, _Start]) -> Chapter:
     for run in runs:
         for text in _not_found(run, starts[run.name]) if run.name in starts else ():
             lost.setdefault(text, []).append(run.name)
-        if (first := _original(run, runs)) is not run:
+        if run.scores and (first := _original(run, runs)) is not run:
             lost.setdefault(f"a copy of {first.name}, which counts once", []).append(run.name)
     notes += [f"{', '.join(names)}: {text}." for text, names in lost.items()]
     return Chapter("Runs", notes, [Table(("run", "what", "steps", "starts from", "folder"), rows)])
@@ -476,8 +476,13 @@ def _held_out(runs: Sequence[Run]) -> Table:
             if not row:
                 continue
             cells = [
-                _scaled(row[key.format(name)], scale, form) if key.format(name) in row else NONE
+                NOT_FINITE
+                if value is None
+                else NONE
+                if value is NONE
+                else form.format(scale * value)
                 for _, key, form, scale in columns
+                for value in [row.get(key.format(name), NONE)]
             ]
             against = NONE
             if run is not runs[0] and first:
@@ -500,11 +505,6 @@ def _held_out(runs: Sequence[Run]) -> Table:
     )
     table = Table((*header, *(title for title, *_ in columns[1:])), rows, "Last evaluation", note)
     return _without_empty(table)
-
-
-def _scaled(value: Optional[float], scale: float, form: str) -> str:
-    """A logged value as text; None is one that is not finite."""
-    return NOT_FINITE if value is None else form.format(scale * value)
 
 
 def _training_chapter(title: str, runs: Sequence[Run], tables: Sequence[Table]) -> Chapter:
@@ -792,15 +792,12 @@ def _evaluated(run: Run, checkpoint: str, runs: Sequence[Run]) -> str:
     """
     if run.source is None:
         return ""
-    trained = next((other for other in runs if other.is_trained and _is_same(other, run)), run)
-    assert trained.source is not None
-    folder = _original(trained, runs).folder if trained.is_trained else trained.source
+    source = run.source.resolve()
+    trained = (other for other in runs if other.is_trained and other.folder.resolve() == source)
+    own = next(trained, None)
+    folder = run.source if own is None else _original(own, runs).folder
     iteration = _ITERATION.search(checkpoint)
     return f"{folder.resolve()} {iteration[0] if iteration else ''}"
-
-
-def _is_same(one: Run, other: Run) -> bool:
-    return one.source is not None and one.source.resolve() == (other.source or Path()).resolve()
 
 
 def _downstream_table(
@@ -978,6 +975,9 @@ def _architecture(name: str, config: Optional[RunConfig]) -> Optional[RunConfig]
 
 def _not_found(run: Run, start: _Start) -> Iterator[str]:
     """What the downstream tables lack because it is not where the run had it, in sentences."""
+    if not any(_columns(run)):
+        yield f"the downstream tables have no column for its scores; chapter Task {run.task} has them"
+        return
     if start.lost:
         yield (
             f"the run {start.lost} that training started from was not found, or has another architecture: pretrained "

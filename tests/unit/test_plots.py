@@ -309,8 +309,10 @@ def test_one_picture_shows_everything_of_runs(
     assert [text.get_text() for text in legend.get_texts()] == ["dense", "sparse", "shared", "vqa"]
     assert f"wrote {tmp_path}/all.svg" in capsys.readouterr().out
     empty = write_run(tmp_path / "empty", [])
-    assert main(["plot", "--run", str(empty)]) == 1
-    assert capsys.readouterr().err == "error: empty: nothing logged yet\n"
+    picture = ["--output", str(tmp_path / "empty.png")]
+    for words in (["plot"], ["plot-losses", *picture]):
+        assert main([*words, "--run", str(empty)]) == 1
+        assert capsys.readouterr().err == "error: empty: nothing logged yet\n"
 
 
 def test_a_dense_run_has_no_experts_to_draw(tmp_path: Path) -> None:

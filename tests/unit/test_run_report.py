@@ -248,19 +248,22 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     tuning = make_run(tmp_path / "tuning", tuned("gone"), [{"step": 5, "loss/nlvr2": 1.0}])
     newer = make_run(tmp_path / "newer", config_of("tiny-dense"), rows)
     (newer / "config.yaml").write_text("model: {number_of_heads: 3}\ntrain: {steps: many}\n")
-    page, source, _ = report(tmp_path / "out", unknown, begun, tuning, newer)
+    other = scores("nlvr2", train__accuracy=90.0)
+    split = make_run(tmp_path / "split", tuned("gone"), [{"step": 5, "loss/nlvr2": 1.0}], other)
+    page, source, _ = report(tmp_path / "out", unknown, begun, tuning, newer, split)
     for sentence in (
         "unknown: no config.yaml: options, parameters and FLOPs are not known.",
         "unknown: no evaluation logged.",
         "begun: nothing logged yet: no curves, speed or memory.",
         "tuning: no metrics.json: the run has not ended, and is in no table of results.",
+        "split: the downstream tables have no column for its scores; chapter Task nlvr2 has them.",
     ):
         assert sentence in page.texts
     assert re.search(
         r"newer: config.yaml: unknown option model.number_of_heads.* not known\.", source
     )
     assert table(page, "token slots/s")["unknown",]["token slots/s"] == "100"
-    assert "Downstream tasks" not in page.texts
+    assert not [rows for rows in page.tables if rows[0][0] == "model"]
 
 
 def test_losses_are_compared_with_those_of_the_first_run_alone(tmp_path: Path) -> None:
