@@ -41,6 +41,8 @@ LOSSES = {
 Row = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Row]]
 """The logged steps of every run by its name; runs have one colour each, in this order."""
+NOT_FINITE = "not finite"
+"""What stands where a value is infinite or not a number."""
 
 _RUN_COLORS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf"),
@@ -57,7 +59,8 @@ _PARTS = {
 }
 # The emptiest load that is drawn; below it, an expert that gets nothing would be infinitely far down.
 _LOWEST = 1 / 64
-_NAME = re.compile(r"loss/(\w+)")
+# Also of a run that was evaluated and has not logged a step yet.
+_NAME = re.compile(r"(?:eval/)?loss/(\w+?)(?:_foreground|_background)?")
 _BLOCK = re.compile(r"moe/(\w+)/layer_(\d+)/load_max")
 _POOL = re.compile(r"moe/(\w+)/load_max")
 _TERM = re.compile(r"moe/(\w+)/layer_\d+/aux/(\w+)")
@@ -137,14 +140,40 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric where it was logged."""
+    """Steps and values of a metric where it was logged and is finite."""
     found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def last_value(rows: Sequence[Row], key: str) -> Optional[float]:
-    """The last value of a metric; None where it was never logged."""
+    """The last finite value of a metric, which may be older than the last one; None where there is none."""
     return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def last_row(rows: Sequence[Row], key: str) -> Row:
+    """The last line that has a metric, also where it is not finite (None); empty where it was never logged."""
+    return next((row for row in reversed(rows) if key in row), {})
+
+
+def divergence(rows: Sequence[Row]) -> str:
+    """At which steps training or held-out losses of a run are not finite, in words; empty if at none.
+
+    A step counts where any of the losses is infinite or not a number, as for the state of runs in `vlmoe study`.
+    """
+    keys = [
+        f"{start}loss/{name}" for start in ("", "eval/") for name in ("total", *loss_names(rows))
+    ]
+    logged = [row for row in rows if any(key in row for key in keys)]
+    broken = [any(row.get(key, 0.0) is None for key in keys) for row in logged]
+    if not any(broken):
+        return ""
+    first = broken.index(True)
+    if all(broken[first:]):
+        return f"losses are not finite from step {logged[first]['step']:,} on"
+    return (
+        f"losses are not finite at {sum(broken):,} of {len(broken):,} logged steps, the first is step "
+        f"{logged[first]['step']:,}"
+    )
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
@@ -253,13 +282,58 @@ def _colored(runs: Runs) -> Iterator[tuple[str, Sequence[Row]]]:
 
 
 def _draw(axis: Axes, rows: Sequence[Row], key: str, scale: float = 1.0, **style: Any) -> None:
-    """A line of a metric, if it was logged; a dot where that was once, which a line would not show."""
-    steps, values = series(rows, key)
-    if len(steps) == 1:
-        style = {"marker": ".", **style}
-    if steps:
-        lowest = style.pop("lowest", -math.inf)
-        axis.plot(steps, [max(scale * value, lowest) for value in values], **style)
+    """A line of a metric, with gaps where it is not finite, on an axis of all steps of the run.
+
+    Values that a line would not show, because they have no neighbour, are dots.
+    """
+    lowest = style.pop("lowest", -math.inf)
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    if not found:
+        return
+    values = np.array(
+        [math.nan if value is None else max(scale * value, lowest) for _, value in found]
+    )
+    known = np.isfinite([math.nan, *values, math.nan])
+    alone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])
+    if alone.size:
+        style = {"marker": ".", "markevery": list(alone), **style}
+        if style["marker"] != ".":
+            del style["markevery"]
+    axis.plot([step for step, _ in found], values, **style)
+    # Otherwise the axis would end with the finite values.
+    axis.update_datalim([(rows[0]["step"], 0.0), (rows[-1]["step"], 0.0)], updatey=False)
+    axis.autoscale_view(scaley=False)
+
+
+def _say_not_finite(axis: Axes) -> None:
+    """Says of lines that have gaps where these are, once for all lines of a colour."""
+    first: dict[Any, tuple[float, int]] = {}
+    for line in axis.get_lines():
+        gaps = ~np.isfinite(np.asarray(line.get_ydata(), dtype=float))
+        if gaps.any():
+            place = int(gaps.argmax())
+            # So many gaps, or 0 where all that follows is one.
+            count = 0 if gaps[place:].all() else int(gaps.sum())
+            own = (float(np.asarray(line.get_xdata())[place]), count)
+            color = line.get_color()
+            first[color] = min(own, first.get(color, own))
+    texts: dict[str, list[Any]] = {}
+    for color, (step, count) in first.items():
+        words = (
+            f"at {count} steps" if count > 1 else f"{'at' if count else 'from'} step {step:,.0f}"
+        )
+        texts.setdefault(f"{NOT_FINITE} {words}", []).append(color)
+    for place, (words, colors) in enumerate(itertools.islice(texts.items(), 4)):
+        axis.text(
+            0.98,
+            0.79 - 0.09 * place,
+            words,
+            transform=axis.transAxes,
+            color=colors[0] if len(colors) == 1 else "black",
+            ha="right",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1.0},
+        )
 
 
 def _from_zero(axis: Axes) -> None:
@@ -271,6 +345,7 @@ def _from_zero(axis: Axes) -> None:
 def _limits(axis: Axes) -> tuple[float, float]:
     """The lowest and the highest value of all lines; 0 where there is none."""
     values = np.concatenate([[], *(np.asarray(line.get_ydata()) for line in axis.get_lines())])
+    values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
@@ -342,7 +417,8 @@ def evaluation_section(runs: Runs) -> Section:
 
 
 def _has(runs: Runs, key: str) -> bool:
-    return any(last_value(rows, key) is not None for rows in runs.values())
+    """Whether a metric was logged, be it finite or not."""
+    return any(last_row(rows, key) for rows in runs.values())
 
 
 def training_section(runs: Runs) -> Section:
@@ -536,9 +612,15 @@ def draw_runs(
 
 
 def draw_losses(runs: Runs, output: Path) -> Path:
-    """Only the losses: training, evaluation and what guessing by frequency would lose; returns the file."""
+    """Only the losses: training, evaluation and what guessing by frequency would lose; returns the file.
+
+    Raises:
+        MetricsError: nothing was logged.
+    """
     named = dict(zip(run_names(list(runs)), runs.values()))
     section = replace(loss_section(named), columns=2)
+    if not section.panels:
+        raise MetricsError(f"{', '.join(named)}: nothing logged yet")
     title = f"Losses of {', '.join(named)}"
     return draw_sections(title, [section], run_keys(named), output)
 
@@ -586,6 +668,7 @@ def draw_panel(panel: Panel, axis: Axes) -> None:
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     panel.draw(axis)
+    _say_not_finite(axis)
 
 
 def draw_sections(
@@ -648,7 +731,8 @@ def last_evaluation_table(run: str, rows: Sequence[Row]) -> str:
     """The last evaluation of a run as text.
 
     Of pretraining: loss on held-out data, loss of guessing by frequency, accuracy and, where they were evaluated,
-    accuracy on patches of foreground and background, and grounding. Of a downstream task: its scores.
+    accuracy on patches of foreground and background, and grounding, all of the same step. Of a downstream task: its
+    scores. Values that are not finite are named, and so is where losses are not.
     """
     columns = (
         ("held-out loss", "eval/loss/{}", "{:.3f}"),
@@ -658,23 +742,32 @@ def last_evaluation_table(run: str, rows: Sequence[Row]) -> str:
         ("background", "acc/{}_background", "{:.1%}"),
         ("grounding", "eval/grounding/{}", "{:.3f}"),
     )
-    names = [name for name in loss_names(rows) if last_value(rows, f"eval/loss/{name}") is not None]
+    lasts = {name: last_row(rows, f"eval/loss/{name}") for name in loss_names(rows)}
+    lasts = {name: row for name, row in lasts.items() if row}
     shown = [
         column
         for place, column in enumerate(columns)
-        if place < 3 or any(last_value(rows, column[1].format(name)) is not None for name in names)
+        if place < 3 or any(column[1].format(name) in row for name, row in lasts.items())
     ]
-    lines = [f"{run}, last evaluation"]
-    if names or not score_names(rows):
+    scores = {name: last_row(rows, name) for name in score_names(rows)}
+    steps = dict.fromkeys(row["step"] for row in (*lasts.values(), *scores.values()))
+    at = f" (step {', '.join(f'{step:,}' for step in steps)})" if steps else ""
+    lines = [f"{run}, last evaluation{at}"]
+    if lasts or not scores:
         lines.append(
             f"  {'task':<26}" + "".join(f"{title:>{len(title) + 3}}" for title, *_ in shown)
         )
-    for name in names:
-        cells = []
-        for title, key, form in shown:
-            value = last_value(rows, key.format(name))
-            text = "" if value is None else form.format(value)
-            cells.append(f"{text:>{len(title) + 3}}")
+    for name, row in lasts.items():
+        cells = [
+            f"{_cell(row, key.format(name), form) if key.format(name) in row else '':>{len(title) + 3}}"
+            for title, key, form in shown
+        ]
         lines.append(f"  {LOSSES.get(name, name):<26}{''.join(cells)}".rstrip())
-    lines += [f"  {name:<32}{last_value(rows, name):>8.2f} %" for name in score_names(rows)]
+    lines += [f"  {name:<32}{_cell(row, name, '{:>8.2f} %')}" for name, row in scores.items()]
+    if text := divergence(rows):
+        lines.append(f"  {text}")
     return "\n".join(lines)
+
+
+def _cell(row: Row, key: str, form: str) -> str:
+    return NOT_FINITE if row[key] is None else form.format(row[key])

@@ -6,12 +6,14 @@ lacks is said in the report; numbers are those of the files that runs leave: con
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,14 +23,16 @@ from markupsafe import Markup
 from megatron_vlmoe.analysis.paper_tables import TABLE_1, TABLE_2, Column, PaperTable
 from megatron_vlmoe.analysis.plots import (
     LOSSES,
+    NOT_FINITE,
     Key,
     Panel,
     Row,
     Section,
+    divergence,
     draw_sections,
     expert_section,
     experts_of_pools,
-    last_value,
+    last_row,
     logs_blocks,
     loss_names,
     panel_svg,
@@ -42,6 +46,7 @@ from megatron_vlmoe.analysis.plots import (
 )
 from megatron_vlmoe.config.command_line import flat_options, from_dict
 from megatron_vlmoe.config.errors import ConfigError, DataError, UserError
+from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task
@@ -59,9 +64,21 @@ Guess = Callable[[str, str, str], float]
 """What guessing scores, in percent: of a task, a prefix of its data, and a split."""
 
 _FILES = ("metrics.jsonl", "metrics.json", "config.yaml")
-_NUMBER = re.compile(rf"[+-]?\d[\d.,:e+-]*[kMB]?( |$)|{NONE}$")
+_NUMBER = re.compile(rf"[+-]?\d[\d.,:e+-]*[kKMB]?( |$)|{NONE}$|{NOT_FINITE}$")
 # Different in every run, and of no account for what it computes.
 _OWN_OPTIONS = ("checkpoint.save", "checkpoint.load", "checkpoint.step", "train.seed")
+# What fine-tuning takes from the pretrained model as it is: by these, a folder of its name is recognised.
+_ARCHITECTURE = (
+    *(
+        "model.num_layers",
+        "model.hidden_size",
+        "model.num_attention_heads",
+        "model.ffn_hidden_size",
+    ),
+    *("model.num_vl_layers", "model.patch_size", "model.vocab_size", "moe.num_vision_experts"),
+    *("moe.num_text_experts", "moe.num_vl_experts", "moe.layers"),
+)
+_ITERATION = re.compile(r"((best|checkpoints)/)?iter_\d+$")
 # Settings of an evaluation that are no option of its run.
 _EVALUATION = (
     *("image_size", "capacity", "micro_batch_size", "world_size", "data_parallel_size"),
@@ -79,24 +96,45 @@ class Run:
     Args:
         name: what the report calls it.
         folder: where it is.
+        source: the run folder that `options` are from: its own, or that of the run that it evaluates; None where
+            neither has options.
         rows: logged steps; none of a mere evaluation.
         options: of config.yaml, by `section.option`; of an evaluation those of the run that it evaluates.
         config: the same, checked; None where this program cannot read it.
         task: the downstream task; empty for pretraining.
         scores: percentages by `SPLIT/NAME` of metrics.json, of every seed.
         settings: of that evaluation.
+        left_out: how many samples of every split are not among the scored ones, because they cannot be read.
         missing: what the folder lacks, in sentences.
     """
 
     name: str
     folder: Path
+    source: Optional[Path]
     rows: Sequence[Row]
     options: Mapping[str, Any]
     config: Optional[RunConfig]
     task: str
     scores: Sequence[Mapping[str, float]]
     settings: Mapping[str, Any]
+    left_out: Mapping[str, int]
     missing: tuple[str, ...]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a training run, and not the evaluation of one."""
+        return self.source == self.folder
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many samples every evaluated split of the task has, as far as that was written."""
+        found: dict[str, int] = {}
+        for key, value in self.scores[0].items() if self.scores else ():
+            split, _, name = key.partition("/")
+            if name == "samples":
+                unlabelled = self.scores[0].get(f"{split}/unlabelled", 0.0)
+                found[split] = int(value + unlabelled) + self.left_out.get(split, 0)
+        return found
 
     @property
     def data(self) -> str:
@@ -127,17 +165,21 @@ class Run:
             raise DataError(f"{folder}: not a run folder: has none of {', '.join(_FILES)}{hint}")
         has = {file: (folder / file).is_file() for file in _FILES}
         rows = read_metrics(folder) if has["metrics.jsonl"] else []
-        task, scores, settings = _results(folder / "metrics.json")
-        source: Optional[Path] = folder / "config.yaml"
-        if not has["config.yaml"]:
-            # Empty where weights were evaluated that were not saved.
-            checkpoint = settings.get("checkpoint")
-            source = run_file(Path(str(checkpoint)), "config.yaml") if checkpoint else None
-        options, config, wrong = _configuration(source) if source else ({}, None, "")
+        task, scores, settings, left_out = _results(folder / "metrics.json")
+        source: Optional[Path] = folder if has["config.yaml"] else None
+        # Empty where weights were evaluated that were not saved.
+        checkpoint = str(settings.get("checkpoint") or "")
+        if source is None and checkpoint:
+            source = _run_of(checkpoint, list(Path(os.path.abspath(folder)).parents), {}, task)
+        options, config, wrong = (
+            _configuration(source / "config.yaml") if source else ({}, None, "")
+        )
         task = task or str(options.get("task.name", ""))
         missing = []
         if source is None:
             missing.append("no config.yaml: options, parameters and FLOPs are not known")
+            if checkpoint:
+                missing.append(f"the run of its checkpoint {checkpoint} was not found")
         elif wrong:
             missing.append(f"{wrong}: parameters and FLOPs are not known")
         if not rows and not scores:
@@ -148,13 +190,24 @@ class Run:
             missing.append("no metrics.json: the run has not ended, and is in no table of results")
         if rows and not task and not any(key.startswith("eval/") for row in rows for key in row):
             missing.append("no evaluation logged")
-        return cls(name, folder, rows, options, config, task, scores, settings, tuple(missing))
+        if text := divergence(rows):
+            missing.append(text)
+        return cls(
+            *(name, folder, source, rows, options, config, task, scores, settings, left_out),
+            tuple(missing),
+        )
 
 
-def _results(path: Path) -> tuple[str, Sequence[Mapping[str, float]], Mapping[str, Any]]:
-    """Task, scores of every seed and settings of a metrics.json; nothing if there is none. Raises DataError."""
+def _results(
+    path: Path,
+) -> tuple[str, Sequence[Mapping[str, float]], Mapping[str, Any], Mapping[str, int]]:
+    """Task, scores of every seed, settings and unread samples of a metrics.json; nothing if there is none.
+
+    Raises:
+        DataError: it is not such a file.
+    """
     if not path.is_file():
-        return "", (), {}
+        return "", (), {}, {}
     raw = read_json(path)
     try:
         found = list(raw["seeds"].values()) if "seeds" in raw else [raw["metrics"]]
@@ -162,7 +215,8 @@ def _results(path: Path) -> tuple[str, Sequence[Mapping[str, float]], Mapping[st
             {str(key): float(value) for key, value in one.items() if value is not None}
             for one in found
         ]
-        return str(raw["task"]), scores, dict(raw.get("settings", {}))
+        left_out = {str(split): int(count) for split, count in raw.get("left_out", {}).items()}
+        return str(raw["task"]), scores, dict(raw.get("settings", {})), left_out
     except (KeyError, TypeError, AttributeError, ValueError):
         raise DataError(f"{path}: not the results of a downstream task") from None
 
@@ -185,6 +239,51 @@ def _configuration(path: Path) -> tuple[Mapping[str, Any], Optional[RunConfig], 
         return options, from_dict(content, start, path.name), ""
     except ConfigError as error:
         return options, None, str(error)
+
+
+def _trained_in(folder: Path, options: Mapping[str, Any]) -> list[Path]:
+    """The folders that relative names in a run's options may start from, most likely first.
+
+    Where its folder still ends as the run's `--save`, that is the folder that it was started in; if the run was moved
+    or saved elsewhere, all folders above it. The folder that the reader is in says nothing.
+    """
+    place = Path(os.path.abspath(folder))
+    save = Path(os.path.normpath(str(options.get("checkpoint.save") or ".")))
+    if save.parts and not save.is_absolute() and place.parts[-len(save.parts) :] == save.parts:
+        return [place.parents[len(save.parts) - 1]]
+    return list(place.parents)
+
+
+def _run_of(
+    name: str, places: Sequence[Path], like: Mapping[str, Any], task: str = ""
+) -> Optional[Path]:
+    """The folder of the run that a `--load` or a checkpoint names, if it can be that run.
+
+    Args:
+        places: what a relative name may start from.
+        like: options of a run that started from it, whose architecture is the same.
+        task: the task of a run; empty: any, or none.
+    """
+    for place in places:
+        # A folder that is gone has none, whatever lies above it.
+        folder = place / name if (place / name).exists() else place / _ITERATION.sub("", name)
+        found = run_file(folder, "config.yaml") if folder.exists() else None
+        if found is None:
+            continue
+        try:
+            options = _configuration(found)[0]
+        except DataError:
+            continue
+        if task and options.get("task.name") != task:
+            continue
+        # An unknown vocabulary is 0, an option of another version of this program is missing.
+        if all(
+            own == other
+            for own, other in ((like.get(key), options.get(key)) for key in _ARCHITECTURE)
+            if own not in (None, 0) and other not in (None, 0)
+        ):
+            return found.parent
+    return None
 
 
 @dataclass(frozen=True)
@@ -257,11 +356,12 @@ def make_report(runs: Sequence[Run], guess: Guess) -> Report:
     """Compares runs; `guess` raises UserError where the data of a task are not there any more."""
     pretraining = [run for run in runs if not run.task]
     tasks = list(dict.fromkeys(run.task for run in runs if run.task))
-    chapters = [_runs_chapter(runs), _cost_chapter(runs)]
+    starts = {run.name: _start(run, runs) for run in runs if run.scores}
+    chapters = [_runs_chapter(runs, starts), _cost_chapter(runs)]
     if pretraining:
         chapters.append(_training_chapter("Pretraining", pretraining, [_held_out(pretraining)]))
     if any(run.scores for run in runs):
-        chapters.append(_downstream_chapter(runs, guess))
+        chapters.append(_downstream_chapter(runs, starts, guess))
     for task in tasks:
         own = [run for run in runs if run.task == task]
         chapters.append(_training_chapter(f"Task {task}", own, [_scores(own)]))
@@ -270,7 +370,7 @@ def make_report(runs: Sequence[Run], guess: Guess) -> Report:
     return Report(title, chapters)
 
 
-def _runs_chapter(runs: Sequence[Run]) -> Chapter:
+def _runs_chapter(runs: Sequence[Run], starts: Mapping[str, _Start]) -> Chapter:
     rows = []
     for run in runs:
         planned = run.options.get("train.steps")
@@ -281,6 +381,13 @@ def _runs_chapter(runs: Sequence[Run]) -> Chapter:
         start = load or str(run.options.get("task.architecture", "")) or "initial weights"
         rows.append((run.name, run.kind, steps, start, str(run.folder)))
     notes = [f"{run.name}: {text}." for run in runs for text in run.missing]
+    lost: dict[str, list[str]] = {}
+    for run in runs:
+        for text in _not_found(run, starts[run.name]) if run.name in starts else ():
+            lost.setdefault(text, []).append(run.name)
+        if run.scores and (first := _original(run, runs)) is not run:
+            lost.setdefault(f"a copy of {first.name}, which counts once", []).append(run.name)
+    notes += [f"{', '.join(names)}: {text}." for text, names in lost.items()]
     return Chapter("Runs", notes, [Table(("run", "what", "steps", "starts from", "folder"), rows)])
 
 
@@ -361,20 +468,35 @@ def _held_out(runs: Sequence[Run]) -> Table:
     )
     rows = []
     for name in dict.fromkeys(itertools.chain.from_iterable(loss_names(run.rows) for run in runs)):
-        first = last_value(runs[0].rows, f"eval/loss/{name}")
+        loss = f"eval/loss/{name}"
+        first = last_row(runs[0].rows, loss)
         for run in runs:
-            loss = last_value(run.rows, f"eval/loss/{name}")
-            if loss is None:
+            # All cells are of this line: an older one says nothing of where the run is now.
+            row = last_row(run.rows, loss)
+            if not row:
                 continue
             cells = [
-                _form(None if value is None else scale * value, form)
+                NOT_FINITE
+                if value is None
+                else NONE
+                if value is NONE
+                else form.format(scale * value)
                 for _, key, form, scale in columns
-                for value in [last_value(run.rows, key.format(name))]
+                for value in [row.get(key.format(name), NONE)]
             ]
-            against = NONE if run is runs[0] or first is None else f"{loss - first:+.4f}"
-            steps = series(run.rows, f"eval/loss/{name}")[0]
+            against = NONE
+            if run is not runs[0] and first:
+                known = None not in (row[loss], first[loss])
+                against = f"{row[loss] - first[loss]:+.4f}" if known else NOT_FINITE
             rows.append(
-                (LOSSES.get(name, name), run.name, f"{steps[-1]:,}", cells[0], against, *cells[1:])
+                (
+                    LOSSES.get(name, name),
+                    run.name,
+                    f"{row['step']:,}",
+                    cells[0],
+                    against,
+                    *cells[1:],
+                )
             )
     header = ("task", "run", "step", columns[0][0], f"against {runs[0].name}")
     note = (
@@ -402,7 +524,10 @@ def _training_chapter(title: str, runs: Sequence[Run], tables: Sequence[Table]) 
         assert section is not None
         figures.append(Figure(section.title, [section], (), f"{slug}-experts-{len(figures)}.svg"))
     own = [*tables, _balance(runs, experts), *([options] if options else [])]
-    return Chapter(title, notes, [table for table in own if table.rows], figures)
+    shown = [table for table in own if table.rows]
+    if not (shown or figures or notes):
+        notes = ("Nothing was logged that could be shown here.",)
+    return Chapter(title, notes, shown, figures)
 
 
 def _balance(runs: Sequence[Run], experts: Mapping[str, Mapping[str, int]]) -> Table:
@@ -423,11 +548,10 @@ def _balance(runs: Sequence[Run], experts: Mapping[str, Mapping[str, int]]) -> T
     for run in runs:
         for pool in pools_of(run.rows):
             cells = [
-                _form(None if value is None else scale * value, form)
+                _recent(run.rows, f"moe/{pool}/{metric}", scale, form)
                 for _, metric, form, scale in metrics
-                for value in [_recent(run.rows, f"moe/{pool}/{metric}")]
             ]
-            aux = _form(_recent(run.rows, f"loss/aux/{pool}"), "{:.4g}")
+            aux = _recent(run.rows, f"loss/aux/{pool}", 1.0, "{:.4g}")
             count = _form(experts[run.name].get(pool), "{}")
             rows.append((run.name, pool, count, *cells, aux))
     note = (
@@ -444,10 +568,13 @@ def _balance(runs: Sequence[Run], experts: Mapping[str, Mapping[str, int]]) -> T
     return _without_empty(Table(header, rows, "Balance of experts", note))
 
 
-def _recent(rows: Sequence[Row], key: str) -> Optional[float]:
-    """The mean over the last tenth of the values that were logged, but at least one of them."""
-    values = series(rows, key)[1]
-    return statistics.fmean(values[-max(1, len(values) // 10) :]) if values else None
+def _recent(rows: Sequence[Row], key: str, scale: float, form: str) -> str:
+    """The mean over the last tenth of the intervals that logged a value, but at least one of them, as text."""
+    values = [row[key] for row in rows if key in row]
+    last = values[-max(1, len(values) // 10) :]
+    if not last:
+        return NONE
+    return NOT_FINITE if None in last else form.format(scale * statistics.fmean(last))
 
 
 def _differences(runs: Sequence[Run]) -> Optional[Table]:
@@ -502,55 +629,96 @@ def _mean(values: Sequence[float], form: str = "{:.2f}") -> str:
     return f"{mean} \N{PLUS-MINUS SIGN} {form.format(statistics.stdev(values))} ({len(values)})"
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a fine-tuned model was pretrained as.
+
+    Args:
+        label: name of the pretrained run, or of the architecture.
+        key: what tells it from other models, which may have the same label.
+        folder: of the pretrained run, if it is still there.
+        options: of that run.
+        config: of that run, or of the architecture where a model was trained from scratch.
+        lost: the run that was not found on the way there; empty where all were found.
+    """
+
+    label: str
+    key: str
+    folder: Optional[Path] = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    config: Optional[RunConfig] = None
+    lost: str = ""
+
+
 @dataclass
 class _Setting:
-    """Runs of a task that differ in nothing but their seed: their names, and scores by column and checkpoint."""
+    """Runs of a task that differ in nothing but their seed.
 
+    `data` are all names of their data, `samples` how many every split has, and `scores` are by column and checkpoint.
+    """
+
+    options: str
+    data: set[str]
+    samples: dict[str, int]
     names: list[str] = field(default_factory=list)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def takes(self, options: str, data: set[str], samples: Mapping[str, int]) -> bool:
+        """Whether a run with these belongs here."""
+        same = all(self.samples.get(split, count) == count for split, count in samples.items())
+        return self.options == options and not self.data.isdisjoint(data) and same
 
 
 @dataclass
 class _Model:
-    """A pretrained model, the options of that run where it is still there, and what it was fine-tuned to.
+    """A pretrained model, and what it was fine-tuned to: settings by the dataset that they are about."""
 
-    `settings` are by the columns in which their scores stand, then by data and options of fine-tuning and evaluation.
-    """
-
-    label: str
-    config: Optional[RunConfig]
-    root: Mapping[str, Any]
-    settings: dict[str, dict[str, _Setting]] = field(default_factory=dict)
+    starts: list[_Start]
+    settings: dict[str, list[_Setting]] = field(default_factory=dict)
 
 
-def _downstream_chapter(runs: Sequence[Run], guess: Guess) -> Chapter:
+def _downstream_chapter(runs: Sequence[Run], starts: Mapping[str, _Start], guess: Guess) -> Chapter:
     """Tables 1 and 2 of the paper with rows for these runs, one for every pretrained model."""
     models: dict[str, _Model] = {}
     columns: dict[str, Column] = {}
-    sources: dict[str, Run] = {}
+    sources: dict[str, list[Run]] = {}
     for run in runs:
         own_columns = list(_columns(run)) if run.scores else []
         if not own_columns:
             continue
-        label, root = _start(run, runs)
-        model = models.setdefault(label, _Model(label, run.config, root))
-        checkpoint = Path(str(run.settings.get("checkpoint") or run.folder)).resolve()
-        options = {name: value for name, value in run.options.items() if name not in _OWN_OPTIONS}
-        options |= _evaluation_options(run) | {"weights": checkpoint.parent.name == "best"}
-        options["task.data"] = str(Path(run.data).resolve())
+        start = starts[run.name]
+        model = models.setdefault(start.key, _Model([]))
+        model.starts.append(start)
+        checkpoint = str(run.settings.get("checkpoint", ""))
+        own = {name: value for name, value in run.options.items() if name not in _OWN_OPTIONS}
+        own |= _evaluation_options(run) | {"weights": Path(checkpoint).parent.name == "best"}
+        own.pop("task.data", None)
+        options, names = repr(sorted(own.items())), {os.path.normpath(run.data)}
+        if run.source is not None:
+            # One place may have several names.
+            names |= {
+                os.path.normpath(place / run.data)
+                for place in _trained_in(run.source, run.options)[:1]
+            }
         # What is in the same columns, though it be of several datasets.
-        first = own_columns[0]
-        kind = first.data if first.title in _PAPER_TITLES else Path(run.data).name
-        settings = model.settings.setdefault(f"{run.task} {kind}", {})
-        setting = settings.setdefault(repr(sorted(options.items())), _Setting())
+        first = own_columns[0].title
+        kind = first.split()[0] if first in _PAPER_TITLES else Path(run.data).name
+        settings = model.settings.setdefault(f"{run.task} {kind}", [])
+        setting = next((s for s in settings if s.takes(options, names, run.samples)), None)
+        if setting is None:
+            setting = _Setting(options, set(), {})
+            settings.append(setting)
+        setting.data |= names
+        setting.samples |= run.samples
         setting.names.append(run.name)
         for column in own_columns:
             columns[column.title] = column
-            sources.setdefault(column.title, run)
+            sources.setdefault(column.title, []).append(run)
             # A checkpoint that is evaluated twice in the same way is one result.
             for number, one in enumerate(run.scores):
-                own = setting.scores.setdefault(column.title, {})
-                own[f"{checkpoint} {number}"] = one[column.metric]
+                score = one[column.metric]
+                place = f"{_evaluated(run, checkpoint, runs) or f'{checkpoint} {score}'} {number}"
+                setting.scores.setdefault(column.title, {})[place] = score
     tables = []
     for paper in (TABLE_1, TABLE_2):
         tasks = {column.task for column in paper.columns}
@@ -575,68 +743,90 @@ def _downstream_chapter(runs: Sequence[Run], guess: Guess) -> Chapter:
 
 
 def _columns(run: Run) -> Iterator[Column]:
-    """The columns that a run has a number for: those of the paper, and the main score of its task if that is none."""
-    task, data = run.task, run.data
+    """The columns that a run has a number for: those of the paper where its data have the size of the official ones.
+
+    Scores on other data have columns of their own: those that the paper has columns for, and the task's main score.
+    """
+    task, data, samples = run.task, run.data, run.samples
     known = [
         column for paper in (TABLE_1, TABLE_2) for column in paper.columns if column.task == task
     ]
-    named = _data_words(data)
     scored = set(run.scores[0]).intersection(*run.scores[1:])
-    found = [column for column in known if column.metric in scored and column.data in named]
+    found = [
+        column
+        for column in known
+        if column.metric in scored
+        and samples.get(column.metric.partition("/")[0]) == column.samples
+    ]
     yield from found
     try:
         spec = find_task(task)
     except ConfigError:
         return  # of a plug-in that is not installed here
     main = f"{spec.table_split or spec.splits[0]}/{spec.best_metric}"
+    others = {column.metric for column in known} - {column.metric for column in found}
     extra = [main] if main not in {column.metric for column in known} else []
-    if not found:
-        # Of data that the paper has no column for.
-        extra += sorted({column.metric for column in known} & scored - set(extra))
-    for metric in extra:
+    for metric in (*extra, *sorted(others)):
         if metric in scored:
             name = f"{Path(data).name} " if Path(data).name != task else ""
             yield Column(f"{task} {name}{metric}", task, metric)
 
 
-def _data_words(prefix: str) -> str:
-    """What tells one dataset of a task from another: the name of its prefix, and of what it was made from."""
-    words = [Path(prefix).name]
-    for split in ("test", "val", "train"):
-        try:
-            words += [
-                Path(str(path)).name for path in load_manifest(f"{prefix}_{split}").source["inputs"]
-            ]
-            break
-        except (DataError, KeyError, TypeError):
-            continue
-    return " ".join(words).lower()
+def _original(run: Run, runs: Sequence[Run]) -> Run:
+    """The first of these runs that a training run is a copy of, down to its speed; itself if there is none."""
+    if not run.is_trained or not run.rows:
+        return run
+    same = (
+        other
+        for other in runs
+        if other.is_trained
+        and (other.options, other.scores, other.rows) == (run.options, run.scores, run.rows)
+    )
+    return next(same, run)
+
+
+def _evaluated(run: Run, checkpoint: str, runs: Sequence[Run]) -> str:
+    """The checkpoint that scores are of, from the folder of its run, wherever that was when it was trained.
+
+    Empty where that run is not there.
+    """
+    if run.source is None:
+        return ""
+    source = run.source.resolve()
+    trained = (other for other in runs if other.is_trained and other.folder.resolve() == source)
+    own = next(trained, None)
+    folder = run.source if own is None else _original(own, runs).folder
+    iteration = _ITERATION.search(checkpoint)
+    return f"{folder.resolve()} {iteration[0] if iteration else ''}"
 
 
 def _downstream_table(
     paper: PaperTable,
     own: Sequence[Column],
     models: Mapping[str, _Model],
-    sources: Mapping[str, Run],
+    sources: Mapping[str, Sequence[Run]],
     guess: Guess,
 ) -> Table:
     """A table of the paper: its columns and those of these runs, rows of these runs, then its own rows."""
     titles = list(dict.fromkeys(column.title for column in (*paper.columns, *own)))
     rows = []
+    labels = [model.starts[0].label for model in models.values()]
     for model in models.values():
+        start = model.starts[0]
         for place in range(max(map(len, model.settings.values()))):
             scores: dict[str, list[float]] = {}
             names: list[str] = []
             for settings in model.settings.values():
-                for setting in list(settings.values())[place : place + 1]:
+                for setting in settings[place : place + 1]:
                     scores |= {title: list(one.values()) for title, one in setting.scores.items()}
                     # The row says whose numbers it has where there are others.
-                    if len(settings) > 1 and not set(titles).isdisjoint(setting.scores):
+                    several = len(settings) > 1 or labels.count(start.label) > 1
+                    if several and not set(titles).isdisjoint(setting.scores):
                         names += setting.names
             if not set(titles).isdisjoint(scores):
-                label = model.label + (f" ({', '.join(names)})" if names else "")
+                label = start.label + (f" ({', '.join(names)})" if names else "")
                 cells = [_mean(scores.get(title, ())) for title in titles]
-                rows.append((label, *_facts(model), *cells))
+                rows.append((label, *_facts(model.starts), *cells))
     guesses = list(_guesses(titles, own, sources, guess))
     if set(guesses) != {NONE}:
         rows.append(("guessing", NONE, NONE, NONE, *guesses))
@@ -656,62 +846,149 @@ def _downstream_table(
     return _without_empty(Table(header, rows, paper.title, paper_rows=paper_rows))
 
 
-def _facts(model: _Model) -> tuple[str, str, str]:
-    """Images of pairs and steps of pretraining, and parameters per token, where they are known."""
-    # Weights stand between the prefixes of a blend.
-    prefixes = [
-        prefix
-        for prefix in model.root.get("data.pairs", ())
-        if not re.fullmatch(r"[\d.]+", str(prefix))
-    ]
-    try:
-        images = sum(load_manifest(prefix).documents for prefix in prefixes)
-    except DataError:
-        images = 0
-    per_token = _arithmetic(model.config)[1]
-    steps = model.root.get("train.steps")
+def _facts(starts: Sequence[_Start]) -> tuple[str, str, str]:
+    """Images of pairs and steps of pretraining, and parameters per token of a model, where they are known."""
+    steps = starts[0].options.get("train.steps")
+    # From scratch: a task without texts does not know the vocabulary, so that nothing is said of it.
+    per_token = max(
+        (value for start in starts if (value := _arithmetic(start.config)[1])), default=None
+    )
     return (
-        _form(images or None, "{:,}"),
+        _form(_pretraining_images(starts[0]), "{:,}"),
         _form(steps if isinstance(steps, int) else None, "{:,}"),
         NONE if per_token is None else f"{per_token / 1e6:.3g}M",
     )
 
 
+def _pretraining_images(start: _Start) -> Optional[int]:
+    """How many images the pairs of a pretrained model have; None where their dataset is not there any more."""
+    if start.folder is None:
+        return None
+    total = 0
+    for prefix in map(str, start.options.get("data.pairs", ())):
+        # Weights stand between the prefixes of a blend.
+        if re.fullmatch(r"[\d.]+", prefix):
+            continue
+        for place in _trained_in(start.folder, start.options):
+            try:
+                manifest = load_manifest(str(place / prefix))
+            except DataError:
+                continue
+            if manifest.vocab_size in (None, start.options.get("model.vocab_size")):
+                total += manifest.documents
+                break
+        else:
+            return None
+    return total or None
+
+
+def _task_data(run: Run, split: str) -> Optional[str]:
+    """Where the prepared data of a task are, if a split is still there and has as many samples as were scored."""
+    places: Sequence[Path] = list(Path(os.path.abspath(run.folder)).parents)
+    if run.source is not None:
+        places = _trained_in(run.source, run.options)
+    for place in places if run.data else ():
+        try:
+            manifest = load_manifest(f"{place / run.data}_{split}")
+        except DataError:
+            continue
+        counted = manifest.samples is not None and split in run.samples
+        samples = (manifest.samples or 0) + run.left_out.get(split, 0)
+        if manifest.kind == run.task and not (counted and samples != run.samples[split]):
+            return str(place / run.data)
+    return None
+
+
 def _guesses(
-    titles: Sequence[str], own: Sequence[Column], sources: Mapping[str, Run], guess: Guess
+    titles: Sequence[str],
+    own: Sequence[Column],
+    sources: Mapping[str, Sequence[Run]],
+    guess: Guess,
 ) -> Iterator[str]:
+    """What guessing scores in every column; a dash where it is not known, or another on each of several datasets."""
     columns = {column.title: column for column in own}
     for title in titles:
-        value: Optional[float] = None
+        found: set[Optional[float]] = set()
         if title in columns:
-            column, run = columns[title], sources[title]
+            column = columns[title]
             split, _, metric = column.metric.partition("/")
-            try:
-                if metric == find_task(column.task).best_metric and run.data:
-                    value = guess(column.task, run.data, split)
-            except UserError:
-                value = None
-        yield _form(value, "{:.2f}")
+            places = {_task_data(run, split) for run in sources[title]} - {None}
+            for place in sorted(filter(None, places)):
+                try:
+                    if metric == find_task(column.task).best_metric:
+                        found.add(guess(column.task, place, split))
+                except UserError:
+                    found.add(None)
+        yield _form(found.pop() if len(found) == 1 else None, "{:.2f}")
 
 
-def _start(run: Run, runs: Sequence[Run]) -> tuple[str, Mapping[str, Any]]:
-    """What a fine-tuned model was pretrained as: its name, and the options of that run where it is still there."""
+def _start(run: Run, runs: Sequence[Run]) -> _Start:
+    """What a fine-tuned model was pretrained as, as far back as the runs are still there."""
     names = {other.folder.resolve(): other.name for other in runs}
-    options, label, seen = run.options, "", set()
-    while load := str(options.get("checkpoint.load", "")):
-        label = load
-        config = run_file(Path(load), "config.yaml")
-        if config is None or config in seen:
-            return label, {}
-        seen.add(config)
-        label = names.get(config.parent.resolve(), load)
-        options = _configuration(config)[0]
+    options, folder, seen = run.options, run.source, set[Path]()
+    while folder is not None and (load := str(options.get("checkpoint.load", ""))):
+        found = _run_of(load, _trained_in(folder, options), options)
+        if found is None or found.resolve() in seen:
+            # Not to be told from others of this name and architecture.
+            shape = [options.get(key) for key in _ARCHITECTURE]
+            return _Start(load, f"{os.path.normpath(load)} {shape}", lost=load)
+        folder = found
+        seen.add(folder.resolve())
+        options, config, _ = _configuration(folder / "config.yaml")
         if "task.name" not in options:
-            return label, options
-    if label:
-        return label, {}
+            label = names.get(folder.resolve(), load)
+            return _Start(label, _identity(folder), folder, options, config)
     architecture = options.get("task.architecture")
-    return (f"{architecture}, from scratch" if architecture else run.name), {}
+    if not architecture:
+        return _Start(run.name, run.name)
+    shape = [options.get(key) for key in _ARCHITECTURE if key != "model.vocab_size"]
+    config = _architecture(str(architecture), run.config)
+    return _Start(f"{architecture}, from scratch", f"{architecture} {shape}", config=config)
+
+
+def _identity(folder: Path) -> str:
+    """The same for a pretrained run and copies of it: what it logged, with its speed. Without that, where it is."""
+    try:
+        content = (folder / "metrics.jsonl").read_bytes() + (folder / "config.yaml").read_bytes()
+    except OSError:
+        return str(folder.resolve())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _architecture(name: str, config: Optional[RunConfig]) -> Optional[RunConfig]:
+    """The pretraining model of an architecture, in the size and with the vocabulary of a run from scratch.
+
+    Tasks have lengths of text of their own. None where the run has no texts, and so no vocabulary.
+    """
+    try:
+        start = preset(name)
+    except ConfigError:
+        return None
+    if config is None or not config.model.vocab_size:
+        return None
+    lengths = {
+        name: getattr(start.model, name)
+        for name in ("text_length", "pair_text_length", "image_size")
+    }
+    return replace(start, model=replace(config.model, **lengths), moe=config.moe)
+
+
+def _not_found(run: Run, start: _Start) -> Iterator[str]:
+    """What the downstream tables lack because it is not where the run had it, in sentences."""
+    if not any(_columns(run)):
+        yield f"the downstream tables have no column for its scores; chapter Task {run.task} has them"
+        return
+    if start.lost:
+        yield (
+            f"the run {start.lost} that training started from was not found, or has another architecture: pretrained "
+            "images, pretraining steps and parameters per token are not known"
+        )
+    elif start.folder is not None and _pretraining_images(start) is None:
+        if start.options.get("data.pairs"):
+            yield f"the pairs that {start.label} was pretrained on were not found: no number of images"
+    if not any(_task_data(run, split) for split in {key.split("/")[0] for key in run.scores[0]}):
+        name = run.data or "of the task"
+        yield f"the data {name} were not found, or are not those of the run: guessing is not known"
 
 
 def _form(value: Any, form: str) -> str:

@@ -82,9 +82,12 @@ def plot(words: Sequence[str]) -> None:
         "--output",
         type=output_file,
         metavar="FILE",
-        help="picture to draw (plot.png in the first of the run folders)",
+        help="picture to draw (of one run: plot.png in its folder)",
     )
     options = parser.parse_args(words)
+    if options.output is None and len(options.run) > 1:
+        own = Path(options.run[0]) / "plot.png"
+        raise ConfigError(f"--output: name the picture of several runs; {own} is that of one")
     output = picture_file(options.output or Path(options.run[0]) / "plot.png")
     folders = run_folders(options.run)
     names = run_names(folders)

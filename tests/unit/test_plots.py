@@ -12,9 +12,11 @@ from typing import Any
 import matplotlib.figure
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from megatron_vlmoe.analysis.plots import (
     LOSSES,
+    divergence,
     draw_experts,
     draw_losses,
     experts_of_pools,
@@ -76,6 +78,15 @@ def values(figure: matplotlib.figure.Figure, title: str, line: str = "-") -> lis
     return [list(one.get_ydata()) for one in own]
 
 
+def drawn_texts(figure: matplotlib.figure.Figure, title: str = LOSSES["mlm"]) -> list[Text]:
+    return list(axis_of(figure, title).texts)
+
+
+def said(figure: matplotlib.figure.Figure, title: str) -> list[str]:
+    """What is written into a panel."""
+    return [text.get_text() for text in drawn_texts(figure, title)]
+
+
 def test_a_run_that_is_resumed_or_still_going_reads_as_one(tmp_path: Path) -> None:
     """Steps 20 and 30 were trained twice; of 40 the first attempt alone is left, which is not of this run."""
     first = [row(step, lr=1.0) for step in (10, 20, 30, 40)]
@@ -94,8 +105,81 @@ def test_values_that_are_not_finite_are_gaps(
     run = write_run(tmp_path / "run", [*lines, ""])
     assert main(["plot", "--run", str(run)]) == 0
     assert "nan" not in capsys.readouterr().out
-    assert values(drawn[0], "gradient norm") == [[2.0, 2.0]]
-    assert values(drawn[0], LOSSES["mim"]) == [[4.0, 4.0]]
+    gaps = [pytest.approx([math.nan, 2.0, 2.0], nan_ok=True)]
+    assert values(drawn[0], "gradient norm") == gaps
+    assert said(drawn[0], "gradient norm") == ["not finite at step 1"]
+    # What has a gap on both sides would not show as a line.
+    (line,) = axis_of(drawn[0], LOSSES["mim"]).get_lines()
+    assert list(line.get_ydata()) == pytest.approx([4.0, math.nan, 4.0], nan_ok=True)
+    assert (line.get_marker(), line.get_markevery()) == (".", [0, 2])
+
+
+def diverged() -> list[dict[str, Any]]:
+    """Evaluated at 0, 10 and 20, logged at 5 to 20; losses are not finite from 10 on."""
+    unknown: dict[str, Any] = {"loss/mlm": None, "eval/loss/mlm": None, "grad_norm": None}
+    rows: list[dict[str, Any]] = [evaluated(0) | {"acc/mlm": 0.5, "unigram/mlm": 1.0}]
+    del rows[0]["loss/mlm"], rows[0]["loss/mim"], rows[0]["grad_norm"]
+    rows.append({**row(5), "loss/mlm": 4.0, "lr": 1.0})
+    rows += [evaluated(step) | unknown | {"lr": 1.0} for step in (10, 20)]
+    return rows
+
+
+def test_a_diverged_run_is_said_to_have_diverged(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All cells are of the last evaluation; panels reach to the last step and say where the finite values end."""
+    run = write_run(tmp_path / "run", [*diverged(), ""])
+    fine = write_run(tmp_path / "fine", [row(5), evaluated(15), ""])
+    assert main(["plot", "--run", str(run)]) == 0
+    first, _, mlm, text, _ = capsys.readouterr().out.splitlines()
+    assert first == "run, last evaluation (step 20)"
+    assert mlm.split()[3:] == ["not", "finite", "3.500", "12.5%"]
+    assert text == "  losses are not finite from step 10 on"
+    assert main(["plot", "--run", str(run), str(fine), "--output", str(tmp_path / "b.png")]) == 0
+    for figure in drawn:
+        for title in (LOSSES["mlm"], "gradient norm"):
+            assert said(figure, title) == ["not finite from step 10"]
+            assert axis_of(figure, title).get_xlim()[1] >= 20.0
+        assert not said(figure, "learning rate") and not said(figure, LOSSES["mim"])
+    # Each run in its colour.
+    lines, (text_of_run,) = axis_of(drawn[1], LOSSES["mlm"]).get_lines(), drawn_texts(drawn[1])
+    assert text_of_run.get_color() == lines[0].get_color()
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ([1.0, 1.0, 1.0], ""),
+        ([1.0, None, None], "losses are not finite from step 1,001 on"),
+        ([None, 1.0, None], "losses are not finite at 2 of 3 logged steps, the first is step 1"),
+    ],
+)
+def test_where_losses_are_not_finite(losses: list[float | None], sentence: str) -> None:
+    rows = [{"step": 1000 * n + 1, "loss/vqa": loss} for n, loss in enumerate(losses)]
+    # Neither of these is a loss, and a part of a picture may have no patch.
+    rows += [{"step": 5000, "lr": None}, {"step": 6000, "eval/loss/mim_foreground": None}]
+    assert divergence(rows) == sentence
+
+
+def test_a_run_that_was_only_evaluated_has_something_to_show(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As before its first logged step."""
+    more = {"eval/loss/mim": 4.0, "eval/loss/mim_foreground": 5.0, "acc/mim": 0.5}
+    run = write_run(tmp_path / "run", [{"step": 0, **more}, ""])
+    assert main(["plot", "--run", str(run)]) == 0
+    assert values(drawn[0], LOSSES["mim"]) == [[4.0]]
+    assert "last evaluation (step 0)" in capsys.readouterr().out
+
+
+def test_the_picture_of_several_runs_is_not_written_over_that_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(write_run(tmp_path / name, [row(1), ""])) for name in ("a", "b")]
+    assert main(["plot", "--run", *runs]) == 2
+    picture = tmp_path / "a" / "plot.png"
+    assert f"--output: name the picture of several runs; {picture} is" in capsys.readouterr().err
+    assert not picture.exists()
 
 
 @pytest.mark.parametrize(
@@ -225,8 +309,10 @@ def test_one_picture_shows_everything_of_runs(
     assert [text.get_text() for text in legend.get_texts()] == ["dense", "sparse", "shared", "vqa"]
     assert f"wrote {tmp_path}/all.svg" in capsys.readouterr().out
     empty = write_run(tmp_path / "empty", [])
-    assert main(["plot", "--run", str(empty)]) == 1
-    assert capsys.readouterr().err == "error: empty: nothing logged yet\n"
+    picture = ["--output", str(tmp_path / "empty.png")]
+    for words in (["plot"], ["plot-losses", *picture]):
+        assert main([*words, "--run", str(empty)]) == 1
+        assert capsys.readouterr().err == "error: empty: nothing logged yet\n"
 
 
 def test_a_dense_run_has_no_experts_to_draw(tmp_path: Path) -> None:

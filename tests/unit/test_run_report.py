@@ -24,6 +24,7 @@ from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import num_micro_batches
 
 NASTY = "a <b> & |x| $y$ _z_"
+SIZES = (("dev", 6982), ("test", 6967), ("val", 50_000))
 Rows = Sequence[dict[str, Any]]
 
 
@@ -84,6 +85,13 @@ def scores(task: str, checkpoint: Path | str = "", **values: float) -> dict[str,
         "metrics": named,
         "settings": {"checkpoint": str(checkpoint), "data": "d"},
     }
+
+
+def official(task: str, checkpoint: Path | str = "", **values: float) -> dict[str, Any]:
+    """Scores on as many samples as the official splits have."""
+    splits = {name.partition("__")[0] for name in values}
+    samples = {f"{split}__samples": float(count) for split, count in SIZES if split in splits}
+    return scores(task, checkpoint, **values, **samples)
 
 
 def report(output: Path, *runs: Path) -> tuple[Page, str, str]:
@@ -177,20 +185,22 @@ def test_downstream_results_stand_beside_the_papers(tmp_path: Path) -> None:
     found = []
     for seed, score in ((1, 60.0), (2, 63.0), (3, 66.0)):
         folder = tmp_path / "nlvr2" / f"seed_{seed}"
-        own = {"dev__accuracy": score, "test__accuracy": score + 1, "dev__samples": 8.0}
-        result = scores("nlvr2", folder / "best/iter_0000005", **own)
+        # The size of the official splits; of the first, 2 samples could not be read.
+        own = {"dev__accuracy": score, "test__accuracy": score + 1, "dev__samples": 6980.0}
+        own["test__samples"] = 6967.0
+        result = scores("nlvr2", folder / "best/iter_0000005", **own) | {"left_out": {"dev": 2}}
         found.append(make_run(folder, tuned(load, seed=seed), rows, result))
     found.append(
         make_run(
-            tmp_path / "higher", tuned(load, lr=1e-2), rows, scores("nlvr2", dev__accuracy=50.0)
+            tmp_path / "higher", tuned(load, lr=1e-2), rows, official("nlvr2", dev__accuracy=50.0)
         )
     )
     # The same checkpoint, evaluated again in the same way, is no fourth seed.
     checkpoint = found[0] / "best/iter_0000005"
     checkpoint.mkdir(parents=True)
-    again = scores("nlvr2", checkpoint, dev__accuracy=60.0)
+    again = official("nlvr2", checkpoint, dev__accuracy=60.0)
     found.append(make_run(tmp_path / "again", None, (), again))
-    image_net = scores("imagenet", val__top1=12.5, val__top5=40.0)
+    image_net = official("imagenet", val__top1=12.5, val__top5=40.0)
     found.append(make_run(tmp_path / "imagenet", tuned(load, "imagenet"), (), image_net))
     # An evaluation has no config.yaml; that of the run that it evaluates is found.
     evaluated = scores("imagenet", found[-1] / "best/iter_0000005", **{"test__top1": 10.0})
@@ -204,12 +214,15 @@ def test_downstream_results_stand_beside_the_papers(tmp_path: Path) -> None:
     own = column[f"moe ({seeds})"]
     assert own["NLVR2 dev"] == "63.00 ± 3.00 (3)" and own["NLVR2 test-P"] == "64.00 ± 3.00 (3)"
     assert own["pretraining steps"] == "400"
-    tokens = parameter_counts(tuned(load)).per_token
+    # Of pretraining: a task has a length of text of its own.
+    tokens = parameter_counts(config_of("tiny-8e")).per_token
+    assert tokens != parameter_counts(tuned(load)).per_token
     assert own["parameters per token"] == f"{tokens / 1e6:.3g}M"
     assert column["moe (higher)"]["NLVR2 dev"] == "50.00"
     assert column["paper: VL-MoE_BASE/32E"]["NLVR2 test-P"] == "86.77"
     assert column["paper: BEiT-3_BASE*"]["VQA test-dev"] == "76.21"
     assert column["paper: ViLT"]["VQA test-std"] == "–"
+    assert column["paper: UNIMO_BASE"]["pretraining steps"] == "500K"
     assert [row[0] for row in second[1:]] == ["moe", *(f"paper: {r.model}" for r in TABLE_2.rows)]
     assert second[1][second[0].index("ImageNet")] == "12.50"
     for paper in (TABLE_1, TABLE_2):
@@ -235,19 +248,22 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     tuning = make_run(tmp_path / "tuning", tuned("gone"), [{"step": 5, "loss/nlvr2": 1.0}])
     newer = make_run(tmp_path / "newer", config_of("tiny-dense"), rows)
     (newer / "config.yaml").write_text("model: {number_of_heads: 3}\ntrain: {steps: many}\n")
-    page, source, _ = report(tmp_path / "out", unknown, begun, tuning, newer)
+    other = scores("nlvr2", train__accuracy=90.0)
+    split = make_run(tmp_path / "split", tuned("gone"), [{"step": 5, "loss/nlvr2": 1.0}], other)
+    page, source, _ = report(tmp_path / "out", unknown, begun, tuning, newer, split)
     for sentence in (
         "unknown: no config.yaml: options, parameters and FLOPs are not known.",
         "unknown: no evaluation logged.",
         "begun: nothing logged yet: no curves, speed or memory.",
         "tuning: no metrics.json: the run has not ended, and is in no table of results.",
+        "split: the downstream tables have no column for its scores; chapter Task nlvr2 has them.",
     ):
         assert sentence in page.texts
     assert re.search(
         r"newer: config.yaml: unknown option model.number_of_heads.* not known\.", source
     )
     assert table(page, "token slots/s")["unknown",]["token slots/s"] == "100"
-    assert "Downstream tasks" not in page.texts
+    assert not [rows for rows in page.tables if rows[0][0] == "model"]
 
 
 def test_losses_are_compared_with_those_of_the_first_run_alone(tmp_path: Path) -> None:
@@ -288,7 +304,7 @@ def test_a_checkpoint_that_is_named_in_two_ways_is_one_result(
     (run / "best/iter_0000005").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     found = [
-        make_run(tmp_path / name, None, (), scores("nlvr2", place, dev__accuracy=60.0))
+        make_run(tmp_path / name, None, (), official("nlvr2", place, dev__accuracy=60.0))
         for name, place in (("a", "run/best/iter_0000005"), ("b", run / "best/iter_0000005"))
     ]
     page, _, _ = report(tmp_path / "out", *found)
@@ -302,7 +318,7 @@ def test_results_on_other_data_stand_in_a_row_of_their_own(tmp_path: Path) -> No
     for name, score in (("a", 60.0), ("b", 70.0)):
         config = tuned("gone")
         config = replace(config, task=replace(config.task, data=f"{tmp_path}/{name}/nlvr2"))  # type: ignore[attr-defined]
-        results = scores("nlvr2", dev__accuracy=score)
+        results = official("nlvr2", dev__accuracy=score)
         results["settings"]["data"] = f"{tmp_path}/{name}/nlvr2"
         runs.append(make_run(tmp_path / name, config, (), results))
     page, _, _ = report(tmp_path / "out", *runs)
@@ -356,3 +372,170 @@ def test_what_is_no_run_is_refused_in_one_line(
     assert main(["report", str(good), "--output", str(good)]) == 2
     assert "is the folder of a run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def model_rows(page: Page, table: int = 0) -> dict[str, dict[str, str]]:
+    """Rows of a downstream table by their model, without the paper's."""
+    found = [rows for rows in page.tables if rows[0][0] == "model"][table]
+    return {
+        row[0]: dict(zip(found[0], row)) for row in found[1:] if not row[0].startswith("paper: ")
+    }
+
+
+def test_a_diverged_run_is_shown_as_one(tmp_path: Path) -> None:
+    """What an earlier evaluation had is not mixed into the last one, nor the end of a run with its beginning."""
+    known = {"eval/loss/mim": 2.0, "unigram/mim": 1.0, "acc/mim": 0.25, "eval/grounding/mim": 0.5}
+    first = {"step": 0, **known}
+    logged = [{"step": n, "loss/mim": 1.0, "moe/text/load_max": 1.0} for n in range(1, 10)]
+    nan = {"loss/mim": None, "moe/text/load_max": 7.0, "moe/text/router_entropy": None}
+    last = known | {"eval/loss/mim": None, "acc/mim": 0.5, "eval/grounding/mim": None}
+    diverged = [first, *logged, {"step": 10, **nan}, {"step": 11, **nan, **last}]
+    runs = [
+        make_run(tmp_path / "diverged", config_of("tiny-8e"), diverged),
+        make_run(tmp_path / "fine", config_of("tiny-8e"), [first, *logged]),
+    ]
+    page, _, _ = report(tmp_path / "out", *runs)
+    assert "diverged: losses are not finite from step 10 on." in page.texts
+    rows = table(page, "loss, nats", 2)
+    own, other = (rows["masked image (images)", name] for name in ("diverged", "fine"))
+    assert (own["step"], own["loss, nats"], own["right, %"]) == ("11", "not finite", "50.00")
+    assert own["grounding, nats"] == "not finite" and other["loss, nats"] == "2.0000"
+    assert other["against diverged"] == "not finite"
+    balance = table(page, "pool")["diverged",]
+    assert balance["router entropy, nats"] == "not finite"
+    assert balance["fullest expert"] == "7.000"
+    page, _, _ = report(tmp_path / "other", *reversed(runs))
+    own = table(page, "loss, nats", 2)["masked image (images)", "diverged"]
+    assert own["against fine"] == "not finite"
+
+
+def trained(folder: Path, config: RunConfig, score: float, **more: Any) -> Path:
+    """A fine-tuning run that was saved as `runs/NAME`, under that name in its results too."""
+    name = f"runs/{folder.name}"
+    config = replace(config, checkpoint=replace(config.checkpoint, save=name))
+    results = official("nlvr2", f"{name}/best/iter_0000005", dev__accuracy=score)
+    results["settings"]["data"] = "corpora/nlvr2"
+    rows = [{"step": 5, "loss/nlvr2": 0.5}]
+    return make_run(folder, config, rows, {**results, **more})
+
+
+def test_runs_of_one_relative_name_are_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds that were trained elsewhere under the same name count each; a copy of one counts no second time."""
+    runs = [
+        trained(tmp_path / f"p{seed}/runs/a", tuned("runs/base", seed=seed), score)
+        for seed, score in ((1, 40.0), (2, 50.0))
+    ]
+    copy = tmp_path / "moved"
+    copy.mkdir()
+    for file in runs[0].iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path / "p1")
+    page, _, _ = report(tmp_path / "out", *runs, copy)
+    assert model_rows(page)["runs/base"]["NLVR2 dev"] == "45.00 ± 7.07 (2)"
+    assert "moved: a copy of p1/runs/a, which counts once." in page.texts
+    # An evaluation of the second run, which lies beside it, is of that one, wherever the reader is.
+    again = official("nlvr2", "runs/a/best/iter_0000005", dev__accuracy=50.0)
+    again["settings"]["data"] = "corpora/nlvr2"
+    evaluation = make_run(tmp_path / "p2/runs/again", None, (), again)
+    page, _, _ = report(tmp_path / "out", *runs, evaluation)
+    assert model_rows(page)["runs/base"]["NLVR2 dev"] == "45.00 ± 7.07 (2)"
+
+
+def test_pretrained_models_of_one_relative_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is looked for where its run was trained, and not where the reader is."""
+    bases = {}
+    for number, steps in ((1, 400), (2, 800)):
+        config = config_of("tiny-8e")
+        config = replace(config, train=replace(config.train, steps=steps))
+        config = replace(config, checkpoint=replace(config.checkpoint, save="runs/base"))
+        bases[number] = make_run(tmp_path / f"p{number}/runs/base", config, metrics(number, ()))
+    runs = [
+        trained(tmp_path / f"p{number}/runs/a{number}", tuned("runs/base"), 10.0 * number)
+        for number in bases
+    ]
+    monkeypatch.chdir(tmp_path / "p1")
+    page, _, _ = report(tmp_path / "out", *runs)
+    found = {(row["pretraining steps"], row["NLVR2 dev"]) for row in model_rows(page).values()}
+    assert found == {("400", "10.00"), ("800", "20.00")}
+    # A folder of this name that another run has taken since is not the one that it started from.
+    other = config_of("tiny-8e")
+    (bases[2] / "config.yaml").write_text(
+        to_yaml(replace(other, model=replace(other.model, num_layers=6)))
+    )
+    # Neither is the reader's: this run was saved elsewhere.
+    away = trained(tmp_path / "away/a3", tuned("runs/base"), 30.0)
+    page, _, _ = report(tmp_path / "out", *runs, away)
+    rows = model_rows(page)
+    (lost,) = [row for row in rows.values() if row["NLVR2 dev"].startswith("25.00")]
+    assert (lost["pretraining steps"], lost["parameters per token"]) == ("–", "–")
+    sentence = "p2/runs/a2, away/a3: the run runs/base that training started from was not found"
+    assert any(text.startswith(sentence) for text in page.texts)
+
+
+def test_the_papers_columns_are_for_data_of_the_official_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the data are called, and wherever the reader is."""
+    named = {"flickr30k": 500.0, "retrieval": 5000.0, "other": 25_010.0, "none": None}
+    runs = []
+    for name, samples in named.items():
+        results = scores("retrieval", **{"test__TR@1": 10.0, "test__IR@1": 20.0})
+        results["settings"]["data"] = f"tasks/{name}"
+        if samples is not None:
+            results["metrics"]["test/samples"] = samples
+        runs.append(make_run(tmp_path / name, tuned(name, "flickr30k"), (), results))
+    monkeypatch.chdir(tmp_path)
+    page, _, _ = report(tmp_path / "out", *runs)
+    rows = model_rows(page)
+    shown = {
+        name: [title for title, cell in row.items() if cell in ("10.00", "20.00")]
+        for name, row in rows.items()
+    }
+    own = ["retrieval {} test/IR@1", "retrieval {} test/TR@1"]
+    assert shown == {
+        "retrieval": ["Flickr30K TR", "Flickr30K IR"],
+        "other": ["COCO TR", "COCO IR"],
+        **{name: [title.format(name) for title in own] for name in ("flickr30k", "none")},
+    }
+    for task, metric, column in (
+        *(("nlvr2", "dev/accuracy", "NLVR2 dev"), ("imagenet", "val/top1", "ImageNet")),
+        ("mnli", "dev_matched/accuracy", "MNLI-m"),
+    ):
+        results = scores(task) | {"metrics": {metric: 50.0, f"{metric.split('/')[0]}/samples": 9.0}}
+        run = make_run(tmp_path / task, tuned("gone", task), (), results)
+        page, _, _ = report(tmp_path / "out", run)
+        own_row = model_rows(page)["gone"]
+        assert own_row[f"{task} d {metric}"] == "50.00" and own_row.get(column, "–") == "–"
+        assert f"{task}: the data d were not found, or are not those of the run: " in str(
+            page.texts
+        )
+
+
+def test_parameters_per_token_are_of_the_architecture_in_any_order(tmp_path: Path) -> None:
+    """Tasks have lengths of text of their own, and ImageNet has no vocabulary."""
+    runs = []
+    for task, vocabulary in (("imagenet", 0), ("nlvr2", 300)):
+        config = tuned("", task)
+        model = replace(config.model, vocab_size=vocabulary, text_length=16, pair_text_length=16)
+        config = replace(config, model=model, task=replace(config.task, architecture="tiny-8e"))  # type: ignore[attr-defined]
+        values = {"val__top1": 5.0} if task == "imagenet" else {"dev__accuracy": 50.0}
+        runs.append(make_run(tmp_path / task, config, (), scores(task, **values)))
+    expected = f"{parameter_counts(config_of('tiny-8e')).per_token / 1e6:.3g}M"
+    for order in (runs, runs[::-1]):
+        page, _, _ = report(tmp_path / "out", *order)
+        for number in (0, 1):
+            row = model_rows(page, number)["tiny-8e, from scratch"]
+            assert row["parameters per token"] == expected
+
+
+def test_a_run_that_was_only_evaluated_has_a_chapter(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", config_of("tiny-dense"), [{"step": 0, "eval/loss/mim": 3.0}])
+    page, _, _ = report(tmp_path / "out", run)
+    assert table(page, "loss, nats")["masked image (images)",]["loss, nats"] == "3.0000"
+    run = make_run(tmp_path / "b", config_of("tiny-dense"))
+    page, _, _ = report(tmp_path / "out", run)
+    assert "Nothing was logged that could be shown here." in page.texts
