@@ -267,9 +267,12 @@ def read_items(
             try:
                 image = read_image_file(source.picture.read(), rules)
             except DataError as error:
-                left_out.append(
-                    str(Reject(source.picture.source, source.picture.record, str(error)))
-                )
+                file = source.picture
+                # A file of its own is named by its path, any other picture by where its record is.
+                where = Reject(file.source, file.record, str(error))
+                if file.path and file.size is None:
+                    where = Reject(file.path, "", str(error))
+                left_out.append(str(where))
                 continue
             whole = ImageDraw(CropBox.whole(image.width, image.height))
             pixels = views(image, whole, [size])[0].transpose(1, 2, 0)
