@@ -39,6 +39,7 @@ from megatron_vlmoe.convert.tensors import check_tensors
 from megatron_vlmoe.data.augment import CropBox, ImageDraw, views
 from megatron_vlmoe.data.image_files import ImageRules, read_image_file
 from megatron_vlmoe.data.samples import TextFormat
+from megatron_vlmoe.prepare.readers.records import Reject
 from megatron_vlmoe.runtime.files import open_atomic, write_parts_atomic, write_text_atomic
 from megatron_vlmoe.runtime.progress import Progress
 from megatron_vlmoe.sample_corpus.truth import known_scenes, patch_truth
@@ -241,11 +242,16 @@ def open_model(
     return Model(location, config, model.eval().to(device), tokenizer)
 
 
-def read_items(sources: Sequence[Source], model: Model, rules: ImageRules) -> list[Item]:
+def read_items(
+    sources: Sequence[Source], model: Model, rules: ImageRules
+) -> tuple[list[Item], list[str]]:
     """Decodes pictures and tokenizes captions.
 
+    Returns:
+        What can be read, and a reason for each that cannot, which names it. A pair is left out as a whole.
+
     Raises:
-        DataError: naming the picture or caption that cannot be used.
+        DataError: nothing can be read.
         RoutingError: captions for a model of images alone.
     """
     size, grid = model.config.model.image_size, model.grid
@@ -254,14 +260,20 @@ def read_items(sources: Sequence[Source], model: Model, rules: ImageRules) -> li
     if not all(place in scenes for place in pictures):
         # The truth of some pictures alone would compare different things.
         scenes = {}
-    items = []
+    items, left_out = [], []
     for source in sources:
         parts: dict[str, Any] = {}
         if source.picture is not None:
             try:
                 image = read_image_file(source.picture.read(), rules)
             except DataError as error:
-                raise DataError(f"{source.name}: {error}") from error
+                file = source.picture
+                # A file of its own is named by its path, any other picture by where its record is.
+                where = Reject(file.source, file.record, str(error))
+                if file.path and file.size is None:
+                    where = Reject(file.path, "", str(error))
+                left_out.append(str(where))
+                continue
             whole = ImageDraw(CropBox.whole(image.width, image.height))
             pixels = views(image, whole, [size])[0].transpose(1, 2, 0)
             side = min(max(size, *image.size), max(size, _DISPLAY_SIDE))
@@ -274,9 +286,15 @@ def read_items(sources: Sequence[Source], model: Model, rules: ImageRules) -> li
         if source.caption:
             if model.tokenizer is None:
                 raise RoutingError(f"{model.name}: a model of images alone reads no captions")
-            parts |= _tokenized(source, model.tokenizer)
+            try:
+                parts |= _tokenized(source, model.tokenizer)
+            except DataError as error:
+                left_out.append(str(error))
+                continue
         items.append(Item(source.name, **parts))
-    return items
+    if not items:
+        raise DataError(f"nothing can be read of {len(sources)} chosen; first: {left_out[0]}")
+    return items, left_out
 
 
 def _patch_labels(
@@ -336,8 +354,9 @@ def _has(item: Item) -> tuple[bool, bool]:
 def trace(model: Model, items: Sequence[Item], inputs: Sequence[str], batch_size: int) -> Trace:
     """Reads the items and keeps what every router decides.
 
-    Captions of pairs are padded to the length that they have in training, captions alone to the longest of the batch;
-    the capacity of experts counts padding too, and which tokens are dropped depends on what else is in the batch.
+    Captions of pairs are padded to the length that they have in training. Captions alone are padded to the longest of
+    the batch, since texts are packed full in training, where padding gives experts hardly any room. The capacity of
+    experts counts padding too, and which tokens are dropped depends on what else is in the batch.
 
     Args:
         model: the model.

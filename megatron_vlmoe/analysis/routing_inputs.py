@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Optional
 
@@ -67,12 +67,14 @@ class Found:
     Attributes:
         sources: in the order of the files.
         left_out: reasons, of records that cannot be used.
+        damaged: of those left out, how many are among `sources`, as only their contents show that they are damaged.
         others: good records that nobody asked for, as those of other splits.
         passed_over: files among the pictures that are none; they are not among those found.
     """
 
     sources: list[Source] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    damaged: int = 0
     others: int = 0
     passed_over: Counter[PassedOver] = field(default_factory=Counter)
 
@@ -81,10 +83,16 @@ class Found:
         chosen = np.random.default_rng(seed).permutation(len(self.sources))[:count]
         return [self.sources[number] for number in sorted(chosen.tolist())]
 
+    def leave_out(self, reasons: Sequence[str]) -> None:
+        """Counts chosen sources that turned out to be damaged as left out, for these reasons."""
+        self.damaged += len(reasons)
+        self.left_out += reasons
+
     def line(self, chosen: int) -> str:
         """What became of everything, in one line."""
-        total = len(self.sources) + len(self.left_out) + self.others
-        line = f"{total} found, {chosen} chosen, {len(self.sources) - chosen} not needed"
+        good = len(self.sources) - self.damaged
+        total = good + len(self.left_out) + self.others
+        line = f"{total} found, {chosen} chosen, {good - chosen} not needed"
         if self.others:
             line += f", {self.others} of other splits"
         if self.left_out:

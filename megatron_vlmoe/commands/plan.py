@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from megatron_vlmoe.commands.options import CommandParser, output_file
 from megatron_vlmoe.config.command_line import flat_options, normalize_arguments, parse_run
@@ -27,6 +29,9 @@ NUMBERS = {
     "--watts": ("watts", 1.0, "power of a device, for the energy"),
 }
 """Options that describe a device: the field of `Device`, its unit, and help."""
+TOO_FAR = (
+    f"--price, --interconnect, {', '.join(NUMBERS)} or a size of the run is too large or too small"
+)
 
 
 def positive(text: str) -> float:
@@ -91,24 +96,54 @@ def main(words: Sequence[str]) -> None:
     config, per_node = run.config, min(options.gpus_per_node, options.gpus)
     device, precision = _device(options, config, per_node)
     cluster = Cluster(device, per_node, options.interconnect * 1e9 / 8)
-    layouts = search(config, options.gpus, precision, cluster, fixed)
-    if layouts[0].time is None:
-        closest = min(layouts, key=lambda layout: (not layout.memory, layout.most_memory))
-        raise ConfigError(
-            f"no layout runs on {options.gpus} x {options.gpu}: TP {closest.choice['TP']}, PP "
-            f"{closest.choice['PP']}, EP {closest.choice['EP']}, micro-batch {closest.choice['micro-batch']}, "
-            f"recompute {closest.choice['recompute']} comes closest: {closest.refused}"
+    try:
+        layouts = search(config, options.gpus, precision, cluster, fixed)
+        if layouts[0].time is None:
+            closest = min(layouts, key=lambda layout: (not layout.memory, layout.most_memory))
+            raise ConfigError(
+                f"no layout runs on {options.gpus} x {options.gpu}: TP {closest.choice['TP']}, PP "
+                f"{closest.choice['PP']}, EP {closest.choice['EP']}, micro-batch {closest.choice['micro-batch']}, "
+                f"recompute {closest.choice['recompute']} comes closest: {closest.refused}"
+            )
+        plan = Plan(
+            config, options.gpus, precision, options.gpu, cluster, layouts, options.price or 0.0
         )
-    plan = Plan(
-        config, options.gpus, precision, options.gpu, cluster, layouts, options.price or 0.0
-    )
+        content = _finite_json(plan)
+    except OverflowError:
+        raise ConfigError(f"the result is not finite: {TOO_FAR}") from None
     print(plan_text(plan, options.runners_up))
     if options.json:
         try:
-            write_text_atomic(options.json, json.dumps(plan_json(plan), indent=2))
+            write_text_atomic(options.json, content)
         except OSError as error:
             raise ConfigError(f"--json {options.json}: {error.strerror}") from None
         print(f"\nwrote {options.json}")
+
+
+def _finite_json(plan: Plan) -> str:
+    """The plan for programs.
+
+    Raises:
+        ConfigError: for a number that is not finite, which JSON does not have.
+    """
+    content = plan_json(plan)
+    try:
+        return json.dumps(content, indent=2, allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"{_not_finite(content)} is not finite: {TOO_FAR}") from None
+
+
+def _not_finite(value: Any, name: str = "") -> str:
+    """Where in a plan the first number is that is not finite; empty if there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else name
+    entries: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
+    found = (_not_finite(inner, f"{name}/{key}".lstrip("/")) for key, inner in entries)
+    return next(filter(None, found), "")
 
 
 def _device(

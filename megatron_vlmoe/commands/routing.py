@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_vlmoe.analysis.routing_inputs import find_sources
+from megatron_vlmoe.analysis.routing_inputs import find_sources, printable
 from megatron_vlmoe.commands.options import CommandParser, add_image_rules, output_folder
 from megatron_vlmoe.config.errors import RoutingError, user_files
 from megatron_vlmoe.data.image_files import ImageRules
@@ -101,8 +101,11 @@ def main(words: Sequence[str]) -> None:
     routing = load("megatron_vlmoe.analysis.routing")
     model = routing.open_model(options.load, options.text_tokenizer, options.capacity_factor)
     sources = found.choose(options.num_items, options.seed)
-    print(f"{options.captions or options.images}: {found.line(len(sources))}")
-    items = routing.read_items(sources, model, ImageRules(options.exif, options.alpha))
+    items, damaged = routing.read_items(sources, model, ImageRules(options.exif, options.alpha))
+    found.leave_out(damaged)
+    print(f"{options.captions or options.images}: {found.line(len(items))}")
+    for reason in damaged:
+        print(f"left out: {printable(reason)}")
     inputs, unread = routing.inputs_of(items, model)
     if unread:
         print(f"no router reads {' or '.join(unread)}: {options.load} has no experts for them")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 
 
@@ -128,11 +129,17 @@ def near_multiples(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below > 0 else str(unit)
 
 
+def divisors(number: int) -> list[int]:
+    """The divisors of a number in order; takes time like its square root."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
 def near_divisors(value: int, number: int) -> str:
     """The divisors of a number around a value that does not divide it: `4 or 8`."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < value][-1:]
-    above = [d for d in divisors if d > value][:1]
+    found = divisors(number)
+    below = [d for d in found if d < value][-1:]
+    above = [d for d in found if d > value][:1]
     return " or ".join(map(str, below + above))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, divisors
 from megatron_vlmoe.config.schema import DataConfig, Precision, RunConfig
 from megatron_vlmoe.planning.estimate import MemoryEstimate, memory_per_rank
 from megatron_vlmoe.planning.parameters import (
@@ -30,6 +31,12 @@ CHOICES = {
     "recompute": ("train.recompute",),
 }
 """What the search chooses, and the options that say it."""
+DOES_NOT_DIVIDE, OUT_OF_MEMORY = "the sizes do not divide", "not enough memory"
+"""Kinds of reasons why a layout cannot run."""
+LARGEST_BATCH = 10**12
+"""Of larger ones the divisors are not looked for."""
+MOST_LAYOUTS = 10_000
+"""More are not compared, which would take more than a minute."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +80,38 @@ def search(
     """Every layout of a run that divides it evenly, the fastest first and those that cannot run last.
 
     Global batch, model and all other options stay as they are. TP stays within a node, since every block waits for its
-    collectives; it, PP and EP go through the divisors of heads, blocks and experts, and the micro-batch through what
-    divides the global batch. Full recomputation is tried wherever it is not needed, too.
+    collectives: where it is chosen here, no group of it may straddle two. It, PP and EP go through the divisors of
+    heads, blocks and experts, and the micro-batch through what divides the global batch. Full recomputation is tried
+    wherever it is not needed, too.
 
     Args:
         fixed: names of `CHOICES` that keep the value of `config`.
 
     Raises:
-        ConfigError: for what is wrong with the run whatever its layout.
+        ConfigError: for what is wrong with the run whatever its layout, or if there are more than `MOST_LAYOUTS`.
     """
     config = with_assumed_vocabularies(config)
+    for kind in ("texts", "images", "pairs") if "micro-batch" not in fixed else ():
+        total = getattr(config.data, f"global_{kind}")
+        if total > LARGEST_BATCH:
+            raise ConfigError(
+                f"data.global_{kind}={total:.4g}: micro-batches are looked for in global batches of at most "
+                f"{LARGEST_BATCH:.0e}; give --data.micro_{kind} N"
+            )
     _check_apart_from_layout(config)
     parameters = estimated_parameters(config)
+    candidates = _candidates(config, world_size, cluster, fixed)
+    chosen = list(itertools.islice(candidates, MOST_LAYOUTS + 1))
+    if len(chosen) > MOST_LAYOUTS:
+        raise ConfigError(
+            f"more than {MOST_LAYOUTS:,} layouts to compare, since the global batch has many divisors: choose some "
+            "yourself, such as --data.micro_texts N --data.micro_images N --data.micro_pairs N"
+        )
     found = [
-        _judge(candidate, world_size, precision, cluster, parameters)
-        for candidate in _candidates(config, world_size, cluster, fixed)
+        _judge(candidate, world_size, precision, cluster, parameters, "TP" in fixed)
+        for candidate in chosen
     ]
-    return sorted(found, key=lambda layout: (layout.seconds, layout.most_memory))
+    return sorted(found, key=lambda one: (one.time is None, one.seconds, one.most_memory))
 
 
 def _check_apart_from_layout(config: RunConfig) -> None:
@@ -116,8 +138,8 @@ def _candidates(
     experts = [
         pool.num_experts for plan in block_plans(config.model, config.moe) for pool in plan.pools
     ]
-    tensors = [n for n in _divisors(config.model.num_attention_heads) if n <= cluster.per_node]
-    pipelines = _divisors(config.model.num_layers)
+    tensors = [n for n in divisors(config.model.num_attention_heads) if n <= cluster.per_node]
+    pipelines = divisors(config.model.num_layers)
     if "TP" in fixed:
         tensors = [parallel.tensor_model_parallel_size]
     if "PP" in fixed:
@@ -128,9 +150,12 @@ def _candidates(
             if rest:
                 sizes = [parallel.expert_model_parallel_size if "EP" in fixed else 1]
             else:
-                sizes = _divisors(math.gcd(ranks * tensor, *experts)) if experts else [1]
+                sizes = divisors(math.gcd(ranks * tensor, *experts)) if experts else [1]
                 if "EP" in fixed:
                     sizes = [parallel.expert_model_parallel_size]
+            batches = [data]
+            if "micro-batch" not in fixed and not rest:
+                batches = _micro_batches(config, ranks, tensor) or [data]
             for expert in sizes:
                 layout = replace(
                     parallel,
@@ -138,31 +163,26 @@ def _candidates(
                     pipeline_model_parallel_size=pipeline,
                     expert_model_parallel_size=expert,
                 )
-                batches = [data]
-                if "micro-batch" not in fixed and not rest:
-                    batches = list(_micro_batches(config, ranks, tensor)) or [data]
                 for batch in batches:
                     modes = [replace(config.train, recompute=mode) for mode in ("none", "full")]
                     for train in [config.train] if "recompute" in fixed else modes:
                         yield replace(config, parallel=layout, data=batch, train=train)
 
 
-def _micro_batches(config: RunConfig, ranks: int, tensor: int) -> Iterator[DataConfig]:
+def _micro_batches(config: RunConfig, ranks: int, tensor: int) -> list[DataConfig]:
     """Data options with every micro-batch that divides the global batch over so many data-parallel ranks."""
     data = config.data
     kinds = [kind for kind in ("texts", "images", "pairs") if getattr(data, f"micro_{kind}")]
     totals = [getattr(data, f"global_{kind}") for kind in kinds]
     if any(total % ranks for total in totals):
-        return
+        return []
     share = math.gcd(*(total // ranks for total in totals))
-    for count in _divisors(share):
+    found = []
+    for count in divisors(share):
         sizes = {f"micro_{kind}": total // ranks // count for kind, total in zip(kinds, totals)}
         if all(size % tensor == 0 for size in sizes.values()):
-            yield replace(data, **sizes)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+            found.append(replace(data, **sizes))
+    return found
 
 
 def _judge(
@@ -171,6 +191,7 @@ def _judge(
     precision: Precision,
     cluster: Cluster,
     parameters: Sequence[Parameter],
+    is_tensor_fixed: bool,
 ) -> Layout:
     parallel, data = config.parallel, config.data
     ranks, rest = divmod(
@@ -187,12 +208,16 @@ def _judge(
     try:
         validate(config, world_size)
     except ConfigError as error:
-        return Layout(config, choice, str(error), "the sizes do not divide")
+        return Layout(config, choice, str(error), DOES_NOT_DIVIDE)
+    tensor, per_node = parallel.tensor_model_parallel_size, cluster.per_node
+    if world_size > per_node and per_node % tensor and not is_tensor_fixed:
+        refused = f"TP {tensor} does not divide nodes of {per_node}: some of its groups would straddle two nodes"
+        return Layout(config, choice, refused, DOES_NOT_DIVIDE)
     memory = memory_per_rank(config, world_size, precision, parameters)
     usable, needed = cluster.device.usable_memory, max(stage.total for stage in memory)
     if needed > usable:
         refused = f"needs {needed / GIB:.1f} GiB of {usable / GIB:.1f} GiB"
-        return Layout(config, choice, refused, "not enough memory", memory)
+        return Layout(config, choice, refused, OUT_OF_MEMORY, memory)
     time = step_time(config, world_size, precision, cluster, parameters)
     return Layout(config, choice, memory=memory, time=time)
 

@@ -22,7 +22,13 @@ from megatron_vlmoe.planning.estimate import (
     flops_per_step,
     hardware_flops_per_step,
 )
-from megatron_vlmoe.planning.layout_search import CHOICES, Layout, losers
+from megatron_vlmoe.planning.layout_search import (
+    CHOICES,
+    DOES_NOT_DIVIDE,
+    OUT_OF_MEMORY,
+    Layout,
+    losers,
+)
 from megatron_vlmoe.planning.parameters import parameter_counts
 from megatron_vlmoe.planning.step_time import Cluster
 
@@ -60,7 +66,7 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """How many layouts were looked at, and how many of them can run or why not."""
-        kinds = ["can run", "not enough memory", "the sizes do not divide"]
+        kinds = ["can run", OUT_OF_MEMORY, DOES_NOT_DIVIDE]
         found = [layout.kind or "can run" for layout in self.layouts]
         return {"layouts": len(found), **{kind: found.count(kind) for kind in kinds}}
 

@@ -59,7 +59,7 @@ class Cluster:
 
     Args:
         device: every rank has one.
-        per_node: devices of a node; consecutive ranks share it.
+        per_node: devices of a node; consecutive ranks share it, and those of the last node are what is left.
         network: bytes per second of one device's share of its node's network.
     """
 
@@ -116,6 +116,7 @@ def step_time(
             config,
             work,
             micro_batches,
+            world_size,
             cluster,
             rates(cluster.device, precision, cluster.network, slow),
         )
@@ -198,12 +199,13 @@ def _step_parts(
     config: RunConfig,
     work: Sequence[_StageWork],
     micro_batches: int,
+    world_size: int,
     cluster: Cluster,
     speed: Rates,
 ) -> dict[str, float]:
     """Seconds of a step by part, at one set of rates: those of the slowest stage, and what the pipeline waits."""
     parallel, device = config.parallel, cluster.device
-    passes = [_pass_parts(stage, micro_batches, cluster, speed) for stage in work]
+    passes = [_pass_parts(stage, micro_batches, world_size, cluster, speed) for stage in work]
     slowest = max(passes, key=lambda parts: sum(parts.values()))
     step = defaultdict(float, {name: micro_batches * value for name, value in slowest.items()})
     # The pipeline fills and empties once; with virtual stages in smaller pieces (Narayanan et al., arXiv 2104.04473).
@@ -214,7 +216,8 @@ def _step_parts(
         end: dict[str, float] = defaultdict(float)
         for collective in stage.collectives:
             if collective.what in PER_STEP:
-                end[PER_STEP[collective.what]] += collective_seconds(collective, cluster, speed)
+                seconds = collective_seconds(collective, world_size, cluster, speed)
+                end[PER_STEP[collective.what]] += seconds
         computing = parts["matrix products"] + parts["other arithmetic"]
         for name, overlaps, share in (
             (GRADIENTS, parallel.overlap_grad_reduce, BACKWARD),
@@ -230,7 +233,7 @@ def _step_parts(
 
 
 def _pass_parts(
-    stage: _StageWork, micro_batches: int, cluster: Cluster, speed: Rates
+    stage: _StageWork, micro_batches: int, world_size: int, cluster: Cluster, speed: Rates
 ) -> dict[str, float]:
     """Seconds of a micro-batch on a stage by part."""
     parts: dict[str, float] = defaultdict(float)
@@ -243,7 +246,7 @@ def _pass_parts(
     parts["starting operators"] = starting
     for collective in stage.collectives:
         if collective.what not in PER_STEP:
-            seconds = collective_seconds(collective, cluster, speed)
+            seconds = collective_seconds(collective, world_size, cluster, speed)
             parts[PER_MICRO_BATCH[collective.group]] += seconds / micro_batches
     return parts
 
@@ -270,30 +273,51 @@ PER_MICRO_BATCH: Mapping[str, str] = {
 """The part of the time of what a group sends in every micro-batch."""
 
 
-def collective_seconds(collective: Collective, cluster: Cluster, speed: Rates) -> float:
-    """Seconds of a collective of a step, all its calls.
+def collective_seconds(
+    collective: Collective, world_size: int, cluster: Cluster, speed: Rates
+) -> float:
+    """Seconds of a collective of a step, all its calls, in the slowest of its groups.
 
     Ranks of a group that share a node reach each other by its links. A ring leaves a node once, by the network of all
     the group's devices there, however many these are; of an all-to-all every rank sends the rows of other nodes by its
-    own. Groups begin at multiples of their span and nodes at multiples of their size: of a group that straddles nodes,
-    the rank with the fewest others beside it counts.
+    own. Whoever has the fewest others of its group beside it is the last.
     """
-    size, stride = collective.size, collective.stride
-    span = size * stride
-    per_node = max(1, math.gcd(cluster.per_node, span) // stride)
+    size = collective.size
     waiting = collective.calls * speed.latency * math.log2(size)
     if collective.operation == "receive":
         return 0.0  # the sender's time
+    together = ranks_on_a_node(size, collective.stride, world_size, cluster.per_node)
     if collective.operation == "send":
-        inside = span <= cluster.per_node
+        inside = together == {size}
         return waiting + collective.sent / (speed.link if inside else speed.network)
-    if size <= per_node:
-        return waiting + collective.sent / speed.link
-    if collective.operation == "all-to-all":
-        far = (size - per_node) / size
-        return waiting + collective.bytes * max(
-            far / speed.network, (per_node - 1) / size / speed.link
-        )
-    leaving = per_node * speed.network
-    # A rank that is alone on its node has no other there to reach.
-    return waiting + collective.sent / (min(speed.link, leaving) if per_node > 1 else leaving)
+
+    def seconds(here: int) -> float:
+        """Of a rank with so many of its group on its node, itself included."""
+        if here == size:
+            return collective.sent / speed.link
+        if collective.operation == "all-to-all":
+            far, near = (size - here) / size, (here - 1) / size
+            return collective.bytes * max(far / speed.network, near / speed.link)
+        leaving = here * speed.network
+        # A rank that is alone on its node has no other there to reach.
+        return collective.sent / (min(speed.link, leaving) if here > 1 else leaving)
+
+    return waiting + max(map(seconds, together))
+
+
+def ranks_on_a_node(size: int, stride: int, world_size: int, per_node: int) -> set[int]:
+    """How many ranks of a group share a node: every number that occurs, in any group and on any node.
+
+    Groups of `size` ranks at a distance of `stride` fill spans of ``size * stride`` ranks, one beside the other from
+    rank 0 on; nodes hold `per_node` consecutive ranks, also from rank 0 on.
+    """
+    span = size * stride
+    found: set[int] = set()
+    # Spans begin at the same places of nodes again after this many ranks.
+    for start in range(0, min(world_size, math.lcm(span, per_node)), span):
+        first = min(span, per_node - start % per_node)
+        full, last = divmod(span - first, per_node)
+        for ranks in (first, per_node if full else 0, last):
+            # Consecutive ranks, of which groups have as many each, or some one more than others.
+            found |= {ranks // stride, -(-ranks // stride)}
+    return found - {0}

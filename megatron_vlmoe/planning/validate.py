@@ -95,7 +95,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_bounds(config, _PRETRAINING)
     _check_model(config)
     _check_varlen(config)
-    _check_moe(config)
+    _check_moe(config, world_size)
     _check_parallel(config)
     _check_cuda_graph(config)
     for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
@@ -187,11 +187,12 @@ def _check_any_run(config: RunConfig) -> None:
     """What pretraining and tasks have in common."""
     possible = [name for name in signal.Signals.__members__ if name not in ("SIGKILL", "SIGSTOP")]
     for name in config.train.exit_signals:
-        _require(
-            name in possible,
-            f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)"
-            f"{did_you_mean(name, possible)}",
-        )
+        # A look for what was meant takes time, which a search through thousands of layouts would spend for each.
+        if name not in possible:
+            raise ConfigError(
+                f"train.exit_signals has {name}, which is no signal that a process can answer (SIGTERM, SIGUSR1, ...)"
+                f"{did_you_mean(name, possible)}"
+            )
     _check_bounds(config, _ANY_RUN, "g")
     seeds = [("train.seed", config.train.seed)]
     if isinstance(config, FinetuneConfig):
@@ -304,7 +305,7 @@ def _check_varlen(config: RunConfig) -> None:
     )
 
 
-def _check_moe(config: RunConfig) -> None:
+def _check_moe(config: RunConfig, world_size: int) -> None:
     model, moe = config.model, config.moe
     if not has_experts(moe):
         _require(
@@ -372,14 +373,20 @@ def _check_moe(config: RunConfig) -> None:
             "load already",
         )
     expert_parallel = config.parallel.expert_model_parallel_size
-    for plan in block_plans(model, moe):
+    plans = block_plans(model, moe)
+    # What fits every pool, and the ranks of a pipeline stage; with one process it is not known yet how many come.
+    shared = math.gcd(*(pool.num_experts for plan in plans for pool in plan.pools))
+    if world_size > 1:
+        ranks, rest = divmod(world_size, config.parallel.pipeline_model_parallel_size)
+        shared = math.gcd(shared, world_size if rest else ranks)
+    for plan in plans:
         for pool in plan.pools:
             where = f"block {plan.layer_number} has {pool.num_experts} {pool.name} experts"
             _require(moe.topk <= pool.num_experts, f"moe.topk={moe.topk}, but {where}")
             _require(
                 pool.num_experts % expert_parallel == 0,
                 f"{where}, not divisible by parallel.expert_model_parallel_size={expert_parallel}: "
-                f"{near_divisors(expert_parallel, pool.num_experts)} fits",
+                f"{near_divisors(expert_parallel, shared)} fits",
             )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from megatron_vlmoe.config.errors import ConfigError, near_multiples
+from megatron_vlmoe.config.errors import ConfigError, divisors, near_multiples
 from megatron_vlmoe.config.schema import AuxLossConfig, MoEConfig, ParallelConfig, RunConfig
 
 VOCAB_MULTIPLE = 128
@@ -211,31 +211,34 @@ def num_micro_batches(config: RunConfig, data_size: int) -> int:
     parallel = config.parallel
     pipeline = parallel.pipeline_model_parallel_size
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1
-    advice = batch_sizes_that_fit(
-        {(f"data.micro_{n}", f"data.global_{n}"): size for n, size in sizes.items()},
-        data_size,
-        parallel.tensor_model_parallel_size,
-        pipeline if interleaved else 1,
-    )
+
+    def advice() -> str:
+        return batch_sizes_that_fit(
+            {(f"data.micro_{n}", f"data.global_{n}"): size for n, size in sizes.items()},
+            data_size,
+            parallel.tensor_model_parallel_size,
+            pipeline if interleaved else 1,
+        )
+
     counts: dict[str, int] = {}
     for name, (micro, total) in sizes.items():
         if total == 0 or total % (micro * data_size):
             raise ConfigError(
                 f"data.global_{name}={total} is not a multiple of data.micro_{name}={micro} x "
-                f"{data_size} data-parallel rank(s){advice}"
+                f"{data_size} data-parallel rank(s){advice()}"
             )
         counts[name] = total // (micro * data_size)
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
         raise ConfigError(
             f"data.global_* / data.micro_* give different numbers of micro-batches ({listed}); "
-            f"every micro-batch carries all objectives{advice}"
+            f"every micro-batch carries all objectives{advice()}"
         )
     count = next(iter(counts.values()))
     if interleaved and count % pipeline:
         raise ConfigError(
             f"{count} micro-batch(es) per step are not divisible by "
-            f"parallel.pipeline_model_parallel_size={pipeline}, which interleaving needs{advice}"
+            f"parallel.pipeline_model_parallel_size={pipeline}, which interleaving needs{advice()}"
         )
     return count
 
@@ -266,12 +269,13 @@ def batch_sizes_that_fit(
     Returns:
         `; use --data.micro_texts 8`.
     """
-    largest = max(total for _, total in sizes.values())
-    for count in range(count_multiple, largest + 1, count_multiple):
+    totals = [total for _, total in sizes.values()]
+    # What may divide all of them; the divisors of a batch of any size are found at once.
+    share, rest = divmod(math.gcd(*totals), data_size * tensor_size)
+    for count in divisors(share) if min(totals) > 0 and not rest else ():
         ranks = data_size * count
-        if all(
-            total > 0 and total % (ranks * tensor_size) == 0 and total // ranks <= micro
-            for micro, total in sizes.values()
+        if count % count_multiple == 0 and all(
+            total // ranks <= micro for micro, total in sizes.values()
         ):
             options = {
                 option: (micro, total // ranks) for (option, _), (micro, total) in sizes.items()

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Optional
@@ -53,6 +53,8 @@ class TrainState:
         best_step: step of that result.
         best_metric: name of that metric; empty in a checkpoint of an earlier version.
         worse_evaluations: evaluations since then.
+        interval: sums of losses and routers since the last logged step (`IntervalSums.saved`); empty at a logged step,
+            and in a checkpoint of an earlier version.
     """
 
     step: int = 0
@@ -61,6 +63,7 @@ class TrainState:
     best_step: int = 0
     worse_evaluations: int = 0
     best_metric: str = ""
+    interval: Mapping[str, Any] = field(default_factory=dict)
 
 
 def content_metadata(optimizer_format: str) -> dict[str, Any]:

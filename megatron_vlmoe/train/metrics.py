@@ -35,10 +35,17 @@ from megatron_vlmoe.train.checkpoint_files import SET_ASIDE
 log = logging.getLogger("megatron_vlmoe")
 
 
-def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, str], Tensor]:
-    """Counters of every pool of every block, summed over all ranks since the last call.
+Counters = dict[tuple[int, str], Tensor]
+"""Of a pool of a block: the sums of `HEADER`, then assignments by expert."""
+
+
+def collect(chunks: Sequence[VLMoEModel], config: RunConfig, clear: bool = True) -> Counters:
+    """Counters of every pool of every block, summed over all ranks since they were last cleared.
 
     Every rank must call it: a pipeline stage without experts takes part with zeros.
+
+    Args:
+        clear: whether they start again from zero.
     """
     slots = [
         (plan.layer_number, pool)
@@ -47,13 +54,13 @@ def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, 
     ]
     if not slots:
         return {}
-    mine: dict[tuple[int, str], Tensor] = {}
+    mine: Counters = {}
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             assert isinstance(layer, MoMELayer) and isinstance(layer.mlp, MoMEFeedForward)
             if layer.mlp.moe is not None:
                 recorder = layer.mlp.moe.router.recorder  # type: ignore[attr-defined]
-                for name, vector in recorder.take().items():
+                for name, vector in (recorder.take() if clear else recorder.totals).items():
                     mine[layer.layer_number, name] = vector
     vectors = []
     for number, pool in slots:
@@ -65,9 +72,7 @@ def collect(chunks: Sequence[VLMoEModel], config: RunConfig) -> dict[tuple[int, 
     return {(number, pool.name): part for (number, pool), part in zip(slots, parts)}
 
 
-def metrics_from_counters(
-    counters: dict[tuple[int, str], Tensor], per_layer: bool
-) -> dict[str, float]:
+def metrics_from_counters(counters: Counters, per_layer: bool) -> dict[str, float]:
     """Metrics `moe/{pool}/...` and `loss/aux/{pool}` of an interval.
 
     `dropped_fraction` is the share of assignments without a place; `effective_capacity_factor` is expert

@@ -11,16 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Iterator, Mapping, Optional
 
-import torch
-import torch.distributed as dist
-
 from megatron_vlmoe.config.command_line import to_yaml
 from megatron_vlmoe.config.errors import TrainingError
 from megatron_vlmoe.config.schema import Precision, RunConfig, TrainConfig
 from megatron_vlmoe.runtime.distributed import (
     Ranks,
     agree,
-    device,
     from_rank_zero,
     is_rank_zero,
 )
@@ -34,6 +30,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     is_tracked,
     iteration_name,
 )
+from megatron_vlmoe.train.interval import IntervalSums
 from megatron_vlmoe.train.metrics import (
     JsonlWriter,
     MetricsWriter,
@@ -86,11 +83,7 @@ class Trainer:
         self.writer: Optional[CheckpointWriter] = None
         self.best: Optional[CheckpointWriter] = None
         self.outputs: list[MetricsWriter] = []
-        self.loss_names = ("total", *objective.loss_names)
-        # Sums since the last report, and of how many micro-batches.
-        count = len(self.loss_names) + 1
-        self.losses = torch.zeros(count, dtype=torch.float64, device=device())
-        self.counters: dict[tuple[int, str], torch.Tensor] = {}
+        self.sums = IntervalSums(config, parts.chunks, ("total", *objective.loss_names))
         self.throughput = Throughput(config, ranks, num_micro_batches, precision)
 
     def run(self) -> TrainState:
@@ -124,6 +117,8 @@ class Trainer:
         self.state = resume(
             self.config, self.parts, objective.resumes_others, objective.best_metric
         )
+        self.sums.restore(self.state.interval)
+        self.state = dataclasses.replace(self.state, interval={})
         # Which checkpoint was chosen is no option of the run: its configuration, read back, goes on from the last.
         checkpoint = dataclasses.replace(checkpoint, step="")
         self.config = dataclasses.replace(self.config, checkpoint=checkpoint)
@@ -192,26 +187,16 @@ class Trainer:
             raise TrainingError(f"step {step}: gradients are not finite")
         skipped = self.state.skipped_steps + int(not updated)
         self.state = dataclasses.replace(self.state, step=step, skipped_steps=skipped)
-        # On the last stage's first tensor rank; read at the next report.
-        for result in results if self.ranks.tensor == 0 else ():
-            for index, name in enumerate(self.loss_names):
-                if name in result:
-                    self.losses[index] += result[name].double()
-            self.losses[-1] += 1.0
+        # All tensor-parallel ranks of the last stage have the same.
+        self.sums.add(results if self.ranks.tensor == 0 else ())
         self.throughput.steps += 1
         return grad_norm
 
     def _report(self, step: int, grad_norm: float) -> dict[str, float]:
         """Means over the interval and all ranks."""
-        dist.all_reduce(self.losses)
-        sums = self.losses.tolist()
-        self.losses.zero_()
-        count = max(sums[-1], 1.0)
-        means = {name: value / count for name, value in zip(self.loss_names, sums)}
+        means, counters = self.sums.take()
         metrics = {"loss/total": means["total"], **self.objective.loss_metrics(means)}
-        self._count()
-        moe = metrics_from_counters(self.counters, self.config.log.moe_per_layer)
-        self.counters = {}
+        moe = metrics_from_counters(counters, self.config.log.moe_per_layer)
         metrics["loss/total"] += sum(v for k, v in moe.items() if k.startswith("loss/aux/"))
         metrics.update(moe)
         metrics["grad_norm"] = grad_norm
@@ -226,14 +211,9 @@ class Trainer:
         log.info(progress_line(step, self.config.train.steps, metrics, left))
         return metrics
 
-    def _count(self) -> None:
-        """Adds what the experts did in training since the last call to the counters of this interval."""
-        for key, vector in collect(self.parts.chunks, self.config).items():
-            self.counters[key] = self.counters[key] + vector if key in self.counters else vector
-
     def _evaluate(self) -> dict[str, float]:
         # It may come between two logged steps, and counts by itself.
-        self._count()
+        self.sums.count()
         metrics = self.objective.evaluate(self.runner)
         log.info(self.objective.evaluation_line(metrics))
         counters = collect(self.parts.chunks, self.config)
@@ -281,7 +261,8 @@ class Trainer:
             lambda: is_tracked(root, step) and is_complete(root / iteration_name(step))
         ):
             return
-        target = self.writer.save(self.state, self.config, self.parts, is_last=is_last)
+        state = dataclasses.replace(self.state, interval=self.sums.saved())
+        target = self.writer.save(state, self.config, self.parts, is_last=is_last)
         in_background = self.config.checkpoint.async_save
         log.info("saving %s in the background" if in_background else "saved %s", target)
         self.throughput.reset()

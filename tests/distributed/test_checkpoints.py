@@ -120,6 +120,33 @@ def test_resumed_run_is_bit_identical(name: str, workers: Workers, tmp_path: Pat
     assert any((whole[1][key] != whole[2][key]).any() for key in whole[1])
 
 
+@pytest.mark.parametrize("where", [ONE, layout(2, pp=2)], ids=["one-process", "pp2"])
+def test_no_step_is_missing_in_the_log_of_a_run_that_stopped_between_its_lines(
+    where: Layout, workers: Workers, tmp_path: Path
+) -> None:
+    options = (*FEW, "--train.steps", "6", "--log.interval", "5", "--train.eval_interval", "2")
+    options = (*options, "--moe.capacity_factor", "1.05", "--moe.topk", "2")
+
+    def train(folder: str, *more: str) -> Any:
+        arguments = (where, (*options, *more), str(tmp_path / folder))
+        return workers.run(where, trainer_run, *arguments)[0]
+
+    train("unbroken")
+    expected = metrics(tmp_path / "unbroken")
+    assert [line["step"] for line in expected] == [0, 2, 4, 5, 6]
+    assert expected[3]["moe/vision/dropped_fraction"] > 0.0
+    # Stopped in order at step 3; then at step 6, the end.
+    assert train("stopped", "--exit-interval", "3")["step"] == 3
+    assert train("stopped")["step"] == 6
+    # Ended after the line of step 5; what is left of it is the checkpoint of step 3.
+    train("lost", "--save-interval", "3", "--exit-interval", "5")
+    train("lost", "--checkpoint.step", "3")
+    for folder in ("stopped", "lost"):
+        for mine, theirs in zip(metrics(tmp_path / folder), expected, strict=True):
+            # Routers add up in fp32, here in two parts.
+            assert mine == pytest.approx(theirs, rel=1e-6), (folder, theirs["step"])
+
+
 MOVES = {
     "tp2-ep2": (layout(4, tp=2, ep=2), ()),
     "interleaved": (layout(2, pp=2, vpp=2), ()),

@@ -17,7 +17,13 @@ from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.planning.collectives import Collective, collectives_per_step
 from megatron_vlmoe.planning.devices import DEVICES, find_device, named_device
 from megatron_vlmoe.planning.layout_search import Layout, losers, search
-from megatron_vlmoe.planning.step_time import Cluster, collective_seconds, rates, step_time
+from megatron_vlmoe.planning.step_time import (
+    Cluster,
+    collective_seconds,
+    ranks_on_a_node,
+    rates,
+    step_time,
+)
 
 H100 = Cluster(find_device("h100"), 8, 50e9)
 BASE = preset("base-32e")
@@ -191,7 +197,7 @@ def test_seconds_of_a_collective(found: Collective, seconds: float) -> None:
         rates(H100.device, "bf16", 1.0, slow=False), link=4e11, network=5e10, latency=1e-6
     )
     latency = 0.0 if found.operation == "receive" else 1e-6 * math.log2(found.size)
-    assert collective_seconds(found, H100, speed) == pytest.approx(seconds + latency)
+    assert collective_seconds(found, 32, H100, speed) == pytest.approx(seconds + latency)
 
 
 def test_groups_that_straddle_nodes_use_the_network() -> None:
@@ -200,14 +206,65 @@ def test_groups_that_straddle_nodes_use_the_network() -> None:
     )
     sixes = replace(H100, per_node=6)
     # Ranks 4 to 7 of nodes of six: half of what each sends goes to the other node.
-    exchanged = collective_seconds(collective("all-to-all", 4), sixes, speed)
+    exchanged = collective_seconds(collective("all-to-all", 4), 12, sixes, speed)
     assert exchanged == pytest.approx(2 / 4 * 1e6 / 5e10)
     # Stages of four ranks on nodes of eight: the second sends to another node.
-    sent = collective_seconds(collective("send", 4, stride=4), H100, speed)
+    sent = collective_seconds(collective("send", 4, stride=4), 16, H100, speed)
     assert sent == pytest.approx(1e6 / 5e10)
     # Links inside a node are nothing to a group that has one rank on each.
     apart = collective("all-gather", 2, stride=8)
-    assert collective_seconds(apart, H100, replace(speed, link=1.0)) == pytest.approx(0.5e6 / 5e10)
+    seconds = collective_seconds(apart, 16, H100, replace(speed, link=1.0))
+    assert seconds == pytest.approx(0.5e6 / 5e10)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "world_size", "per_node"),
+    [
+        (8, 2, 16, 6),  # nodes of 6, 6 and 4: three, three and two of every group
+        *((4, 1, 16, 6), (2, 8, 16, 6), (3, 2, 18, 5), (2, 1, 24, 7), (6, 5, 60, 8), (7, 1, 7, 3)),
+        *((5, 4, 40, 8), (2, 3, 12, 12), (16, 1, 16, 16), (2, 2, 20, 3), (12, 1, 48, 5)),
+    ],
+)
+def test_ranks_of_a_group_on_a_node(size: int, stride: int, world_size: int, per_node: int) -> None:
+    expected = set()
+    for first in range(world_size):
+        if first // stride % size == 0:
+            nodes = Counter((first + n * stride) // per_node for n in range(size))
+            expected |= set(nodes.values())
+    assert ranks_on_a_node(size, stride, world_size, per_node) == expected
+
+
+def test_a_node_that_is_partly_filled_by_hand() -> None:
+    """16 GPUs in nodes of 6, 6 and 4: the last one has two of eight ranks with the same experts, as nodes of 4 have."""
+    config = replace(BASE, parallel=replace(BASE.parallel, expert_model_parallel_size=2))
+    sixes, fours = (step_time(config, 16, "bf16", replace(H100, per_node=n)).parts for n in (6, 4))
+    name = "weights from data-parallel ranks"
+    # Weights of 16 bits, twice: dense ones by the network of four GPUs, those of 16 experts of a pool by that of two.
+    network = 0.85 * 50e9
+    dense = 2 * 2 * (DENSE + ROUTERS) * 15 / 16 / (4 * network)
+    experts = 2 * 2 * EXPERTS / 2 * 7 / 8 / (2 * network)
+    waiting = 2 * 5 * 10e-6 * 4 + 2 * 16 * 10e-6 * 3
+    assert sixes[name] == pytest.approx(dense + experts + waiting, rel=0.02)
+    assert sixes[name] == fours[name]
+
+
+def test_tensor_parallel_groups_stay_within_a_node_unless_they_are_given() -> None:
+    fixed = frozenset({"PP", "EP", "micro-batch", "recompute"})
+    sixes = replace(H100, per_node=6)
+    layouts = {x.choice["TP"]: x for x in search(BASE, 16, "bf16", sixes, fixed)}
+    assert layouts["2"].time and not layouts["4"].time
+    assert layouts["4"].refused.startswith("TP 4 does not divide nodes of 6")
+    four = replace(BASE, parallel=replace(BASE.parallel, tensor_model_parallel_size=4))
+    (given,) = search(four, 16, "bf16", sixes, fixed | {"TP"})
+    assert given.time
+
+
+def test_large_global_batches_are_searched_at_once() -> None:
+    fixed = frozenset({"TP", "PP", "EP", "recompute"})
+    sizes = {f"global_{kind}": 10**9 for kind in ("texts", "images", "pairs")}
+    huge = replace(BASE, data=replace(BASE.data, **sizes))
+    # 10^9 over 8 ranks is 2^6 x 5^9.
+    assert len(search(huge, 8, "bf16", H100, fixed)) == 7 * 10
 
 
 def test_expert_gradients_go_to_expert_data_parallel_ranks() -> None:
@@ -371,6 +428,22 @@ def test_a_device_of_its_own_numbers(capsys: pytest.CaptureFixture[str]) -> None
         (
             "--gpus 8 --preset base-32e --parallel.expert_model_parallel_size 32",
             "parallel.expert_model_parallel_size=32 does not divide 8 processes",
+        ),
+        (
+            "--gpus 16 --preset base-32e --parallel.expert_model_parallel_size 64",
+            "parallel.expert_model_parallel_size=64: 16 fits",
+        ),
+        (
+            "--gpus 8 --preset tiny-8e --train.steps 1000000000 --price 1e308",
+            "error: whole_run/cost/0 is not finite: --price,",
+        ),
+        (
+            "--gpus 64 --data.global_texts 735134400 --data.global_images 735134400 --data.global_pairs 735134400",
+            "error: more than 10,000 layouts to compare",
+        ),
+        (
+            "--gpus 1 --data.global_texts 2000000000000",
+            "error: data.global_texts=2e+12: micro-batches are looked for in",
         ),
         # What no layout mends is no matter of layouts.
         ("--gpus 8 --preset tiny-8e --moe.topk 0", "error: moe.topk=0 must be at least 1"),

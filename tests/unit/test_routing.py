@@ -245,7 +245,7 @@ def test_figures_show_what_the_trace_says(explored: Explored, corpus: Corpus) ->
     assert made == {f"{kind}_block_{block}.png" for kind in kinds for block in (1, 2)}
     model = routing.open_model(str(explored.run), capacity_factor=1.0)
     sources = find_sources(corpus.images, corpus.captions).sources
-    items = routing.read_items(sources, model, ImageRules())
+    items, _ = routing.read_items(sources, model, ImageRules())
     trace = routing.trace(model, items, ("pairs",), 5)
     summary, lines = routing.summarize(trace, items, model, 0, 0), explored.items
     for number, router in enumerate(summary["routers"]):
@@ -417,7 +417,7 @@ def test_an_export_routes_as_its_checkpoint_and_as_the_model_says(corpus: Corpus
         model = routing.open_model(str(place))
         # As the run evaluates.
         assert model.model.config.capacity_factor == 1.0
-        items = routing.read_items(sources, model, ImageRules())
+        items, _ = routing.read_items(sources, model, ImageRules())
         traces.append(routing.trace(model, items, routing.INPUTS, 11).arrays())
     for name, values in traces[0].items():
         assert np.array_equal(values, traces[1][name]), name
@@ -448,7 +448,7 @@ def test_shared_and_pair_pools_read_both_modalities(corpus: Corpus) -> None:
     )
     model = routing.open_model(str(corpus.run("shared", moe)), capacity_factor=0.0)
     sources = find_sources(corpus.images, corpus.captions).sources
-    items = routing.read_items(sources, model, ImageRules())
+    items, _ = routing.read_items(sources, model, ImageRules())
     trace = routing.trace(model, items, routing.inputs_of(items, model)[0], 4)
     found = {(r.input, r.block, r.pool): n for n, r in enumerate(trace.routers)}
     assert ("pairs", 3, "vl") in found and ("images", 3, "shared") in found
@@ -470,7 +470,7 @@ def test_routed_padding_is_in_the_trace_and_is_about_nothing(corpus: Corpus) -> 
     moe = replace(TWICE, route_padding=True, topk=1)
     model = routing.open_model(str(corpus.run("padding", moe)))
     sources = find_sources(None, write_lines(corpus)).sources
-    items = routing.read_items(sources, model, ImageRules())
+    items, _ = routing.read_items(sources, model, ImageRules())
     trace = routing.trace(model, items, ("texts",), 2)
     rows = trace.rows(0)
     longest = 2 + max(len(item.ids) for item in items)
@@ -607,6 +607,30 @@ def strange(corpus: Corpus) -> tuple[Path, str]:
     return folder / "out", printed.getvalue()
 
 
+def test_a_damaged_picture_is_left_out_with_its_caption(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corpus.folder / "partly-damaged"
+    folder.mkdir()
+    rows = []
+    for number in range(3):
+        Image.new("RGB", (40, 30), (60 * number, 90, 0)).save(folder / f"{number}.jpg")
+        rows.append(
+            json.dumps({"image": f"{number}.jpg", "caption": f"a red circle {number}"}) + "\n"
+        )
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:-300])
+    (folder / "captions.jsonl").write_text("".join(rows))
+    words = ["--images", str(folder), "--captions", str(folder / "captions.jsonl")]
+    words += ["--load", str(corpus.run("twice", TWICE)), "--output", str(folder / "out")]
+    main([*words, "--permutations", "0"])
+    printed = capsys.readouterr().out
+    assert "3 found, 2 chosen, 0 not needed, 1 left out (first: " in printed.splitlines()[0]
+    assert "1.jpg: corrupt image" in printed.splitlines()[1]
+    lines = (folder / "out" / "items.jsonl").read_text().splitlines()
+    items = [(row["name"], row["caption"]) for row in map(json.loads, lines)]
+    assert items == [("0.jpg", "a red circle 0"), ("2.jpg", "a red circle 2")]
+
+
 def test_strange_names_pictures_and_captions(strange: tuple[Path, str]) -> None:
     folder, printed = strange
     assert "4 found, 4 chosen, 0 not needed\n" in printed
@@ -649,7 +673,9 @@ def test_the_page_of_strange_captions(strange: tuple[Path, str], page: Page) -> 
 
 def test_a_router_that_gives_no_numbers_is_one_clear_line(corpus: Corpus) -> None:
     model = routing.open_model(str(corpus.run("twice", TWICE)))
-    items = routing.read_items(find_sources(None, write_lines(corpus)).sources, model, ImageRules())
+    items, _ = routing.read_items(
+        find_sources(None, write_lines(corpus)).sources, model, ImageRules()
+    )
     with torch.no_grad():
         model.model.encoder.layer[1].layernorm_before.weight.fill_(math.nan)
     with pytest.raises(UserError, match="twice: the gates of block 2 .* has its training diverged"):
