@@ -260,7 +260,8 @@ def read_items(
     if not all(place in scenes for place in pictures):
         # The truth of some pictures alone would compare different things.
         scenes = {}
-    items, left_out = [], []
+    items: list[Item] = []
+    left_out: list[str] = []
     for source in sources:
         parts: dict[str, Any] = {}
         if source.picture is not None:
