@@ -28,6 +28,9 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit statuses after Ctrl-C and SIGTERM, as shells have them."""
 RANK_0_FAILS_WITHIN = 5.0
 """Seconds in which rank 0 has found an error that every rank finds, and torchrun has ended the others."""
+SPIN_COUNT = "1000"
+"""How often torch's idle threads on a CPU look for work before they sleep, 300 times less than by themselves: for some
+milliseconds they take the cores that threads of the experts need (`runtime/host_threads.py`)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,6 +103,9 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
     take_signals()
     _open_closed_streams()
     configure_logging()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is loaded, which commands do later.
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     output = sys.stdout
     told = _Output(output)
     sys.stdout = cast(TextIO, told)
