@@ -367,7 +367,8 @@ class _OneByOne(torch.autograd.Function):
 
 def _operations(sizes: list[int], weight: Tensor) -> list[int]:
     """Of a forward pass of every expert, floating-point ones; weight ``[E, F, D]``, sizes as `_OneByOne` has them."""
-    return [4 * rows * weight[0].numel() for rows in sizes[::2]]
+    of_row = 4 * weight.shape[1] * weight.shape[2]
+    return [of_row * rows for rows in sizes[::2]]
 
 
 class _BatchedLinear(torch.autograd.Function):
