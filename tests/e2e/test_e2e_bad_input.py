@@ -9,7 +9,8 @@ from typing import Callable
 
 import pytest
 from commands import Outcome, run_many, tool
-from conftest import Corpus, Run
+from conftest import Run
+from small_corpus import Corpus
 
 
 def truncate(path: Path, share: float = 0.6) -> None:

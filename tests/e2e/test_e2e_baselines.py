@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from commands import REPOSITORY, run, run_many, tool
-from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
+from conftest import Run
+from small_corpus import ROOMY, Corpus, assert_same_metrics, metrics
 
 from megatron_vlmoe.commands.main import main
 from megatron_vlmoe.convert.checkpoints import CheckpointReader

@@ -15,11 +15,12 @@ from typing import Any, Callable, Sequence
 
 import pytest
 from commands import Outcome, run, tool
-from conftest import Run, assert_same_metrics
+from conftest import Run
 from helpers import Workers, layout
 from inference_runs import command_lines
 from PIL import Image
 from prepared_tasks import Prepared
+from small_corpus import assert_same_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

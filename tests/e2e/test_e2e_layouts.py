@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
+from conftest import Run
+from small_corpus import ROOMY, Corpus, assert_same_metrics, metrics
 
 LAYOUTS = {
     "EP2": ["--parallel.expert_model_parallel_size", "2"],

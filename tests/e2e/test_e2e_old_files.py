@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import Outcome, run, run_many, tool
-from conftest import assert_same_metrics, metrics
+from small_corpus import assert_same_metrics, metrics
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 # Where they were recorded all values are equal digit for digit; another processor adds up in another order. Relative,

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import environment, run, run_many, tool
-from conftest import ROOMY, Corpus, Run, assert_same_metrics, metrics
+from conftest import Run
+from small_corpus import ROOMY, Corpus, assert_same_metrics, metrics
 
 STEP_KEYS = """
 step loss/total loss/mlm loss/mim loss/vlm loss/vlm_text loss/vlm_image loss/aux/text loss/aux/vision

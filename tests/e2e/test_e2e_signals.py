@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import REPOSITORY, environment, run_many
-from conftest import Corpus, assert_same_metrics, metrics
+from small_corpus import Corpus, assert_same_metrics, metrics
 
 # The fixtures count: they run all cases.
 pytestmark = pytest.mark.timeout(1800)

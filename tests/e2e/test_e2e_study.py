@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 import psutil
 import pytest
 from commands import Outcome, environment, run
-from conftest import SMALL_MODEL, Corpus, metrics
+from small_corpus import SMALL_MODEL, Corpus, metrics
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -1,0 +1,240 @@
+"""Kills, signals and stops at random instants of training, saving, preprocessing and exporting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from commands import environment
+
+from drills.desk import (
+    EVERY,
+    LIMIT,
+    STEPS,
+    VARIANTS,
+    Desk,
+    Processes,
+    Result,
+    Verdict,
+    error_verdict,
+    last_line,
+    logged,
+    tracked,
+    until,
+)
+
+
+def kill_training(desk: Desk, place: str) -> Result:
+    """SIGKILL to a rank, or to all at once as when the power fails; then the same command again.
+
+    Args:
+        desk: the desk.
+        place: `start`, `step`, `save`, `rotation` or `background save`.
+    """
+    rng = desk.rng
+    variant = "background saves" if place == "background save" else rng.choice(list(VARIANTS))
+    desk.reference(variant)
+    save = desk.own / "run"
+    started = desk.train(save, variant)
+    checkpoints = save / "checkpoints"
+    # Once old ones go, from the third on.
+    number = EVERY * rng.randint(1 if place != "rotation" else 3, STEPS // EVERY - 1)
+    if place == "start":
+        reached = True
+        time.sleep(rng.uniform(0.0, 2.0))
+    elif place == "step":
+        reached = until(lambda: logged(save) >= number - 1, started)
+        time.sleep(rng.uniform(0.0, 0.3))
+    elif place == "rotation":
+        reached = until(lambda: tracked(save) >= number, started)
+    else:
+        temporary = checkpoints / f"iter_{number:07d}.tmp"
+        reached = until(lambda: temporary.exists() or tracked(save) >= number, started)
+        time.sleep(rng.uniform(0.0, 0.08))
+    whom = rng.choice([[0], [1], [0, 1]])
+    before = tracked(save)
+    detail = f"{variant}: kill -9 of rank {' and '.join(map(str, whom))} at {place} {number}, step {logged(save)}"
+    if not reached or not started.alive:
+        started.wait()
+        return Result(Verdict.NOT_RUN, f"{detail}: it had ended already")
+    started.kill(whom)
+    if not started.wait():
+        return Result(Verdict.HANG, f"{detail}; the other rank goes on for {LIMIT:.0f} s", 0, 1)
+    found = desk.finished(save, variant, before, detail)
+    return Result(found.verdict, found.detail, found.lost_steps, 1)
+
+
+def kill_writer(desk: Desk) -> Result:
+    """SIGKILL to a process that writes a checkpoint in the background: the run says so, and the next one goes on."""
+    variant = "background saves"
+    desk.reference(variant)
+    save = desk.own / "run"
+    started = desk.train(save, variant)
+    number = EVERY * desk.rng.randint(1, STEPS // EVERY - 1)
+    temporary = save / "checkpoints" / f"iter_{number:07d}.tmp"
+    until(lambda: temporary.exists() or tracked(save) >= number, started)
+    victims: list[psutil.Process] = []
+    for process in started.ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victims += psutil.Process(process.pid).children()
+    before = tracked(save)
+    detail = f"kill -9 of {len(victims)} helpers at save {number}"
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    if not started.wait():
+        return Result(Verdict.HANG, detail, 0, 1)
+    outcome = started.outcome()
+    if outcome.code:
+        verdict, said = error_verdict(outcome)
+        if verdict is not Verdict.CLEAR:
+            return Result(verdict, f"{detail}; {said}", 0, 1)
+        detail += f"; {said}"
+    found = desk.finished(save, variant, before, detail)
+    return Result(found.verdict, found.detail, found.lost_steps, 1)
+
+
+def signal_training(desk: Desk) -> Result:
+    """SIGTERM or SIGUSR1 to a rank, to its group or to torchrun, at any step."""
+    rng, variant = desk.rng, "plain"
+    desk.reference(variant)
+    save = desk.own / "run"
+    words = desk.words(save, variant)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    desk.own.mkdir(parents=True, exist_ok=True)
+    with open(desk.own / "output", "wb") as output:
+        launcher = subprocess.Popen(
+            [sys.executable, *torchrun, *words],
+            cwd=desk.corpus.folder,
+            env=environment(CUDA_VISIBLE_DEVICES=""),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
+        after = rng.randint(0, STEPS - 3)
+        deadline = time.monotonic() + LIMIT
+        while logged(save) < after and launcher.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        ranks = [
+            process
+            for process in psutil.Process(launcher.pid).children(recursive=True)
+            if process.cmdline()[2:4] == ["-m", "megatron_vlmoe"]
+            and process.parent().pid == launcher.pid
+        ]
+        whom = rng.choice(["rank", "group", "launcher"]) if ranks else "launcher"
+        before = tracked(save)
+        if whom == "rank":
+            rng.choice(ranks).send_signal(number)
+        elif whom == "group":
+            os.killpg(launcher.pid, number)
+        else:
+            launcher.send_signal(number)
+        detail = f"{number.name} to {whom} after step {logged(save)}"
+        try:
+            launcher.wait(LIMIT)
+            _gone, left = psutil.wait_procs(ranks, 60)
+        except subprocess.TimeoutExpired:
+            left = ranks
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        launcher.wait()
+    if left:
+        return Result(Verdict.HANG, detail)
+    return desk.finished(save, variant, before, detail)
+
+
+def stop_for_a_while(desk: Desk) -> Result:
+    """SIGSTOP to a rank for some seconds, as when a machine swaps or is suspended."""
+    rng = desk.rng
+    variant = rng.choice(list(VARIANTS))
+    desk.reference(variant)
+    save = desk.own / "run"
+    started = desk.train(save, variant)
+    after = rng.randint(0, STEPS - 2)
+    until(lambda: logged(save) >= after, started)
+    rank, seconds = rng.randrange(2), rng.uniform(1.0, 4.0)
+    detail = f"{variant}: rank {rank} stopped for {seconds:.1f} s after step {logged(save)}"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(started.ranks[rank].pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(started.ranks[rank].pid, signal.SIGCONT)
+    if not started.wait():
+        return Result(Verdict.HANG, detail)
+    if started.outcome().code:
+        return Result(Verdict.UNCLEAR, f"{detail}; {last_line(started.outcome())}")
+    return desk.compared(save, variant, detail)
+
+
+def kill_tool(desk: Desk, what: str) -> Result:
+    """SIGKILL to a command that makes files; the same command again must leave the files of an undisturbed one.
+
+    Args:
+        desk: the desk.
+        what: `text`, `images`, `pairs` or `export`.
+    """
+    corpus = desk.corpus.folder
+    coco = "raw/coco/annotations/captions_train2014.json"
+    lines = {
+        "text": "index-text --input raw/text/train.jsonl --output-prefix out/made"
+        " --tokenizer-model text.model --workers 2",
+        "images": "index-images --input raw/images/train --output-prefix out/made --workers 2",
+        "pairs": f"index-pairs --format coco --annotations {coco} --images raw/coco/train2014"
+        " --output-prefix out/made --tokenizer-model text.model --workers 2",
+        "export": "export --load run --output out/made",
+    }
+    words = ["-m", "megatron_vlmoe", *lines[what].split()]
+    again = words + (["--overwrite"] if what == "export" else [])
+
+    def folder(name: str) -> Path:
+        """One with the inputs of the corpus, in which the command runs."""
+        own = desk.own / name
+        (own / "out").mkdir(parents=True)
+        for path in ("raw", "text.model"):
+            (own / path).symlink_to(corpus / path)
+        if what == "export":
+            (own / "run").symlink_to(desk.reference("plain"))
+        return own
+
+    def files(own: Path) -> dict[str, bytes]:
+        found = (path for path in sorted((own / "out").rglob("*")) if path.is_file())
+        return {str(path.relative_to(own)): path.read_bytes() for path in found}
+
+    whole = folder("undisturbed")
+    start = time.monotonic()
+    undisturbed = Processes(words, whole, desk.own / "first")
+    if not undisturbed.wait():
+        return Result(Verdict.HANG, f"{what}, undisturbed")
+    took = time.monotonic() - start
+    undisturbed.outcome().succeeded()
+    own = folder("broken")
+    broken = Processes(words, own, desk.own / "second")
+    delay = desk.rng.uniform(0.0, took)
+    time.sleep(delay)
+    detail = f"{what} killed after {delay:.2f} of {took:.2f} s"
+    broken.kill([0])
+    repeated = Processes(again, own, desk.own / "third")
+    if not repeated.wait():
+        return Result(Verdict.HANG, detail)
+    outcome = repeated.outcome()
+    if outcome.code:
+        # What was complete already may be said to be there.
+        verdict, said = error_verdict(outcome, "exists")
+        if verdict is not Verdict.CLEAR:
+            return Result(Verdict.UNCLEAR, f"{detail}; {said}")
+        detail += "; it was complete"
+    same = files(own) == files(whole)
+    shutil.rmtree(desk.own)
+    if not same:
+        return Result(Verdict.SILENT, f"{detail}; other files than undisturbed")
+    return Result(Verdict.RECOVERED, detail)
