@@ -6,6 +6,7 @@
 #   TEXT_TOKENIZER=tokenizers/text.model    the one of pretraining
 #   RUN=runs/RECIPE             run folder; a run that was interrupted goes on from it
 #   WORKERS                     processes that prepare the data (unset: one per core)
+#   PREPARE=first               on several nodes node 0 prepares, and the others wait; every: each on its own disk
 # Processes and layout: examples/launch_common.sh, and EP=1, the expert-parallel size.
 # Everything after the script's name goes to the program:
 #   LOAD=runs/base-32e RAW=raw/vqa bash examples/finetune_vqa.sh --task.micro_batch_size 8
@@ -27,13 +28,13 @@ READS_TEXT=(--data.text_tokenizer "$TEXT_TOKENIZER")
 TOKENIZER=(--text-tokenizer "$TEXT_TOKENIZER")
 [ "$TASK" != imagenet ] || READS_TEXT=() TOKENIZER=()
 
-# Written after the last split, by hand too if the task was prepared elsewhere.
-if [ "$NODE_RANK" = 0 ] && [ ! -e "$DATA.prepared" ] && ! given --task.data "$@"; then
+# The file is written after the last split, by hand too if the task was prepared elsewhere.
+prepare_task() {
     [ -n "${RAW:-}" ] || die "$DATA.prepared is not there, and RAW is not set (see the head of $COMMON)"
     python -m megatron_vlmoe index-task --task "$TASK" --raw "$RAW" --output "$DATA" "${TOKENIZER[@]}" \
-        --workers "${WORKERS:-$(nproc)}" --on-error skip
-    touch "$DATA.prepared"
-fi
+        --workers "${WORKERS:-$(nproc)}" --on-error skip && touch "$DATA.prepared"
+}
+given --task.data "$@" || prepare_once "$DATA" "$DATA.prepared" prepare_task
 given --preset "$@" || OPTIONS+=(--preset "$RECIPE")
 given --task.data "$@" || OPTIONS+=(--task.data "$DATA")
 given --data.text_tokenizer "$@" || OPTIONS+=("${READS_TEXT[@]}")

@@ -3,6 +3,9 @@
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     the same on every node but for NODE_RANK
 #   GPUS_PER_NODE               processes per node (NPROC is the same); unset: the GPUs found, or 1
 #   TP=1 PP=1                   tensor- and pipeline-parallel size
+#   MAX_RESTARTS=0              how often torchrun starts all processes again when one fails; they go on from the last checkpoint
+#   WAIT_MINUTES=10             how long nodes wait for one another: for torchrun, or for a sign that node 0 prepares data
+#   PREPARE=first               node 0 prepares data for all; every: each node does, for disks of their own
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -28,6 +31,36 @@ take() {
 # take_if_set: the same, but an unset variable adds nothing.
 take_if_set() {
     [ -z "${!2:-}" ] || take "$@"
+}
+
+# prepare_once OUTPUT FILE COMMAND...: runs a command that makes OUTPUT and FILE last of all, unless FILE is there. Node 0
+# does so for all, and touches OUTPUT.running meanwhile; the others wait as long as they see that.
+prepare_once() {
+    local output="$1" file="$2" beat="" status=0; shift 2
+    [ ! -e "$file" ] || return 0
+    case "$PREPARE" in first | every) ;; *) die "PREPARE=$PREPARE is neither first nor every" ;; esac
+    if [ "$NODE_RANK" != 0 ] && [ "$PREPARE" = first ]; then await "$output" "$file"; return; fi
+    mkdir -p "$(dirname "$output")"
+    if [ "$NNODES" -gt 1 ]; then
+        (while kill -0 $$; do touch "$output.running"; sleep 5; done) >/dev/null 2>&1 </dev/null &
+        beat=$!
+    fi
+    "$@" || status=$?
+    [ -z "$beat" ] || { kill "$beat" && wait "$beat"; rm -f "$output.running"; } 2>/dev/null || true
+    [ "$status" = 0 ] || exit "$status"
+}
+
+# await OUTPUT FILE: until FILE is there. Clocks of nodes differ: what counts is that the time of OUTPUT.running changes.
+await() {
+    local output="$1" file="$2" sign="" last="" since=$SECONDS
+    echo "[launch] node $NODE_RANK waits for $file, which node 0 makes" >&2
+    until ls "$(dirname "$output")" >/dev/null 2>&1 && [ -e "$file" ]; do # ls: for NFS to look again
+        sign="$(stat -c %y "$output.running" 2>/dev/null || true)"
+        [ "$sign" = "$last" ] || last="$sign" since=$SECONDS
+        [ $((SECONDS - since)) -lt $((60 * WAIT_MINUTES)) ] || die "$file is not there, and node 0" \
+            "has given no sign of making it for $WAIT_MINUTES minutes (WAIT_MINUTES); where nodes have disks of their own, set PREPARE=every"
+        sleep 2
+    done
 }
 
 gcd() { local a="$1" b="$2" rest; while [ "$b" -gt 0 ]; do rest=$((a % b)); a="$b"; b="$rest"; done; echo "$a"; }
@@ -79,6 +112,7 @@ launch() {
 command -v torchrun >/dev/null || die "no torchrun: install first (bash examples/setup_env.sh)"
 
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_PORT="${MASTER_PORT:-29500}"
+WAIT_MINUTES="${WAIT_MINUTES:-10}" PREPARE="${PREPARE:-first}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-${NPROC:-$(count_gpus)}}"
 [ "$GPUS_PER_NODE" -gt 0 ] || GPUS_PER_NODE=1
 RANKS=$((NNODES * GPUS_PER_NODE))
@@ -92,7 +126,8 @@ start_workers() {
     if [ "$NNODES" -gt 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES, but MASTER_ADDR (the host name of node 0) is not set"
         [ "$NODE_RANK" -lt "$NNODES" ] || die "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES"
-        launcher=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+        launcher=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+            --rdzv-conf "timeout=$((60 * WAIT_MINUTES))")
     fi
     # In a second, with one line, and once: torchrun would have every worker find the same.
     RANK=0 WORLD_SIZE="$RANKS" python -m megatron_vlmoe check-options "$@" || return
@@ -109,5 +144,8 @@ start_workers() {
         previous="$argument"
     done
     [ "$tensor" = 1 ] || export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-    launch "${launcher[@]}" --nproc-per-node "$GPUS_PER_NODE" -m megatron_vlmoe "$@"
+    # Else processes that are started again would meet in the store of those before them, and may wait for these for ever.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+    launcher+=(--max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$GPUS_PER_NODE")
+    launch "${launcher[@]}" -m megatron_vlmoe "$@"
 }

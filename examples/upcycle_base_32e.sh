@@ -9,7 +9,7 @@
 #   TEXT=... IMAGES=... PAIRS=... TEXT_TOKENIZER=... RUN=runs/base-32e bash examples/upcycle_base_32e.sh --train.steps 50000
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ ! -x .venv/bin/python ] || export PATH="$PWD/.venv/bin:$PATH"
+source examples/launch_common.sh
 
 DENSE="${DENSE:-runs/base-dense}"
 START="${START:-runs/base-32e-start}"
@@ -17,13 +17,14 @@ START="${START:-runs/base-32e-start}"
 read -r -d '' -a MOE_OPTIONS <<< "${MOE:-}" || true
 read -r -d '' -a UPCYCLE_OPTIONS <<< "${UPCYCLE:-}" || true
 
+upcycle() {
+    python -m megatron_vlmoe upcycle --load "$DENSE" --preset base-32e --output "$START" \
+        "${MOE_OPTIONS[@]}" "${UPCYCLE_OPTIONS[@]}"
+}
 case " $* " in
     *" --dry-run "*) ;;
     *)
-        if [ "${NODE_RANK:-0}" = 0 ] && [ ! -e "$START/latest_checkpointed_iteration.txt" ]; then
-            python -m megatron_vlmoe upcycle --load "$DENSE" --preset base-32e --output "$START" \
-                "${MOE_OPTIONS[@]}" "${UPCYCLE_OPTIONS[@]}"
-        fi
+        prepare_once "$START" "$START/latest_checkpointed_iteration.txt" upcycle
         set -- --load "$START" "$@"
         ;;
 esac

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from megatron_vlmoe.commands.table import COMMANDS
 from megatron_vlmoe.config.errors import ConfigError, UserError, did_you_mean
 from megatron_vlmoe.runtime.files import delete_unpublished
 from megatron_vlmoe.runtime.helper_processes import take_signals
-from megatron_vlmoe.runtime.ranks import environment_rank
+from megatron_vlmoe.runtime.ranks import adopt_launcher, environment_rank
 from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -35,10 +36,16 @@ milliseconds they take the cores that threads of the experts need (`runtime/host
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`vlmoe` with its words; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    words = _words(arguments)
     if words[:1] == ["--version"]:
         return run_command(lambda: print(__version__))
     return run_one_of(tuple(COMMANDS), words) if words else run_command(lambda: _help(COMMANDS, 2))
+
+
+def _words(arguments: Sequence[str] | None) -> list[str]:
+    """These words or the command line's, without the rank that DeepSpeed's launcher puts first and in LOCAL_RANK."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return words[1:] if words and re.fullmatch(r"--local[-_]rank=\d+", words[0]) else words
 
 
 def _help(names: Collection[str], status: int) -> int:
@@ -58,7 +65,7 @@ def _help(names: Collection[str], status: int) -> int:
 
 def run_one_of(names: Sequence[str], arguments: Sequence[str] | None = None) -> int:
     """Runs the command that the first word names, which is one of `names`; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    words = _words(arguments)
     if words and words[0] in names:
         return run(words[0], words[1:])
     if words and words[0] in ("-h", "--help"):
@@ -78,10 +85,13 @@ def run_one_of(names: Sequence[str], arguments: Sequence[str] | None = None) -> 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> int:
     """Runs a command by its name with the words after it, or those of this process; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    words = _words(arguments)
     command = COMMANDS[name]
 
     def action() -> object:
+        if command.on_ranks:
+            adopt_launcher(os.environ)
+            configure_logging()  # again: the rank may not have been known
         module, _, function = command.main.partition(":")
         return getattr(importlib.import_module(f"{__package__}.{module}"), function)(words)
 

@@ -16,27 +16,28 @@ class Command:
             None.
         summary: one line of help.
         cleans_up: see `run_command`.
+        on_ranks: whether the processes of a launcher work together on it; of others, each is a run of its own.
     """
 
     group: str
     main: str
     summary: str
     cleans_up: bool = True
+    on_ranks: bool = False
 
 
 _train = functools.partial(Command, "Train and use a model")
+_ranks = functools.partial(_train, cleans_up=False, on_ranks=True)
 _data = functools.partial(Command, "Prepare data")
 _tokens = functools.partial(Command, "Tokenizers")
 _checkpoints = functools.partial(Command, "Checkpoints")
 _show = functools.partial(Command, "Measure and show")
 
 COMMANDS = {
-    "pretrain": _train("pretrain:main", "train a VL-MoE from indexed datasets", cleans_up=False),
-    "pretrain-random": _train(
-        "pretrain:random_main", "the same on random numbers, without files", cleans_up=False
-    ),
-    "finetune": _train("finetune:main", "train a checkpoint on a downstream task", cleans_up=False),
-    "evaluate": _train("finetune:evaluate_main", "score a fine-tuned checkpoint", cleans_up=False),
+    "pretrain": _ranks("pretrain:main", "train a VL-MoE from indexed datasets"),
+    "pretrain-random": _ranks("pretrain:random_main", "the same on random numbers, without files"),
+    "finetune": _ranks("finetune:main", "train a checkpoint on a downstream task"),
+    "evaluate": _ranks("finetune:evaluate_main", "score a fine-tuned checkpoint"),
     "check-options": _train(
         "pretrain:check_options", "find wrong options of a training command, before torchrun"
     ),
@@ -52,7 +53,7 @@ COMMANDS = {
     ),
     "train-text-tokenizer": _tokens("tokenizers:train_text", "train a SentencePiece model"),
     "train-image-tokenizer": _tokens(
-        "tokenizers:train_image", "train a VQ-KD codebook", cleans_up=False
+        "tokenizers:train_image", "train a VQ-KD codebook", cleans_up=False, on_ranks=True
     ),
     "encode-images": _tokens(
         "tokenizers:encode_images", "store the visual codes of a dataset's images"
@@ -77,7 +78,10 @@ COMMANDS = {
         cleans_up=False,
     ),
     "bench": _show(
-        "bench:main", "time layers and training steps beside other implementations", cleans_up=False
+        "bench:main",
+        "time layers and training steps beside other implementations",
+        cleans_up=False,
+        on_ranks=True,
     ),
     "plot": _show("measure:plot", "draw what runs logged: losses, accuracy, speed, experts"),
     "plot-losses": _show("measure:plot_losses", "draw only the losses of runs"),

@@ -48,6 +48,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or read; the message names it."""
 
 
+class StartupError(UserError, RuntimeError):
+    """Processes that do not come together, or a machine that has not what a run needs; the message says where."""
+
+
 class TrainingError(UserError, RuntimeError):
     """A run that must not go on."""
 

@@ -336,6 +336,7 @@ class ParallelConfig:
         overlap_param_gather: gathers updated parameters while the forward pass runs.
         batch_p2p_comm: must be false with virtual stages (megatron-core 0.16.1 then computes wrong values).
         distributed_timeout_minutes: time after which a stuck collective is an error.
+        startup_timeout_minutes: time in which all processes must have come together when a run starts.
     """
 
     tensor_model_parallel_size: int = 1
@@ -349,6 +350,7 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     batch_p2p_comm: bool = False
     distributed_timeout_minutes: int = 30
+    startup_timeout_minutes: float = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)

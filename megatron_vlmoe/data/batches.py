@@ -21,6 +21,7 @@ from megatron_vlmoe.data.collate import (
     BatchShare,
     Loader,
     MicroBatchNumber,
+    batch_bytes,
     batch_numbers,
     to_tensors,
 )
@@ -293,7 +294,9 @@ class PretrainData:
             num_micro_batches: how many; None: endless.
         """
         numbers, data = batch_numbers(first_micro_batch, num_micro_batches), self.config.data
-        return Loader(self._dataset(split), numbers, data.num_workers, data.prefetch)
+        bytes_asked = batch_bytes(self.config, self._share) if split == "train" else 0
+        dataset = self._dataset(split)
+        return Loader(dataset, numbers, data.num_workers, data.prefetch, bytes_asked)
 
     def summary(self) -> list[str]:
         """Lines for the log: documents, samples and epochs of every dataset, and derived sizes."""

@@ -11,9 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.runtime.machine import loader_workers
+from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.runtime.machine import check_shared_memory, loader_workers
 from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.stream.batch import Batch, map_values
+from megatron_vlmoe.stream.layout import StreamLayout
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ def batch_numbers(first: int, count: int | None) -> range:
     return range(first, sys.maxsize if count is None else first + count)
 
 
+def batch_bytes(config: RunConfig, share: BatchShare) -> int:
+    """Bytes of the pixels in a micro-batch of a process, beside which the rest is small."""
+    if not share.first_stage:
+        return 0
+    layout = StreamLayout.of(config)
+    return (layout.images + layout.pairs) // share.tensor_size * 3 * config.model.image_size**2
+
+
 @dataclass(frozen=True)
 class _ErrorsAsValues(Dataset[Any]):
     """A DataLoader would wrap a worker's error in a traceback."""
@@ -108,12 +118,24 @@ class Loader:
         keys: of the batches that are wanted; each iteration goes through them from the start.
         workers: processes; 0 makes the batches in this one, -1 takes as many as this rank has cores for.
         prefetch: batches that each worker makes ahead.
+        batch_bytes: about what a batch takes, to find out whether the machine has room; 0: does not ask.
+
+    Raises:
+        StartupError: if shared memory is too small.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], keys: Iterable[Any], workers: int, prefetch: int = 2
+        self,
+        dataset: Dataset[Any],
+        keys: Iterable[Any],
+        workers: int,
+        prefetch: int = 2,
+        batch_bytes: int = 0,
     ) -> None:
         workers = loader_workers() if workers < 0 else workers
+        if workers:
+            # One more is in use.
+            check_shared_memory(batch_bytes, workers * max(1, prefetch) + 1)
         self._loader: DataLoader[Any] = DataLoader(
             _ErrorsAsValues(dataset),
             batch_size=None,

@@ -21,6 +21,7 @@ from megatron_vlmoe.data.collate import (
     BatchShare,
     Loader,
     MicroBatchNumber,
+    batch_bytes,
     batch_numbers,
     to_tensors,
 )
@@ -370,7 +371,8 @@ class TaskData:
         """Training micro-batches of this process in order, as `Trainer` asks for them."""
         assert split == "train" and self.train is not None
         keys, data = batch_numbers(first_micro_batch, num_micro_batches), self.config.data
-        return Loader(self.train, keys, data.num_workers, data.prefetch)
+        size = batch_bytes(self.config, self.share)
+        return Loader(self.train, keys, data.num_workers, data.prefetch, size)
 
     def summary(self) -> list[str]:
         """Lines for the log."""

@@ -36,6 +36,9 @@ _BOUNDS: Mapping[str, Callable[[float], bool]] = {
 SEEDS = range(-(2**63), 2**63)
 """The seeds that every generator takes."""
 _ANY_RUN = {
+    "must be positive": (
+        *("parallel.startup_timeout_minutes", "parallel.distributed_timeout_minutes"),
+    ),
     "must not be negative": (
         *("data.color_jitter", "objectives.caption_mask_slots"),
         *("optim.weight_decay", "optim.clip_grad", "optim.lr_decay_steps", "optim.sgd_momentum"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterable
@@ -13,20 +14,30 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, StartupError
 from megatron_vlmoe.config.schema import ParallelConfig, Precision, TrainConfig
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
 from megatron_vlmoe.runtime.optimizer import install_fallbacks
-from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
+from megatron_vlmoe.runtime.ranks import (
+    MASTER_PORT,
+    Ranks,
+    environment_rank,
+    environment_world_size,
+    gpu_of_process,
+)
 from megatron_vlmoe.stream.sizes import data_parallel_size
 
 T = TypeVar("T")
 
 
 def device() -> torch.device:
-    """The device that this process computes on."""
+    """The device that this process computes on.
+
+    Raises:
+        ConfigError: if the node has fewer GPUs than processes.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", gpu_of_process(torch.cuda.device_count()))
     return torch.device("cpu")
 
 
@@ -53,10 +64,11 @@ def resolve_precision(train: TrainConfig) -> Precision:
 def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False) -> Ranks:
     """Starts torch.distributed and megatron-core's process groups.
 
-    Works alone (a single process without torchrun) and under torchrun.
+    Works alone (a single process without a launcher) and under torchrun or what `adopt_launcher` knows.
 
     Raises:
         ConfigError: if the layout does not fit the number of processes.
+        StartupError: if the processes do not come together.
     """
     on_cpu = install_cpu_runtime()
     install_fallbacks()
@@ -64,14 +76,11 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
     if not dist.is_initialized():
         if not on_cpu:
             torch.cuda.set_device(device())
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        alone = "RANK" not in os.environ
-        store = dist.HashStore() if alone else None
-        dist.init_process_group(
-            backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-            **({"store": store, "rank": 0, "world_size": 1} if alone else {}),  # type: ignore[arg-type]
-        )
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        if "RANK" in os.environ:
+            _come_together(backend, parallel)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     virtual = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -89,6 +98,64 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return current_ranks()
+
+
+def _come_together(backend: str, parallel: ParallelConfig) -> None:
+    """The process group of all processes of the launcher, which have met within `startup_timeout_minutes`.
+
+    Raises:
+        StartupError: naming the ranks that have not come, or what keeps processes from reaching each other.
+    """
+    rank, world = environment_rank(), environment_world_size()
+    limit = timedelta(minutes=parallel.startup_timeout_minutes)
+    within = f"within parallel.startup_timeout_minutes={parallel.startup_timeout_minutes:g}"
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", MASTER_PORT))
+    # Where torchrun's agent keeps the store, rank 0 does not.
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        server: dist.Store = dist.TCPStore(
+            *(address, port, None, rank == 0 and not by_agent, limit),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        raise StartupError(
+            f"rank {rank} does not reach MASTER_ADDR={address} MASTER_PORT={port} {within}: {_reason(error)}"
+        ) from None
+    # The agent's store outlives a restart, whose processes must not read the addresses of those before. Rank 0's own is
+    # new, and there the count may differ: that of a node that joins begins anew.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
+    store = dist.PrefixStore(attempt, server)
+    keys = [f"started/{number}" for number in range(world)]
+    try:
+        store.set(keys[rank], "")
+        store.wait(keys, limit)
+    except dist.DistError as error:
+        with contextlib.suppress(dist.DistError):
+            absent = [str(number) for number, key in enumerate(keys) if not store.check([key])]
+            named = ", ".join(absent[:16]) + (", ..." if len(absent) > 16 else "")
+            raise StartupError(
+                f"{len(absent)} of {world} ranks have not started {within}: {named}"
+            ) from None
+        raise StartupError(f"rank {rank} lost MASTER_ADDR={address}: {_reason(error)}") from None
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        dist.barrier()
+    except RuntimeError as error:
+        raise StartupError(
+            f"rank {rank} does not reach the others over gloo; GLOO_SOCKET_IFNAME names the network interface: "
+            f"{_reason(error)}"
+        ) from None
+    # What follows may take longer: a rank reads data or writes a checkpoint while others wait.
+    whole = timedelta(minutes=parallel.distributed_timeout_minutes)
+    store.set_timeout(whole)
+    dist.distributed_c10d._set_pg_timeout(whole)
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says first; a stack of C++ may follow."""
+    return str(error).partition("\n")[0]
 
 
 def seed_everything(seed: int) -> None:

@@ -7,8 +7,11 @@ command is light, and the rest is in this table.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from typing import Any
+
+from megatron_vlmoe.runtime.accelerators import check_accelerators
 
 HEAVY = {
     "megatron_vlmoe.analysis.device": False,
@@ -49,7 +52,13 @@ def load(module: str) -> Any:
 
 
 def prepare_megatron() -> None:
-    """Makes megatron-core work in this process, on machines without a GPU too."""
+    """Makes megatron-core work in this process, on machines without a GPU too.
+
+    Raises:
+        ConfigError: if a package that megatron-core would import cannot be.
+    """
+    if "megatron.core" not in sys.modules:
+        check_accelerators()
     # megatron-core warns on import about packages that are optional here.
     warnings.filterwarnings("ignore", module="megatron")
     # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_vlmoe.config.errors import ConfigError
+
+# Launchers beside torchrun, and how they name rank, number of ranks, rank on the node and number of ranks on the node.
+# Those of MPI come first: under Slurm they start their own processes with srun. SLURM_NTASKS would not do: it is set in
+# a batch script too, which is a single process.
+LAUNCHERS = (
+    (
+        "mpirun (Open MPI)",
+        *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ),
+    ("mpiexec (Hydra)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    (
+        "srun",
+        *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        *("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ),
+)
+MASTER_PORT = "29500"
+"""Where rank 0 listens if nothing else is said, as with torchrun."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +67,72 @@ class Ranks:
 
 
 def environment_world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
+    """Processes that a launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def environment_rank() -> int:
-    """Number of this process among them; 0 without torchrun."""
+    """Number of this process among them; 0 without a launcher."""
     return int(os.environ.get("RANK", 0))
+
+
+def gpu_of_process(count: int) -> int:
+    """Number of the GPU that this process computes on, of the ``count`` that it sees.
+
+    Raises:
+        ConfigError: if the node has fewer GPUs than processes.
+    """
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number < count:
+        return number
+    if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        # A launcher that shows every process its own GPU alone.
+        return 0
+    raise ConfigError(
+        f"LOCAL_RANK={number}, but this process sees {count} GPU(s): start one process per GPU"
+    )
+
+
+def adopt_launcher(environment: MutableMapping[str, str]) -> None:
+    """Gives a process of srun, mpirun, mpiexec or DeepSpeed's launcher the variables that torchrun would give it.
+
+    What is there stays. A single process needs none of them.
+
+    Args:
+        environment: of the process; gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: if the processes of several nodes are not told where rank 0 is.
+    """
+    by = "the launcher"
+    if "RANK" not in environment:
+        found = [row for row in LAUNCHERS if all(environment.get(name) for name in row[1:4])]
+        if not found or int(environment[found[0][2]]) == 1:
+            return
+        by, rank, count, local_rank, local_count = found[0]
+        environment["RANK"], environment["WORLD_SIZE"] = environment[rank], environment[count]
+        environment["LOCAL_RANK"] = environment[local_rank]
+        if on_node := _on_this_node(environment, local_count):
+            environment["LOCAL_WORLD_SIZE"] = on_node
+    elif "LOCAL_SIZE" in environment:  # DeepSpeed's name
+        environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
+    world = environment.get("WORLD_SIZE", "1")
+    if not environment.get("MASTER_ADDR"):
+        if world not in ("1", environment.get("LOCAL_WORLD_SIZE")):
+            raise ConfigError(
+                f"{by} has started {world} processes, but MASTER_ADDR (the host name of rank 0) is not set"
+            )
+        environment["MASTER_ADDR"] = "127.0.0.1"
+    environment.setdefault("MASTER_PORT", MASTER_PORT)
+
+
+def _on_this_node(environment: Mapping[str, str], name: str) -> str:
+    """Processes of this node as a launcher says it; Slurm lists all nodes, `2(x3),1`. Empty if it does not say."""
+    counts: list[str] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get(name, "")):
+        counts += [number] * int(times or 1)
+    node = int(environment.get("SLURM_NODEID", 0)) if len(counts) > 1 else 0
+    return counts[node] if node < len(counts) else ""
 
 
 def torchrun(number: int) -> list[str]:

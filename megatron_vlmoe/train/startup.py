@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Sequence
@@ -17,24 +14,12 @@ from megatron_vlmoe.config.command_line import flat_options
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.dry_run import nodes_crossed
+from megatron_vlmoe.runtime.accelerators import installed_accelerators
 from megatron_vlmoe.runtime.distributed import from_rank_zero, union_over_ranks
 from megatron_vlmoe.runtime.ranks import Ranks, environment_rank
 from megatron_vlmoe.train.run_log import open_run_log
 
 log = logging.getLogger("megatron_vlmoe")
-
-# Name, module, statement that works where the package does, and advice where it does not.
-PROBES = (
-    (
-        *("transformer-engine", "transformer_engine", "import transformer_engine.pytorch"),
-        "uninstall it or install `transformer-engine[pytorch]>=2.9,<2.12` built for this torch",
-    ),
-    (
-        # The `apex` on PyPI is an unrelated project; only NVIDIA's has this class.
-        *("apex", "apex", "from apex.optimizers import FusedAdam"),
-        "uninstall it (PyPI's apex is another project) or build NVIDIA/apex from source",
-    ),
-)
 
 
 def make_run_folder(config: RunConfig) -> None:
@@ -56,28 +41,17 @@ def make_run_folder(config: RunConfig) -> None:
 
 
 def report_packages() -> None:
-    """One line about the device and optional packages; an unusable one is an error, with advice.
-
-    megatron-core itself cannot be imported beside such a package.
-    """
+    """One line about the device and optional packages."""
     where = "no GPU: CPU runtime over gloo"
     if torch.cuda.is_available():
         where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    parts, problems = [f"torch {torch.__version__}", where], []
-    for name, module, statement, advice in PROBES:
-        state = "not installed"
-        if importlib.util.find_spec(module) is not None:
-            # In another process: a broken package may raise anything, or abort.
-            probe = [sys.executable, "-c", statement]
-            state = "used"
-            if subprocess.run(probe, capture_output=True, timeout=120).returncode:
-                state = f"unusable ({advice})"
-                problems.append(f"{name} is installed but unusable: {advice}")
-        parts.append(f"{name}: {state}")
+    # Those that are there were tried before megatron-core was imported.
+    states = (
+        f"{name}: {'used' if there else 'not installed'}"
+        for name, there in installed_accelerators().items()
+    )
     if environment_rank() == 0:
-        log.info(", ".join(parts))
-    if problems:
-        raise ConfigError("; ".join(problems))
+        log.info(", ".join((f"torch {torch.__version__}", where, *states)))
 
 
 def check_same_on_all_ranks(config: RunConfig) -> None:

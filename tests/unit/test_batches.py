@@ -8,6 +8,7 @@ import os
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from megatron_vlmoe.config.errors import ConfigError, DataError
+from megatron_vlmoe.config.errors import ConfigError, DataError, StartupError
 from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data import collate
@@ -366,6 +367,8 @@ def test_a_damaged_image_is_one_line_and_middle_stages_never_see_it(
         *((2, None, 1, ""), (6, None, 5, ""), (1, None, 1, "")),
         *((128, 8, 8, ""), (16, 8, 1, ""), (32, 8, 3, ""), (8, 16, 1, "")),
         *((128, None, 7, "8"), (4, None, 3, "8"), (128, 8, 8, "8")),
+        # Of a launcher that binds nothing: the 48 cores of the machine are for 8 processes.
+        *((48, None, 5, ""), (48, None, 7, "8")),
     ],
 )
 def test_loader_workers_are_the_cores_of_a_rank_but_one(
@@ -376,7 +379,8 @@ def test_loader_workers_are_the_cores_of_a_rank_but_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torchrun's processes share the cores that they see; one started by srun has those of its task, else what it
-    sees."""
+    sees, if that is not the whole machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 48)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", of_task)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -391,6 +395,26 @@ def test_loader_workers_are_the_cores_of_a_rank_but_one(
     for asked in (-1, 0, 3):
         Loader(TensorDataset(), range(1), asked)
     assert started == [workers, 0, 3]
+
+
+def test_shared_memory_that_is_too_small_is_told_before_a_worker_dies_of_it(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(corpus.config(num_workers=2, prefetch=3))
+    # Images and those of pairs, in 7 batches of each of 4 ranks.
+    needed = 4 * 7 * 2 * MICRO * 3 * data.config.model.image_size**2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(collate, "DataLoader", lambda *_, **words: None)
+    for size in (needed - 1, needed):
+        shared = SimpleNamespace(f_blocks=size, f_frsize=1)
+        monkeypatch.setattr(os, "statvfs", lambda path, shared=shared: shared)
+        data.loader("eval")
+        if size == needed:
+            data.loader("train")
+            continue
+        with pytest.raises(StartupError, match=r"/dev/shm has .* 4 rank\(s\) with 7 .*--ipc=host"):
+            data.loader("train")
+    open_data(corpus.config(num_workers=0)).loader("train")
 
 
 @pytest.mark.parametrize("unit,epoch", [("caption", 39), ("image", NUM_PAIRS)])

@@ -43,7 +43,7 @@ _NEUTRAL = (
     *("checkpoint.save", "checkpoint.keep_last", "checkpoint.async_save", "checkpoint.require"),
     *("profile.", "log.tensorboard", "log.wandb"),
     *("train.exit_", "data.num_workers", "data.prefetch", "data.cache_dir", "task.report_examples"),
-    "parallel.distributed_timeout",
+    *("parallel.distributed_timeout", "parallel.startup_timeout"),
 )
 # What the study itself decides.
 _OWN = (

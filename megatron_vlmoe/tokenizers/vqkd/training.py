@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_vlmoe.config.errors import ConfigError, DataError, TrainingError
 from megatron_vlmoe.runtime.files import open_atomic, write_parts_atomic
 from megatron_vlmoe.runtime.json_files import logged_step, read_json
+from megatron_vlmoe.runtime.ranks import gpu_of_process
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset, pixel_teacher_dim
 from megatron_vlmoe.tokenizers.vqkd.model import (
     VQKD,
@@ -567,12 +568,12 @@ class TrainingRequest:
 def train_image_tokenizer(request: TrainingRequest, crops: CropStream) -> str:
     """Train, or go on with, the tokenizer in `request.output`; returns its fingerprint.
 
-    Under torchrun every process takes its share of each batch. Raises ValueError (one line).
+    Started by a launcher, every process takes its share of each batch. Raises ValueError (one line).
     """
     config, options = request.build_config(), request.build_options()
-    device, launched = torch.device("cpu"), distributed.is_torchelastic_launched()
+    device, launched = torch.device("cpu"), "RANK" in os.environ
     if torch.cuda.is_available():
-        device = torch.device("cuda", distributed.get_node_local_rank(fallback_rank=0))
+        device = torch.device("cuda", gpu_of_process(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if launched:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
