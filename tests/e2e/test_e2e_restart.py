@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import REPOSITORY, environment, run
-from conftest import assert_same_metrics, metrics
 from helpers import SMALL
+from small_corpus import assert_same_metrics, metrics
 
 STEPS = 12
 WORDS = (
