@@ -20,6 +20,8 @@ setup(
         "wandb": ["wandb>=0.18"],
         # Exports are written without it; it loads and fine-tunes them, and loads CLIP or ViT teachers.
         "hf": ["transformers>=4.56", "accelerate>=1.1"],
+        # Indexing on a cluster, `--executor ray`.
+        "ray": ["ray>=2.40"],
         # Photographs as iPhones take them.
         "heic": ["pillow-heif>=0.18"],
         # The site: `mkdocs serve`, or `mkdocs build --strict` into site/.

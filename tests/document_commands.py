@@ -79,6 +79,8 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 examples/hf_finetune/train.py": "tests/e2e/test_e2e_hf_finetune.py runs the script",
     "python examples/hf_finetune/train.py": "tests/e2e/test_e2e_hf_finetune.py runs the script",
 }
+SLURM = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+"""What Slurm sets in a job."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ class DocumentCommand:
 
     @property
     def words(self) -> list[str]:
-        """As a shell cuts it, without the dots that stand for more."""
-        return [word for word in shlex.split(self.text) if word != "..."]
+        """As a shell of a Slurm job cuts it, without the dots that stand for more."""
+        text = re.sub(r"\$\{(SLURM_\w+)\}", lambda name: SLURM[name[1]], self.text)
+        return [word for word in shlex.split(text) if word != "..."]
 
     @property
     def reason(self) -> str:

@@ -3,12 +3,17 @@
 # The last line is recorded in docs/installation.md. Another Python needs about 3 GB in runs/nightly for its packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source examples/setup_env.sh dev,docs
+source examples/setup_env.sh dev,docs,ray
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
 
 transformers_suite() {
     bash tests/transformers_suite.sh
+}
+
+# Real Ray workers. Without Ray pytest finds no test, which is a failure.
+ray_workers() {
+    python -m pytest tests/unit/test_ray.py
 }
 
 site() {
@@ -41,6 +46,7 @@ check() {
 }
 
 check "transformers' tests" transformers_suite
+check "Ray" ray_workers
 check "documentation site" site
 current="$(python -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
 for name in python3.11 python3.12; do

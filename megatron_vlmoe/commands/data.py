@@ -16,8 +16,8 @@ from megatron_vlmoe.commands.options import (
     output_prefix,
 )
 from megatron_vlmoe.config.errors import user_files
-from megatron_vlmoe.prepare.corpora import merge_datasets
 from megatron_vlmoe.prepare.inspect import open_view, save_contact_sheet
+from megatron_vlmoe.prepare.merge import merge_inputs, merge_shards
 from megatron_vlmoe.prepare.tool import positive_int
 from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
 
@@ -58,7 +58,7 @@ def merge_data(words: Sequence[str]) -> None:
     """`vlmoe merge-data --input data/coco data/vg --output data/pairs`."""
     parser = CommandParser(
         "merge-data",
-        "Concatenate datasets of one kind and one tokenizer, in the given order.",
+        "Concatenate datasets of one kind and one tokenizer, in the given order, or the shards of a run.",
         OUTPUT_PREFIX,
     )
     add = parser.add_argument
@@ -66,14 +66,35 @@ def merge_data(words: Sequence[str]) -> None:
         "--input",
         type=dataset_prefix,
         nargs="+",
-        required=True,
         metavar="PREFIX",
-        help="datasets to concatenate",
+        help="datasets to concatenate, local or remote",
     )
-    add("--output", type=output_prefix, required=True, metavar="PREFIX", help="dataset to make")
+    add(
+        "--shards",
+        type=output_prefix,
+        metavar="P",
+        help="the --output of a run with --shard (of encode-images P_codes): joins all of its shards",
+    )
+    add(
+        "--output",
+        type=output_prefix,
+        metavar="PREFIX",
+        help="dataset to make (with --shards: what the run without shards would write)",
+    )
     options = parser.parse_args(words)
+    if (options.input is None) == (options.shards is None):
+        parser.error("give either --input or --shards")
+    if options.shards is not None:
+        count, output = (
+            merge_shards(options.shards, options.output),
+            options.output or options.shards,
+        )
+        print(f"wrote {output}: {count} shards, one after the other")
+        return
+    if options.output is None:
+        parser.error("--input needs --output")
     source = {"command": shlex.join(["vlmoe", "merge-data", *words]), "inputs": options.input}
-    merge_datasets(options.input, options.output, source)
+    merge_inputs(options.input, options.output, source)
     print(f"wrote {options.output}: {len(options.input)} datasets, one after the other")
 
 

@@ -6,17 +6,21 @@ vlmoe index-images --input imagenet/train --output data/imagenet --workers 16
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_vlmoe.commands.options import (
     OUTPUT_PREFIX,
     CommandParser,
     add_image_rules,
     add_options,
+    add_sharding,
+    execution_of,
     run_of,
 )
 from megatron_vlmoe.config.errors import user_files
 from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.prepare.corpora import preprocess_images
+from megatron_vlmoe.prepare.executors import execute
 
 
 def build_parser() -> CommandParser:
@@ -35,6 +39,7 @@ def build_parser() -> CommandParser:
     )
     add_options(parser, "--output", "--workers", "--resize-short", "--on-error", rejects="images")
     add_image_rules(parser)
+    add_sharding(parser)
     return parser
 
 
@@ -44,4 +49,7 @@ def main(words: Sequence[str]) -> None:
     options = build_parser().parse_args(words)
     run = run_of(options, "index-images", words, options.input)
     rules = ImageRules(options.exif, options.alpha)
-    preprocess_images(tuple(options.input), run, options.resize_short, rules)
+    job = partial(
+        preprocess_images, tuple(options.input), resize_short=options.resize_short, rules=rules
+    )
+    execute(job, run, execution_of(options))

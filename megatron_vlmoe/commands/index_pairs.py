@@ -7,6 +7,7 @@ vlmoe index-pairs --format karpathy --annotations dataset_coco.json --images coc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_vlmoe.commands.options import (
     OUTPUT_PREFIX,
@@ -14,11 +15,14 @@ from megatron_vlmoe.commands.options import (
     CommandParser,
     add_image_rules,
     add_options,
+    add_sharding,
+    execution_of,
     run_of,
 )
 from megatron_vlmoe.config.errors import DataError, user_files
 from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.prepare.corpora import DEFAULT_MAX_CAPTION_TOKENS, PairOptions, preprocess_pairs
+from megatron_vlmoe.prepare.executors import execute
 from megatron_vlmoe.prepare.readers.pair_formats import (
     FORMATS_WITH_KEYS,
     FORMATS_WITH_SPLITS,
@@ -86,6 +90,7 @@ def build_parser() -> CommandParser:
         rejects="captions and images",
     )
     add_image_rules(parser)
+    add_sharding(parser)
     return parser
 
 
@@ -115,4 +120,5 @@ def main(words: Sequence[str]) -> None:
     run = run_of(options, "index-pairs", words, inputs)
     rules = ImageRules(options.exif, options.alpha)
     store = PairOptions(options.resize_short, options.max_caption_tokens, rules)
-    preprocess_pairs(source, options.text_tokenizer, run, store)
+    job = partial(preprocess_pairs, source, options.text_tokenizer, options=store)
+    execute(job, run, execution_of(options))

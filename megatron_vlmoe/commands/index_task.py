@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_vlmoe.commands.options import (
     OUTPUT_PREFIX,
@@ -15,11 +16,14 @@ from megatron_vlmoe.commands.options import (
     CommandParser,
     add_image_rules,
     add_options,
+    add_sharding,
+    execution_of,
     run_of,
 )
 from megatron_vlmoe.config.errors import user_files
 from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.image_files import ImageRules
+from megatron_vlmoe.prepare.executors import execute
 from megatron_vlmoe.prepare.readers.tasks.records import TaskInput
 from megatron_vlmoe.prepare.tasks import TaskOptions, prepare_task
 from megatron_vlmoe.prepare.tool import positive_int
@@ -53,6 +57,7 @@ def build_parser() -> CommandParser:
         tokenizer="needed but for imagenet",
     )
     add_image_rules(parser)
+    add_sharding(parser)
     # Options that only some tasks have; None stands for the default of `TaskInput`.
     group = parser.add_argument_group("options of some tasks")
     group.add_argument(
@@ -134,4 +139,4 @@ def main(words: Sequence[str]) -> None:
         tuple(options.splits),
         ImageRules(options.exif, options.alpha),
     )
-    prepare_task(source, run, store)
+    execute(partial(prepare_task, source, options=store), run, execution_of(options))

@@ -7,16 +7,20 @@ vlmoe index-text --input wiki.jsonl books.txt --output data/wikibooks \
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_vlmoe.commands.options import (
     OUTPUT_PREFIX,
     TEXT_TOKENIZER,
     CommandParser,
     add_options,
+    add_sharding,
+    execution_of,
     run_of,
 )
 from megatron_vlmoe.config.errors import DataError, user_files
 from megatron_vlmoe.prepare.corpora import preprocess_text
+from megatron_vlmoe.prepare.executors import execute
 from megatron_vlmoe.prepare.readers.text import TextInput, lines_of_document
 
 
@@ -55,6 +59,7 @@ def build_parser() -> CommandParser:
         *("--output", "--text-tokenizer", "--workers", "--on-error"),
         rejects="records",
     )
+    add_sharding(parser)
     return parser
 
 
@@ -69,4 +74,4 @@ def main(words: Sequence[str]) -> None:
         parser.error(str(error))
     source = TextInput(tuple(options.input), options.format, options.text_key, options.documents)
     run = run_of(options, "index-text", words, options.input)
-    preprocess_text(source, options.text_tokenizer, run)
+    execute(partial(preprocess_text, source, options.text_tokenizer), run, execution_of(options))

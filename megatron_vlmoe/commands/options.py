@@ -17,6 +17,8 @@ from megatron_vlmoe.config.errors import ConfigError, did_you_mean
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.planning.validate import prefix_of_file
+from megatron_vlmoe.prepare.executors import Execution
+from megatron_vlmoe.prepare.shards import shard_argument
 from megatron_vlmoe.prepare.tool import Run, positive_int
 
 
@@ -235,10 +237,63 @@ def add_image_rules(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
     )
 
 
+SHARDING = ("--shard", "--num-shards", "--executor", "--ray-address")
+
+
+def add_sharding(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that divide the work of a command."""
+    group = parser.add_argument_group("work in shards")
+    group.add_argument(
+        "--shard",
+        type=shard_argument,
+        metavar="I/N",
+        help="do shard I (0 to N-1) of N alone, for arrays of jobs; vlmoe merge-data --shards P joins them",
+    )
+    group.add_argument(
+        "--executor",
+        choices=["local", "ray"],
+        default="local",
+        help="where shards are worked on: here, or as Ray tasks (%(default)s)",
+    )
+    group.add_argument(
+        "--num-shards",
+        type=positive_int,
+        metavar="N",
+        help="do all of N shards, then merge them; a restart goes on with those that are not there (with Ray 4 per "
+        "worker)",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="A",
+        help="address of a Ray cluster, or auto ($RAY_ADDRESS, else --workers processes on this machine)",
+    )
+
+
+def execution_of(options: argparse.Namespace, on_gpus: bool = False) -> Execution:
+    """The options of `add_sharding` as `execute` takes them."""
+    return Execution(options.executor, options.num_shards, options.ray_address, on_gpus)
+
+
+def _without(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Words without some options that have one value each."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif name in names:
+            skip = not equals
+        else:
+            kept.append(word)
+    return kept
+
+
 def run_of(
     options: argparse.Namespace, command: str, arguments: Sequence[str], inputs: Sequence[str]
 ) -> Run:
     """The shared options as the work of a command takes them, with its command line and what it reads."""
-    line = shlex.join(["vlmoe", command, *arguments])
+    # Merged shards are the same dataset as that of one run, to the byte.
+    line = shlex.join(["vlmoe", command, *_without(arguments, SHARDING)])
     source = {"command": line, "inputs": list(inputs)}
-    return Run(options.output, options.workers, options.on_error, source)
+    return Run(options.output, options.workers, options.on_error, source, options.shard)

@@ -11,15 +11,19 @@ from megatron_vlmoe.commands.options import (
     CommandParser,
     add_image_rules,
     add_options,
+    add_sharding,
     dataset_prefix,
+    execution_of,
     output_prefix,
 )
 from megatron_vlmoe.config.errors import user_files
-from megatron_vlmoe.data.codes import codes_prefix
+from megatron_vlmoe.data.codes import codes_prefix, load_codes_manifest
 from megatron_vlmoe.data.image_files import ImageRules
+from megatron_vlmoe.prepare.executors import execute
 from megatron_vlmoe.prepare.readers.records import Reject
 from megatron_vlmoe.prepare.readers.text import read_training_texts
-from megatron_vlmoe.prepare.tool import RejectLog
+from megatron_vlmoe.prepare.remote import check_local
+from megatron_vlmoe.prepare.tool import RejectLog, Run
 from megatron_vlmoe.runtime.lazy import load
 from megatron_vlmoe.tokenizers.text import TextTokenizerTraining, train_text_tokenizer
 from megatron_vlmoe.tokenizers.vqkd.config import PRESET_NAMES
@@ -220,7 +224,11 @@ def encode_images(words: Sequence[str]) -> None:
     add("--batch-size", type=int, default=64, help="views encoded at once (%(default)s)")
     add("--workers", type=int, default=0, help="decoding processes (%(default)s)")
     add("--bf16", action="store_true", help="encoder under bf16 autocast")
+    add_sharding(parser)
     arguments = parser.parse_args(words)
+    output = arguments.output or arguments.images
+    check_local("--images", arguments.images)
+    check_local("--output of codes", output)
     codes = load("megatron_vlmoe.prepare.codes")
     options = codes.CodesOptions(
         num_views=arguments.views,
@@ -230,11 +238,13 @@ def encode_images(words: Sequence[str]) -> None:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
     )
-    tokenizer = codes.open_encoder(arguments.image_tokenizer, arguments.bf16)
-    if tokenizer.import_report is not None:
-        print(tokenizer.import_report.summary())
-    manifest = codes.write_codes(arguments.images, tokenizer, options, arguments.output)
+    job = codes.EncodeImages(arguments.images, arguments.image_tokenizer, arguments.bf16, options)
+    run = Run(output, arguments.workers, "stop", {}, arguments.shard)
+    execute(job, run, execution_of(arguments, on_gpus=True), codes_prefix(output))
+    prefix = codes_prefix(output)
+    path = prefix if run.shard is None else run.shard.of(prefix)
+    manifest = load_codes_manifest(path)
     print(
-        f"wrote {codes_prefix(arguments.output or arguments.images)}: {manifest.num_views} views "
+        f"wrote {path}: {manifest.num_views} views "
         f"of {manifest.num_images} images, {manifest.grid}x{manifest.grid} codes each"
     )

@@ -11,6 +11,8 @@ mirrored if `flip` gave the codes. `PREFIX_codes.json` is written last.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.augment import CropBox
-from megatron_vlmoe.data.indexed import IndexedReader
-from megatron_vlmoe.data.manifest import FileRecord, part_prefix
+from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
+from megatron_vlmoe.data.manifest import FileRecord, ShardRecord, part_prefix
+from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.json_files import read_versioned
 
 FORMAT_VERSION = 1
@@ -67,12 +70,38 @@ class CodesManifest:
     flip_probability: float
     files: dict[str, FileRecord]
     """By suffix, `.bin` and `.idx`."""
+    shard: ShardRecord | None = None
+    """Of one shard of a run (``--shard``), whose images are a stretch of all; None: the codes are whole."""
     format_version: int = FORMAT_VERSION
 
 
 def codes_prefix(prefix: str | Path) -> str:
     """Path prefix of the codes of a dataset: `PREFIX_codes`."""
     return part_prefix(prefix, "codes")
+
+
+def load_codes_manifest(path: str) -> CodesManifest:
+    """Reads the manifest of the codes whose files begin with a path. Raises DataError."""
+
+    def make(raw: Any) -> CodesManifest:
+        files = {suffix: FileRecord(**record) for suffix, record in raw["files"].items()}
+        shard = raw.get("shard") and ShardRecord(**raw["shard"])
+        return CodesManifest(**{**raw, "files": files, "shard": shard})
+
+    what, missing = "a manifest of codes", "not found (no codes, or encoding did not end)"
+    return read_versioned(Path(f"{path}.json"), FORMAT_VERSION, what, missing, make)
+
+
+def publish_codes(writer: IndexedWriter, manifest: CodesManifest) -> None:
+    """Gives complete files of codes their names, and writes their manifest last.
+
+    The manifest of earlier codes goes first: it must not vouch for new files.
+    """
+    path = Path(f"{writer.path_prefix}.json")
+    path.unlink(missing_ok=True)
+    writer.publish()
+    content = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
+    write_text_atomic(path, content)
 
 
 class CodesReader:
@@ -83,14 +112,7 @@ class CodesReader:
 
     def __init__(self, prefix: str | Path) -> None:
         self.path = codes_prefix(prefix)
-
-        def make(raw: Any) -> CodesManifest:
-            files = {suffix: FileRecord(**record) for suffix, record in raw["files"].items()}
-            return CodesManifest(**{**raw, "files": files})
-
-        path, what = Path(f"{self.path}.json"), "a manifest of codes"
-        missing = "not found (no codes, or encoding did not end)"
-        self.manifest = read_versioned(path, FORMAT_VERSION, what, missing, make)
+        self.manifest = load_codes_manifest(self.path)
         self._reader = IndexedReader(self.path)
         manifest, reader = self.manifest, self._reader
         for suffix, record in manifest.files.items():

@@ -58,13 +58,16 @@ class IndexedWriter:
     The files have temporary names until `publish`. As a context manager it publishes on a clean
     exit and deletes everything on an error.
 
+    ``may_be_empty``: that nothing was added is no error.
+
     Raises:
         DataError: the disk is full or the files cannot be written; a sequence does not fit the
             dtype; nothing was added.
     """
 
-    def __init__(self, path_prefix: str, dtype: npt.DTypeLike) -> None:
+    def __init__(self, path_prefix: str, dtype: npt.DTypeLike, may_be_empty: bool = False) -> None:
         self.path_prefix = str(path_prefix)
+        self._may_be_empty = may_be_empty
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = next((c for c, known in _DTYPES.items() if known == self.dtype), 0)
         if not self._code:
@@ -132,6 +135,10 @@ class IndexedWriter:
         """Appends all documents of an indexed file, streaming its bytes."""
         if reader.dtype != self.dtype:
             raise DataError(f"{reader.path_prefix}.idx: {reader.dtype}, not {self.dtype}")
+        if (
+            not reader.num_sequences
+        ):  # as of a shard without a usable record; nothing of it can be mapped
+            return
         with open(f"{reader.path_prefix}.bin", "rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 self._bin.write(block)
@@ -151,7 +158,7 @@ class IndexedWriter:
             The records of the two files, by ``.bin`` and ``.idx``.
         """
         if self._records is None:
-            if not self.num_items:
+            if not self.num_items and not self._may_be_empty:
                 raise DataError(f"{self.path_prefix}.bin: nothing to write")
             with naming(self._idx.path):
                 # Header, then, after the lengths already written, byte offsets and boundaries.
@@ -318,6 +325,7 @@ class IndexedReader:
                 (last_length,) = struct.unpack("<i", file.read(4))
                 file.seek(_HEADER.size + self.num_sequences * 12 - 8)
                 (last_offset,) = struct.unpack("<q", file.read(8))
+            file.seek(_HEADER.size + self.num_sequences * 12)
             first = struct.unpack("<q", file.read(8))[0]
             file.seek(wanted - 8)
             last = struct.unpack("<q", file.read(8))[0]

@@ -45,6 +45,20 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class ShardRecord:
+    """Which share of a sharded run something is, so that shards of one run are told from others."""
+
+    index: int
+    """From 0."""
+    count: int
+    """Shards of the run."""
+    work: str
+    """SHA-256 (hex) of what all shards of a run have in common: input files with their sizes, options, tokenizer."""
+    unmet: Mapping[str, str] | None = None
+    """Errors, by what is missing, unless another shard has it; None: this shard has no part of the input."""
+
+
+@dataclass(frozen=True)
 class DatasetManifest:
     """Contents of ``PREFIX.json``."""
 
@@ -101,6 +115,8 @@ class DatasetManifest:
     alpha: str | None = None
     """Ground of transparent pixels, ``white`` or ``black``; ``drop`` (and, as above, None) for the
     colours under them; or ``mixed``."""
+    shard: ShardRecord | None = None
+    """Of one shard of a run (``--shard``); None: the dataset is whole."""
     format_version: int = FORMAT_VERSION
 
 
@@ -192,13 +208,27 @@ def check_replaceable(prefix: str | Path) -> None:
     if not path.exists():
         return
     try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        raw = None
-    if not isinstance(raw, dict) or not {"format_version", "files", "kind"} <= raw.keys():
-        raise DataError(
-            f"{path}: is no manifest of a dataset, and would be overwritten: choose another --output"
-        )
+        content = path.read_bytes()
+    except OSError:
+        content = b""
+    if not is_manifest(content):
+        raise not_replaceable(path)
+
+
+def is_manifest(content: bytes) -> bool:
+    """Whether the content of a file is a manifest, of whatever version."""
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and {"format_version", "files", "kind"} <= raw.keys()
+
+
+def not_replaceable(path: str | Path) -> DataError:
+    """The error for a file that has the name of a manifest."""
+    return DataError(
+        f"{path}: is no manifest of a dataset, and would be overwritten: choose another --output"
+    )
 
 
 def load_manifest(prefix: str | Path) -> DatasetManifest:
@@ -215,7 +245,8 @@ def load_manifest(prefix: str | Path) -> DatasetManifest:
 def _manifest_of(raw: Any) -> DatasetManifest:
     """Raises ValueError, TypeError, KeyError or AttributeError."""
     files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-    manifest = DatasetManifest(**{**raw, "files": files})
+    shard = raw.get("shard") and ShardRecord(**raw["shard"])
+    manifest = DatasetManifest(**{**raw, "files": files, "shard": shard})
     if is_task(manifest.kind) and manifest.kind not in task_names():
         raise DataError(
             f"a dataset of {manifest.kind!r}, which is no kind that is known; if it is a task, install its plug-in"

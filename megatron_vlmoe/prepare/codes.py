@@ -7,14 +7,14 @@ Letters: N images of a batch, S side in pixels.
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import itertools
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.augment import CropBox, apply_crop, decode_image, draw_crop
-from megatron_vlmoe.data.codes import HEADER_LENGTH, CodesManifest, codes_prefix
+from megatron_vlmoe.data.codes import (
+    HEADER_LENGTH,
+    CodesManifest,
+    codes_prefix,
+    load_codes_manifest,
+    publish_codes,
+)
 from megatron_vlmoe.data.collate import Loader
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, read_image_file
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
-from megatron_vlmoe.data.manifest import part_prefix
+from megatron_vlmoe.data.manifest import ShardRecord, part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, keyed_rng
 from megatron_vlmoe.prepare.readers.images import read_images
 from megatron_vlmoe.prepare.readers.records import (
@@ -40,7 +46,8 @@ from megatron_vlmoe.prepare.readers.records import (
     kinds_of,
     passed_over_line,
 )
-from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.prepare.shards import Shard
+from megatron_vlmoe.prepare.tool import Run, delete_left
 from megatron_vlmoe.runtime.progress import Progress
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
@@ -266,8 +273,9 @@ def write_codes(
     tokenizer: ImageTokenizer,
     options: CodesOptions,
     output_prefix: str | None = None,
+    shard: Shard | None = None,
 ) -> CodesManifest:
-    """Encodes every image of `PREFIX_image` and writes `PREFIX_codes` (all of it or nothing).
+    """Encodes every image of `PREFIX_image`, or those of one shard, and writes `PREFIX_codes` (all of it or nothing).
 
     An image that cannot be decoded ends it with a DataError that names it: codes are matched to images by their number,
     so none can be left out.
@@ -275,15 +283,26 @@ def write_codes(
     source = IndexedImages(images_prefix)
     prefix = codes_prefix(output_prefix or images_prefix)
     per_batch = max(1, options.batch_size // options.num_views)
+    # Shards have whole batches: what an encoder makes of an image may depend on its batch, in the last bit.
+    first, end = (shard or Shard(0, 1)).cut(-(-len(source) // per_batch))
+    first, end = first * per_batch, min(end * per_batch, len(source))
     batches = (
         list(range(start, min(start + per_batch, len(source))))
-        for start in range(0, len(source), per_batch)
+        for start in range(first, end, per_batch)
     )
+    image_bytes = os.path.getsize(f"{source.prefix}.bin")
+    record = None
+    if shard is not None:
+        common = (image_bytes, len(source), tokenizer.fingerprint, replace(options, workers=0))
+        work = hashlib.sha256(f"{common}".encode()).hexdigest()
+        record, prefix = ShardRecord(shard.index, shard.count, work), shard.of(prefix)
+        if (complete := _complete_codes(prefix, record)) is not None:
+            return complete
+        delete_left(prefix)
     views = _Views(source, tokenizer.image_size, options)
-    with (
-        Progress("encode", "images", len(source)) as progress,
-        IndexedWriter(prefix, np.int32) as writer,
-    ):
+    with Progress("encode", "images", end - first) as progress, ExitStack() as undo:
+        writer = IndexedWriter(prefix, np.int32, may_be_empty=shard is not None)
+        undo.callback(writer.abort)
         for headers, crops in Loader(views, batches, options.workers):
             codes = tokenizer.encode(crops.to(tokenizer.device).float().div_(255.0))
             records = torch.cat((headers, codes.to("cpu", torch.int32)), dim=1).numpy()
@@ -292,21 +311,57 @@ def write_codes(
             writer.add_documents(records.reshape(-1), lengths, np.full(images, options.num_views))
             progress.add(images)
         manifest = CodesManifest(
-            num_images=len(source),
+            num_images=end - first,
             num_views=options.num_views,
             resolution=tokenizer.image_size,
             grid=tokenizer.grid,
             num_codes=tokenizer.num_codes,
             tokenizer_fingerprint=tokenizer.fingerprint,
-            image_bytes=os.path.getsize(f"{source.prefix}.bin"),
+            image_bytes=image_bytes,
             seed=options.seed,
             min_scale=options.min_scale,
             flip_probability=options.flip_probability,
             files=writer.finish(),
+            shard=record,
         )
-        # From here on the old codes, if any, are gone: their manifest must not vouch for new files.
-        Path(f"{prefix}.json").unlink(missing_ok=True)
-    content = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n"
-    write_text_atomic(f"{prefix}.json", content)
+        publish_codes(writer, manifest)
     progress.finish()
     return manifest
+
+
+def _complete_codes(prefix: str, record: ShardRecord) -> CodesManifest | None:
+    """The manifest of a shard that is there already; None: it is to be made."""
+    try:
+        manifest = load_codes_manifest(prefix)
+        sizes = {suffix: os.path.getsize(f"{prefix}{suffix}") for suffix in manifest.files}
+    except (DataError, OSError):
+        return None
+    if manifest.shard != record or sizes != {s: f.size for s, f in manifest.files.items()}:
+        return None
+    print(f"{prefix}: shard is complete, nothing to do", file=sys.stderr)
+    return manifest
+
+
+@dataclass(frozen=True)
+class EncodeImages:
+    """`write_codes` as the work of a run.
+
+    Attributes:
+        images_prefix: of the dataset.
+        image_tokenizer: folder or file of the tokenizer.
+        bf16: whether it encodes under bf16 autocast.
+        options: how views are drawn and encoded.
+    """
+
+    images_prefix: str
+    image_tokenizer: str
+    bf16: bool
+    options: CodesOptions
+
+    def __call__(self, run: Run) -> CodesManifest:
+        """Encodes the images of one run, or of one shard."""
+        tokenizer = open_encoder(self.image_tokenizer, self.bf16)
+        if tokenizer.import_report is not None:
+            print(tokenizer.import_report.summary())
+        options = replace(self.options, workers=run.workers)
+        return write_codes(self.images_prefix, tokenizer, options, run.output_prefix, run.shard)

@@ -12,6 +12,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +46,9 @@ from megatron_vlmoe.data.manifest import (
     load_manifest,
     manifest_path,
     part_prefix,
-    rejects_path,
 )
-from megatron_vlmoe.prepare.readers.images import read_images
-from megatron_vlmoe.prepare.readers.pair_formats import read_pairs, with_format
+from megatron_vlmoe.prepare.readers.images import image_parts, read_images
+from megatron_vlmoe.prepare.readers.pair_formats import pair_parts, read_pairs, remote_format
 from megatron_vlmoe.prepare.readers.pairs import PairInput
 from megatron_vlmoe.prepare.readers.records import (
     CaptionedImage,
@@ -61,13 +61,16 @@ from megatron_vlmoe.prepare.readers.records import (
     kinds_of,
     passed_over_line,
 )
-from megatron_vlmoe.prepare.readers.text import TextInput, block_texts, read_text
+from megatron_vlmoe.prepare.readers.text import TextInput, block_texts, read_text, text_parts
+from megatron_vlmoe.prepare.remote import Mirror
+from megatron_vlmoe.prepare.shards import Share, check_shards
 from megatron_vlmoe.prepare.tool import (
     BadTexts,
     DatasetOutput,
     GoodTexts,
     Run,
     chunked,
+    complete_shard,
     encode_all,
     encode_groups,
     ordered_map,
@@ -231,12 +234,24 @@ def preprocess_images(
 
     Raises DataError for bad input (with ``on_error`` "stop"), no usable image, or a full disk; nothing is left behind.
     """
-    with (
-        Progress("images") as progress,
-        DatasetOutput(run.output_prefix, "images", [np.uint8], run.on_error) as output,
-    ):
+    with ExitStack() as stack:
+        share = stack.enter_context(
+            Share(
+                run.shard,
+                inputs,
+                lambda: read_images(inputs),
+                lambda mirror: image_parts(inputs, mirror),
+                ("images", resize_short, rules),
+            )
+        )
+        if (complete := complete_shard(run, share, "images")) is not None:
+            return complete
+        progress = stack.enter_context(Progress("images"))
+        output = stack.enter_context(
+            DatasetOutput(run.prefix, "images", [np.uint8], run.on_error, share)
+        )
         passed_over = output.rejects.passed_over
-        found: Iterator[ImageFile | Reject] = without(read_images(inputs), PassedOver, passed_over)
+        found: Iterator[ImageFile | Reject] = without(share, PassedOver, passed_over)
         chunks = chunked(found, _CHUNK)
         for result in ordered_map(CheckImages(resize_short, rules), chunks, run.workers):
             output.rejects.add([one for one in result if isinstance(one, Reject)])
@@ -315,13 +330,25 @@ def preprocess_text(source: TextInput, tokenizer_model: str, run: Run) -> Datase
     """
     tokenizer = TextTokenizer(tokenizer_model)
     dtype, kept, rejected = token_dtype(tokenizer.size), 0, 0
-    with (
-        Progress("text") as progress,
-        DatasetOutput(run.output_prefix, "text", [dtype], run.on_error) as output,
-    ):
+    with ExitStack() as stack:
+        share = stack.enter_context(
+            Share(
+                run.shard,
+                source.files,
+                lambda: read_text(source),
+                lambda mirror: text_parts(source, mirror),
+                ("text", source, tokenizer.fingerprint),
+            )
+        )
+        if (complete := complete_shard(run, share, "text")) is not None:
+            return complete
+        progress = stack.enter_context(Progress("text"))
+        output = stack.enter_context(
+            DatasetOutput(run.prefix, "text", [dtype], run.on_error, share)
+        )
         writer = output.writers["text_document"]
         work = TokenizeText(tokenizer_model)
-        for result in ordered_map(work, read_text(source), run.workers):
+        for result in ordered_map(work, share, run.workers):
             output.rejects.add(result.rejects)
             output.count_unknown(result.tokens, tokenizer)
             writer.add_documents(result.tokens, result.lengths, np.ones_like(result.lengths))
@@ -506,15 +533,29 @@ def preprocess_pairs(
     """
     tokenizer = TextTokenizer(tokenizer_model)
     work = CheckPairs(tokenizer_model, options)
-    chosen = with_format(source)
+    mirror = Mirror()
+    chosen = remote_format(source, mirror)
     counts = PairCounts()
     dtypes: list[npt.DTypeLike] = [np.uint8, token_dtype(tokenizer.size)]
-    with (
-        Progress("pairs") as progress,
-        DatasetOutput(run.output_prefix, "pairs", dtypes, run.on_error) as output,
-    ):
+    with ExitStack() as stack:
+        share = stack.enter_context(
+            Share(
+                run.shard,
+                chosen.inputs,
+                lambda: read_pairs(chosen),
+                lambda mirror: pair_parts(chosen, mirror),
+                ("pairs", chosen, options, tokenizer.fingerprint),
+                mirror,
+            )
+        )
+        if (complete := complete_shard(run, share, "pairs")) is not None:
+            return complete
+        progress = stack.enter_context(Progress("pairs"))
+        output = stack.enter_context(
+            DatasetOutput(run.prefix, "pairs", dtypes, run.on_error, share)
+        )
         passed_over = output.rejects.passed_over
-        records: Iterator[PairItem] = without(read_pairs(chosen), PassedOver, passed_over)
+        records: Iterator[PairItem] = without(share, PassedOver, passed_over)
         chunks = chunked(records, _CHUNK)
         for result in ordered_map(work, chunks, run.workers):
             output.rejects.add(result.rejects)
@@ -559,7 +600,7 @@ def preprocess_pairs(
     if total := counts.listed.total() + len(passed_over):
         units = [f"{n} {unit}{'s' * (n > 1)}" for unit, n in sorted(counts.listed.items())]
         units += [f"{len(passed_over)} of what is passed over"] if passed_over else []
-        where = rejects_path(run.output_prefix)
+        where = f"{run.prefix}.rejects.jsonl"
         lines.append(f"{total} line{'s' * (total > 1)} in {where}: {', '.join(units)}")
     for line in lines:
         print(f"pairs: {line}", file=sys.stderr)
@@ -574,11 +615,11 @@ def merge_datasets(
 
     Codes of images (``PREFIX_codes``) are not merged: encode the merged images anew. The rejects are listed together,
     as far as their files are still there. Images that were indexed with other options for orientation or transparency
-    are merged as they are, with a note on stderr.
+    are merged as they are, with a note on stderr. Shards of a run become what the run without shards writes.
 
     Raises:
-        DataError: an input is damaged, of another kind or tokenizer, a task's, or is the output;
-            the disk is full. Nothing is left behind.
+        DataError: an input is damaged, of another kind or tokenizer, a task's, or is the output; among shards of a run
+            one is missing or of another run; the disk is full. Nothing is left behind.
     """
     if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in inputs}:
         raise DataError(f"{output_prefix}: is both an input and the output")
@@ -586,6 +627,8 @@ def merge_datasets(
     if is_task(kind):
         raise DataError(f"{manifest_path(inputs[0])}: splits of a task ({kind}) are not merged")
     manifests = [check_dataset(prefix, kind) for prefix in inputs]
+    if check_shards(inputs, [m.shard for m in manifests]):
+        source = manifests[0].source
     check_same_tokenizer(inputs, manifests)
     parts = dataset_parts(kind)
     dtypes = [IndexedReader(part_prefix(inputs[0], part)).dtype for part in parts]

@@ -6,14 +6,18 @@ sink numbers images and texts in order of first use.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +26,23 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.tasks import TaskSpec, find_task, load_code
 from megatron_vlmoe.data.image_files import DEFAULT_RULES, ImageRules, quiet_pillow
 from megatron_vlmoe.data.indexed import token_dtype
-from megatron_vlmoe.data.manifest import DatasetManifest
+from megatron_vlmoe.data.manifest import DatasetManifest, ShardRecord
 from megatron_vlmoe.data.task_dataset import TaskRow, check_task
-from megatron_vlmoe.data.task_labels import write_labels
+from megatron_vlmoe.data.task_labels import Labels, write_labels
 from megatron_vlmoe.prepare.corpora import add_images, checked_image
 from megatron_vlmoe.prepare.readers.records import ImageFile, LeftOut, Reject
 from megatron_vlmoe.prepare.readers.tasks.records import TaskInput, TaskSample, TaskSource
+from megatron_vlmoe.prepare.remote import check_local
+from megatron_vlmoe.prepare.shards import Shard, check_shards
+from megatron_vlmoe.prepare.task_shards import KIND, ResultsWriter, read_about, read_results
 from megatron_vlmoe.prepare.tool import (
     BadTexts,
     DatasetOutput,
     GoodTexts,
+    OutputPlace,
     Run,
     chunked,
+    delete_left,
     encode_groups,
     ordered_map,
     rejected_words,
@@ -236,10 +245,52 @@ def sample_chunks(
         yield SampleChunk(named, list(new.values()))
 
 
+def _with_images(
+    item: CheckedSample | Reject, images: Mapping[ImageKey, bytes | str]
+) -> CheckedSample | Reject:
+    """The sample, or why it is of no use if that is one of its images."""
+    if isinstance(item, Reject):
+        return item
+    sample = item.sample
+    found = [images.get(_key(image)) for image in sample.images]
+    reason = next((image for image in found if isinstance(image, str)), None)
+    if reason is None:
+        return item
+    return Reject(sample.source, sample.record, reason, sample=sample.id)
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What of a text tokenizer is stored with token ids, as `TextTokenizer` has it."""
+
+    fingerprint: str
+    size: int
+    unk_id: int
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the sink of a task has to know besides the checked samples.
+
+    Attributes:
+        task: its name.
+        labels: the classes; None for a task without.
+        fallback_answer: as in the manifest.
+        tokenizer: of the texts; None for a task without.
+        rules: about orientation and transparency of images.
+    """
+
+    task: str
+    labels: Labels | None
+    fallback_answer: str | None
+    tokenizer: TokenizerFacts | None
+    rules: ImageRules
+
+
 class SampleSink:
     """Puts checked samples into the files of a split."""
 
-    def __init__(self, output: DatasetOutput, task: str, tokenizer: TextTokenizer | None) -> None:
+    def __init__(self, output: DatasetOutput, task: str, tokenizer: TokenizerFacts | None) -> None:
         assert output.samples is not None
         self._output = output
         self._tokenizer = tokenizer
@@ -254,15 +305,11 @@ class SampleSink:
     def add(self, chunk: CheckedChunk) -> None:
         """Takes the next chunk. Raises DataError as `RejectLog.add` does, or on a full disk."""
         self._images.update(chunk.images)
-        for item in chunk.items:
+        for checked in chunk.items:
+            item = _with_images(checked, self._images)
             if isinstance(item, CheckedSample):
-                sample = item.sample
-                bad = [self._images.get(_key(image)) for image in sample.images]
-                reason = next((image for image in bad if isinstance(image, str)), None)
-                if reason is None:
-                    self._add_sample(item)
-                    continue
-                item = Reject(sample.source, sample.record, reason, sample=sample.id)
+                self._add_sample(item)
+                continue
             self._output.rejects.add([item])
             if item.sample:
                 self.left_out[item.sample] = item.reason
@@ -309,7 +356,8 @@ def prepare_task(source: TaskInput, run: Run, options: TaskOptions) -> dict[str,
     """Prepares splits of a task under ``run.output_prefix``; returns their manifests.
 
     All splits are looked for before the first is read. Splits are published one by one, the class
-    names (``P_labels.json``) before the first. The result does not depend on ``run.workers``.
+    names (``P_labels.json``) before the first. The result does not depend on ``run.workers``. A shard leaves what
+    `merge_task_shards` makes them of, and returns none.
 
     Raises:
         DataError: an unknown task, bad input (with ``on_error`` "stop"), a missing file, a tokenizer that cannot be
@@ -319,53 +367,181 @@ def prepare_task(source: TaskInput, run: Run, options: TaskOptions) -> dict[str,
     spec = find_task(source.task)
     if spec.texts and options.tokenizer_model is None:
         raise DataError(f"task {source.task} needs --text-tokenizer")
+    check_local("--raw", source.raw)
+    check_local("--output of a task", run.output_prefix)
     if not os.path.isdir(source.raw):
         raise DataError(f"{source.raw}: not a folder")
     raw: TaskSource = load_code(spec.reader, spec.name)(source)
     splits = tuple(dict.fromkeys(options.splits)) or raw.splits()
     streams = {split: raw.read(split) for split in splits}
     model = options.tokenizer_model if spec.texts else None
-    tokenizer = None if model is None else TextTokenizer(model)
-    labels = raw.labels
-    if labels is not None:
-        print(f"{source.task}: {len(labels.labels)} classes", file=sys.stderr)
-    num_classes = 0 if labels is None else len(labels.labels)
+    facts = TaskFacts(
+        source.task, raw.labels, raw.fallback_answer, _tokenizer_facts(model), options.rules
+    )
+    if facts.labels is not None:
+        print(f"{source.task}: {len(facts.labels.labels)} classes", file=sys.stderr)
+    num_classes = 0 if facts.labels is None else len(facts.labels.labels)
     work = CheckSamples(source.task, replace(options, tokenizer_model=model), num_classes)
+    size = _IMAGE_CHUNK if spec.images else _TEXT_CHUNK
+    chunks: dict[str, Iterator[SampleChunk]] = {}
+    omitted: dict[str, Counter[LeftOut]] = {}
+    for split, stream in streams.items():
+        omitted[split] = Counter()
+        kept: Iterator[TaskSample | Reject] = without(stream, LeftOut, omitted[split])
+        chunks[split] = sample_chunks(kept, size, spec.shared_images)
+    if run.shard is not None:
+        settings = (source, replace(options, tokenizer_model=None), splits, facts)
+        _write_shard(run, run.shard, work, facts, chunks, omitted, settings)
+        return {}
+    return {
+        split: _write_split(
+            split, facts, run, ordered_map(work, chunks[split], run.workers), omitted[split]
+        )
+        for split in splits
+    }
+
+
+def _tokenizer_facts(model: str | None) -> TokenizerFacts | None:
+    if model is None:
+        return None
+    tokenizer = TextTokenizer(model)
+    return TokenizerFacts(tokenizer.fingerprint, tokenizer.size, tokenizer.unk_id)
+
+
+def _write_split(
+    split: str,
+    facts: TaskFacts,
+    run: Run,
+    results: Iterable[CheckedChunk],
+    omitted: Mapping[LeftOut, int],
+) -> DatasetManifest:
+    """Writes one split; ``omitted`` is filled while the results come."""
+    name, spec, tokenizer = f"{facts.task} {split}", find_task(facts.task), facts.tokenizer
     dtypes: list[npt.DTypeLike] = [np.uint8] if spec.images else []
     if tokenizer is not None:
         dtypes.append(token_dtype(tokenizer.size))
     inputs = ", ".join(map(str, run.source.get("inputs", ("the input",))))
+    labels = facts.labels
+    with (
+        Progress(name) as progress,
+        DatasetOutput(f"{run.output_prefix}_{split}", facts.task, dtypes, run.on_error) as output,
+    ):
+        sink = SampleSink(output, facts.task, tokenizer)
+        for result in results:
+            sink.add(result)
+            progress.add(result.records)
+        manifest = output.manifest(
+            {**run.source, "split": split},
+            tokenizer,
+            facts.rules,
+            f"split {split} of {inputs}",
+            omitted={item.reason: count for item, count in omitted.items()},
+            left_out=sink.left_out,
+            fallback_answer=facts.fallback_answer,
+            labels_sha256=None if labels is None else labels.sha256,
+        )
+        if labels is not None:
+            write_labels(run.output_prefix, labels)
+        output.commit(manifest)
+    progress.finish(rejected_words(manifest.rejects))
+    if manifest.unknown_tokens is not None:
+        report_unknown(name, manifest)
+    for reason, count in sorted((manifest.omitted or {}).items()):
+        print(f"{name}: {count} samples left out: {reason}", file=sys.stderr)
+    return manifest
+
+
+def _write_shard(
+    run: Run,
+    shard: Shard,
+    work: CheckSamples,
+    facts: TaskFacts,
+    chunks: Mapping[str, Iterator[SampleChunk]],
+    omitted: Mapping[str, Mapping[LeftOut, int]],
+    settings: object,
+) -> None:
+    """Checks every chunk whose number is the shard's, modulo their count, and stores the results for the merge.
+
+    All samples are read, but the images and texts of the shard alone.
+    """
+    digest = hashlib.sha256(f"{settings}".encode("utf-8", "surrogateescape")).hexdigest()
+    record = ShardRecord(shard.index, shard.count, digest)
+    with contextlib.suppress(DataError):  # not there, or damaged
+        if ShardRecord(**read_about(run.prefix)["shard"]) == record:
+            print(f"{run.prefix}: shard {shard} is complete, nothing to do", file=sys.stderr)
+            return
+    OutputPlace(run.prefix)
+    delete_left(run.prefix)
+    numbers: dict[str, int] = {}
+    with ResultsWriter(run.prefix) as writer:
+        for split, stream in chunks.items():
+            total = itertools.count()
+            # The count goes on while chunks are taken; those of other shards cost their reading alone.
+            own = (chunk for chunk in stream if next(total) % shard.count == shard.index)
+            with Progress(f"{facts.task} {split}") as progress:
+                for result in ordered_map(work, own, run.workers):
+                    if run.on_error == "stop":
+                        _check_good(result)
+                    writer.add(result)
+                    progress.add(result.records)
+            progress.finish()
+            numbers[split] = next(total)
+        about = {
+            "shard": dataclasses.asdict(record),
+            "source": run.source,
+            "on_error": run.on_error,
+            "facts": dataclasses.asdict(facts),
+            "chunks": list(numbers.items()),
+            "omitted": {
+                split: {item.reason: count for item, count in of.items()}
+                for split, of in omitted.items()
+            },
+        }
+        writer.publish(about)
+
+
+def _check_good(chunk: CheckedChunk) -> None:
+    """Raises DataError for the first sample that is of no use, as far as its own chunk shows it."""
+    for item in chunk.items:
+        found = _with_images(item, chunk.images)
+        if isinstance(found, Reject):
+            raise DataError(str(found))
+
+
+def is_task_shard(about: Any) -> bool:
+    """Whether the JSON file of a shard is that of a task."""
+    return isinstance(about, dict) and about.get("kind") == KIND
+
+
+def merge_task_shards(shards: Sequence[str], output_prefix: str) -> dict[str, DatasetManifest]:
+    """Writes the splits of a task from all shards of a run, as the run without shards does; returns their manifests.
+
+    Raises:
+        DataError: a shard is damaged or of another run, or as `prepare_task` does.
+    """
+    abouts = [read_about(shard) for shard in shards]
+    check_shards(shards, [ShardRecord(**about["shard"]) for about in abouts])
+    first = abouts[0]
+    for shard, about in zip(shards, abouts, strict=True):
+        if about["chunks"] != first["chunks"]:
+            raise DataError(f"{shard}: its raw data differ from those of {shards[0]}")
+    kept = first["facts"]
+    labels, tokenizer = kept["labels"], kept["tokenizer"]
+    if labels is not None:
+        names = labels["names"]
+        labels = Labels(labels["task"], tuple(labels["labels"]), names and tuple(names))
+    facts = TaskFacts(
+        kept["task"],
+        labels,
+        kept["fallback_answer"],
+        tokenizer and TokenizerFacts(**tokenizer),
+        ImageRules(**kept["rules"]),
+    )
+    run = Run(output_prefix, 1, first["on_error"], first["source"])
+    results = [read_results(shard) for shard in shards]
     manifests: dict[str, DatasetManifest] = {}
-    for split, stream in streams.items():
-        name, omitted = f"{source.task} {split}", Counter[LeftOut]()
-        prefix = f"{run.output_prefix}_{split}"
-        with (
-            Progress(name) as progress,
-            DatasetOutput(prefix, source.task, dtypes, run.on_error) as output,
-        ):
-            sink = SampleSink(output, source.task, tokenizer)
-            size = _IMAGE_CHUNK if spec.images else _TEXT_CHUNK
-            kept: Iterator[TaskSample | Reject] = without(stream, LeftOut, omitted)
-            chunks = sample_chunks(kept, size, spec.shared_images)
-            for result in ordered_map(work, chunks, run.workers):
-                sink.add(result)
-                progress.add(result.records)
-            manifests[split] = manifest = output.manifest(
-                {**run.source, "split": split},
-                tokenizer,
-                options.rules,
-                f"split {split} of {inputs}",
-                omitted={item.reason: count for item, count in omitted.items()},
-                left_out=sink.left_out,
-                fallback_answer=raw.fallback_answer,
-                labels_sha256=None if labels is None else labels.sha256,
-            )
-            if labels is not None:
-                write_labels(run.output_prefix, labels)
-            output.commit(manifest)
-        progress.finish(rejected_words(manifest.rejects))
-        if manifest.unknown_tokens is not None:
-            report_unknown(name, manifest)
-        for reason, count in sorted((manifest.omitted or {}).items()):
-            print(f"{name}: {count} samples left out: {reason}", file=sys.stderr)
+    for split, number in first["chunks"]:
+        in_order = (next(results[place % len(shards)]) for place in range(number))
+        omitted = {LeftOut(reason): count for reason, count in first["omitted"][split].items()}
+        manifests[split] = _write_split(split, facts, run, in_order, omitted)
     return manifests

@@ -7,20 +7,23 @@ A tool is a reader (records in order), some `Work` (done to a chunk of records i
 from __future__ import annotations
 
 import argparse
+import glob
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +34,15 @@ from megatron_vlmoe.data.indexed import IndexedWriter
 from megatron_vlmoe.data.manifest import (
     SAMPLES_SUFFIX,
     DatasetManifest,
+    check_dataset,
     check_replaceable,
     dataset_parts,
+    is_manifest,
     is_task,
     length_percentiles,
+    load_manifest,
     manifest_path,
+    not_replaceable,
     part_prefix,
     rejects_path,
     stage_manifest,
@@ -49,6 +56,8 @@ from megatron_vlmoe.prepare.readers.records import (
     kinds_of,
     passed_over_line,
 )
+from megatron_vlmoe.prepare.remote import is_remote, put_file, read_remote, remove_remote
+from megatron_vlmoe.prepare.shards import Shard, Share
 from megatron_vlmoe.runtime.files import StagedFile
 from megatron_vlmoe.runtime.helper_processes import without_interrupts
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -63,6 +72,23 @@ Work = Callable[[Chunk], Result]
 
 _CHUNKS_IN_FLIGHT_PER_WORKER = 3
 _UNKNOWN_SHARE = 0.01
+_PASSED_OVER = re.compile(r"passed over: (.*) (\d+)", re.DOTALL)
+
+
+class StoredTokenizer(Protocol):
+    """What of a text tokenizer is stored with the ids that it made."""
+
+    @property
+    def fingerprint(self) -> str:
+        """`TextTokenizer.fingerprint`."""
+
+    @property
+    def size(self) -> int:
+        """Pieces."""
+
+    @property
+    def unk_id(self) -> int:
+        """Id of the unknown token."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +99,20 @@ class Run:
         output_prefix: where the dataset goes.
         workers: processes; 1 works in this one.
         on_error: ``stop`` at the first bad record, or ``skip`` and list it.
-        source: what the manifest records: ``command`` and ``inputs``.
+        source: what the manifest records: ``command`` and ``inputs``; of a shard those of the run without shards.
+        shard: which share of the input is read; None: all.
     """
 
     output_prefix: str
     workers: int
     on_error: OnError
     source: Mapping[str, Any]
+    shard: Shard | None = None
+
+    @property
+    def prefix(self) -> str:
+        """Path that the names of the files of this run, or of this shard of it, begin with."""
+        return self.output_prefix if self.shard is None else self.shard.of(self.output_prefix)
 
 
 def encode_all(
@@ -225,11 +258,13 @@ def record_counts(kept: int, rejected: int) -> dict[str, dict[str, int]]:
 class RejectLog:
     """Stops at the first reject, or counts them and writes them to ``PREFIX.rejects.jsonl``.
 
-    What is `PassedOver`, files among images that are none, stops nothing, and is listed at the end.
+    What is `PassedOver`, files among images that are none, stops nothing, and is listed at the end. ``named`` puts
+    names as the user gave them into the place of others.
     """
 
-    def __init__(self, prefix: str, on_error: OnError) -> None:
+    def __init__(self, prefix: str, on_error: OnError, named: Callable[[str], str] = str) -> None:
         self._on_error = on_error
+        self._named = named
         self._path = rejects_path(prefix)
         self._staged: StagedFile | None = None
         self.count = 0
@@ -247,26 +282,33 @@ class RejectLog:
             self._write({name: getattr(reject, name) for name in names})
 
     def add_lines(self, prefix: str) -> None:
-        """Copies the list of another dataset, if it is there. Raises DataError."""
+        """Takes over the list of another dataset, if it is there. Raises DataError."""
         try:
             with open(rejects_path(prefix), encoding="ascii") as lines:
-                for line in lines:
-                    self._write(json.loads(line))
+                for row in map(json.loads, lines):
+                    over = _PASSED_OVER.fullmatch(row["reason"]) if row["unit"] == "files" else None
+                    if over is None:
+                        self._write(row)
+                    else:
+                        self.passed_over[PassedOver(row["source"], over[1])] += int(over[2])
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{rejects_path(prefix)}: {error}") from error
 
     def _write(self, line: Mapping[str, str]) -> None:
         if self._staged is None:
             self._staged = StagedFile(self._path, "w")
-        self._staged.write(json.dumps(line) + "\n")
+        self._staged.write(
+            json.dumps({key: self._named(text) for key, text in line.items()}) + "\n"
+        )
 
     def finish(self) -> None:
         """Adds what was passed over, and syncs the file. Raises FileError."""
-        for item, count in sorted(self.passed_over.items(), key=lambda one: astuple(one[0])):
-            reason = f"passed over: {item.kind} {count}"
-            line = {"source": item.source, "record": "", "reason": reason, "unit": "files"}
+        kinds = ((self._named(item.source), item.kind, n) for item, n in self.passed_over.items())
+        for source, kind, count in sorted(kinds):
+            reason = f"passed over: {kind} {count}"
+            line = {"source": source, "record": "", "reason": reason, "unit": "files"}
             self._write(line)
         if self._staged is not None:
             self._staged.finish()
@@ -284,6 +326,73 @@ class RejectLog:
             self._staged.abort()
 
 
+class OutputPlace:
+    """Where files are written whose names begin with a prefix: there, or for an address in a temporary folder.
+
+    Attributes:
+        local: the prefix of the files that are written.
+
+    Raises:
+        DataError: a prefix without a name, ``PREFIX.json`` is something else, or the folder cannot be made.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = self.local = prefix
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if not Path(prefix).name or prefix.endswith(os.sep):
+            raise DataError(f"{prefix}: an output prefix needs a name after its folder")
+        if is_remote(prefix):
+            there = read_remote(f"{prefix}.json")
+            self._folder = tempfile.TemporaryDirectory(prefix="vlmoe-")
+            self.local = str(Path(self._folder.name, Path(prefix).name))
+            if there is not None and not is_manifest(there):
+                raise not_replaceable(f"{prefix}.json")
+            return
+        check_replaceable(prefix)
+        try:
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{Path(prefix).parent}: {error.strerror}") from error
+
+    def upload(self, suffixes: Sequence[str]) -> None:
+        """Uploads finished files to an address, the manifest last; that of an earlier run goes first."""
+        if not is_remote(self.prefix):
+            return
+        remove_remote(f"{self.prefix}{suffixes[-1]}")
+        for suffix in suffixes:
+            if os.path.exists(f"{self.local}{suffix}"):
+                put_file(f"{self.local}{suffix}", f"{self.prefix}{suffix}")
+            else:
+                remove_remote(f"{self.prefix}{suffix}")
+
+    def close(self) -> None:
+        """Deletes the temporary folder."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def delete_left(prefix: str) -> None:
+    """Deletes temporary files that a killed worker has left of a shard, on whatever machine."""
+    for path in glob.glob(f"{glob.escape(prefix)}*.tmp-*"):
+        Path(path).unlink(missing_ok=True)
+
+
+def complete_shard(run: Run, share: Share[Any], kind: str) -> DatasetManifest | None:
+    """The manifest of a run's shard that is there already; None: it is to be made."""
+    if run.shard is None:
+        return None
+    try:
+        path = share.mirror.local(f"{run.prefix}.json")
+        found = path.removesuffix(".json")
+        manifest = load_manifest(found) if is_remote(run.prefix) else check_dataset(found, kind)
+    except DataError:  # not there, or damaged
+        return None
+    if manifest.shard is None or manifest.shard.work != share.work:
+        return None
+    print(f"{run.prefix}: shard {run.shard} is complete, nothing to do", file=sys.stderr)
+    return manifest
+
+
 class DatasetOutput:
     """All files of one dataset: published together by `commit`, deleted without it.
 
@@ -292,27 +401,33 @@ class DatasetOutput:
         kind: as in `DatasetManifest`; a task also gets a table of samples.
         dtypes: the dtype of each part of this kind (`dataset_parts`), in order.
         on_error: what a reject does.
+        share: what is read, if that may be a shard or remote. A shard may hold no usable record.
     """
 
     def __init__(
-        self, prefix: str, kind: str, dtypes: Sequence[npt.DTypeLike], on_error: OnError = "stop"
+        self,
+        prefix: str,
+        kind: str,
+        dtypes: Sequence[npt.DTypeLike],
+        on_error: OnError = "stop",
+        share: Share[Any] | None = None,
     ) -> None:
-        self.prefix, self.kind = prefix, kind
-        self.rejects = RejectLog(prefix, on_error)
+        self.kind, self._share = kind, share
+        self._place = OutputPlace(prefix)
+        self.prefix = prefix = self._place.local
+        named = str if share is None else share.mirror.named
+        self.rejects = RejectLog(prefix, on_error, named)
+        sharded = share is not None and share.shard is not None
         self.writers: dict[str, IndexedWriter] = {}
         self.samples: SamplesWriter | None = None
         self.unknown_tokens = 0
-        if not Path(prefix).name or prefix.endswith(os.sep):
-            raise DataError(f"{prefix}: an output prefix needs a name after its folder")
-        check_replaceable(prefix)
-        try:
-            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{Path(prefix).parent}: {error.strerror}") from error
         with ExitStack() as undo:
+            undo.callback(self._place.close)
+            if sharded:
+                delete_left(prefix)
             undo.callback(self.rejects.abort)
             for part, dtype in zip(dataset_parts(kind), dtypes, strict=True):
-                self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype)
+                self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype, sharded)
                 undo.callback(self.writers[part].abort)
             if is_task(kind):
                 self.samples = SamplesWriter(prefix, kind)
@@ -325,14 +440,14 @@ class DatasetOutput:
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
-    def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: TextTokenizer) -> None:
+    def count_unknown(self, tokens: npt.NDArray[np.integer], tokenizer: StoredTokenizer) -> None:
         """Counts the unknown ones of token ids ``[N]`` that are stored."""
         self.unknown_tokens += int(np.count_nonzero(tokens == tokenizer.unk_id))
 
     def manifest(
         self,
         source: Mapping[str, Any],
-        tokenizer: TextTokenizer | None = None,
+        tokenizer: StoredTokenizer | None = None,
         rules: ImageRules | None = None,
         inputs: object = None,
         **known: Any,
@@ -348,7 +463,8 @@ class DatasetOutput:
 
         Raises DataError if the disk is full, or there was no usable record.
         """
-        if not any(writer.num_documents for writer in self.writers.values()):
+        shard = None if self._share is None else self._share.record()
+        if shard is None and not any(writer.num_documents for writer in self.writers.values()):
             inputs = inputs or source.get("inputs", "the input")
             names = ", ".join(map(str, inputs)) if isinstance(inputs, (list, tuple)) else inputs
             if self.rejects.passed_over:
@@ -375,6 +491,7 @@ class DatasetOutput:
             "files": files,
             "source": source,
             "rejects": self.rejects.count,
+            "shard": shard,
             "unknown_tokens": self.unknown_tokens if has_text else None,
         }
         if tokenizer is not None:
@@ -393,6 +510,10 @@ class DatasetOutput:
         The manifest of a dataset that is being replaced goes first, so that at no time a manifest
         stands beside files that are not its own.
         """
+        self._publish(manifest)
+        self._place.upload([*manifest.files, ".rejects.jsonl", ".json"])
+
+    def _publish(self, manifest: DatasetManifest) -> None:
         staged = stage_manifest(self.prefix, manifest)
         try:
             manifest_path(self.prefix).unlink(missing_ok=True)

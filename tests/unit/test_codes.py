@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import tool
 from PIL import Image
 from torch.nn import functional as F
 
@@ -302,3 +303,29 @@ class TestTokenizerCrops:
             with pytest.raises(DataError, match="bad_image.bin: image 1") as caught:
                 self.first(self.crops(prefix, workers=workers), 2)
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_shards_of_codes_become_one_file(
+    count: int, prefix: str, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also with more shards than batches. Each view is that of the image's number in the whole dataset."""
+    encode, merge = tool("encode_images"), tool("merge_datasets")
+    words = ["--images", prefix, "--image-tokenizer", str(tokenizer_folder)]
+    words += ["--views", "2", "--batch-size", "4"]
+    folder = Path(prefix).parent
+    assert encode([*words, "--output", f"{folder}/whole/p"]) == 0
+    sharded = f"{folder}/merged/p"
+    for number in range(count):
+        assert encode([*words, "--output", sharded, "--shard", f"{number}/{count}"]) == 0
+    assert merge(["--shards", f"{sharded}_codes"]) == 0
+    assert encode([*words, "--output", f"{folder}/there/p", "--num-shards", "2"]) == 0
+    for name in ("p_codes.bin", "p_codes.idx", "p_codes.json"):
+        expected = (folder / "whole" / name).read_bytes()
+        assert (folder / "merged" / name).read_bytes() == expected
+        assert (folder / "there" / name).read_bytes() == expected
+    assert len(list((folder / "there").iterdir())) == 3
+    capfd.readouterr()
+    assert encode([*words, "--output", sharded, "--shard", f"0/{count}", "--seed", "1"]) == 0
+    assert merge(["--shards", f"{sharded}_codes"]) == 1
+    assert f"shard 1/{count} is of another run" in capfd.readouterr().err

@@ -261,10 +261,13 @@ Payload = tuple[int, bytes]
 """Number of a line, row or entry, and its bytes."""
 
 
-def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
+def numbered_lines(
+    path: str, strip: bool = True, span: tuple[int, int] | None = None
+) -> Iterator[Payload | Reject]:
     """Lines with their numbers, from 1, of a file that may be compressed.
 
-    White space is taken off both ends (``strip``), so that a blank line is ``b""``; else the line end alone.
+    White space is taken off both ends (``strip``), so that a blank line is ``b""``; else the line end alone. Of a file
+    that is not compressed ``span`` are the offsets between which the lines begin; None: all.
 
     Raises DataError if the file cannot be opened, or is binary. What breaks off later is a `Reject`.
     """
@@ -272,11 +275,17 @@ def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
     number = 0
     try:
         with open_binary(path) as file:
-            while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+            place, end = 0, float("inf")
+            if span is not None:
+                number, end = _skip_lines(file, span[0]), span[1]
+                place = file.tell()
+            while place < end and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
                 number += 1
+                place += len(line)
                 if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(_SKIP_BYTES)) and not rest.endswith(b"\n"):
-                        pass
+                        place += len(rest)
+                    place += len(rest)
                     yield too_long(path, "line", number)
                     continue
                 if number == 1:
@@ -288,9 +297,31 @@ def numbered_lines(path: str, strip: bool = True) -> Iterator[Payload | Reject]:
         yield Reject(path, f"line {number + 1}", f"unreadable from here on: {error}")
 
 
-def filled_lines(path: str) -> Iterator[Payload | Reject]:
+def _skip_lines(file: IO[bytes], offset: int) -> int:
+    """Goes to the first line that begins at an offset or behind it; gives the number of lines before it."""
+    if not offset:
+        return 0
+    number, left = 0, offset - 1
+    while left and (block := file.read(min(left, _READ_BUFFER))):
+        number += block.count(b"\n")
+        left -= len(block)
+    # The line that the byte before the offset belongs to is that of an earlier span.
+    while (rest := file.readline(_SKIP_BYTES)) and not rest.endswith(b"\n"):
+        pass
+    return number + 1
+
+
+def filled_lines(path: str, span: tuple[int, int] | None = None) -> Iterator[Payload | Reject]:
     """`numbered_lines` without the blank ones."""
-    return (item for item in numbered_lines(path) if isinstance(item, Reject) or item[1])
+    lines = numbered_lines(path, span=span)
+    return (item for item in lines if isinstance(item, Reject) or item[1])
+
+
+def is_compressed(path: str) -> bool:
+    """Whether `open_binary` decompresses a file. Raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return any(magic.match(head) for magic in _COMPRESSIONS.values())
 
 
 def too_long(path: str, unit: str, number: int, why: str = "") -> Reject:

@@ -32,6 +32,8 @@ from megatron_vlmoe.prepare.readers.records import (
     is_tar,
     walk_files,
 )
+from megatron_vlmoe.prepare.remote import Mirror, is_remote, is_remote_folder, remote_files
+from megatron_vlmoe.prepare.shards import Part
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """How gzip, bzip2 and xz files begin."""
@@ -70,19 +72,56 @@ def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | Passed
     for path in inputs:
         if os.path.isdir(path):
             for file in walk_files(path):
-                if is_tar(file):
-                    yield from _tar_images(file)
-                else:
-                    yield as_image(ImageFile(path, os.path.relpath(file, path), file), file)
-        elif is_tar(path):
-            yield from _tar_images(path)
-        elif is_image_file(ImageFile(path, "", path), path):
-            yield ImageFile(path, "", path)
+                yield from _file_images(file, path, file)
         else:
-            raise DataError(
-                f"{path}: neither a folder, a tar nor an image (unpack other archives; write the "
-                "images of tables as files)"
-            )
+            yield from _file_images(path, path, path)
+
+
+def _file_images(file: str, given: str, name: str) -> Iterator[ImageFile | Reject | PassedOver]:
+    """The images of a tar, or the file itself.
+
+    ``name`` is what the user calls it, and ``given`` the input: the same, or a folder above.
+    """
+    if is_tar(file):
+        yield from _tar_images(file)
+    elif name != given:
+        below = os.path.relpath(name, given)
+        yield as_image(ImageFile(given, below, file), file)
+    elif is_image_file(ImageFile(file, "", file), file):
+        yield ImageFile(file, "", file)
+    else:
+        raise DataError(
+            f"{file}: neither a folder, a tar nor an image (unpack other archives; write the "
+            "images of tables as files)"
+        )
+
+
+_LOOSE_IMAGE_BYTES = 1 << 17
+"""Weight of a file in a folder that is no tar, whose size would take a look at each."""
+
+
+def image_parts(
+    inputs: tuple[str, ...], mirror: Mirror
+) -> Iterator[Part[ImageFile | Reject | PassedOver]]:
+    """What `read_images` reads, as parts: each tar and each other file. Raises DataError if an input is not there."""
+    for given in inputs:
+        files: Iterator[str] = iter((given,))
+        if is_remote(given):
+            if is_remote_folder(given):
+                files = (file for file, _ in remote_files(given))
+        else:
+            check_inputs((given,))
+            if os.path.isdir(given):
+                files = walk_files(given)
+        for file in files:
+
+            def read(
+                span: tuple[int, int] | None, file: str = file, given: str = given
+            ) -> Iterator[ImageFile | Reject | PassedOver]:
+                return _file_images(mirror.local(file), given, file)
+
+            whole = is_tar(file) or file == given
+            yield Part(file, mirror.weight_of(file) if whole else _LOOSE_IMAGE_BYTES, read)
 
 
 def _tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:

@@ -60,6 +60,7 @@ from megatron_vlmoe.prepare.readers.pairs import (
     read_records,
     read_sample_files,
     read_webdataset,
+    tars_of,
 )
 from megatron_vlmoe.prepare.readers.records import (
     CaptionedImage,
@@ -74,6 +75,8 @@ from megatron_vlmoe.prepare.readers.records import (
     walk_files,
 )
 from megatron_vlmoe.prepare.readers.tables import table_format
+from megatron_vlmoe.prepare.remote import Mirror, is_remote, is_remote_folder, remote_files
+from megatron_vlmoe.prepare.shards import Part
 
 _OTHER_DOWNLOADS = (
     "; a list of --format sbu or cc3m also finds files that are named as the last part of "
@@ -556,6 +559,61 @@ def _kind_of_object(content: dict[str, Any]) -> str | None:
         karpathy = isinstance(first, dict) and "sentences" in first
         return "karpathy" if karpathy else "coco"
     return "sbu" if "image_urls" in content else None
+
+
+def remote_format(source: PairInput, mirror: Mirror) -> PairInput:
+    """`with_format` of inputs that may be remote, of which the first is looked at. Raises DataError."""
+    remote = [path for path in (*source.annotations, source.images or "") if is_remote(path)]
+    if not remote:
+        return with_format(source)
+    if source.format == "auto":
+        first = source.inputs[0]
+        if is_remote(first) and is_remote_folder(first):
+            raise DataError(f"{first}: a remote folder: give its --format, webdataset or files")
+        looked_at = dataclasses.replace(source, annotations=(mirror.local(first),))
+        with mirror.naming():
+            source = dataclasses.replace(source, format=with_format(looked_at).format)
+    check_options(source)
+    if source.images in remote and PAIR_FORMATS[source.format].lists:
+        raise DataError(
+            f"{source.images}: --format {source.format} reads images from a local folder: fetch it, or make "
+            "tars (webdataset) or tables (parquet) that hold the images"
+        )
+    return source
+
+
+def pair_parts(source: PairInput, mirror: Mirror) -> Iterator[Part[PairItem | PassedOver]]:
+    """What `read_pairs` reads of a known format, as parts: tars, folders of samples or annotation files. Raises
+    DataError.
+    """
+    for path in tars_of(source) if source.format == "webdataset" else source.inputs:
+        unmet: dict[str, str] = {}
+        images = source.images if PAIR_FORMATS[source.format].lists else None
+
+        def read(
+            span: tuple[int, int] | None,
+            path: str = path,
+            images: str | None = images,
+            unmet: dict[str, str] = unmet,
+        ) -> Iterator[PairItem | PassedOver]:
+            own = (mirror.local(path),)
+            return read_pairs(
+                dataclasses.replace(source, annotations=own, images=images, unmet=unmet)
+            )
+
+        if source.format == "files":
+            weight = _folder_weight(path)
+        else:
+            weight = mirror.weight_of(path)
+        yield Part(path, weight, read, unmet=unmet)
+
+
+def _folder_weight(folder: str) -> int:
+    if is_remote(folder):
+        return max(sum(size for _, size in remote_files(folder)), 1)
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: not a folder; --format files reads folders of samples")
+    return max(sum(1 for _ in walk_files(folder)), 1)
 
 
 def read_pairs(source: PairInput) -> Iterator[PairItem | PassedOver]:

@@ -24,7 +24,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -61,6 +61,7 @@ from megatron_vlmoe.prepare.readers.records import (
     walk_files,
 )
 from megatron_vlmoe.prepare.readers.tables import column_names, table_rows
+from megatron_vlmoe.prepare.remote import is_remote, is_remote_folder, remote_files
 from megatron_vlmoe.runtime.json_files import parse_json
 
 DEFAULT_SPLITS = ("train", "restval")
@@ -86,6 +87,7 @@ class PairInput:
         caption_key: for these and ``webdataset`` JSON the one of the caption or captions.
         split_key: for these the one of the split.
         separator: for ``csv`` what separates the columns; None: what the first line has.
+        unmet: takes the error, by what is missing, where only a part of the input is read; None: it is raised.
     """
 
     format: str
@@ -96,6 +98,7 @@ class PairInput:
     caption_key: str | None = None
     split_key: str = SPLIT_KEY
     separator: str | None = None
+    unmet: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -219,7 +222,10 @@ class PairItems:
         has = f"it has {', '.join(sorted(self._seen))}" if self._seen else "none is named"
         choose = "" if given else ": choose with --split"
         source = self._source.annotations[0]
-        raise DataError(f"{source}: no image of split {', '.join(absent)}; {has}{choose}")
+        message = f"{source}: no image of split {', '.join(absent)}; {has}{choose}"
+        if self._source.unmet is None:
+            raise DataError(message)
+        self._source.unmet.update({f"split {split}": message for split in absent})
 
 
 IMAGE_KEYS = (
@@ -381,25 +387,32 @@ def _token_rows(path: str) -> Iterator[CaptionRow | Reject]:
             yield Reject(path, f"line {item[0]}", "not NAME#NUMBER, tab, caption")
 
 
+def tars_of(source: PairInput) -> list[str]:
+    """The tars of ``webdataset``, and those in its folders. Raises DataError if there is none."""
+    tars = []
+    for given in source.inputs:
+        if is_remote(given) and is_remote_folder(given):
+            tars += [file for file, _ in remote_files(given) if is_tar(file)]
+        else:
+            tars += filter(is_tar, walk_files(given)) if os.path.isdir(given) else (given,)
+    if not tars:
+        raise DataError(f"no tar in {', '.join(source.inputs) or '--annotations'}")
+    return tars
+
+
 def read_webdataset(source: PairInput) -> Iterator[PairItem | PassedOver]:
     """Yields the samples of all tars in order, and of those in folders. Raises DataError if there is no tar."""
     check_inputs(source.inputs)
-    tars = [
-        path
-        for given in source.inputs
-        for path in (filter(is_tar, walk_files(given)) if os.path.isdir(given) else (given,))
-    ]
-    if not tars:
-        raise DataError(f"no tar in {', '.join(source.inputs) or '--annotations'}")
-    keys = _CaptionKeys(source.caption_key)
+    tars = tars_of(source)
+    keys = _CaptionKeys(source)
     for tar in tars:
         yield from _samples(tar, tar_members(tar), keys)
-    keys.finish(source.inputs)
+    keys.finish()
 
 
 def read_sample_files(source: PairInput) -> Iterator[PairItem | PassedOver]:
     """Yields the samples of folders in sorted order. Raises DataError if one is none."""
-    keys = _CaptionKeys(source.caption_key)
+    keys = _CaptionKeys(source)
     for folder in source.inputs:
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: not a folder; --format files reads folders of samples")
@@ -410,14 +423,15 @@ def read_sample_files(source: PairInput) -> Iterator[PairItem | PassedOver]:
             if not file.endswith(("_stats.json", ".parquet", ".tar"))
         )
         yield from _samples(folder, members, keys)
-    keys.finish(source.inputs)
+    keys.finish()
 
 
 class _CaptionKeys:
     """The key of captions in ``.json`` files: the one that was asked for, or the usual ones."""
 
-    def __init__(self, wanted: str | None) -> None:
-        self.wanted = wanted
+    def __init__(self, source: PairInput) -> None:
+        self.wanted = source.caption_key
+        self._source = source
         self._found = False
 
     def captions(self, content: str) -> tuple[object, ...]:
@@ -427,10 +441,14 @@ class _CaptionKeys:
         self._found = self._found or key is not None
         return as_captions(value[key]) if key is not None else ()
 
-    def finish(self, inputs: Sequence[str]) -> None:
+    def finish(self) -> None:
         """Raises DataError if no sample had the key that was asked for."""
         if self.wanted and not self._found:
-            raise DataError(f"{', '.join(inputs)}: no .json has the key {self.wanted!r}")
+            inputs = ", ".join(self._source.inputs)
+            message = f"{inputs}: no .json has the key {self.wanted!r}"
+            if self._source.unmet is None:
+                raise DataError(message)
+            self._source.unmet["caption key"] = message
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from megatron_vlmoe.prepare.readers.files import (
     TextFormat,
     file_kind,
     filled_lines,
+    is_compressed,
     json_rows,
     load_json,
     numbered_lines,
@@ -41,6 +42,8 @@ from megatron_vlmoe.prepare.readers.records import (
     decoded,
 )
 from megatron_vlmoe.prepare.readers.tables import ColumnKind, column_names, read_columns
+from megatron_vlmoe.prepare.remote import Mirror
+from megatron_vlmoe.prepare.shards import Part
 from megatron_vlmoe.runtime.json_files import parse_json
 
 _BLOCK_BYTES = 1 << 17
@@ -65,6 +68,16 @@ class TextInput:
     format: TextFormat = "auto"
     text_key: str = "text"
     documents: str = "line"
+    span: tuple[int, int] | None = None
+    """Offsets between which the lines of the only file begin (`has_lines`); None: all of each file."""
+
+
+def has_lines(source: TextInput, path: str) -> bool:
+    """Whether each line of a file is a document, at an offset that can be gone to. Raises DataError or OSError."""
+    if source.documents.startswith("lines:") or is_compressed(path):
+        return False
+    kind = file_kind(path, source.format)
+    return kind == "jsonl" or (kind == "text" and source.documents == "line")
 
 
 def lines_of_document(documents: str) -> int:
@@ -105,12 +118,26 @@ def read_text(source: TextInput) -> Iterator[TextBlock | Reject]:
             cells = read_column(path, (key,))
             items = (c if isinstance(c, Reject) else (c[0], c[1].encode()) for c in cells)
         elif kind == "jsonl":
-            json_key, items = key, filled_lines(path)
+            json_key, items = key, filled_lines(path, source.span)
         elif source.documents == "blank-line":
             items = _watched(path, _paragraph_documents(path))
         else:
-            items = _watched(path, filled_lines(path))
+            items = _watched(path, filled_lines(path, source.span))
         yield from _blocks(path, unit, json_key, items, join)
+
+
+def text_parts(source: TextInput, mirror: Mirror) -> Iterator[Part[TextBlock | Reject]]:
+    """The files of `read_text`, as parts. Raises DataError if one is not there, or is a pipe."""
+    lines_of_document(source.documents)
+    for name in source.files:
+
+        def read(span: tuple[int, int] | None, name: str = name) -> Iterator[TextBlock | Reject]:
+            return read_text(replace(source, files=(mirror.local(name),), span=span))
+
+        def has_offsets(name: str = name) -> bool:
+            return has_lines(source, mirror.local(name))
+
+        yield Part(name, mirror.weight_of(name), read, has_offsets)
 
 
 class TextDocument(NamedTuple):
