@@ -83,8 +83,10 @@ class ContentSaver:
         )
         if not in_background or request.async_fn is None or device().type != "cpu":
             return request
-        # megatron-core's function with the transforms of what is written as its first argument.
-        return request._replace(async_fn=_ForkedWriter(request.async_fn.args[0], not_written))
+        # megatron-core's function has the transforms of what is written as its first argument. There is nothing to copy
+        # to the host.
+        writer = _ForkedWriter(request.async_fn.args[0], not_written)
+        return request._replace(async_fn=writer, preload_fn=None)
 
 
 def _planning_strategy() -> Strategy:
