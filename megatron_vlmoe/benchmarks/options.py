@@ -94,6 +94,7 @@ class CheckpointOptions:
         presets: models, one case each.
         words: more options of `pretrain` for each, as on its command line.
         folder: where checkpoints are written; empty for the system's folder for temporary files.
+        step_seconds: arithmetic between a background save and the next update, as a forward and backward pass is.
         rounds: turns of each contender.
         turn_seconds: length of a turn.
     """
@@ -101,6 +102,7 @@ class CheckpointOptions:
     presets: tuple[str, ...] = ("small-8e",)
     words: tuple[str, ...] = ("--model.vocab_size", "64000", "--model.visual_vocab_size", "8192")
     folder: str = ""
+    step_seconds: float = 4.0
     rounds: int = 5
     turn_seconds: float = 2.0
 

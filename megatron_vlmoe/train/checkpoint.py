@@ -22,12 +22,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
@@ -45,6 +43,7 @@ from megatron_vlmoe.runtime.distributed import (
     union_over_ranks,
 )
 from megatron_vlmoe.runtime.files import publish_folder, write_text_atomic
+from megatron_vlmoe.runtime.optimizer_state import install_state_views
 from megatron_vlmoe.runtime.results_queue import install_results_queue
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
@@ -59,6 +58,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     one_line,
     stored_format,
 )
+from megatron_vlmoe.train.checkpoint_writing import ContentSaver
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
@@ -101,9 +101,11 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, keep_last: int, async_save: bool) -> None:
         install_results_queue()
+        install_state_views()
         self.root = root
         self.keep_last = keep_last
         self.queue = AsyncCallsQueue() if async_save else None
+        self.saver = ContentSaver()
         self.pending = 0  # step of the last background save
 
     def save(
@@ -165,16 +167,12 @@ class CheckpointWriter:
 
         request: Any = None
         try:
-            request = dist_checkpointing.save(
+            request = self.saver.save(
                 content,
-                str(temporary),
-                # What data-parallel ranks hold in common is divided among them, where rank 0 would write it all.
-                FullyParallelSaveStrategyWrapper(
-                    get_default_save_sharded_strategy(),
-                    parallel_state.get_data_parallel_group(with_context_parallel=True),
-                ),
-                async_sharded_save=self.queue is not None,
-                content_metadata=content_metadata(optimizer_format),
+                temporary,
+                content_metadata(optimizer_format),
+                in_background=self.queue is not None,
+                not_written=_gradients(parts),
             )
         except (Exception, CheckpointException) as error:
             problem = one_line(error)
@@ -530,6 +528,14 @@ def sharded_content(
             _clear_gaps(content["optimizer"])
         content["scheduler"] = parts.scheduler.state_dict()
     return content
+
+
+def _gradients(parts: ModelParts) -> list[torch.Tensor]:
+    """The buffers of all gradients of this rank."""
+    if not isinstance(parts, TrainingParts):
+        return []
+    buffers = [b for c in parts.wrapped for b in (*c.buffers, *c.expert_parallel_buffers)]
+    return [buffer.grad_data for buffer in buffers if buffer.grad_data is not None]
 
 
 def _clear_gaps(state: Mapping[Any, Any]) -> None:

@@ -21,6 +21,7 @@ from megatron_vlmoe.runtime.distributed import (
     is_rank_zero,
 )
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.memory import settled_objects
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_files import (
@@ -92,15 +93,16 @@ class Trainer:
         watch = ExitWatch(self.config.train)
         profiler = StepProfiler(self.config, self.ranks.rank)
         try:
-            if self.state.step == 0:
-                if self.config.train.eval_steps > 0 and self.objective.evaluates_at_start:
-                    self._write(0, self._evaluate())
-                if self.config.checkpoint.save_initial:
-                    self._save()
-            reason = self._loop(watch, profiler)
-            self._save(is_last=True)
-            if self.writer is not None:
-                self.writer.close()
+            with settled_objects():
+                if self.state.step == 0:
+                    if self.config.train.eval_steps > 0 and self.objective.evaluates_at_start:
+                        self._write(0, self._evaluate())
+                    if self.config.checkpoint.save_initial:
+                        self._save()
+                reason = self._loop(watch, profiler)
+                self._save(is_last=True)
+                if self.writer is not None:
+                    self.writer.close()
             # Also by a signal that came while the last checkpoint was written.
             self.is_interrupted = watch.is_asked()
         finally:

@@ -14,8 +14,10 @@ from training_runs import (
     load_and_go_on,
     load_every_way,
     merge,
+    overwrite_behind_saves,
     save_and_go_on,
     save_in_both_formats,
+    state_both_ways,
     trainer_run,
 )
 
@@ -447,3 +449,34 @@ def test_background_save_resumes_equal(workers: Workers, tmp_path: Path) -> None
     assert metrics(tmp_path / "background") == metrics(tmp_path / "plain")
     names = ["iter_0000002", "iter_0000003", "iter_0000004"]
     assert checkpoints(tmp_path / "background") == names
+
+
+@pytest.mark.parametrize("where", [ONE, layout(4, tp=2, ep=2)], ids=["one-process", "tp2-ep2"])
+def test_a_background_save_has_the_bits_of_its_moment(
+    where: Layout, workers: Workers, tmp_path: Path
+) -> None:
+    options = FEW if where.world > 1 else ("--train.precision", "bf16")
+    # Threads that the forked process waited for would hold it up for ever.
+    for saves in workers.run(where, overwrite_behind_saves, where, options, str(tmp_path)):
+        for number, (saved, loaded) in enumerate(saves):
+            assert_identical(loaded, saved, f"state of save {number}")
+
+
+@pytest.mark.parametrize(
+    "where, options, is_own",
+    [
+        (ONE, ("--parallel.overlap_grad_reduce", "true"), True),
+        (ONE, ("--train.precision", "bf16"), True),
+        # Of the experts, each rank has those that no other one has.
+        (layout(2, ep=2), FEW, True),
+        (layout(2), FEW, False),
+    ],
+    ids=["one-process", "bf16", "ep2", "dp2"],
+)
+def test_state_that_is_not_gathered_is_what_would_be_gathered(
+    where: Layout, options: tuple[str, ...], is_own: bool, workers: Workers
+) -> None:
+    for gathered, views, number in workers.run(where, state_both_ways, where, options):
+        assert views.keys() == gathered.keys()
+        assert not [key for key in gathered if views[key] != gathered[key]]
+        assert (number > 0) == is_own

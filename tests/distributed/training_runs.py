@@ -471,3 +471,102 @@ def load_every_way(where: Layout, arguments: tuple[str, ...], folder: str) -> di
                 "refused": refused,
             }
     return found
+
+
+def overwrite_behind_saves(
+    where: Layout, arguments: tuple[str, ...], folder: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Saves in the background, in one format after the other, and overwrites all that was saved as soon as it may.
+
+    torch works on two threads, as it has done before the processes that write are forked.
+
+    Returns:
+        Of every save weights and optimizer state by name, as they were then and as they were loaded.
+    """
+    from megatron_vlmoe.train.checkpoint import CheckpointWriter, load_checkpoint
+    from megatron_vlmoe.train.checkpoint_files import TrainState
+
+    recorder = Recorder(start(where, *arguments))
+    parts = recorder.parts
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).mul_(2.0)
+    recorder.step()
+    writer = CheckpointWriter(Path(folder), 0, async_save=True)
+
+    def state() -> dict[str, Any]:
+        arrays = {k: v for k, v in optimizer_shards(parts).items() if "param_groups" not in k}
+        for key, pieces in shards(parts).items():
+            arrays |= {f"{key} {offset}": piece for _, offset, piece in pieces}
+        return arrays
+
+    found = []
+    for step, form in enumerate((*FORMATS, *FORMATS, FORMATS[0]), start=1):
+        config = recorder.config
+        config = replace(config, checkpoint=replace(config.checkpoint, optimizer_format=form))
+        number = float(step)
+        recorder.step()
+        saved = state()
+        writer.save(TrainState(step=step), config, parts)
+        _overwrite(parts, number)
+        writer.finish()
+        assert load_checkpoint(writer.root / f"iter_{step:07d}", config, parts).step == step
+        found.append((saved, state()))
+    writer.close()
+    return found
+
+
+def _overwrite(parts: Any, number: float) -> None:
+    """Puts a number everywhere: weights, gradients, state of the optimizer."""
+    tensors = [value for chunk in parts.chunks for value in chunk.parameters()]
+    tensors += [p.main_grad for chunk in parts.chunks for p in chunk.parameters()]
+    for optimizer in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+        for group in optimizer.optimizer.param_groups:
+            tensors += group["params"]
+        for state in optimizer.optimizer.state.values():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.fill_(number)
+
+
+def state_both_ways(
+    where: Layout, arguments: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """What a checkpoint has of the optimizer, as megatron-core gathers it and without that.
+
+    Returns:
+        By key and offset all that a shard says of itself, and its bytes; of each way. Last, how many tensors are views
+        of the optimizer's own memory.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from megatron_vlmoe.runtime.optimizer_state import install_state_views
+    from megatron_vlmoe.train.checkpoint import sharded_content
+
+    recorder = Recorder(start(where, *arguments))
+    for _ in range(2):
+        recorder.step()
+    install_state_views()
+    views = DistributedOptimizer.get_parameter_state_dp_zero
+    gathered = views.__wrapped__
+    own = {
+        value.untyped_storage().data_ptr()
+        for optimizer in recorder.parts.optimizer.chained_optimizers
+        for state in optimizer.optimizer.state.values()
+        for value in state.values()
+    }
+    found: list[dict[str, Any]] = []
+    number = 0
+    for way in (gathered, views):
+        with mock.patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", way):
+            content = sharded_content(recorder.parts, is_loading=False, with_optimizer=True)
+        found.append({})
+        for value in nested_values(content["optimizer"]):
+            if isinstance(value, ShardedTensor):
+                about = {name: item for name, item in vars(value).items() if name != "data"}
+                key = f"{value.key} {value.global_offset}"
+                found[-1][key] = (str(about), value.data.detach().numpy().tobytes())
+                number += value.data.untyped_storage().data_ptr() in own
+    return found[0], found[1], number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,17 @@ def test_another_file_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.process
 def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
     words = (*SMALL, "--model.vocab_size", "300", "--model.visual_vocab_size", "200")
-    options = CheckpointOptions(("tiny-8e",), words, str(tmp_path), rounds=1, turn_seconds=0.0)
+    options = CheckpointOptions(
+        ("tiny-8e",), words, str(tmp_path), step_seconds=0.01, rounds=1, turn_seconds=0.0
+    )
     saving, loading = checkpoint.run(options)
     found = measured(saving)
-    assert list(found) == ["torch_save", "torch_save_synced", "ours", "ours_async"]
-    assert found["ours_async"].note.startswith("complete after")
+    background = ["ours_async", "ours_async_updated_at_once"]
+    assert list(found) == ["torch_save", "torch_save_synced", "ours", *background]
+    for name in background:
+        assert list(found[name].phases_ms) == ["stall", "page_copies"]
+        assert re.match(r"\d+\.\d{3} of ours", found[name].note)
+    assert "complete after" in found["ours_async_updated_at_once"].note
     assert list(measured(loading)) == ["torch_load", "ours"]
     assert not list(tmp_path.iterdir())
 
