@@ -3,6 +3,7 @@
 #   NNODES=1 NODE_RANK=0 MASTER_ADDR MASTER_PORT=29500     the same on every node but for NODE_RANK
 #   GPUS_PER_NODE               processes per node (NPROC is the same); unset: the GPUs found, or 1
 #   TP=1 PP=1                   tensor- and pipeline-parallel size
+#   PREFLIGHT=1                 looks at data, checkpoint, disk, GPUs and network first (vlmoe check), and stops at an error
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -109,5 +110,8 @@ start_workers() {
         previous="$argument"
     done
     [ "$tensor" = 1 ] || export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    if [ -n "${PREFLIGHT:-}" ]; then
+        launch "${launcher[@]}" --nproc-per-node "$GPUS_PER_NODE" -m megatron_vlmoe check "$@" || return
+    fi
     launch "${launcher[@]}" --nproc-per-node "$GPUS_PER_NODE" -m megatron_vlmoe "$@"
 }
