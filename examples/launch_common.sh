@@ -6,6 +6,7 @@
 #   MAX_RESTARTS=0              how often torchrun starts all processes again when one fails; they go on from the last checkpoint
 #   WAIT_MINUTES=10             how long nodes wait for one another: for torchrun, or for a sign that node 0 prepares data
 #   PREPARE=first               node 0 prepares data for all; every: each node does, for disks of their own
+#   PREFLIGHT=1                 looks at data, checkpoint, disk, GPUs and network first (vlmoe check), and stops at an error
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -146,6 +147,9 @@ start_workers() {
     [ "$tensor" = 1 ] || export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     # Else processes that are started again would meet in the store of those before them, and may wait for these for ever.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-    launcher+=(--max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$GPUS_PER_NODE")
-    launch "${launcher[@]}" -m megatron_vlmoe "$@"
+    launcher+=(--nproc-per-node "$GPUS_PER_NODE")
+    if [ -n "${PREFLIGHT:-}" ]; then
+        launch "${launcher[@]}" -m megatron_vlmoe check "$@" || return
+    fi
+    launch "${launcher[@]}" --max-restarts "${MAX_RESTARTS:-0}" -m megatron_vlmoe "$@"
 }

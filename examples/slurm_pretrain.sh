@@ -42,6 +42,9 @@ export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 # srun does not take over the cores per task that sbatch was asked for (Slurm 22.05 and later).
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
 
+# Reads all data and the last checkpoint, and tries disk, GPUs and network of all nodes, before a run is started:
+# export PREFLIGHT=1
+
 LIMIT_NEAR=0
 # Each task is the launcher itself, so that signals reach it; SLURM_NODEID is the number of its node.
 srun --kill-on-bad-exit=1 --export=ALL \

@@ -41,6 +41,9 @@ COMMANDS = {
     "check-options": _train(
         "pretrain:check_options", "find wrong options of a training command, before torchrun"
     ),
+    "check": _train(
+        "check:main", "check data, checkpoint, disk, GPUs and network before a run is started"
+    ),
     "predict": _train("predict:main", "ask a fine-tuned checkpoint", cleans_up=False),
     "index-text": _data("index_text:main", "tokenize text files into a dataset"),
     "index-images": _data("index_images:main", "put images into a dataset"),

@@ -242,6 +242,8 @@ class DataConfig:
         prefetch: batches that each worker prepares ahead.
         cache_dir: folder in which the processes of a machine share tables of the order of large datasets; empty for one
             in the system's folder for temporary files.
+        verify: how datasets are compared with their manifests at the start: `sizes` of files, or `full`, which reads
+            them all and compares their SHA-256.
     """
 
     text: tuple[str, ...] = ()
@@ -272,6 +274,7 @@ class DataConfig:
     num_workers: int = -1
     prefetch: int = 2
     cache_dir: str = ""
+    verify: Literal["sizes", "full"] = "sizes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,6 +420,9 @@ class CheckpointConfig:
             data-parallel ranks. `auto` is the latter, and the former for the last checkpoint, also of a clean exit.
         parallel_load: every data-parallel rank reads its share and sends it to the others, in place of all of them
             reading everything.
+        verify: compares every file of a checkpoint with its SHA-256 before it is loaded.
+        on_damage: what a run does whose own last checkpoint is damaged: `stop` with an error, or go on from the
+            newest `previous` one that is not.
     """
 
     save: str = ""
@@ -430,6 +436,8 @@ class CheckpointConfig:
     require: bool = False
     optimizer_format: Literal["fully_reshardable", "dp_reshardable", "auto"] = "fully_reshardable"
     parallel_load: bool = False
+    verify: bool = True
+    on_damage: Literal["stop", "previous"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)

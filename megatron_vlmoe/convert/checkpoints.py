@@ -32,6 +32,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
+from megatron_vlmoe.runtime.sums import file_sha256
 from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
     TRACKER,
@@ -44,6 +45,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     one_line,
     stored_format,
 )
+from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE, check_files, write_sums
 
 COMMON_FILE = "common.pt"
 
@@ -54,23 +56,24 @@ class CheckpointReader:
     Args:
         location: run, checkpoint or iteration folder. Of a fine-tuning run it is the best checkpoint where there is
             one, else the last.
+        verify: compares all its files with their sums first.
 
     Raises:
         ConvertError: there is no checkpoint, it is damaged, or it is not of this project.
     """
 
-    def __init__(self, location: str | Path) -> None:
+    def __init__(self, location: str | Path, verify: bool = True) -> None:
         self.path = resolve_checkpoint(location)
+        if verify:
+            with conversion_errors():
+                check_files(self.path, self._read_common)
         self._reader = _CachingReader(str(self.path))
         try:
             metadata = self._reader.read_metadata()
         except (Exception, CheckpointException) as error:
             raise ConvertError(f"{self.path}: no readable .metadata ({one_line(error)})") from None
         file = self.path / COMMON_FILE
-        try:
-            self.common = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
+        self.common = self._read_common()
         fields = {"config", "train_state"}
         if not isinstance(self.common, dict) or not fields <= self.common.keys():
             raise ConvertError(f"{file}: not of a checkpoint of this project")
@@ -95,6 +98,14 @@ class CheckpointReader:
         self.optimizer_format = stored_format(self.common)
         self.num_shards = {key: len(entry.chunks) for key, entry in self._entries.items()}
         """Pieces in which each tensor was written."""
+
+    def _read_common(self) -> dict[str, Any]:
+        file = self.path / COMMON_FILE
+        try:
+            common: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
+        return common
 
     @property
     def train_state(self) -> TrainState:
@@ -195,12 +206,15 @@ def write_checkpoint(
         "train_state": dataclasses.asdict(state),
         "config": dataclasses.asdict(config),
         "content_metadata": dict(CONTENT_METADATA),
+        NOTE: SUMS_FILE,
     }
     try:
         with folder_atomic(target) as temporary:
             _write_tensors(temporary, tensors, config)
             torch.save(common, temporary / COMMON_FILE)
             (temporary / MARKER_FILE).write_text(json.dumps(MARKER))
+            files = [path for path in temporary.iterdir() if path.is_file()]
+            write_sums(temporary, {path.name: file_sha256(path) for path in files})
         write_text_atomic(root / TRACKER, f"{state.step}\n")
     except (ConvertError, FileError):
         raise

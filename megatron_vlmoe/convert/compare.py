@@ -84,9 +84,13 @@ def compare_checkpoints(
     """Compares run, checkpoint, iteration or Hugging Face folders, with the optimizer state only if asked for.
 
     Raises:
-        ConvertError: one of them is not there or cannot be read.
+        ConvertError: one of them is not there, cannot be read, or has a damaged file.
     """
     first, second = open_source(left), open_source(right)
+    for source in (first, second):
+        for problem in source.problems:
+            if source.reader is not None and problem.kind == "checksum":
+                raise ConvertError(f"{source.path / problem.name}: damaged: {problem.detail}")
     readers = [source.reader for source in (first, second) if source.reader is not None]
     formats = [reader.optimizer_format for reader in readers if reader.optimizer_tensors]
     if with_optimizer and len(set(formats)) > 1:

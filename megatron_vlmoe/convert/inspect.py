@@ -18,10 +18,10 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.config.errors import CheckpointError, ConvertError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
-from megatron_vlmoe.convert.checkpoints import CheckpointReader
+from megatron_vlmoe.convert.checkpoints import CheckpointReader, resolve_checkpoint
 from megatron_vlmoe.convert.hf_config import import_config, read_config
 from megatron_vlmoe.convert.name_table import VocabularyRows, name_table
 from megatron_vlmoe.convert.statistics import Measure, mean_cosine, measure, row_digests, row_norms
@@ -34,8 +34,10 @@ from megatron_vlmoe.planning.parameters import (
     part_of,
     part_order,
 )
+from megatron_vlmoe.runtime.sums import differing_files
 from megatron_vlmoe.stream.block_plan import block_plans, moe_layer_numbers
 from megatron_vlmoe.train.checkpoint_files import FULLY_RESHARDABLE, is_optimizer_key
+from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE, read_sums
 from megatron_vlmoe.train.run_files import is_hugging_face
 
 _POOL = re.compile(
@@ -50,7 +52,8 @@ _FILE_RANK = re.compile(r"__(\d+)_\d+\.distcp$")
 class Problem:
     """Something that is wrong with what a checkpoint holds, in a few words.
 
-    Its kind is `missing`, `unexpected`, `shape`, `not finite` or `checksum`; its name that of the tensor or file.
+    Its kind is `missing`, `unexpected`, `shape`, `not finite`, `not readable` or `checksum`; its name that of the
+    tensor or file.
     """
 
     kind: str
@@ -69,6 +72,7 @@ class TensorSource:
         problems: what does not go with the configuration.
         reader: of a checkpoint; None for a Hugging Face folder.
         stored: of a Hugging Face folder, the tensors in the files that make a key's.
+        has_sums: whether every file of a checkpoint has a sum; earlier versions wrote none.
     """
 
     path: Path
@@ -78,6 +82,7 @@ class TensorSource:
     problems: tuple[Problem, ...]
     reader: Optional[CheckpointReader] = None
     stored: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+    has_sums: bool = True
 
     def without_padding(self) -> dict[str, LazyTensor]:
         """The tensors with zeros in the rows that only fill a vocabulary up, which do not travel with an export.
@@ -111,14 +116,46 @@ def open_source(location: str | Path) -> TensorSource:
         raise ConvertError(f"{folder}: no such folder")
     if is_hugging_face(folder):
         return _hugging_face(folder)
-    reader = CheckpointReader(folder)
+    path = resolve_checkpoint(folder)
+    damaged, has_sums = _damaged_files(path)
+    try:
+        reader = CheckpointReader(path, verify=False)
+        if not has_sums and not damaged and reader.common.get(NOTE):
+            damaged = [
+                Problem("missing", SUMS_FILE, "not there; it was written with the checkpoint")
+            ]
+    except ConvertError as error:
+        why = [ConvertError(f"{path / problem.name}: {problem.detail}") for problem in damaged]
+        raise (why or [error])[0] from None
     wanted = checkpoint_shapes(reader.config)
-    problems = (*_differences(reader.tensors, wanted), *_optimizer_problems(reader, wanted))
+    problems = (
+        *damaged,
+        *_differences(reader.tensors, wanted),
+        *_optimizer_problems(reader, wanted),
+    )
     # In the order of the model, then what it does not know.
     tensors = {key: reader.tensors[key] for key in wanted if key in reader.tensors} | reader.tensors
     return TensorSource(
-        reader.path, reader.config, tensors, reader.optimizer_tensors, problems, reader
+        reader.path,
+        reader.config,
+        tensors,
+        reader.optimizer_tensors,
+        problems,
+        reader,
+        has_sums=has_sums,
     )
+
+
+def _damaged_files(path: Path) -> tuple[list[Problem], bool]:
+    """The files that are not as SHA256SUMS says, and whether there is one."""
+    try:
+        sums = read_sums(path)
+    except CheckpointError as error:
+        return [
+            Problem("checksum", SUMS_FILE, str(error).removeprefix(f"{path / SUMS_FILE}: "))
+        ], True
+    flaws = differing_files({path / name: digest for name, digest in (sums or {}).items()})
+    return [Problem("checksum", file.name, reason) for file, reason in flaws], sums is not None
 
 
 def _differences(
@@ -251,6 +288,7 @@ class Written:
         attention_pieces: pieces of a tensor-parallel matrix: the tensor-parallel size that wrote it.
         expert_pieces: pieces of a pool of experts: the expert-parallel size; 0 without experts.
         parallel: the layout that the configuration notes.
+        has_sums: whether every file has a sum to verify it by.
     """
 
     files: int
@@ -259,6 +297,7 @@ class Written:
     attention_pieces: int
     expert_pieces: int
     parallel: Mapping[str, Any]
+    has_sums: bool
 
 
 @dataclass(frozen=True)
@@ -302,7 +341,14 @@ def inspect_checkpoint(location: str | Path) -> Inspection:
     digests: dict[tuple[int, str], list[tuple[bytes, ...]]] = {}
     tensors = {**source.tensors, **source.optimizer_tensors}
     for name, tensor in with_progress(tensors.items(), len(tensors), "inspect"):
-        value = tensor.read()
+        try:
+            value = tensor.read()
+        except ConvertError as error:
+            if not source.problems:
+                raise
+            # Of a file that is known to be damaged.
+            problems.append(Problem("not readable", name, str(error)))
+            continue
         found = measure(value)
         if found.first is not None:
             problems += _not_finite(source, name, found)
@@ -377,6 +423,7 @@ def _written(source: TensorSource) -> Written:
         attention_pieces=most(".self_attention.linear_qkv.weight"),
         expert_pieces=most(".weight1"),
         parallel=dataclasses.asdict(source.config.parallel),
+        has_sums=source.has_sums,
     )
 
 
@@ -543,6 +590,8 @@ def _written_lines(inspection: Inspection) -> list[str]:
         lines.append(f"optimizer state: {kinds} of {of}, {size_text(optimizer.nbytes)}{steps}")
     if not inspection.source.reader:
         return lines
+    if not written.has_sums:
+        lines.append(f"no {SUMS_FILE}: the files are not verified")
     # The layout that the pieces tell (tensor and expert parallel; a pipeline leaves no trace), and the noted one.
     tensor = int(written.parallel["tensor_model_parallel_size"])
     expert = int(written.parallel["expert_model_parallel_size"])

@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.data.manifest import FileRecord, file_sha256
+from megatron_vlmoe.data.manifest import FileRecord
 from megatron_vlmoe.runtime.files import StagedFile, naming
+from megatron_vlmoe.runtime.sums import file_sha256
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

@@ -6,7 +6,6 @@ The manifest is written last, so a dataset without one was never finished.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.runtime.files import StagedFile
 from megatron_vlmoe.runtime.json_files import read_versioned
+from megatron_vlmoe.runtime.sums import differing_files
 
 FORMAT_VERSION = 2
 """Version 1 had no counts of records, unknown tokens and passed-over files, and no rules for images."""
@@ -155,12 +155,6 @@ def rejects_path(prefix: str | Path) -> Path:
 def samples_path(prefix: str | Path) -> Path:
     """``PREFIX_samples.arrow``."""
     return Path(f"{prefix}{SAMPLES_SUFFIX}")
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
@@ -307,8 +301,9 @@ def check_dataset(
             raise DataError(f"{name}: {error.strerror}") from error
         if size != record.size:
             raise DataError(f"{name}: {size} bytes, but its manifest says {record.size}")
-        if checksums and file_sha256(name) != record.sha256:
-            raise DataError(f"{name}: contents differ from the checksum in its manifest")
+    sums = {Path(f"{prefix}{suffix}"): r.sha256 for suffix, r in manifest.files.items()}
+    if checksums and (flaws := differing_files(sums)):
+        raise DataError(f"{flaws[0][0]}: contents differ from the checksum in its manifest")
     return manifest
 
 

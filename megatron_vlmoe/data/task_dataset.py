@@ -24,13 +24,13 @@ from megatron_vlmoe.data.manifest import (
     DatasetManifest,
     FileRecord,
     check_dataset,
-    file_sha256,
     manifest_path,
     part_prefix,
     samples_path,
 )
 from megatron_vlmoe.data.task_labels import Labels, load_labels
 from megatron_vlmoe.runtime.files import StagedFile, naming
+from megatron_vlmoe.runtime.sums import file_sha256
 
 __all__ = ["Labels", "TaskDataset", "TaskRow", "load_labels"]
 

@@ -29,6 +29,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     find_best_or_last,
     has_checkpoints,
 )
+from megatron_vlmoe.train.checkpoint_sums import check_one_file
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
 
 
@@ -154,7 +155,7 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
         step: see `find_checkpoint`.
 
     Raises:
-        ConfigError: if there is no checkpoint, or it holds no configuration of this project.
+        ConfigError: if there is no checkpoint, its configuration is damaged, or it holds none of this project.
     """
     path = checkpoint_of(location, step)
     if is_hugging_face(path):
@@ -162,6 +163,10 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
             return open_export(path)[0]
         except ConvertError as error:
             raise ConfigError(f"--load {error}") from None
+    try:
+        check_one_file(path, "common.pt")
+    except CheckpointError as error:
+        raise ConfigError(f"--load {error}") from None
     try:
         content = read_torch_file(path / "common.pt").get("config")
     except Exception:

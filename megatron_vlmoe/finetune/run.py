@@ -6,7 +6,7 @@ import gc
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Mapping
 
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision
@@ -33,14 +33,16 @@ from megatron_vlmoe.runtime.distributed import (
 from megatron_vlmoe.runtime.helper_processes import lead_helpers
 from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.stream.sizes import num_micro_batches
-from megatron_vlmoe.train.checkpoint import load_checkpoint
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint
+from megatron_vlmoe.train.data_sums import verify_data
+from megatron_vlmoe.train.own_checkpoint import own_checkpoint
 from megatron_vlmoe.train.resume import warm_start
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.run_log import begin_run_logs
 from megatron_vlmoe.train.setup import TrainingParts, build_forward_only, build_training
 from megatron_vlmoe.train.startup import (
     check_same_on_all_ranks,
+    locked_run_folder,
     log_layout,
     make_run_folder,
     report_packages,
@@ -56,7 +58,8 @@ def run_finetune(config: FinetuneConfig) -> None:
     validate_task(config, environment_world_size())
     ranks, precision = _start(config)
     run = _several_seeds if config.task.seeds else finetune
-    run(config, ranks, precision)
+    with locked_run_folder(config.checkpoint.save):
+        run(config, ranks, precision)
     destroy()
 
 
@@ -68,11 +71,13 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     """
     check_cuda_graph(config.train, precision)
     make_run_folder(config)
-    begun = _begun(config)
+    own = own_checkpoint(config.checkpoint)
+    begun = None if own is None else _begun(config, own)
     data = TaskData.open(config, BatchShare.of(ranks))
     config = data.config
     check_same_on_all_ranks(config)
     validate(config, ranks.world_size)
+    verify_data(config)
     if begun is not None and begun.task.labels_sha256 != config.task.labels_sha256:
         raise ConfigError(
             f"task.data={config.task.data}: its labels are not those that the run in --save "
@@ -90,7 +95,7 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
         # A checkpoint can be used alone with its class names and text tokenizer beside it.
         keep_file(f"{config.task.data}_labels.json", config.checkpoint.save, LABELS_FILE)
         keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)
-    trainer = Trainer(config, parts, ranks, data, micro_batches, precision, objective)
+    trainer = Trainer(config, parts, ranks, data, micro_batches, precision, objective, own)
     state = trainer.run()
     out_of_patience = objective.patience and state.worse_evaluations >= objective.patience
     if trainer.is_interrupted or (state.step < config.train.steps and not out_of_patience):
@@ -100,16 +105,13 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
     return evaluate_all(config, parts, ranks, data, objective, best, precision)
 
 
-def _begun(config: FinetuneConfig) -> Optional[FinetuneConfig]:
-    """The run in `--save` that this one goes on with, from its checkpoint; None if there is none.
+def _begun(config: FinetuneConfig, own: Path) -> FinetuneConfig:
+    """The run in `--save` that this one goes on with, from its checkpoint `own`.
 
     Raises:
         ConfigError: if it is one of something else.
     """
     save = config.checkpoint.save
-    own = from_rank_zero(lambda: find_checkpoint(save, config.checkpoint.step)) if save else None
-    if own is None:
-        return None
     run = from_rank_zero(lambda: saved_run(str(own)))
     if isinstance(run, FinetuneConfig) and run.task.name == config.task.name:
         return run
@@ -131,7 +133,7 @@ def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
         and source.task.labels_sha256 == config.task.labels_sha256
     ) or (source.objectives.kind == "contrastive" and config.task.spec.target == "match")
     log.info("starting from %s", path)
-    weights = weight_source(path, config.checkpoint.parallel_load)
+    weights = weight_source(path, config.checkpoint.parallel_load, config.checkpoint.verify)
     report = warm_start(weights, config, parts, with_heads=same_head)
     for line in report.lines():
         log.info(line)
@@ -148,6 +150,7 @@ def run_evaluate(config: FinetuneConfig) -> None:
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
     config = data.config
     check_same_on_all_ranks(config)
+    verify_data(config, training=False)
     # The length of training is of no account here.
     config = replace(config, train=replace(config.train, steps=max(1, config.train.steps)))
     validate(config, ranks.world_size)
@@ -193,7 +196,7 @@ def _load_best(
     if state.best_step == state.step:
         log.info("the last weights are the best, %s", best)
     else:
-        load_checkpoint(best, config, parts, with_optimizer=False)
+        load_weights(best, config, parts)
         objective.forget()
         log.info("loaded the best weights, %s", best)
     return str(best)
@@ -213,7 +216,8 @@ def _several_seeds(config: FinetuneConfig, ranks: Ranks, precision: Precision) -
         )
         log.info("seed %d", seed)
         seed_everything(seed)
-        results[seed] = finetune(own, ranks, precision)
+        with locked_run_folder(folder):
+            results[seed] = finetune(own, ranks, precision)
         gc.collect()
         if not results[seed]:
             return

@@ -23,6 +23,11 @@ def is_number(value: Any) -> bool:
     return is_kind and abs(value) <= LARGEST_NUMBER
 
 
+def is_version(value: Any) -> bool:
+    """Whether a value of JSON is the number of a format: an integer from 1 on, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def parse_json(content: bytes | str) -> Any:
     """One value. Raises DataError with the reason why there is none, which the caller puts after file and record."""
     try:
@@ -68,8 +73,10 @@ def read_versioned(
         DataError: the file is missing, damaged, or of a newer format; the message names it.
     """
     raw = read_json(path, missing)
-    found = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > version:
+    found = raw.get("format_version", 1) if isinstance(raw, dict) else 1
+    if not is_version(found):
+        raise DataError(f"{path}: damaged: format_version is {found!r}, not a number from 1 on")
+    if found > version:
         raise DataError(f"{path}: format version {found} is newer than this program's {version}")
     try:
         return make(raw)

@@ -33,6 +33,7 @@ HEAVY = {
     "megatron_vlmoe.convert.inspect": False,
     "megatron_vlmoe.convert.public.command": False,
     "megatron_vlmoe.convert.upcycle.run": False,
+    "megatron_vlmoe.finetune.preflight": False,
     "megatron_vlmoe.finetune.run": True,
     "megatron_vlmoe.inference.model": True,
     "megatron_vlmoe.prepare.codes": False,

@@ -19,11 +19,13 @@ from torch import Tensor
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig
 from megatron_vlmoe.tokenizers.vqkd.model import (
+    CONFIG_FILE,
     VQKD,
     build_model,
     compute_fingerprint,
     describe_mismatch,
     load_vqkd,
+    noted_fingerprint,
     read_torch_file,
 )
 
@@ -88,7 +90,12 @@ class ImageTokenizer:
         """
         path = Path(path)
         if path.is_dir():
-            return cls(load_vqkd(path), device=device, dtype=dtype)
+            tokenizer = cls(load_vqkd(path), device=device, dtype=dtype)
+            if tokenizer.fingerprint != noted_fingerprint(path, tokenizer.fingerprint):
+                raise DataError(
+                    f"{path}: damaged: its weights give another fingerprint than {CONFIG_FILE} says"
+                )
+            return tokenizer
         if not path.is_file():
             raise DataError(f"{path}: no such image tokenizer folder or file")
         model, report = load_official(path)

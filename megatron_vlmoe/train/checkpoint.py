@@ -45,6 +45,7 @@ from megatron_vlmoe.runtime.distributed import (
 from megatron_vlmoe.runtime.files import publish_folder, write_text_atomic
 from megatron_vlmoe.runtime.optimizer_state import install_state_views
 from megatron_vlmoe.runtime.results_queue import install_results_queue
+from megatron_vlmoe.runtime.sums import reading_threads
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
     DP_RESHARDABLE,
@@ -58,7 +59,10 @@ from megatron_vlmoe.train.checkpoint_files import (
     one_line,
     stored_format,
 )
+from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE
 from megatron_vlmoe.train.checkpoint_writing import ContentSaver
+from megatron_vlmoe.train.finite import check_finite
+from megatron_vlmoe.train.rank_sums import RankSums
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
@@ -107,6 +111,7 @@ class CheckpointWriter:
         self.queue = AsyncCallsQueue() if async_save else None
         self.saver = ContentSaver()
         self.pending = 0  # step of the last background save
+        self.sums: RankSums | None = None  # of a background save that is written and not published
 
     def save(
         self,
@@ -123,6 +128,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: on every rank, if the disk is too full or writing fails on any.
+            TrainingError: on every rank, if weights or optimizer state are not finite.
         """
         self.finish()
         target = self.root / iteration_name(state.step)
@@ -141,8 +147,12 @@ class CheckpointWriter:
         if optimizer_format == DP_RESHARDABLE:
             assert isinstance(parts, TrainingParts)
             content["optimizer_buckets"] = bucket_digest(parts.optimizer)
-        content["train_state"] = dataclasses.asdict(state)
-        content["config"] = dataclasses.asdict(config)
+        check_finite(content, state.step)
+        content |= {
+            "train_state": dataclasses.asdict(state),
+            "config": dataclasses.asdict(config),
+            NOTE: SUMS_FILE,
+        }
 
         # At most what this rank writes, then all of them.
         size = 0
@@ -178,10 +188,11 @@ class CheckpointWriter:
             problem = one_line(error)
         _raise_together(problem, temporary)
         if request is None:
-            self._publish(temporary, target, state.step)
+            barrier()
+            self._publish(RankSums(temporary, reading_threads()), target, state.step)
         else:
             assert self.queue is not None
-            request.add_finalize_fn(lambda: self._publish(temporary, target, state.step))
+            request.add_finalize_fn(lambda: self._make_sums(temporary))
             self.queue.schedule_async_request(request)
             self.pending = state.step
         return target
@@ -201,6 +212,10 @@ class CheckpointWriter:
             why = f" ({one_line(error)})" if error.failures else ""
             problem = f"a background process failed to write it{why}"
             _raise_together(problem, self.root / f"{iteration_name(self.pending)}.tmp")
+        sums = self.sums
+        if sums is not None and (blocking or not agree(not sums.is_ready())):
+            self.sums = None
+            self._publish(sums, self.root / iteration_name(self.pending), self.pending)
 
     def close(self) -> None:
         """Waits for a background save and ends its helper."""
@@ -208,9 +223,20 @@ class CheckpointWriter:
         if self.queue is not None:
             self.queue.close()
 
-    def _publish(self, temporary: Path, target: Path, step: int) -> None:
+    def _make_sums(self, temporary: Path) -> None:
+        # Rank 0 has written the table of contents just before, in the same round of finalizing.
+        self.sums = RankSums(temporary)
+
+    def _publish(self, sums: RankSums, target: Path, step: int) -> None:
+        problem = ""
+        try:
+            sums.write()
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        _raise_together(problem, sums.folder)
+
         def publish() -> None:
-            publish_folder(temporary, target)
+            publish_folder(sums.folder, target)
             write_text_atomic(self.root / TRACKER, f"{step}\n")
             if self.keep_last > 0:
                 # The seed checkpoint, of step 0, is what other layouts start from.
@@ -218,7 +244,6 @@ class CheckpointWriter:
                 for path in own[: -self.keep_last]:
                     shutil.rmtree(path, ignore_errors=True)
 
-        barrier()
         from_rank_zero(publish)
 
 

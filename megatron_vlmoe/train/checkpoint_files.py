@@ -110,6 +110,12 @@ def is_tracked(root: Path, step: int) -> bool:
     return _has_tracker(root) and _tracked(root / TRACKER) == (step, "")
 
 
+def tracked_step(root: Path) -> int:
+    """The step that the tracker of a checkpoint folder names; one after the newest if it names none."""
+    step, flaw = _tracked(root / TRACKER)
+    return max((number for number, _ in iterations(root)), default=0) + 1 if flaw else step
+
+
 def later_checkpoints(root: Path, step: int) -> list[Path]:
     """The `iter_N` of a checkpoint folder, complete or not, of steps after this one, in order."""
     return [path for number, path in iterations(root) if number > step]
@@ -261,7 +267,10 @@ def _listed(found: Sequence[tuple[int, Path]]) -> str:
 def _choices(step: Optional[str]) -> str:
     if step is None:
         return "name the folder of the one to read"
-    return f"choose one with --checkpoint.step {NEWEST} or --checkpoint.step N"
+    return (
+        f"choose one with --checkpoint.step {NEWEST} or --checkpoint.step N, or go on from the newest good one with "
+        "--checkpoint.on_damage previous"
+    )
 
 
 def one_line(error: BaseException) -> str:

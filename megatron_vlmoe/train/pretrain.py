@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.data.batches import PretrainData
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
@@ -42,12 +42,14 @@ from megatron_vlmoe.stream.layout import TEXT_SEGMENTS, VISION_SEGMENTS, Segment
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.train.contrastive import ContrastiveObjective
+from megatron_vlmoe.train.data_sums import verify_data
 from megatron_vlmoe.train.metrics import collect
 from megatron_vlmoe.train.objective import BatchSource, PretrainingObjective
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
 from megatron_vlmoe.train.setup import build_training
 from megatron_vlmoe.train.startup import (
     check_same_on_all_ranks,
+    locked_run_folder,
     log_layout,
     make_run_folder,
     report_packages,
@@ -74,10 +76,19 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
     precision = resolve_precision(config.train)
     check_cuda_graph(config.train, precision)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
+    with locked_run_folder(config.checkpoint.save):
+        _pretrain(config, open_data, ranks, precision)
+    # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
+    destroy()
+
+
+def _pretrain(config: RunConfig, open_data: OpenData, ranks: Ranks, precision: Precision) -> None:
     data = open_data(config, BatchShare.of(ranks))
     config = data.config
     check_same_on_all_ranks(config)
     validate(config, ranks.world_size)
+    if isinstance(data, PretrainData):
+        verify_data(config)
     if config.checkpoint.save and is_rank_zero():
         keep_file(config.data.text_tokenizer, config.checkpoint.save, TOKENIZER_FILE)
     micro_batches = num_micro_batches(config, ranks.data_size)
@@ -91,8 +102,6 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
         data.image_tokenizer.to(device())
     objective = pretraining_objective(config, ranks, data, micro_batches, data.image_tokenizer)
     Trainer(config, parts, ranks, data, micro_batches, precision, objective).run()
-    # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
-    destroy()
 
 
 def pretrain_random(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -52,6 +52,8 @@ from megatron_vlmoe.train.checkpoint_files import (
     iteration_name,
     later_checkpoints,
 )
+from megatron_vlmoe.train.own_checkpoint import own_checkpoint
+from megatron_vlmoe.train.rank_sums import verify_checkpoint
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
 
 log = logging.getLogger("megatron_vlmoe")
@@ -70,13 +72,18 @@ FREE = (
 
 
 def resume(
-    config: RunConfig, parts: TrainingParts, starts_from_load: bool, best_metric: str
+    config: RunConfig,
+    parts: TrainingParts,
+    starts_from_load: bool,
+    best_metric: str,
+    own: Optional[Path] = None,
 ) -> TrainState:
     """Loads what a run goes on from, its own checkpoint or that of `--load`, and sets aside what is later.
 
     Args:
         starts_from_load: whether `--load` names a run to go on with.
         best_metric: name of the metric that chooses the best checkpoint; empty keeps none.
+        own: what `own_checkpoint` has found, where that was asked for before.
 
     Returns:
         Where the run stands; step 0 if there is nothing to go on from.
@@ -86,11 +93,7 @@ def resume(
         CheckpointError: a checkpoint is damaged or of something else.
     """
     checkpoint = config.checkpoint
-    own = (
-        from_rank_zero(lambda: find_checkpoint(checkpoint.save, checkpoint.step))
-        if checkpoint.save
-        else None
-    )
+    own = own or own_checkpoint(checkpoint)
     if own is not None and own == Path(checkpoint.save):
         raise ConfigError(f"--save {own}: is a checkpoint, not the folder of a run")
     # Other objectives have taken their weights from it by now.
@@ -113,6 +116,8 @@ def resume(
     # A run that was interrupted goes on from its own checkpoint, wherever it once started from.
     path = own or other
     state = TrainState()
+    if other is not None and checkpoint.verify:
+        verify_checkpoint(other, lambda: load_common(other))
     if path is not None:
         if own is not None:
             from_rank_zero(lambda: _tell_changes(own, config))
@@ -262,14 +267,17 @@ class CheckpointWeights:
     Args:
         path: its folder.
         in_parallel: see `load_sharded`.
+        verify: compares its files with their sums.
 
     Raises:
-        CheckpointError: the folder is no readable checkpoint.
+        CheckpointError: the folder is no readable checkpoint, or a file is damaged.
     """
 
-    def __init__(self, path: Path, in_parallel: bool = False) -> None:
+    def __init__(self, path: Path, in_parallel: bool = False, verify: bool = True) -> None:
         self.path = path
         self.in_parallel = in_parallel
+        if verify:
+            verify_checkpoint(path, lambda: load_common(path))
 
         def contents() -> tuple[dict[str, tuple[int, ...]], Mapping[str, Any]]:
             with naming_checkpoint(path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Sequence
@@ -17,6 +19,7 @@ from megatron_vlmoe.planning.dry_run import nodes_crossed
 from megatron_vlmoe.runtime.accelerators import installed_accelerators
 from megatron_vlmoe.runtime.distributed import from_rank_zero, union_over_ranks
 from megatron_vlmoe.runtime.ranks import Ranks, environment_rank
+from megatron_vlmoe.runtime.run_lock import run_lock
 from megatron_vlmoe.train.run_log import open_run_log
 
 log = logging.getLogger("megatron_vlmoe")
@@ -38,6 +41,19 @@ def make_run_folder(config: RunConfig) -> None:
     if not os.access(save, os.W_OK):
         raise ConfigError(f"--save {save}: not writable")
     open_run_log(Path(save))
+
+
+@contextlib.contextmanager
+def locked_run_folder(save: str) -> Iterator[None]:
+    """Holds the lock of a run folder, if there is one, while the block runs; every rank must call it.
+
+    Raises:
+        ConfigError: on every rank, if another run holds it.
+    """
+    with contextlib.ExitStack() as held:
+        if save:
+            from_rank_zero(lambda: held.enter_context(run_lock(Path(save))))
+        yield
 
 
 def report_packages() -> None:

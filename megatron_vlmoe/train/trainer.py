@@ -60,6 +60,7 @@ class Trainer:
         parts: model chunks, optimizer and schedule.
         num_micro_batches: micro-batches of a step on each data-parallel rank.
         objective: what is trained and how it is judged.
+        own: the checkpoint to go on from, where it is known already (`own_checkpoint`).
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Trainer:
         num_micro_batches: int,
         precision: Precision,
         objective: Objective,
+        own: Optional[Path] = None,
     ) -> None:
         self.config = config
+        self.own = own
         self.parts = parts
         self.ranks = ranks
         self.data = data
@@ -117,7 +120,7 @@ class Trainer:
         """Continues the run in `--save`, or starts from `--load`; opens what the run writes to."""
         objective, checkpoint = self.objective, self.config.checkpoint
         self.state = resume(
-            self.config, self.parts, objective.resumes_others, objective.best_metric
+            self.config, self.parts, objective.resumes_others, objective.best_metric, self.own
         )
         self.sums.restore(self.state.interval)
         self.state = dataclasses.replace(self.state, interval={})

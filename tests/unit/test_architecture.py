@@ -400,7 +400,7 @@ def test_no_message_sends_a_wheels_user_to_tools():
 @functools.cache
 def options_of_command(name: str) -> set[str]:
     """Options of a command; those of training, and some hand what they do not know on to it."""
-    if COMMANDS[name].main.startswith(("pretrain:", "finetune:")):
+    if COMMANDS[name].main.startswith(("pretrain:", "finetune:", "check:")):
         return PROGRAM_OPTIONS | ({"--task"} if name == "finetune" else set())
     passes_on = name in ("compare-layouts", "bench", "plan", "upcycle", "study")
     return {*parser_of(name)._option_string_actions, *(PROGRAM_OPTIONS if passes_on else ())}

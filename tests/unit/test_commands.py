@@ -19,7 +19,7 @@ from megatron_vlmoe.data.manifest import DatasetManifest, FileRecord, stage_mani
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their options are those of the configuration.
-TRAINING = ("pretrain", "pretrain-random", "finetune", "evaluate", "check-options")
+TRAINING = ("pretrain", "pretrain-random", "finetune", "evaluate", "check-options", "check")
 OWN_PARSER = [name for name in COMMANDS if name not in TRAINING]
 
 
@@ -135,6 +135,7 @@ def test_commands_that_pass_options_on_know_their_own(
             "--seed -1: expected a whole number of at least 0",
         ),
         ("check-options pretrian", "pretrian is not a training command; did you mean pretrain?"),
+        ("check pretrian", "pretrian is no command that can be checked; did you mean pretrain?"),
         (
             "compare-layouts --layouts tp1 --steps 0",
             "--steps 0: expected a whole number of at least 1",

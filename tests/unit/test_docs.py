@@ -60,6 +60,8 @@ def parse(command: DocumentCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     if "--help" in words:
         return
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if name == "check":
+        name, words = words[0], [word for word in words[1:] if word != "--quick"]
     if name in TRAINING:
         check_options([name, *words])
         return

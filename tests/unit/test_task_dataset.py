@@ -11,7 +11,7 @@ import pytest
 from raw_tasks import Desk, rows, write_nlvr2
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.data.manifest import FileRecord, file_sha256, load_manifest, stage_manifest
+from megatron_vlmoe.data.manifest import FileRecord, load_manifest, stage_manifest
 from megatron_vlmoe.data.task_dataset import (
     Labels,
     SamplesReader,
@@ -21,6 +21,7 @@ from megatron_vlmoe.data.task_dataset import (
     load_labels,
 )
 from megatron_vlmoe.data.task_labels import write_labels
+from megatron_vlmoe.runtime.sums import file_sha256
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
+from megatron_vlmoe.runtime.json_files import is_version
 from megatron_vlmoe.tokenizers.vqkd.config import FORMAT_VERSION, VQKDConfig
 
 KMEANS_ITERATIONS = 10
@@ -492,7 +493,7 @@ def load_vqkd(folder: Path) -> VQKD:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind, version = content.get("kind"), content.get("format_version")
-        if (kind, version) != ("vqkd", FORMAT_VERSION):
+        if kind != "vqkd" or not is_version(version) or version != FORMAT_VERSION:
             raise ValueError(f"kind {kind!r} version {version!r}, expected vqkd {FORMAT_VERSION}")
         config = VQKDConfig.from_dict(content["model"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -512,6 +513,11 @@ def load_vqkd(folder: Path) -> VQKD:
     if not model.quantizer.codebook.any():
         raise DataError(f"{folder}: its codes are not placed yet: finish its training first")
     return model
+
+
+def noted_fingerprint(folder: Path, default: str) -> str:
+    """The fingerprint that was noted when a tokenizer was saved; `default` where none was."""
+    return str(json.loads((folder / CONFIG_FILE).read_bytes()).get("fingerprint", default))
 
 
 def build_model(config: VQKDConfig, seed: int | None = None) -> VQKD:

@@ -1,0 +1,71 @@
+"""SHA-256 of files, several at a time: hashlib and the kernel leave the interpreter to others meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+_BLOCK_BYTES = 1 << 22
+_MOST_THREADS = 8
+
+
+def file_sha256(path: str | Path, sync: bool = False) -> str:
+    """SHA-256 of a file, in hex.
+
+    Args:
+        sync: also waits until the file is on the disk.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def reading_threads() -> int:
+    """Threads for the files of one rank: its share of the cores of its node, at most 8."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // ranks))
+
+
+def differing_files(sums: Mapping[Path, str], threads: int = 0) -> list[tuple[Path, str]]:
+    """The files, in their order, that are not as their sums say, each with the reason in a few words.
+
+    Args:
+        sums: SHA-256 in hex of each.
+        threads: that read; 0: as many as `reading_threads` says.
+    """
+
+    def reason(item: tuple[Path, str]) -> str:
+        path, expected = item
+        try:
+            return "" if file_sha256(path) == expected else "its contents have another SHA-256"
+        except OSError as error:
+            return error.strerror or "cannot be read"
+
+    with ThreadPoolExecutor(threads or reading_threads()) as pool:
+        reasons = pool.map(reason, sums.items())
+        return [(path, why) for path, why in zip(sums, reasons) if why]
+
+
+def shared_out(sizes: Mapping[Item, int], shares: int) -> list[list[Item]]:
+    """Divides items so that sums of sizes are about equal, the same on every rank: the largest goes first, to whoever
+    has least."""
+    divided: list[list[Item]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for item in sorted(sizes, key=lambda item: (-sizes[item], str(item))):
+        least = loads.index(min(loads))
+        divided[least].append(item)
+        loads[least] += sizes[item]
+    return divided
