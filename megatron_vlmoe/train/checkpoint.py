@@ -60,7 +60,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     stored_format,
 )
 from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE
-from megatron_vlmoe.train.checkpoint_writing import ContentSaver
+from megatron_vlmoe.train.checkpoint_writing import ContentSaver, is_forked
 from megatron_vlmoe.train.finite import check_finite
 from megatron_vlmoe.train.rank_sums import RankSums
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts, checkpoint_metadata
@@ -128,7 +128,8 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: on every rank, if the disk is too full or writing fails on any.
-            TrainingError: on every rank, if weights or optimizer state are not finite.
+            TrainingError: on every rank, if weights or optimizer state are not finite. In the background on a CPU the
+                process that writes finds out, and `finish` raises CheckpointError.
         """
         self.finish()
         target = self.root / iteration_name(state.step)
@@ -147,7 +148,8 @@ class CheckpointWriter:
         if optimizer_format == DP_RESHARDABLE:
             assert isinstance(parts, TrainingParts)
             content["optimizer_buckets"] = bucket_digest(parts.optimizer)
-        check_finite(content, state.step)
+        if not is_forked(self.queue is not None):
+            check_finite(content, state.step)
         content |= {
             "train_state": dataclasses.asdict(state),
             "config": dataclasses.asdict(config),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.runtime.forked_memory import SharedPages
+from megatron_vlmoe.train.finite import not_finite
 
 Strategy = TorchDistSaveShardedStrategy | FullyParallelSaveStrategyWrapper
 
@@ -81,12 +82,17 @@ class ContentSaver:
             async_sharded_save=in_background,
             content_metadata=dict(metadata),
         )
-        if not in_background or request.async_fn is None or device().type != "cpu":
+        if not is_forked(in_background) or request.async_fn is None:
             return request
         # megatron-core's function has the transforms of what is written as its first argument. There is nothing to copy
         # to the host.
         writer = _ForkedWriter(request.async_fn.args[0], not_written)
         return request._replace(async_fn=writer, preload_fn=None)
+
+
+def is_forked(in_background: bool) -> bool:
+    """Whether what is written is read only by the process that writes it, which also looks for values not finite."""
+    return in_background and device().type == "cpu"
 
 
 def _planning_strategy() -> Strategy:
@@ -157,8 +163,14 @@ class _ForkedWriter:
 
 
 def _given_back(entries: Sequence[Any], pages: SharedPages) -> Iterator[Any]:
-    """What is to be written with its tensor, whose pages are given back when the next is asked for."""
+    """What is to be written with its tensor, whose pages are given back when the next is asked for.
+
+    Raises:
+        TrainingError: a tensor is not finite.
+    """
     for item, tensor in entries:
+        if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max().isfinite():
+            raise not_finite(item.index.fqn)
         yield item, tensor
         pages.give_back(tensor)
 

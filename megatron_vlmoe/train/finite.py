@@ -46,7 +46,12 @@ def check_finite(content: Mapping[str, Any], step: int) -> None:
     names = sorted(set().union(*gathered), key=lambda name: (is_optimizer_key(name), name))
     if names:
         more = f" and {len(names) - 1} other tensors" if len(names) > 1 else ""
-        raise TrainingError(
-            f"step {step}: {names[0]}{more}: NaN or infinite values, so no checkpoint is written; the run can go on "
-            "from its last one, with a lower optim.lr or optim.clip_grad for example"
-        )
+        raise not_finite(f"step {step}: {names[0]}{more}")
+
+
+def not_finite(what: str) -> TrainingError:
+    """The error of tensors that hold NaN or infinite values."""
+    return TrainingError(
+        f"{what}: NaN or infinite values, so no checkpoint is written; the run can go on "
+        "from its last one, with a lower optim.lr or optim.clip_grad for example"
+    )

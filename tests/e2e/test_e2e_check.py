@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from commands import Outcome, run
-from conftest import SMALL_MODEL, Corpus
+from small_corpus import SMALL_MODEL, Corpus
 
 DATA = """
 --data.text text_train --data.images images_train --data.pairs pairs_train
