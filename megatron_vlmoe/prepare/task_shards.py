@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlmoe.config.errors import DataError
-from megatron_vlmoe.data.manifest import file_sha256
 from megatron_vlmoe.runtime.files import StagedFile, write_text_atomic
 from megatron_vlmoe.runtime.json_files import read_versioned
+from megatron_vlmoe.runtime.sums import file_sha256
 
 FORMAT_VERSION = 1
 KIND = "shard of a task"

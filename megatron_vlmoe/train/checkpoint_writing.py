@@ -24,7 +24,8 @@ from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.runtime.forked_memory import SharedPages
 from megatron_vlmoe.train.finite import not_finite
 
-Strategy = TorchDistSaveShardedStrategy | FullyParallelSaveStrategyWrapper
+Strategy = Any
+"""megatron-core's, by itself or divided among data-parallel ranks."""
 
 
 @dataclass
