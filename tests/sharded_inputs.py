@@ -104,6 +104,18 @@ def raw_tars(folder: Path, model: str) -> Arguments:
     return [*words, "--text-tokenizer", model, "--on-error", "skip"]
 
 
+def raw_sample_files(folder: Path, model: str) -> Arguments:
+    """Images in folders with their captions beside them, and what belongs to none."""
+    for number in range(14):
+        sample = folder / f"{number % 3}" / f"{number:05d}"
+        sample.parent.mkdir(exist_ok=True)
+        sample.with_suffix(".jpg").write_bytes(encoded(picture(number)))
+        sample.with_suffix(".txt").write_text(sentence(number) if number != 4 else " ")
+    (folder / "1" / "notes.md").write_text("text")
+    words = ["--format", "files", "--images", str(folder)]
+    return [*words, "--text-tokenizer", model, "--on-error", "skip"]
+
+
 def raw_tables(folder: Path, model: str) -> Arguments:
     """Tables that hold the images."""
     rows = pair_rows(folder, 24)
@@ -144,6 +156,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, str], Arguments]]] = {
     "images": ("preprocess_images", raw_images),
     "lists": ("preprocess_pairs", raw_lists),
     "tars": ("preprocess_pairs", raw_tars),
+    "files": ("preprocess_pairs", raw_sample_files),
     "tables": ("preprocess_pairs", raw_tables),
     "task": ("prepare_task", raw_task),
 }

@@ -17,9 +17,8 @@ from megatron_vlmoe.config.errors import ConfigError, did_you_mean
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.image_files import ALPHA, DEFAULT_RULES, EXIF
 from megatron_vlmoe.planning.validate import prefix_of_file
-from megatron_vlmoe.prepare.executors import Execution
 from megatron_vlmoe.prepare.shards import shard_argument
-from megatron_vlmoe.prepare.tool import Run, positive_int
+from megatron_vlmoe.prepare.tool import Execution, Run, positive_int
 
 
 class CommandParser(argparse.ArgumentParser):

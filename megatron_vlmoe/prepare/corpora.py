@@ -627,14 +627,14 @@ def merge_datasets(
     if is_task(kind):
         raise DataError(f"{manifest_path(inputs[0])}: splits of a task ({kind}) are not merged")
     manifests = [check_dataset(prefix, kind) for prefix in inputs]
-    if check_shards(inputs, [m.shard for m in manifests]):
-        source = manifests[0].source
+    sharded = check_shards(inputs, [m.shard for m in manifests])
+    source = manifests[0].source if sharded else source
     check_same_tokenizer(inputs, manifests)
     parts = dataset_parts(kind)
     dtypes = [IndexedReader(part_prefix(inputs[0], part)).dtype for part in parts]
     with DatasetOutput(output_prefix, kind, dtypes) as output:
         for prefix in inputs:
-            output.rejects.add_lines(prefix)
+            output.rejects.add_lines(prefix, add_up=sharded)
         for part in parts:
             for prefix in inputs:
                 output.writers[part].add_dataset(IndexedReader(part_prefix(prefix, part)))

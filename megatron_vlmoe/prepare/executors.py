@@ -10,13 +10,13 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from megatron_vlmoe.config.errors import ConfigError, DataError, UserError
+from megatron_vlmoe.config.errors import DataError, UserError
 from megatron_vlmoe.prepare.merge import delete_shards, merge_shards
 from megatron_vlmoe.prepare.shards import Shard
-from megatron_vlmoe.prepare.tool import Run
+from megatron_vlmoe.prepare.tool import Execution, Run
 from megatron_vlmoe.runtime.progress import Progress
 
 Job = Callable[[Run], object]
@@ -24,31 +24,6 @@ Job = Callable[[Run], object]
 
 _SHARDS_PER_WORKER = 4
 _RETRIES = 3
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Where the work is done.
-
-    Attributes:
-        executor: ``local`` or ``ray``.
-        num_shards: how many shards there are; None: one run on this machine, and with Ray four per worker.
-        ray_address: of a cluster; None: that of the variable RAY_ADDRESS, else workers on this machine.
-        on_gpus: whether a Ray task has a GPU, on clusters that have any.
-    """
-
-    executor: Literal["local", "ray"] = "local"
-    num_shards: int | None = None
-    ray_address: str | None = None
-    on_gpus: bool = False
-
-    def check(self, run: Run) -> None:
-        """Raises ConfigError for options that contradict each other."""
-        if run.shard is not None and (self.num_shards is not None or self.executor != "local"):
-            other = "--num-shards" if self.num_shards is not None else "--executor ray"
-            raise ConfigError(f"--shard does one shard alone: leave out {other}, or --shard")
-        if self.ray_address is not None and self.executor != "ray":
-            raise ConfigError("--ray-address is for --executor ray")
 
 
 def execute(job: Job, run: Run, execution: Execution, name: str | None = None) -> None:

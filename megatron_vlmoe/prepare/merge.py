@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +15,7 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.codes import CodesReader, load_codes_manifest, publish_codes
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.prepare.corpora import merge_datasets
-from megatron_vlmoe.prepare.remote import Mirror, check_local, is_remote
+from megatron_vlmoe.prepare.remote import Mirror, check_local, is_remote, names_in, remove_remote
 from megatron_vlmoe.prepare.shards import check_shards, find_shards
 from megatron_vlmoe.prepare.tasks import is_task_shard, merge_task_shards
 from megatron_vlmoe.runtime.json_files import read_json
@@ -57,11 +57,18 @@ def merge_shards(prefix: str, output_prefix: str | None = None) -> int:
 
 
 def delete_shards(prefix: str) -> None:
-    """Deletes the local shards of a run, their manifests first."""
-    for shard in find_shards(prefix):
-        Path(f"{shard}.json").unlink()
-        for path in glob.glob(f"{glob.escape(shard)}[._]*"):
-            Path(path).unlink(missing_ok=True)
+    """Deletes the shards of a run, local or remote, their manifests first. Raises DataError."""
+    shards = find_shards(prefix)
+    folder = prefix[: len(prefix) - len(os.path.basename(prefix))]
+    names = names_in(folder or ".")
+    for shard in shards:
+        name = os.path.basename(shard)
+        own = {one for one in names if one.startswith((f"{name}.", f"{name}_"))}
+        for one in (f"{name}.json", *sorted(own - {f"{name}.json"})):
+            if is_remote(prefix):
+                remove_remote(folder + one)
+            else:
+                Path(folder, one).unlink(missing_ok=True)
 
 
 def _merge_codes(shards: Sequence[str], output_prefix: str) -> None:

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.prepare.readers.records import is_side_file
@@ -50,6 +48,8 @@ def check_local(option: str, path: str) -> None:
 
 def file_system(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it. Raises DataError, which names a package that is missing."""
+    import fsspec
+
     scheme = address.partition("://")[0].lower()
     try:
         return fsspec.core.url_to_fs(address)

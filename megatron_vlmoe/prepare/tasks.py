@@ -470,7 +470,7 @@ def _write_shard(
         if ShardRecord(**read_about(run.prefix)["shard"]) == record:
             print(f"{run.prefix}: shard {shard} is complete, nothing to do", file=sys.stderr)
             return
-    OutputPlace(run.prefix)
+    OutputPlace(run.prefix)  # makes the folder, and refuses to overwrite what is no shard
     delete_left(run.prefix)
     numbers: dict[str, int] = {}
     with ResultsWriter(run.prefix) as writer:

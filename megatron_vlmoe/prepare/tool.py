@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.data.image_files import ImageRules
 from megatron_vlmoe.data.indexed import IndexedWriter
 from megatron_vlmoe.data.manifest import (
@@ -113,6 +113,31 @@ class Run:
     def prefix(self) -> str:
         """Path that the names of the files of this run, or of this shard of it, begin with."""
         return self.output_prefix if self.shard is None else self.shard.of(self.output_prefix)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where the work is done.
+
+    Attributes:
+        executor: ``local`` or ``ray``.
+        num_shards: how many shards there are; None: one run on this machine, and with Ray four per worker.
+        ray_address: of a cluster; None: that of the variable RAY_ADDRESS, else workers on this machine.
+        on_gpus: whether a Ray task has a GPU, on clusters that have any.
+    """
+
+    executor: Literal["local", "ray"] = "local"
+    num_shards: int | None = None
+    ray_address: str | None = None
+    on_gpus: bool = False
+
+    def check(self, run: Run) -> None:
+        """Raises ConfigError for options that contradict each other."""
+        if run.shard is not None and (self.num_shards is not None or self.executor != "local"):
+            other = "--num-shards" if self.num_shards is not None else "--executor ray"
+            raise ConfigError(f"--shard does one shard alone: leave out {other}, or --shard")
+        if self.ray_address is not None and self.executor != "ray":
+            raise ConfigError("--ray-address is for --executor ray")
 
 
 def encode_all(
@@ -281,12 +306,18 @@ class RejectLog:
             names = ("source", "record", "reason", "unit")
             self._write({name: getattr(reject, name) for name in names})
 
-    def add_lines(self, prefix: str) -> None:
-        """Takes over the list of another dataset, if it is there. Raises DataError."""
+    def add_lines(self, prefix: str, add_up: bool) -> None:
+        """Takes over the list of another dataset, if it is there, with its numbers of files that were passed over as
+        they are, or added up (``add_up``), as for shards. Raises DataError.
+        """
         try:
             with open(rejects_path(prefix), encoding="ascii") as lines:
                 for row in map(json.loads, lines):
-                    over = _PASSED_OVER.fullmatch(row["reason"]) if row["unit"] == "files" else None
+                    over = (
+                        _PASSED_OVER.fullmatch(row["reason"])
+                        if add_up and row["unit"] == "files"
+                        else None
+                    )
                     if over is None:
                         self._write(row)
                     else:

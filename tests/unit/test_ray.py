@@ -16,11 +16,12 @@ from data_files import tool
 from sharded_inputs import prepared, same_files
 
 from megatron_vlmoe.config.errors import DataError
+from megatron_vlmoe.prepare import executors
 from megatron_vlmoe.prepare import tool as preprocess
 from megatron_vlmoe.prepare.corpora import preprocess_text
-from megatron_vlmoe.prepare.executors import Execution, Job, execute
+from megatron_vlmoe.prepare.executors import Job, execute
 from megatron_vlmoe.prepare.readers.text import TextInput
-from megatron_vlmoe.prepare.tool import Run
+from megatron_vlmoe.prepare.tool import Execution, Run
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "megatron-vlmoe[ray]"')
 # Workers have this file from the test, not from a package.
@@ -101,13 +102,18 @@ def test_a_killed_worker_costs_its_shard_alone(tmp_path: Path, job: Job) -> None
 
 
 def test_a_shard_that_kills_every_worker_ends_the_run(
-    tmp_path: Path, job: Job, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """With one line; the shards that are there are not done again."""
     run = Run(f"{tmp_path}/whole/p", 1, "skip", {"command": "", "inputs": []})
     execute(job, run, Execution())
     sharded = Run(f"{tmp_path}/shards/p", 1, "skip", run.source)
-    with pytest.raises(DataError, match=r"shard 2/3: its worker died 4 times"):
+    # Starting workers is what takes long.
+    monkeypatch.setattr(executors, "_RETRIES", 1)
+    with pytest.raises(DataError, match=r"shard 2/3: its worker died 2 times"):
         execute(Dying(job, 2), sharded, Execution("ray", 3))
     made = [tmp_path / "shards" / f"p-0000{number}-of-00003.json" for number in range(3)]
     assert [path.exists() for path in made] == [True, True, False]
