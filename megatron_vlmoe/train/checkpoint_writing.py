@@ -23,8 +23,6 @@ from torch import Tensor
 from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.runtime.forked_memory import SharedPages
 
-Strategy = TorchDistSaveShardedStrategy | FullyParallelSaveStrategyWrapper
-
 
 @dataclass
 class ContentSaver:
@@ -35,7 +33,8 @@ class ContentSaver:
     it stays; here it is told so by structure, so that a save of another kind in between is planned by itself.
     """
 
-    planned: list[tuple[list[Any], Strategy]] = field(default_factory=list)
+    # Structures, each with the strategy that knows its plan.
+    planned: list[tuple[list[Any], Any]] = field(default_factory=list)
 
     def save(
         self,
@@ -89,7 +88,7 @@ class ContentSaver:
         return request._replace(async_fn=writer, preload_fn=None)
 
 
-def _planning_strategy() -> Strategy:
+def _planning_strategy() -> Any:
     """Exchanges plans in its first saves, and then knows them."""
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
