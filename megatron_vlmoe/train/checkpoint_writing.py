@@ -24,9 +24,6 @@ from megatron_vlmoe.runtime.distributed import agree, device
 from megatron_vlmoe.runtime.forked_memory import SharedPages
 from megatron_vlmoe.train.finite import not_finite
 
-Strategy = Any
-"""megatron-core's, by itself or divided among data-parallel ranks."""
-
 
 @dataclass
 class ContentSaver:
@@ -37,7 +34,8 @@ class ContentSaver:
     it stays; here it is told so by structure, so that a save of another kind in between is planned by itself.
     """
 
-    planned: list[tuple[list[Any], Strategy]] = field(default_factory=list)
+    # Structures, each with the strategy that knows its plan.
+    planned: list[tuple[list[Any], Any]] = field(default_factory=list)
 
     def save(
         self,
@@ -96,7 +94,7 @@ def is_forked(in_background: bool) -> bool:
     return in_background and device().type == "cpu"
 
 
-def _planning_strategy() -> Strategy:
+def _planning_strategy() -> Any:
     """Exchanges plans in its first saves, and then knows them."""
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
