@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,10 @@ from megatron_vlmoe.runtime.lazy import load
 def main(words: Sequence[str]) -> None:
     """`predict`: prints what the model says, or writes it to a file."""
     options = parse_arguments(words)
+    # Programs read the answers on stdout, where other commands log.
+    for handler in logging.getLogger("megatron_vlmoe").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
     records = _records(options)
     for record in records if options.task else ():
         record.check(options.task)

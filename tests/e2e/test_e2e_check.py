@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def test_a_flipped_bit_of_the_data_is_found_before_training(corpus: Corpus, tmp_
     trained.refused(damaged.name, "than its manifest says", code=1)
     weights = tmp_path / "image_tokenizer" / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    content[-3] ^= 1
+    size = int.from_bytes(content[:8], "little")
+    codebook = json.loads(content[8 : 8 + size])["quantizer.codebook"]["data_offsets"][0]
+    content[8 + size + codebook + 2] ^= 1
     weights.write_bytes(content)
     lines = check(tmp_path, "--quick").stdout
     assert "image_tokenizer: damaged" in lines

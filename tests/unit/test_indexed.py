@@ -225,6 +225,13 @@ def test_manifest_round_trip_and_checks(manifest: tuple[str, DatasetManifest]) -
     ("change", "message"),
     [
         (lambda raw: {**raw, "format_version": 3}, "newer"),
+        *(
+            (
+                lambda raw, bad=bad: {**raw, "format_version": bad},
+                f"damaged: format_version is {bad!r}",
+            )
+            for bad in (0, -1, True, 1.5, "2", None)
+        ),
         # It may be of a plug-in that is not installed here.
         (lambda raw: {**raw, "kind": "sounds"}, ": a dataset of 'sounds', .* install its plug-in"),
         (lambda raw: {**raw, "documents": "3"}, "damaged"),
