@@ -6,6 +6,7 @@ They are read whatever layout wrote them, and those that are written here load a
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -33,19 +34,20 @@ from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
 from megatron_vlmoe.train.checkpoint_files import (
+    COMMON_FILE,
     CONTENT_METADATA,
     TRACKER,
     TrainState,
     checkpoint_root,
+    common_content,
     find_best_or_last,
     has_checkpoints,
     is_optimizer_key,
     iteration_name,
+    of_common,
     one_line,
     stored_format,
 )
-
-COMMON_FILE = "common.pt"
 
 
 class CheckpointReader:
@@ -67,13 +69,15 @@ class CheckpointReader:
         except (Exception, CheckpointException) as error:
             raise ConvertError(f"{self.path}: no readable .metadata ({one_line(error)})") from None
         file = self.path / COMMON_FILE
+        place = file if file.is_file() else self.path
         try:
-            self.common = torch.load(file, map_location="cpu", weights_only=True)
+            file_content = io.BytesIO(common_content(self.path))
+            self.common = of_common(torch.load(file_content, map_location="cpu", weights_only=True))
         except Exception as error:
-            raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
+            raise ConvertError(f"{place}: not readable ({one_line(error)})") from None
         fields = {"config", "train_state"}
         if not isinstance(self.common, dict) or not fields <= self.common.keys():
-            raise ConvertError(f"{file}: not of a checkpoint of this project")
+            raise ConvertError(f"{place}: not of a checkpoint of this project")
         options = self.common["config"]
         root: RunConfig = FinetuneConfig() if "task" in options else RunConfig()
         with conversion_errors():
