@@ -13,9 +13,12 @@ REQUIREMENTS = [
 setup(
     install_requires=REQUIREMENTS,
     extras_require={
-        # The range that megatron-core 0.16.1 asks for. NVIDIA's apex has no package on PyPI (the `apex`
-        # there is another project): build it from source, see docs/installation.md.
-        "transformer-engine": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        # The range that megatron-core 0.16.1 asks for; 0.19.2 asks for none, and was imported beside 2.20. NVIDIA's
+        # apex has no package on PyPI (the `apex` there is another project): see docs/installation.md.
+        "transformer-engine": [
+            'transformer-engine[pytorch]>=2.9,<2.12; python_version < "3.12"',
+            'transformer-engine[pytorch]>=2.20,<2.21; python_version >= "3.12"',
+        ],
         "deepspeed": ["deepspeed>=0.19"],
         "wandb": ["wandb>=0.18"],
         # Exports are written without it; it loads and fine-tunes them, and loads CLIP or ViT teachers.

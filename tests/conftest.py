@@ -15,8 +15,8 @@ from helpers import Workers
 from prepared_tasks import Prepared, prepare_all
 from raw_tasks import Desk
 
-# It has a command of its own, which fetches what it needs, a part of: bash tests/run.sh nightly.
-collect_ignore = ["transformers_suite"]
+# They have commands of their own, which fetch what they need, parts of: bash tests/run.sh nightly.
+collect_ignore = ["transformers_suite", "python_versions"]
 
 # Before torch is imported anywhere: several processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -136,7 +136,13 @@ class StandIn:
         # There is no generator for the device.
         self._replace(draws, "keyed_generator", lambda device, *key: torch.Generator())
         with self.mode:
-            return setup.build_training(config, precision, *heads)
+            parts = setup.build_training(config, precision, *heads)
+        with self.mode, self.watch:
+            # megatron-core 0.19 finds out once, in the first step, whether gradients have norms of their own.
+            for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+                if hasattr(part, "has_grad_norm_group"):
+                    part.has_grad_norm_group("mtp")
+        return parts
 
     def batches(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Batches as a loader would give them, on the host and without content."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Slow checks that need the network: `bash tests/run.sh nightly`. Runs all of them, also after one has failed.
-# The last line is recorded in docs/installation.md. Another Python needs about 3 GB in runs/nightly for its packages.
+# The last line is recorded in docs/installation.md. Each other Python needs up to 6 GB for its packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/setup_env.sh dev,docs,ray
@@ -20,18 +20,6 @@ site() {
     python -m mkdocs build --strict --site-dir runs/nightly/site
 }
 
-# The package, its program and the tests that start no processes, with what pip resolves for that Python today.
-another_python() {
-    local folder="$PWD/runs/nightly/$1"
-    rm -rf "$folder"
-    "$1" -m venv "$folder"
-    "$folder/bin/pip" install -q "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu \
-        || "$folder/bin/pip" install -q "torch>=2.11,<2.14"
-    "$folder/bin/pip" install -q -e ".[dev]"
-    "$folder/bin/vlmoe" pretrain --preset base-32e --dry-run >/dev/null
-    "$folder/bin/python" -m pytest -n "${TEST_WORKERS:-2}" -m "not dist and not e2e and not process"
-}
-
 results=()
 failed=0
 check() {
@@ -48,14 +36,15 @@ check() {
 check "transformers' tests" transformers_suite
 check "Ray" ray_workers
 check "documentation site" site
-current="$(python -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
-for name in python3.11 python3.12; do
-    if [ "$name" = "$current" ]; then
+current="$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+for version in 3.11 3.12 3.13; do
+    if [ "$version" = "$current" ]; then
         continue
-    elif "$name" -c pass 2>/dev/null; then
-        check "$name" another_python "$name"
+    elif bash tests/run_python.sh "$version" find >/dev/null 2>&1; then
+        # All tests on the first one that has the later megatron-core.
+        check "Python $version" bash tests/run_python.sh "$version" $([ "$version" = 3.12 ] || echo quick)
     else
-        results+=("$name not installed, not run")
+        results+=("Python $version not installed, not run")
     fi
 done
 joined="$(printf '%s; ' "${results[@]}")"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig, TaskConfig
@@ -18,7 +24,12 @@ from megatron_vlmoe.convert.hf_config import CONFIG_FILE, export_config
 from megatron_vlmoe.convert.name_table import name_table
 from megatron_vlmoe.convert.tensors import Group, LazyTensor, write_folder
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
-from megatron_vlmoe.train.checkpoint_files import TrainState
+from megatron_vlmoe.train.checkpoint_files import (
+    COMMON_FILE,
+    TrainState,
+    common_content,
+    of_common,
+)
 
 MODEL = ModelConfig(
     num_layers=3,
@@ -139,3 +150,29 @@ def noted_layout(config: RunConfig, tensor: int, expert: int) -> RunConfig:
     """The configuration with a layout that it notes."""
     sizes = ParallelConfig(tensor_model_parallel_size=tensor, expert_model_parallel_size=expert)
     return replace(config, parallel=sizes)
+
+
+@contextlib.contextmanager
+def edited_common(path: Path) -> Iterator[dict[str, Any]]:
+    """What an iteration folder holds besides tensors, for a test to change; it then has it in a file, which counts."""
+    common = of_common(torch.load(io.BytesIO(common_content(path)), weights_only=True))
+    yield common
+    torch.save(common, path / COMMON_FILE)
+
+
+def store_as_later_version(path: Path) -> None:
+    """Stores what an iteration folder holds besides tensors as megatron-core 0.19 does, among the tensors."""
+    content = io.BytesIO()
+    torch.save([torch.load(path / COMMON_FILE, weights_only=True)], content)
+    metadata = FileSystemReader(path).read_metadata()
+    key, data = "common_state/shard_0_1", next(path.glob("*.distcp"))
+    place = _StorageInfo(data.name, data.stat().st_size, content.tell())
+    metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(key)] = place
+    with data.open("ab") as file:
+        file.write(content.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    (path / COMMON_FILE).unlink()
+    marker = path / "metadata.json"
+    written = json.loads(marker.read_text())
+    marker.write_text(json.dumps({k: v for k, v in written.items() if "common" not in k}))

@@ -140,7 +140,9 @@ def megatron(dispatcher: str, grouped: bool, problem: Problem) -> Layer:
     spec: Any = get_moe_module_spec(
         use_te=grouped, num_experts=case.experts, moe_grouped_gemm=grouped
     )
-    layer: Any = MoELayer(config, spec.submodules, layer_number=1).to(device())
+    # A ModuleSpec in 0.16, in 0.19 a function that has them as an argument.
+    submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]
+    layer: Any = MoELayer(config, submodules, layer_number=1).to(device())
     with torch.no_grad():
         layer.router.weight.copy_(problem.router)
         for number in range(case.experts):

@@ -243,5 +243,3 @@ def configure_logging() -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # It warns about our feed-forward spec, which is not one of its own classes, once per block.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ They are read whatever layout wrote them, and those that are written here load a
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -34,20 +35,21 @@ from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
 from megatron_vlmoe.runtime.sums import file_sha256
 from megatron_vlmoe.train.checkpoint_files import (
+    COMMON_FILE,
     CONTENT_METADATA,
     TRACKER,
     TrainState,
     checkpoint_root,
+    common_content,
     find_best_or_last,
     has_checkpoints,
     is_optimizer_key,
     iteration_name,
+    of_common,
     one_line,
     stored_format,
 )
 from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE, check_files, write_sums
-
-COMMON_FILE = "common.pt"
 
 
 class CheckpointReader:
@@ -73,10 +75,11 @@ class CheckpointReader:
         except (Exception, CheckpointException) as error:
             raise ConvertError(f"{self.path}: no readable .metadata ({one_line(error)})") from None
         file = self.path / COMMON_FILE
+        place = file if file.is_file() else self.path
         self.common = self._read_common()
         fields = {"config", "train_state"}
         if not isinstance(self.common, dict) or not fields <= self.common.keys():
-            raise ConvertError(f"{file}: not of a checkpoint of this project")
+            raise ConvertError(f"{place}: not of a checkpoint of this project")
         options = self.common["config"]
         root: RunConfig = FinetuneConfig() if "task" in options else RunConfig()
         with conversion_errors():
@@ -102,10 +105,12 @@ class CheckpointReader:
     def _read_common(self) -> dict[str, Any]:
         file = self.path / COMMON_FILE
         try:
-            common: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            content = io.BytesIO(common_content(self.path))
+            common = of_common(torch.load(content, map_location="cpu", weights_only=True))
         except Exception as error:
-            raise ConvertError(f"{file}: not readable ({one_line(error)})") from None
-        return common
+            place = file if file.is_file() else self.path
+            raise ConvertError(f"{place}: not readable ({one_line(error)})") from None
+        return common  # type: ignore[no-any-return]
 
     @property
     def train_state(self) -> TrainState:

@@ -22,12 +22,12 @@ from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import task_names
 from megatron_vlmoe.convert.hf_config import open_export
-from megatron_vlmoe.runtime.lazy import load
-from megatron_vlmoe.runtime.torch_files import read_torch_file
 from megatron_vlmoe.train.checkpoint_files import (
+    COMMON_FILE,
     checkpoint_root,
     find_best_or_last,
     has_checkpoints,
+    saved_config,
 )
 from megatron_vlmoe.train.checkpoint_sums import check_one_file
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, is_hugging_face, run_file
@@ -164,17 +164,10 @@ def saved_run(location: str, step: Optional[str] = None) -> RunConfig:
         except ConvertError as error:
             raise ConfigError(f"--load {error}") from None
     try:
-        check_one_file(path, "common.pt")
+        check_one_file(path, COMMON_FILE)
+        content = saved_config(path)
     except CheckpointError as error:
         raise ConfigError(f"--load {error}") from None
-    try:
-        content = read_torch_file(path / "common.pt").get("config")
-    except Exception:
-        # Of another version of megatron-core, or damaged, which it says.
-        try:
-            content = load("megatron_vlmoe.train.checkpoint").load_common(path).get("config")
-        except CheckpointError as error:
-            raise ConfigError(f"--load {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--load {path}: holds no configuration of this project")
     root: RunConfig = FinetuneConfig() if "task" in content else RunConfig()

@@ -6,7 +6,6 @@ Letters: n items, D width, C classes.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import random
 import warnings
@@ -160,8 +159,6 @@ class VLMoE:
         config = replace(config, parallel=ParallelConfig(), model=model, moe=moe)
         text_tokenizer = _open_tokenizer(checkpoint, config, tokenizer)
         classes = _open_labels(checkpoint, config, labels)
-        # As the command line does: it warns about our feed-forward spec once per block.
-        logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
         if device not in (None, "cpu", "cuda"):
             raise ConfigError(f"device={device}: cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU")
         here = distributed.device().type

@@ -69,7 +69,10 @@ class MoMEFeedForwardSubmodules:
 
 
 class MoMEFeedForward(MegatronModule):
-    """Routes tokens by modality (paper section 3.2): V-FFN or V-MoE, T-FFN or T-MoE, VL-FFN."""
+    """Routes tokens by modality (paper section 3.2): V-FFN or V-MoE, T-FFN or T-MoE, VL-FFN.
+
+    Of what megatron-core 0.19 says to every feed-forward layer, its groups and name, nothing is needed here.
+    """
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class MoMEFeedForward(MegatronModule):
         submodules: MoMEFeedForwardSubmodules,
         plan: BlockPlan,
         moe: MoEConfig,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.plan = plan

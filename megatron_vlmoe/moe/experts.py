@@ -483,6 +483,7 @@ class PooledExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         pools: Sequence[Branch],
         compile: bool = False,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         for pool in pools:

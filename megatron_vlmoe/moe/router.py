@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Iterable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +193,7 @@ class ModalityRouter(MegatronModule):
         plan: BlockPlan,
         moe: MoEConfig,
         compile: bool = False,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.moe = moe

@@ -12,7 +12,7 @@ from megatron_vlmoe.config.errors import ConfigError
 PROBES = (
     (
         *("transformer-engine", "transformer_engine", "import transformer_engine.pytorch"),
-        "uninstall it or install `transformer-engine[pytorch]>=2.9,<2.12` built for this torch",
+        "uninstall it or install this package's extra `transformer-engine`, built for this torch",
     ),
     (
         # The `apex` on PyPI is an unrelated project; only NVIDIA's has this class, which needs the kernels of

@@ -1,4 +1,4 @@
-"""Lets megatron-core 0.16.1 run on CPU over gloo.
+"""Lets megatron-core run on CPU over gloo.
 
 megatron-core places tensors on ``torch.cuda.current_device()``, uses CUDA streams and events, and compares
 tensor types with CUDA spellings. :func:`install_cpu_runtime` replaces exactly those symbols. It must be called
@@ -57,7 +57,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
         where = getattr(owner, "__name__", repr(owner))
         raise RuntimeError(
             f"the CPU runtime replaces {where}.{name}, which does not exist in this version; "
-            "it was written for megatron-core 0.16.1 and torch 2.11 to 2.13"
+            "it was written for megatron-core 0.16.1 and 0.19.2, and torch 2.11 to 2.13"
         )
     setattr(owner, name, value)
 

@@ -7,6 +7,7 @@ command is light, and the rest is in this table.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import warnings
 from typing import Any
@@ -44,6 +45,16 @@ HEAVY = {
 }
 """Each module that is loaded late, and whether it needs megatron-core."""
 
+# Loggers that warn about nothing a user can change: about our feed-forward spec, which is not one of megatron-core's
+# own classes, once per block; and, in 0.19, that DDP lays out its own buffers, and that `common.pt` and asynchronous
+# saves of its own will go.
+QUIET = (
+    "megatron.core.transformer.transformer_layer",
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
 
 def load(module: str) -> Any:
     """A module of `HEAVY`; megatron-core is made ready first if the module needs it."""
@@ -62,6 +73,11 @@ def prepare_megatron() -> None:
         check_accelerators()
     # megatron-core warns on import about packages that are optional here.
     warnings.filterwarnings("ignore", module="megatron")
-    # torch 2.13 deprecates the collectives that megatron-core 0.16.1 calls.
+    # torch remarks on how 0.19 calls its loading, which is right as it is.
+    for start in ("The argument order of load", "torch.distributed is disabled, unavailable"):
+        warnings.filterwarnings("ignore", message=start, category=UserWarning)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # torch 2.13 deprecates the collectives that megatron-core calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     importlib.import_module("megatron_vlmoe.runtime.cpu").install_cpu_runtime()

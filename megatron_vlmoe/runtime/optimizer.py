@@ -1,4 +1,4 @@
-"""AdamW and the gradient norm for machines without TransformerEngine and apex, where megatron-core 0.16.1 falls short.
+"""AdamW and the gradient norm for machines without TransformerEngine and apex, where megatron-core falls short.
 
 It falls back to torch's AdamW, which keeps `step` per parameter; its distributed checkpoints then fail to load
 (KeyError 'step'). TransformerEngine's and apex's FusedAdam keep the step in the group, and so does this one. The
@@ -114,7 +114,9 @@ def install_fallbacks() -> None:
         (clip_grads, "multi_tensor_scale_impl"),
     ):
         if not hasattr(module, name):
-            raise RuntimeError(f"megatron-core's {module.__name__} has no {name}; 0.16.1 is needed")
+            raise RuntimeError(
+                f"megatron-core's {module.__name__} has no {name}; 0.16.1 or 0.19.2 is needed"
+            )
     if chooser.USING_PYTORCH_OPTIMIZER:
         chooser.Adam = distrib_optimizer.Adam = GroupStepAdamW
         chooser.USING_PYTORCH_OPTIMIZER = False

@@ -37,6 +37,9 @@ def install_results_queue(start_method: str = "spawn") -> None:
 
     Args:
         start_method: how it is started (`multiprocessing.get_context`).
+
+    Raises:
+        RuntimeError: if this megatron-core makes its queue elsewhere.
     """
 
     @functools.cache
@@ -52,5 +55,10 @@ def install_results_queue(start_method: str = "spawn") -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return _PickledQueue(manager.Queue())
 
-    if filesystem_async._get_write_results_queue.__module__ == filesystem_async.__name__:
-        filesystem_async._get_write_results_queue = results_queue
+    # Before 0.19 its name began with an underscore.
+    names = ("get_write_results_queue", "_get_write_results_queue")
+    name = next((name for name in names if hasattr(filesystem_async, name)), "")
+    if not name:
+        raise RuntimeError(f"megatron-core's {filesystem_async.__name__} has no {names[0]}")
+    if getattr(filesystem_async, name).__module__ != __name__:
+        setattr(filesystem_async, name, results_queue)

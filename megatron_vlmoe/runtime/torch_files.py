@@ -39,7 +39,15 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         Exception: of whatever type, if the file cannot be read or is neither.
     """
-    content = path.read_bytes()
+    return read_torch_bytes(path.read_bytes())
+
+
+def read_torch_bytes(content: bytes) -> Any:
+    """The value in what such a file holds.
+
+    Raises:
+        Exception: as `read_torch_file`.
+    """
     if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))

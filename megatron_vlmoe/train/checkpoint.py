@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.serialization import (
@@ -48,14 +51,17 @@ from megatron_vlmoe.runtime.results_queue import install_results_queue
 from megatron_vlmoe.runtime.sums import reading_threads
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
+    COMMON_FILE,
     DP_RESHARDABLE,
     FULLY_RESHARDABLE,
     TRACKER,
     TrainState,
+    common_content,
     content_metadata,
     is_optimizer_key,
     iteration_name,
     iterations,
+    of_common,
     one_line,
     stored_format,
 )
@@ -467,17 +473,25 @@ def naming_checkpoint(path: Path) -> Iterator[None]:
 
 
 def load_common(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: `config`, `train_state`, optimizer settings.
+    """What a checkpoint that is about to be loaded holds besides tensors: `config`, `train_state`, optimizer settings.
 
     Raises:
-        CheckpointError: if the folder is no readable checkpoint.
+        CheckpointError: if the folder is no readable checkpoint, or one of a megatron-core that is too new.
     """
     try:
-        return dist_checkpointing.load_common_state_dict(str(path))
+        stored = io.BytesIO(common_content(path))
+        common = of_common(torch.load(stored, map_location="cpu", weights_only=True))
     except Exception as error:
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({type(error).__name__})"
         ) from None
+    # Where megatron-core can note a backend for it, it reads what is common from a file only.
+    if hasattr(CheckpointingConfig, "common_backend") and not (path / COMMON_FILE).is_file():
+        raise CheckpointError(
+            f"{path}: a later megatron-core wrote it than the {megatron.core.__version__} here, which cannot load it; "
+            "go on with Python 3.12 or later, whose megatron-core loads the checkpoints of both"
+        )
+    return common  # type: ignore[no-any-return]
 
 
 def check_architecture(

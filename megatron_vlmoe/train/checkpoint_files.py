@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Optional
 
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError
-from megatron_vlmoe.runtime.torch_files import read_torch_file
+from megatron_vlmoe.runtime.torch_files import read_torch_bytes, read_torch_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # Where a run keeps what it no longer goes on from; nothing reads it.
@@ -26,6 +26,9 @@ _ITERATION = re.compile(r"iter_([0-9]{1,18})")
 _LISTED = 6
 # megatron-core writes it last.
 _MARKER = "metadata.json"
+# Where a checkpoint keeps what is common to all ranks: 0.16 in a file, 0.19 among the tensors, as a list of one.
+COMMON_FILE = "common.pt"
+_COMMON_KEY = "common_state/shard_0_1"
 # How a checkpoint stores the state of the distributed optimizer; the names are megatron-core's.
 FULLY_RESHARDABLE = "fully_reshardable"
 DP_RESHARDABLE = "dp_reshardable"
@@ -74,6 +77,41 @@ def content_metadata(optimizer_format: str) -> dict[str, Any]:
 def stored_format(common: Mapping[str, Any]) -> str:
     """The format of the optimizer state of a checkpoint that holds this besides tensors."""
     return str(common.get("content_metadata", CONTENT_METADATA)[_FORMAT])
+
+
+def common_content(path: Path) -> bytes:
+    """What an iteration folder holds besides tensors, as torch saved it; `of_common` unpacks what torch reads from it.
+
+    Raises:
+        Exception: of whatever type, if it cannot be read.
+    """
+    file = path / COMMON_FILE
+    if file.is_file():
+        return file.read_bytes()
+    places = read_torch_file(path / ".metadata").storage_data
+    (place,) = (place for index, place in places.items() if index.fqn == _COMMON_KEY)
+    with (path / place.relative_path).open("rb") as data:
+        data.seek(place.offset)
+        return data.read(place.length)
+
+
+def of_common(value: Any) -> Any:
+    """What torch read from `common_content`: megatron-core 0.19 stores it in a list."""
+    return value[0] if isinstance(value, list) else value
+
+
+def saved_config(path: Path) -> Any:
+    """The `config` that an iteration folder holds, read without torch; None if there is none.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return of_common(read_torch_bytes(common_content(path))).get("config")
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({type(error).__name__})"
+        ) from None
 
 
 def is_optimizer_key(key: str) -> bool:
@@ -234,8 +272,7 @@ def _flaw(path: Path) -> str:
         content = None
     if not isinstance(content, dict):
         return f"{_MARKER} is damaged"
-    # Later versions of megatron-core keep what is common to all ranks among the tensors.
-    for name in (".metadata", *(("common.pt",) if "common_backend" in content else ())):
+    for name in (".metadata", *((COMMON_FILE,) if "common_backend" in content else ())):
         if not (path / name).is_file():
             return f"no {name}"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import queue
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,9 @@ class ContentSaver:
         for value in sharded:
             if isinstance(value, ShardedTensor) and value.data is not None:
                 value.data = with_own_storage(value.data)
+        # From 0.19 on its own background saves have to be asked for: else nvidia-resiliency-ext writes.
+        takes = inspect.signature(dist_checkpointing.save).parameters
+        own = {"async_strategy": "mcore"} if "async_strategy" in takes else {}
         request = dist_checkpointing.save(
             content,
             str(folder),
@@ -80,6 +84,7 @@ class ContentSaver:
             validate_access_integrity=is_new,
             async_sharded_save=in_background,
             content_metadata=dict(metadata),
+            **own,
         )
         if not is_forked(in_background) or request.async_fn is None:
             return request

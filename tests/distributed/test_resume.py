@@ -17,9 +17,11 @@ from resume_runs import (
     loss_scale_after_loading,
     stopped_and_resumed,
 )
+from small_checkpoints import edited_common
 from training_runs import trainer_run
 
 from megatron_vlmoe.config.presets import recipe_names
+from megatron_vlmoe.train.checkpoint_files import common_content
 
 ONE = Layout(1)
 # Recipe to its task: one of each task, and those that differ from it in numbers.
@@ -199,15 +201,11 @@ def test_changed_rates_train_and_are_logged(
 
 def test_rates_of_a_checkpoint_of_an_earlier_version(workers: Workers, copy: Path) -> None:
     """Its groups have no factors, and a wrong resume had mixed their rates up; of sums between lines it has none."""
-    import torch
-
-    path = copy / "checkpoints/iter_0000003/common.pt"
-    common = torch.load(path, weights_only=False)
-    del common["train_state"]["interval"]
-    for part in common["optimizer"].values():
-        for group in part["optimizer"]["param_groups"]:
-            group.update(lr_mult=1.0, lr=7.0, max_lr=7.0, min_lr=7.0, weight_decay=7.0)
-    torch.save(common, path)
+    with edited_common(copy / "checkpoints/iter_0000003") as common:
+        del common["train_state"]["interval"]
+        for part in common["optimizer"].values():
+            for group in part["optimizer"]["param_groups"]:
+                group.update(lr_mult=1.0, lr=7.0, max_lr=7.0, min_lr=7.0, weight_decay=7.0)
     options = (*FEW, *CHANGED, "--exit-interval", "4")
     (result,) = workers.run(ONE, trainer_run, ONE, options, str(copy))
     check_rates(result)
@@ -275,7 +273,7 @@ def test_a_run_without_tracker_is_refused_and_goes_on_by_choice(
     assert result["error"] == "CheckpointError" and "--checkpoint.step newest" in result["message"]
     assert "iter_0000001, iter_0000002, iter_0000003" in result["message"]
     assert (copy / "metrics.jsonl").read_bytes() == before and not tracker.exists()
-    marks = {step: (root / f"iter_000000{step}/common.pt").read_bytes() for step in (1, 2, 3)}
+    marks = {step: common_content(root / f"iter_000000{step}") for step in (1, 2, 3)}
 
     chosen = ("--checkpoint.step", "1", "--save-interval", "1", "--exit-interval", "2")
     (result,) = workers.run(ONE, trainer_run, ONE, (*options, *chosen), str(copy))
@@ -283,7 +281,7 @@ def test_a_run_without_tracker_is_refused_and_goes_on_by_choice(
     assert names(root) == ["iter_0000001", "iter_0000002", "set_aside"]
     for step in (2, 3):
         aside = root / f"set_aside/iter_000000{step}"
-        assert (aside / "common.pt").read_bytes() == marks[step]
+        assert common_content(aside) == marks[step]
         assert any(str(aside) in line for line in result["warnings"])
     assert [line["step"] for line in read_metrics(copy)] == [0, 1, 2]
     later = (copy / "metrics.set_aside.jsonl").read_text().splitlines()
@@ -321,8 +319,6 @@ def test_a_step_that_is_not_there(workers: Workers, copy: Path, tmp_path: Path) 
 def test_fine_tuning_goes_on_by_choice_and_with_the_options_of_the_command(
     workers: Workers, prepared: Prepared, tmp_path: Path
 ) -> None:
-    import torch
-
     run, other = tmp_path / "run", tmp_path / "other"
     data = ("--task.data", prepared.prefix("nlvr2"), "--data.text_tokenizer", prepared.tokenizer)
     start = ("--task", "nlvr2", *SMALL, *data, "--train.steps", "2", "--keep-last", "0")
@@ -362,8 +358,6 @@ def test_fine_tuning_goes_on_by_choice_and_with_the_options_of_the_command(
     evaluated = call("evaluate", "--load", str(run), "--checkpoint.step", "1")
     assert f"loaded {root}/iter_0000001" in evaluated
     # Labels in another order would be learned on top of what the head knows.
-    path = root / "iter_0000003/common.pt"
-    common = torch.load(path, weights_only=False)
-    common["config"]["task"]["labels_sha256"] = "0" * 64
-    torch.save(common, path)
+    with edited_common(root / "iter_0000003") as common:
+        common["config"]["task"]["labels_sha256"] = "0" * 64
     assert "its labels are not those" in call("finetune", *start, *options)

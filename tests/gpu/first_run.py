@@ -122,10 +122,14 @@ class CannotRun(Exception):
 
 
 def requirements() -> dict[str, str]:
-    """Lines of requirements.txt by package: `megatron-core` to `megatron-core==0.16.1`."""
+    """Lines of requirements.txt by package: `numpy` to `numpy>=1.26`; where it has several, with "or" between them."""
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
-    found = (line.strip() for line in lines)
-    return {re.split(r"[\[<>=!~ ]", line)[0]: line for line in found if line and line[0] != "#"}
+    found: dict[str, str] = {}
+    for line in (line.strip() for line in lines):
+        if line and line[0] != "#":
+            name = re.split(r"[\[<>=!~ ]", line)[0]
+            found[name] = f"{found[name]} or {line}" if name in found else line
+    return found
 
 
 def lacking(python: str, packages: Sequence[str]) -> list[str]:

@@ -6,12 +6,21 @@ import fnmatch
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from small_checkpoints import CONFIGS, MODEL, adam_moments, lazy, random_tensors, save
+from small_checkpoints import (
+    CONFIGS,
+    MODEL,
+    adam_moments,
+    lazy,
+    random_tensors,
+    save,
+    store_as_later_version,
+)
 
-from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.config.errors import CheckpointError, ConvertError
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoint
 from megatron_vlmoe.convert.hf_config import architecture, export_config
@@ -27,7 +36,7 @@ from megatron_vlmoe.convert.name_table import (
 )
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
-from megatron_vlmoe.train.checkpoint_files import TRACKER, TrainState
+from megatron_vlmoe.train.checkpoint_files import TRACKER, TrainState, saved_config
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -275,6 +284,41 @@ def test_damage_is_one_clear_line(damage: str, whole: Path, tmp_path: Path) -> N
     with pytest.raises(ConvertError, match=expected) as caught:
         read_all(root)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_checkpoint_of_a_later_megatron_core_is_read_alike(tmp_path: Path) -> None:
+    """It has no `common.pt`; the finetuning command reads its options without torch."""
+    config = CONFIGS["8e"]
+    expected = random_tensors(config)
+    path = save(tmp_path, config, expected, TrainState(step=7), adam_moments(config))
+    before = CheckpointReader(tmp_path)
+    store_as_later_version(path)
+    found = CheckpointReader(tmp_path)
+    assert found.common == before.common and found.train_state.step == 7
+    assert found.optimizer_tensors.keys() == before.optimizer_tensors.keys()
+    assert found.tensors.keys() == expected.keys()
+    for key, tensor in found.tensors.items():
+        assert torch.equal(tensor.read(), expected[key])
+    assert saved_config(path) == found.common["config"]
+
+
+@pytest.mark.parametrize("reads_both", [True, False])
+def test_a_megatron_core_that_is_too_old_for_a_checkpoint_is_one_clear_line(
+    reads_both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_vlmoe.train import checkpoint
+
+    path = save(tmp_path, CONFIGS["dense"], random_tensors(CONFIGS["dense"]), TrainState(step=7))
+    known = SimpleNamespace() if reads_both else SimpleNamespace(common_backend="torch")
+    monkeypatch.setattr(checkpoint, "CheckpointingConfig", known)
+    assert checkpoint.load_common(path)["train_state"]["step"] == 7
+    store_as_later_version(path)
+    if reads_both:
+        assert checkpoint.load_common(path)["train_state"]["step"] == 7
+        return
+    with pytest.raises(CheckpointError, match="a later megatron-core wrote it than the") as caught:
+        checkpoint.load_common(path)
+    assert str(path) in str(caught.value) and "Python 3.12 or later" in str(caught.value)
 
 
 def test_folder_of_something_else(tmp_path: Path) -> None:
