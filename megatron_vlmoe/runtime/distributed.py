@@ -59,7 +59,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
         ConfigError: if the layout does not fit the number of processes.
     """
     on_cpu = install_cpu_runtime()
-    install_fallbacks()
+    install_fallbacks(on_cpu)
     data_parallel_size(parallel, environment_world_size())
     if not dist.is_initialized():
         if not on_cpu:

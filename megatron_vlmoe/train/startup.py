@@ -69,7 +69,7 @@ def report_packages() -> None:
         if importlib.util.find_spec(module) is not None:
             # In another process: a broken package may raise anything, or abort.
             probe = [sys.executable, "-c", statement]
-            state = "used"
+            state = "used" if torch.cuda.is_available() else "installed, of no use without a GPU"
             if subprocess.run(probe, capture_output=True, timeout=120).returncode:
                 state = f"unusable ({advice})"
                 problems.append(f"{name} is installed but unusable: {advice}")
