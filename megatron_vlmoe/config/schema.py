@@ -36,9 +36,15 @@ class ModelConfig:
         init_qk_correlation: correlation of initial key and query weights of a head, 0 to 1. Above 0 a token starts
             by attending to what is like it (mimetic initialization, arXiv 2305.09828).
         token_type_embeddings: adds learned modality embeddings (the paper's formulas have none).
+        transformer_impl: whose layers the blocks are made of: `local` are megatron-core's and torch's;
+            `transformer_engine` has TransformerEngine's linear layers, with the LayerNorm before them where that has no
+            other use, and its attention (on a GPU); `auto` is the latter where it is installed and there is a GPU, else
+            `local`. Parameters, initial values and checkpoints are the same.
         attention_backend: `sdpa` is torch's scaled_dot_product_attention, without cuDNN's kernel where there is a mask;
             `math` forces its plain kernel; `varlen` is its flash attention over sequences of different lengths, one
-            call for all samples and none of their padding (on a GPU, in bf16 or fp16).
+            call for all samples and none of their padding (on a GPU, in bf16 or fp16). `auto` is TransformerEngine's
+            attention over such sequences where `transformer_impl` is, in bf16 and fp16 and without
+            `moe.route_padding`, else `sdpa`.
     """
 
     num_layers: int = 12
@@ -59,7 +65,8 @@ class ModelConfig:
     init_sincos_std: float = 0.0
     init_qk_correlation: float = 0.0
     token_type_embeddings: bool = False
-    attention_backend: Literal["sdpa", "math", "varlen"] = "sdpa"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "local"
+    attention_backend: Literal["auto", "sdpa", "math", "varlen"] = "auto"
 
     @property
     def patch_grid(self) -> int:
@@ -364,6 +371,9 @@ class TrainConfig:
         steps: optimizer steps of the whole run.
         seed: seed of initial weights, data order, masks, router noise and stochastic depth.
         precision: `auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU.
+        fp8: in training, computes matrix products of blocks in 8 bits, by a recipe of TransformerEngine: `delayed`
+            scales a tensor by its maxima in earlier steps, `tensorwise` by its own, `blockwise` every 128 values apart
+            (Hopper and newer), `mxfp8` every 32 (Blackwell). Needs bf16 and TransformerEngine's layers.
         deterministic: deterministic kernels on GPU (CPU runs always are).
         compile: compiles functions of a block that torch would run as many small kernels: bias and GELU of FFNs, the
             end of a branch, what routers count and sort, and in 16 bits, without tensor parallelism, cross entropy.
@@ -385,6 +395,7 @@ class TrainConfig:
     steps: int = 200_000
     seed: int = 1234
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     deterministic: bool = False
     compile: bool = False
     counter_draws: bool = False

@@ -153,8 +153,9 @@ class VLMoE:
         if capacity_factor > 0.0 and moe.dispatcher == "dropless":
             moe = replace(moe, dispatcher="fixed_capacity")
         model = config.model
+        # Kernels of the run's machine, not of every one.
+        model = replace(model, transformer_impl="local")
         if model.attention_backend == "varlen":
-            # A kernel of the run's machine, not of every one.
             model = replace(model, attention_backend="sdpa")
         config = replace(config, parallel=ParallelConfig(), model=model, moe=moe)
         text_tokenizer = _open_tokenizer(checkpoint, config, tokenizer)
@@ -167,7 +168,7 @@ class VLMoE:
             hint = "; hide its GPUs with CUDA_VISIBLE_DEVICES=''" if here == "cuda" else ""
             raise ConfigError(f"device={device}, but this process runs on {here}{hint}")
         # Compiling takes longer than what most callers ask for.
-        train = replace(config.train, precision=precision, compile=False)  # type: ignore[arg-type]
+        train = replace(config.train, precision=precision, compile=False, fp8="none")  # type: ignore[arg-type]
         config = replace(config, train=train)
         with _unchanged_generators():
             world = dist.get_world_size() if dist.is_initialized() else environment_world_size()

@@ -1,4 +1,4 @@
-"""Attention within the samples of a stream, by torch's kernels.
+"""Attention within the samples of a stream, by torch's kernels or by TransformerEngine's.
 
 Letters: T tokens of the stream of all tensor-parallel ranks, n samples, L tokens of a sample, H heads on this rank, K
 head width.
@@ -6,11 +6,15 @@ head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te_layers
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -19,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import ModelConfig, Precision
 from megatron_vlmoe.stream.batch import StreamBatch
+from megatron_vlmoe.stream.sequences import Sequences
 
 MASKED_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """What torch may choose from for a call that has a mask, all but cuDNN's kernel: with a mask, with a last tile of 128
@@ -121,15 +126,71 @@ class StreamAttention(MegatronModule):
     def _sequences(self, inputs: list[Tensor], stream: StreamBatch) -> Tensor:
         """``[T, H, K]`` to ``[T, H, K]``, all sequences in one call."""
         found = stream.sequences(inputs[0].device)
-        if found.order is not None:
-            inputs = [_Reorder.apply(x, found.order, found.places) for x in inputs]
-        query, key, value = inputs
+        query, key, value = in_order_of_sequences(inputs, found)
         ends, longest = found.boundaries, found.longest
         output = varlen.varlen_attn(query, key, value, ends, ends, longest, longest)
         assert isinstance(output, Tensor)
-        if found.order is not None:
-            output = _Reorder.apply(output, found.places, found.order)
-        return output
+        return in_order_of_stream(output, found)
+
+
+class TransformerEngineAttention(MegatronModule):
+    """The same by TransformerEngine, which chooses a kernel for sequences of different lengths.
+
+    As with `varlen` there is one call for all samples and no mask, padding is not computed against tokens, and its
+    output is another.
+
+    Args:
+        **options: megatron-core's own arguments of a `core_attention`.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **options: Any) -> None:
+        super().__init__(config=config)
+        # Kernels for sequences take the kinds of masks that allow for padding alone.
+        options["attn_mask_type"] = AttnMaskType.padding
+        self.kernel = te_layers.TEDotProductAttention(
+            config=config, layer_number=layer_number, **options
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: StreamBatch,
+        **unused: Any,
+    ) -> Tensor:
+        """Query, key and value ``[T, 1, H, K]`` to ``[T, 1, H * K]``."""
+        found = attention_mask.sequences(query.device)
+        inputs = in_order_of_sequences([x.squeeze(1) for x in (query, key, value)], found)
+        sequences = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=found.boundaries,
+            cu_seqlens_kv=found.boundaries,
+            max_seqlen_q=found.longest,
+            max_seqlen_kv=found.longest,
+        )
+        output = self.kernel(
+            *inputs,
+            attention_mask=None,
+            attn_mask_type=AttnMaskType.padding,
+            packed_seq_params=sequences,
+        )
+        return in_order_of_stream(output, found).reshape(len(query), 1, -1)
+
+
+def in_order_of_sequences(tensors: Sequence[Tensor], sequences: Sequences) -> Sequence[Tensor]:
+    """Tokens ``[T, ...]`` of a gathered stream as its sequences have them."""
+    if sequences.order is None:
+        return tensors
+    return [_Reorder.apply(x, sequences.order, sequences.places) for x in tensors]
+
+
+def in_order_of_stream(tokens: Tensor, sequences: Sequences) -> Tensor:
+    """The inverse for one tensor."""
+    if sequences.order is None:
+        return tokens
+    reordered: Tensor = _Reorder.apply(tokens, sequences.places, sequences.order)
+    return reordered
 
 
 class _Reorder(torch.autograd.Function):

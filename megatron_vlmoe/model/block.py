@@ -5,12 +5,14 @@ Letters: T tokens of the stream, D width.
 
 from __future__ import annotations
 
-import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.extensions import transformer_engine as te_layers
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,10 +29,9 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from megatron_vlmoe.config.schema import MoEConfig, RunConfig
-from megatron_vlmoe.model.attention import StreamAttention
 from megatron_vlmoe.model.feed_forward import CompiledMLP
-from megatron_vlmoe.model.linear import ColumnLinear, RowLinear
-from megatron_vlmoe.model.norm import LayerNorm, mark_sequence_parallel
+from megatron_vlmoe.model.implementation import LayerParts
+from megatron_vlmoe.model.norm import mark_sequence_parallel
 from megatron_vlmoe.moe.layer import ModalityMoELayer, moe_submodules
 from megatron_vlmoe.runtime.compiled import compiled
 from megatron_vlmoe.stream.batch import StreamBatch
@@ -61,9 +62,11 @@ class StreamSelfAttention(SelfAttention):
 
 @dataclass
 class MoMEFeedForwardSubmodules:
-    """Specs: LayerNorm of every branch, FFN of a dense branch, and the layer that holds all pools of the block."""
+    """Specs: LayerNorm of pools and of dense branches, FFN of a dense branch, and the layer that holds all pools of the
+    block."""
 
     norm: Union[ModuleSpec, type]
+    dense_norm: Union[ModuleSpec, type]
     dense: ModuleSpec
     moe: ModuleSpec
 
@@ -87,7 +90,7 @@ class MoMEFeedForward(MegatronModule):
         # Direct children: inside a ModuleDict megatron-core would save tensor-parallel shards as replicas.
         for branch in plan.branches:
             norm = build_module(
-                submodules.norm,
+                submodules.norm if branch.num_experts else submodules.dense_norm,
                 config=config,
                 hidden_size=config.hidden_size,
                 eps=config.layernorm_epsilon,
@@ -110,7 +113,7 @@ class MoMEFeedForward(MegatronModule):
             raise ValueError(f"block {layer_number} was given the plan of {self.plan.layer_number}")
 
     def norm(self, branch: str) -> nn.Module:
-        """The LayerNorm of a branch."""
+        """The LayerNorm of a branch; it does nothing where the FFN has it."""
         return self.get_submodule(f"{branch}_norm")
 
     def ffn(self, branch: str) -> nn.Module:
@@ -239,17 +242,24 @@ class MoMEBlock(TransformerBlock):
         if not self.pre_process:
             hidden_states = self.input_tensor
         hidden = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
+        # Not in evaluation, nor where training only looks ahead: there the sizes need not fit 8 bits.
+        in_fp8 = bool(self.config.fp8) and self.training and torch.is_grad_enabled()
         recompute = self.config.recompute_granularity == "full" and self.training
-        for layer in self.layers:
-            if recompute:
-                hidden = tensor_parallel.checkpoint(
-                    # The closure holds this micro-batch's stream: 1F1B may recompute it much later.
-                    lambda tensor, layer=layer: layer(tensor, stream),
-                    False,
-                    hidden,
-                )
-            else:
-                hidden = layer(hidden, stream)
+        with get_fp8_context(self.config) if in_fp8 else nullcontext():
+            for layer in self.layers:
+                # It holds this micro-batch's stream: 1F1B may recompute it much later.
+                def work(tensor: Tensor, layer: Any = layer) -> Tensor:
+                    output: Tensor = layer(tensor, stream)
+                    return output
+
+                if not recompute:
+                    hidden = work(hidden)
+                elif in_fp8:
+                    # Computes again with the scales of the first time.
+                    tracker, group = tensor_parallel.get_cuda_rng_tracker, self.pg_collection.tp
+                    hidden = te_layers.te_checkpoint(work, False, tracker, group, hidden)
+                else:
+                    hidden = tensor_parallel.checkpoint(work, False, hidden)
         if self.final_layernorm is not None:
             hidden = self.final_layernorm(hidden)
             hidden = make_viewless_tensor(inp=hidden, requires_grad=True, keep_graph=True)
@@ -258,32 +268,45 @@ class MoMEBlock(TransformerBlock):
         return hidden
 
 
-def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
-    """The spec of one block: swap attention, norms, FFNs, routers or experts here."""
+def layer_spec(config: RunConfig, plan: BlockPlan, parts: LayerParts) -> ModuleSpec:
+    """The spec of one block: swap attention, norms, FFNs, routers or experts here.
+
+    Args:
+        parts: layers of the implementation that the run has.
+    """
     attention = ModuleSpec(
         module=StreamSelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnLinear,
-            core_attention=functools.partial(
-                StreamAttention, backend=config.model.attention_backend
-            ),
-            linear_proj=RowLinear,
+            linear_qkv=parts.linear_after_norm,
+            core_attention=parts.core_attention,
+            linear_proj=parts.row_linear,
         ),
     )
-    dense = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+    dense = MLPSubmodules(linear_fc1=parts.linear_after_norm, linear_fc2=parts.row_linear)
     feed_forward = ModuleSpec(
         module=MoMEFeedForward,
         params={"plan": plan, "moe": config.moe},
         submodules=MoMEFeedForwardSubmodules(
-            norm=LayerNorm,
+            norm=parts.norm,
+            dense_norm=parts.norm_before_linear,
             dense=ModuleSpec(module=CompiledMLP if config.train.compile else MLP, submodules=dense),
             moe=ModuleSpec(
                 module=ModalityMoELayer,
-                submodules=moe_submodules(plan, config.moe, config.train.compile),
+                submodules=moe_submodules(
+                    plan, config.moe, config.train.compile, config.train.fp8 != "none"
+                ),
             ),
         ),
     )
+    # A LayerNorm has the name of its own place in checkpoints, also where the next layer has it.
+    names = {}
+    if parts.is_norm_in_linear:
+        names["self_attention.linear_qkv.layer_norm_"] = "input_layernorm."
+        names |= {
+            f"mlp.{branch.name}_ffn.linear_fc1.layer_norm_": f"mlp.{branch.name}_norm."
+            for branch in plan.dense
+        }
     return ModuleSpec(
         module=MoMELayer,
         params={
@@ -292,9 +315,10 @@ def layer_spec(config: RunConfig, plan: BlockPlan) -> ModuleSpec:
             "compile": config.train.compile,
         },
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=parts.norm_before_linear,
             self_attention=attention,
             pre_mlp_layernorm=IdentityOp,
             mlp=feed_forward,
+            sharded_state_dict_keys_map=names,
         ),
     )

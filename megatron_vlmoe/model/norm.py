@@ -1,7 +1,8 @@
-"""LayerNorm that works with sequence parallelism and without transformer-engine or apex."""
+"""LayerNorm that works with sequence parallelism and without transformer-engine or apex, and that of apex."""
 
 from __future__ import annotations
 
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -22,3 +23,11 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
         mark_sequence_parallel(self.weight, config)
         mark_sequence_parallel(self.bias, config)
+
+
+class ApexLayerNorm(FusedLayerNorm):
+    """megatron-core's LayerNorm by a kernel of NVIDIA's apex, in the model's number format."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(config, hidden_size, eps, persist_layer_norm=False)
+        self.to(config.params_dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,18 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.model.block import MoMEBlock, MoMEFeedForward, MoMELayer, layer_spec
 from megatron_vlmoe.model.embeddings import StreamEmbedding
 from megatron_vlmoe.model.heads import Heads, Predicted
+from megatron_vlmoe.model.implementation import layer_parts
 from megatron_vlmoe.model.initial_values import EXPERT_KEY, full_initial_value, initial_experts
-from megatron_vlmoe.model.norm import LayerNorm
 from megatron_vlmoe.model.task_heads import build_pretraining_heads
 from megatron_vlmoe.stream.batch import Batch, StreamBatch
 from megatron_vlmoe.stream.block_plan import block_plans
 from megatron_vlmoe.stream.layout import SegmentName, StreamLayout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8_FORMATS = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+"""Numbers of a recipe: `hybrid` has a wider range for gradients, which scales of small blocks make up for."""
+NORM_STATE = "norm._extra_state"
+"""How megatron-core's name ends for the state of a LayerNorm besides its parameters."""
 BuildHeads = Callable[[TransformerConfig, RunConfig], Heads]
 """Makes what the last stage ends with: the heads of pretraining, or of a downstream task."""
 
@@ -42,7 +46,7 @@ def build_transformer_config(config: RunConfig, precision: Precision) -> Transfo
     Initialisation is ours, dropout is off (the paper uses stochastic depth only), and
     fusions that need apex or transformer-engine are off.
     """
-    model, moe, parallel = config.model, config.moe, config.parallel
+    model, moe, parallel, fp8 = config.model, config.moe, config.parallel, config.train.fp8
     virtual = parallel.virtual_pipeline_model_parallel_size
     plans = block_plans(model, moe)
     # Of the block with the most, over all its pools; None for a dense model.
@@ -69,6 +73,11 @@ def build_transformer_config(config: RunConfig, precision: Precision) -> Transfo
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
         fp16=precision == "fp16",
+        fp8=None if fp8 == "none" else FP8_FORMATS[fp8],
+        fp8_recipe="delayed" if fp8 == "none" else fp8,
+        # Of delayed scaling.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -126,10 +135,12 @@ class VLMoEModel(MegatronModule):
         count = get_num_layers_to_build(transformer_config, vp_stage=vp_stage, pp_rank=pp_rank)
         offset = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
         plans = block_plans(config.model, config.moe)[offset : offset + count]
+        parts = layer_parts(config, transformer_config.params_dtype)
         self.decoder = MoMEBlock(
             config=transformer_config,
             spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config, plan) for plan in plans], layer_norm=LayerNorm
+                layer_specs=[layer_spec(config, plan, parts) for plan in plans],
+                layer_norm=parts.norm,
             ),
             pre_process=pre_process,
             post_process=post_process,
@@ -137,6 +148,7 @@ class VLMoEModel(MegatronModule):
         )
         if post_process:
             self.heads = build_heads(transformer_config, config)
+        self.register_load_state_dict_pre_hook(_fill_extra_states)
 
     def set_input_tensor(self, input_tensor: Union[Tensor, list[Tensor]]) -> None:
         """Takes the previous stage's output from the pipeline schedule."""
@@ -153,9 +165,20 @@ class VLMoEModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
     ) -> ShardedStateDict:
-        """Shards of this stage; blocks are keyed by their number in the whole model."""
+        """Shards of this stage; blocks are keyed by their number in the whole model.
+
+        Where TransformerEngine's LayerNorm has an empty state besides its parameters, other ones have none.
+        """
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        shards = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in shards.items() if not key.endswith(NORM_STATE)}
+
+
+def _fill_extra_states(model: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """Puts nothing where a checkpoint has no state of a module besides parameters: most implementations have none."""
+    for name, module in model.named_modules():
+        if type(module).set_extra_state is not nn.Module.set_extra_state:
+            state.setdefault(f"{prefix}{name}._extra_state", None)
 
 
 @torch.no_grad()
@@ -193,7 +216,11 @@ def initialize_parameters(
             shape = tuple(shard.global_shape)[shard.prepend_axis_num :]
             offset = tuple(shard.global_offset)[shard.prepend_axis_num :]
             local = tuple(shard.local_shape)
-            if EXPERT_KEY.search(shard.key):
+            if EXPERT_KEY.search(shard.key) and shard.prepend_axis_num:
+                # One expert of its pool, whose number is an axis that the parameter does not have.
+                expert = shard.global_offset[shard.prepend_axis_num - 1]
+                value = initial_experts(shard.key, shape, model, seed, range(expert, expert + 1))
+            elif EXPERT_KEY.search(shard.key):
                 experts = range(offset[0], offset[0] + local[0])
                 value = initial_experts(shard.key, shape[1:], model, seed, experts)
             else:

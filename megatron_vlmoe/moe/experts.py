@@ -12,6 +12,7 @@ from typing import Any, Iterator, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.extensions import transformer_engine as te_layers
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -101,6 +102,19 @@ class ExpertPool(nn.Module):
         self.replica = pg_collection.expt_dp.rank()
         self.num_experts = num_experts
         self.num_local_experts = num_experts // self.ep_size
+        self._make_parameters(config, pg_collection)
+        for parameter in self.parameters():
+            # Always reduced over the expert-data-parallel group, also with EP = 1: with TP > 1 the replicas
+            # on other TP ranks see other tokens, and megatron-core would otherwise let them drift apart.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # Not a duplicate of TP rank 0's: the gradient norm must count it on every rank that owns it.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim = 0  # type: ignore[attr-defined]
+            parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+    def _make_parameters(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
         local, hidden, inner = (
             self.num_local_experts,
             config.hidden_size,
@@ -115,13 +129,6 @@ class ExpertPool(nn.Module):
         }
         for name, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-            # Always reduced over the expert-data-parallel group, also with EP = 1: with TP > 1 the replicas
-            # on other TP ranks see other tokens, and megatron-core would otherwise let them drift apart.
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            # Not a duplicate of TP rank 0's: the gradient norm must count it on every rank that owns it.
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-            parameter.partition_dim = 0  # type: ignore[attr-defined]
-            parameter.partition_stride = 1  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
     def forward(
@@ -169,6 +176,85 @@ class ExpertPool(nn.Module):
                 replica_id=(0, 0, self.replica),
                 prepend_axis_num=offset,
             )
+        return shards
+
+
+class GroupedExpertPool(ExpertPool):
+    """The same experts by TransformerEngine's grouped products, which can be in 8 bits.
+
+    Every expert has parameters of its own; in a checkpoint they are slices of those of `ExpertPool`. What the products
+    know of scales is in none.
+
+    Args:
+        num_experts: see `ExpertPool`, as are the others.
+    """
+
+    linear_fc1: nn.Module
+    linear_fc2: nn.Module
+
+    def _make_parameters(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        hidden, inner = config.hidden_size, config.moe_ffn_hidden_size
+        options: dict[str, Any] = {
+            "config": config,
+            "init_method": config.init_method,
+            "bias": True,
+            "skip_bias_add": False,
+            "is_expert": True,
+            "pg_collection": pg_collection,
+        }
+        self.linear_fc1 = te_layers.TEColumnParallelGroupedLinear(
+            self.num_local_experts, hidden, inner, tp_comm_buffer_name="fc1", **options
+        )
+        self.linear_fc2 = te_layers.TERowParallelGroupedLinear(
+            self.num_local_experts, inner, hidden, tp_comm_buffer_name="fc2", **options
+        )
+
+    def forward(
+        self,
+        rows: Tensor,
+        counts: Optional[Tensor] = None,
+        sizes: Optional[Sequence[int]] = None,
+        part: Optional[ExpertRange] = None,
+    ) -> Tensor:
+        """See `ExpertPool`; rows are those of all experts."""
+        if part is not None:
+            raise ValueError("grouped products take the rows of all experts at once")
+        if rows.dim() == 3:
+            splits = [rows.shape[1]] * len(rows)
+        else:
+            assert counts is not None
+            splits = counts.tolist() if sizes is None else list(sizes)
+        used = rows.reshape(-1, rows.shape[-1])[: sum(splits)]
+        inner, _ = self.linear_fc1(used, splits)
+        outputs, _ = self.linear_fc2(compiled(bias_gelu, self.compile_gelu)(inner, None), splits)
+        if rows.dim() == 3:
+            return outputs.view(rows.shape)  # type: ignore[no-any-return]
+        return F.pad(outputs, (0, 0, 0, len(rows) - len(used)))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: Sequence[tuple[int, int, int]] = (),
+        metadata: Optional[dict] = None,
+    ) -> ShardedStateDict:
+        """Every parameter of an expert as a slice of its pool's, whose first axis is the number of the expert."""
+        shards = {}
+        offset = len(sharded_offsets)
+        for number, linear in (("1", self.linear_fc1), ("2", self.linear_fc2)):
+            for name, parameter in linear.named_parameters():
+                # As `weight3`.
+                kind = name.rstrip("0123456789")
+                expert = self.ep_rank * self.num_local_experts + int(name.removeprefix(kind))
+                shards[f"{prefix}linear_fc{number}.{name}"] = ShardedTensor.from_rank_offsets(
+                    f"{prefix}{kind}{number}",
+                    parameter,
+                    *sharded_offsets,
+                    (offset, expert, self.num_experts),
+                    replica_id=(0, 0, self.replica),
+                    prepend_axis_num=offset + 1,
+                )
         return shards
 
 
@@ -483,11 +569,13 @@ class PooledExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         pools: Sequence[Branch],
         compile: bool = False,
+        in_fp8: bool = False,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
+        kind = GroupedExpertPool if in_fp8 else ExpertPool
         for pool in pools:
-            own = ExpertPool(pool.num_experts, config, pg_collection, compile)
+            own = kind(pool.num_experts, config, pg_collection, compile)
             self.add_module(pool.name, own)
         owned = sum(self.pool(pool.name).num_local_experts for pool in pools)
         if owned != num_local_experts:

@@ -25,10 +25,18 @@ from megatron_vlmoe.stream.batch import StreamBatch
 from megatron_vlmoe.stream.block_plan import BlockPlan
 
 
-def moe_submodules(plan: BlockPlan, moe: MoEConfig, compile: bool = False) -> MoESubmodules:
-    """The spec of a block's MoE layer: swap the router or the experts here; `compile` as `train.compile`."""
+def moe_submodules(
+    plan: BlockPlan, moe: MoEConfig, compile: bool = False, in_fp8: bool = False
+) -> MoESubmodules:
+    """The spec of a block's MoE layer: swap the router or the experts here.
+
+    Args:
+        compile: as `train.compile`.
+        in_fp8: whether products of training are in 8 bits.
+    """
+    experts = {"pools": plan.pools, "compile": compile, "in_fp8": in_fp8}
     return MoESubmodules(
-        experts=ModuleSpec(module=PooledExperts, params={"pools": plan.pools, "compile": compile}),
+        experts=ModuleSpec(module=PooledExperts, params=experts),
         router=functools.partial(ModalityRouter, plan=plan, moe=moe, compile=compile),
     )
 

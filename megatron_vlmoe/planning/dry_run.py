@@ -137,6 +137,7 @@ def _model_lines(config: RunConfig) -> list[str]:
         f"  vocabulary {size(known.vocab_size, full.vocab_size)}",
         f"  visual vocabulary {size(known.visual_vocab_size, full.visual_vocab_size)}",
     ]
+    lines += implementation_lines(config)
     moe = config.moe
     numbers = moe_layer_numbers(full, moe)
     if numbers:
@@ -146,6 +147,15 @@ def _model_lines(config: RunConfig) -> list[str]:
     else:
         lines.append("  no experts")
     return lines
+
+
+def implementation_lines(config: RunConfig) -> list[str]:
+    """Whose layers the blocks have, if not megatron-core's and torch's."""
+    if config.model.transformer_impl == "local":
+        return []
+    where = " where installed, with a GPU" if config.model.transformer_impl == "auto" else ""
+    in_fp8 = "" if config.train.fp8 == "none" else f", products in fp8 ({config.train.fp8})"
+    return [f"  layers of transformer_engine{where}{in_fp8}; the parameters of local ones"]
 
 
 def layout_lines(config: RunConfig, world_size: int) -> list[str]:

@@ -24,6 +24,7 @@ from megatron_vlmoe.stream.block_plan import BlockPlan, Branch, block_plans
 from megatron_vlmoe.stream.layout import PAIR_SEGMENTS, SEGMENTS, TEXT_SEGMENTS, StreamLayout
 from megatron_vlmoe.stream.sizes import (
     VOCAB_MULTIPLE,
+    attention_packs,
     data_parallel_size,
     expert_capacity,
     experts_per_token,
@@ -337,8 +338,9 @@ def block_activation_parts(
     The layout is the rank's share of a micro-batch, of T tokens, T_p of them in pairs.
 
     - `attention`: ``b D (5 T + 3 T_p)``: query, key and value (those of pairs once more, concatenated) and the output
-      twice; fp32 scores only with `model.attention_backend=math`. With `varlen`, ``5 b D T``: query, key and value in
-      the order of the sequences alone, and the output in both orders; ``4 b D T`` where there is one order.
+      twice; fp32 scores only with `model.attention_backend=math`. With `varlen` and TransformerEngine's attention,
+      ``5 b D T``: query, key and value in the order of the sequences alone, and the output in both orders; ``4 b D T``
+      where there is one order.
     - `norms and residuals`: ``4 b T D``, inputs and outputs of two LayerNorms, and two inputs of LayerScale.
     - `ffn`: ``2 b T F``, input and output of the GELU.
     - `experts`: the same of R expert rows, ``2 b R F``.
@@ -349,7 +351,8 @@ def block_activation_parts(
     width, inner, size = model.hidden_size, model.ffn_hidden_size, BYTES[precision]
     tokens, paired = layout.num_tokens, layout.size(*PAIR_SEGMENTS)
     wide = 5 * tokens + 3 * paired
-    if model.attention_backend == "varlen":
+    by_transformer_engine = model.transformer_impl == "transformer_engine"
+    if attention_packs(config, by_transformer_engine, precision == "fp32"):
         same_order = not paired and config.parallel.tensor_model_parallel_size == 1
         wide = (4 if same_order else 5) * tokens
     parts = Counter(attention=size * width * wide)

@@ -13,6 +13,7 @@ from megatron_vlmoe.planning.dry_run import (
     GIB,
     checkpoint_line,
     collective_lines,
+    implementation_lines,
     layout_lines,
     parameter_summary,
     table,
@@ -115,6 +116,7 @@ def plan_text(plan: Plan, runners_up: int = 8) -> str:
     chosen = [
         "Best layout",
         *layout_lines(config, plan.world_size)[1:],
+        *implementation_lines(config),
         f"  recompute {config.train.recompute}",
         f"  options: {' '.join(layout_options(best))}",
     ]

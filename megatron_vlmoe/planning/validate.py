@@ -16,6 +16,7 @@ from megatron_vlmoe.stream.block_plan import block_plans, has_experts, moe_layer
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import (
     VOCAB_MULTIPLE,
+    attention_packs,
     batch_sizes_that_fit,
     check_parallel_sizes,
     data_parallel_size,
@@ -101,6 +102,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     _check_moe(config, world_size)
     _check_parallel(config)
     _check_cuda_graph(config)
+    _check_fp8(config)
     for name in ("text", "images", "pairs", "eval_text", "eval_images", "eval_pairs"):
         _check_dataset_prefixes(f"data.{name}", getattr(config.data, name))
     data_size = data_parallel_size(config.parallel, world_size)
@@ -482,8 +484,11 @@ def _check_cuda_graph(config: RunConfig) -> None:
         f"{where} with train.precision=fp16: the graph would keep the first loss scale; use bf16",
     )
     _require(
-        not config.data.reset_attention or config.model.attention_backend != "varlen",
-        f"{where} with model.attention_backend=varlen and data.reset_attention=true: "
+        not config.data.reset_attention
+        or not attention_packs(
+            config, config.model.transformer_impl != "local", train.precision == "fp32"
+        ),
+        f"{where} with model.attention_backend={config.model.attention_backend} and data.reset_attention=true: "
         "the number of documents decides shapes; use sdpa",
     )
     if has_experts(moe):
@@ -497,6 +502,70 @@ def _check_cuda_graph(config: RunConfig) -> None:
             f"{where} with moe.capacity_factor={moe.capacity_factor:g}: without a capacity shapes depend on the "
             "routing",
         )
+
+
+def _check_fp8(config: RunConfig) -> None:
+    """What products in 8 bits need: TransformerEngine's layers, and sizes that are multiples of 16 or 32."""
+    train, model, moe = config.train, config.model, config.moe
+    if train.fp8 == "none":
+        return
+    where, multiple = f"train.fp8={train.fp8}", 32 if train.fp8 == "mxfp8" else 16
+    tensor = config.parallel.tensor_model_parallel_size
+    _require(
+        model.transformer_impl != "local",
+        f"{where} needs model.transformer_impl=transformer_engine: local layers have no 8 bits",
+    )
+    _require(
+        train.precision in ("auto", "bf16"),
+        f"{where} with train.precision={train.precision}: it needs bf16",
+    )
+    _require(
+        not train.cuda_graph,
+        f"{where} with train.cuda_graph=true: the graph would keep the weights of its first step in 8 bits",
+    )
+    for name in ("hidden_size", "ffn_hidden_size"):
+        size = getattr(model, name)
+        _require(
+            size % (multiple * tensor) == 0,
+            f"{where} with model.{name}={size}: the share of each of {tensor} tensor-parallel rank(s) must be a "
+            f"multiple of {multiple}: --model.{name} {near_multiples(size, multiple * tensor)} fits",
+        )
+    layout = StreamLayout.of(config).shard(tensor)
+    # Of a block's attention, and of every dense FFN. What ranks exchange in blocks of 128 values has whole ones.
+    rows_of = 128 if train.fp8 == "blockwise" and tensor > 1 else multiple
+    plans = block_plans(model, moe)
+    inputs = {"of a micro-batch": layout.num_tokens}
+    inputs |= {f"of its {b.name} FFN": b.num_tokens(layout) for plan in plans for b in plan.dense}
+    for what, rows in inputs.items():
+        _require(
+            rows % rows_of == 0,
+            f"{where} with {rows:,} tokens {what} on a tensor-parallel rank: must be a multiple of {rows_of}, as with "
+            f"--data.micro_texts, --data.micro_images and --data.micro_pairs that are multiples of {rows_of * tensor}",
+        )
+    if not has_experts(moe):
+        return
+    _require(
+        moe.dispatcher == "fixed_capacity" and moe.capacity_factor > 0.0,
+        f"{where} with moe.dispatcher={moe.dispatcher} and moe.capacity_factor={moe.capacity_factor:g}: only "
+        "fixed_capacity with a capacity gives every expert a fixed number of rows",
+    )
+    _require(
+        moe.all_to_all_chunks == 1,
+        f"{where} with moe.all_to_all_chunks={moe.all_to_all_chunks}: all experts of a pool compute together",
+    )
+    _require(
+        moe.capacity_multiple_of % multiple == 0,
+        f"{where} with moe.capacity_multiple_of={moe.capacity_multiple_of}: must be a multiple of {multiple}: "
+        f"--moe.capacity_multiple_of {multiple} fits",
+    )
+    for plan in plans:
+        for pool in plan.pools:
+            tokens = pool.num_tokens(layout)
+            _require(
+                tokens % multiple == 0,
+                f"{where} with {tokens:,} tokens of the {pool.name} experts on a tensor-parallel rank: an expert's "
+                f"capacity is at most that, and must be a multiple of {multiple}",
+            )
 
 
 def _check_task_batches(config: FinetuneConfig, data_size: int, training: bool) -> None:

@@ -71,7 +71,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
         StartupError: if the processes do not come together.
     """
     on_cpu = install_cpu_runtime()
-    install_fallbacks()
+    install_fallbacks(on_cpu)
     data_parallel_size(parallel, environment_world_size())
     if not dist.is_initialized():
         if not on_cpu:

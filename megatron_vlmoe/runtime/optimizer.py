@@ -17,6 +17,7 @@ import torch
 from megatron.core import optimizer as chooser
 from megatron.core import utils
 from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as mixed_precision
 from torch import Tensor
 
 
@@ -97,14 +98,19 @@ def scale(
     torch._foreach_mul_(targets, factor)
 
 
-def install_fallbacks() -> None:
+def install_fallbacks(on_cpu: bool = False) -> None:
     """Puts `GroupStepAdamW`, `l2_norm` and `scale` where megatron-core fell back; TransformerEngine's and apex's stay.
+
+    Args:
+        on_cpu: whether the run computes on the CPU: then they are put there in any case, and torch's SGD, since what
+            installed packages have needs a GPU.
 
     Raises:
         RuntimeError: if megatron-core's modules do not have the expected names.
     """
     for module, name in (
         (chooser, "Adam"),
+        (chooser, "SGD"),
         (chooser, "USING_PYTORCH_OPTIMIZER"),
         (distrib_optimizer, "HAVE_APEX_OR_TE"),
         (distrib_optimizer, "USING_TE_OPTIMIZER"),
@@ -112,17 +118,22 @@ def install_fallbacks() -> None:
         (utils, "local_multi_tensor_scale"),
         (clip_grads, "l2_norm_impl"),
         (clip_grads, "multi_tensor_scale_impl"),
+        (mixed_precision, "multi_tensor_scale_impl"),
     ):
         if not hasattr(module, name):
             raise RuntimeError(
                 f"megatron-core's {module.__name__} has no {name}; 0.16.1 or 0.19.2 is needed"
             )
-    if chooser.USING_PYTORCH_OPTIMIZER:
+    if on_cpu or chooser.USING_PYTORCH_OPTIMIZER:
         chooser.Adam = distrib_optimizer.Adam = GroupStepAdamW
         chooser.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = True
         distrib_optimizer.USING_TE_OPTIMIZER = True
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+    if on_cpu:
+        chooser.SGD = torch.optim.SGD
+        # It multiplies by 1 to copy weights in fp32 to those of the model and back.
+        mixed_precision.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    if on_cpu or clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm
-    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+    if on_cpu or clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
         clip_grads.multi_tensor_scale_impl = scale

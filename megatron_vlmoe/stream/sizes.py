@@ -243,6 +243,21 @@ def num_micro_batches(config: RunConfig, data_size: int) -> int:
     return count
 
 
+def attention_packs(config: RunConfig, by_transformer_engine: bool, in_fp32: bool) -> bool:
+    """Whether attention computes sequences of different lengths and none of the padding between them.
+
+    TransformerEngine's kernels for that take 16 bits. Padding then attends to padding alone, which experts that get it
+    would see.
+
+    Args:
+        by_transformer_engine: whether `model.transformer_impl` means TransformerEngine.
+        in_fp32: whether the model computes in fp32.
+    """
+    if config.model.attention_backend == "auto":
+        return by_transformer_engine and not in_fp32 and not config.moe.route_padding
+    return config.model.attention_backend == "varlen"
+
+
 def text_mask_slots(config: RunConfig) -> int:
     """Predicted tokens of a packed text: the rounded share of its length - 2 words (paper section 3.1)."""
     words = config.model.text_length - 2

@@ -87,7 +87,7 @@ ARCHITECTURE = (
 BUCKET_OPTIONS = (
     *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
     *("parallel.virtual_pipeline_model_parallel_size", "parallel.expert_model_parallel_size"),
-    "parallel.overlap_grad_reduce",
+    *("parallel.overlap_grad_reduce", "model.transformer_impl", "train.fp8"),
 )
 # Which parameters have optimizer state, and of what kind, is decided by these; of the batch sizes by which are 0.
 STATE_OPTIONS = (
@@ -397,6 +397,8 @@ def _changed_state_options(
 ) -> list[str]:
     """Which of these options differ from a checkpoint's, and which of `USED_OPTIONS` are 0 on one side alone."""
     before, now = flat_options(saved), flat_options(dataclasses.asdict(config))
+    # Earlier versions had nothing else.
+    before = {"model.transformer_impl": "local", "train.fp8": "none", **before}
     changed = [name for name in names if before.get(name) != now[name]]
     changed += [
         name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import Precision, RunConfig
 from megatron_vlmoe.model.attention import check_attention_backend
+from megatron_vlmoe.model.implementation import check_implementation
 from megatron_vlmoe.model.task_heads import build_pretraining_heads
 from megatron_vlmoe.model.vlmoe import (
     DTYPES,
@@ -117,6 +118,7 @@ def build_training(
             an option asks for.
     """
     check_attention_backend(config.model, precision, device())
+    check_implementation(config, precision)
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
     frozen = freeze_unreachable(chunks, config)
@@ -181,7 +183,10 @@ def build_forward_only(
     Raises:
         ConfigError: if this machine cannot do what an option asks for.
     """
+    # Only training computes in 8 bits.
+    config = replace(config, train=replace(config.train, fp8="none"))
     check_attention_backend(config.model, precision, device())
+    check_implementation(config, precision)
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
     for chunk in chunks:

@@ -62,8 +62,9 @@ def report_packages() -> None:
     if torch.cuda.is_available():
         where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     # Those that are there were tried before megatron-core was imported.
+    used = "used" if torch.cuda.is_available() else "installed, of no use without a GPU"
     states = (
-        f"{name}: {'used' if there else 'not installed'}"
+        f"{name}: {used if there else 'not installed'}"
         for name, there in installed_accelerators().items()
     )
     if environment_rank() == 0:

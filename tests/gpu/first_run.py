@@ -83,6 +83,13 @@ CHECKS = (
     ),
     Check("step_graph", "steps", 60, "steps as a CUDA graph have the bits of ordinary ones"),
     Check(
+        "transformer_engine",
+        "transformer_engine",
+        60,
+        "steps with TransformerEngine's layers beside local ones, in bf16 and FP8",
+        needs=("transformer-engine",),
+    ),
+    Check(
         "sdpa",
         "attention",
         35,
