@@ -22,6 +22,7 @@ from megatron_vlmoe.config.errors import ConfigError, UserError, did_you_mean
 from megatron_vlmoe.runtime.files import delete_unpublished
 from megatron_vlmoe.runtime.helper_processes import take_signals
 from megatron_vlmoe.runtime.ranks import environment_rank
+from megatron_vlmoe.runtime.watchdog import has_other_ranks, linger, tell_other_ranks
 from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -126,7 +127,12 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
         elif not isinstance(error, UserError):
             begin_run_logs()
             write_to_run_log(traceback.format_exc().rstrip())
-            raise
+            if not has_other_ranks():
+                raise
+            # At once: when the others end, their launcher may end this one too.
+            tell_other_ranks(f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+            linger()
         else:
             status = error.exit_status
             _tell(error)
@@ -147,6 +153,8 @@ def _tell(error: UserError) -> None:
     rank = environment_rank()
     if rank and error.exit_status == 2:  # every rank has the same options
         return
+    # What ends here may be a collective that another rank has left.
+    line = tell_other_ranks(line) or line
     write_to_run_log(line)
     if rank and "TORCHELASTIC_RUN_ID" in os.environ:
         # If rank 0 fails too, torchrun ends this process meanwhile.
@@ -154,6 +162,8 @@ def _tell(error: UserError) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_0_FAILS_WITHIN)
     print(f"error: {line}", file=sys.stderr, flush=True)
+    if error.exit_status != 2:
+        linger()
 
 
 def _open_closed_streams() -> None:

@@ -37,6 +37,9 @@ COMMANDS = {
     ),
     "finetune": _train("finetune:main", "train a checkpoint on a downstream task", cleans_up=False),
     "evaluate": _train("finetune:evaluate_main", "score a fine-tuned checkpoint", cleans_up=False),
+    "replay": _train(
+        "replay:main", "look for the cause of a step that went wrong", cleans_up=False
+    ),
     "check-options": _train(
         "pretrain:check_options", "find wrong options of a training command, before torchrun"
     ),

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Optional, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, TrainingError
 from megatron_vlmoe.config.schema import ParallelConfig, Precision, TrainConfig
 from megatron_vlmoe.runtime.cpu import install_cpu_runtime
 from megatron_vlmoe.runtime.optimizer import install_fallbacks
-from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
+from megatron_vlmoe.runtime.ranks import Ranks, environment_rank, environment_world_size
+from megatron_vlmoe.runtime.watchdog import unwatch
 from megatron_vlmoe.stream.sizes import data_parallel_size
 
 T = TypeVar("T")
@@ -50,13 +52,22 @@ def resolve_precision(train: TrainConfig) -> Precision:
     return train.precision
 
 
-def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False) -> Ranks:
+def initialize(
+    parallel: ParallelConfig,
+    seed: int,
+    deterministic: bool = False,
+    start_seconds: float = 300.0,
+) -> Ranks:
     """Starts torch.distributed and megatron-core's process groups.
 
     Works alone (a single process without torchrun) and under torchrun.
 
+    Args:
+        start_seconds: time for all ranks to find each other.
+
     Raises:
         ConfigError: if the layout does not fit the number of processes.
+        TrainingError: if not all ranks have come in time.
     """
     on_cpu = install_cpu_runtime()
     install_fallbacks()
@@ -65,12 +76,16 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
         if not on_cpu:
             torch.cuda.set_device(device())
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
         alone = "RANK" not in os.environ
-        store = dist.HashStore() if alone else None
+        store = dist.HashStore() if alone else _meet(start_seconds)
+        store.set_timeout(timeout)
         dist.init_process_group(
             backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-            **({"store": store, "rank": 0, "world_size": 1} if alone else {}),  # type: ignore[arg-type]
+            timeout=timeout,
+            store=dist.PrefixStore("default_pg", store),
+            rank=0 if alone else environment_rank(),
+            world_size=1 if alone else environment_world_size(),
         )
     virtual = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -89,6 +104,48 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return current_ranks()
+
+
+def _meet(seconds: float) -> dist.Store:
+    """The store of all ranks, once all of them have come.
+
+    Raises:
+        TrainingError: naming the ranks that have not, as far as known.
+    """
+    rank, size = environment_rank(), environment_world_size()
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    deadline = time.monotonic() + seconds
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except dist.DistError as error:
+        raise TrainingError(
+            f"rank {rank} of {size} has not met the others at {where} within {seconds:.0f} s "
+            f"(health.start_seconds): {' '.join(str(error).split())[:200]}"
+        ) from None
+    keys = [f"vlmoe/here/{other}" for other in range(size)]
+    store.set(keys[rank], "1")
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+            raise TrainingError(
+                f"rank(s) {', '.join(missing)} of {size} have not come to {where} within {seconds:.0f} s "
+                "(health.start_seconds)"
+            )
+        time.sleep(0.05)
+    return store
+
+
+def own_store() -> Optional[dist.Store]:
+    """The store of all ranks over a connection of its own, for another thread; None of a rank that is alone."""
+    if dist.get_world_size() == 1:
+        return None
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=30),
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -117,6 +174,7 @@ def current_ranks() -> Ranks:
 
 def destroy() -> None:
     """Ends the process groups, so that another layout can be initialized in this process."""
+    unwatch()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
