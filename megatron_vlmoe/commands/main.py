@@ -22,7 +22,7 @@ from megatron_vlmoe.config.errors import ConfigError, UserError, did_you_mean
 from megatron_vlmoe.runtime.files import delete_unpublished
 from megatron_vlmoe.runtime.helper_processes import take_signals
 from megatron_vlmoe.runtime.ranks import environment_rank
-from megatron_vlmoe.runtime.watchdog import has_other_ranks, linger, tell_other_ranks
+from megatron_vlmoe.runtime.watchdog import has_other_ranks, linger, tell_other_ranks, unwatch
 from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -138,6 +138,8 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
             _tell(error)
     finally:
         sys.stdout = output
+        # However this rank has ended: its neighbour is not to take it for one that was killed.
+        unwatch()
     status = status if isinstance(status, int) else 0
     with contextlib.suppress(OSError):
         told.flush()
@@ -154,7 +156,8 @@ def _tell(error: UserError) -> None:
     if rank and error.exit_status == 2:  # every rank has the same options
         return
     # What ends here may be a collective that another rank has left.
-    line = tell_other_ranks(line) or line
+    cause = tell_other_ranks(line)
+    line = line if error.exit_status == 2 else cause or line
     write_to_run_log(line)
     if rank and "TORCHELASTIC_RUN_ID" in os.environ:
         # If rank 0 fails too, torchrun ends this process meanwhile.

@@ -220,8 +220,8 @@ class Watchdog:
         """Ends the watch of a rank that is done."""
         self.is_leaving, self.doing = True, "done"
         self._stopped.set()
-        if self.store is not None and self._thread.is_alive():
-            self._thread.join()
+        if self.store is not None and self._thread.ident is not None:
+            self._thread.join(timeout=_GRACE_BEATS * self.beat)
             with contextlib.suppress(Exception):
                 self._sign()
 
