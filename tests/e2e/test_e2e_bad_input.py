@@ -73,7 +73,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     # A step has four.
     "too many damaged images": (
         lambda f: blank(f / "images_train_image.bin"),
-        "--data.on_bad_image replace --data.max_bad_images 4",
+        "--data.on_bad_image replace --data.max_bad_images 4 --train.eval_steps 0",
         ["step 2: 8 images could not be decoded", "data.max_bad_images=4"],
     ),
     "no .bin": (lambda f: (f / "pairs_train_image.bin").unlink(), "", ["pairs_train_image.bin"]),
