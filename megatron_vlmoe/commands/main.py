@@ -23,6 +23,7 @@ from megatron_vlmoe.config.errors import ConfigError, UserError, did_you_mean
 from megatron_vlmoe.runtime.files import delete_unpublished
 from megatron_vlmoe.runtime.helper_processes import take_signals
 from megatron_vlmoe.runtime.ranks import adopt_launcher, environment_rank
+from megatron_vlmoe.runtime.watchdog import has_other_ranks, linger, tell_other_ranks, unwatch
 from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -136,12 +137,19 @@ def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:
         elif not isinstance(error, UserError):
             begin_run_logs()
             write_to_run_log(traceback.format_exc().rstrip())
-            raise
+            if not has_other_ranks():
+                raise
+            # At once: when the others end, their launcher may end this one too.
+            tell_other_ranks(f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+            linger()
         else:
             status = error.exit_status
             _tell(error)
     finally:
         sys.stdout = output
+        # However this rank has ended: its neighbour is not to take it for one that was killed.
+        unwatch()
     status = status if isinstance(status, int) else 0
     with contextlib.suppress(OSError):
         told.flush()
@@ -157,6 +165,9 @@ def _tell(error: UserError) -> None:
     rank = environment_rank()
     if rank and error.exit_status == 2:  # every rank has the same options
         return
+    # What ends here may be a collective that another rank has left.
+    cause = tell_other_ranks(line)
+    line = line if error.exit_status == 2 else cause or line
     write_to_run_log(line)
     if rank and "TORCHELASTIC_RUN_ID" in os.environ:
         # If rank 0 fails too, torchrun ends this process meanwhile.
@@ -164,6 +175,8 @@ def _tell(error: UserError) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(RANK_0_FAILS_WITHIN)
     print(f"error: {line}", file=sys.stderr, flush=True)
+    if error.exit_status != 2:
+        linger()
 
 
 def _open_closed_streams() -> None:

@@ -38,6 +38,7 @@ COMMANDS = {
     "pretrain-random": _ranks("pretrain:random_main", "the same on random numbers, without files"),
     "finetune": _ranks("finetune:main", "train a checkpoint on a downstream task"),
     "evaluate": _ranks("finetune:evaluate_main", "score a fine-tuned checkpoint"),
+    "replay": _ranks("replay:main", "look for the cause of a step that went wrong"),
     "check-options": _train(
         "pretrain:check_options", "find wrong options of a training command, before torchrun"
     ),

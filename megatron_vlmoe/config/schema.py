@@ -244,6 +244,9 @@ class DataConfig:
         pair_flip_probability: probability of a horizontal flip of pairs (a flip makes "left" and "right" false).
         pixel_mean: mean of each channel, in 0..1, for the model's input.
         pixel_std: standard deviation of each channel, in 0..1.
+        on_bad_image: what becomes of a stored image that cannot be decoded: `stop` ends the run with an error,
+            `replace` trains on a grey one in its place (pretraining).
+        max_bad_images: more replaced images than this, over all ranks, end the run at the next logged step.
         num_workers: loader processes per rank; 0 loads in the training process, -1 takes this rank's cores but one, at
             most 8.
         prefetch: batches that each worker prepares ahead.
@@ -278,6 +281,8 @@ class DataConfig:
     pair_flip_probability: float = 0.5
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    on_bad_image: Literal["stop", "replace"] = "stop"
+    max_bad_images: int = 100
     num_workers: int = -1
     prefetch: int = 2
     cache_dir: str = ""
@@ -389,7 +394,8 @@ class TrainConfig:
         exit_interval: saves and exits when the step is a multiple of this; 0 never.
         exit_duration_minutes: saves and exits after this time; 0 never.
         exit_signals: signals at which the run saves and exits cleanly.
-        stop_on_nan: ends the run with an error when gradients are not finite (fp16 overflow steps are skipped).
+        stop_on_nan: false takes an update whose gradients are not finite as any other, whatever `health.on_nonfinite`
+            says (fp16 overflow steps are skipped in any case).
     """
 
     steps: int = 200_000
@@ -408,6 +414,38 @@ class TrainConfig:
     exit_duration_minutes: float = 0.0
     exit_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
     stop_on_nan: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What a run does about steps that go wrong, ranks that fail, and ranks that nothing is heard of.
+
+    Args:
+        on_nonfinite: where the gradient norm is not finite, before the update: `stop` ends the run with an error,
+            `skip` goes on without this update, `rewind` loads the last checkpoint and goes on with the data behind
+            this step.
+        on_spike: the same where the gradient norm is a spike; `none` does not look for spikes.
+        spike_window: a spike is judged by the median gradient norm of so many updates before; there is none before
+            there are as many.
+        spike_factor: a gradient norm above this multiple of the median is a spike.
+        max_skips: steps in a row that are skipped; one more ends the run.
+        max_rewinds: how often a run goes back to the same checkpoint; once more ends it.
+        hang_factor: the run ends, with the stacks of all ranks in SAVE/health/, if a step takes more than this multiple
+            of the median step; 0 leaves hangs to `parallel.distributed_timeout_minutes`.
+        hang_seconds: a step that takes less than this is never taken for a hang.
+        straggler_factor: warns of a rank whose forward passes take longer than this multiple of the median rank of its
+            pipeline stage, at three logged steps in a row; 0 does not measure them.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    on_spike: Literal["none", "stop", "skip", "rewind"] = "none"
+    spike_window: int = 100
+    spike_factor: float = 10.0
+    max_skips: int = 5
+    max_rewinds: int = 3
+    hang_factor: float = 20.0
+    hang_seconds: float = 300.0
+    straggler_factor: float = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,6 +535,7 @@ class RunConfig:
         optim: Optimizer and learning rate
         parallel: Parallel layout over processes
         train: Length, precision and evaluation of the run
+        health: Steps that go wrong, and ranks that fail or hang
         checkpoint: Checkpoints: saving, loading and resuming
         log: Logging
         profile: Profiling
@@ -509,6 +548,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -5,7 +5,7 @@ every micro-batch from its number alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from megatron_vlmoe.data.collate import (
     batch_numbers,
     to_tensors,
 )
+from megatron_vlmoe.data.manifest import check_dataset
 from megatron_vlmoe.data.order import SampleRngs
 from megatron_vlmoe.data.samples import (
     ImagePart,
     ImageViews,
+    PairOrder,
     PairPart,
     PixelPart,
     TextPart,
@@ -297,6 +299,28 @@ class PretrainData:
         bytes_asked = batch_bytes(self.config, self._share) if split == "train" else 0
         dataset = self._dataset(split)
         return Loader(dataset, numbers, data.num_workers, data.prefetch, bytes_asked)
+
+    def places(self, name: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Dataset, epoch, and sample or document of training samples that a segment holds, by their numbers."""
+        parts = self._dataset("train").parts
+        objective = name if name in parts else "pairs"
+        part, items = parts[objective], self._sources[objective, "train"].items
+        found = []
+        for number in numbers:
+            ref = part.order.locate(number)
+            place = {"dataset": items[ref.dataset].prefix, "epoch": ref.epoch, "sample": ref.index}
+            if isinstance(part, PairOrder):
+                place["image"], place["caption"] = part.locate(ref)
+            elif isinstance(part, ImagePart):
+                place["image"] = part.first_documents[ref.dataset] + ref.index
+            found.append(place)
+        return found
+
+    def check_files(self) -> None:
+        """Compares the sizes of all files with their manifests. Raises DataError, naming one that has changed."""
+        for sources in self._sources.values():
+            for item in sources.items:
+                check_dataset(item.prefix, item.manifest.kind)
 
     def summary(self) -> list[str]:
         """Lines for the log: documents, samples and epochs of every dataset, and derived sizes."""

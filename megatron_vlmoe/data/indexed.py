@@ -287,11 +287,13 @@ class IndexedReader:
     def sequence(self, index: int) -> np.ndarray:
         """All items of a sequence, ``[length]``."""
         data, lengths, offsets, _ = self._maps or self._open()
+        self._check_place(index)
         return np.frombuffer(data, self.dtype, lengths[index], offsets[index])
 
     def sequence_slice(self, index: int, offset: int, length: int) -> np.ndarray:
         """``length`` items of a sequence from item ``offset`` on. Raises IndexError outside."""
         data, lengths, offsets, _ = self._maps or self._open()
+        self._check_place(index)
         if offset < 0 or length < 0 or offset + length > lengths[index]:
             raise IndexError(
                 f"{self.path_prefix}.bin: items {offset}..{offset + length} of sequence {index}, "
@@ -304,8 +306,29 @@ class IndexedReader:
         """The sequences of a document."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"{self.path_prefix}.idx: document {index} of {self.num_documents}")
-        begin, end = self.document_indices[index : index + 2]
-        return [self.sequence(i) for i in range(int(begin), int(end))]
+        return [self.sequence(i) for i in self.sequences_of(index)]
+
+    def sequences_of(self, document: int) -> range:
+        """The numbers of a document's sequences. Raises DataError where the index is damaged."""
+        begin, end = self.document_indices[document : document + 2].tolist()
+        if not 0 <= begin <= end <= self.num_sequences:
+            raise DataError(
+                f"{self.path_prefix}.idx: damaged: document {document} has sequences {begin} to {end} "
+                f"of {self.num_sequences}"
+            )
+        return range(begin, end)
+
+    def _check_place(self, index: int) -> None:
+        """Raises DataError if the index contradicts itself at a sequence, which ends where the next one begins."""
+        data, lengths, offsets, _ = self._maps or self._open()
+        begin, length = int(offsets[index]), int(lengths[index])
+        last = index in (-1, self.num_sequences - 1)
+        end = len(data) if last else int(offsets[index + 1])
+        if begin < 0 or length < 0 or begin + length * self.dtype.itemsize != end:
+            raise DataError(
+                f"{self.path_prefix}.idx: damaged: sequence {index} is said to be {length} items from byte "
+                f"{begin} on, and the next to begin at byte {end}"
+            )
 
     @property
     def num_items(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Optional
+from collections.abc import Sequence
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
@@ -52,6 +53,13 @@ class RandomData:
             number = MicroBatchNumber.locate(local, self.per_step, self.share).in_run
             yield self.batch(number, split)
             local += 1
+
+    def places(self, name: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Random numbers are stored nowhere."""
+        return []
+
+    def check_files(self) -> None:
+        """There are none."""
 
     def batch(self, number: int, split: str = "train") -> Batch:
         """The micro-batch with a global number."""

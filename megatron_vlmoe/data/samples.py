@@ -64,6 +64,8 @@ Tokens = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
 _BLOCK_DOCUMENTS = 1 << 20
+GREY = 128
+"""What stands in for an image that cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,27 @@ class ImageViews:
             if self.data.crop_scale_min < 1.0:
                 box = draw_crop(width, height, rng, (self.data.crop_scale_min, 1.0))
         return ImageDraw(box, flip, jitter)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether images that cannot be decoded are replaced."""
+        return self.rngs.train and self.data.on_bad_image == "replace"
+
+    def pixels_or_grey(
+        self, ref: SampleRef, image: int, sizes: Sequence[int]
+    ) -> tuple[list[Pixels], bool]:
+        """As `pixels`, and false; or with `data.on_bad_image`, of a damaged image, grey views and true.
+
+        A grey view depends on nothing: every process that decodes the image has the same.
+        """
+        # A damaged index is no damaged image.
+        self.readers[ref.dataset].sequence(image)
+        try:
+            return self.pixels(ref, image, sizes), False
+        except DataError:
+            if not self.replaces:
+                raise
+        return [np.full((3, size, size), GREY, dtype=np.uint8) for size in sizes], True
 
     def pixels(self, ref: SampleRef, image: int, sizes: Sequence[int]) -> list[Pixels]:
         """Aligned views of one image, uint8 ``[3, size, size]`` for each size.
@@ -334,6 +357,10 @@ class PackedTexts:
             documents = order[first : first + _BLOCK_DOCUMENTS] + np.int64(self.documents.start)
             ends = np.cumsum(lengths[documents] + np.int64(1))
             starts[first + 1 : first + 1 + len(ends)] = starts[first] + ends
+        if starts[-1] != self.num_tokens or (np.diff(starts) < 1).any():
+            raise DataError(
+                f"{self.reader.path_prefix}.idx: damaged: the lengths of its documents do not add up to its .bin"
+            )
         return {"order": order, "starts": starts}
 
     def sample(self, epoch: int, k: int) -> tuple[Tokens, Tokens]:
@@ -486,14 +513,19 @@ class PixelPart:
         if not sizes:
             return segment
         order = sorted(sizes)
+        replaced = np.zeros(len(own), dtype=np.bool_)
         for row in rows:
-            made = dict(zip(order, self.views.pixels(refs[row], images[row], order), strict=True))
+            views, is_grey = self.views.pixels_or_grey(refs[row], images[row], order)
+            made = dict(zip(order, views, strict=True))
             if self.wants_foreground:
                 shown = foreground(made[self.foreground_size], self.grid)
                 segment["foreground"][row] = shown[positions[row]]
             if row in own:
                 for size in out:
                     out[size][row - own.start] = made[size]
+                replaced[row - own.start] = is_grey
+        if self.views.replaces:
+            segment["replaced"] = replaced
         return segment | {name: out[size] for name, size in self.sizes.items()}
 
     def _mask(self, ref: SampleRef) -> npt.NDArray[np.bool_]:
@@ -549,11 +581,11 @@ class PairOrder:
             # Not np.searchsorted: the file's numbers are not aligned, and it would copy all of them first.
             return bisect.bisect_right(first, sequence) - 1, sequence
         image = documents.start + ref.index
-        begin, end = int(first[image]), int(first[image + 1])
-        if begin == end:
+        captions = reader.sequences_of(image)
+        if not captions:
             raise DataError(f"{reader.path_prefix}.bin: document {image} has no caption")
         rng = self.rngs.rng(Purpose.CAPTION_CHOICE, ref)
-        return image, int(rng.integers(begin, end))
+        return image, int(rng.integers(captions.start, captions.stop))
 
 
 class PairPart(PairOrder):
@@ -635,12 +667,13 @@ class TowerPart(PairOrder):
         images: dict[str, Any] = {"sample_numbers": sample_numbers}
         if self.share.first_stage:
             mine = self.share.slice(len(refs))
-            images["pixels"] = np.stack(
-                [
-                    self.views.pixels(ref, image, [self.size])[0]
-                    for ref, (image, _) in zip(refs[mine], places[mine])
-                ]
-            )
+            made = [
+                self.views.pixels_or_grey(ref, image, [self.size])
+                for ref, (image, _) in zip(refs[mine], places[mine])
+            ]
+            images["pixels"] = np.stack([views[0] for views, _ in made])
+            if self.views.replaces:
+                images["replaced"] = np.array([is_grey for _, is_grey in made])
         documents = [self.first_numbers[r.dataset] + image for r, (image, _) in zip(refs, places)]
         return {
             "texts": {"ids": ids, "lengths": lengths, "sample_numbers": sample_numbers},

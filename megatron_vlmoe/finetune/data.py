@@ -26,7 +26,7 @@ from megatron_vlmoe.data.collate import (
     to_tensors,
 )
 from megatron_vlmoe.data.indexed import IndexedReader
-from megatron_vlmoe.data.manifest import part_prefix
+from megatron_vlmoe.data.manifest import check_dataset, part_prefix
 from megatron_vlmoe.data.order import Purpose, SampleOrder, SampleRef, SampleRngs
 from megatron_vlmoe.data.samples import ImageViews, TextFormat
 from megatron_vlmoe.data.tables import SharedTables
@@ -373,6 +373,17 @@ class TaskData:
         keys, data = batch_numbers(first_micro_batch, num_micro_batches), self.config.data
         size = batch_bytes(self.config, self.share)
         return Loader(self.train, keys, data.num_workers, data.prefetch, size)
+
+    def places(self, name: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Samples of the training split are numbered as they are stored."""
+        assert self.train is not None
+        prefix = self.train.samples.dataset.prefix
+        return [{"dataset": prefix, "sample": number} for number in numbers]
+
+    def check_files(self) -> None:
+        """Compares the sizes of the training split's files with its manifest. Raises DataError."""
+        assert self.train is not None
+        check_dataset(self.train.samples.dataset.prefix, self.config.task.name)
 
     def summary(self) -> list[str]:
         """Lines for the log."""

@@ -35,6 +35,7 @@ from megatron_vlmoe.runtime.ranks import Ranks, environment_world_size
 from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 from megatron_vlmoe.train.data_sums import verify_data
+from megatron_vlmoe.train.failures import training_failures
 from megatron_vlmoe.train.own_checkpoint import own_checkpoint
 from megatron_vlmoe.train.resume import warm_start
 from megatron_vlmoe.train.run_files import LABELS_FILE, TOKENIZER_FILE, keep_file
@@ -46,6 +47,7 @@ from megatron_vlmoe.train.startup import (
     log_layout,
     make_run_folder,
     report_packages,
+    watch_ranks,
 )
 from megatron_vlmoe.train.step_graph import check_cuda_graph
 from megatron_vlmoe.train.trainer import Trainer
@@ -85,7 +87,8 @@ def finetune(config: FinetuneConfig, ranks: Ranks, precision: Precision) -> dict
         )
     micro_batches = num_micro_batches(config, ranks.data_size)
     log_layout(config, ranks, precision, micro_batches, data.summary())
-    parts = build_training(config, precision, build_task_heads)
+    with training_failures(config, data.check_files):
+        parts = build_training(config, precision, build_task_heads)
     if parts.frozen:
         log.info("frozen: %s", ", ".join(parts.frozen))
     if begun is None:
@@ -173,6 +176,7 @@ def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:
     report_packages()
     precision = resolve_precision(config.train)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
+    watch_ranks(config, ranks)
     return ranks, precision
 
 

@@ -369,3 +369,9 @@ def balance_experts(
         assert gate.balance_bias is not None
         gate.balance_bias += balancing_step(own, rate)
         gate.assigned.zero_()
+
+
+def balance_biases(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The biases ``[E]`` that loss-free balancing moves, of all gates among the modules."""
+    gates = [module for module in modules if isinstance(module, PoolGate)]
+    return [gate.balance_bias for gate in gates if gate.balance_bias is not None]

@@ -46,6 +46,8 @@ _ANY_RUN = {
         *("train.eval_interval", "train.exit_interval", "train.exit_duration_minutes"),
         "train.head_chunk_rows",
         *("checkpoint.save_interval", "checkpoint.keep_last", "moe.aux_loss_coefficient"),
+        *("health.max_skips", "health.max_rewinds", "health.hang_factor", "health.hang_seconds"),
+        *("health.straggler_factor", "data.max_bad_images"),
         *(f"moe.{kind}_aux.global_entropy_experts" for kind in ("text", "vision")),
     ),
     "must not be below -1": ("data.num_workers",),
@@ -204,6 +206,33 @@ def _check_any_run(config: RunConfig) -> None:
         seeds += [("task.seeds", seed) for seed in config.task.seeds]
     for name, seed in seeds:
         _require(seed in SEEDS, f"{name}={seed} is not a whole number of 64 bits with its sign")
+    _check_health(config)
+
+
+def _check_health(config: RunConfig) -> None:
+    health, stop_on_nan = config.health, config.train.stop_on_nan
+    _require(
+        stop_on_nan or health.on_nonfinite == "stop",
+        f"health.on_nonfinite={health.on_nonfinite} has no effect with train.stop_on_nan=false",
+    )
+    for name in ("on_nonfinite", "on_spike"):
+        _require(
+            getattr(health, name) != "rewind" or bool(config.checkpoint.save),
+            f"health.{name}=rewind needs --save: it goes back to the last checkpoint of the run",
+        )
+    _require(
+        config.data.on_bad_image == "stop" or not isinstance(config, FinetuneConfig),
+        f"data.on_bad_image={config.data.on_bad_image} is for pretraining: a task has no sample to spare",
+    )
+    _require(
+        health.spike_factor > 1.0, f"health.spike_factor={health.spike_factor:g} must be above 1"
+    )
+    _require(
+        health.spike_window >= 1, f"health.spike_window={health.spike_window} must be at least 1"
+    )
+    for name in ("hang_factor", "straggler_factor"):
+        value = getattr(health, name)
+        _require(value == 0 or value > 1, f"health.{name}={value:g} must be 0 or above 1")
 
 
 def _check_dataset_prefixes(option: str, values: Sequence[str]) -> None:

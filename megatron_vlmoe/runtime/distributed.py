@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Optional, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from megatron_vlmoe.runtime.ranks import (
     environment_world_size,
     gpu_of_process,
 )
+from megatron_vlmoe.runtime.watchdog import unwatch
 from megatron_vlmoe.stream.sizes import data_parallel_size
 
 T = TypeVar("T")
@@ -61,7 +62,11 @@ def resolve_precision(train: TrainConfig) -> Precision:
     return train.precision
 
 
-def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = False) -> Ranks:
+def initialize(
+    parallel: ParallelConfig,
+    seed: int,
+    deterministic: bool = False,
+) -> Ranks:
     """Starts torch.distributed and megatron-core's process groups.
 
     Works alone (a single process without a launcher) and under torchrun or what `adopt_launcher` knows.
@@ -123,10 +128,7 @@ def _come_together(backend: str, parallel: ParallelConfig) -> None:
         raise StartupError(
             f"rank {rank} does not reach MASTER_ADDR={address} MASTER_PORT={port} {within}: {_reason(error)}"
         ) from None
-    # The agent's store outlives a restart, whose processes must not read the addresses of those before. Rank 0's own is
-    # new, and there the count may differ: that of a node that joins begins anew.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
-    store = dist.PrefixStore(attempt, server)
+    store = _of_this_start(server)
     keys = [f"started/{number}" for number in range(world)]
     try:
         store.set(keys[rank], "")
@@ -158,6 +160,32 @@ def _reason(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
+def own_store() -> Optional[dist.Store]:
+    """The store of all ranks over a connection of its own, for another thread; None of a rank that is alone."""
+    if dist.get_world_size() == 1:
+        return None
+    return _of_this_start(
+        dist.TCPStore(
+            os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            int(os.environ.get("MASTER_PORT", MASTER_PORT)),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=30),
+        )
+    )
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """A store of which processes that are started again do not read what those before have left.
+
+    torchrun's agent keeps its store over a restart. Rank 0's own is new, and there the count of restarts may differ: that
+    of a node that joins begins anew.
+    """
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
+    return dist.PrefixStore(attempt, store)
+
+
 def seed_everything(seed: int) -> None:
     """Seeds the global generators; the model's own draws are keyed and do not use them."""
     random.seed(seed)
@@ -184,6 +212,7 @@ def current_ranks() -> Ranks:
 
 def destroy() -> None:
     """Ends the process groups, so that another layout can be initialized in this process."""
+    unwatch()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

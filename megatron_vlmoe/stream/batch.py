@@ -52,6 +52,10 @@ class ImageSegment(TypedDict, total=False):
     tokenizer_pixels: Tensor
     """``[n / TP, 3, S, S]`` for the image tokenizer, on the last stage only, and only if codes are not stored."""
 
+    replaced: Tensor
+    """Which of these could not be decoded and are grey, bool ``[n / TP]``, with `data.on_bad_image`; leaves the batch
+    before it reaches the device."""
+
     mask: Tensor
     """Hidden patches, bool ``[n, N]``; absent where all are seen."""
 

@@ -306,7 +306,12 @@ def load_checkpoint(
     first_scale = saved.get("optim", {}).get("initial_loss_scale", config.optim.initial_loss_scale)
     bound_loss_scale(parts.optimizer, first_scale != config.optim.initial_loss_scale)
     parts.scheduler.load_state_dict(loaded["scheduler"])
-    return TrainState(**common["train_state"])
+    try:
+        return TrainState(**common["train_state"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: common.pt is damaged: no state of training ({error})"
+        ) from None
 
 
 def load_sharded(

@@ -51,7 +51,12 @@ class TrainState:
 
     Args:
         step: finished optimizer steps.
-        skipped_steps: steps without an update (fp16 overflow).
+        skipped_steps: steps without an update (fp16 overflow, and what `health` skips).
+        skips_in_a_row: how many of them `health` has skipped since the last update.
+        passed_steps: steps of data that were passed over on the way here, by going back to a checkpoint; what a step
+            trains on follows from both numbers.
+        bad_images: images that could not be decoded and were replaced, up to the last logged step.
+        recent_norms: gradient norms of the last updates, where spikes are looked for.
         best_value: best result of the metric that chooses the best checkpoint; None before the first.
         best_step: step of that result.
         best_metric: name of that metric; empty in a checkpoint of an earlier version.
@@ -67,6 +72,15 @@ class TrainState:
     worse_evaluations: int = 0
     best_metric: str = ""
     interval: Mapping[str, Any] = field(default_factory=dict)
+    skips_in_a_row: int = 0
+    passed_steps: int = 0
+    bad_images: int = 0
+    recent_norms: tuple[float, ...] = ()
+
+    @property
+    def data_step(self) -> int:
+        """Steps of data before the next one."""
+        return self.step + self.passed_steps
 
 
 def content_metadata(optimizer_format: str) -> dict[str, Any]:

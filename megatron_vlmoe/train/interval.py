@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,22 @@ from megatron_vlmoe.runtime.distributed import device, is_rank_zero
 from megatron_vlmoe.stream.block_plan import block_plans
 from megatron_vlmoe.train.metrics import Counters, collect
 from megatron_vlmoe.train.step import Losses
+
+
+class Interval(NamedTuple):
+    """What happened between two logged steps, over all ranks.
+
+    Args:
+        means: losses by name.
+        counters: of the routers.
+        bad_images: images that were replaced.
+        seconds: of a forward pass, by rank.
+    """
+
+    means: dict[str, float]
+    counters: Counters
+    bad_images: int
+    seconds: list[float]
 
 
 class IntervalSums:
@@ -34,34 +51,52 @@ class IntervalSums:
         self.chunks = chunks
         self.loss_names = tuple(loss_names)
         self.steps = 0
-        # Of this rank, and of how many micro-batches; read at the next report.
-        self.losses = torch.zeros(len(loss_names) + 1, dtype=torch.float64, device=device())
+        # Of this rank, of how many micro-batches, and how many images are missing; read at the next report.
+        self.losses = torch.zeros(len(loss_names) + 2, dtype=torch.float64, device=device())
         # Of all ranks; what routers have counted since then is still theirs.
         self.counters: Counters = {}
 
-    def add(self, results: Sequence[Losses]) -> None:
-        """Adds a step, with the losses of those micro-batches that this rank speaks for."""
+    def add(self, results: Sequence[Losses], bad_images: int = 0) -> None:
+        """Adds a step, with the losses of those micro-batches that this rank speaks for, and its missing images."""
         for result in results:
             for index, name in enumerate(self.loss_names):
                 if name in result:
                     self.losses[index] += result[name].double()
-            self.losses[-1] += 1.0
+            self.losses[-2] += 1.0
+        if bad_images:
+            self.losses[-1] += bad_images
         self.steps += 1
 
     def count(self) -> None:
         """Takes what the routers have counted, before they count something else; every rank must call it."""
         self.counters = self._counted(clear=True)
 
-    def take(self) -> tuple[dict[str, float], Counters]:
-        """Mean losses by name and the routers' counters, over all ranks; starts the next interval."""
+    def take(self, seconds: float = 0.0) -> Interval:
+        """What there is over all ranks; starts the next interval.
+
+        Args:
+            seconds: of a forward pass of this rank.
+        """
         self.count()
-        dist.all_reduce(self.losses)
-        *sums, micro_batches = self.losses.tolist()
+        times = self.losses.new_zeros(dist.get_world_size())
+        times[dist.get_rank()] = seconds
+        flat = torch.cat([self.losses, times])
+        dist.all_reduce(flat)
+        size = len(self.losses)
+        *sums, micro_batches, bad_images = flat[:size].tolist()
         counters = self.counters
         self.losses.zero_()
         self.counters, self.steps = {}, 0
-        count = max(micro_batches, 1.0)
-        return {name: value / count for name, value in zip(self.loss_names, sums)}, counters
+        # Of an interval whose steps were all skipped there is no mean.
+        count = micro_batches or math.nan
+        means = {name: value / count for name, value in zip(self.loss_names, sums)}
+        return Interval(means, counters, int(bad_images), flat[size:].tolist())
+
+    def clear(self) -> None:
+        """Forgets everything, of a run that goes back; every rank must call it."""
+        self.count()
+        self.losses.zero_()
+        self.counters, self.steps = {}, 0
 
     def saved(self) -> dict[str, Any]:
         """The sums over all ranks, for a checkpoint; empty right after a logged step. Every rank must call it.
@@ -72,11 +107,12 @@ class IntervalSums:
             return {}
         losses = self.losses.clone()
         dist.all_reduce(losses)
-        *sums, micro_batches = losses.tolist()
+        *sums, micro_batches, bad_images = losses.tolist()
         return {
             "steps": self.steps,
             "losses": dict(zip(self.loss_names, sums)),
             "micro_batches": micro_batches,
+            "bad_images": bad_images,
             "header": list(HEADER),
             "counters": {
                 f"{number} {pool}": vector.tolist()
@@ -100,7 +136,9 @@ class IntervalSums:
             return
         self.steps = saved["steps"]
         if is_rank_zero():
-            sums = [*saved["losses"].values(), saved["micro_batches"]]
+            # Earlier versions had no such images.
+            rest = saved["micro_batches"], saved.get("bad_images", 0.0)
+            sums = [*saved["losses"].values(), *rest]
             self.losses.copy_(torch.tensor(sums, dtype=torch.float64))
         for key, values in saved["counters"].items():
             number, pool = key.split()

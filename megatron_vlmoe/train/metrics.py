@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, TextIO
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from megatron_vlmoe.moe.router import HEADER
 from megatron_vlmoe.planning.devices import named_device
 from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.runtime.distributed import Ranks, device
-from megatron_vlmoe.runtime.files import write_bytes_atomic
+from megatron_vlmoe.runtime.files import naming, write_bytes_atomic
 from megatron_vlmoe.runtime.json_files import logged_step
 from megatron_vlmoe.stream.batch import Batch
 from megatron_vlmoe.stream.block_plan import block_plans
@@ -238,6 +239,11 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.file = self._continued(resume_step)
+
+    def _continued(self, resume_step: int) -> TextIO:
+        path = self.path
         before = path.read_bytes() if path.exists() else b""
         kept: list[bytes] = []
         moved: list[bytes] = []
@@ -251,17 +257,28 @@ class JsonlWriter:
         content = b"".join(line + b"\n" for line in kept)
         if content != before:
             write_bytes_atomic(path, content)
-        self.file = path.open("a", encoding="utf-8")
+        return path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Goes on after a step that the run has gone back to, as a resumed run does."""
+        self.file.close()
+        self.file = self._continued(step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line; values that are not finite become null."""
+        """Appends one line; values that are not finite become null.
+
+        Raises:
+            FileError: it cannot be written.
+        """
         clean = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **clean}) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, **clean}) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
+        """Closes the file; what could not be written has been told already."""
+        with contextlib.suppress(OSError):
+            self.file.close()
 
 
 class TensorBoardWriter:

@@ -8,7 +8,7 @@ heads made of it. Evaluation needs no objective, only a function of a micro-batc
 from __future__ import annotations
 
 import itertools
-from typing import Iterable, Iterator, Mapping, Optional, Protocol
+from typing import Any, Iterable, Iterator, Mapping, Optional, Protocol, Sequence
 
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.sources import Split
@@ -36,6 +36,23 @@ class BatchSource(Protocol):
             split: `train` or `eval`.
             first_micro_batch: number of the first among the rank's own.
             num_micro_batches: how many; None: endless.
+        """
+        ...
+
+    def places(self, name: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Where samples that were trained on are stored: dataset, epoch and what names them there.
+
+        Args:
+            name: what a batch has the numbers under: a segment, or `samples`.
+            numbers: of the samples; empty is returned where nothing is stored.
+        """
+        ...
+
+    def check_files(self) -> None:
+        """Looks whether the files are still those that were opened, by their sizes.
+
+        Raises:
+            DataError: naming one that is not.
         """
         ...
 

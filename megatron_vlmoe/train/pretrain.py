@@ -43,6 +43,7 @@ from megatron_vlmoe.stream.sizes import num_micro_batches
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.train.contrastive import ContrastiveObjective
 from megatron_vlmoe.train.data_sums import verify_data
+from megatron_vlmoe.train.failures import training_failures
 from megatron_vlmoe.train.metrics import collect
 from megatron_vlmoe.train.objective import BatchSource, PretrainingObjective
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE, keep_file
@@ -53,6 +54,7 @@ from megatron_vlmoe.train.startup import (
     log_layout,
     make_run_folder,
     report_packages,
+    watch_ranks,
 )
 from megatron_vlmoe.train.step import Losses, StepRunner
 from megatron_vlmoe.train.step_graph import check_cuda_graph
@@ -76,6 +78,7 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
     precision = resolve_precision(config.train)
     check_cuda_graph(config.train, precision)
     ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
+    watch_ranks(config, ranks)
     with locked_run_folder(config.checkpoint.save):
         _pretrain(config, open_data, ranks, precision)
     # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
@@ -95,7 +98,8 @@ def _pretrain(config: RunConfig, open_data: OpenData, ranks: Ranks, precision: P
     # Only the first rank logs it, and it reads the length of every caption.
     summary = data.summary() if is_rank_zero() else []
     log_layout(config, ranks, precision, micro_batches, summary)
-    parts = build_training(config, precision)
+    with training_failures(config, data.check_files):
+        parts = build_training(config, precision)
     if parts.frozen:
         log.info("frozen, never reached by this run: %s", ", ".join(parts.frozen))
     if data.image_tokenizer is not None:

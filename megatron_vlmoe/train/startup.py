@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.planning.dry_run import nodes_crossed
 from megatron_vlmoe.runtime.accelerators import installed_accelerators
-from megatron_vlmoe.runtime.distributed import from_rank_zero, union_over_ranks
+from megatron_vlmoe.runtime.distributed import from_rank_zero, own_store, union_over_ranks
 from megatron_vlmoe.runtime.ranks import Ranks, environment_rank
 from megatron_vlmoe.runtime.run_lock import run_lock
-from megatron_vlmoe.train.run_log import open_run_log
+from megatron_vlmoe.runtime.watchdog import Limits, Watchdog, watch
+from megatron_vlmoe.train.health import HEALTH_FOLDER
+from megatron_vlmoe.train.run_log import open_run_log, write_to_run_log
 
 log = logging.getLogger("megatron_vlmoe")
 
@@ -69,6 +72,24 @@ def report_packages() -> None:
     )
     if environment_rank() == 0:
         log.info(", ".join((f"torch {torch.__version__}", where, *states)))
+
+
+def watch_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """Starts the thread that ends this run where any rank fails or hangs, until the process groups end."""
+    save, health = config.checkpoint.save, config.health
+    # A file that is cut while this process reads it ends it without an exception: at least its stack is on stderr.
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    watch(
+        Watchdog(
+            own_store(),
+            ranks.rank,
+            ranks.world_size,
+            Limits(health.hang_factor, health.hang_seconds),
+            Path(save) / HEALTH_FOLDER if save else None,
+            write_to_run_log,
+        )
+    )
 
 
 def check_same_on_all_ranks(config: RunConfig) -> None:

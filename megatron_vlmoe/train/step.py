@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from typing import Any, Callable, Iterable, Iterator, Optional, Protocol, TypeVar
@@ -19,6 +20,7 @@ from megatron_vlmoe.stream.draws import DrawKey
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.train.setup import ModelParts, TrainingParts
 from megatron_vlmoe.train.step_graph import Capture, StepGraph, capture_cuda_graph
+from megatron_vlmoe.train.stragglers import ForwardTimer
 
 Outputs = TypeVar("Outputs", contravariant=True)
 """What the heads of the last stage return; the heads and the objective of a run are chosen together."""
@@ -71,6 +73,8 @@ class StepRunner:
         self.ranks = ranks
         self.layout = StreamLayout.of(config)
         self.graph = StepGraph(capture) if config.train.cuda_graph else None
+        measures = config.health.straggler_factor > 0.0 and self.graph is None
+        self.timer = ForwardTimer() if measures else None
         self._draws: dict[tuple[int, StreamLayout], CounterDraws] = {}
 
     def start_step(self) -> None:
@@ -150,7 +154,10 @@ class StepRunner:
     ) -> list[Result]:
         def forward(iterator: Iterator[Batch], model: MegatronModule) -> tuple[Any, Any]:
             batch, chunk = next(iterator), self.parts.wrapped.index(model)
-            outputs = model(batch, self.stream(batch, training, layout, chunk))
+            stream = self.stream(batch, training, layout, chunk)
+            is_timed = backward and self.timer is not None
+            with self.timer.measured() if is_timed else contextlib.nullcontext():  # type: ignore[union-attr]
+                outputs = model(batch, stream)
             return outputs, functools.partial(finish, batch)
 
         for chunk in self.parts.wrapped:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Iterator, Mapping
 from unittest import mock
 
@@ -292,8 +293,21 @@ def _killed_writer(schedule: Any) -> Any:
     return schedule_and_kill
 
 
+def _multiplied(loss: Any, factors: Mapping[int, float]) -> Any:
+    def multiplied(batch: Any, outputs: Any) -> Any:
+        total, single = loss(batch, outputs)
+        factor = factors.get(int(batch["micro_batch"]), 1.0)
+        return total * factor, {name: value * factor for name, value in single.items()}
+
+    return multiplied
+
+
 def trainer_run(
-    where: Layout, arguments: tuple[str, ...], folder: str, fault: str = ""
+    where: Layout,
+    arguments: tuple[str, ...],
+    folder: str,
+    fault: str = "",
+    factors: Mapping[int, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """A whole run through the Trainer, saved in a folder; failures of the checkpoint come back as text.
 
@@ -303,13 +317,14 @@ def trainer_run(
         folder: `--save`.
         fault: `disk` fills the disk, `kill` kills between writing and renaming, `tracker` deletes every tracker once
             it is there, `writer` kills the background process that writes a checkpoint, `stale` shows rank 1 none.
+        factors: what the losses of micro-batches with these numbers are multiplied by.
     """
     import logging
     import shutil
 
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-    from megatron_vlmoe.config.errors import CheckpointError, ConfigError
+    from megatron_vlmoe.config.errors import CheckpointError, ConfigError, TrainingError
     from megatron_vlmoe.stream.sizes import num_micro_batches
     from megatron_vlmoe.train.pretrain import pretraining_objective
     from megatron_vlmoe.train.trainer import Trainer
@@ -322,6 +337,7 @@ def trainer_run(
     precision = "bf16" if parts.transformer_config.bf16 else "fp32"
     count = num_micro_batches(config, ranks.data_size)
     objective = pretraining_objective(config, ranks, data, count)
+    objective.loss = _multiplied(objective.loss, factors)  # type: ignore[method-assign]
     trainer = Trainer(config, parts, ranks, data, count, precision, objective)
     patches = {
         "disk": mock.patch.object(shutil, "disk_usage", _no_disk),
@@ -342,7 +358,7 @@ def trainer_run(
     try:
         with _stale_client() if fault == "stale" else patches[fault]:
             state = trainer.run()
-    except (CheckpointError, ConfigError, Killed) as error:
+    except (CheckpointError, ConfigError, TrainingError, Killed) as error:
         return {"error": type(error).__name__, "message": str(error)}
     finally:
         logger.removeHandler(handler)

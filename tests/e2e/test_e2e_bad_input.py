@@ -17,6 +17,20 @@ def truncate(path: Path, share: float = 0.6) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+def blank(path: Path) -> None:
+    """Zeros of the same number; sizes are as the manifest says."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path: Path) -> None:
+    """A bit of the length of every sequence but the last, in the body of an index."""
+    content = bytearray(path.read_bytes())
+    number = int.from_bytes(content[18:26], "little")
+    for sequence in range(number - 1):
+        content[34 + 4 * sequence + 1] ^= 1
+    path.write_bytes(content)
+
+
 def _nothing(folder: Path) -> None:
     """The damage is in the options."""
 
@@ -41,6 +55,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
         lambda f: (f / "pairs_train_text.idx").write_bytes(b""),
         "",
         ["pairs_train_text.idx"],
+    ),
+    "body of text .idx": (
+        lambda f: flip(f / "text_train_text_document.idx"),
+        "",
+        ["text_train_text_document.idx", "damaged"],
+    ),
+    "body of caption .idx": (
+        lambda f: flip(f / "pairs_train_text.idx"),
+        "",
+        ["pairs_train_text.idx", "damaged"],
+    ),
+    "damaged images": (
+        lambda f: blank(f / "images_train_image.bin"),
+        "",
+        ["images_train_image.bin: image"],
+    ),
+    # A step has four.
+    "too many damaged images": (
+        lambda f: blank(f / "images_train_image.bin"),
+        "--data.on_bad_image replace --data.max_bad_images 4 --train.eval_steps 0",
+        ["step 2: 8 images could not be decoded", "data.max_bad_images=4"],
     ),
     "no .bin": (lambda f: (f / "pairs_train_image.bin").unlink(), "", ["pairs_train_image.bin"]),
     "no .json": (lambda f: (f / "text_train.json").unlink(), "", ["text_train"]),

@@ -747,3 +747,46 @@ def test_contrastive_batches_are_captions_and_their_images_apart(corpus: Corpus)
     (batch,) = last.loader("train", 0, 1)
     assert "pixels" not in batch["images"]
     assert torch.equal(batch["image_documents"], batches[0]["image_documents"])
+
+
+def damage_image(prefix: Path, image: int) -> None:
+    """Zeros over an encoded image; the files keep their sizes."""
+    reader = IndexedReader(f"{prefix}_image")
+    start = reader.items_before(image)
+    with open(f"{prefix}_image.bin", "r+b") as file:
+        file.seek(start)
+        file.write(bytes(int(reader.sequence_lengths[image])))
+
+
+def test_a_damaged_image_ends_the_run_or_is_grey(corpus: Corpus, tmp_path: Path) -> None:
+    for path in corpus.root.glob("images*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damage_image(tmp_path / "images", 7)
+    config = corpus.config(images=(str(tmp_path / "images"),), on_bad_image="replace")
+    data, sound = open_data(config), open_data(corpus.config())
+    found, per_epoch = [], -(-NUM_IMAGES // MICRO)
+    for ours, theirs in zip(batches(data, per_epoch), batches(sound, per_epoch), strict=True):
+        replaced = ours["images"].pop("replaced")  # type: ignore[typeddict-item]
+        ours["pair_images"].pop("replaced")  # type: ignore[typeddict-item]
+        found += ours["images"]["sample_numbers"][replaced].tolist()
+        for key in ("pixels", "tokenizer_pixels"):
+            grey, whole = ours["images"][key], theirs["images"][key]  # type: ignore[literal-required]
+            assert (grey[replaced] == 128).all() and torch.equal(grey[~replaced], whole[~replaced])
+            ours["images"][key] = whole  # type: ignore[literal-required]
+        assert_equal(ours, theirs)
+    (place,) = data.places("images", found)
+    assert (place["image"], place["dataset"]) == (7, str(tmp_path / "images"))
+    with pytest.raises(DataError, match="image 7"):
+        batches(open_data(corpus.config(images=(str(tmp_path / "images"),))), per_epoch)
+
+
+def test_samples_are_named_by_where_they_are_stored(corpus: Corpus) -> None:
+    data = open_data(corpus.config())
+    batch = batches(data, 1)[0]
+    for segment in SEGMENTS:
+        numbers = batch[segment]["sample_numbers"].tolist()  # type: ignore[literal-required]
+        places = data.places(segment, numbers)
+        kind = {"texts": "text", "images": "images"}.get(segment, "pairs")
+        assert {place["dataset"] for place in places} == {str(corpus.root / kind)}
+    first, second = (data.places(name, [3]) for name in ("pair_texts", "pair_images"))
+    assert first == second and {"image", "caption"} <= set(first[0])

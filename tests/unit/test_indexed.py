@@ -257,3 +257,33 @@ def test_cut_or_missing_manifest_is_named(manifest: tuple[str, DatasetManifest])
     path.unlink()
     with pytest.raises(DataError, match=r"a\.json: not found"):
         load_manifest(manifest[0])
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (4 * 1, b"\x09"),
+        (4 * 2 + 3, b"\x80"),
+        (4 * 6 + 8 * 3, b"\x40"),
+        (4 * 6 + 8 * 4 + 7, b"\x80"),
+    ],
+    ids=["length", "negative length", "offset", "negative offset"],
+)
+def test_a_damaged_body_of_the_index_is_named(prefix: str, place: int, value: bytes) -> None:
+    path, header = Path(f"{prefix}.idx"), 9 + 8 + 1 + 8 + 8
+    content = bytearray(path.read_bytes())
+    content[header + place : header + place + 1] = value
+    path.write_bytes(content)
+    reader = IndexedReader(prefix)
+    with pytest.raises(DataError, match=r"\.idx: damaged: sequence"):
+        for index in range(reader.num_sequences):
+            reader.sequence(index)
+
+
+def test_documents_of_sequences_that_are_not_there_are_named(prefix: str) -> None:
+    path = Path(f"{prefix}.idx")
+    content = bytearray(path.read_bytes())
+    content[-16:-8] = (99).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"\.idx: damaged: document 1"):
+        IndexedReader(prefix).document(1)
