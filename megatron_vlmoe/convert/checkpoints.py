@@ -36,6 +36,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
     TRACKER,
     TrainState,
+    check_harmless,
     checkpoint_root,
     find_best_or_last,
     has_checkpoints,
@@ -62,6 +63,8 @@ class CheckpointReader:
     def __init__(self, location: str | Path) -> None:
         self.path = resolve_checkpoint(location)
         self._reader = _CachingReader(str(self.path))
+        with conversion_errors():
+            check_harmless(self.path)
         try:
             metadata = self._reader.read_metadata()
         except (Exception, CheckpointException) as error:

@@ -86,7 +86,16 @@ class CodesReader:
 
         def make(raw: Any) -> CodesManifest:
             files = {suffix: FileRecord(**record) for suffix, record in raw["files"].items()}
-            return CodesManifest(**{**raw, "files": files})
+            made = CodesManifest(**{**raw, "files": files})
+            names = ("num_images", "num_views", "resolution", "grid", "num_codes", "image_bytes")
+            for name in names:
+                if type(value := getattr(made, name)) is not int or value < 0:
+                    raise ValueError(f"{name} is {value!r}")
+            if not isinstance(made.tokenizer_fingerprint, str):
+                raise ValueError(f"tokenizer_fingerprint is {made.tokenizer_fingerprint!r}")
+            if files.keys() != {".bin", ".idx"}:
+                raise ValueError(f"files are {', '.join(files) or 'none'}")
+            return made
 
         path, what = Path(f"{self.path}.json"), "a manifest of codes"
         missing = "not found (no codes, or encoding did not end)"
