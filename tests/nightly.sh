@@ -15,6 +15,11 @@ site() {
     python -m mkdocs build --strict --site-dir runs/nightly/site
 }
 
+# Damaged files, other ones every night; FUZZ_SECONDS is how long.
+damaged_files() {
+    bash tests/fuzz/run.sh --cases 20000 --seconds "${FUZZ_SECONDS:-3600}" --append
+}
+
 # The package, its program and the tests that start no processes, with what pip resolves for that Python today.
 another_python() {
     local folder="$PWD/runs/nightly/$1"
@@ -42,6 +47,7 @@ check() {
 
 check "transformers' tests" transformers_suite
 check "documentation site" site
+check "damaged files" damaged_files
 current="$(python -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
 for name in python3.11 python3.12; do
     if [ "$name" = "$current" ]; then
