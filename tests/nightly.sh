@@ -20,6 +20,11 @@ site() {
     python -m mkdocs build --strict --site-dir runs/nightly/site
 }
 
+# Damaged files, other ones every night; FUZZ_SECONDS is how long.
+damaged_files() {
+    bash tests/fuzz/run.sh --cases 20000 --seconds "${FUZZ_SECONDS:-3600}" --append
+}
+
 results=()
 failed=0
 check() {
@@ -36,6 +41,7 @@ check() {
 check "transformers' tests" transformers_suite
 check "Ray" ray_workers
 check "documentation site" site
+check "damaged files" damaged_files
 current="$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 for version in 3.11 3.12 3.13; do
     if [ "$version" = "$current" ]; then

@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 
 from megatron_vlmoe.config.errors import MetricsError
+from megatron_vlmoe.config.yaml_files import parse_yaml
 from megatron_vlmoe.runtime.files import open_atomic
 from megatron_vlmoe.runtime.json_files import is_number
 
@@ -196,7 +197,7 @@ def run_folders(folders: Sequence[str | Path]) -> list[Path]:
 def experts_of_pools(run: Path) -> dict[str, int]:
     """Experts of every pool, from the run's config.yaml; empty where that is missing or of another kind."""
     try:
-        moe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["moe"]
+        moe = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"))["moe"]
         return {
             "text": int(moe["num_text_experts"]),
             "vision": int(moe["num_vision_experts"]),

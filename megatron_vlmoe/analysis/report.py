@@ -50,6 +50,7 @@ from megatron_vlmoe.config.presets import preset
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task
+from megatron_vlmoe.config.yaml_files import parse_yaml
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.planning.parameters import parameters
@@ -228,7 +229,7 @@ def _configuration(path: Path) -> tuple[Mapping[str, Any], Optional[RunConfig], 
         DataError: it is no YAML file with sections.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError):
         raise DataError(f"{path}: not valid YAML") from None
     if not isinstance(content, dict):

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean, did_you_mean_option
 from megatron_vlmoe.config.presets import preset, preset_names
 from megatron_vlmoe.config.schema import RunConfig
+from megatron_vlmoe.config.yaml_files import parse_yaml
 
 ALIASES = {
     "--save": "--checkpoint.save",
@@ -311,7 +312,7 @@ def merge_file(start: RunConfig, path: Path) -> RunConfig:
 def read_yaml(path: Path, where: str) -> Any:
     """What a YAML file holds. Raises ConfigError, naming `where`; also for a name that stands twice in a section."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -322,18 +323,6 @@ def read_yaml(path: Path, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {place}{error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice in one section, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for place, (key, _) in enumerate(node.value):
-            if key.value in names[:place]:
-                problem = f"{key.value} is there twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfig:

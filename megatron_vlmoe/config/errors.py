@@ -10,6 +10,9 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 
+_LONGEST = 2000
+"""Letters of a message; what a file holds may be in it."""
+
 
 class UserError(Exception):
     """What is wrong with a user's options, files or data; the message is one line that names it.
@@ -21,6 +24,10 @@ class UserError(Exception):
     """
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        # What a file says may be in it: line ends, and signs that a terminal obeys.
+        return on_one_line(super().__str__())
 
 
 class ConfigError(UserError, ValueError):
@@ -37,7 +44,7 @@ class FileError(OSError, DataError):
     """A file or folder that cannot be written; made of error number, reason and name, as the system's own errors."""
 
     def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}"
+        return on_one_line(f"{self.filename}: {self.strerror}")
 
 
 class ConvertError(UserError, ValueError):
@@ -145,6 +152,18 @@ def near_divisors(value: int, number: int) -> str:
     below = [d for d in found if d < value][-1:]
     above = [d for d in found if d > value][:1]
     return " or ".join(map(str, below + above))
+
+
+def on_one_line(text: str) -> str:
+    """The text: line ends are spaces, other signs that are not printed stand as escapes, as ``\\x1b``, and the middle
+    of a very long one is left out.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    if text.isprintable():
+        return text
+    spaced = " ".join(text.split("\n"))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in spaced)
 
 
 def _plain(word: str) -> str:

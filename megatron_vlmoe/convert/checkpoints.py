@@ -39,6 +39,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     CONTENT_METADATA,
     TRACKER,
     TrainState,
+    check_harmless,
     checkpoint_root,
     common_content,
     find_best_or_last,
@@ -70,6 +71,8 @@ class CheckpointReader:
             with conversion_errors():
                 check_files(self.path, self._read_common)
         self._reader = _CachingReader(str(self.path))
+        with conversion_errors():
+            check_harmless(self.path)
         try:
             metadata = self._reader.read_metadata()
         except (Exception, CheckpointException) as error:

@@ -215,6 +215,11 @@ _USES = {
     ),
 }
 
+_CODE = """
+
+`trust_remote_code=True` runs the Python files of this folder, which hold the model: load it if you trust who published
+it, and give a `revision` that you have read."""
+
 _IMAGES = """
 
 Images are turned upright by their EXIF (`exif="keep"` leaves them), put on white where they are transparent
@@ -270,7 +275,7 @@ def model_card(reader: CheckpointReader, config_json: Mapping[str, Any], card: C
             f"{counts.per_token / 1e6:.1f} M. Trained with megatron_vlmoe {__version__}."
         ],
         "Use": [
-            f"```python\n{usage(kind, card.name)}\n```"
+            f"```python\n{usage(kind, card.name)}\n```{_CODE}"
             + (_IMAGES if not task or find_task(task).images else "")
         ],
         "Architecture": architecture_lines,

@@ -86,7 +86,16 @@ def load_codes_manifest(path: str) -> CodesManifest:
     def make(raw: Any) -> CodesManifest:
         files = {suffix: FileRecord(**record) for suffix, record in raw["files"].items()}
         shard = raw.get("shard") and ShardRecord(**raw["shard"])
-        return CodesManifest(**{**raw, "files": files, "shard": shard})
+        made = CodesManifest(**{**raw, "files": files, "shard": shard})
+        names = ("num_images", "num_views", "resolution", "grid", "num_codes", "image_bytes")
+        for name in names:
+            if type(value := getattr(made, name)) is not int or value < 0:
+                raise ValueError(f"{name} is {value!r}")
+        if not isinstance(made.tokenizer_fingerprint, str):
+            raise ValueError(f"tokenizer_fingerprint is {made.tokenizer_fingerprint!r}")
+        if files.keys() != {".bin", ".idx"}:
+            raise ValueError(f"files are {', '.join(files) or 'none'}")
+        return made
 
     what, missing = "a manifest of codes", "not found (no codes, or encoding did not end)"
     return read_versioned(Path(f"{path}.json"), FORMAT_VERSION, what, missing, make)

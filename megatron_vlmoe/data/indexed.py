@@ -285,13 +285,21 @@ class IndexedReader:
         return sum(int(np.count_nonzero(block > limit)) for block in _blocks(lengths))
 
     def sequence(self, index: int) -> np.ndarray:
-        """All items of a sequence, ``[length]``."""
+        """All items of a sequence, ``[length]``. Raises DataError where the index is damaged there."""
         data, lengths, offsets, _ = self._maps or self._open()
         self._check_place(index)
-        return np.frombuffer(data, self.dtype, lengths[index], offsets[index])
+        try:
+            return np.frombuffer(data, self.dtype, lengths[index], offsets[index])
+        except ValueError:
+            raise self._damaged(index) from None
 
     def sequence_slice(self, index: int, offset: int, length: int) -> np.ndarray:
-        """``length`` items of a sequence from item ``offset`` on. Raises IndexError outside."""
+        """``length`` items of a sequence from item ``offset`` on.
+
+        Raises:
+            IndexError: outside.
+            DataError: the index is damaged there.
+        """
         data, lengths, offsets, _ = self._maps or self._open()
         self._check_place(index)
         if offset < 0 or length < 0 or offset + length > lengths[index]:
@@ -300,10 +308,23 @@ class IndexedReader:
                 f"which has {lengths[index]}"
             )
         start = int(offsets[index]) + offset * self.dtype.itemsize
-        return np.frombuffer(data, self.dtype, length, start)
+        try:
+            return np.frombuffer(data, self.dtype, length, start)
+        except ValueError:
+            raise self._damaged(index) from None
+
+    def _damaged(self, index: int) -> DataError:
+        return DataError(
+            f"{self.path_prefix}.idx: damaged: sequence {index} is not within its .bin"
+        )
 
     def document(self, index: int) -> list[np.ndarray]:
-        """The sequences of a document."""
+        """The sequences of a document.
+
+        Raises:
+            IndexError: there is no such document.
+            DataError: the index is damaged there.
+        """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"{self.path_prefix}.idx: document {index} of {self.num_documents}")
         return [self.sequence(i) for i in self.sequences_of(index)]
@@ -374,6 +395,8 @@ class IndexedReader:
                 data, index = maps
             except OSError as error:
                 raise DataError(f"{self.path_prefix}: {error.strerror}") from error
+            except ValueError as error:  # of an empty file
+                raise DataError(f"{self.path_prefix}.bin: {error}") from error
             n, start = self.num_sequences, _HEADER.size
             lengths = np.frombuffer(index, "<i4", n, start)
             offsets = np.frombuffer(index, "<i8", n, start + 4 * n)

@@ -29,6 +29,7 @@ from megatron_vlmoe.data.manifest import (
     samples_path,
 )
 from megatron_vlmoe.data.task_labels import Labels, load_labels
+from megatron_vlmoe.runtime.arrow_batches import check_batch
 from megatron_vlmoe.runtime.files import StagedFile, naming
 from megatron_vlmoe.runtime.sums import file_sha256
 
@@ -162,6 +163,8 @@ class SamplesReader:
                 if not reader.schema.equals(pa.schema(known)):
                     raise DataError(f"{path}: not the samples of task {self.task}")
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+                for batch in batches:
+                    check_batch(batch, reader.schema.names)
             except FileNotFoundError as error:
                 raise DataError(f"{path}: not found") from error
             except (OSError, pa.ArrowException) as error:

@@ -21,6 +21,7 @@ from megatron_vlmoe.config.presets import apply_recipe, default_recipe, preset, 
 from megatron_vlmoe.config.schema import CheckpointConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import task_names
+from megatron_vlmoe.config.yaml_files import parse_yaml
 from megatron_vlmoe.convert.hf_config import open_export
 from megatron_vlmoe.train.checkpoint_files import (
     COMMON_FILE,
@@ -109,7 +110,7 @@ def check_task_options(command: str, arguments: Sequence[str]) -> None:
 def _file_values(path: str) -> dict[str, str]:
     """What a `--config` file says of the task and of where the architecture comes from; errors are found later."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
+        content = parse_yaml(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     found: dict[str, str] = {}

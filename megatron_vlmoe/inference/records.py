@@ -12,7 +12,7 @@ from megatron_vlmoe.config.tasks import find_task
 from megatron_vlmoe.finetune.predictions import json_line
 from megatron_vlmoe.inference.answers import Decision, Scored
 from megatron_vlmoe.inference.inputs import UNKNOWN_SHARE
-from megatron_vlmoe.prepare.readers.files import DAMAGE, check_characters, open_binary
+from megatron_vlmoe.prepare.readers.files import DAMAGE, check_characters, read_whole
 from megatron_vlmoe.runtime.json_files import parse_json
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def read_records(path: Path) -> list[Record]:
         DataError: a line is no JSON object, or there is none.
     """
     try:
-        with open_binary(str(path)) as file:
-            lines = file.read().splitlines()
+        lines = read_whole(str(path)).splitlines()
     except OSError as error:
         raise ConfigError(f"--input {path}: {error.strerror or error}") from None
     except DAMAGE as error:

@@ -178,8 +178,8 @@ def own_store() -> Optional[dist.Store]:
 def _of_this_start(store: dist.Store) -> dist.Store:
     """A store of which processes that are started again do not read what those before have left.
 
-    torchrun's agent keeps its store over a restart. Rank 0's own is new, and there the count of restarts may differ: that
-    of a node that joins begins anew.
+    torchrun's agent keeps its store over a restart. Rank 0's own is new, and there the count of restarts may differ:
+    that of a node that joins begins anew.
     """
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"

@@ -56,6 +56,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     FULLY_RESHARDABLE,
     TRACKER,
     TrainState,
+    check_harmless,
     common_content,
     content_metadata,
     is_optimizer_key,
@@ -325,6 +326,7 @@ def load_sharded(
     Raises:
         CheckpointError: on every rank, if any cannot read.
     """
+    from_rank_zero(lambda: check_harmless(path))
     with naming_checkpoint(path):
         strategy = None
         if in_parallel:
@@ -380,6 +382,7 @@ def _check_optimizer_state(
     """
 
     def stored_keys() -> set[str]:
+        check_harmless(path)
         with naming_checkpoint(path):
             stored = dist_checkpointing.load_tensors_metadata(str(path))
         return {key for key in stored if is_optimizer_key(key)}

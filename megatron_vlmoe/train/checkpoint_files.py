@@ -16,7 +16,12 @@ from types import MappingProxyType
 from typing import Any, Optional
 
 from megatron_vlmoe.config.errors import CheckpointError, ConfigError
-from megatron_vlmoe.runtime.torch_files import read_torch_bytes, read_torch_file
+from megatron_vlmoe.runtime.torch_files import (
+    METADATA_FILE,
+    read_torch_bytes,
+    read_torch_file,
+    unknown_names,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # Where a run keeps what it no longer goes on from; nothing reads it.
@@ -282,15 +287,15 @@ def _flaw(path: Path) -> str:
         return f"no {_MARKER}"
     try:
         content = json.loads(marker.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         return f"{_MARKER} is damaged"
-    for name in (".metadata", *((COMMON_FILE,) if "common_backend" in content else ())):
+    for name in (METADATA_FILE, *((COMMON_FILE,) if "common_backend" in content else ())):
         if not (path / name).is_file():
             return f"no {name}"
     try:
-        places = read_torch_file(path / ".metadata").storage_data.values()
+        places = read_torch_file(path / METADATA_FILE).storage_data.values()
     except Exception:
         return ".metadata is damaged"
     # Which file of tensors is missing or too short, by this table of contents.
@@ -306,6 +311,22 @@ def _flaw(path: Path) -> str:
         if size < end:
             return f"{name} has {size} bytes of {end}"
     return ""
+
+
+def check_harmless(path: Path) -> None:
+    """Refuses a checkpoint that would run something when torch reads it; to be called before it does.
+
+    Raises:
+        CheckpointError: its pickles name what is more than data, or cannot be read.
+    """
+    try:
+        unknown = unknown_names(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: no readable {METADATA_FILE} ({one_line(error)})") from None
+    if unknown:
+        raise CheckpointError(
+            f"{path}: names {', '.join(unknown[:4])}, which no checkpoint needs and torch would run: it is not read"
+        )
 
 
 def _listed(found: Sequence[tuple[int, Path]]) -> str:

@@ -45,6 +45,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     SET_ASIDE,
     TRACKER,
     TrainState,
+    check_harmless,
     find_checkpoint,
     is_complete,
     is_optimizer_key,
@@ -280,6 +281,7 @@ class CheckpointWeights:
             verify_checkpoint(path, lambda: load_common(path))
 
         def contents() -> tuple[dict[str, tuple[int, ...]], Mapping[str, Any]]:
+            check_harmless(path)
             with naming_checkpoint(path):
                 metadata = dist_checkpointing.load_tensors_metadata(str(path))
             shapes = {key: tuple(entry.global_shape) for key, entry in metadata.items()}

@@ -15,6 +15,7 @@ import lzma
 import os
 import re
 import stat
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -36,6 +37,11 @@ MAX_DOCUMENT_BYTES = 32 << 20
 
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 """What reading a file, compressed or not, may raise."""
+
+LARGEST_EXPANSION = 200
+"""So many times its size may a file become that is decompressed as a whole; JSON becomes 5 to 30 times as long."""
+_SMALL_BYTES = 64 << 20
+"""What is decompressed to no more than this may become longer by any factor."""
 
 _READ_BUFFER = 1 << 20
 _HEAD_BYTES = 1 << 16
@@ -137,6 +143,26 @@ def open_binary(path: str) -> IO[bytes]:
     import pyarrow  # type: ignore[import-untyped]
 
     return io.BufferedReader(pyarrow.input_stream(source, compression=kind), _READ_BUFFER)
+
+
+def read_whole(path: str) -> bytes:
+    """All bytes of a file, decompressed.
+
+    Raises one of `DAMAGE`, or DataError for a decompression bomb.
+    """
+    parts, size = list[bytes](), 0
+    with open_binary(path) as file:
+        limit = max(_SMALL_BYTES, LARGEST_EXPANSION * os.path.getsize(path))
+        # What comes out of a pipe has no size.
+        limit = limit if os.path.isfile(path) else sys.maxsize
+        while part := file.read(_READ_BUFFER):
+            size += len(part)
+            if size > limit:
+                raise DataError(
+                    f"{path}: decompression bomb: more than {LARGEST_EXPANSION} times as long"
+                )
+            parts.append(part)
+    return b"".join(parts)
 
 
 def file_kind(path: str, given: TextFormat = "auto") -> FileKind:
@@ -349,7 +375,10 @@ def columns_of(line: str, separator: str | None = None) -> tuple[str, list[str]]
     """The separator of a first line, if it is not given, and the cells of the line."""
     separator = separator or next((one for one in "\t,|;" if one in line), "\t")
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    cells = next(csv.reader([line], delimiter=separator), [])
+    try:
+        cells = next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:  # of a line end within the line
+        cells = line.split(separator)
     return separator, [cell.strip() for cell in cells]
 
 
@@ -446,8 +475,7 @@ def load_json(path: str) -> Any:
     """
     try:
         check_characters(path)
-        with open_binary(path) as file:
-            return json.loads(file.read().decode("utf-8-sig"))
+        return json.loads(read_whole(path).decode("utf-8-sig"))
     except DAMAGE as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except json.JSONDecodeError as error:

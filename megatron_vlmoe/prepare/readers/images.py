@@ -22,6 +22,7 @@ from typing import IO, Self, cast
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.image_files import HEADER_BYTES, begins_like_image, is_image_data
 from megatron_vlmoe.prepare.readers.records import (
+    LARGEST_FILE,
     ImageFile,
     PassedOver,
     Reject,
@@ -59,6 +60,8 @@ class _StrictTarInfo(tarfile.TarInfo):
             if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
                 raise tarfile.ReadError(str(error)) from error
             raise
+        except ValueError as error:  # a header of pax whose number is none
+            raise tarfile.ReadError(str(error)) from error
 
 
 def read_images(inputs: tuple[str, ...]) -> Iterator[ImageFile | Reject | PassedOver]:
@@ -207,6 +210,10 @@ def _members(
                     continue
                 data = None
                 if place is None or found.issparse():
+                    if found.size > LARGEST_FILE:
+                        reason = f"longer than {LARGEST_FILE} bytes: unpack the tar"
+                        yield Reject(path, name, reason)
+                        continue
                     data = cast(IO[bytes], archive.extractfile(found)).read()
                 begin = (place or 0) + found.offset_data
                 if not is_tar(name):
@@ -216,7 +223,14 @@ def _members(
                 else:
                     inner = cast(IO[bytes], archive.extractfile(found))
                     yield from _members(path, f"{name}/", inner, begin, found.size)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (
+        tarfile.TarError,
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        RecursionError,
+    ) as error:
         yield BrokenTar(path, f"{inside}after {last}", f"damaged tar: {error}")
 
 

@@ -295,7 +295,11 @@ class DownloadedImages:
 
 
 def _name_in(url: str) -> str:
-    return unquote(posixpath.basename(urlsplit(url).path))
+    try:
+        path = urlsplit(url).path
+    except ValueError:  # of brackets without an address of IPv6
+        path = url
+    return unquote(posixpath.basename(path))
 
 
 def _url_rows(source: PairInput, file: str) -> Iterator[CaptionRow | Reject]:

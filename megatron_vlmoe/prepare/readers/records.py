@@ -48,6 +48,9 @@ class Reject:
         return f"{place}: {self.reason}"
 
 
+LARGEST_FILE = 1 << 30
+"""Bytes of an image or caption; what is longer is none, and would fill the memory."""
+
 Row = Mapping[str, Any]
 """What a record says, by name."""
 Rows = Iterator[tuple[str, Row] | Reject]
@@ -133,6 +136,12 @@ class ImageFile:
         size = self.size if limit is None or self.size is None else min(self.size, limit)
         try:
             with open(self.path, "rb", opener=_open_at_once) as file:
+                # Memory for all that is asked for is taken before anything is read.
+                there = os.fstat(file.fileno()).st_size - self.offset
+                if size is not None and size > there:
+                    raise DataError(f"{self.path} ends inside it")
+                if limit is None and (there if size is None else size) > LARGEST_FILE:
+                    raise DataError(f"longer than {LARGEST_FILE} bytes: {self.path}")
                 file.seek(self.offset)
                 data = file.read(next((n for n in (size, limit) if n is not None), -1))
         except FileNotFoundError as error:

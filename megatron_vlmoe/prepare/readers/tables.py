@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from typing import Any, Literal
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.images import ImageFinder
 from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, Rows, walk_files
+from megatron_vlmoe.runtime.arrow_batches import check_batch
 
 _TABLE_BUFFER = 1 << 22
 
@@ -88,7 +89,7 @@ def read_columns(
     A ``text`` column comes as bytes, so that one string of invalid UTF-8 spoils one row and not the batch; an ``any``
     column as Python objects.
 
-    Raises DataError if it is no table, a column is missing, or a text column holds no strings.
+    Raises DataError if it is no table, a column is missing or there twice, or a text column holds no strings.
     """
     import pyarrow
 
@@ -96,6 +97,8 @@ def read_columns(
         for name in columns:
             if name not in schema.names:
                 raise DataError(f"{path}: no column {name!r}; it has {', '.join(schema.names)}")
+            if schema.names.count(name) > 1:
+                raise DataError(f"{path}: has several columns {name!r}")
         row = 0
         try:
             for batch in batches:
@@ -111,7 +114,7 @@ def read_columns(
 
 @contextmanager
 def _open_table(
-    path: str, columns: Iterable[str] = (), batch_rows: int = 1
+    path: str, columns: Collection[str] = (), batch_rows: int = 1
 ) -> Iterator[tuple[Any, Iterator[Any]]]:
     """The schema of a table and its record batches. Raises DataError if it is none."""
     import pyarrow  # type: ignore[import-untyped]
@@ -122,11 +125,11 @@ def _open_table(
         try:
             if kind == "arrow stream":
                 batches = pyarrow.ipc.open_stream(stack.enter_context(pyarrow.memory_map(path)))
-                opened = batches.schema, _slices(batches, batch_rows)
+                opened = batches.schema, _slices(batches, columns, batch_rows)
             elif kind == "arrow file":
                 file = pyarrow.ipc.open_file(stack.enter_context(pyarrow.memory_map(path)))
                 batches = (file.get_batch(i) for i in range(file.num_record_batches))
-                opened = file.schema, _slices(batches, batch_rows)
+                opened = file.schema, _slices(batches, columns, batch_rows)
             else:
                 # With a read buffer a column streams; else a whole row group of it is held.
                 table = pyarrow.parquet.ParquetFile(path, buffer_size=_TABLE_BUFFER)
@@ -139,9 +142,10 @@ def _open_table(
         yield opened
 
 
-def _slices(batches: Iterable[Any], rows: int) -> Iterator[Any]:
-    """Record batches of at most ``rows`` rows."""
+def _slices(batches: Iterable[Any], columns: Collection[str], rows: int) -> Iterator[Any]:
+    """Record batches of at most ``rows`` rows, of which these columns are sound."""
     for batch in batches:
+        check_batch(batch, columns)
         for start in range(0, batch.num_rows, rows):
             yield batch.slice(start, rows)
 

@@ -395,7 +395,8 @@ def json_texts(path: str, value: object, keys: tuple[str, ...]) -> Found:
             else:
                 yield f"entry {number}", texts
         return
-    assert isinstance(value, dict)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: neither a JSON list nor a JSON object")
     for name in ("annotations", "images"):  # COCO has both, Karpathy's splits the second alone
         if isinstance(value.get(name), list):
             for item in json_texts(path, value[name], keys):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.runtime.json_files import is_number
 
 FORMAT_VERSION = 1
 
@@ -86,7 +87,7 @@ class VQKDConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VQKDConfig:
-        """Build from JSON values; an unknown or missing key raises ValueError naming it."""
+        """Build from JSON values; raises ValueError naming a key that is unknown, missing, or of another type."""
         names = {field.name for field in dataclasses.fields(cls)}
         unknown, missing = sorted(set(values) - names), sorted(names - set(values))
         if unknown or missing:
@@ -94,7 +95,20 @@ class VQKDConfig:
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
+        for name, default in ((f.name, f.default) for f in dataclasses.fields(cls)):
+            if not _is_like(default, fields[name]):
+                raise ValueError(f"{name} is {values[name]!r}")
         return cls(**fields)
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Whether a value is of the type that a field's default has."""
+    if isinstance(default, float):
+        return is_number(value)
+    if isinstance(default, tuple):
+        is_tuple = isinstance(value, tuple) and len(value) == len(default)
+        return is_tuple and all(map(is_number, value))
+    return type(value) is type(default)
 
 
 def pixel_teacher_dim(patch_size: int) -> int:
