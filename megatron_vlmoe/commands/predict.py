@@ -32,8 +32,8 @@ def main(words: Sequence[str]) -> None:
     options = parse_arguments(words)
     # Programs read the answers on stdout, where other commands log.
     for handler in logging.getLogger("megatron_vlmoe").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr
     records = _records(options)
     for record in records if options.task else ():
         record.check(options.task)

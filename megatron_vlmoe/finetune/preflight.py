@@ -28,8 +28,8 @@ from megatron_vlmoe.planning.estimate import checkpoint_bytes
 from megatron_vlmoe.runtime.ranks import environment_rank, environment_world_size
 from megatron_vlmoe.runtime.run_lock import LOCK_FILE, holder_text
 from megatron_vlmoe.runtime.sums import differing_files
-from megatron_vlmoe.runtime.torch_files import read_torch_file
-from megatron_vlmoe.train.checkpoint_files import find_checkpoint
+from megatron_vlmoe.runtime.torch_files import read_torch_bytes
+from megatron_vlmoe.train.checkpoint_files import common_content, find_checkpoint, of_common
 from megatron_vlmoe.train.checkpoint_sums import SUMS_FILE, check_files
 from megatron_vlmoe.train.run_files import is_hugging_face
 
@@ -194,9 +194,8 @@ def _checkpoint(config: RunConfig, quick: bool) -> Iterator[Finding]:
                 "ok", "checkpoint", f"{path}, all files as {SUMS_FILE} says, if it is there"
             )
         else:
-            common = path / "common.pt"
             with _without_log():
-                check_files(path, lambda: read_torch_file(common) if common.is_file() else {})
+                check_files(path, lambda: of_common(read_torch_bytes(common_content(path))))
             if (path / SUMS_FILE).is_file():
                 yield Finding("ok", "checkpoint", f"{path}, all files as {SUMS_FILE} says")
             else:

@@ -22,9 +22,11 @@ def check_batch(batch: Any, columns: Iterable[str]) -> None:
     for name in columns:
         column = batch.column(name)
         column.validate()
-        # Where no view is made of a type, its texts must be UTF-8.
+        # Where pyarrow makes no view of a type, or a wrong one as of columns of nothing in a list, texts must be UTF-8.
         with contextlib.suppress(pyarrow.ArrowException):
-            column = column.view(_with_bytes(column.type))
+            view = column.view(_with_bytes(column.type))
+            view.validate()
+            column = view
         column.validate(full=True)
 
 

@@ -87,7 +87,7 @@ class _HeldLock:
         return True
 
     def _take_over(self) -> None:
-        """Moves a lock away that nobody holds any more.
+        """Deletes a lock that nobody holds any more.
 
         Raises:
             ConfigError: somebody holds it.
@@ -100,20 +100,27 @@ class _HeldLock:
                 f"--save {self.path.parent}: {_text(holder)} trains in this folder ({LOCK_FILE}); end it, or choose "
                 "another folder"
             )
-        # Of two that find it at once, one moves it; the other one must not take the new lock for the old.
-        aside = self.path.with_name(f"{self.path.name}.{self.id}")
+        # Of several that find it at once, one at a time may delete it, and only if it is still the one that was found:
+        # what another has made meanwhile is held.
+        guard = self.path.with_name(f"{self.path.name}.takeover")
+        deadline = time.monotonic() + SILENT_SECONDS
+        while True:
+            try:
+                os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+                break
+            except FileExistsError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"--save {self.path.parent}: {guard.name} is left behind; delete it if no run trains here"
+                    ) from None
+                time.sleep(0.01)
         try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        moved = _read(aside) or {}
-        if moved.get("id") != holder.get("id"):
-            with contextlib.suppress(OSError):
-                os.link(aside, self.path)
-            aside.unlink(missing_ok=True)
-            raise ConfigError(f"--save {self.path.parent}: {_text(moved)} trains in this folder")
-        aside.unlink(missing_ok=True)
-        log.warning("took over %s, left behind by %s", self.path, _text(holder))
+            found = _read(self.path)
+            if found is not None and found.get("id") == holder.get("id"):
+                self.path.unlink()
+                log.warning("took over %s, left behind by %s", self.path, _text(holder))
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _is_own(self) -> bool:
         return (_read(self.path) or {}).get("id") == self.id

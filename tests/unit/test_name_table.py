@@ -271,7 +271,7 @@ def test_damage_is_one_clear_line(damage: str, whole: Path, tmp_path: Path) -> N
         data.unlink()
     elif damage == "common":
         (folder / "common.pt").write_bytes(b"nothing")
-        expected = "common.pt: not readable"
+        expected = "common.pt: damaged"
     elif damage == "no-common":
         (folder / "common.pt").unlink()
         expected = "incomplete: no common.pt"

@@ -86,6 +86,8 @@ def test_a_checkpoint_that_would_run_something_is_refused_first(
     made = tmp_path / "made"
     check_harmless(checkpoint)
     poison(checkpoint, made)
+    # Who means harm writes the sums as well.
+    small.sum_again(checkpoint)
     with pytest.raises(ConvertError, match="names posix.mkdir, which no checkpoint needs"):
         CheckpointReader(checkpoint)
     # What training reads comes through these two.
@@ -97,7 +99,7 @@ def test_a_checkpoint_that_would_run_something_is_refused_first(
     with pytest.raises(CheckpointError, match="names posix.mkdir"):
         load_sharded({}, checkpoint, StrictHandling.RAISE_UNEXPECTED, in_parallel=False)
     with pytest.raises(CheckpointError, match="names posix.mkdir"):
-        CheckpointWeights(checkpoint)
+        CheckpointWeights(checkpoint, verify=False)
     assert not made.exists()
 
 
@@ -161,7 +163,7 @@ def damage_index(prefix: Path, place: int, value: bytes) -> IndexedReader:
 @pytest.mark.parametrize("length", [-1, -7, 2**30])
 def test_a_length_that_its_file_has_not_is_named(tmp_path: Path, length: int) -> None:
     reader = damage_index(tmp_path / "x", 34, length.to_bytes(4, "little", signed=True))
-    with pytest.raises(DataError, match=r"x\.idx: damaged: sequence 0 is not within its \.bin"):
+    with pytest.raises(DataError, match=r"x\.idx: damaged: sequence 0 is said to be"):
         reader.sequence(0)
 
 
@@ -364,6 +366,8 @@ def test_the_lock_has_what_the_requirements_allow() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     for line in (line for line in lines if line and not line.startswith("#")):
         wanted = Requirement(line)
+        if wanted.marker and not wanted.marker.evaluate():
+            continue
         if wanted.name == "torch":
             assert "torch" not in pinned
         else:

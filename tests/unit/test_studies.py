@@ -698,7 +698,7 @@ def edited(key: str, value: Any) -> Callable[[dict[str, Any]], object]:
         (lambda content: content.update(labels=[["a"], "b"]), "labels: expected different texts"),
         (lambda content: content.update(labels=["frozen"] * 2), "labels: expected different texts"),
         (lambda content: content.update(environments=["x"]), "environments: expected objects"),
-        (lambda content: content.update(format_version="2"), "format_version: wrong type"),
+        (lambda content: content.update(format_version="2"), "format_version is '2', not a number"),
         (lambda content: content.pop("format_version"), "format_version is missing"),
         (lambda content: content["rows"].append(content["rows"][0]), "seed 1 is there twice"),
         (lambda content: content["rows"].append(3), "rows[5]: expected an object"),
@@ -721,7 +721,7 @@ def test_a_summary_that_was_changed_by_hand_is_one_line(edit, message, tmp_path,
     write_summary(content, path)
     assert main(["study", "--redraw", str(path)]) == 1
     (error,) = capsys.readouterr().err.splitlines()
-    assert f"{path}: damaged: not the summary of a study" in error and message in error
+    assert f"{path}: damaged: " in error and message in error
 
 
 def test_panels_of_runs_that_were_left_out_stay_empty(tmp_path):
