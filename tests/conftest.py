@@ -28,7 +28,8 @@ STARTED = pytest.StashKey[list[str]]()
 # Side by side, a file stays in one pytest process, and so do those that share what takes long to make.
 SHARED = {
     "corpus": "e2e/test_e2e_signals.py e2e/test_e2e_pretrain.py e2e/test_e2e_bad_input.py e2e/test_e2e_docs.py"
-    " e2e/test_e2e_layouts.py e2e/test_e2e_baselines.py e2e/test_e2e_study.py e2e/test_e2e_check.py",
+    " e2e/test_e2e_layouts.py e2e/test_e2e_baselines.py e2e/test_e2e_study.py e2e/test_e2e_check.py"
+    " e2e/test_e2e_drills.py",
     "prepared": "e2e/test_e2e_finetune.py e2e/test_e2e_inference.py distributed/test_resume.py"
     " distributed/test_finetune_parity.py unit/test_devices.py",
 }

@@ -30,6 +30,7 @@ DRILLS: Mapping[str, Callable[[Desk], Result]] = {
     },
     "signal": kills.signal_training,
     "stop": kills.stop_for_a_while,
+    "stop for good": kills.stop_for_good,
     "full disk": functools.partial(system.fill_disk, in_background=False),
     "full disk in the background": functools.partial(system.fill_disk, in_background=True),
     "two runs": system.start_twice,

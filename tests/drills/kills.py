@@ -176,6 +176,33 @@ def stop_for_a_while(desk: Desk) -> Result:
     return desk.compared(save, variant, detail)
 
 
+def stop_for_good(desk: Desk) -> Result:
+    """SIGSTOP to a rank that never goes on: the other one names it and ends, and the next run goes on."""
+    rng, variant = desk.rng, "plain"
+    desk.reference(variant)
+    save = desk.own / "run"
+    hasty = ("--health.hang_seconds", "8", "--health.hang_factor", "3")
+    started = desk.train(save, variant, *hasty)
+    after, rank = rng.randint(3, STEPS - 3), rng.randrange(2)
+    detail = f"rank {rank} stopped for good after step {after}"
+    if not until(lambda: logged(save) >= after, started):
+        started.wait()
+        return Result(Verdict.NOT_RUN, f"{detail}: it had ended already")
+    os.kill(started.ranks[rank].pid, signal.SIGSTOP)
+    before = tracked(save)
+    started.ranks[1 - rank].join(LIMIT)
+    hangs = started.ranks[1 - rank].exitcode is None
+    started.kill([0, 1])
+    if hangs:
+        return Result(Verdict.HANG, detail)
+    verdict, said = error_verdict(started.outcome(), f"rank {rank}")
+    if verdict is not Verdict.CLEAR:
+        return Result(verdict, f"{detail}; {said}")
+    found = desk.finished(save, variant, before, f"{detail}; {said}")
+    is_clear = found.verdict is Verdict.RECOVERED
+    return Result(Verdict.CLEAR if is_clear else found.verdict, found.detail, found.lost_steps)
+
+
 def kill_tool(desk: Desk, what: str) -> Result:
     """SIGKILL to a command that makes files; the same command again must leave the files of an undisturbed one.
 
