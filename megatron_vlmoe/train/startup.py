@@ -78,8 +78,10 @@ def watch_ranks(config: RunConfig, ranks: Ranks) -> None:
     """Starts the thread that ends this run where any rank fails or hangs, until the process groups end."""
     save, health = config.checkpoint.save, config.health
     # A file that is cut while this process reads it ends it without an exception: at least its stack is on stderr.
+    # Where stderr is no file, as in a notebook, there is no place for it.
     if not faulthandler.is_enabled():
-        faulthandler.enable()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            faulthandler.enable()
     watch(
         Watchdog(
             own_store(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -238,12 +239,15 @@ def last_line(outcome: Outcome) -> str:
 def error_verdict(outcome: Outcome, *names: str) -> tuple[Verdict, str]:
     """Whether a command that failed says why in one line, with one of these names in it."""
     text = outcome.stderr + outcome.stdout
-    lines = [line for line in outcome.stderr.splitlines() if line.startswith("error:")]
+    # Another rank repeats what the first one said.
+    repeated = re.compile(r"error: (rank \d+ has failed: )?")
+    found = [line for line in outcome.stderr.splitlines() if line.startswith("error:")]
+    lines = [repeated.sub("error: ", line, count=1) for line in found]
     if "Traceback" in text or not lines:
         return Verdict.UNCLEAR, last_line(outcome)
     # Every rank may say it.
     if len(set(lines)) > 1 or (names and not any(name in lines[0] for name in names)):
-        return Verdict.UNCLEAR, f"{len(set(lines))} lines, the first: {lines[0][:300]}"
+        return Verdict.UNCLEAR, f"{len(set(lines))} lines: {' and '.join(lines)[:600]}"
     return Verdict.CLEAR, lines[0][:300]
 
 
