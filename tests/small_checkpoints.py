@@ -160,6 +160,8 @@ def edited_common(path: Path) -> Iterator[dict[str, Any]]:
     common = of_common(torch.load(io.BytesIO(common_content(path)), weights_only=True))
     yield common
     torch.save(common, path / COMMON_FILE)
+    if (path / SUMS_FILE).exists():
+        sum_again(path)
 
 
 def store_as_later_version(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import warnings
@@ -32,8 +33,10 @@ def main(words: Sequence[str]) -> None:
     options = parse_arguments(words)
     # Programs read the answers on stdout, where other commands log.
     for handler in logging.getLogger("megatron_vlmoe").handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.stream = sys.stderr
+        # A stream may be none of the system's, or closed.
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(handler, logging.StreamHandler) and handler.stream.fileno() == 1:
+                handler.stream = sys.stderr
     records = _records(options)
     for record in records if options.task else ():
         record.check(options.task)
