@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The checks, in three sizes. Installs what it needs into .venv; may be run again.
 # Usage: bash tests/run.sh quick                 lint, types, tests that start no processes: under 4 minutes on 2 cores
-#        bash tests/run.sh                       lint, types, all tests: what continuous integration runs, 13 minutes
+#        bash tests/run.sh                       lint, types, all tests: what continuous integration runs, 15 to 30 minutes
 #        bash tests/run.sh nightly               transformers' own tests, the site of docs/, other Pythons, an hour of damaged files, and the downloads
 #        bash tests/run.sh PYTEST ARGUMENTS      some tests, e.g. tests/unit -k masking
 # Variables: TEST_WORKERS, processes that run tests side by side (2, for 2 cores).
