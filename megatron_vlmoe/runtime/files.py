@@ -68,7 +68,7 @@ class StagedFile:
         with naming(self.path):
             os.replace(self.temporary, self.path)
             _unpublished.discard(self.temporary)
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def abort(self) -> None:
         """Deletes the file unless it is published."""
@@ -149,22 +149,17 @@ def folder_atomic(path: Path) -> Iterator[Path]:
 def publish_folder(temporary: Path, path: Path) -> None:
     """Syncs a complete folder and gives it the name ``path``, in place of what stood there. Raises FileError."""
     with naming(path):
-        for inside in sorted(temporary.rglob("*")):
-            if inside.is_dir():
-                sync_folder(inside)
-            else:
-                with inside.open("rb") as file:
-                    os.fsync(file.fileno())
-        sync_folder(temporary)
+        for inside in (*sorted(temporary.rglob("*")), temporary):
+            sync(inside)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename inside the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Waits until a file is on the disk; of a folder, until renames inside it are."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch import Tensor
 
 from megatron_vlmoe.runtime.distributed import agree, device
+from megatron_vlmoe.runtime.files import sync
 from megatron_vlmoe.runtime.forked_memory import SharedPages
 from megatron_vlmoe.train.finite import not_finite
 
@@ -159,7 +159,7 @@ class _ForkedWriter:
             written[number] = outcome.get_nowait()[1]
         try:
             for path, *_ in files:
-                _sync(path)
+                sync(path)
         except OSError as error:
             written[0] = error
         failed = [result for result in written.values() if isinstance(result, Exception)]
@@ -177,11 +177,3 @@ def _given_back(entries: Sequence[Any], pages: SharedPages) -> Iterator[Any]:
             raise not_finite(item.index.fqn)
         yield item, tensor
         pages.give_back(tensor)
-
-
-def _sync(path: str) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

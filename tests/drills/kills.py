@@ -181,8 +181,11 @@ def stop_for_good(desk: Desk) -> Result:
     rng, variant = desk.rng, "plain"
     desk.reference(variant)
     save = desk.own / "run"
-    hasty = ("--health.hang_seconds", "8", "--health.hang_factor", "3")
-    started = desk.train(save, variant, *hasty)
+    # In steps the watchdog finds it, in saves and evaluations the limit of collectives.
+    hasty = (
+        "--health.hang_seconds 8 --health.hang_factor 3 --parallel.distributed_timeout_minutes 1"
+    )
+    started = desk.train(save, variant, *hasty.split())
     after, rank = rng.randint(3, STEPS - 3), rng.randrange(2)
     detail = f"rank {rank} stopped for good after step {after}"
     if not until(lambda: logged(save) >= after, started):
