@@ -108,7 +108,10 @@ def test_a_checkpoint_of_an_earlier_version_is_read_with_a_line(
     content = common(copy)
     assert content.pop(NOTE) == SUMS_FILE
     torch.save(content, copy / "common.pt")
-    monkeypatch.setattr(logging.getLogger("megatron_vlmoe"), "propagate", True)
+    # Whatever commands have left here: each line reaches the root logger, once.
+    logger = logging.getLogger("megatron_vlmoe")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.INFO, "megatron_vlmoe"):
         assert CheckpointReader(copy).tensors
     (line,) = caplog.messages

@@ -52,7 +52,10 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def lines(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("megatron_vlmoe"), "propagate", True)
+    # Whatever commands have left here: each line reaches the root logger, once.
+    logger = logging.getLogger("megatron_vlmoe")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, "megatron_vlmoe")
     return caplog
 
