@@ -38,11 +38,13 @@ COMMANDS = {
     "pretrain-random": _ranks("pretrain:random_main", "the same on random numbers, without files"),
     "finetune": _ranks("finetune:main", "train a checkpoint on a downstream task"),
     "evaluate": _ranks("finetune:evaluate_main", "score a fine-tuned checkpoint"),
-    "replay": _ranks("replay:main", "look for the cause of a step that went wrong"),
+    "replay": _train(
+        "replay:main", "look for the cause of a step that went wrong", cleans_up=False
+    ),
     "check-options": _train(
         "pretrain:check_options", "find wrong options of a training command, before torchrun"
     ),
-    "check": _train(
+    "check": _ranks(
         "check:main", "check data, checkpoint, disk, GPUs and network before a run is started"
     ),
     "predict": _train("predict:main", "ask a fine-tuned checkpoint", cleans_up=False),

@@ -25,7 +25,7 @@ from megatron_vlmoe.data.sums import data_files
 from megatron_vlmoe.finetune.options import checkpoint_of
 from megatron_vlmoe.finetune.prepared import PreparedTask
 from megatron_vlmoe.planning.estimate import checkpoint_bytes
-from megatron_vlmoe.runtime.ranks import environment_rank, environment_world_size
+from megatron_vlmoe.runtime.ranks import environment_rank, environment_world_size, gpu_of_process
 from megatron_vlmoe.runtime.run_lock import LOCK_FILE, holder_text
 from megatron_vlmoe.runtime.sums import differing_files
 from megatron_vlmoe.runtime.torch_files import read_torch_bytes
@@ -143,12 +143,12 @@ def _collective() -> Finding:
     on_gpu = torch.cuda.is_available()
     try:
         if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(gpu_of_process(torch.cuda.device_count()))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=NETWORK_TIMEOUT)
         value = torch.ones(1, device="cuda" if on_gpu else "cpu")
         dist.all_reduce(value)
         ranks = int(value.item())
-    except (RuntimeError, ValueError, OSError) as error:
+    except (UserError, RuntimeError, ValueError, OSError) as error:
         return Finding("error", "network", f"no collective: {' '.join(str(error).split())[:300]}")
     level: Level = "ok" if ranks == dist.get_world_size() else "error"
     return Finding(level, "network", f"{ranks} rank(s) over {'NCCL' if on_gpu else 'gloo'}")

@@ -80,6 +80,13 @@ def test_several_nodes_need_the_address_of_rank_0() -> None:
     assert one_node["MASTER_ADDR"] == "127.0.0.1"
 
 
+@pytest.mark.process
+def test_a_check_before_a_run_is_of_the_ranks_of_its_launcher() -> None:
+    words = ("-m", "megatron_vlmoe", "check", "pretrain-random", "--preset", "tiny-dense")
+    found = run(*words, environ={**SLURM, "SLURM_PROCID": "0"})
+    found.refused("srun has started 8 processes, but MASTER_ADDR")
+
+
 @pytest.mark.parametrize(
     ("local_rank", "count", "visible", "expected"),
     [
