@@ -21,6 +21,8 @@ from commands import Outcome, as_ranks, child, environment, run
 from helpers import start_process
 from small_corpus import Corpus, assert_same_metrics, make_corpus, metrics
 
+from megatron_vlmoe.runtime.torch_files import read_torch_file
+
 STEPS = 10
 EVERY = 2
 """Steps between checkpoints, of which the last two are kept."""
@@ -237,10 +239,14 @@ class Desk:
         return Result(Verdict.RECOVERED, detail, lost)
 
 
-def _tensors(checkpoint: Path) -> dict[str, bytes]:
-    """The files of a checkpoint that hold tensors, and the one that says where each of them lies."""
-    files = (checkpoint / ".metadata", *checkpoint.glob("*.distcp"))
-    return {path.name: path.read_bytes() for path in files}
+def _tensors(checkpoint: Path) -> tuple[dict[str, bytes], list[Any]]:
+    """The files of a checkpoint that hold tensors, and where in them each of these lies."""
+    places = [
+        (index.fqn, str(getattr(getattr(index, "offset", None), "arguments", "")), vars(place))
+        for index, place in read_torch_file(checkpoint / ".metadata").storage_data.items()
+    ]
+    files = {path.name: path.read_bytes() for path in checkpoint.glob("*.distcp")}
+    return files, sorted(places, key=str)
 
 
 def tracked(save: Path) -> int:
