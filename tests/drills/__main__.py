@@ -85,7 +85,6 @@ def main() -> int:
         records.unlink(missing_ok=True)
     found = read(records)
     first = options.seed or 1 + max((record["seed"] for record in found), default=0)
-    desk = Desk.prepare(folder, first)
     kinds = options.only or list(DRILLS)
     if options.each:
         lacks = Counter({kind: options.each - good_since_finding(found, kind) for kind in kinds})
@@ -94,6 +93,9 @@ def main() -> int:
         plan = [kind for turn in turns for kind in turn]
     else:
         plan = [kinds[number % len(kinds)] for number in range(options.count)]
+    if not plan:
+        return report(found)
+    desk = Desk.prepare(folder, first)
     for number, kind in enumerate(plan):
         desk.number = number
         # So that a drill can be repeated alone: --only KIND --seed as printed.
