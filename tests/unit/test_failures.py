@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import DataError, FileError, TrainingError
+from megatron_vlmoe.config.errors import DataError, FileError, StartupError, TrainingError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import Loader
+from megatron_vlmoe.runtime.distributed import own_store
 from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.runtime.watchdog import HANG_STATUS, Limits, Sign, Watchdog, suspects
 from megatron_vlmoe.train.failures import training_failures
@@ -71,6 +73,19 @@ def test_a_rank_whose_store_is_silent_ends_and_says_so(
     # What its main thread asks meanwhile, on its way out, has a limit too.
     assert watch.missing() == watch.fail("an error") == ""
     watch.close()
+
+
+def test_a_first_rank_that_dies_before_training_begins_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise dist.DistNetworkError("The client socket has timed out\nand a stack")
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "TCPStore", gone)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(StartupError, match="rank 1 lost MASTER_ADDR=.*has timed out$"):
+        own_store()
 
 
 def no_change() -> None:
