@@ -58,10 +58,11 @@ log = logging.getLogger("megatron_vlmoe")
 def run_finetune(config: FinetuneConfig) -> None:
     """Trains on a task, keeps the best weights, evaluates them on every split; once per seed of `task.seeds`."""
     validate_task(config, environment_world_size())
-    ranks, precision = _start(config)
     run = _several_seeds if config.task.seeds else finetune
-    with locked_run_folder(config.checkpoint.save):
-        run(config, ranks, precision)
+    with training_failures(config):
+        ranks, precision = _start(config)
+        with locked_run_folder(config.checkpoint.save):
+            run(config, ranks, precision)
     destroy()
 
 
@@ -148,6 +149,12 @@ def _start_weights(config: FinetuneConfig, parts: TrainingParts) -> None:
 def run_evaluate(config: FinetuneConfig) -> None:
     """Runs a fine-tuned checkpoint on the splits of its task."""
     validate_task(config, environment_world_size(), training=False)
+    with training_failures(config):
+        _evaluate(config)
+    destroy()
+
+
+def _evaluate(config: FinetuneConfig) -> None:
     ranks, precision = _start(config)
     make_run_folder(config)
     data = TaskData.open(config, BatchShare.of(ranks), training=False)
@@ -165,7 +172,6 @@ def run_evaluate(config: FinetuneConfig) -> None:
     begin_run_logs()
     objective = build_objective(config, ranks, data)
     evaluate_all(config, parts, ranks, data, objective, str(path), precision)
-    destroy()
 
 
 def _start(config: FinetuneConfig) -> tuple[Ranks, Precision]:

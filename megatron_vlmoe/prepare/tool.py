@@ -59,7 +59,7 @@ from megatron_vlmoe.prepare.readers.records import (
 from megatron_vlmoe.prepare.remote import is_remote, put_file, read_remote, remove_remote
 from megatron_vlmoe.prepare.shards import Shard, Share
 from megatron_vlmoe.runtime.files import StagedFile
-from megatron_vlmoe.runtime.helper_processes import without_interrupts
+from megatron_vlmoe.runtime.helper_processes import end_with_parent, without_interrupts
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
 OnError = Literal["stop", "skip"]
@@ -224,7 +224,7 @@ def ordered_map(
         return
     # Spawned, not forked: libraries of the parent may have threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context)
+    pool = ProcessPoolExecutor(workers, context, end_with_parent, (os.getpid(),))
     waiting: deque[Future[Result]] = deque()
     try:
         for chunk in chunks:

@@ -161,18 +161,27 @@ def _reason(error: BaseException) -> str:
 
 
 def own_store() -> Optional[dist.Store]:
-    """The store of all ranks over a connection of its own, for another thread; None of a rank that is alone."""
+    """The store of all ranks over a connection of its own, for another thread; None of a rank that is alone.
+
+    Raises:
+        StartupError: it is gone again.
+    """
     if dist.get_world_size() == 1:
         return None
-    return _of_this_start(
-        dist.TCPStore(
-            os.environ.get("MASTER_ADDR", "127.0.0.1"),
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        store = dist.TCPStore(
+            address,
             int(os.environ.get("MASTER_PORT", MASTER_PORT)),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=30),
         )
-    )
+    except dist.DistError as error:
+        raise StartupError(
+            f"rank {environment_rank()} lost MASTER_ADDR={address}: {_reason(error)}"
+        ) from None
+    return _of_this_start(store)
 
 
 def _of_this_start(store: dist.Store) -> dist.Store:

@@ -74,6 +74,19 @@ def become_helper() -> None:
     _set_parent_death_signal(signal.SIGKILL)
 
 
+def end_with_parent(parent: int) -> None:
+    """In a worker that was started anew: the kernel ends it with its parent, or it ends now if that is gone already.
+
+    A pool's workers wait for work together, and none of them would notice.
+
+    Args:
+        parent: its process number.
+    """
+    _set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:
     """Around the start of workers that Ctrl-C, which reaches the whole process group, is not to interrupt.

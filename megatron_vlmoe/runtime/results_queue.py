@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import pickle
@@ -23,11 +24,16 @@ class _PickledQueue:
     queue: Any
 
     def put(self, item: object) -> None:
-        self.queue.put(pickle.dumps(item))
+        # Who asks for it finds out that the manager is gone.
+        with contextlib.suppress(OSError, EOFError):
+            self.queue.put(pickle.dumps(item))
 
     def get_nowait(self) -> Any:
-        """Raises queue.Empty."""
-        return pickle.loads(self.queue.get_nowait())
+        """What was put; an exception, as of a writer that failed, where the manager is gone. Raises queue.Empty."""
+        try:
+            return pickle.loads(self.queue.get_nowait())
+        except (OSError, EOFError):
+            return ChildProcessError("the process that keeps what writers report was killed")
 
 
 def install_results_queue(start_method: str = "spawn") -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+OTHER_CONTENTS = "its contents have another SHA-256"
 _BLOCK_BYTES = 1 << 22
 _MOST_THREADS = 8
 
@@ -50,7 +51,7 @@ def differing_files(sums: Mapping[Path, str], threads: int = 0) -> list[tuple[Pa
     def reason(item: tuple[Path, str]) -> str:
         path, expected = item
         try:
-            return "" if file_sha256(path) == expected else "its contents have another SHA-256"
+            return "" if file_sha256(path) == expected else OTHER_CONTENTS
         except OSError as error:
             return error.strerror or "cannot be read"
 

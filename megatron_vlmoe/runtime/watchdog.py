@@ -21,13 +21,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Optional, Protocol
+from typing import Any, Callable, Optional, Protocol, TypeVar
+
+T = TypeVar("T")
 
 BEAT_SECONDS = 1.0
 HANG_STATUS = 75
 """Exit status of a run that hangs: `EX_TEMPFAIL`, for it may do well when it is started again."""
 FAILED_STATUS = 1
 _KEPT_STEPS = 50
+_STORE = "the store of all ranks, which rank 0 or its torchrun keeps,"
+_SILENT_BEATS = 10
+"""So long a rank that ends waits for the store."""
 _GRACE_BEATS = 3
 """So long all ranks may take to write down their stacks, and a failed rank lets the others read why."""
 # Where a thread that waits in a collective, or for a device, stands itself says nothing.
@@ -163,10 +168,14 @@ class Watchdog:
         self._stopped = threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, name="vlmoe-watchdog", daemon=True)
+        self._looks = 0
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the thread, and one more that looks whether the store answers it."""
         self._thread.start()
+        if self.store is not None:
+            name = "vlmoe-watchdog-store"
+            threading.Thread(target=self._watch_store, name=name, daemon=True).start()
 
     def begin_steps(self) -> None:
         """From here on steps follow each other; the first one takes as long as it likes."""
@@ -203,11 +212,11 @@ class Watchdog:
         self.is_leaving = True
         first = ""
         if self.store is not None:
-            with contextlib.suppress(Exception):  # the store is gone: so are the others
-                text = json.dumps({"line": line, "rank": self.rank, "status": FAILED_STATUS})
-                found = json.loads(self.store.compare_set(self._key("error"), "", text))
-                if found["rank"] != self.rank:
-                    first = _failed(found)
+            text = json.dumps({"line": line, "rank": self.rank, "status": FAILED_STATUS})
+            answer = self._soon(self.store.compare_set, self._key("error"), "", text)
+            found = json.loads(answer) if answer else {"rank": self.rank}
+            if found["rank"] != self.rank:
+                first = _failed(found)
         return first
 
     def linger(self) -> None:
@@ -222,20 +231,34 @@ class Watchdog:
         self._stopped.set()
         if self.store is not None and self._thread.ident is not None:
             self._thread.join(timeout=_GRACE_BEATS * self.beat)
-            with contextlib.suppress(Exception):
-                self._sign()
+            if not self._thread.is_alive():
+                self._soon(self._sign)
 
     def missing(self) -> str:
         """Which ranks are behind, as far as known, for the error of a collective that has timed out."""
         if self.store is None:
             return ""
-        with contextlib.suppress(Exception):
-            signs = [self._read("sign", rank) for rank in range(self.world_size)]
-            known = [sign for sign in signs if sign is not None]
-            last = max(sign.step for sign in known)
-            behind = [sign for sign in known if sign.step < last]
-            return "; ".join(f"{s.name} has not come beyond step {s.step}" for s in behind[:4])
-        return ""
+        signs = self._soon(lambda: [self._read("sign", rank) for rank in range(self.world_size)])
+        known = [sign for sign in signs or () if sign is not None]
+        last = max((sign.step for sign in known), default=0)
+        behind = [sign for sign in known if sign.step < last]
+        return "; ".join(f"{s.name} has not come beyond step {s.step}" for s in behind[:4])
+
+    def _soon(self, ask: Callable[..., T], *arguments: Any) -> Optional[T]:
+        """What the store answers to a rank that ends; None where it is gone, and so are the others, or is silent.
+
+        torch waits without a limit for the store's answer: where a network is down, until the system gives up.
+        """
+        answers: list[T] = []
+
+        def run() -> None:
+            with contextlib.suppress(Exception):
+                answers.append(ask(*arguments))
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(_SILENT_BEATS * self.beat)
+        return answers[0] if answers else None
 
     def _key(self, *parts: object) -> str:
         return "/".join(map(str, ("vlmoe", *parts)))
@@ -244,12 +267,24 @@ class Watchdog:
         while not self._stopped.wait(self.beat):
             try:
                 self._look()
+                self._looks += 1
             except Exception:
                 # torch's errors of a store that is gone have several types. Where rank 0 keeps it, that is its end;
                 # its error or the end of a collective tells more, and is waited for.
-                if self._stopped.wait(10 * self.beat) or self.is_leaving:
+                if self._stopped.wait(_SILENT_BEATS * self.beat) or self.is_leaving:
                     return
-                self._leave("the store of the ranks, which the first one keeps, is gone", 1)
+                self._leave(f"{_STORE} is gone", 1, without_first=True)
+
+    def _watch_store(self) -> None:
+        """Ends this process if one look at the others takes too long: the network to the store is down."""
+        looks, beats = self._looks, 0
+        # Beats are counted, not seconds: of a machine that was suspended, nothing else has gone on either.
+        while not self._stopped.wait(self.beat):
+            looks, beats = self._looks, beats + 1 if self._looks == looks else 0
+            if self.limits.factor and beats * self.beat > self.limits.seconds:
+                silent = f"has not answered for {beats * self.beat:.0f} s (health.hang_seconds)"
+                self._leave(f"{_STORE} {silent}; is the network down?", HANG_STATUS, True)
+                return
 
     def _look(self) -> None:
         """One look at the others and at this rank."""
@@ -369,14 +404,19 @@ class Watchdog:
                 called = frame.f_code.co_name
         return called
 
-    def _leave(self, line: str, status: int) -> None:
-        """Ends this process, whatever its main thread waits for; the first rank of every node says why."""
+    def _leave(self, line: str, status: int, without_first: bool = False) -> None:
+        """Ends this process, whatever its main thread waits for; the first rank of every node says why.
+
+        Args:
+            without_first: rank 0 cannot, and rank 1 does in its place.
+        """
         if self.is_leaving:
             return
         with contextlib.suppress(Exception):
             if self.rank == 0:
                 self.tell(line)
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+            if is_first or (without_first and self.rank == 1):
                 sys.stderr.write(f"error: {' '.join(line.split())}\n")
                 sys.stderr.flush()
         os._exit(status)

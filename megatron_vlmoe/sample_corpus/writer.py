@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from megatron_vlmoe.config.errors import ConfigError, DataError
-from megatron_vlmoe.runtime.helper_processes import without_interrupts
+from megatron_vlmoe.runtime.helper_processes import end_with_parent, without_interrupts
 from megatron_vlmoe.sample_corpus.mnli import make_mnli
 from megatron_vlmoe.sample_corpus.nlvr2 import make_nlvr2
 from megatron_vlmoe.sample_corpus.texts import (
@@ -313,7 +313,7 @@ def _draw(files: Sequence[PictureFile], workers: int) -> None:
         return
     # Spawned, because the caller may have threads that a fork would freeze.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, context, end_with_parent, (os.getpid(),)) as pool:
         with without_interrupts():
             drawn = pool.map(_draw_one, files, chunksize=64)
         for _ in drawn:

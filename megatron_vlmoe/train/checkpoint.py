@@ -118,6 +118,7 @@ class CheckpointWriter:
         self.queue = AsyncCallsQueue() if async_save else None
         self.saver = ContentSaver()
         self.pending = 0  # step of the last background save
+        self.size = 0.0  # bytes of the last save
         self.sums: RankSums | None = None  # of a background save that is written and not published
 
     def save(
@@ -172,14 +173,14 @@ class CheckpointWriter:
                 size += value.numel() * value.element_size()
         needed = torch.tensor([size], dtype=torch.float64, device=device())
         dist.all_reduce(needed)
+        self.size = needed.item()
         problem = ""
         if is_rank_zero():
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-                free = shutil.disk_usage(temporary).free
-                if free < needed.item():
-                    problem = f"needs {needed.item() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+                if room := self._room(temporary):
+                    problem = f"needs {self.size / 1e9:.2f} GB{room}"
             except OSError as error:
                 problem = f"{error.strerror or error}"
         _raise_together(problem, temporary)
@@ -194,7 +195,7 @@ class CheckpointWriter:
                 not_written=_gradients(parts),
             )
         except (Exception, CheckpointException) as error:
-            problem = one_line(error)
+            problem = one_line(error) + self._room(temporary)
         _raise_together(problem, temporary)
         if request is None:
             barrier()
@@ -219,8 +220,9 @@ class CheckpointWriter:
         except CheckpointException as error:
             # megatron-core raises it on all ranks together, and says on the first one why.
             why = f" ({one_line(error)})" if error.failures else ""
-            problem = f"a background process failed to write it{why}"
-            _raise_together(problem, self.root / f"{iteration_name(self.pending)}.tmp")
+            temporary = self.root / f"{iteration_name(self.pending)}.tmp"
+            problem = f"a background process failed to write it{why}{self._room(temporary)}"
+            _raise_together(problem, temporary)
         sums = self.sums
         if sums is not None and (blocking or not agree(not sums.is_ready())):
             self.sums = None
@@ -231,6 +233,13 @@ class CheckpointWriter:
         self.finish()
         if self.queue is not None:
             self.queue.close()
+
+    def _room(self, temporary: Path) -> str:
+        """What is free where that is too little; torch says of a full disk only that a file has another length."""
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(temporary).free
+            return f", {free / 1e9:.2f} GB are free" if free < self.size else ""
+        return ""
 
     def _make_sums(self, temporary: Path) -> None:
         # Rank 0 has written the table of contents just before, in the same round of finalizing.
@@ -605,9 +614,11 @@ def _clear_gaps(state: Mapping[Any, Any]) -> None:
 
 
 def _raise_together(problem: str, path: Path) -> None:
-    """Raises on every rank if any rank has a problem, and removes the unfinished folder."""
+    """Raises the same on every rank if any rank has a problem, and removes the unfinished folder."""
     if agree(bool(problem)):
-        barrier()
+        problems: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
         if is_rank_zero():
             shutil.rmtree(path, ignore_errors=True)
-        raise CheckpointError(f"{path}: {problem or 'another rank failed to write'}")
+        # megatron-core tells the first rank why another one failed to write, and the others nothing.
+        raise CheckpointError(f"{path}: {next(filter(None, problems))}")

@@ -37,12 +37,14 @@ _SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")
 
 
 @contextlib.contextmanager
-def training_failures(config: RunConfig, check_files: Callable[[], None]) -> Iterator[None]:
+def training_failures(
+    config: RunConfig, check_files: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Around a run: what a user can do something about becomes a `TrainingError`.
 
     Args:
         config: names the options that help, with their values.
-        check_files: raises DataError where a file of the data is not as it was.
+        check_files: raises DataError where a file of the data is not as it was; none are open yet without it.
     """
     try:
         yield

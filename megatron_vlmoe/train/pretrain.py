@@ -77,10 +77,11 @@ def pretrain(config: RunConfig, open_data: OpenData = PretrainData.open) -> None
     report_packages()
     precision = resolve_precision(config.train)
     check_cuda_graph(config.train, precision)
-    ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
-    watch_ranks(config, ranks)
-    with locked_run_folder(config.checkpoint.save):
-        _pretrain(config, open_data, ranks, precision)
+    with training_failures(config):
+        ranks = initialize(config.parallel, config.train.seed, config.train.deterministic)
+        watch_ranks(config, ranks)
+        with locked_run_folder(config.checkpoint.save):
+            _pretrain(config, open_data, ranks, precision)
     # Not after an error: other ranks may still wait in a collective, and the launcher ends them.
     destroy()
 

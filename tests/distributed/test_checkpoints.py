@@ -407,13 +407,14 @@ def test_full_disk_is_refused_and_the_previous_kept(
     assert tracker.read_text().strip() == "2"
 
 
+@pytest.mark.parametrize("fault", ["writer", "manager"])
 def test_a_background_writer_that_dies_is_one_line_and_the_previous_kept(
-    workers: Workers, saved: Path, tmp_path: Path
+    workers: Workers, saved: Path, tmp_path: Path, fault: str
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)
     options = (*FEW, "--train.steps", "3", "--checkpoint.async_save", "true")
-    message = refused(workers, layout(2), options, folder, fault="writer")
+    message = refused(workers, layout(2), options, folder, fault=fault)
     assert "iter_0000003.tmp: a background process failed to write it" in message
     assert checkpoints(folder) == ["iter_0000001", "iter_0000002"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -282,12 +283,13 @@ def _stale_client() -> contextlib.ExitStack:
     return stack
 
 
-def _killed_writer(schedule: Any) -> Any:
+def _killed_writer(schedule: Any, is_manager: bool) -> Any:
     def schedule_and_kill(queue: Any, request: Any) -> Any:
         result = schedule(queue, request)
         process = queue.async_calls[-1].async_caller.process
         if process is not None:  # a rank may have nothing to write
-            process.kill()
+            for child in multiprocessing.active_children() if is_manager else [process]:
+                child.kill()
         return result
 
     return schedule_and_kill
@@ -316,7 +318,8 @@ def trainer_run(
         arguments: options.
         folder: `--save`.
         fault: `disk` fills the disk, `kill` kills between writing and renaming, `tracker` deletes every tracker once
-            it is there, `writer` kills the background process that writes a checkpoint, `stale` shows rank 1 none.
+            it is there, `writer` kills the background process that writes a checkpoint, `manager` also the one that
+            keeps what it reports, `stale` shows rank 1 none.
         factors: what the losses of micro-batches with these numbers are multiplied by.
     """
     import logging
@@ -343,11 +346,14 @@ def trainer_run(
         "disk": mock.patch.object(shutil, "disk_usage", _no_disk),
         "kill": mock.patch.object(os, "replace", _killed_rename(os.replace)),
         "tracker": mock.patch.object(os, "replace", _lost_tracker(os.replace)),
-        "writer": mock.patch.object(
-            AsyncCallsQueue,
-            "schedule_async_request",
-            _killed_writer(AsyncCallsQueue.schedule_async_request),
-        ),
+        **{
+            name: mock.patch.object(
+                AsyncCallsQueue,
+                "schedule_async_request",
+                _killed_writer(AsyncCallsQueue.schedule_async_request, name == "manager"),
+            )
+            for name in ("writer", "manager")
+        },
         "": contextlib.nullcontext(),
     }
     warnings: list[str] = []

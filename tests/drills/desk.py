@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +16,26 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import psutil
 from commands import Outcome, as_ranks, child, environment, run
 from helpers import start_process
 from small_corpus import Corpus, assert_same_metrics, make_corpus, metrics
 
-STEPS = 12
+from megatron_vlmoe.runtime.torch_files import read_torch_file
+
+STEPS = 10
 EVERY = 2
 """Steps between checkpoints, of which the last two are kept."""
 LIMIT = 240.0
-"""Seconds after which what has not ended hangs; seconds are enough on a machine with nothing else to do."""
+"""Seconds after which what has not ended hangs, but for those that it waited for a core, which other work has."""
+STARTUP_MINUTES = "1"
+"""So long a rank waits for one that was killed before they met."""
 TRACKER = "checkpoints/latest_checkpointed_iteration.txt"
+HASTY = (
+    *("--health.hang_seconds", "15", "--health.hang_factor", "3"),
+    *("--parallel.distributed_timeout_minutes", "1"),
+)
+"""So long ranks wait for one that does not answer: in steps by the watchdog, in saves by the limit of collectives."""
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "background saves": ("--checkpoint.async_save", "true"),
@@ -82,24 +93,34 @@ class Processes:
 
     def wait(self, limit: float = LIMIT) -> bool:
         """Whether all ended within the limit; those that did not are killed."""
-        deadline = time.monotonic() + limit
-        for process in self.ranks:
-            process.join(max(deadline - time.monotonic(), 0.0))
-        hanging = [process for process in self.ranks if process.exitcode is None]
+        ended = within(limit, lambda: not self.alive, self.numbers, 0.05)
         self.kill(range(len(self.ranks)))
-        return not hanging
+        return ended
 
     def kill(self, numbers: Sequence[int]) -> None:
         """SIGKILL to some ranks, and to whatever they started where all are to end."""
         for number in numbers:
             process = self.ranks[number]
-            with contextlib.suppress(ProcessLookupError):
-                if len(numbers) == len(self.ranks):
+            if len(numbers) == len(self.ranks):
+                # One that has just begun leads no group yet.
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                else:
-                    os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         for number in numbers:
             self.ranks[number].join()
+
+    def helpers(self) -> list[psutil.Process]:
+        """What the ranks have started and still runs."""
+        found: list[psutil.Process] = []
+        for process in self.ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += psutil.Process(process.pid).children(recursive=True)
+        return found
+
+    @property
+    def numbers(self) -> list[int]:
+        """Process numbers of the ranks."""
+        return [process.pid for process in self.ranks]
 
     @property
     def alive(self) -> bool:
@@ -129,7 +150,9 @@ class Desk:
 
     @classmethod
     def prepare(cls, folder: Path, seed: int) -> Desk:
-        """Makes the corpus where it is not there yet."""
+        """Makes the corpus where it is not there yet, and forgets what another version of the program made of it."""
+        for made in ("references", "drills"):
+            shutil.rmtree(folder / made, ignore_errors=True)
         corpus = folder / "corpus"
         if not (corpus / "image_tokenizer").is_dir():
             shutil.rmtree(corpus, ignore_errors=True)
@@ -151,7 +174,7 @@ class Desk:
         """A training of `STEPS` steps that saves every `EVERY`."""
         options = (
             *("--save-interval", str(EVERY), "--checkpoint.keep_last", "2"),
-            *("--train.eval_steps", "0"),
+            *("--train.eval_steps", "0", "--parallel.startup_timeout_minutes", STARTUP_MINUTES),
             *VARIANTS[variant],
         )
         return ["-m", "megatron_vlmoe", *self.corpus.words(save, STEPS, *options, *more)]
@@ -200,13 +223,30 @@ class Desk:
             assert_same_metrics(metrics(save), metrics(reference))
         except (AssertionError, OSError, ValueError) as error:
             return Result(Verdict.SILENT, f"{detail}; metrics differ: {error}")
-        checkpoints = [f"{path}/checkpoints/iter_{STEPS:07d}" for path in (save, reference)]
-        same = run("-m", "megatron_vlmoe", "compare-checkpoints", "--optimizer", *checkpoints)
-        if same.code:
-            return Result(Verdict.SILENT, f"{detail}; checkpoints differ: {same.stdout[-300:]}")
+        mine, theirs = (path / "checkpoints" / f"iter_{STEPS:07d}" for path in (save, reference))
+        check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+        sums = subprocess.run(check, cwd=mine, capture_output=True, text=True, check=False)
+        if sums.returncode:
+            return Result(Verdict.SILENT, f"{detail}; {sums.stdout}{sums.stderr}")
+        if _tensors(mine) != _tensors(theirs):
+            # Stored in another way, or other numbers.
+            words = ("compare-checkpoints", "--optimizer", mine, theirs)
+            same = run("-m", "megatron_vlmoe", *words)
+            if same.code:
+                return Result(Verdict.SILENT, f"{detail}; checkpoints differ: {same.stdout[-300:]}")
         if left := [str(path.relative_to(save)) for path in save.rglob("*.tmp*")]:
             return Result(Verdict.UNCLEAR, f"{detail}; left behind: {', '.join(left)}")
         return Result(Verdict.RECOVERED, detail, lost)
+
+
+def _tensors(checkpoint: Path) -> tuple[dict[str, bytes], list[Any]]:
+    """The files of a checkpoint that hold tensors, and where in them each of these lies."""
+    places = [
+        (index.fqn, str(getattr(getattr(index, "offset", None), "arguments", "")), vars(place))
+        for index, place in read_torch_file(checkpoint / ".metadata").storage_data.items()
+    ]
+    files = {path.name: path.read_bytes() for path in checkpoint.glob("*.distcp")}
+    return files, sorted(places, key=str)
 
 
 def tracked(save: Path) -> int:
@@ -253,9 +293,34 @@ def error_verdict(outcome: Outcome, *names: str) -> tuple[Verdict, str]:
 
 def until(condition: Callable[[], Any], processes: Processes, limit: float = LIMIT) -> bool:
     """Waits for an instant; whether it came while the processes ran."""
-    deadline = time.monotonic() + limit
+    came = within(limit, lambda: condition() or not processes.alive, processes.numbers, 0.001)
+    return came and (processes.alive or bool(condition()))
+
+
+def within(
+    limit: float, condition: Callable[[], Any], processes: Sequence[int], pause: float
+) -> bool:
+    """Whether something comes within a limit.
+
+    Args:
+        limit: seconds, but for those that one of the processes waited for a core.
+        condition: looked at again and again.
+        processes: by number; some may have ended.
+        pause: seconds between two looks.
+    """
+    start = time.monotonic()
     while not condition():
-        if not processes.alive or time.monotonic() > deadline:
+        spent = time.monotonic() - start
+        if spent > limit and spent > limit + max(map(_starved, processes), default=0.0):
             return False
-        time.sleep(0.001)
+        time.sleep(pause)
     return True
+
+
+def _starved(process: int) -> float:
+    """Seconds that the thread of a process which has waited longest for a core has done so, since it began."""
+    waited = [0]
+    for path in Path(f"/proc/{process}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):
+            waited.append(int(path.read_text().split()[1]))
+    return max(waited) / 1e9

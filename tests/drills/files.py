@@ -21,13 +21,14 @@ CORPUS: Mapping[str, str] = {
 }
 """Files of the corpus by kind, as patterns in its folder."""
 CHECKPOINT: Mapping[str, str] = {
-    "tensors": "*.distcp",
-    "common": "common.pt",
-    "table of contents": ".metadata",
-    "marker": "metadata.json",
-    "any file": "*",
+    "tensors": "{}/*.distcp",
+    "common": "{}/common.pt",
+    "table of contents": "{}/.metadata",
+    "marker": "{}/metadata.json",
+    "sums": "{}/SHA256SUMS",
+    "tracker": "latest_checkpointed_iteration.txt",
 }
-"""Files of a checkpoint by kind."""
+"""Files of a checkpoint by kind, as patterns in the folder of all, with a place for its name."""
 
 
 def flip(path: Path, rng: random.Random) -> str:
@@ -94,10 +95,7 @@ def damage_checkpoint(desk: Desk, kind: str, how: str) -> Result:
     desk.reference("plain")
     save = half_done(desk)
     newest = sorted((save / "checkpoints").glob("iter_*"))[-1]
-    files = sorted(path for path in newest.glob(CHECKPOINT[kind]) if path.is_file())
-    if not files:
-        return Result(Verdict.NOT_RUN, f"no {kind} in a checkpoint")
-    path = desk.rng.choice(files)
+    path = desk.rng.choice(sorted(newest.parent.glob(CHECKPOINT[kind].format(newest.name))))
     detail = f"{path.name}: {DAMAGES[how](path, desk.rng)}"
     verdict, said = _train(desk, save, path.name)
     if verdict is not Verdict.CLEAR:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ from commands import environment
 
 from drills.desk import (
     EVERY,
+    HASTY,
     LIMIT,
     STEPS,
     VARIANTS,
@@ -28,7 +29,10 @@ from drills.desk import (
     logged,
     tracked,
     until,
+    within,
 )
+
+PLACES = ("start", "step", "save", "rotation", "background save")
 
 
 def kill_training(desk: Desk, place: str) -> Result:
@@ -36,7 +40,7 @@ def kill_training(desk: Desk, place: str) -> Result:
 
     Args:
         desk: the desk.
-        place: `start`, `step`, `save`, `rotation` or `background save`.
+        place: one of `PLACES`.
     """
     rng = desk.rng
     variant = "background saves" if place == "background save" else rng.choice(list(VARIANTS))
@@ -67,6 +71,10 @@ def kill_training(desk: Desk, place: str) -> Result:
     started.kill(whom)
     if not started.wait():
         return Result(Verdict.HANG, f"{detail}; the other rank goes on for {LIMIT:.0f} s", 0, 1)
+    if len(whom) == 1:
+        verdict, said = error_verdict(started.outcome())
+        if verdict is not Verdict.CLEAR:
+            return Result(verdict, f"{detail}; the other one: {said}", 0, 1)
     found = desk.finished(save, variant, before, detail)
     return Result(found.verdict, found.detail, found.lost_steps, 1)
 
@@ -80,12 +88,14 @@ def kill_writer(desk: Desk) -> Result:
     number = EVERY * desk.rng.randint(1, STEPS // EVERY - 1)
     temporary = save / "checkpoints" / f"iter_{number:07d}.tmp"
     until(lambda: temporary.exists() or tracked(save) >= number, started)
-    victims: list[psutil.Process] = []
-    for process in started.ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victims += psutil.Process(process.pid).children()
+    until(started.helpers, started)
+    helpers = started.helpers()
+    if not helpers:
+        started.wait()
+        return Result(Verdict.NOT_RUN, "it had ended already")
     before = tracked(save)
-    detail = f"kill -9 of {len(victims)} helpers at save {number}"
+    victims = desk.rng.choice([helpers, [desk.rng.choice(helpers)]])
+    detail = f"kill -9 of {len(victims)} of {len(helpers)} helpers at save {number}"
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
@@ -120,9 +130,7 @@ def signal_training(desk: Desk) -> Result:
         )
         number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
         after = rng.randint(0, STEPS - 3)
-        deadline = time.monotonic() + LIMIT
-        while logged(save) < after and launcher.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        within(LIMIT, lambda: logged(save) >= after or launcher.poll() is not None, [], 0.005)
         ranks = [
             process
             for process in psutil.Process(launcher.pid).children(recursive=True)
@@ -138,11 +146,9 @@ def signal_training(desk: Desk) -> Result:
         else:
             launcher.send_signal(number)
         detail = f"{number.name} to {whom} after step {logged(save)}"
-        try:
-            launcher.wait(LIMIT)
-            _gone, left = psutil.wait_procs(ranks, 60)
-        except subprocess.TimeoutExpired:
-            left = ranks
+        numbers = [launcher.pid, *(process.pid for process in ranks)]
+        within(LIMIT, lambda: launcher.poll() is not None, numbers, 0.05)
+        _gone, left = psutil.wait_procs(ranks, 60)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
         for process in left:
@@ -181,11 +187,7 @@ def stop_for_good(desk: Desk) -> Result:
     rng, variant = desk.rng, "plain"
     desk.reference(variant)
     save = desk.own / "run"
-    # In steps the watchdog finds it, in saves and evaluations the limit of collectives.
-    hasty = (
-        "--health.hang_seconds 8 --health.hang_factor 3 --parallel.distributed_timeout_minutes 1"
-    )
-    started = desk.train(save, variant, *hasty.split())
+    started = desk.train(save, variant, *HASTY)
     after, rank = rng.randint(3, STEPS - 3), rng.randrange(2)
     detail = f"rank {rank} stopped for good after step {after}"
     if not until(lambda: logged(save) >= after, started):
@@ -193,10 +195,10 @@ def stop_for_good(desk: Desk) -> Result:
         return Result(Verdict.NOT_RUN, f"{detail}: it had ended already")
     os.kill(started.ranks[rank].pid, signal.SIGSTOP)
     before = tracked(save)
-    started.ranks[1 - rank].join(LIMIT)
-    hangs = started.ranks[1 - rank].exitcode is None
+    other = started.ranks[1 - rank]
+    ended = within(LIMIT, lambda: not other.is_alive(), [other.pid], 0.05)
     started.kill([0, 1])
-    if hangs:
+    if not ended:
         return Result(Verdict.HANG, detail)
     verdict, said = error_verdict(started.outcome(), f"rank {rank}")
     if verdict is not Verdict.CLEAR:
@@ -206,65 +208,99 @@ def stop_for_good(desk: Desk) -> Result:
     return Result(Verdict.CLEAR if is_clear else found.verdict, found.detail, found.lost_steps)
 
 
+TOOLS: Mapping[str, str] = {
+    "text": "index-text --input raw/text/train.jsonl --output-prefix out/made"
+    " --tokenizer-model text.model --workers 2",
+    "images": "index-images --input raw/images/train --output-prefix out/made --workers 2",
+    "pairs": "index-pairs --format coco --annotations raw/coco/annotations/captions_train2014.json"
+    " --images raw/coco/train2014 --output-prefix out/made --tokenizer-model text.model --workers 2",
+    "export": "export --load run --output out/made",
+}
+
+
 def kill_tool(desk: Desk, what: str) -> Result:
     """SIGKILL to a command that makes files; the same command again must leave the files of an undisturbed one.
 
+    All its processes are killed, as when the power fails, or the first one, with which the others must end, or one of
+    the others, of which the first one must tell.
+
     Args:
         desk: the desk.
-        what: `text`, `images`, `pairs` or `export`.
+        what: one of `TOOLS`.
     """
-    corpus = desk.corpus.folder
-    coco = "raw/coco/annotations/captions_train2014.json"
-    lines = {
-        "text": "index-text --input raw/text/train.jsonl --output-prefix out/made"
-        " --tokenizer-model text.model --workers 2",
-        "images": "index-images --input raw/images/train --output-prefix out/made --workers 2",
-        "pairs": f"index-pairs --format coco --annotations {coco} --images raw/coco/train2014"
-        " --output-prefix out/made --tokenizer-model text.model --workers 2",
-        "export": "export --load run --output out/made",
-    }
-    words = ["-m", "megatron_vlmoe", *lines[what].split()]
-    again = words + (["--overwrite"] if what == "export" else [])
-
-    def folder(name: str) -> Path:
-        """One with the inputs of the corpus, in which the command runs."""
-        own = desk.own / name
-        (own / "out").mkdir(parents=True)
-        for path in ("raw", "text.model"):
-            (own / path).symlink_to(corpus / path)
-        if what == "export":
-            (own / "run").symlink_to(desk.reference("plain"))
-        return own
-
-    def files(own: Path) -> dict[str, bytes]:
-        found = (path for path in sorted((own / "out").rglob("*")) if path.is_file())
-        return {str(path.relative_to(own)): path.read_bytes() for path in found}
-
-    whole = folder("undisturbed")
-    start = time.monotonic()
-    undisturbed = Processes(words, whole, desk.own / "first")
-    if not undisturbed.wait():
-        return Result(Verdict.HANG, f"{what}, undisturbed")
-    took = time.monotonic() - start
-    undisturbed.outcome().succeeded()
-    own = folder("broken")
+    words = ["-m", "megatron_vlmoe", *TOOLS[what].split()]
+    whole, took = _undisturbed(desk, what, words)
+    own = _with_inputs(desk, desk.own / "broken")
     broken = Processes(words, own, desk.own / "second")
     delay = desk.rng.uniform(0.0, took)
     time.sleep(delay)
-    detail = f"{what} killed after {delay:.2f} of {took:.2f} s"
-    broken.kill([0])
+    whom = desk.rng.choice(["all", "first", "other"])
+    helpers = broken.helpers()
+    detail = f"{what}: kill -9 after {delay:.2f} of {took:.2f} s"
+    if whom == "all" or not helpers:
+        broken.kill([0])
+    elif whom == "first":
+        detail += " of the first process"
+        os.kill(broken.ranks[0].pid, signal.SIGKILL)
+        broken.ranks[0].join()
+        _, left = psutil.wait_procs(helpers, 20)
+        broken.kill([0])
+        if left:
+            return Result(Verdict.HANG, f"{detail}; {len(left)} of {len(helpers)} others go on")
+    else:
+        detail += f" of one of {len(helpers)} others"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            desk.rng.choice(helpers).kill()
+        if not broken.wait():
+            return Result(Verdict.HANG, detail)
+        if broken.outcome().code:
+            verdict, said = error_verdict(broken.outcome())
+            if verdict is not Verdict.CLEAR:
+                return Result(verdict, f"{detail}; {said}")
+            detail += f"; {said}"
+    again = words + (["--overwrite"] if what == "export" else [])
     repeated = Processes(again, own, desk.own / "third")
     if not repeated.wait():
-        return Result(Verdict.HANG, detail)
+        return Result(Verdict.HANG, f"{detail}; again")
     outcome = repeated.outcome()
     if outcome.code:
         # What was complete already may be said to be there.
         verdict, said = error_verdict(outcome, "exists")
         if verdict is not Verdict.CLEAR:
-            return Result(Verdict.UNCLEAR, f"{detail}; {said}")
+            return Result(Verdict.UNCLEAR, f"{detail}; again: {said}")
         detail += "; it was complete"
-    same = files(own) == files(whole)
-    shutil.rmtree(desk.own)
-    if not same:
-        return Result(Verdict.SILENT, f"{detail}; other files than undisturbed")
+    found = _files(own)
+    if found != whole:
+        others = sorted(
+            name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name)
+        )
+        return Result(Verdict.SILENT, f"{detail}; other files: {', '.join(others)}")
     return Result(Verdict.RECOVERED, detail)
+
+
+def _undisturbed(desk: Desk, what: str, words: list[str]) -> tuple[dict[str, bytes], float]:
+    """The files of the command that nothing disturbed, and the seconds that it took; made once."""
+    folder = desk.folder / "references" / what
+    seconds = folder / "seconds"
+    if not seconds.exists():
+        own = _with_inputs(desk, folder)
+        start = time.monotonic()
+        undisturbed = Processes(words, own, folder / "output")
+        assert undisturbed.wait(), f"{what}: hangs, undisturbed"
+        undisturbed.outcome().succeeded()
+        seconds.write_text(str(time.monotonic() - start))
+    return _files(folder), float(seconds.read_text())
+
+
+def _with_inputs(desk: Desk, folder: Path) -> Path:
+    """A folder in which a command finds what it reads."""
+    (folder / "out").mkdir(parents=True)
+    for path in ("raw", "text.model"):
+        (folder / path).symlink_to(desk.corpus.folder / path)
+    (folder / "run").symlink_to(desk.reference("plain"))
+    return folder
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in sorted((folder / "out").rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}

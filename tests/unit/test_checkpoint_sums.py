@@ -72,8 +72,9 @@ def test_a_flipped_bit_is_found(name: str, copy: Path) -> None:
     whole = (copy / name).read_bytes()
     for number, share in enumerate(OFFSETS):
         flip(copy / name, share, number % 8)
-        # Of a bit in the sums, the file that the line names is as likely to be at fault.
+        # Either of the two may be at fault, and the line names both.
         message = refusal(copy)
+        assert SUMS_FILE in message
         assert name == SUMS_FILE or f"{copy / name}: damaged" in message
         (copy / name).write_bytes(whole)
     check(copy)

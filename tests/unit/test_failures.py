@@ -6,18 +6,22 @@ import errno
 import json
 import mmap
 import os
+import queue
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from megatron_vlmoe.config.errors import DataError, FileError, TrainingError
+from megatron_vlmoe.config.errors import DataError, FileError, StartupError, TrainingError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import Loader
+from megatron_vlmoe.runtime.distributed import own_store
 from megatron_vlmoe.runtime.ranks import Ranks
-from megatron_vlmoe.runtime.watchdog import Limits, Sign, suspects
+from megatron_vlmoe.runtime.watchdog import HANG_STATUS, Limits, Sign, Watchdog, suspects
 from megatron_vlmoe.train.failures import training_failures
 from megatron_vlmoe.train.metrics import JsonlWriter
 from megatron_vlmoe.train.stragglers import StragglerWatch
@@ -43,6 +47,45 @@ def test_whom_the_others_wait_for() -> None:
     apart = suspects({0: sign(0), 1: sign(1), 2: sign(2, where="data/collate.py:9")}, hosts)
     assert apart.startswith("rank 2 on node1 in data/collate.py:9") and "all others" in apart
     assert suspects({0: sign(0), 1: sign(1)}, hosts).startswith("all ranks are alive")
+
+
+class SilentStore:
+    """torch's store behind a network that is down: it waits for an answer and has no limit."""
+
+    def wait(self, *_: object) -> bytes:
+        threading.Event().wait()
+        return b""
+
+    set = get = check = compare_set = delete_key = wait
+
+
+def test_a_rank_whose_store_is_silent_ends_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(os, "_exit", left.put)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    store, limits = SilentStore(), Limits(20.0, 0.05)
+    watch = Watchdog(store, 1, 2, limits, None, print, beat=0.01)  # type: ignore[arg-type]
+    watch.start()
+    assert left.get(timeout=60) == HANG_STATUS
+    assert "has not answered" in capsys.readouterr().err
+    # What its main thread asks meanwhile, on its way out, has a limit too.
+    assert watch.missing() == watch.fail("an error") == ""
+    watch.close()
+
+
+def test_a_first_rank_that_dies_before_training_begins_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise dist.DistNetworkError("The client socket has timed out\nand a stack")
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "TCPStore", gone)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(StartupError, match="rank 1 lost MASTER_ADDR=.*has timed out$"):
+        own_store()
 
 
 def no_change() -> None:

@@ -280,6 +280,33 @@ def test_workers_that_start_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
+KILLED = """
+import os, signal, time
+from megatron_vlmoe.prepare.tool import ordered_map
+
+def worker(chunk):
+    time.sleep(0.05)
+    return os.getpid()
+
+if __name__ == "__main__":
+    seen = set()
+    for number in ordered_map(worker, range(1000), 2):
+        seen.add(number)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.process
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(KILLED)
+    command = [sys.executable, "script.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # A worker that lives holds the output open.
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+
+
 @pytest.mark.process
 def test_dead_worker_is_an_error() -> None:
     with pytest.raises(ValueError, match="worker process died"):
