@@ -201,13 +201,23 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
             sections["task"]["num_classes"] = len(classes)
     try:
         config = from_dict(sections, root, str(file))
-        rule = replace(config.moe, layers=tuple(listed or ()))
-        same = tuple(moe_layer_numbers(config.model, rule)) == tuple(config.moe.layers)
-        if listed is not None and same:
-            config = replace(config, moe=rule)
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise ConvertError(str(error)) from None
-    return config
+    try:
+        return _with_listed_layers(config, listed)
+    except (ConfigError, TypeError) as error:
+        raise ConvertError(f"{file}: {error}") from None
+
+
+def _with_listed_layers(config: RunConfig, listed: Any) -> RunConfig:
+    """With the sparse blocks as the run listed them, where they are the same: none are those of the default rule.
+
+    Raises:
+        ConfigError, TypeError: they are no blocks of the model.
+    """
+    rule = replace(config.moe, layers=tuple(listed or ()))
+    same = tuple(moe_layer_numbers(config.model, rule)) == tuple(config.moe.layers)
+    return replace(config, moe=rule) if listed is not None and same else config
 
 
 AUTO_MODELS = {

@@ -210,6 +210,13 @@ def test_lists_of_an_arrow_file_that_reach_beyond_it_end_no_process(tmp_path: Pa
     assert isinstance(reject, Reject) and "unreadable from here on" in reject.reason and row == 0
 
 
+def test_a_column_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
+    content = arrow_file(tmp_path / "x.arrow", {"caption": ["a"]})
+    (tmp_path / "x.arrow").write_bytes(content.replace(b"caption", b"\xff" * 7))
+    with pytest.raises(DataError, match="x.arrow: the name of a column is not UTF-8"):
+        list(read_columns(str(tmp_path / "x.arrow"), {"caption": "text"}, 8))
+
+
 def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
     arrow_file(tmp_path / "x.arrow", {"text": ["a"], "text2": ["b"]})
     with pytest.raises(DataError, match="x.arrow: has several columns 'text'"):
@@ -273,6 +280,12 @@ def test_a_sparse_member_of_a_terabyte_takes_no_memory(tmp_path: Path) -> None:
     path.write_bytes(header + bytes(1024))
     (found,) = read_images((str(path),))
     assert isinstance(found, Reject) and "longer than 1073741824 bytes" in found.reason
+
+
+def test_a_header_of_gzip_that_ends_is_a_damaged_tar(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b\x08")
+    (found,) = read_images((str(tmp_path / "x.tar.gz"),))
+    assert isinstance(found, Reject) and "damaged tar" in found.reason
 
 
 def test_a_header_of_pax_without_a_number_is_a_damaged_tar(tmp_path: Path) -> None:

@@ -355,8 +355,9 @@ class TestImageTokenizer:
         self.refused(folder, "config.json: .*unknown keys .'codes'.*missing keys .'num_codes'")
         config.write_text(text.replace('"format_version": 1', '"format_version": 2'))
         self.refused(folder, "version 2, expected vqkd 1")
-        config.write_text(text[:40])
-        self.refused(folder, "config.json: not an image tokenizer config")
+        for damaged in (text[:40], "[" * 20_000):
+            config.write_text(damaged)
+            self.refused(folder, "config.json: not an image tokenizer config")
 
     def refused(self, folder: Path, pattern: str) -> None:
         with pytest.raises(ValueError, match=pattern) as caught:

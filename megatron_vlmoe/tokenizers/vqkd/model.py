@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
-from megatron_vlmoe.runtime.json_files import is_version
+from megatron_vlmoe.runtime.json_files import is_version, parse_json
 from megatron_vlmoe.tokenizers.vqkd.config import FORMAT_VERSION, VQKDConfig
 
 KMEANS_ITERATIONS = 10
@@ -491,7 +491,7 @@ def load_vqkd(folder: Path) -> VQKD:
     if not path.is_file():
         raise DataError(f"{folder}: no {CONFIG_FILE}: not an image tokenizer folder")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         kind, version = content.get("kind"), content.get("format_version")
         if kind != "vqkd" or not is_version(version) or version != FORMAT_VERSION:
             raise ValueError(f"kind {kind!r} version {version!r}, expected vqkd {FORMAT_VERSION}")
