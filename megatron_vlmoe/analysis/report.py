@@ -218,7 +218,7 @@ def _results(
         ]
         left_out = {str(split): int(count) for split, count in raw.get("left_out", {}).items()}
         return str(raw["task"]), scores, dict(raw.get("settings", {})), left_out
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise DataError(f"{path}: not the results of a downstream task") from None
 
 

@@ -7,6 +7,7 @@ short aliases below. Later sources win: preset, file, command line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import typing
@@ -43,6 +44,8 @@ PROGRAM_OPTIONS = {
 }
 """What is not an option of the configuration, with its type; None is a flag."""
 DEFAULT_PRESET = "base-32e"
+_MISFIT = (ArgumentError, TypeError, ValueError, OverflowError)
+"""What the parser raises for a value that does not fit its option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +58,14 @@ class ParsedCommand:
     dry_run_gpus_per_node: int = 8
 
 
+# They are looked up in the text of annotations, which takes 10 ms for a whole configuration.
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def option_types(root: type) -> dict[str, Any]:
     """Every option of a configuration, as `section.option` without hyphens, with its type."""
     types: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(root).items():
+    for name, kind in _type_hints(root).items():
         if dataclasses.is_dataclass(kind):
             nested = option_types(typing.cast(type, kind))
             types.update({f"{name}.{option}": value for option, value in nested.items()})
@@ -290,7 +297,7 @@ def _from_word(kind: Any, name: str, value: str) -> Any:
     """The value of an option on the command line, in its type. Raises ConfigError if it does not fit."""
     try:
         found = _value_parser(kind).parse_args([f"--value={value}"]).value
-    except (ArgumentError, TypeError, ValueError):
+    except _MISFIT:
         several = typing.get_origin(kind) is tuple
         shown = value.strip("[]").replace(",", "") if several else value
         raise ConfigError(f"{name} {shown}: {_wrong(kind, value)}") from None
@@ -362,7 +369,7 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
     for name, value in flat.items():
         try:
             values[name] = _converted(types[name], value)
-        except (ArgumentError, TypeError, ValueError):
+        except _MISFIT:
             message = f"{where}: {name}={value}: {_wrong(types[name], value)}"
             raise ConfigError(message) from None
     try:
@@ -375,7 +382,7 @@ def _converted(kind: Any, value: Any) -> Any:
     """A value of YAML or JSON in the type of an option.
 
     Raises:
-        ArgumentError, TypeError, ValueError: it does not fit.
+        ArgumentError, TypeError, ValueError, OverflowError: it does not fit.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     # The parser takes 0.2 ms for a value, and a whole configuration has two hundred that are of their type already.
@@ -412,7 +419,7 @@ def _fits(kind: Any, value: Any) -> bool:
         if isinstance(value, str):
             _value_parser(kind).parse_args([f"--value={value}"])
         _converted(kind, value)
-    except (ArgumentError, TypeError, ValueError):
+    except _MISFIT:
         return False
     return True
 
@@ -434,7 +441,7 @@ def _wrong(kind: Any, value: Any) -> str:
     if kind is int:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except _MISFIT:
             return message
         return f"{message}, such as {round(number)}" if abs(number) < 1e15 else message
     if kind is str and not isinstance(value, str):

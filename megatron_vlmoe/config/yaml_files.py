@@ -25,7 +25,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice in one section, of which YAML would take the last."""
+    """Refuses a name that stands twice in one section, of which YAML would take the last, and endless integers."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -40,6 +40,17 @@ class _Loader(yaml.SafeLoader):
                 problem = f"{key.value} is there twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    str(
+        value
+    )  # ValueError for one that no message can show, which may stand there as hexadecimal digits
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def _values_of(node: yaml.Node, known: dict[yaml.Node, int]) -> int:

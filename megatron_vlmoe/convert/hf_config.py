@@ -20,6 +20,7 @@ from megatron_vlmoe.config.schema import AuxLossConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.task_labels import Labels, read_labels
+from megatron_vlmoe.planning.validate import check_architecture
 from megatron_vlmoe.runtime.json_files import read_json
 from megatron_vlmoe.stream.block_plan import moe_layer_numbers
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -204,6 +205,7 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
     except ConfigError as error:
         raise ConvertError(str(error)) from None
     try:
+        check_architecture(config)
         return _with_listed_layers(config, listed)
     except (ConfigError, TypeError) as error:
         raise ConvertError(f"{file}: {error}") from None

@@ -41,7 +41,7 @@ from megatron_vlmoe.config.errors import UserError
 SECONDS = 5
 """Of computing that a case may take; small files need milliseconds."""
 WALL_SECONDS = 60
-"""That it may take however busy the machine is: it waits for something."""
+"""That it may wait for something; waiting for the processor, however long on a busy machine, does not count."""
 MEGABYTES = 1024
 """That a case may take of memory."""
 PATIENCE = 400
@@ -49,7 +49,10 @@ PATIENCE = 400
 NOTICED = 1 / 16
 """Of the cases after that."""
 _SHARED = 32 << 20
-_HEADER = struct.Struct("<QdQ")  # cases that are done, when the present one began, its bytes
+OUTCOMES = ("read", "refused", "finding")
+_HEADER = struct.Struct(
+    "<QQQdQ"
+)  # cases by what came of them, when the present one began, its bytes
 
 Files = Mapping[str, bytes]
 
@@ -275,22 +278,26 @@ class Board:
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, _SHARED)
-        self.cases = 0
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
 
     def begin(self, case: bytes) -> None:
         """A case is about to run."""
         self.memory[_HEADER.size : _HEADER.size + len(case)] = case
-        self.memory[: _HEADER.size] = _HEADER.pack(self.cases, time.monotonic(), len(case))
+        self._write(time.monotonic(), len(case))
 
-    def end(self) -> None:
+    def end(self, outcome: str) -> None:
         """It has run."""
-        self.cases += 1
-        self.memory[: _HEADER.size] = _HEADER.pack(self.cases, 0.0, 0)
+        self.outcomes[outcome] += 1
+        self._write(0.0, 0)
 
-    def state(self) -> tuple[int, float, bytes]:
-        """Cases that are done, and of the running one when it began and what it is."""
-        cases, began, size = _HEADER.unpack(self.memory[: _HEADER.size])
-        return cases, began, self.memory[_HEADER.size : _HEADER.size + size]
+    def _write(self, began: float, size: int) -> None:
+        self.memory[: _HEADER.size] = _HEADER.pack(*self.outcomes.values(), began, size)
+
+    def state(self) -> tuple[Counter[str], float, bytes]:
+        """Cases that are done by what came of them, and of the running one when it began and what it is."""
+        *numbers, began, size = _HEADER.unpack(self.memory[: _HEADER.size])
+        outcomes = Counter(dict(zip(OUTCOMES, numbers, strict=True)))
+        return outcomes, began, self.memory[_HEADER.size : _HEADER.size + size]
 
 
 @dataclasses.dataclass
@@ -342,7 +349,6 @@ def work(
 
         note(possible=sum(map(len, files.values())))
         noted: set[tuple[str, int]] = set()
-        outcomes: Counter[str] = Counter()
         number = since_new = 0
         while number < cases and time.monotonic() < until:
             case = given[number] if number < len(given) else workshop.damage(rng, rng.choice(pool))
@@ -362,8 +368,7 @@ def work(
                 trace = "".join(traceback.format_exception(finding))
                 note(finding=str(finding), trace=trace[-6000:], case=packed.hex())
             signal.setitimer(signal.ITIMER_PROF, 0)
-            board.end()
-            outcomes[outcome] += 1
+            board.end(outcome)
             if not case.files and outcome != "read":
                 told = f"valid files of {case.start} are not read"
                 note(finding=told, trace="", case=packed.hex())
@@ -372,10 +377,6 @@ def work(
                     pool.append(case)
                 note(lines=[*lines.seen - noted])
                 noted = set(lines.seen)
-            if number % 50 == 0:
-                note(outcomes=outcomes)
-                outcomes.clear()
-        note(outcomes=outcomes)
 
 
 def fuzz(
@@ -427,12 +428,13 @@ def fuzz(
         _collect(tally, notes)
         if reason and not packed:
             raise RuntimeError(f"{reader.name}: {reason}\n{report.read_text()}")
+        finished += Counter(finding=bool(reason))
+        tally.outcomes += finished
         if reason:
             told = f"{reason} ({_fault(report)})"
-            tally.outcomes["finding"] += 1
-            todo = todo[finished + 1 :]
+            todo = todo[finished.total() :]
             _keep(tally, folder, told, report.read_text(), packed)
-        done += finished + bool(reason)
+        done += finished.total()
         seed += 1
     tally.seconds = time.monotonic() - began
     return tally
@@ -440,12 +442,15 @@ def fuzz(
 
 def _watch(child: int, board: Board) -> str:
     """Waits for a worker; what ended it, or nothing."""
+    case, since = Counter[str](), 0.0
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        _, began, _ = board.state()
-        if began and time.monotonic() - began > WALL_SECONDS:
+        cases, began, _ = board.state()
+        if not began or cases != case or not _sleeps(child):
+            case, since = cases, time.monotonic()
+        elif time.monotonic() - since > WALL_SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return f"waits for more than {WALL_SECONDS} s"
@@ -458,6 +463,12 @@ def _watch(child: int, board: Board) -> str:
             else f"ended by {signal.Signals(number).name}"
         )
     return f"exit status {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""
+
+
+def _sleeps(process: int) -> bool:
+    """Whether a process waits for something other than the processor."""
+    stat = Path(f"/proc/{process}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] in "SD"
 
 
 def _fault(report: Path) -> str:
@@ -476,7 +487,6 @@ def _collect(tally: Tally, notes: Path) -> None:
         except ValueError:  # of a process that died while it wrote
             continue
         tally.possible = note.get("possible", tally.possible)
-        tally.outcomes.update(note.get("outcomes", {}))
         tally.lines |= {(file, number) for file, number in note.get("lines", ())}
         if "finding" in note:
             packed = bytes.fromhex(note["case"])

@@ -628,7 +628,7 @@ def make_public(root: Path) -> None:
     import public_states as public
     import torch
 
-    sizes = dataclasses.replace(public.SMALL, width=16, inner=24)
+    sizes = dataclasses.replace(public.SMALL, depth=2, width=16, inner=24)
     for family, shapes in (
         ("vlmo", public.vlmo_shapes(sizes)),
         ("beit2", public.beit2_shapes(sizes)),
@@ -654,7 +654,8 @@ def read_public(folder: Path) -> None:
         "source": folder / "x.pt",
         "text_length": 10,
         "pair_text_length": 8,
-        # What the width tells of a public model does not hold for small ones.
+        # What is known of public models does not hold for small ones.
+        "num_vl_layers": 1,
         "num_attention_heads": 4 if family == "beit3" else None,
     }
     import_public(ImportOptions(**given), folder / "out", strict=False, write=False)

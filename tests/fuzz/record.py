@@ -25,7 +25,6 @@ from readers import READERS, Reader
 from megatron_vlmoe.runtime.files import write_text_atomic
 
 GOAL, GOAL_OF_ALL = 20_000, 1_000_000
-OUTCOMES = ("read", "refused", "finding")
 LARGEST_CASE = 20_000
 """Bytes, compressed, of a case that is kept."""
 
@@ -94,7 +93,7 @@ def add(counts: Counts, reader: Reader, tally: engine.Tally, again: Collection[s
         one["case"] = one["case"] or _packed_case(tally, told)
     outcomes = Counter(old.get("cases", {})) + tally.outcomes
     counts[reader.name] = {
-        "cases": {kind: outcomes[kind] for kind in OUTCOMES},
+        "cases": {kind: outcomes[kind] for kind in engine.OUTCOMES},
         "text": text,
         "lines": sum(map(len, possible.values())),
         "missed": {n: packed(missed[Path(f).name], possible[f]) for f, n in _names(possible)},

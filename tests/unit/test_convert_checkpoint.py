@@ -193,6 +193,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         _change_config(training={"moe": {"layers": [-3]}}),
         "config.json: moe.layers has block -3",
     ),
+    "more blocks than any": (
+        _change_config(num_hidden_layers=2**30),
+        "config.json: model.num_layers=1073741824 is more than 10000",
+    ),
+    "no heads": (
+        _change_config(num_attention_heads=0),
+        "config.json: model.num_attention_heads=0 must be positive",
+    ),
+    "a size of no tensor": (
+        _change_config(hidden_size=2**63),
+        "config.json: model.hidden_size=9223372036854775808 must be below 2**31",
+    ),
+    "a block twice": (
+        _change_config(moe_layers=[2, 2]),
+        "config.json: moe.layers=[2, 2] lists a block twice",
+    ),
     "sums that are no text": (
         lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff"),
         "SHA256SUMS: damaged: invalid UTF-8",

@@ -120,6 +120,8 @@ def test_a_marker_that_is_nested_too_deeply_is_damaged(checkpoint: Path) -> None
         ("moe: 2001-99-99", "month must be in 1..12"),
         ("\n".join(["a: &a0 [x, x]", *(f"b{i}: &a{i + 1} [{f'*a{i}, ' * 9}]" for i in range(9))]),
          "aliases stand for more than 1000000 values"),
+        ("train: {steps: 0x" + "f" * 5000 + "}", "Exceeds the limit"),
+        ("optim: {clip_grad: 1" + "0" * 400 + "}", "expected a number"),
         ("a: &a [*a]", "aliases stand for more than 1000000 values"),
     ],
 )  # fmt: skip
