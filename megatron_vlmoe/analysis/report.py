@@ -476,15 +476,12 @@ def _held_out(runs: Sequence[Run]) -> Table:
             row = last_row(run.rows, loss)
             if not row:
                 continue
-            cells = [
-                NOT_FINITE
-                if value is None
-                else NONE
-                if value is NONE
-                else form.format(scale * value)
-                for _, key, form, scale in columns
-                for value in [row.get(key.format(name), NONE)]
-            ]
+            cells = []
+            for _, key, form, scale in columns:
+                value = row.get(key.format(name), NONE)
+                if value is None:
+                    value = NOT_FINITE
+                cells.append(value if isinstance(value, str) else form.format(scale * value))
             against = NONE
             if run is not runs[0] and first:
                 known = None not in (row[loss], first[loss])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -141,6 +142,9 @@ def _of_class(name: str, words: Sequence[str]) -> None:
         )
     values = vars(parser.parse_args(words))
     threads, output = values.pop("threads"), values.pop("output")
+    if name == "export":
+        # As in a program of transformers, where nobody has told torch's idle threads to sleep soon.
+        os.environ.pop("GOMP_SPINCOUNT", None)
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     module = load(f"megatron_vlmoe.benchmarks.{name}")
     draw = getattr(module, "draw", None)

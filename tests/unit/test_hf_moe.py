@@ -251,13 +251,22 @@ def test_ways_to_run_experts_give_what_one_after_the_other_gives(way):
         assert difference <= tolerance * torch.linalg.vector_norm(plain)
 
 
+@pytest.mark.parametrize(
+    ("shared", "pool_rows"),
+    [(False, 0), (True, 0), (True, 99)],
+    ids=["each thread its experts", "one product", "a product for each expert"],
+)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_gradients_experts_give_what_they_give_with_them(dtype, k, threads, monkeypatch):
-    """With two threads, each has experts of its own."""
+def test_without_gradients_experts_give_what_they_give_with_them(
+    dtype, k, threads, shared, pool_rows, monkeypatch
+):
     experts = sparse_branch().experts.to(dtype)
     monkeypatch.setattr(moe, "LARGEST_SHARE", 9.0)
+    monkeypatch.setattr(moe, "LARGEST_PADDING", 9.0)
+    monkeypatch.setattr(moe, "POOL_ROWS", pool_rows)
+    monkeypatch.setattr(moe, "_threads_share_few_rows", lambda: shared)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     for most in range(10):

@@ -28,6 +28,10 @@ COLUMNS_FC1 = range(1, 7)
 COLUMNS_FC2 = range(2, 3)
 # Rows below which the time of an expert is that of reading its weights.
 FEW_ROWS = 8
+# Rows of the busiest expert from which one product of a whole pool takes less time than one for each expert, and
+# how many times the number of rows the places may be that it computes (`_with_all_threads`).
+POOL_ROWS = 16
+LARGEST_PADDING = 1.5
 # How much more than an equal share of all work one thread may get before threads share every product instead.
 LARGEST_SHARE = 1.25
 
@@ -211,28 +215,78 @@ class VLMoEExperts(nn.Module):
         expert, choice = torch.sort(top_k_index.flatten(), stable=True)
         ends = [*self._ends(expert).tolist(), expert.shape[0]]
         sizes = [end - start for start, end in zip([0, *ends], ends)]
-        rows = hidden_states.index_select(0, choice if k == 1 else choice // k).split(sizes)
-        *places, absent = choice.split(sizes)
+        rows = hidden_states.index_select(0, choice if k == 1 else choice // k)
         outputs = hidden_states.new_empty(choice.shape[0], hidden_states.shape[1])
+        if absent := sizes.pop():
+            outputs.index_fill_(0, choice[-absent:], 0.0)
+            rows, choice = rows[:-absent], choice[:-absent]
+        if _threads_share_few_rows():
+            if rows.shape[0]:
+                outputs.index_copy_(0, choice, self._with_all_threads(rows, expert, sizes))
+        else:
+            self._with_own_threads(rows, choice, sizes, outputs)
+        outputs.mul_(top_k_weights.reshape(-1, 1).to(outputs.dtype))
+        return outputs if k == 1 else outputs.view(num_tokens, k, -1).sum(dim=1)
+
+    def _with_own_threads(
+        self, rows: Tensor, choice: Tensor, sizes: list[int], outputs: Tensor
+    ) -> None:
+        """Outputs of sorted rows ``[R, D]`` at their places in ``outputs``, each thread with experts of its own."""
         pool = zip(
+            rows.split(sizes),
+            choice.split(sizes),
             self.fc1_weight.unbind(0),
             self.fc1_bias.unbind(0),
             self.fc2_weight.unbind(0),
             self.fc2_bias.unbind(0),
         )
-        used = [one for one in zip(rows, places, pool) if one[0].shape[0]]
+        used = [one for one in pool if one[0].shape[0]]
 
         def compute(numbers: Iterator[int]) -> None:
             for number in numbers:
-                own, place, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) = used[number]
+                own, place, fc1_weight, fc1_bias, fc2_weight, fc2_bias = used[number]
                 inner = torch.ops.aten.gelu_(_linear(own, fc1_weight, fc1_bias, COLUMNS_FC1))
                 outputs.index_copy_(0, place, _linear(inner, fc2_weight, fc2_bias, COLUMNS_FC2))
 
         _side_by_side(compute, [max(own.shape[0], FEW_ROWS) for own, *_ in used])
-        if absent.shape[0]:
-            outputs.index_fill_(0, absent, 0.0)
-        outputs.mul_(top_k_weights.reshape(-1, 1).to(outputs.dtype))
-        return outputs if k == 1 else outputs.view(num_tokens, k, -1).sum(dim=1)
+
+    def _with_all_threads(self, rows: Tensor, expert: Tensor, sizes: list[int]) -> Tensor:
+        """Outputs ``[R, D]`` of sorted rows, all threads on every product.
+
+        One product of the whole pool where experts have many rows and about equally many, which then fill places that
+        are as many for each; else one for every expert that has rows.
+        """
+        most = max(sizes)
+        if most >= POOL_ROWS and self.num_experts * most <= LARGEST_PADDING * rows.shape[0]:
+            firsts = rows.new_tensor([0, *sizes[:-1]], dtype=torch.long).cumsum(0)
+            own = expert[: rows.shape[0]]
+            place = torch.arange(rows.shape[0]) - firsts[own] + most * own
+            places = rows.new_zeros(self.num_experts * most, rows.shape[1])
+            places.index_copy_(0, place, rows)
+            inner = torch.baddbmm(
+                self.fc1_bias.unsqueeze(1),
+                places.view(self.num_experts, most, -1),
+                self.fc1_weight.transpose(1, 2),
+            )
+            outputs = torch.baddbmm(
+                self.fc2_bias.unsqueeze(1),
+                torch.ops.aten.gelu_(inner),
+                self.fc2_weight.transpose(1, 2),
+            )
+            return outputs.flatten(0, 1).index_select(0, place)
+        inner = rows.new_empty(rows.shape[0], self.fc1_weight.shape[1])
+        outputs = torch.empty_like(rows)
+        for values, weight, bias, results in (
+            (rows, self.fc1_weight, self.fc1_bias, inner),
+            (inner, self.fc2_weight, self.fc2_bias, outputs),
+        ):
+            pool = zip(values.split(sizes), weight.unbind(0), bias.unbind(0), results.split(sizes))
+            for own_rows, own_weight, own_bias, own_results in pool:
+                if own_rows.shape[0]:
+                    torch.addmm(own_bias, own_rows, own_weight.t(), out=own_results)
+            if results is inner:
+                torch.ops.aten.gelu_(inner)
+        return outputs
 
     def _implementation(self) -> str:
         """The implementation that the configuration names."""
@@ -688,6 +742,22 @@ def can_group(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     if hasattr(F, "grouped_mm"):
         return aligned and capability >= (8, 0)
     return aligned and capability == (9, 0) and hasattr(torch, "_grouped_mm")
+
+
+@functools.lru_cache(maxsize=1)
+def _threads_share_few_rows() -> bool:
+    """Whether all threads on one product of few rows are faster than each on products of its own.
+
+    So it is where MKL has its best kernels, on Intel's processors (measured on a Xeon with AMX); on others products of
+    few rows wait for each other.
+    """
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return "GenuineIntel" in file.read()
+    except OSError:
+        return False
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor, as_columns: range) -> Tensor:
