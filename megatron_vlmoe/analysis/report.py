@@ -213,7 +213,8 @@ def _results(
     try:
         found = list(raw["seeds"].values()) if "seeds" in raw else [raw["metrics"]]
         scores = [
-            {str(key): float(value) for key, value in one.items() if value is not None}
+            # What is not finite is null in the files of this program; others write it as it is.
+            {str(k): float(v) for k, v in one.items() if v is not None and math.isfinite(float(v))}
             for one in found
         ]
         left_out = {str(split): int(count) for split, count in raw.get("left_out", {}).items()}

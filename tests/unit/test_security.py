@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,18 @@ def test_a_header_of_pax_without_a_number_is_a_damaged_tar(tmp_path: Path) -> No
     path = tmp_path / "x.tar"
     path.write_bytes(info.tobuf(format=tarfile.PAX_FORMAT) + bytes(1024))
     (found,) = read_images((str(path),))
+    assert isinstance(found, Reject) and "damaged tar" in found.reason
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+@pytest.mark.parametrize("size", [2**50, 2**63])
+def test_a_member_that_ends_far_behind_its_tar_is_damaged_at_once(
+    tmp_path: Path, size: int, packed: Callable[[bytes], bytes]
+) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size = size
+    (tmp_path / "x.tar").write_bytes(packed(info.tobuf(format=tarfile.GNU_FORMAT) + bytes(1024)))
+    *_, found = read_images((str(tmp_path / "x.tar"),))
     assert isinstance(found, Reject) and "damaged tar" in found.reason
 
 

@@ -355,6 +355,10 @@ class TestImageTokenizer:
         self.refused(folder, "config.json: .*unknown keys .'codes'.*missing keys .'num_codes'")
         config.write_text(text.replace('"format_version": 1', '"format_version": 2'))
         self.refused(folder, "version 2, expected vqkd 1")
+        config.write_text(text.replace('"num_codes": 12', f'"num_codes": {2**24}'))
+        self.refused(folder, r"quantizer.codebook has shape \[12, 4\], expected \[16777216, 4\]")
+        config.write_text(text.replace('"num_codes": 12', f'"num_codes": {2**63}'))
+        self.refused(folder, "num_codes must be at most 16777216, not 9223372036854775808")
         for damaged in (text[:40], "[" * 20_000):
             config.write_text(damaged)
             self.refused(folder, "config.json: not an image tokenizer config")

@@ -41,9 +41,11 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 _OTHERWISE_COMPRESSED = (b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 """How zstd and lz4 files begin, which tarfile does not read."""
 _MAX_LINKS = 16
+_TAR_BUFFER = 1 << 20
 _DAMAGED_TAR = (
     *(tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, RecursionError),
     TypeError,  # tarfile asks for the number of a byte of a gzip header that has ended
+    ValueError,  # and for a place beyond all that a file can have
 )
 
 
@@ -190,10 +192,14 @@ def _members(
     last = "start"
     try:
         # "r|" reads a compressed archive once, front to back; "r:" may skip the contents.
+        mode = "r|*" if compressed else "r:"
         with tarfile.open(
-            fileobj=file, mode="r|*" if compressed else "r:", tarinfo=_StrictTarInfo
+            fileobj=file, mode=mode, tarinfo=_StrictTarInfo, bufsize=_TAR_BUFFER
         ) as archive:
             while (member := archive.next()) is not None:
+                if compressed and member.size > _TAR_BUFFER << 20:
+                    # tarfile would go through all of its blocks, also behind the end of the file.
+                    raise tarfile.ReadError(f"{member.name} of {member.size} bytes")
                 # TarFile keeps every header it has met; a shard may have a million.
                 archive.members.clear()  # type: ignore[attr-defined]
                 name = inside + member.name

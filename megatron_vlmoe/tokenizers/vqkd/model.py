@@ -505,10 +505,12 @@ def load_vqkd(folder: Path) -> VQKD:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    model = build_model(config)
-    problems = describe_mismatch(weights, model.state_dict())
+    with torch.device("meta"):  # whatever sizes the config says, they take no memory yet
+        expected = VQKD(config).state_dict()
+    problems = describe_mismatch(weights, expected)
     if problems:
         raise DataError(f"{path}: does not fit {CONFIG_FILE}: {problems}")
+    model = build_model(config)
     model.load_state_dict(weights)
     if not model.quantizer.codebook.any():
         raise DataError(f"{folder}: its codes are not placed yet: finish its training first")
