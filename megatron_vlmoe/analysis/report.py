@@ -54,6 +54,7 @@ from megatron_vlmoe.config.yaml_files import parse_yaml
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.planning.parameters import parameters
+from megatron_vlmoe.planning.validate import check_architecture
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.json_files import read_json
 from megatron_vlmoe.runtime.pages import write_page
@@ -238,7 +239,9 @@ def _configuration(path: Path) -> tuple[Mapping[str, Any], Optional[RunConfig], 
     options = flat_options(content)
     try:
         start: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
-        return options, from_dict(content, start, path.name), ""
+        config = from_dict(content, start, path.name)
+        check_architecture(config)
+        return options, config, ""
     except ConfigError as error:
         return options, None, str(error)
 

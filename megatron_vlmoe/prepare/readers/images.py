@@ -192,9 +192,11 @@ def _members(
     last = "start"
     try:
         # "r|" reads a compressed archive once, front to back; "r:" may skip the contents.
-        mode = "r|*" if compressed else "r:"
         with tarfile.open(
-            fileobj=file, mode=mode, tarinfo=_StrictTarInfo, bufsize=_TAR_BUFFER
+            fileobj=file,
+            mode="r|*" if compressed else "r:",
+            tarinfo=_StrictTarInfo,
+            bufsize=_TAR_BUFFER,
         ) as archive:
             while (member := archive.next()) is not None:
                 if compressed and member.size > _TAR_BUFFER << 20:
