@@ -8,13 +8,14 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset
 from megatron_vlmoe.tokenizers.vqkd.model import (
@@ -26,6 +27,7 @@ from megatron_vlmoe.tokenizers.vqkd.model import (
     draw_far_vectors,
     load_vqkd,
     nearest_codes,
+    read_torch_file,
     save_vqkd,
     spherical_kmeans,
 )
@@ -510,6 +512,17 @@ class TestTraining:
         (tmp_path / "t" / "training_state.pt").write_bytes(b"PK\x03\x04 cut")
         with pytest.raises(ValueError, match="training_state.pt: cannot be read"):
             make_trainer(tmp_path / "t").run()
+
+    def test_a_length_that_is_no_file_s_is_damage(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: Any, **__: Any) -> None:
+            raise MemoryError
+
+        (tmp_path / "x.pt").write_bytes(b"")
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(DataError, match="x.pt: cannot be read"):
+            read_torch_file(tmp_path / "x.pt", "cpu")
 
     @pytest.mark.process
     def test_two_processes_equal_one(self, tmp_path: Path) -> None:

@@ -314,6 +314,7 @@ def initialize_linear(module: nn.Module) -> None:
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
     *(ValueError, LookupError, AttributeError, TypeError),
+    MemoryError,  # for the length of a text, which the file says
 )
 
 
