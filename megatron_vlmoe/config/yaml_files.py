@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 _MOST_VALUES = 1_000_000
+_DEEPEST = 100
+"""Brackets in brackets; for many thousands the parser takes minutes before it comes to an end."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -26,6 +28,11 @@ def parse_yaml(text: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     """Refuses a name that stands twice in one section, of which YAML would take the last, and endless integers."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()

@@ -181,5 +181,5 @@ def total(counts: Counts) -> str:
     found = sum(len(one.get("open", {})) for one in counts.values())
     return (
         f"{sum(every.values()):,} cases of {GOAL_OF_ALL:,}; {len(every) - len(short)} of {len(every)} readers have had "
-        f"{GOAL:,} or more{': all but ' + ', '.join(short) if short else ''}; open findings: {found}"
+        f"{GOAL:,} or more; open findings: {found}{'; below: ' + ', '.join(short) if short else ''}"
     )
