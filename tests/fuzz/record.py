@@ -25,7 +25,7 @@ from readers import READERS, Reader
 from megatron_vlmoe.runtime.files import write_text_atomic
 
 GOAL, GOAL_OF_ALL = 20_000, 1_000_000
-LARGEST_CASE = 20_000
+LARGEST_CASE = 200_000
 """Bytes, compressed, of a case that is kept."""
 
 Counts = dict[str, Any]

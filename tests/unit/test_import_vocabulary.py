@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from public_states import (
     foreign_spm,
 )
 
+from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.convert.public.vocabulary import fairseq_rows, wordpiece_rows
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -54,3 +56,7 @@ def test_fairseq_rows(text_model, tmp_path):
     assert len(shared) > 15
     assert all(rows[piece] == other.piece_to_id(piece) + 1 for piece in shared)
     assert set(found.without) == rows.keys() - set(shared) - set(special)
+    path, piece = tmp_path / "other.spm", shared[0].encode()
+    path.write_bytes(path.read_bytes().replace(piece, b"\xff" * len(piece)))
+    with pytest.raises(ConvertError, match="other.spm: not a SentencePiece model"):
+        fairseq_rows(tokenizer, path)

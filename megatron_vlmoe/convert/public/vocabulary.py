@@ -115,14 +115,14 @@ def fairseq_rows(tokenizer: TextTokenizer, model: Path) -> RowMap:
     """
     try:
         other = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
-    except (OSError, RuntimeError):
+        size = int(other.get_piece_size())
+        numbers: dict[str, int] = {
+            other.id_to_piece(i): i + FAIRSEQ_OFFSET
+            for i in range(size)
+            if not (other.is_control(i) or other.is_unknown(i))
+        }
+    except (OSError, RuntimeError, UnicodeDecodeError):
         raise ConvertError(f"{model}: not a SentencePiece model") from None
-    size = int(other.get_piece_size())
-    numbers: dict[str, int] = {
-        other.id_to_piece(i): i + FAIRSEQ_OFFSET
-        for i in range(size)
-        if not (other.is_control(i) or other.is_unknown(i))
-    }
     numbers |= {**FAIRSEQ_SPECIAL, MASK_PIECE: size + FAIRSEQ_OFFSET}
     return _row_map(tokenizer, numbers, lambda piece: piece)
 
