@@ -51,9 +51,8 @@ class _Loader(yaml.SafeLoader):
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     value: int = loader.construct_yaml_int(node)
-    str(
-        value
-    )  # ValueError for one that no message can show, which may stand there as hexadecimal digits
+    # ValueError for one that no message can show, which may stand there as hexadecimal digits.
+    str(value)
     return value
 
 

@@ -50,7 +50,10 @@ class TextTokenizer:
         self.special_ids = frozenset(ids)
         # An absent piece maps to the unknown id.
         named = dict(zip(SPECIAL_PIECES, ids, strict=True))
-        missing = [piece for piece, i in named.items() if processor.id_to_piece(i) != piece]
+        try:
+            missing = [piece for piece, i in named.items() if processor.id_to_piece(i) != piece]
+        except UnicodeDecodeError as error:
+            raise DataError(f"text tokenizer {self.model_path}: a piece is no text") from error
         if missing:
             raise DataError(
                 f"text tokenizer {self.model_path} has no piece {', '.join(missing)}: "

@@ -162,6 +162,13 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
         TextTokenizer(tmp_path / "gone.model")
 
 
+def test_a_piece_that_is_no_text(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.model"
+    damaged.write_bytes(tokenizer.model_path.read_bytes().replace(b"<unk>", b"\xff\xfe<\xfd>"))
+    with pytest.raises(ValueError, match=r"damaged\.model: a piece is no text"):
+        TextTokenizer(damaged)
+
+
 def test_same_input_gives_same_bytes(tmp_path: Path) -> None:
     options = {"max_sentences": 150}
     first = train(tmp_path / "a", **options)
