@@ -59,16 +59,17 @@ tests() {
 results=()
 failed=0
 check() {
-    local status=passed log="$WORK/$1.txt" counted
+    local status="" log="$WORK/$1.txt" counted
     echo "== $1"
     # Not `if "${@:2}"`: inside a condition `set -e` stops nothing.
     set +e
     (set -e; "${@:2}") 2>&1 | tee "$log"
-    [ "${PIPESTATUS[0]}" -eq 0 ] || { status=FAILED; failed=1; }
+    [ "${PIPESTATUS[0]}" -eq 0 ] || { status=" FAILED"; failed=1; }
     set -e
     # pytest says how many.
-    counted="$(grep -oE '[0-9]+ passed.* in [0-9.]+s' "$log" | tail -n 1 | sed 's/ in .*//' || true)"
-    results+=("$1 ${counted:-$status}")
+    counted="$(grep -oE '([0-9]+ failed, )?[0-9]+ passed.* in [0-9.]+s' "$log" | tail -n 1 | sed 's/ in .*//' || true)"
+    [ -n "$counted$status" ] || counted=passed
+    results+=("$1$status${counted:+ $counted}")
 }
 
 if [ "${1:-}" = find ]; then

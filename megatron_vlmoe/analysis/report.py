@@ -54,6 +54,7 @@ from megatron_vlmoe.config.yaml_files import parse_yaml
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.planning.estimate import flops_per_step
 from megatron_vlmoe.planning.parameters import parameters
+from megatron_vlmoe.planning.validate import check_architecture
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.json_files import read_json
 from megatron_vlmoe.runtime.pages import write_page
@@ -213,12 +214,13 @@ def _results(
     try:
         found = list(raw["seeds"].values()) if "seeds" in raw else [raw["metrics"]]
         scores = [
-            {str(key): float(value) for key, value in one.items() if value is not None}
+            # What is not finite is null in the files of this program; others write it as it is.
+            {str(k): float(v) for k, v in one.items() if v is not None and math.isfinite(float(v))}
             for one in found
         ]
         left_out = {str(split): int(count) for split, count in raw.get("left_out", {}).items()}
         return str(raw["task"]), scores, dict(raw.get("settings", {})), left_out
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise DataError(f"{path}: not the results of a downstream task") from None
 
 
@@ -237,7 +239,9 @@ def _configuration(path: Path) -> tuple[Mapping[str, Any], Optional[RunConfig], 
     options = flat_options(content)
     try:
         start: RunConfig = FinetuneConfig() if "task" in content else RunConfig()
-        return options, from_dict(content, start, path.name), ""
+        config = from_dict(content, start, path.name)
+        check_architecture(config)
+        return options, config, ""
     except ConfigError as error:
         return options, None, str(error)
 

@@ -7,6 +7,7 @@ short aliases below. Later sources win: preset, file, command line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import typing
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterable, Literal, Mapping, Sequence
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean, did_you_mean_option
 from megatron_vlmoe.config.presets import preset, preset_names
@@ -43,6 +44,8 @@ PROGRAM_OPTIONS = {
 }
 """What is not an option of the configuration, with its type; None is a flag."""
 DEFAULT_PRESET = "base-32e"
+_MISFIT = (ArgumentError, TypeError, ValueError, OverflowError)
+"""What the parser raises for a value that does not fit its option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +58,14 @@ class ParsedCommand:
     dry_run_gpus_per_node: int = 8
 
 
+# They are looked up in the text of annotations, which takes 10 ms for a whole configuration.
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def option_types(root: type) -> dict[str, Any]:
     """Every option of a configuration, as `section.option` without hyphens, with its type."""
     types: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(root).items():
+    for name, kind in _type_hints(root).items():
         if dataclasses.is_dataclass(kind):
             nested = option_types(typing.cast(type, kind))
             types.update({f"{name}.{option}": value for option, value in nested.items()})
@@ -259,42 +266,42 @@ def parse_options(
     file = option_value(normalized, "--config")
     if file:
         start = merge_file(start, Path(file))
-    parser = build_parser(command, start, presets, base)
-    words: list[str] = []
-    for word in normalized:
-        # Joined with its option, a value such as -1e-4 cannot be taken for one.
-        if word.startswith("--"):
-            words.append(word)
+    if "--help" in normalized:
+        build_parser(command, start, presets, base).parse_args(["--help"])
+    types = option_types(type(start))
+    program: dict[str, Any] = {}
+    words = iter(normalized)
+    for name in words:
+        option = name.removeprefix("--")
+        kind = types.get(option, PROGRAM_OPTIONS.get(name, str))
+        value = "" if kind is None else next(words)
+        if name in PROGRAM_OPTIONS:
+            program[name] = kind is None or _from_word(kind, name, value)
+        elif option in types:
+            start = _with_values(start, {option: _from_word(kind, name, value)})
         else:
-            words[-1] += f"={word}"
+            # A section of --config in a file of its own.
+            section: Any = read_yaml(Path(value), f"{name} {value}")
+            for part in reversed(option.split(".")):
+                section = {part: section}
+            start = from_dict(section, start, f"{name} {value}")
+    size = program.get("--dry-run-world-size", 0)
+    machine = program.get("--dry-run-gpus-per-node", 8)
+    for name, number, least in (("world-size", size, 0), ("gpus-per-node", machine, 1)):
+        if number < least:
+            raise ConfigError(f"--dry-run-{name} {number}: must be at least {least}")
+    return ParsedCommand(start, "--dry-run" in program, size, machine)
+
+
+def _from_word(kind: Any, name: str, value: str) -> Any:
+    """The value of an option on the command line, in its type. Raises ConfigError if it does not fit."""
     try:
-        parsed = parser.parse_args(words)
-    except (ArgumentError, TypeError, ValueError) as error:
-        types = {f"--{name}": kind for name, kind in option_types(type(start)).items()}
-        types.update({name: kind for name, kind in PROGRAM_OPTIONS.items() if kind})
-        for name, value in zip(normalized, normalized[1:]):
-            if name in types and not _fits(types[name], value):
-                several = typing.get_origin(types[name]) is tuple
-                shown = value.strip("[]").replace(",", "") if several else value
-                raise ConfigError(f"{name} {shown}: {_wrong(types[name], value)}") from None
-            if name.startswith("--") and name not in types and name not in PROGRAM_OPTIONS:
-                # A section of its own; what is wrong with it is told as of --config.
-                section: Any = read_yaml(Path(value), f"{name} {value}")
-                for part in reversed(name[2:].split(".")):
-                    section = {part: section}
-                from_dict(section, start, f"{name} {value}")
-        raise ConfigError(" ".join(str(error).split())) from None
-    for name in ("world_size", "gpus_per_node"):
-        size, least = getattr(parsed, f"dry_run_{name}"), int(name == "gpus_per_node")
-        if size < least:
-            option = f"--dry-run-{name.replace('_', '-')}"
-            raise ConfigError(f"{option} {size}: must be at least {least}")
-    return ParsedCommand(
-        _to_config(parsed, type(start)),
-        bool(parsed.dry_run),
-        parsed.dry_run_world_size,
-        parsed.dry_run_gpus_per_node,
-    )
+        found = _value_parser(kind).parse_args([f"--value={value}"]).value
+    except _MISFIT:
+        several = typing.get_origin(kind) is tuple
+        shown = value.strip("[]").replace(",", "") if several else value
+        raise ConfigError(f"{name} {shown}: {_wrong(kind, value)}") from None
+    return tuple(found) if isinstance(found, list) else found
 
 
 def merge_file(start: RunConfig, path: Path) -> RunConfig:
@@ -358,27 +365,61 @@ def from_dict(content: dict[str, Any], start: RunConfig, where: str) -> RunConfi
             else:
                 wrong = f"unknown option {name}{did_you_mean_option(name, [*types, *sections])}"
             raise ConfigError(f"{where}: {wrong}")
-    parser = build_parser("config", start)
+    values = {}
+    for name, value in flat.items():
+        try:
+            values[name] = _converted(types[name], value)
+        except _MISFIT:
+            message = f"{where}: {name}={value}: {_wrong(types[name], value)}"
+            raise ConfigError(message) from None
     try:
-        return _to_config(parser.parse_object(flat), type(start))
-    except (ArgumentError, TypeError, ValueError) as error:
-        for name, value in flat.items():
-            if not _fits(types[name], value):
-                raise ConfigError(
-                    f"{where}: {name}={value}: {_wrong(types[name], value)}"
-                ) from None
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        return _with_values(start, values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """A value of YAML or JSON in the type of an option.
+
+    Raises:
+        ArgumentError, TypeError, ValueError, OverflowError: it does not fit.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    # The parser takes 0.2 ms for a value, and a whole configuration has two hundred that are of their type already.
+    if type(value) is kind or (origin is Literal and isinstance(value, str) and value in inner):
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if [type(item) for item in value] == [*kinds]:
+            return tuple(value)
+    return _value_parser(kind).parse_object({"value": value}).value
+
+
+def _value_parser(kind: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    return parser
+
+
+def _with_values(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A configuration with other values of some options, by `section.option`."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        name, current = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(current):
+            changes[field.name] = _with_values(current, values, f"{name}.")
+        elif name in values:
+            changes[field.name] = values[name]
+    return dataclasses.replace(config, **changes)
 
 
 def _fits(kind: Any, value: Any) -> bool:
     """Whether the parser takes a value, as a word or from YAML, for an option of a type."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
     try:
         if isinstance(value, str):
-            parser.parse_args([f"--value={value}"])
-        parser.parse_object({"value": value})
-    except (ArgumentError, TypeError, ValueError):
+            _value_parser(kind).parse_args([f"--value={value}"])
+        _converted(kind, value)
+    except _MISFIT:
         return False
     return True
 
@@ -400,7 +441,7 @@ def _wrong(kind: Any, value: Any) -> str:
     if kind is int:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except _MISFIT:
             return message
         return f"{message}, such as {round(number)}" if abs(number) < 1e15 else message
     if kind is str and not isinstance(value, str):
@@ -427,17 +468,6 @@ def to_yaml(config: RunConfig) -> str:
 def option_value(arguments: Sequence[str], name: str) -> str:
     """The last value of an option in a normalized command line; empty if it is not there."""
     return dict(zip(arguments, arguments[1:])).get(name, "")
-
-
-def _to_config(values: Any, kind: Any) -> Any:
-    if not dataclasses.is_dataclass(kind):
-        return tuple(values) if isinstance(values, list) else values
-    if dataclasses.is_dataclass(values):
-        return values
-    hints = typing.get_type_hints(kind)
-    source = vars(values) if isinstance(values, Namespace) else values
-    fields = {f.name: _to_config(source[f.name], hints[f.name]) for f in dataclasses.fields(kind)}
-    return kind(**fields)  # type: ignore[operator]
 
 
 def flat_options(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

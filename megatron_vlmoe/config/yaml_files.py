@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 _MOST_VALUES = 1_000_000
+_DEEPEST = 100
+"""Brackets in brackets; for many thousands the parser takes minutes before it comes to an end."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -25,7 +27,12 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice in one section, of which YAML would take the last."""
+    """Refuses a name that stands twice in one section, of which YAML would take the last, and endless integers."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -40,6 +47,17 @@ class _Loader(yaml.SafeLoader):
                 problem = f"{key.value} is there twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    str(
+        value
+    )  # ValueError for one that no message can show, which may stand there as hexadecimal digits
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def _values_of(node: yaml.Node, known: dict[yaml.Node, int]) -> int:

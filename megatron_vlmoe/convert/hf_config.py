@@ -20,6 +20,7 @@ from megatron_vlmoe.config.schema import AuxLossConfig, RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.config.tasks import find_task, task_names
 from megatron_vlmoe.data.task_labels import Labels, read_labels
+from megatron_vlmoe.planning.validate import check_architecture
 from megatron_vlmoe.runtime.json_files import read_json
 from megatron_vlmoe.stream.block_plan import moe_layer_numbers
 from megatron_vlmoe.tokenizers.text import TextTokenizer
@@ -201,13 +202,24 @@ def import_config(folder: Path, content: Mapping[str, Any]) -> RunConfig:
             sections["task"]["num_classes"] = len(classes)
     try:
         config = from_dict(sections, root, str(file))
-        rule = replace(config.moe, layers=tuple(listed or ()))
-        same = tuple(moe_layer_numbers(config.model, rule)) == tuple(config.moe.layers)
-        if listed is not None and same:
-            config = replace(config, moe=rule)
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise ConvertError(str(error)) from None
-    return config
+    try:
+        check_architecture(config)
+        return _with_listed_layers(config, listed)
+    except (ConfigError, TypeError) as error:
+        raise ConvertError(f"{file}: {error}") from None
+
+
+def _with_listed_layers(config: RunConfig, listed: Any) -> RunConfig:
+    """With the sparse blocks as the run listed them, where they are the same: none are those of the default rule.
+
+    Raises:
+        ConfigError, TypeError: they are no blocks of the model.
+    """
+    rule = replace(config.moe, layers=tuple(listed or ()))
+    same = tuple(moe_layer_numbers(config.model, rule)) == tuple(config.moe.layers)
+    return replace(config, moe=rule) if listed is not None and same else config
 
 
 AUTO_MODELS = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.json_files import parse_json
 from megatron_vlmoe.runtime.progress import Progress
 
 Item = TypeVar("Item")
@@ -227,10 +229,14 @@ class SafetensorsFolder:
         sums = self.folder / SUMS_FILE
         if not sums.is_file():
             return
-        for line in sums.read_text().splitlines():
+        try:
+            lines = sums.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ConvertError(f"{sums}: damaged: invalid UTF-8 at byte {error.start}") from None
+        for line in lines:
             expected, _, name = line.partition("  ")
             file = self.folder / name
-            if not file.is_file():
+            if not os.path.isfile(file):  # also false for what cannot be a name
                 raise ConvertError(f"{file}: missing, though {SUMS_FILE} lists it")
             with file.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
@@ -247,7 +253,7 @@ class SafetensorsFolder:
                 raise ConvertError(f"{self.folder}: no {SINGLE_FILE} and no {INDEX_FILE} there")
             return {}
         try:
-            where = json.loads(index.read_bytes())["weight_map"]
+            where = parse_json(index.read_bytes())["weight_map"]
             names = {str(name): str(file) for name, file in where.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConvertError(f"{index}: damaged ({type(error).__name__})") from None
@@ -258,7 +264,7 @@ class SafetensorsFolder:
 
     def _open(self, name: str) -> None:
         file = self.folder / name
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ConvertError(f"{file}: missing")
         try:
             with safe_open(file, framework="pt") as content:

@@ -151,7 +151,7 @@ def open_image(data: bytes | npt.NDArray[np.uint8], where: str) -> Image.Image:
         image = Image.open(io.BytesIO(data if isinstance(data, bytes) else data.data))
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: {error}") from error
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except Exception as error:  # Pillow's plug-ins raise many types: image_files.decoding_errors
         raise DataError(f"{where}: not a readable image") from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -164,7 +164,7 @@ def decode_pixels(image: Image.Image, where: str) -> Image.Image:
     try:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError, IndexError) as error:
+    except Exception as error:
         raise DataError(f"{where}: damaged image ({error})") from error
 
 

@@ -124,8 +124,8 @@ def read_image(item: Item, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
             return read_image_file(bytes(value), rules)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    except (OSError, ValueError, SyntaxError, TypeError, IndexError) as error:
-        # Of a file that the caller opened Pillow reads the pixels only now.
+    except Exception as error:
+        # Of a file that the caller opened Pillow reads the pixels only now. Types: image_files.decoding_errors.
         raise DataError(f"{where}: damaged image ({error})") from error
     raise DataError(
         f"{where}: expected a Pillow image, path, bytes or array, got {type(value).__name__}"

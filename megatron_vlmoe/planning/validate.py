@@ -29,6 +29,7 @@ _BOUNDS: Mapping[str, Callable[[float], bool]] = {
     "must not be negative": lambda value: value >= 0,
     "must not be below -1": lambda value: value >= -1,
     "must be at least 1": lambda value: value >= 1,
+    "must be below 2**31": lambda value: value < 2**31,
     "is not in [0, 1]": lambda value: 0 <= value <= 1,
     "is not in [0, 1)": lambda value: 0 <= value < 1,
     "is not in (0, 1]": lambda value: 0 < value <= 1,
@@ -58,14 +59,23 @@ _ANY_RUN = {
     "is not in [0, 1)": ("data.eval_fraction", "optim.adam_beta1", "optim.adam_beta2"),
     "is not in (0, 1]": ("data.crop_scale_min",),
 }
+_POSITIVE_SIZES = (
+    *("model.num_layers", "model.hidden_size", "model.num_attention_heads"),
+    *("model.ffn_hidden_size", "model.patch_size"),
+)
+_OTHER_SIZES = (
+    *("moe.num_vision_experts", "moe.num_text_experts", "moe.num_vl_experts"),
+    *("model.text_length", "model.pair_text_length", "model.image_size"),
+    *("model.vocab_size", "model.visual_vocab_size"),
+)
+_ARCHITECTURE = {
+    "must be positive": _POSITIVE_SIZES,
+    "must not be negative": _OTHER_SIZES,
+    "must be below 2**31": (*_POSITIVE_SIZES, *_OTHER_SIZES),
+}
 _PRETRAINING = {
-    "must be positive": (
-        "objectives.contrastive_temperature",
-        *("model.num_layers", "model.hidden_size", "model.num_attention_heads"),
-        *("model.ffn_hidden_size", "model.patch_size", "optim.lr"),
-    ),
+    "must be positive": ("objectives.contrastive_temperature", "optim.lr"),
     "must not be negative": (
-        *("moe.num_vision_experts", "moe.num_text_experts", "moe.num_vl_experts"),
         *("data.micro_texts", "data.micro_images", "data.micro_pairs"),
         *("data.global_texts", "data.global_images", "data.global_pairs"),
         *("train.eval_steps", "optim.lr_warmup_steps", "model.init_sincos_std"),
@@ -99,6 +109,7 @@ def validate(config: RunConfig, world_size: int = 1) -> None:
     check_parallel_sizes(config.parallel)
     _check_any_run(config)
     _check_bounds(config, _PRETRAINING)
+    check_architecture(config)
     _check_model(config)
     _check_varlen(config)
     _check_moe(config, world_size)
@@ -251,10 +262,10 @@ def prefix_of_file(value: str) -> str:
     return "" if prefix == value or Path(f"{value}.json").is_file() else prefix
 
 
-def _check_model(config: RunConfig) -> None:
-    """Architecture, losses and batch, and what stands alone."""
-    model, data, objectives = config.model, config.data, config.objectives
-    optim, steps = config.optim, list(config.profile.steps)
+def check_architecture(config: RunConfig) -> None:
+    """Checks that there can be a model of these sizes. Raises ConfigError on the first contradiction."""
+    model = config.model
+    _check_bounds(config, _ARCHITECTURE)
     _require(
         model.hidden_size % model.num_attention_heads == 0,
         f"model.hidden_size={model.hidden_size} is not divisible by "
@@ -270,6 +281,13 @@ def _check_model(config: RunConfig) -> None:
         0 <= model.num_vl_layers <= model.num_layers,
         f"model.num_vl_layers={model.num_vl_layers} is not in 0..{model.num_layers}",
     )
+    moe_layer_numbers(model, config.moe)
+
+
+def _check_model(config: RunConfig) -> None:
+    """Losses and batch, and what stands alone."""
+    model, data, objectives = config.model, config.data, config.objectives
+    optim, steps = config.optim, list(config.profile.steps)
     for name in ("text_length", "pair_text_length"):
         value = getattr(model, name)
         _require(value >= 3, f"model.{name}={value} leaves no room between [T_CLS] and [T_SEP]")

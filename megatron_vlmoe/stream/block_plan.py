@@ -74,12 +74,18 @@ class BlockPlan:
         return tuple(branch for branch in self.branches if not branch.num_experts)
 
 
+_MOST_BLOCKS = 10_000
+"""A configuration that others wrote may say any number, and every block is looked at."""
+
+
 def moe_layer_numbers(model: ModelConfig, moe: MoEConfig) -> tuple[int, ...]:
     """Numbers (from 1) of the blocks with experts.
 
     Raises:
-        ConfigError: if a listed number is not a block, or is listed twice.
+        ConfigError: if a listed number is not a block, or is listed twice, or the model has more blocks than any.
     """
+    if model.num_layers > _MOST_BLOCKS:
+        raise ConfigError(f"model.num_layers={model.num_layers} is more than {_MOST_BLOCKS}")
     if not has_experts(moe):
         return ()
     if moe.layers:

@@ -294,19 +294,18 @@ def _flaw(path: Path) -> str:
     for name in (METADATA_FILE, *((COMMON_FILE,) if "common_backend" in content else ())):
         if not (path / name).is_file():
             return f"no {name}"
-    try:
-        places = read_torch_file(path / METADATA_FILE).storage_data.values()
-    except Exception:
-        return ".metadata is damaged"
     # Which file of tensors is missing or too short, by this table of contents.
     ends: dict[str, int] = {}
-    for place in places:
-        end = place.offset + place.length
-        ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+    try:
+        for place in read_torch_file(path / METADATA_FILE).storage_data.values():
+            name, end = str(place.relative_path), int(place.offset + place.length)
+            ends[name] = max(end, ends.get(name, 0))
+    except Exception:
+        return ".metadata is damaged"
     for name, end in sorted(ends.items()):
         try:
             size = (path / name).stat().st_size
-        except OSError:
+        except (OSError, ValueError):
             return f"no {name}"
         if size < end:
             return f"{name} has {size} bytes of {end}"

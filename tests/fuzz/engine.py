@@ -1,8 +1,9 @@
 """Runs damaged files through readers in processes of their own, and says what came of each.
 
 A case is the files of one of a reader's folders of valid ones, some of them damaged. What runs a line for the first
-time joins the files that later cases start from. Before a case starts it is in memory that the parent shares: when
-the process dies or hangs, the parent has the case.
+time joins the files that later cases start from. Noticing lines takes as long as many readers do: once no new one has
+come for a while, it is done in one case of many, and the others count the same but are not damaged further. Before a
+case starts it is in memory that the parent shares: when the process dies or hangs, the parent has the case.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import traceback
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,18 @@ from megatron_vlmoe.config.errors import UserError
 SECONDS = 5
 """Of computing that a case may take; small files need milliseconds."""
 WALL_SECONDS = 60
-"""That it may take however busy the machine is: it waits for something."""
+"""That it may wait for something; waiting for the processor, however long on a busy machine, does not count."""
 MEGABYTES = 1024
 """That a case may take of memory."""
+PATIENCE = 400
+"""Cases without a new line after which lines are noticed in few of them."""
+NOTICED = 1 / 16
+"""Of the cases after that."""
 _SHARED = 32 << 20
-_HEADER = struct.Struct("<QdQ")  # cases that are done, when the present one began, its bytes
+OUTCOMES = ("read", "refused", "finding")
+_HEADER = struct.Struct(
+    "<QQQdQ"
+)  # cases by what came of them, when the present one began, its bytes
 
 Files = Mapping[str, bytes]
 
@@ -82,13 +90,17 @@ class Case:
 # ---- one case
 
 
-def outcome_of(reader: Reader, folder: Path) -> str:
+def outcome_of(reader: Reader, folder: Path, names: Iterable[str]) -> str:
     """Reads a folder: `read` or `refused`.
+
+    Args:
+        reader: what reads it.
+        folder: the folder.
+        names: of the files and folders in there, of which an error names one.
 
     Raises:
         Finding: it ends in any other way.
     """
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcome = "read"
     try:
         with warnings.catch_warnings(), _quiet():
@@ -96,22 +108,18 @@ def outcome_of(reader: Reader, folder: Path) -> str:
             reader.read(folder)
     except UserError as error:
         outcome = "refused"
-        _check_message(reader, folder, error)
+        _check_message(reader, [str(folder), *names], error)
     except MemoryError as error:
         raise Finding("MemoryError") from error
     except Exception as error:
         raise Finding(_where(error)) from error
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    if grown > MEGABYTES:
-        raise Finding(f"{MEGABYTES} MB of memory for {_size(folder)} bytes")
     return outcome
 
 
-def _check_message(reader: Reader, folder: Path, error: UserError) -> None:
+def _check_message(reader: Reader, names: Iterable[str], error: UserError) -> None:
     message = str(error)
     if not message or "\n" in message or "\r" in message:
         raise Finding(f"the error is not one line: {_where(error)}") from error
-    names = [str(folder), *(path.name for path in folder.rglob("*"))]
     if not reader.tells_reason_alone and not any(name in message for name in names):
         raise Finding(f"the error names no file: {_where(error)}") from error
     if len(message) > 4000:
@@ -128,8 +136,9 @@ def _where(error: BaseException) -> str:
     return f"{type(error).__name__} in {place} ({Path(last.filename).name}:{last.name})"
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _most_memory() -> int:
+    """The most that this process has had yet, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 @contextlib.contextmanager
@@ -166,7 +175,7 @@ class Lines:
         self._known: dict[types.CodeType, bool] = {}
 
     def call(self, run: Callable[[], Any]) -> Any:
-        """Runs something."""
+        """Runs something; `is_new` says whether a line ran for the first time."""
         self.is_new = False
         sys.settrace(self._enter)
         try:
@@ -225,6 +234,12 @@ class Workshop:
             }
             for start in self.starts
         }
+        self._names = {
+            start: {part for name in (*files, "out") for part in Path(name).parts}
+            for start, files in self._content.items()
+        }
+        self._targets = {start.start: self.targets(start.start) for start in self.starts}
+        self._memory = _most_memory()
 
     def targets(self, start: str) -> list[str]:
         """The files that are damaged."""
@@ -234,7 +249,7 @@ class Workshop:
 
     def damage(self, rng: random.Random, case: Case) -> Case:
         """One file of a case, or two, damaged once more."""
-        names = self.targets(case.start)
+        names = self._targets[case.start]
         content = self._content[case.start]
         files = dict(case.files)
         for name in rng.sample(names, min(len(names), rng.choice((1, 1, 1, 1, 2)))):
@@ -248,7 +263,11 @@ class Workshop:
         for name, content in case.files.items():
             (folder / name).write_bytes(content)
         try:
-            return outcome_of(self.reader, folder)
+            outcome = outcome_of(self.reader, folder, self._names[case.start])
+            before, self._memory = self._memory, _most_memory()
+            if self._memory - before > MEGABYTES:
+                raise Finding(f"{MEGABYTES} MB of memory for {len(case.packed())} bytes")
+            return outcome
         finally:
             for name in case.files:
                 (folder / name).write_bytes(self._content[case.start][name])
@@ -259,22 +278,26 @@ class Board:
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, _SHARED)
-        self.cases = 0
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
 
     def begin(self, case: bytes) -> None:
         """A case is about to run."""
         self.memory[_HEADER.size : _HEADER.size + len(case)] = case
-        self.memory[: _HEADER.size] = _HEADER.pack(self.cases, time.monotonic(), len(case))
+        self._write(time.monotonic(), len(case))
 
-    def end(self) -> None:
+    def end(self, outcome: str) -> None:
         """It has run."""
-        self.cases += 1
-        self.memory[: _HEADER.size] = _HEADER.pack(self.cases, 0.0, 0)
+        self.outcomes[outcome] += 1
+        self._write(0.0, 0)
 
-    def state(self) -> tuple[int, float, bytes]:
-        """Cases that are done, and of the running one when it began and what it is."""
-        cases, began, size = _HEADER.unpack(self.memory[: _HEADER.size])
-        return cases, began, self.memory[_HEADER.size : _HEADER.size + size]
+    def _write(self, began: float, size: int) -> None:
+        self.memory[: _HEADER.size] = _HEADER.pack(*self.outcomes.values(), began, size)
+
+    def state(self) -> tuple[Counter[str], float, bytes]:
+        """Cases that are done by what came of them, and of the running one when it began and what it is."""
+        *numbers, began, size = _HEADER.unpack(self.memory[: _HEADER.size])
+        outcomes = Counter(dict(zip(OUTCOMES, numbers, strict=True)))
+        return outcomes, began, self.memory[_HEADER.size : _HEADER.size + size]
 
 
 @dataclasses.dataclass
@@ -284,6 +307,8 @@ class Tally:
     outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
     findings: dict[str, str] = dataclasses.field(default_factory=dict)
     """Folder of the first case by what is wrong."""
+    found: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Cases of each finding."""
     lines: set[tuple[str, int]] = dataclasses.field(default_factory=set)
     possible: int = 0
     seconds: float = 0.0
@@ -301,14 +326,21 @@ def limit_process(report: Path) -> None:
 
 
 def work(
-    workshop: Workshop, board: Board, seed: int, cases: int, until: float, notes: Path
+    workshop: Workshop,
+    board: Board,
+    seed: int,
+    cases: int,
+    until: float,
+    notes: Path,
+    again: Sequence[Case] = (),
 ) -> None:
-    """Runs cases until there were enough; writes what it finds into a file, a line of JSON each."""
+    """Runs cases until there were enough, `again` first; writes what it finds into a file, a line of JSON each."""
     files: dict[str, set[int]] = {}
     for module in workshop.reader.modules:
         files |= code_lines(module)
     lines = Lines(files)
     pool, rng = list(workshop.starts), random.Random(seed)
+    given = [*again, *workshop.starts]
     with notes.open("a") as file:
 
         def note(**content: Any) -> None:
@@ -316,44 +348,45 @@ def work(
             file.flush()
 
         note(possible=sum(map(len, files.values())))
-        told: set[tuple[str, int]] = set()
-        outcomes: Counter[str] = Counter()
-        number = 0
+        noted: set[tuple[str, int]] = set()
+        number = since_new = 0
         while number < cases and time.monotonic() < until:
-            case = (
-                pool[number]
-                if number < len(workshop.starts)
-                else workshop.damage(rng, rng.choice(pool))
-            )
+            case = given[number] if number < len(given) else workshop.damage(rng, rng.choice(pool))
             number += 1
             packed = case.packed()
             board.begin(packed)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
-                outcome = lines.call(lambda case=case: workshop.run(case))
+                if since_new < PATIENCE or rng.random() < NOTICED:
+                    outcome = lines.call(lambda case=case: workshop.run(case))
+                    since_new = 0 if lines.is_new else since_new + 1
+                else:
+                    lines.is_new = False
+                    outcome = workshop.run(case)
             except Finding as finding:
                 outcome = "finding"
                 trace = "".join(traceback.format_exception(finding))
                 note(finding=str(finding), trace=trace[-6000:], case=packed.hex())
             signal.setitimer(signal.ITIMER_PROF, 0)
-            board.end()
-            outcomes[outcome] += 1
-            if number <= len(workshop.starts) and outcome != "read":
-                note(
-                    finding=f"valid files of {case.start} are not read", trace="", case=packed.hex()
-                )
+            board.end(outcome)
+            if not case.files and outcome != "read":
+                told = f"valid files of {case.start} are not read"
+                note(finding=told, trace="", case=packed.hex())
             if lines.is_new:
                 if outcome != "finding" and case.files and len(packed) < 200_000:
                     pool.append(case)
-                note(lines=[*lines.seen - told])
-                told = set(lines.seen)
-            if number % 500 == 0 or number == cases:
-                note(outcomes=outcomes)
-                outcomes.clear()
-        note(outcomes=outcomes)
+                note(lines=[*lines.seen - noted])
+                noted = set(lines.seen)
 
 
-def fuzz(reader: Reader, folder: Path, seed: int, cases: int, seconds: float) -> Tally:
+def fuzz(
+    reader: Reader,
+    folder: Path,
+    seed: int,
+    cases: int,
+    seconds: float,
+    again: Sequence[Case] = (),
+) -> Tally:
     """Runs cases of one reader in processes, a new one for each that dies.
 
     Args:
@@ -361,39 +394,47 @@ def fuzz(reader: Reader, folder: Path, seed: int, cases: int, seconds: float) ->
         seed: of the first process; the next ones count on.
         cases: how many.
         seconds: after which no case is begun.
+        again: cases that are run first.
     """
+    todo = list(again)
     tally, done, began = Tally(), 0, time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     notes, report = folder / "notes.jsonl", folder / "fault.txt"
     workshop: Workshop | None = None
     while done < cases and time.monotonic() - began < seconds:
         notes.unlink(missing_ok=True)
+        report.unlink(missing_ok=True)
         board = Board()
         child = os.fork()
         if not child:
             status = 1
             try:
+                # Decoders in C write there whatever they think of a file.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 workshop = Workshop(reader, folder)
                 # What the first call imports is no part of a case.
                 for start in workshop.starts:
                     with contextlib.suppress(Finding):
                         workshop.run(start)
                 limit_process(report)
-                work(workshop, board, seed, cases - done, began + seconds, notes)
+                work(workshop, board, seed, cases - done, began + seconds, notes, todo)
                 status = 0
             except BaseException:
-                traceback.print_exc()
+                with report.open("a") as file:
+                    traceback.print_exc(file=file)
             os._exit(status)
         reason = _watch(child, board)
         finished, _, packed = board.state()
         _collect(tally, notes)
         if reason and not packed:
-            raise RuntimeError(f"{reader.name}: the process ended by itself: {reason}")
+            raise RuntimeError(f"{reader.name}: {reason}\n{report.read_text()}")
+        finished += Counter(finding=bool(reason))
+        tally.outcomes += finished
         if reason:
             told = f"{reason} ({_fault(report)})"
-            tally.outcomes["finding"] += 1
+            todo = todo[finished.total() :]
             _keep(tally, folder, told, report.read_text(), packed)
-        done += finished + bool(reason)
+        done += finished.total()
         seed += 1
     tally.seconds = time.monotonic() - began
     return tally
@@ -401,12 +442,15 @@ def fuzz(reader: Reader, folder: Path, seed: int, cases: int, seconds: float) ->
 
 def _watch(child: int, board: Board) -> str:
     """Waits for a worker; what ended it, or nothing."""
+    case, since = Counter[str](), 0.0
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        _, began, _ = board.state()
-        if began and time.monotonic() - began > WALL_SECONDS:
+        cases, began, _ = board.state()
+        if not began or cases != case or not _sleeps(child):
+            case, since = cases, time.monotonic()
+        elif time.monotonic() - since > WALL_SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return f"waits for more than {WALL_SECONDS} s"
@@ -419,6 +463,12 @@ def _watch(child: int, board: Board) -> str:
             else f"ended by {signal.Signals(number).name}"
         )
     return f"exit status {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""
+
+
+def _sleeps(process: int) -> bool:
+    """Whether a process waits for something other than the processor."""
+    stat = Path(f"/proc/{process}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] in "SD"
 
 
 def _fault(report: Path) -> str:
@@ -437,7 +487,6 @@ def _collect(tally: Tally, notes: Path) -> None:
         except ValueError:  # of a process that died while it wrote
             continue
         tally.possible = note.get("possible", tally.possible)
-        tally.outcomes.update(note.get("outcomes", {}))
         tally.lines |= {(file, number) for file, number in note.get("lines", ())}
         if "finding" in note:
             packed = bytes.fromhex(note["case"])
@@ -445,7 +494,8 @@ def _collect(tally: Tally, notes: Path) -> None:
 
 
 def _keep(tally: Tally, folder: Path, finding: str, trace: str, packed: bytes) -> None:
-    """Saves the first case of a finding."""
+    """Counts a finding, and saves its first case."""
+    tally.found[finding] += 1
     if finding in tally.findings:
         return
     case = Case.unpacked(packed)

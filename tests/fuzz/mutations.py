@@ -6,6 +6,7 @@ All of it is drawn from one `random.Random`, so a case is made again from its se
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import io
 import json
@@ -225,7 +226,8 @@ def _yaml(rng: random.Random, data: bytes) -> bytes:
         rows = ["a0: &a0 [x, x, x]"]
         rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
         return data + b"\n" + "\n".join(rows).encode() + f"\nmoe: *a{levels - 1}\n".encode()
-    tree = _parsed(json.dumps(yaml.safe_load(data), default=str))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    tree = _parsed(json.dumps(yaml.load(data, loader), default=str))
     return _written(_change_tree(rng, tree)).encode()
 
 
@@ -462,9 +464,14 @@ def _png(rng: random.Random, data: bytes) -> bytes:
 
 def _compressed(rng: random.Random, data: bytes) -> bytes:
     """Changes what was compressed; or compresses zeros, which are many times as long."""
-    if rng.random() < 0.1:
-        return gzip.compress(bytes(rng.choice((1 << 20, 40 << 20))), 1)
+    if rng.random() < 0.02:
+        return _zeros(rng.choice((1 << 20, 40 << 20)))
     return gzip.compress(_json_lines(rng, gzip.decompress(data)), 1)
+
+
+@functools.cache
+def _zeros(size: int) -> bytes:
+    return gzip.compress(bytes(size), 1)
 
 
 _CHANGES: dict[str, Callable[[random.Random, bytes], bytes]] = {

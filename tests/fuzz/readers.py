@@ -24,6 +24,7 @@ from typing import Any
 
 import data_files
 import numpy as np
+import yaml
 from data_files import encoded, picture
 from raw_tasks import put_table
 
@@ -185,7 +186,8 @@ def make_samples(root: Path) -> None:
         raw = corpus_of(root) / "tasks" / place
         (root / task).mkdir()
         run = Run(str(root / task / "x"), 1, "stop", {"command": "", "inputs": []})
-        prepare_task(TaskInput(task, str(raw)), run, TaskOptions(tokenizer))
+        given = TaskInput(task, str(raw), num_val_images=1, min_answer_count=1)
+        prepare_task(given, run, TaskOptions(tokenizer))
 
 
 def read_samples(folder: Path) -> None:
@@ -481,13 +483,31 @@ def read_picture(folder: Path) -> None:
 
 
 def corpus_of(root: Path) -> Path:
-    """A sample corpus, made once."""
+    """A sample corpus, made once, with few records in every file and small pictures: each is read in every case."""
     from megatron_vlmoe.sample_corpus.writer import SampleCorpus, make_sample_corpus
 
     output = shared(root) / "corpus"
     if not output.is_dir():
         make_sample_corpus(SampleCorpus(output=output, num_images=4, seed=3))
+        for path in sorted((output / "tasks").rglob("*.*")):
+            _shorten(path)
     return output
+
+
+def _shorten(path: Path, records: int = 3) -> None:
+    """Leaves a few records of a file of a task, one of each split where records name one; makes a picture small."""
+    if path.suffix in (".jpg", ".jpeg", ".JPEG", ".png"):
+        path.write_bytes(encoded(picture(1, 8, 8), "PNG" if path.suffix == ".png" else "JPEG"))
+    elif path.suffix == ".tsv" or path.parent.parent.name == "nlvr2":
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[: records + 1]))
+    elif path.suffix == ".json" and isinstance(content := json.loads(path.read_bytes()), dict):
+        for name, rows in content.items():
+            if isinstance(rows, list) and path.name.startswith("dataset_"):
+                splits = {row["split"]: row for row in rows}
+                content[name] = list(splits.values())
+            elif isinstance(rows, list):
+                content[name] = rows[:: max(1, len(rows) // records)][:records]
+        path.write_text(json.dumps(content))
 
 
 def make_task(task: str, place: str) -> Callable[[Path], None]:
@@ -549,7 +569,7 @@ def read_task(folder: Path) -> None:
     model = tokenizer_of(folder.parent) if spec.texts else None
     check = CheckSamples(task, TaskOptions(model, 4), len(labels.labels) if labels else 0)
     for stream in streams:
-        items = (item for item in itertools.islice(stream, 20) if not isinstance(item, LeftOut))
+        items = (item for item in itertools.islice(stream, 8) if not isinstance(item, LeftOut))
         for chunk in sample_chunks(items, 16, spec.shared_images):
             for item in check(chunk).items:
                 _ = str(item)
@@ -608,7 +628,7 @@ def make_public(root: Path) -> None:
     import public_states as public
     import torch
 
-    sizes = public.SMALL
+    sizes = dataclasses.replace(public.SMALL, depth=2, width=16, inner=24)
     for family, shapes in (
         ("vlmo", public.vlmo_shapes(sizes)),
         ("beit2", public.beit2_shapes(sizes)),
@@ -634,6 +654,9 @@ def read_public(folder: Path) -> None:
         "source": folder / "x.pt",
         "text_length": 10,
         "pair_text_length": 8,
+        # What is known of public models does not hold for small ones.
+        "num_vl_layers": 1,
+        "num_attention_heads": 4 if family == "beit3" else None,
     }
     import_public(ImportOptions(**given), folder / "out", strict=False, write=False)
 
@@ -718,22 +741,28 @@ def read_text_tokenizer(folder: Path) -> None:
 
 
 def make_configs(root: Path) -> None:
-    from megatron_vlmoe.config.command_line import to_yaml
     from megatron_vlmoe.config.presets import preset
 
-    write(root / "whole", x__yaml=to_yaml(preset("base-32e")))
+    # Every option, a section in each file: YAML is read slowly.
+    for section, options in dataclasses.asdict(preset("base-32e")).items():
+        write(root / section, x__yaml=plain_yaml({section: options}))
     for name in ("vmoe", "contrastive", "limoe"):
         write(root / name, x__yaml=(ROOT / f"examples/configs/{name}.yaml").read_text())
 
 
-def read_config_file(folder: Path) -> None:
-    from megatron_vlmoe.config.command_line import parse_run
-    from megatron_vlmoe.finetune.options import parse_finetune
+def plain_yaml(value: Any) -> str:
+    """YAML without tuples."""
+    return yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False)
 
-    path = str(folder / "x.yaml")
+
+def read_config_file(folder: Path) -> None:
+    from megatron_vlmoe.config.command_line import merge_file, parse_run
+    from megatron_vlmoe.config.task_schema import FinetuneConfig
+
+    path = folder / "x.yaml"
     with contextlib.suppress(ConfigError):
-        parse_finetune(["--config", path, "--task.name", "vqa"])
-    parse_run("pretrain", ["--config", path])
+        merge_file(FinetuneConfig(), path)
+    parse_run("pretrain", ["--config", str(path)])
 
 
 STUDY = """
@@ -764,13 +793,13 @@ def read_study_file(folder: Path) -> None:
 
 
 def make_runs(root: Path) -> None:
-    from megatron_vlmoe.config.command_line import to_yaml
     from megatron_vlmoe.config.presets import preset
 
     rows = [{"step": s, "loss/total": 3.0 / s, "lr": 1e-3, "eval/mlm": 2.0} for s in (1, 2, 3)]
     scores = {"task": "mnli", "metrics": {"dev/accuracy": 81.5, "dev/samples": 100}}
     scores |= {"settings": {"checkpoint": ""}, "left_out": {"dev": 0}}
-    config = to_yaml(preset("base-32e"))
+    whole = dataclasses.asdict(preset("base-32e"))
+    config = plain_yaml({name: whole[name] for name in ("model", "moe", "train")})
     write(root / "run", metrics__jsonl=json_lines(rows), config__yaml=config)
     write(root / "task", metrics__json=json.dumps(scores), config__yaml=config)
 

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
-import json
 import os
 import shutil
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 for below in ("tests", "tests/unit", "tests/fuzz"):
     sys.path.insert(0, str(ROOT / below))
 
 import engine  # noqa: E402
-from readers import READERS, Reader  # noqa: E402
+import record  # noqa: E402
+from readers import READERS  # noqa: E402
 
 FOLDER = ROOT / "runs" / "fuzz"
-COUNTS = FOLDER / "counts.json"
-GOAL, GOAL_OF_ALL = 20_000, 1_000_000
+COUNTS = ROOT / "tests" / "fuzz" / "counts.json"
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit status 0 if nothing was found, 1 if something was."""
+    """Exit status 0 if nothing was found, or with --report, nothing is open; else 1."""
     names = [reader.name for reader in READERS]
     parser = argparse.ArgumentParser(prog="bash tests/fuzz/run.sh", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="of every reader (1000)")
     parser.add_argument("--seconds", type=float, default=3600, help="in all, shared evenly (3600)")
     parser.add_argument("--only", nargs="+", choices=names, metavar="READER", help=", ".join(names))
     parser.add_argument("--seed", type=int, help="of the cases; else the time")
-    parser.add_argument(
-        "--append", action="store_true", help=f"adds the counts to {COUNTS.relative_to(ROOT)}"
-    )
+    where = COUNTS.relative_to(ROOT)
+    parser.add_argument("--append", action="store_true", help=f"adds the counts to {where}")
+    parser.add_argument("--report", action="store_true", help=f"prints {where} as a table")
     parser.add_argument("--replay", type=Path, metavar="FOLDER", help="reads a saved case again")
     options = parser.parse_args(words)
     if options.replay:
         return replay(options.replay)
+    counts = record.load(COUNTS)
+    if options.report:
+        print(record.HEAD)
+        for name in counts:
+            print(record.row(name, counts[name]))
+        print(f"\n{record.total(counts)}")
+        return any("open" in one for one in counts.values())
     seed = options.seed if options.seed is not None else int(time.time())
     readers = [r for r in READERS if not options.only or r.name in options.only]
     print(f"seed {seed}, {options.cases} cases of each of {len(readers)} readers", flush=True)
@@ -51,63 +54,34 @@ def main(words: Sequence[str]) -> int:
     for module in {"torch", *(module for reader in readers for module in reader.modules)}:
         importlib.import_module(module)
     ends, found = time.monotonic() + options.seconds, 0
-    counts = json.loads(COUNTS.read_text()) if options.append and COUNTS.is_file() else {}
+    run: record.Counts = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory_folder()) as folder:
         for number, reader in enumerate(readers):
             share = (ends - time.monotonic()) / (len(readers) - number)
             place = Path(folder) / reader.name
-            tally = engine.fuzz(reader, place, seed, options.cases, share)
+            again = record.open_cases(record.load(COUNTS), reader) if options.append else {}
+            tally = engine.fuzz(reader, place, seed, options.cases, share, [*again.values()])
             found += len(tally.findings)
-            counts[reader.name] = added(counts.get(reader.name), reader, tally)
-            print(row(reader.name, counts[reader.name], tally.seconds), flush=True)
+            record.add(run, reader, tally, ())
+            print(f"{record.row(reader.name, run[reader.name])} {tally.seconds:.0f} s", flush=True)
+            if options.append:
+                with record.changed(COUNTS, FOLDER / "counts.lock") as counts:
+                    record.add(counts, reader, tally, again)
             for finding, saved in tally.findings.items():
                 target = FOLDER / "findings" / f"{reader.name}-{Path(saved).name}"
                 shutil.rmtree(target, ignore_errors=True)
                 shutil.copytree(saved, target)
-                again = target.relative_to(ROOT)
-                print(f"  {finding}\n    bash tests/fuzz/run.sh --replay {again}", flush=True)
+                told = f"{tally.found[finding]} times: {finding}"
+                print(f"  {told}\n    bash tests/fuzz/run.sh --replay {target.relative_to(ROOT)}")
             shutil.rmtree(place)
-            if options.append:
-                FOLDER.mkdir(parents=True, exist_ok=True)
-                COUNTS.write_text(json.dumps(counts, indent=1))
-    total = sum(sum(one["outcomes"].values()) for one in counts.values())
-    below = [n for n in names if sum(counts.get(n, {}).get("outcomes", {}).values()) < GOAL]
-    print(f"{total} cases of {GOAL_OF_ALL}; below {GOAL}: {len(below)} of {len(names)} readers")
+    if options.append:
+        print(record.total(record.load(COUNTS)))
     return bool(found)
 
 
 def memory_folder() -> str | None:
     """A folder in memory, where there is one: every case writes files."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def source_of(reader: Reader) -> str:
-    """Stands for the text of the reader's modules: lines of another text are counted anew."""
-    files = [importlib.import_module(module).__file__ for module in reader.modules]
-    return hashlib.sha256(b"".join(Path(str(f)).read_bytes() for f in files)).hexdigest()[:16]
-
-
-def added(before: Mapping[str, Any] | None, reader: Reader, tally: engine.Tally) -> dict[str, Any]:
-    """The counts of earlier runs and this one."""
-    source, lines = source_of(reader), {f"{Path(f).name}:{n}" for f, n in tally.lines}
-    outcomes = Counter(before["outcomes"] if before else {})
-    outcomes.update(tally.outcomes)
-    if before and before["source"] == source:
-        lines |= set(before["lines"])
-    return {
-        "outcomes": dict(outcomes),
-        "source": source,
-        "possible": tally.possible,
-        "lines": sorted(lines),
-    }
-
-
-def row(name: str, counts: Mapping[str, Any], seconds: float) -> str:
-    """A reader's counts in a line."""
-    outcomes = counts["outcomes"]
-    total, share = sum(outcomes.values()), len(counts["lines"]) / max(counts["possible"], 1)
-    parts = ", ".join(f"{outcomes.get(k, 0)} {k}" for k in ("read", "refused", "finding"))
-    return f"{name:18} {total:8} cases: {parts}; {share:4.0%} of {counts['possible']} lines; {seconds:.0f} s"
 
 
 def replay(folder: Path) -> int:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Damaged files for every reader of files that come from outside: tests/README.md.
 # Usage: bash tests/fuzz/run.sh [--cases N] [--seconds S] [--only READER...] [--append] [--seed N]
+#        bash tests/fuzz/run.sh --report                              counts of all runs
 #        bash tests/fuzz/run.sh --replay runs/fuzz/findings/NAME       reads a saved case again
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -113,7 +113,8 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 def test_damaged_images_are_named() -> None:
     data = encoded(picture(), "JPEG")
-    for bad in (b"", b"no image", data[: len(data) // 2]):
+    without_item = encoded(picture(), "AVIF").replace(b"av01", b"av02")
+    for bad in (b"", b"no image", data[: len(data) // 2], without_item):
         with pytest.raises(DataError, match=r"^set_image.bin: image 7: ") as caught:
             decode_image(bad, "set_image.bin: image 7")
         assert "\n" not in str(caught.value)

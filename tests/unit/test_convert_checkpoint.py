@@ -24,7 +24,7 @@ from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, RunConfig
 from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoint
 from megatron_vlmoe.convert.exporting import CardOptions, export_checkpoint
 from megatron_vlmoe.convert.importing import import_checkpoint
-from megatron_vlmoe.convert.tensors import LazyTensor
+from megatron_vlmoe.convert.tensors import INDEX_FILE, LazyTensor
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.train.run_files import TOKENIZER_FILE
 
@@ -188,6 +188,44 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "damaged config": (
         lambda folder: (folder / "config.json").write_text("{"),
         "config.json: damaged: ",
+    ),
+    "blocks that it has not": (
+        _change_config(training={"moe": {"layers": [-3]}}),
+        "config.json: moe.layers has block -3",
+    ),
+    "more blocks than any": (
+        _change_config(num_hidden_layers=2**30),
+        "config.json: model.num_layers=1073741824 is more than 10000",
+    ),
+    "no heads": (
+        _change_config(num_attention_heads=0),
+        "config.json: model.num_attention_heads=0 must be positive",
+    ),
+    "a size of no tensor": (
+        _change_config(hidden_size=2**63),
+        "config.json: model.hidden_size=9223372036854775808 must be below 2**31",
+    ),
+    "a block twice": (
+        _change_config(moe_layers=[2, 2]),
+        "config.json: moe.layers=[2, 2] lists a block twice",
+    ),
+    "sums that are no text": (
+        lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff"),
+        "SHA256SUMS: damaged: invalid UTF-8",
+    ),
+    "sums of no name": (
+        lambda folder: (folder / "SHA256SUMS").write_text(f"0  {'x' * 300}"),
+        "missing, though SHA256SUMS lists it",
+    ),
+    "an index that is nested too deeply": (
+        lambda folder: (folder / INDEX_FILE).write_text("[" * 20_000),
+        f"{INDEX_FILE}: damaged (",
+    ),
+    "an index of no name": (
+        lambda folder: (folder / INDEX_FILE).write_text(
+            json.dumps({"weight_map": {"x": "x" * 300}})
+        ),
+        "x: missing",
     ),
     "unknown field": (_change_config(moe_modalities="smell"), "modalities"),
     "missing expert": (

@@ -77,7 +77,7 @@ def test_latest_names_the_folder(tmp_path):
     expect("name one of them", tmp_path)
     (tmp_path / "latest").write_text("global_step1\n")
     assert read_deepspeed(tmp_path).path == tmp_path / "global_step1"
-    for content in (b"global_step9", b"\xff\xfe"):
+    for content in (b"global_step9", b"\xff\xfe", b"x" * 300):
         (tmp_path / "latest").write_bytes(content)
         expect("`latest` names it", tmp_path)
 

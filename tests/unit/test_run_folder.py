@@ -156,6 +156,14 @@ def test_a_checkpoint_that_was_cut_off_is_not_the_newest(
     assert find_checkpoint(tmp_path, "newest") == root / "iter_0000002"
 
 
+def test_a_table_of_contents_that_names_no_files_is_of_no_checkpoint(tmp_path: Path) -> None:
+    path = make(tmp_path, 4, tracked=4) / "iter_0000004"
+    for names in (("a", ("b",)), ("\0",)):
+        places = {n: _StorageInfo(name, 0, 2) for n, name in enumerate(names)}  # type: ignore[arg-type]
+        (path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data=places)))
+        assert "incomplete: no " in refusal(find_checkpoint, tmp_path)
+
+
 def test_checkpoint_of_a_later_megatron_core_has_no_common_file(tmp_path: Path) -> None:
     path = make(tmp_path, 4, tracked=4) / "iter_0000004"
     (path / "common.pt").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -295,6 +296,17 @@ def test_a_run_without_config_does_not_take_that_of_the_folder_one_is_in(
     page, _, _ = report(tmp_path / "out", here, logged, unsaved)
     for name in ("logged", "unsaved"):
         assert f"{name}: no config.yaml: options, parameters and FLOPs are not known." in page.texts
+
+
+def test_numbers_of_others_that_no_run_has_are_left_out(tmp_path: Path) -> None:
+    results = scores("nlvr2", dev__accuracy=50.0, dev__samples=math.nan, dev__loss=math.inf)
+    config = tuned("gone")
+    run = make_run(tmp_path / "run", config, (), results)
+    text = to_yaml(replace(config, model=replace(config.model, hidden_size=2**63)))
+    (run / "config.yaml").write_text(text)
+    page, _, _ = report(tmp_path / "out", run)
+    told = "model.hidden_size=9223372036854775808 must be below 2**31"
+    assert any(f"{told}: parameters and FLOPs are not known" in text for text in page.texts)
 
 
 def test_a_checkpoint_that_is_named_in_two_ways_is_one_result(

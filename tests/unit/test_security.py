@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,13 @@ def test_a_marker_that_is_nested_too_deeply_is_damaged(checkpoint: Path) -> None
     "text, reason",
     [
         ("moe: !!python/object/apply:os.abort []", "could not determine a constructor"),
-        ("moe: " + "[" * 1000, "nested too deeply"),
+        ("moe: " + "[" * 200_000, "nested too deeply"),
+        ("\n".join(" " * i + "a:" for i in range(1000)), "nested too deeply"),
         ("moe: 2001-99-99", "month must be in 1..12"),
         ("\n".join(["a: &a0 [x, x]", *(f"b{i}: &a{i + 1} [{f'*a{i}, ' * 9}]" for i in range(9))]),
          "aliases stand for more than 1000000 values"),
+        ("train: {steps: 0x" + "f" * 5000 + "}", "Exceeds the limit"),
+        ("optim: {clip_grad: 1" + "0" * 400 + "}", "expected a number"),
         ("a: &a [*a]", "aliases stand for more than 1000000 values"),
     ],
 )  # fmt: skip
@@ -210,6 +213,13 @@ def test_lists_of_an_arrow_file_that_reach_beyond_it_end_no_process(tmp_path: Pa
     assert isinstance(reject, Reject) and "unreadable from here on" in reject.reason and row == 0
 
 
+def test_a_column_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
+    content = arrow_file(tmp_path / "x.arrow", {"caption": ["a"]})
+    (tmp_path / "x.arrow").write_bytes(content.replace(b"caption", b"\xff" * 7))
+    with pytest.raises(DataError, match="x.arrow: the name of a column is not UTF-8"):
+        list(read_columns(str(tmp_path / "x.arrow"), {"caption": "text"}, 8))
+
+
 def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
     arrow_file(tmp_path / "x.arrow", {"text": ["a"], "text2": ["b"]})
     with pytest.raises(DataError, match="x.arrow: has several columns 'text'"):
@@ -275,12 +285,30 @@ def test_a_sparse_member_of_a_terabyte_takes_no_memory(tmp_path: Path) -> None:
     assert isinstance(found, Reject) and "longer than 1073741824 bytes" in found.reason
 
 
+def test_a_header_of_gzip_that_ends_is_a_damaged_tar(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b\x08")
+    (found,) = read_images((str(tmp_path / "x.tar.gz"),))
+    assert isinstance(found, Reject) and "damaged tar" in found.reason
+
+
 def test_a_header_of_pax_without_a_number_is_a_damaged_tar(tmp_path: Path) -> None:
     info = tarfile.TarInfo("a.jpg")
     info.pax_headers = {"GNU.sparse.size": "x"}
     path = tmp_path / "x.tar"
     path.write_bytes(info.tobuf(format=tarfile.PAX_FORMAT) + bytes(1024))
     (found,) = read_images((str(path),))
+    assert isinstance(found, Reject) and "damaged tar" in found.reason
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+@pytest.mark.parametrize("size", [2**50, 2**63])
+def test_a_member_that_ends_far_behind_its_tar_is_damaged_at_once(
+    tmp_path: Path, size: int, packed: Callable[[bytes], bytes]
+) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size = size
+    (tmp_path / "x.tar").write_bytes(packed(info.tobuf(format=tarfile.GNU_FORMAT) + bytes(1024)))
+    *_, found = read_images((str(tmp_path / "x.tar"),))
     assert isinstance(found, Reject) and "damaged tar" in found.reason
 
 

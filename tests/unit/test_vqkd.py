@@ -8,13 +8,14 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, DataError
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 from megatron_vlmoe.tokenizers.vqkd.config import VQKDConfig, build_preset
 from megatron_vlmoe.tokenizers.vqkd.model import (
@@ -26,6 +27,7 @@ from megatron_vlmoe.tokenizers.vqkd.model import (
     draw_far_vectors,
     load_vqkd,
     nearest_codes,
+    read_torch_file,
     save_vqkd,
     spherical_kmeans,
 )
@@ -355,8 +357,13 @@ class TestImageTokenizer:
         self.refused(folder, "config.json: .*unknown keys .'codes'.*missing keys .'num_codes'")
         config.write_text(text.replace('"format_version": 1', '"format_version": 2'))
         self.refused(folder, "version 2, expected vqkd 1")
-        config.write_text(text[:40])
-        self.refused(folder, "config.json: not an image tokenizer config")
+        config.write_text(text.replace('"num_codes": 12', f'"num_codes": {2**24}'))
+        self.refused(folder, r"quantizer.codebook has shape \[12, 4\], expected \[16777216, 4\]")
+        config.write_text(text.replace('"num_codes": 12', f'"num_codes": {2**63}'))
+        self.refused(folder, "num_codes must be at most 16777216, not 9223372036854775808")
+        for damaged in (text[:40], "[" * 20_000):
+            config.write_text(damaged)
+            self.refused(folder, "config.json: not an image tokenizer config")
 
     def refused(self, folder: Path, pattern: str) -> None:
         with pytest.raises(ValueError, match=pattern) as caught:
@@ -505,6 +512,17 @@ class TestTraining:
         (tmp_path / "t" / "training_state.pt").write_bytes(b"PK\x03\x04 cut")
         with pytest.raises(ValueError, match="training_state.pt: cannot be read"):
             make_trainer(tmp_path / "t").run()
+
+    def test_a_length_that_is_no_file_s_is_damage(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: Any, **__: Any) -> None:
+            raise MemoryError
+
+        (tmp_path / "x.pt").write_bytes(b"")
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(DataError, match="x.pt: cannot be read"):
+            read_torch_file(tmp_path / "x.pt", "cpu")
 
     @pytest.mark.process
     def test_two_processes_equal_one(self, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ order of its modules and e the experts over all ranks. They become one state dic
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
@@ -270,7 +271,7 @@ def find_folder(location: Path) -> Path:
     folder, latest = location, location / "latest"
     if latest.is_file():
         folder = location / latest.read_text(errors="replace").strip()
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # also false for what cannot be a name
             raise ConvertError(f"{folder}: no such folder, though `latest` names it")
     elif not (location / DENSE_FILE).exists():
         steps = sorted(path for path in location.glob("global_step*") if path.is_dir())

@@ -41,6 +41,12 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 _OTHERWISE_COMPRESSED = (b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 """How zstd and lz4 files begin, which tarfile does not read."""
 _MAX_LINKS = 16
+_TAR_BUFFER = 1 << 20
+_DAMAGED_TAR = (
+    *(tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, RecursionError),
+    TypeError,  # tarfile asks for the number of a byte of a gzip header that has ended
+    ValueError,  # and for a place beyond all that a file can have
+)
 
 
 class BrokenTar(Reject):
@@ -187,9 +193,15 @@ def _members(
     try:
         # "r|" reads a compressed archive once, front to back; "r:" may skip the contents.
         with tarfile.open(
-            fileobj=file, mode="r|*" if compressed else "r:", tarinfo=_StrictTarInfo
+            fileobj=file,
+            mode="r|*" if compressed else "r:",
+            tarinfo=_StrictTarInfo,
+            bufsize=_TAR_BUFFER,
         ) as archive:
             while (member := archive.next()) is not None:
+                if compressed and member.size > _TAR_BUFFER << 20:
+                    # tarfile would go through all of its blocks, also behind the end of the file.
+                    raise tarfile.ReadError(f"{member.name} of {member.size} bytes")
                 # TarFile keeps every header it has met; a shard may have a million.
                 archive.members.clear()  # type: ignore[attr-defined]
                 name = inside + member.name
@@ -223,14 +235,7 @@ def _members(
                 else:
                     inner = cast(IO[bytes], archive.extractfile(found))
                     yield from _members(path, f"{name}/", inner, begin, found.size)
-    except (
-        tarfile.TarError,
-        OSError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        RecursionError,
-    ) as error:
+    except _DAMAGED_TAR as error:
         yield BrokenTar(path, f"{inside}after {last}", f"damaged tar: {error}")
 
 
@@ -245,7 +250,7 @@ class _Links:
         found: dict[str, tarfile.TarInfo] = {}
         self.file.seek(0)
         # What comes before damage is known; the reader of the tar reports it.
-        with contextlib.suppress(tarfile.TarError, OSError):
+        with contextlib.suppress(*_DAMAGED_TAR):
             with tarfile.open(fileobj=self.file, mode="r:") as archive:
                 for member in archive:
                     found[posixpath.normpath(member.name)] = member

@@ -11,7 +11,6 @@ In a folder of raw data the tables are named as the Hub, ``save_to_disk`` and th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.prepare.readers.images import ImageFinder
 from megatron_vlmoe.prepare.readers.records import ImageFile, Reject, Rows, walk_files
 from megatron_vlmoe.runtime.arrow_batches import check_batch
+from megatron_vlmoe.runtime.json_files import parse_json
 
 _TABLE_BUFFER = 1 << 22
 
@@ -71,7 +71,7 @@ def told_classes(paths: Iterable[str], columns: Sequence[str]) -> tuple[str, ...
             column = next((column for column in columns if column in schema.names), None)
             written = (schema.metadata or {}).get(b"huggingface", b"{}")
         try:
-            names = json.loads(written)["info"]["features"][column]["names"]
+            names = parse_json(written)["info"]["features"][column]["names"]
         except (ValueError, LookupError, TypeError):
             continue
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
@@ -136,6 +136,9 @@ def _open_table(
                 stack.enter_context(table)
                 rows = table.iter_batches(batch_rows, columns=list(columns), use_threads=False)
                 opened = table.schema_arrow, rows
+            _ = opened[0].names  # decoded only now
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: the name of a column is not UTF-8") from error
         except (OSError, pyarrow.ArrowException) as error:
             what = "parquet or Arrow" if kind is None else kind.replace("arrow", "Arrow IPC")
             raise DataError(f"{path}: not a readable {what} file: {_one_line(error)}") from error

@@ -11,6 +11,17 @@ from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.runtime.json_files import is_number
 
 FORMAT_VERSION = 1
+_LARGEST = {
+    **{
+        "image_size": 2**14,
+        "width": 2**16,
+        "mlp_ratio": 2**8,
+        "depth": 1000,
+        "decoder_depth": 1000,
+    },
+    **{"num_codes": 2**24, "code_dim": 2**16, "teacher_dim": 2**30},
+}
+"""Far beyond any that is trained; others may have written the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +75,16 @@ class VQKDConfig:
             )
         if self.width % self.num_heads:
             raise ConfigError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        for name in ("depth", "decoder_depth"):
+        for name in ("depth", "decoder_depth", "mlp_ratio", "teacher_dim"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.num_codes < 2 or self.code_dim < 2:
             raise ConfigError(
                 f"num_codes and code_dim must be at least 2, not {self.num_codes}, {self.code_dim}"
             )
+        for name, most in _LARGEST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} must be at most {most}, not {getattr(self, name)}")
         for name in ("ema_decay", "restart_threshold"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -98,6 +112,8 @@ class VQKDConfig:
         for name, default in ((f.name, f.default) for f in dataclasses.fields(cls)):
             if not _is_like(default, fields[name]):
                 raise ValueError(f"{name} is {values[name]!r}")
+            if isinstance(default, float):
+                fields[name] = float(fields[name])  # JSON has no points in whole numbers
         return cls(**fields)
 
 

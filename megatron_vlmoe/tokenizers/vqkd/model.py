@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.runtime.files import write_bytes_atomic, write_text_atomic
-from megatron_vlmoe.runtime.json_files import is_version
+from megatron_vlmoe.runtime.json_files import is_version, parse_json
 from megatron_vlmoe.tokenizers.vqkd.config import FORMAT_VERSION, VQKDConfig
 
 KMEANS_ITERATIONS = 10
@@ -314,6 +314,7 @@ def initialize_linear(module: nn.Module) -> None:
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
     *(ValueError, LookupError, AttributeError, TypeError),
+    MemoryError,  # for the length of a text, which the file says
 )
 
 
@@ -491,7 +492,7 @@ def load_vqkd(folder: Path) -> VQKD:
     if not path.is_file():
         raise DataError(f"{folder}: no {CONFIG_FILE}: not an image tokenizer folder")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         kind, version = content.get("kind"), content.get("format_version")
         if kind != "vqkd" or not is_version(version) or version != FORMAT_VERSION:
             raise ValueError(f"kind {kind!r} version {version!r}, expected vqkd {FORMAT_VERSION}")
@@ -505,10 +506,12 @@ def load_vqkd(folder: Path) -> VQKD:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    model = build_model(config)
-    problems = describe_mismatch(weights, model.state_dict())
+    with torch.device("meta"):  # whatever sizes the config says, they take no memory yet
+        expected = VQKD(config).state_dict()
+    problems = describe_mismatch(weights, expected)
     if problems:
         raise DataError(f"{path}: does not fit {CONFIG_FILE}: {problems}")
+    model = build_model(config)
     model.load_state_dict(weights)
     if not model.quantizer.codebook.any():
         raise DataError(f"{folder}: its codes are not placed yet: finish its training first")
