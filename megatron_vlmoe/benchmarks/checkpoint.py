@@ -42,7 +42,7 @@ def run(options: CheckpointOptions) -> Iterator[list[Row]]:
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    for name in options.presets:
+    for name in options.preset:
         config = parse_run("pretrain", ["--preset", name, *options.words]).config
         already = dist.is_initialized()
         initialize(config.parallel, config.train.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vlmoe.config.errors import ConfigError
 
@@ -18,6 +18,17 @@ ExportContender = Literal[
 ]
 """Experts of the Hugging Face model: ours as a user gets them, the others by `experts_implementation`, and those that
 models of transformers have."""
+
+
+def _require(options: Any, **least: int) -> None:
+    """Raises ConfigError for a number below what its option allows, one of several too."""
+    for name, number in least.items():
+        values = getattr(options, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            # Not a number is no number of seconds either.
+            if not value >= number:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} {value}: must be at least {number}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,9 @@ class DataOptions:
         rounds: turns of each contender.
         turn_seconds: length of a turn.
         clock: `wall`, or `cpu`: processor seconds, for a machine that others use too.
+
+    Raises:
+        ConfigError: numbers that are no work, named as options of `vlmoe bench data`.
     """
 
     images: int = 256
@@ -53,6 +67,12 @@ class DataOptions:
     rounds: int = 5
     turn_seconds: float = 2.0
     clock: Literal["wall", "cpu"] = "wall"
+
+    def __post_init__(self) -> None:
+        sizes = dict(images=1, width=1, height=1, size=1, batch=1, texts=1, micro_batches=1)
+        _require(self, **sizes, color_jitter=0, documents=1, workers=1, rounds=1, turn_seconds=0)
+        if not self.color_jitter and not self.documents:
+            raise ConfigError("nothing to measure: --color-jitter and --documents are both empty")
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,9 @@ class PreprocessOptions:
         rounds: turns of each contender.
         turn_seconds: length of a turn.
         clock: `wall`, or `cpu`: processor seconds, for a machine that others use too.
+
+    Raises:
+        ConfigError: numbers that are no work, named as options of `vlmoe bench preprocess`.
     """
 
     texts: int = 20_000
@@ -85,26 +108,40 @@ class PreprocessOptions:
     turn_seconds: float = 2.0
     clock: Literal["wall", "cpu"] = "wall"
 
+    def __post_init__(self) -> None:
+        sizes = dict(texts=0, words=1, vocab_size=1, images=0, width=1, height=1, captions=1)
+        _require(self, **sizes, resize_short=0, rounds=1, turn_seconds=0)
+        if not self.texts and not self.images:
+            raise ConfigError("nothing to measure: --texts and --images are both 0")
+
 
 @dataclass(frozen=True)
 class CheckpointOptions:
     """What is measured.
 
     Args:
-        presets: models, one case each.
+        preset: models, one case each.
         words: more options of `pretrain` for each, as on its command line.
         folder: where checkpoints are written; empty for the system's folder for temporary files.
         step_seconds: arithmetic between a background save and the next update, as a forward and backward pass is.
         rounds: turns of each contender.
         turn_seconds: length of a turn.
+
+    Raises:
+        ConfigError: numbers that are no work, named as options of `vlmoe bench checkpoint`.
     """
 
-    presets: tuple[str, ...] = ("small-8e",)
+    preset: tuple[str, ...] = ("small-8e",)
     words: tuple[str, ...] = ("--model.vocab_size", "64000", "--model.visual_vocab_size", "8192")
     folder: str = ""
     step_seconds: float = 4.0
     rounds: int = 5
     turn_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require(self, step_seconds=0, rounds=1, turn_seconds=0)
+        if not self.preset:
+            raise ConfigError("nothing to measure: --preset names none")
 
 
 @dataclass(frozen=True)
@@ -187,13 +224,6 @@ class ExportOptions:
     clock: Literal["wall", "cpu"] = "wall"
 
     def __post_init__(self) -> None:
-        for name in ("experts", "topk", "batch"):
-            least = 2 if name == "experts" else 1
-            if wrong := [value for value in getattr(self, name) if value < least]:
-                raise ConfigError(f"--{name} {wrong[0]}: must be at least {least}")
+        _require(self, experts=2, topk=1, batch=1, short_text=0, rounds=1, turn_seconds=0)
         if max(self.topk, default=1) > min(self.experts, default=1):
             raise ConfigError(f"--topk {max(self.topk)} is more than --experts {min(self.experts)}")
-        if self.short_text < 0:
-            raise ConfigError(f"--short-text {self.short_text}: must be at least 0")
-        if self.rounds < 1:
-            raise ConfigError(f"--rounds {self.rounds}: must be at least 1")

@@ -104,6 +104,11 @@ def _report(
     compare = load("megatron_vlmoe.benchmarks.compare")
     compare.use_threads(threads)
     path = output or compare.results_path(name)
+    try:
+        # Now, and not when there is something to write.
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error.strerror}") from None
     done: list[Any] = []
     for some in rows:
         done += some
@@ -239,15 +244,15 @@ def _step(words: Sequence[str]) -> None:
     )
     add(
         "--texts",
-        type=int,
+        type=count,
         default=64,
         help="texts of a step, of every data-parallel rank (%(default)s)",
     )
-    add("--images", type=int, default=64, help="likewise images (%(default)s)")
-    add("--pairs", type=int, default=64, help="likewise pairs (%(default)s)")
-    add("--rounds", type=int, default=3, help="turns of every preset (%(default)s)")
-    add("--steps", type=int, default=2, help="measured steps of a turn (%(default)s)")
-    add("--warmup", type=int, default=1, help="steps of a turn before them (%(default)s)")
+    add("--images", type=count, default=64, help="likewise images (%(default)s)")
+    add("--pairs", type=count, default=64, help="likewise pairs (%(default)s)")
+    add("--rounds", type=positive_int, default=3, help="turns of every preset (%(default)s)")
+    add("--steps", type=positive_int, default=2, help="measured steps of a turn (%(default)s)")
+    add("--warmup", type=count, default=1, help="steps of a turn before them (%(default)s)")
     add(
         "--precision",
         default="auto",
@@ -289,8 +294,8 @@ def _step(words: Sequence[str]) -> None:
         help="also a picture of where the time of each preset goes, beside the JSON",
     )
     options, others = parser.parse_passing_on(words)
-    if options.rounds < 1 or options.steps < 1 or options.warmup < 0:
-        parser.error("--rounds and --steps must be at least 1 and --warmup at least 0")
+    if not options.texts + options.images + options.pairs:
+        parser.error("nothing to measure: --texts, --images and --pairs are all 0")
     if len(set(options.presets)) != len(options.presets):
         parser.error("--preset names a preset twice")
     if options.dispatcher:

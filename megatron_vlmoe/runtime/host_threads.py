@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -38,8 +38,14 @@ def side_by_side(work: Work, operations: Sequence[int]) -> None:
     pieces = iter(sorted(range(len(operations)), key=lambda piece: -operations[piece]))
     # Whether gradients are recorded, and whether tensors are those of inference, are settings of a thread.
     mode = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
-    pool = _threads(os.getpid(), threads)
-    running = [pool.submit(mode(work), pieces) for _ in range(threads)]
+    running: list[Future[None]] = []
+    try:
+        pool = _threads(os.getpid(), threads)
+        for _ in range(threads):
+            running.append(pool.submit(mode(work), pieces))
+    except RuntimeError:
+        # A program whose main thread has ended starts no work in others: this one does what is left.
+        work(pieces)
     wait(running)
     for done in running:
         done.result()

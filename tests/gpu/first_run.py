@@ -449,6 +449,11 @@ def main(words: Optional[Sequence[str]] = None) -> int:
             how = "alone" if check.alone else "beside others"
             print(f"{check.name:<16}{check.limit:>4.0f} s  {how:<14} {check.about}")
         return 0
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --output {options.output}: {error.strerror}", file=sys.stderr)
+        return 2
     started = time.monotonic()
     temporary = Path(tempfile.mkdtemp(prefix="first_run_"))
     try:

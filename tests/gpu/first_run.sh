@@ -3,7 +3,7 @@
 # Needs no network: packages that the machine lacks are taken from a folder of wheels. docs/benchmarks.md says more.
 #
 #   bash tests/gpu/first_run.sh --wheels wheels          all checks, at most 270 s
-#   bash tests/gpu/first_run.sh --only sdpa steps        some of them
+#   bash tests/gpu/first_run.sh --only sdpa bench        some of them
 #   bash tests/gpu/first_run.sh --list                   their names and limits
 #   bash tests/gpu/first_run.sh --device cpu             a rehearsal at small sizes, without what only a GPU has
 set -euo pipefail

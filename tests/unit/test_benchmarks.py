@@ -29,6 +29,7 @@ from megatron_vlmoe.benchmarks.options import (
     PreprocessOptions,
     ScalingOptions,
 )
+from megatron_vlmoe.commands import bench
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.convert.hf.moe_vlmoe import VLMoEExperts
 from megatron_vlmoe.data.order import MAX_TABLE
@@ -252,6 +253,26 @@ def test_torchrun_measures_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="--axis must be ranks alone"):
         next(scaling.run(TINY))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data --batch 0", "--batch 0: must be at least 1"),
+        ("data --documents 10 -5", "--documents -5: must be at least 1"),
+        ("data --workers 0", "--workers 0: must be at least 1"),
+        ("data --color-jitter nan", "--color-jitter nan: must be at least 0"),
+        ("data --color-jitter --documents", "nothing to measure"),
+        ("preprocess --texts -1", "--texts -1: must be at least 0"),
+        ("preprocess --texts 0 --images 0", "nothing to measure"),
+        ("checkpoint --preset tiny-8e --rounds 0", "--rounds 0: must be at least 1"),
+        ("checkpoint --presets tiny-8e --turn-seconds -1", "--turn-seconds -1.0: must be at"),
+        ("data --output /dev/null/x.json", "--output /dev/null/x.json: /dev/null is a file"),
+    ],
+)
+def test_numbers_that_are_no_work_are_named(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.main(words.split())
 
 
 EXPORT = ExportOptions(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator
 
 import pytest
 import torch
 
+from megatron_vlmoe.convert.hf import moe_vlmoe
 from megatron_vlmoe.moe.experts import one_by_one
 from megatron_vlmoe.runtime import host_threads
 from megatron_vlmoe.runtime.host_threads import side_by_side
@@ -92,6 +95,21 @@ def test_pieces_may_write_to_tensors_of_inference() -> None:
 
         side_by_side(work, [1, 1, 1, 1])
     assert written.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("share", [side_by_side, moe_vlmoe._side_by_side])
+def test_a_program_that_ends_computes_in_the_thread_that_it_has(
+    share: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that outlive the main one may start no work in others."""
+
+    def submit(*_: object) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    done: list[int] = []
+    share(done.extend, [1] * 4)
+    assert sorted(done) == [0, 1, 2, 3]
 
 
 def test_experts_side_by_side_are_those_one_by_one() -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Optional
 
 import torch
@@ -260,7 +260,7 @@ class VLMoEExperts(nn.Module):
         if most >= POOL_ROWS and self.num_experts * most <= LARGEST_PADDING * rows.shape[0]:
             firsts = rows.new_tensor([0, *sizes[:-1]], dtype=torch.long).cumsum(0)
             own = expert[: rows.shape[0]]
-            place = torch.arange(rows.shape[0]) - firsts[own] + most * own
+            place = torch.arange(rows.shape[0], device=own.device) - firsts[own] + most * own
             places = rows.new_zeros(self.num_experts * most, rows.shape[1])
             places.index_copy_(0, place, rows)
             inner = torch.baddbmm(
@@ -791,8 +791,14 @@ def _side_by_side(work: Callable[[Iterator[int]], None], costs: list[int]) -> No
         return
     pieces = iter(sorted(range(len(costs)), key=lambda piece: -costs[piece]))
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    pool = _host_threads(os.getpid(), threads)
-    running = [pool.submit(mode()(work), pieces) for _ in range(threads)]
+    running: list[Future[None]] = []
+    try:
+        pool = _host_threads(os.getpid(), threads)
+        for _ in range(threads):
+            running.append(pool.submit(mode()(work), pieces))
+    except RuntimeError:
+        # A program whose main thread has ended starts no work in others: this one does what is left.
+        work(pieces)
     wait(running)
     for done in running:
         done.result()
