@@ -98,10 +98,11 @@ launch() {
     TORCHRUN_PID=$!
     exec {output}>&-
     [ -z "$EARLY" ] || forward "$EARLY"
+    # A signal ends a wait early, and torchrun may have ended before the first one; its status stays known.
     while kill -0 "$TORCHRUN_PID" 2>/dev/null; do
-        status=0
-        wait "$TORCHRUN_PID" || status=$?
+        wait "$TORCHRUN_PID" || true
     done
+    wait "$TORCHRUN_PID" || status=$?
     # A process that outlives torchrun may hold its output open.
     for _ in {1..50}; do kill -0 "$copier" 2>/dev/null || break; sleep 0.1; done
     [ "$status" -eq 0 ] || head -n 1 "$errors" >&2

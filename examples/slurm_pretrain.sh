@@ -54,10 +54,11 @@ STEP=$!
 trap 'LIMIT_NEAR=1; kill -USR1 "$STEP"' USR1
 trap 'kill -TERM "$STEP"' TERM
 STATUS=0
+# A signal ends a wait early, and srun may have ended before the first one; its status stays known.
 while kill -0 "$STEP" 2>/dev/null; do
-    STATUS=0
-    wait "$STEP" || STATUS=$?
+    wait "$STEP" || true
 done
+wait "$STEP" || STATUS=$?
 if [ "$STATUS" -eq 0 ] && [ "$LIMIT_NEAR" -eq 1 ]; then
     echo "[slurm] saved before the time limit; requeued"
     scontrol requeue "$SLURM_JOB_ID"

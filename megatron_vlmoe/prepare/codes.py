@@ -48,6 +48,7 @@ from megatron_vlmoe.prepare.readers.records import (
 )
 from megatron_vlmoe.prepare.shards import Shard
 from megatron_vlmoe.prepare.tool import Run, delete_left
+from megatron_vlmoe.runtime.files import delete_left_files
 from megatron_vlmoe.runtime.progress import Progress
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
 
@@ -299,6 +300,8 @@ def write_codes(
         if (complete := _complete_codes(prefix, record)) is not None:
             return complete
         delete_left(prefix)
+    else:
+        delete_left_files(prefix)
     views = _Views(source, tokenizer.image_size, options)
     with Progress("encode", "images", end - first) as progress, ExitStack() as undo:
         writer = IndexedWriter(prefix, np.int32, may_be_empty=shard is not None)

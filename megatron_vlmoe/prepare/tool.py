@@ -58,7 +58,7 @@ from megatron_vlmoe.prepare.readers.records import (
 )
 from megatron_vlmoe.prepare.remote import is_remote, put_file, read_remote, remove_remote
 from megatron_vlmoe.prepare.shards import Shard, Share
-from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.runtime.files import StagedFile, delete_left_files
 from megatron_vlmoe.runtime.helper_processes import end_with_parent, without_interrupts
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 
@@ -456,6 +456,10 @@ class DatasetOutput:
             undo.callback(self._place.close)
             if sharded:
                 delete_left(prefix)
+            else:
+                for part in ("samples", "rejects", *dataset_parts(kind)):
+                    delete_left_files(part_prefix(prefix, part))
+                delete_left_files(prefix)
             undo.callback(self.rejects.abort)
             for part, dtype in zip(dataset_parts(kind), dtypes, strict=True):
                 self.writers[part] = IndexedWriter(part_prefix(prefix, part), dtype, sharded)

@@ -133,10 +133,8 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         FileError: it cannot be written.
     """
     temporary = _temporary(path)
-    for left in [temporary, *path.parent.glob(f"{glob.escape(path.name)}.tmp-*")]:
-        process = left.name.rpartition("-")[2]
-        if left == temporary or (process.isdecimal() and not _runs(int(process))):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in [temporary, *_left(path, ".tmp-*")]:
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with naming(path):
             temporary.mkdir(parents=True)
@@ -144,6 +142,12 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def delete_left_files(stem: str) -> None:
+    """Deletes temporary files of ``STEM.SUFFIX`` that processes which were killed on this machine have left."""
+    for left in _left(Path(stem), ".*.tmp-*"):
+        left.unlink(missing_ok=True)
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
@@ -177,6 +181,14 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def _named(error: OSError, path: str | Path) -> FileError:
     return FileError(error.errno or 0, error.strerror or str(error), str(path))
+
+
+def _left(path: Path, ending: str) -> Iterator[Path]:
+    """What lies there under temporary names that begin with ``path``, of processes that do not run any more."""
+    for left in path.parent.glob(glob.escape(path.name) + ending):
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and not _runs(int(process)):
+            yield left
 
 
 def _runs(process: int) -> bool:

@@ -144,7 +144,11 @@ class TextTokenizer:
 
     def piece(self, index: int) -> str:
         """The piece with id ``index``, as it is written in the model ("▁" marks a word start)."""
-        return str(self._processor.id_to_piece(int(index)))
+        try:
+            return str(self._processor.id_to_piece(int(index)))
+        except UnicodeDecodeError as error:
+            message = f"text tokenizer {self.model_path}: piece {int(index)} is no text"
+            raise DataError(message) from error
 
 
 MAX_SENTENCE_CHARACTERS = 1000

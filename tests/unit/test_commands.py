@@ -103,7 +103,7 @@ def test_commands_that_pass_options_on_know_their_own(
             "index-images --input x --output y --workers abc",
             "--workers abc: expected a whole number of at least 1",
         ),
-        ("bench --preset x --texts many", "--texts many: expected a whole number"),
+        ("bench --preset x --texts many", "--texts many: expected a whole number of at least 0"),
         (
             "export --load x --output y --dtype float8",
             "--dtype float8: expected one of float32, bfloat16, float16; did you mean float32 or float16?",

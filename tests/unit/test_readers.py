@@ -363,6 +363,23 @@ def test_parquet_pairs(tmp_path: Path) -> None:
         pairs(annotations=annotations, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (pyarrow.date32(), 2**30),
+        (pyarrow.timestamp("ns"), 2**40 + 1),
+        (pyarrow.timestamp("ms", "No/Where"), 5),
+    ],
+)
+def test_dates_that_python_has_not_are_their_numbers(
+    tmp_path: Path, kind: Any, number: int
+) -> None:
+    column = pyarrow.array([number, None], kind)
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "a.parquet")
+    ((_, values),) = read_columns(str(tmp_path / "a.parquet"), {"a": "any"}, 8)
+    assert [type(value) for value in values["a"]] == [int, type(None)]
+
+
 def test_annotation_files_that_are_not_theirs(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     options = {"annotations": (str(path),), "images": str(tmp_path)}

@@ -167,6 +167,10 @@ def test_a_piece_that_is_no_text(tokenizer: TextTokenizer, tmp_path: Path) -> No
     damaged.write_bytes(tokenizer.model_path.read_bytes().replace(b"<unk>", b"\xff\xfe<\xfd>"))
     with pytest.raises(ValueError, match=r"damaged\.model: a piece is no text"):
         TextTokenizer(damaged)
+    last = tokenizer.piece(tokenizer.size - 1).encode()
+    damaged.write_bytes(tokenizer.model_path.read_bytes().replace(last, b"\xff" * len(last)))
+    with pytest.raises(ValueError, match=r"damaged\.model: piece \d+ is no text"):
+        TextTokenizer(damaged).piece(tokenizer.size - 1)
 
 
 def test_same_input_gives_same_bytes(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ TABLE_MAGIC: Mapping[bytes, TableFormat] = {
 INVALID_TEXT = b"\xff"
 """Stands for a text of an ``any`` column that is not UTF-8 (nor is this)."""
 
+_NO_VALUE = (ValueError, OverflowError, LookupError)
+"""For a text that is not UTF-8, and a date or time that Python has none for: its year, nanoseconds or time zone."""
+
 
 def table_format(path: str) -> TableFormat | None:
     """Which kind of table a file begins as; None: it is none. Raises DataError if unreadable."""
@@ -159,7 +162,7 @@ def _values(path: str, name: str, column: Any, kind: ColumnKind) -> list[Any]:
     if kind == "any":
         try:
             return list(column.to_pylist())
-        except UnicodeDecodeError:
+        except _NO_VALUE:
             return [_value_or_invalid(item) for item in column]
     types = pyarrow.types
     if types.is_dictionary(column.type):
@@ -181,6 +184,9 @@ def _value_or_invalid(item: Any) -> Any:
         return item.as_py()
     except UnicodeDecodeError:
         return INVALID_TEXT
+    except _NO_VALUE:
+        # Of a date, its number: a column of text has none, and others need not be read.
+        return getattr(item, "value", None)
 
 
 def _one_line(error: Exception) -> str:

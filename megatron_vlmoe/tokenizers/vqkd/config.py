@@ -16,8 +16,8 @@ _LARGEST = {
         "image_size": 2**14,
         "width": 2**16,
         "mlp_ratio": 2**8,
-        "depth": 1000,
-        "decoder_depth": 1000,
+        "depth": 200,
+        "decoder_depth": 200,
     },
     **{"num_codes": 2**24, "code_dim": 2**16, "teacher_dim": 2**30},
 }
