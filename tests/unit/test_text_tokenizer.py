@@ -167,10 +167,12 @@ def test_a_piece_that_is_no_text(tokenizer: TextTokenizer, tmp_path: Path) -> No
     damaged.write_bytes(tokenizer.model_path.read_bytes().replace(b"<unk>", b"\xff\xfe<\xfd>"))
     with pytest.raises(ValueError, match=r"damaged\.model: a piece is no text"):
         TextTokenizer(damaged)
-    last = tokenizer.piece(tokenizer.size - 1).encode()
-    damaged.write_bytes(tokenizer.model_path.read_bytes().replace(last, b"\xff" * len(last)))
-    with pytest.raises(ValueError, match=r"damaged\.model: piece \d+ is no text"):
-        TextTokenizer(damaged).piece(tokenizer.size - 1)
+    # A long one behind the special ones: its bytes stand nowhere else in the file.
+    longest = max(range(5, tokenizer.size), key=lambda index: len(tokenizer.piece(index)))
+    piece = tokenizer.piece(longest).encode()
+    damaged.write_bytes(tokenizer.model_path.read_bytes().replace(piece, b"\xff" * len(piece)))
+    with pytest.raises(ValueError, match=rf"damaged\.model: piece {longest} is no text"):
+        TextTokenizer(damaged).piece(longest)
 
 
 def test_same_input_gives_same_bytes(tmp_path: Path) -> None:
