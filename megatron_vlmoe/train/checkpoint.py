@@ -223,6 +223,12 @@ class CheckpointWriter:
             temporary = self.root / f"{iteration_name(self.pending)}.tmp"
             problem = f"a background process failed to write it{why}{self._room(temporary)}"
             _raise_together(problem, temporary)
+        except OSError as error:
+            # Of the table of contents, which rank 0 writes alone: the others hear of it as of every error of one rank.
+            temporary = self.root / f"{iteration_name(self.pending)}.tmp"
+            problem = f"{one_line(error)}{self._room(temporary)}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"{temporary}: {problem}") from error
         sums = self.sums
         if sums is not None and (blocking or not agree(not sums.is_ready())):
             self.sums = None

@@ -17,6 +17,7 @@ from megatron_vlmoe.convert.compare import compare_checkpoints
 from megatron_vlmoe.convert.inspect import inspect_checkpoint, inspection_lines
 from megatron_vlmoe.finetune.options import saved_run
 from megatron_vlmoe.runtime.sums import shared_out
+from megatron_vlmoe.train.checkpoint import CheckpointWriter
 from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE, check_files, read_sums
 
 DENSE = CONFIGS["dense"]
@@ -145,3 +146,19 @@ def test_files_are_shared_out_evenly() -> None:
     shares = shared_out(sizes, 2)
     assert sorted(name for share in shares for name in share) == list(sizes)
     assert [sum(sizes[name] for name in share) for share in shares] == [8, 8]
+
+
+def test_a_table_of_contents_that_finds_no_room_is_one_line(tmp_path: Path) -> None:
+    """Rank 0 writes it when the helpers of a background save are done."""
+    writer = CheckpointWriter(tmp_path, 0, True)
+    writer.pending = 6
+    (tmp_path / "iter_0000006.tmp").mkdir()
+
+    class Queue:
+        def maybe_finalize_async_calls(self, blocking: bool) -> None:
+            raise OSError(28, "No space left on device")
+
+    writer.queue = Queue()  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"iter_0000006\.tmp: .*No space left"):
+        writer.finish()
+    assert not list(tmp_path.iterdir())
