@@ -11,7 +11,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-OTHER_CONTENTS = "its contents have another SHA-256"
+_OTHER_CONTENTS = "its contents have another SHA-256"
 _BLOCK_BYTES = 1 << 22
 _MOST_THREADS = 8
 
@@ -51,13 +51,20 @@ def differing_files(sums: Mapping[Path, str], threads: int = 0) -> list[tuple[Pa
     def reason(item: tuple[Path, str]) -> str:
         path, expected = item
         try:
-            return "" if file_sha256(path) == expected else OTHER_CONTENTS
+            return "" if file_sha256(path) == expected else _OTHER_CONTENTS
         except OSError as error:
             return error.strerror or "cannot be read"
 
     with ThreadPoolExecutor(threads or reading_threads()) as pool:
         reasons = pool.map(reason, sums.items())
         return [(path, why) for path, why in zip(sums, reasons) if why]
+
+
+def flaw_words(reason: str, record: str, others: int) -> str:
+    """A reason of `differing_files`, the record that says otherwise (it may be damaged itself), and other files."""
+    than = f" than {record} says" if reason == _OTHER_CONTENTS else ""
+    more = f"; so are {others} other files" if others > 1 else "; so is another file"
+    return reason + than + (more if others else "")
 
 
 def shared_out(sizes: Mapping[Item, int], shares: int) -> list[list[Item]]:

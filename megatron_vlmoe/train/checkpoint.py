@@ -215,17 +215,16 @@ class CheckpointWriter:
         """
         if self.queue is None:
             return
+        temporary = self.root / f"{iteration_name(self.pending)}.tmp"
         try:
             self.queue.maybe_finalize_async_calls(blocking=blocking)
         except CheckpointException as error:
             # megatron-core raises it on all ranks together, and says on the first one why.
             why = f" ({one_line(error)})" if error.failures else ""
-            temporary = self.root / f"{iteration_name(self.pending)}.tmp"
             problem = f"a background process failed to write it{why}{self._room(temporary)}"
             _raise_together(problem, temporary)
         except OSError as error:
             # Of the table of contents, which rank 0 writes alone: the others hear of it as of every error of one rank.
-            temporary = self.root / f"{iteration_name(self.pending)}.tmp"
             problem = f"{one_line(error)}{self._room(temporary)}"
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{temporary}: {problem}") from error

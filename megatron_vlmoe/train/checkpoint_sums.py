@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.runtime.files import write_text_atomic
-from megatron_vlmoe.runtime.sums import OTHER_CONTENTS, differing_files
+from megatron_vlmoe.runtime.sums import differing_files, flaw_words
 
 SUMS_FILE = "SHA256SUMS"
 NOTE = "sums_file"
@@ -90,10 +90,7 @@ def check_note(folder: Path, common: Mapping[str, Any]) -> None:
 
 def flaw_line(path: Path, reason: str, others: int = 0) -> str:
     """A damaged file of a checkpoint in one line, with the number of others that are damaged too."""
-    more = f"; so are {others} other files" if others > 1 else "; so is another file"
-    # The sum itself may be what is damaged.
-    than = f" than {SUMS_FILE} says" if reason == OTHER_CONTENTS else ""
-    return f"{path}: damaged: {reason}{than}" + (more if others else "")
+    return f"{path}: damaged: {flaw_words(reason, SUMS_FILE, others)}"
 
 
 def check_files(folder: Path, common: Callable[[], Mapping[str, Any]]) -> None:

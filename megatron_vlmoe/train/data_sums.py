@@ -8,7 +8,7 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.sums import data_files
 from megatron_vlmoe.runtime.distributed import from_rank_zero
-from megatron_vlmoe.runtime.sums import OTHER_CONTENTS
+from megatron_vlmoe.runtime.sums import flaw_words
 from megatron_vlmoe.train.rank_sums import differing_on_ranks
 
 log = logging.getLogger("megatron_vlmoe")
@@ -28,7 +28,6 @@ def verify_data(config: RunConfig, training: bool = True) -> None:
     sizes = {path: record.size for path, record in files.items()}
     flaws = differing_on_ranks({path: record.sha256 for path, record in files.items()}, sizes)
     if flaws:
-        than = " than its manifest says" if flaws[0][1] == OTHER_CONTENTS else ""
-        more = f"; so are {len(flaws) - 1} other files" if len(flaws) > 1 else ""
-        raise DataError(f"{flaws[0][0]}: {flaws[0][1]}{than}{more}")
+        path, reason = flaws[0]
+        raise DataError(f"{path}: {flaw_words(reason, 'its manifest', len(flaws) - 1)}")
     log.info("verified %d files of data, %.2f GB", len(files), sum(sizes.values()) / 1e9)

@@ -274,19 +274,9 @@ class VLMoEExperts(nn.Module):
                 self.fc2_weight.transpose(1, 2),
             )
             return outputs.flatten(0, 1).index_select(0, place)
-        inner = rows.new_empty(rows.shape[0], self.fc1_weight.shape[1])
-        outputs = torch.empty_like(rows)
-        for values, weight, bias, results in (
-            (rows, self.fc1_weight, self.fc1_bias, inner),
-            (inner, self.fc2_weight, self.fc2_bias, outputs),
-        ):
-            pool = zip(values.split(sizes), weight.unbind(0), bias.unbind(0), results.split(sizes))
-            for own_rows, own_weight, own_bias, own_results in pool:
-                if own_rows.shape[0]:
-                    torch.addmm(own_bias, own_rows, own_weight.t(), out=own_results)
-            if results is inner:
-                torch.ops.aten.gelu_(inner)
-        return outputs
+        inner = _linear_by_expert(rows, sizes, self.fc1_weight, self.fc1_bias)
+        inner = torch.ops.aten.gelu_(inner)
+        return _linear_by_expert(inner, sizes, self.fc2_weight, self.fc2_bias)
 
     def _implementation(self) -> str:
         """The implementation that the configuration names."""
@@ -758,6 +748,16 @@ def _threads_share_few_rows() -> bool:
             return "GenuineIntel" in file.read()
     except OSError:
         return False
+
+
+def _linear_by_expert(rows: Tensor, sizes: list[int], weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear` of sorted rows ``[R, D]``, an expert at a time, by weights ``[E, F, D]``: ``[R, F]``."""
+    outputs = rows.new_empty(rows.shape[0], weight.shape[1])
+    pool = zip(rows.split(sizes), weight.unbind(0), bias.unbind(0), outputs.split(sizes))
+    for own_rows, own_weight, own_bias, own_outputs in pool:
+        if own_rows.shape[0]:
+            torch.addmm(own_bias, own_rows, own_weight.t(), out=own_outputs)
+    return outputs
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor, as_columns: range) -> Tensor:
