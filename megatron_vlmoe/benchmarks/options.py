@@ -165,6 +165,9 @@ class ScalingOptions:
         visual_vocab_size: rows of the image head.
         rounds: turns of each contender.
         steps: measured steps of a turn, after one to warm up.
+
+    Raises:
+        ConfigError: a number below 1.
     """
 
     axis: tuple[Literal["experts", "tokens", "sequence", "ranks"], ...] = (
@@ -188,6 +191,10 @@ class ScalingOptions:
     visual_vocab_size: int = 8_192
     rounds: int = 3
     steps: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self, experts=1, samples=1, lengths=1, ranks=1, base_experts=1, base_samples=1)
+        _require(self, vocab_size=1, visual_vocab_size=1, rounds=1, steps=1)
 
 
 @dataclass(frozen=True)

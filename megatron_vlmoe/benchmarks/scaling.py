@@ -57,10 +57,6 @@ def run(options: ScalingOptions) -> Iterator[list[Row]]:
 
 def check(options: ScalingOptions) -> None:
     """Raises ConfigError if the options do not go together."""
-    for name, value in vars(options).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and number < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {number}: expected at least 1")
     if "RANK" in os.environ and options.axis != ("ranks",):
         raise ConfigError("under torchrun --axis must be ranks alone")
     if options.work == "layer":

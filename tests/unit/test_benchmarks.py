@@ -235,7 +235,7 @@ def test_a_row_is_read_as_it_was_written() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"experts": (4, 0)}, "--experts 0: expected at least 1"),
+        ({"experts": (4, 0)}, "--experts 0: must be at least 1"),
         ({"work": "layer"}, "--axis sequence needs --work step"),
         (
             {"work": "layer", "axis": ("tokens",), "base_experts": 129},

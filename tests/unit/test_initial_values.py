@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -31,6 +32,19 @@ def test_without_the_options_weights_are_drawn(key: str, shape: tuple[int, int])
     # A normal distribution cut at one standard deviation has a standard deviation of 0.54.
     assert drawn.std().item() == pytest.approx(0.108, rel=0.1)
     assert not torch.equal(drawn, full_initial_value(key, shape, model(), 2))
+
+
+def test_draws_are_normal_within_one_standard_deviation() -> None:
+    drawn = full_initial_value(QKV, (600, 500), model(), 1)
+    normal = NormalDist(0.0, 0.2)
+    inside = normal.cdf(0.2) - normal.cdf(-0.2)
+    for bound in (-0.15, -0.1, -0.02, 0.0, 0.05, 0.12, 0.2):
+        expected = (normal.cdf(bound) - normal.cdf(-0.2)) / inside
+        assert (drawn <= bound).float().mean().item() == pytest.approx(expected, abs=0.004)
+    assert drawn.abs().max() <= 0.2
+    # The same numbers with every version of torch: a model can be trained again elsewhere.
+    begin = torch.tensor([-0.008761, 0.174711, 0.194021, 0.179770])
+    torch.testing.assert_close(drawn[0, :4], begin, atol=1e-5, rtol=0.0)
 
 
 def test_positions_of_patches_are_of_rows_and_columns() -> None:
