@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from megatron_vlmoe.config.command_line import parse_run
@@ -28,9 +29,11 @@ COMMANDS_CHECKED = ("pretrain", "pretrain-random", "finetune", "evaluate")
 
 def main(words: Sequence[str]) -> int:
     """`vlmoe check pretrain --config RUN/config.yaml`; returns the exit status."""
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
+    if not words:
+        raise ConfigError(f"no command to check: one of {', '.join(COMMANDS_CHECKED)}")
     command, quick = words[0], "--quick" in words
     options = [word for word in words[1:] if word != "--quick"]
     config: RunConfig
@@ -46,8 +49,12 @@ def main(words: Sequence[str]) -> int:
     else:
         hint = did_you_mean(command, COMMANDS_CHECKED)
         raise ConfigError(f"{command} is no command that can be checked{hint}")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("GPUS_PER_NODE") or 1)
-    findings = load("megatron_vlmoe.finetune.preflight").preflight(config, command, quick, here)
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("GPUS_PER_NODE") or "1"
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", processes):
+        raise ConfigError(f"GPUS_PER_NODE={processes}: expected a number of processes per node")
+    findings = load("megatron_vlmoe.finetune.preflight").preflight(
+        config, command, quick, int(processes)
+    )
     for finding in findings:
         print(finding.line(), flush=True)
     return int(any(finding.level == "error" for finding in findings))

@@ -113,12 +113,15 @@ class CheckpointReader:
         except Exception as error:
             place = file if file.is_file() else self.path
             raise ConvertError(f"{place}: not readable ({one_line(error)})") from None
-        return common  # type: ignore[no-any-return]
+        return common
 
     @property
     def train_state(self) -> TrainState:
-        """Where the run stood."""
-        return TrainState(**self.common["train_state"])
+        """Where the run stood. Raises ConvertError."""
+        try:
+            return TrainState(**self.common["train_state"])
+        except TypeError as error:
+            raise ConvertError(f"{self.path}: no state of training ({error})") from None
 
     def _read(self, key: str) -> Tensor:
         entry = self._entries[key]

@@ -28,8 +28,7 @@ from megatron_vlmoe.planning.estimate import checkpoint_bytes
 from megatron_vlmoe.runtime.ranks import environment_rank, environment_world_size, gpu_of_process
 from megatron_vlmoe.runtime.run_lock import LOCK_FILE, holder_text
 from megatron_vlmoe.runtime.sums import differing_files
-from megatron_vlmoe.runtime.torch_files import read_torch_bytes
-from megatron_vlmoe.train.checkpoint_files import common_content, find_checkpoint, of_common
+from megatron_vlmoe.train.checkpoint_files import find_checkpoint, saved_common
 from megatron_vlmoe.train.checkpoint_sums import SUMS_FILE, check_files
 from megatron_vlmoe.train.run_files import is_hugging_face
 
@@ -125,8 +124,10 @@ def _names() -> Iterator[Finding]:
         try:
             address = socket.getaddrinfo(name, None)[0][4][0]
             yield Finding("ok", "network", f"{name} is {address}")
-        except OSError as error:
-            yield Finding("error", "network", f"{name} has no address ({error.strerror})")
+        except (OSError, UnicodeError) as error:
+            # A name with an empty or very long part is not even looked up.
+            why = error.strerror if isinstance(error, OSError) else "it cannot be a host name"
+            yield Finding("error", "network", f"{name} has no address ({why})")
     there = [name for _, name in socket.if_nameindex()]
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         # NCCL takes beginnings of names; what begins with ^ leaves interfaces out.
@@ -195,7 +196,7 @@ def _checkpoint(config: RunConfig, quick: bool) -> Iterator[Finding]:
             )
         else:
             with _without_log():
-                check_files(path, lambda: of_common(read_torch_bytes(common_content(path))))
+                check_files(path, lambda: saved_common(path))
             if (path / SUMS_FILE).is_file():
                 yield Finding("ok", "checkpoint", f"{path}, all files as {SUMS_FILE} says")
             else:
@@ -219,7 +220,12 @@ def _without_log() -> Iterator[None]:
 
 def _save_folder(config: RunConfig) -> Iterator[Finding]:
     save = Path(config.checkpoint.save)
-    if holder := holder_text(save):
+    try:
+        holder = holder_text(save)
+    except OSError as error:
+        yield Finding("error", "--save", f"{save}: {LOCK_FILE}: {error.strerror}")
+        return
+    if holder:
         yield Finding("warning", "--save", f"{save}: has a {LOCK_FILE} of {holder}")
     there = next(
         folder for folder in (save.absolute(), *save.absolute().parents) if folder.exists()

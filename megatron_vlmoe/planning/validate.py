@@ -217,6 +217,10 @@ def _check_any_run(config: RunConfig) -> None:
         seeds += [("task.seeds", seed) for seed in config.task.seeds]
     for name, seed in seeds:
         _require(seed in SEEDS, f"{name}={seed} is not a whole number of 64 bits with its sign")
+    _require(
+        "://" not in config.checkpoint.save,
+        f"--save {config.checkpoint.save}: must be a local path: a run folder lies on a disk that all nodes see",
+    )
     _check_health(config)
 
 

@@ -47,20 +47,20 @@ def check_local(option: str, path: str) -> None:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it. Raises DataError, which names a package that is missing."""
+    """The file system of an address, and the path in it. Raises DataError, which names the address, or a package."""
     import fsspec
 
     scheme = address.partition("://")[0].lower()
     try:
-        return fsspec.core.url_to_fs(address)
+        # Some file systems connect, or open an archive, when they are made.
+        with naming(address):
+            return fsspec.core.url_to_fs(address)
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         hint = f": pip install {package}" if package else f" ({error})"
         raise DataError(
             f"{address}: addresses of {scheme}:// need another package{hint}"
         ) from error
-    except ValueError as error:
-        raise DataError(f"{address}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def naming(address: str) -> Iterator[None]:
     """Errors of a file system in the block become a DataError that names an address."""
     try:
         yield
-    except DataError:
+    except (DataError, ImportError):
         raise
     except FileNotFoundError as error:
         raise NotThere(f"{address}: not found") from error

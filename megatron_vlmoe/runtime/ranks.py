@@ -10,7 +10,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, StartupError
 
 # Launchers beside torchrun, and how they name rank, number of ranks, rank on the node and number of ranks on the node.
 # Those of MPI come first: under Slurm they start their own processes with srun. SLURM_NTASKS would not do: it is set in
@@ -28,6 +28,7 @@ LAUNCHERS = (
         *("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ),
 )
+_NUMBER = re.compile("[0-9]{1,9}")
 MASTER_PORT = "29500"
 """Where rank 0 listens if nothing else is said, as with torchrun."""
 
@@ -68,19 +69,25 @@ class Ranks:
 
 def environment_world_size() -> int:
     """Processes that a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def environment_rank() -> int:
     """Number of this process among them; 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
+
+
+def _number(variable: str, default: int) -> int:
+    """Also the default where a variable is no number: errors are told by rank, and `adopt_launcher` makes it one."""
+    text = os.environ.get(variable, "")
+    return int(text) if _NUMBER.fullmatch(text) else default
 
 
 def gpu_of_process(count: int) -> int:
     """Number of the GPU that this process computes on, of the ``count`` that it sees.
 
     Raises:
-        ConfigError: if the node has fewer GPUs than processes.
+        StartupError: if the node has fewer GPUs than processes.
     """
     number = int(os.environ.get("LOCAL_RANK", 0))
     if number < count:
@@ -88,7 +95,7 @@ def gpu_of_process(count: int) -> int:
     if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
         # A launcher that shows every process its own GPU alone.
         return 0
-    raise ConfigError(
+    raise StartupError(
         f"LOCAL_RANK={number}, but this process sees {count} GPU(s): start one process per GPU"
     )
 
@@ -103,11 +110,25 @@ def adopt_launcher(environment: MutableMapping[str, str]) -> None:
 
     Raises:
         ConfigError: if the processes of several nodes are not told where rank 0 is.
+        StartupError: if a variable is not the number that it is to be.
     """
+    _adopt(environment)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        text = environment.get(name, "1")
+        if not _NUMBER.fullmatch(text) or (name.endswith("SIZE") and int(text) == 0):
+            raise StartupError(
+                f"{name}={text}: expected a number, as launchers set it; unset it where none does"
+            )
+    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if rank >= world:
+        raise StartupError(f"RANK={rank} is not below WORLD_SIZE={world}")
+
+
+def _adopt(environment: MutableMapping[str, str]) -> None:
     by = "the launcher"
     if "RANK" not in environment:
         found = [row for row in LAUNCHERS if all(environment.get(name) for name in row[1:4])]
-        if not found or int(environment[found[0][2]]) == 1:
+        if not found or environment[found[0][2]] == "1":
             return
         by, rank, count, local_rank, local_count = found[0]
         environment["RANK"], environment["WORLD_SIZE"] = environment[rank], environment[count]

@@ -59,7 +59,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def holder_text(folder: Path) -> str:
-    """Who the lock of a folder names, living or not; empty where there is none."""
+    """Who the lock of a folder names, living or not; empty where there is none. Raises OSError: it cannot be read."""
     holder = _read(folder / LOCK_FILE)
     return "" if holder is None else _text(holder).rstrip(",")
 
@@ -94,6 +94,10 @@ class _HeldLock:
         """
         holder = _read(self.path)
         if holder is None:
+            if self.path.is_symlink():
+                raise ConfigError(
+                    f"--save {self.path.parent}: {LOCK_FILE} is a link to a file that is not there; delete it"
+                )
             return
         if _is_held(self.path, holder):
             raise ConfigError(
@@ -167,7 +171,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -204,7 +208,7 @@ def _lives(holder: dict[str, Any]) -> bool:
             return False
         started = process.create_time()
         return abs(started - float(holder["process_started"])) < _SAME_START_SECONDS
-    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
         return False
     except psutil.AccessDenied:
         return True

@@ -515,7 +515,7 @@ def load_common(path: Path) -> dict[str, Any]:
             f"{path}: a later megatron-core wrote it than the {megatron.core.__version__} here, which cannot load it; "
             "go on with Python 3.12 or later, whose megatron-core loads the checkpoints of both"
         )
-    return common  # type: ignore[no-any-return]
+    return common
 
 
 def check_architecture(

@@ -114,9 +114,29 @@ def common_content(path: Path) -> bytes:
         return data.read(place.length)
 
 
-def of_common(value: Any) -> Any:
-    """What torch read from `common_content`: megatron-core 0.19 stores it in a list."""
-    return value[0] if isinstance(value, list) else value
+def of_common(value: Any) -> dict[str, Any]:
+    """What torch read from `common_content`: megatron-core 0.19 stores it in a list. Raises ValueError where not."""
+    common = value[0] if isinstance(value, list) and value else value
+    if not isinstance(common, dict) or not all(
+        isinstance(common.get(name, {}), dict)
+        for name in ("config", "content_metadata", "train_state")
+    ):
+        raise ValueError("not what a checkpoint holds besides tensors")
+    return common
+
+
+def saved_common(path: Path) -> Mapping[str, Any]:
+    """What an iteration folder holds besides tensors, read without torch.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return of_common(read_torch_bytes(common_content(path)))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({type(error).__name__})"
+        ) from None
 
 
 def saved_config(path: Path) -> Any:
@@ -125,12 +145,7 @@ def saved_config(path: Path) -> Any:
     Raises:
         CheckpointError: if it cannot be read.
     """
-    try:
-        return of_common(read_torch_bytes(common_content(path))).get("config")
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({type(error).__name__})"
-        ) from None
+    return saved_common(path).get("config")
 
 
 def is_optimizer_key(key: str) -> bool:
@@ -188,12 +203,18 @@ def find_checkpoint(location: str | Path, step: Optional[str] = None) -> Optiona
 
     Raises:
         CheckpointError: there are checkpoints, but no tracker says which one counts; the tracker is damaged; or the
-            checkpoint in question is missing or incomplete.
+            checkpoint in question is missing, incomplete or cannot be looked at.
         ConfigError: `step` is none, or contradicts the iteration folder.
     """
-    path = Path(location)
     if step and step != NEWEST and not re.fullmatch("[0-9]{1,18}", step):
         raise ConfigError(f"checkpoint.step={step}: expected {NEWEST} or the number of a step")
+    try:
+        return _find(Path(location), step)
+    except OSError as error:
+        raise CheckpointError(f"{location}: {error.strerror}") from None
+
+
+def _find(path: Path, step: Optional[str]) -> Optional[Path]:
     if (path / _MARKER).exists():
         named = _ITERATION.fullmatch(path.name)
         if step and step != NEWEST and named and int(named[1]) != int(step):
@@ -252,7 +273,7 @@ def _chosen(root: Path, found: Sequence[tuple[int, Path]], step: str) -> Optiona
 
 def iterations(root: Path) -> list[tuple[int, Path]]:
     """Step and folder of every `iter_N`, in order of the steps."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return []
     try:
         names = [path for path in root.iterdir() if path.is_dir()]
@@ -282,6 +303,8 @@ def _tracked(tracker: Path) -> tuple[int, str]:
 
 def _flaw(path: Path) -> str:
     """Why an iteration folder is no complete checkpoint; empty if it is one as far as its files tell."""
+    if not os.access(path, os.R_OK | os.X_OK):
+        return "cannot be read (permissions)"
     marker = path / _MARKER
     if not marker.is_file():
         return f"no {_MARKER}"

@@ -23,7 +23,8 @@ NOTE = "sums_file"
 
 log = logging.getLogger("megatron_vlmoe")
 
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
+# 255 bytes are the most that a file system takes for a name.
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n\0]{1,255})")
 # What a checkpoint cannot be read without; `common.pt` is not there in those of megatron-core 0.19.
 _NEEDED = (".metadata", "metadata.json")
 _PARTS = re.compile(r"\.metadata|metadata\.json|common\.pt|.*\.distcp")

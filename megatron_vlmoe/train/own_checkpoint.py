@@ -41,7 +41,7 @@ def own_checkpoint(checkpoint: CheckpointConfig) -> Optional[Path]:
         root = checkpoint_root(checkpoint.save)
         try:
             path, flaw = find_checkpoint(checkpoint.save, checkpoint.step), ""
-            before = int(path.name.removeprefix("iter_")) if path is not None else 0
+            before = _step(path) if path is not None and path != Path(checkpoint.save) else 0
         except CheckpointError as error:
             if checkpoint.on_damage == "stop":
                 raise
@@ -71,4 +71,17 @@ def _first_good(paths: Sequence[Path], verify: bool) -> Optional[Path]:
 
 
 def _damage(path: Path) -> str:
-    return damage(path, lambda: load_common(path))
+    return damage(path, lambda: load_common(path)) or from_rank_zero(lambda: _misnamed(path))
+
+
+def _misnamed(path: Path) -> str:
+    """What is wrong where a folder of one step has the checkpoint of another: later steps would be set aside."""
+    try:
+        step = load_common(path).get("train_state", {}).get("step", 0)
+    except CheckpointError as error:
+        return str(error)
+    return "" if step == _step(path) else f"{path}: holds the checkpoint of step {step}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("iter_"))

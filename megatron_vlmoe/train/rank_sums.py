@@ -98,7 +98,7 @@ def damage(folder: Path, common: Callable[[], Mapping[str, Any]]) -> str:
         found = []
         for name, digest in (sums or {}).items():
             path = folder / name
-            found.append((name, digest, path.stat().st_size if path.is_file() else 0))
+            found.append((name, digest, path.stat().st_size if os.path.isfile(path) else 0))
         return "", found
 
     flaw, files = from_rank_zero(find)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Optional
 
@@ -33,7 +34,7 @@ def keep_file(source: str | Path, run: str | Path, name: str) -> None:
 
 def is_hugging_face(location: str | Path) -> bool:
     """Whether a folder is a Hugging Face folder (and no checkpoint)."""
-    return (Path(location) / HUGGING_FACE_FILE).is_file()
+    return os.path.isfile(os.path.join(location, HUGGING_FACE_FILE))
 
 
 def open_text_tokenizer(path: str | Path, config: RunConfig, where: Path) -> TextTokenizer:

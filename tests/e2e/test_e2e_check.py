@@ -38,6 +38,26 @@ def test_several_ranks_check_a_sound_run(corpus: Corpus, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_what_cannot_be_looked_at_is_a_finding(tmp_path: Path) -> None:
+    """Each would be a traceback in the place of all that was found."""
+    (tmp_path / "taken").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "metadata.json").write_text("{}")
+    lines = {
+        ("taken", ""): "--save: taken: run.lock: Not a directory",
+        ("foreign", ""): "checkpoint: foreign: not a readable checkpoint",
+        ("y" * 300, ""): "File name too long",
+        ("run", "node..1"): "network: node..1 has no address (it cannot be a host name)",
+    }
+    words = ["-m", "megatron_vlmoe", "check", "pretrain-random", "--preset", "tiny-dense"]
+    for (save, address), line in lines.items():
+        outcome = run(*words, "--save", save, cwd=tmp_path, environ={"MASTER_ADDR": address})
+        assert outcome.code == 1 and not outcome.stderr, outcome.text
+        assert any(
+            found.startswith("error") and line in found for found in outcome.stdout.splitlines()
+        ), outcome.text
+
+
 def test_a_flipped_bit_of_the_data_is_found_before_training(corpus: Corpus, tmp_path: Path) -> None:
     for path in corpus.folder.iterdir():
         if path.name.startswith(("text", "images", "pairs")):

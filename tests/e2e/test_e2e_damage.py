@@ -74,6 +74,22 @@ def test_a_damaged_checkpoint_is_not_started_from(trained: Path, tmp_path: Path)
     train(tmp_path / "run", 6, "--load", str(path)).refused(f"{path / 'common.pt'}: damaged")
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(
+    trained: Path, tmp_path: Path
+) -> None:
+    """Going on from it would set aside what lies between, and itself."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    root = folder / "checkpoints"
+    shutil.rmtree(root / "iter_0000004")
+    shutil.copytree(root / "iter_0000002", root / "iter_0000004")
+    train(folder, 6).refused(
+        *(str(root / "iter_0000004"), "holds the checkpoint of step 2", "is iter_0000002"), code=1
+    )
+    assert len(list(root.glob("iter_*"))) == 2
+    copied = Path(shutil.copytree(root / "iter_0000002", tmp_path / "kept"))
+    train(copied, 6).refused(f"--save {copied}: is a checkpoint, not the folder of a run", code=2)
+
+
 def test_weights_that_are_not_finite_are_not_published(trained: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     with run_lock(folder):

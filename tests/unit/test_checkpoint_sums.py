@@ -17,8 +17,10 @@ from megatron_vlmoe.convert.compare import compare_checkpoints
 from megatron_vlmoe.convert.inspect import inspect_checkpoint, inspection_lines
 from megatron_vlmoe.finetune.options import saved_run
 from megatron_vlmoe.runtime.sums import shared_out
-from megatron_vlmoe.train.checkpoint import CheckpointWriter
+from megatron_vlmoe.train.checkpoint import CheckpointWriter, load_common
+from megatron_vlmoe.train.checkpoint_files import find_checkpoint, saved_common
 from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE, check_files, read_sums
+from megatron_vlmoe.train.run_files import is_hugging_face
 
 DENSE = CONFIGS["dense"]
 PARTS = (".metadata", "metadata.json", "common.pt", "__0_0.distcp", SUMS_FILE)
@@ -92,6 +94,13 @@ def test_a_truncated_or_missing_file_is_found(name: str, copy: Path) -> None:
     assert name in refusal(copy)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 256], ids=["zero byte", "long"])
+def test_a_name_that_no_file_can_have_is_damage(name: str, copy: Path) -> None:
+    with (copy / SUMS_FILE).open("a") as file:
+        file.write(f"{'0' * 64}  {name}\n")
+    assert "line 5 is not SHA-256 and file name" in refusal(copy)
+
+
 def test_files_that_changed_places_and_foreign_sums_are_found(copy: Path, tmp_path: Path) -> None:
     other = save(tmp_path / "other", DENSE, random_tensors(DENSE, seed=1))
     own = (copy / SUMS_FILE).read_bytes()
@@ -139,6 +148,26 @@ def test_the_configuration_of_a_damaged_checkpoint_is_not_believed(copy: Path) -
     flip(copy / "common.pt", 0.5, 1)
     with pytest.raises(ConfigError, match=r"common\.pt: damaged"):
         saved_run(str(copy))
+
+
+@pytest.mark.parametrize(
+    "stored", [5, [], {"config": "no options"}, {"config": {}, "content_metadata": None}]
+)
+def test_what_no_checkpoint_holds_is_one_line(stored: object, copy: Path) -> None:
+    torch.save(stored, copy / "common.pt")
+    (copy / SUMS_FILE).unlink()
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_common(copy)
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        saved_common(copy)
+    with pytest.raises(ConvertError, match="common.pt: not"):
+        CheckpointReader(copy)
+
+
+def test_a_place_that_cannot_be_looked_at_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match="yy: File name too long"):
+        find_checkpoint("y" * 300)
+    assert not is_hugging_face("y" * 300)
 
 
 def test_files_are_shared_out_evenly() -> None:

@@ -11,12 +11,12 @@ import torch
 from commands import run
 from helpers import Layout, Workers, free_port
 
-from megatron_vlmoe.commands.main import main
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.commands.main import main, run_command
+from megatron_vlmoe.config.errors import ConfigError, StartupError
 from megatron_vlmoe.config.schema import ParallelConfig
 from megatron_vlmoe.runtime import accelerators
 from megatron_vlmoe.runtime.distributed import device
-from megatron_vlmoe.runtime.ranks import adopt_launcher
+from megatron_vlmoe.runtime.ranks import adopt_launcher, gpu_of_process
 
 ADOPTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -80,6 +80,50 @@ def test_several_nodes_need_the_address_of_rank_0() -> None:
     assert one_node["MASTER_ADDR"] == "127.0.0.1"
 
 
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"RANK": "x"}, "RANK=x: expected a number"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 is not below WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: expected a number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: expected a number"),
+        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE=: expected a number"),
+        ({"MASTER_PORT": "29500a"}, "MASTER_PORT=29500a: expected a number"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "many"}, "WORLD_SIZE=many: expected a number"),
+    ],
+)
+def test_variables_that_are_no_numbers_are_named(environment: dict[str, str], line: str) -> None:
+    """Status 1: it may be so on one rank alone, which has to say it."""
+    with pytest.raises(StartupError, match=line):
+        adopt_launcher({"MASTER_ADDR": "node1", **environment})
+
+
+@pytest.mark.parametrize("number", ["all", "0", "-3"])
+def test_processes_of_a_node_are_a_number(
+    number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPUS_PER_NODE", number)
+    assert main(["check", "pretrain-random", "--preset", "tiny-dense"]) == 2
+    assert f"error: GPUS_PER_NODE={number}: expected a number" in capsys.readouterr().err
+
+
+def test_a_rank_tells_that_its_variables_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of wrong options rank 0 alone speaks, because all ranks have the same."""
+    monkeypatch.setenv("RANK", "5")
+    assert run_command(lambda: gpu_of_process(2)) == 0
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert run_command(lambda: gpu_of_process(2)) == 1
+    assert "error: LOCAL_RANK=5, but this process sees 2 GPU(s)" in capsys.readouterr().err
+
+
+def test_a_check_of_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that has lost the words would start its run as if all were well."""
+    assert main(["check"]) == 2
+    assert "error: no command to check: one of pretrain, " in capsys.readouterr().err
+
+
 @pytest.mark.process
 def test_a_check_before_a_run_is_of_the_ranks_of_its_launcher() -> None:
     words = ("-m", "megatron_vlmoe", "check", "pretrain-random", "--preset", "tiny-dense")
@@ -110,7 +154,7 @@ def test_the_gpu_of_a_process(
         if value:
             monkeypatch.setenv(name, value)
     if expected is None:
-        with pytest.raises(ConfigError, match=f"LOCAL_RANK={local_rank}.* sees {count} GPU"):
+        with pytest.raises(StartupError, match=f"LOCAL_RANK={local_rank}.* sees {count} GPU"):
             device()
     else:
         assert device() == torch.device("cuda", expected)

@@ -406,6 +406,8 @@ ANSWERS = {
     " all its files: --data.eval_text X",
     "--model.num_attention_heads 5": "model.hidden_size=128 is not divisible by model.num_attention_heads=5: 4 or 8 "
     "heads fit",
+    "--save s3://bucket/run": "--save s3://bucket/run: must be a local path: a run folder lies on a disk that all nodes"
+    " see",
     "--data.eval_fraction 2": "data.eval_fraction=2 is not in [0, 1)",
     "--data.num_workers -2": "data.num_workers=-2 must not be below -1",
     "--moe.balance_bias_rate 2": "moe.balance_bias_rate=2 is not in [0, 1]",

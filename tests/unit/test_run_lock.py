@@ -104,9 +104,20 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path: Path)
     (tmp_path / LOCK_FILE).write_text(json.dumps(said))
     with run_lock(tmp_path):
         pass
+    (tmp_path / LOCK_FILE).write_text(json.dumps({**said, "pid": float("inf")}))
+    with run_lock(tmp_path):
+        pass
 
 
-@pytest.mark.parametrize("content", ["elsewhere", "damaged", ""])
+def test_a_lock_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    """It can be neither made nor read: a run would try both for ever."""
+    (tmp_path / LOCK_FILE).symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=rf"{LOCK_FILE} is a link to a file that is not there"):
+        with run_lock(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("content", ["elsewhere", "damaged", "", "[" * 100_000])
 def test_a_lock_of_another_host_is_taken_over_when_it_is_silent(
     content: str, tmp_path: Path, hasty: None, lines: pytest.LogCaptureFixture
 ) -> None:

@@ -228,6 +228,12 @@ def test_a_manifest_is_uploaded_last(
     [
         ("preprocess_text", ["--input", "memory://none/a.txt"], "memory://none/a.txt: not found"),
         ("preprocess_text", ["--input", "nosuch://a"], "nosuch://a: "),
+        ("preprocess_text", ["--input", "reference://a"], "reference://a: "),
+        (
+            "preprocess_text",
+            ["--input", "zip://a::memory://none.zip"],
+            "zip://a::memory://none.zip: ",
+        ),
         ("preprocess_text", ["--input", "s3://a/b"], "pip install s3fs"),
         ("preprocess_text", ["--input", "gs://a/b"], "pip install gcsfs"),
         (
