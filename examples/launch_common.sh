@@ -10,6 +10,11 @@
 
 die() { echo "error: $*" >&2; exit 2; }
 
+# whole VARIABLE LEAST: an error if it is no such number. Arithmetic and `[` would complain and go on, with one process.
+whole() {
+    [[ "${!1}" =~ ^(0|[1-9][0-9]{0,6})$ ]] && [ "${!1}" -ge "$2" ] || die "$1=${!1}: expected a whole number from $2 on"
+}
+
 # given OPTION ARGUMENTS...: whether OPTION is among the arguments.
 given() {
     local option="$1" argument; shift
@@ -116,9 +121,12 @@ command -v torchrun >/dev/null || die "no torchrun: install first (bash examples
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_PORT="${MASTER_PORT:-29500}"
 WAIT_MINUTES="${WAIT_MINUTES:-10}" PREPARE="${PREPARE:-first}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-${NPROC:-$(count_gpus)}}"
+TP="${TP:-1}" PP="${PP:-1}" MAX_RESTARTS="${MAX_RESTARTS:-0}"
+for NUMBER in "NNODES 1" "NODE_RANK 0" "MASTER_PORT 1" "WAIT_MINUTES 0" "GPUS_PER_NODE 0" "TP 1" "PP 1" "MAX_RESTARTS 0"; do
+    whole ${NUMBER}
+done
 [ "$GPUS_PER_NODE" -gt 0 ] || GPUS_PER_NODE=1
 RANKS=$((NNODES * GPUS_PER_NODE))
-TP="${TP:-1}" PP="${PP:-1}"
 [ $((RANKS % (TP * PP))) -eq 0 ] || die "NNODES=$NNODES x GPUS_PER_NODE=$GPUS_PER_NODE ranks cannot hold TP=$TP x PP=$PP"
 
 # start_workers PROGRAM ARGUMENTS...: torchrun on this node.
@@ -152,5 +160,5 @@ start_workers() {
     if [ -n "${PREFLIGHT:-}" ]; then
         launch "${launcher[@]}" -m megatron_vlmoe check "$@" || return
     fi
-    launch "${launcher[@]}" --max-restarts "${MAX_RESTARTS:-0}" -m megatron_vlmoe "$@"
+    launch "${launcher[@]}" --max-restarts "$MAX_RESTARTS" -m megatron_vlmoe "$@"
 }

@@ -10,7 +10,8 @@ VERSIONS="$(sed -n 's/^requires-python = "\(.*\)"$/\1/p' "$ROOT/pyproject.toml")
 # unusable INTERPRETER: why it cannot be used; nothing if it can.
 unusable() {
     command -v "$1" >/dev/null || { echo "not found"; return; }
-    "$1" - "$VERSIONS" <<'END' 2>/dev/null || echo "does not run"
+    local said
+    said="$("$1" - "$VERSIONS" <<'END' 2>/dev/null || true
 import re, sys
 lowest, beyond = [tuple(map(int, bound.split("."))) for bound in re.findall(r"[0-9][0-9.]*", sys.argv[1])]
 number = "%d.%d" % tuple(sys.version_info[:2])
@@ -19,15 +20,23 @@ if not lowest <= tuple(sys.version_info[:2]) < beyond:
 else:
     try:
         import ensurepip, venv
+        print("can be used")
     except ImportError:
         print("has no venv (Debian and Ubuntu: apt-get install python" + number + "-venv)")
 END
+)"
+    case "$said" in
+        "can be used") ;;
+        "is Python "* | "has no venv "*) echo "$said" ;;
+        *) echo "does not run, or is no Python" ;;
+    esac
 }
 
 # find_python: sets PYTHON, or ends with one line about every interpreter that was tried.
 find_python() {
-    local candidate why tried=""
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    local candidate why tried="" candidates=(python3 python3.13 python3.12 python3.11)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         why="$(unusable "$candidate")"
         [ -n "$why" ] || { PYTHON="$candidate"; return; }
         tried="$tried${tried:+, }$candidate $why"

@@ -28,12 +28,17 @@ case "$1" in
             --shard "${SLURM_ARRAY_TASK_ID:?not a job of an array}/$SHARDS"
         ;;
     join)
+        [ $# -eq 2 ] || die "bash examples/slurm_index.sh join OUTPUT"
         JOIN=(merge-data --shards "$2")
         python -m megatron_vlmoe "${JOIN[@]}"
         ;;
-    *[!0-9]* | 0) die "$1 is not a number of shards: bash examples/slurm_index.sh SHARDS OUTPUT COMMAND OPTIONS..." ;;
+    "" | *[!0-9]* | 0*) die "$1 is not a number of shards: bash examples/slurm_index.sh SHARDS OUTPUT COMMAND OPTIONS..." ;;
     *)
-        [ $# -ge 3 ] || die "bash examples/slurm_index.sh SHARDS OUTPUT COMMAND OPTIONS..."
+        [ $# -ge 3 ] && [ -n "$2" ] || die "bash examples/slurm_index.sh SHARDS OUTPUT COMMAND OPTIONS..."
+        case "$3" in
+            index-text | index-images | index-pairs | index-task) ;;
+            *) die "$3 is none of index-text, index-images, index-pairs and index-task" ;;
+        esac
         JOB="$(sbatch --parsable --array="0-$(($1 - 1))" "$0" shard "$@")"
         sbatch --dependency="afterok:${JOB%%;*}" --kill-on-invalid-dep=yes --cpus-per-task=1 --output=%x-%j.log "$0" join "$2"
         echo "array job ${JOB%%;*}: $1 shards of $2"

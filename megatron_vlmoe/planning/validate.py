@@ -30,6 +30,7 @@ _BOUNDS: Mapping[str, Callable[[float], bool]] = {
     "must not be below -1": lambda value: value >= -1,
     "must be at least 1": lambda value: value >= 1,
     "must be below 2**31": lambda value: value < 2**31,
+    "must not be above a year, 525600": lambda value: value <= 525_600,
     "is not in [0, 1]": lambda value: 0 <= value <= 1,
     "is not in [0, 1)": lambda value: 0 <= value < 1,
     "is not in (0, 1]": lambda value: 0 < value <= 1,
@@ -39,6 +40,9 @@ SEEDS = range(-(2**63), 2**63)
 """The seeds that every generator takes."""
 _ANY_RUN = {
     "must be positive": (
+        *("parallel.startup_timeout_minutes", "parallel.distributed_timeout_minutes"),
+    ),
+    "must not be above a year, 525600": (
         *("parallel.startup_timeout_minutes", "parallel.distributed_timeout_minutes"),
     ),
     "must not be negative": (

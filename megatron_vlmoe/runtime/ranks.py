@@ -119,6 +119,8 @@ def adopt_launcher(environment: MutableMapping[str, str]) -> None:
             raise StartupError(
                 f"{name}={text}: expected a number, as launchers set it; unset it where none does"
             )
+    if int(environment.get("MASTER_PORT", 0)) > 65535:
+        raise StartupError(f"MASTER_PORT={environment['MASTER_PORT']}: ports end at 65535")
     rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     if rank >= world:
         raise StartupError(f"RANK={rank} is not below WORLD_SIZE={world}")

@@ -100,6 +100,28 @@ def test_what_torchrun_is_told(folder: Path) -> None:
         assert words in told
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(
+            "GPUS_PER_NODE=all",
+            "GPUS_PER_NODE=08",
+            "NNODES=0",
+            "NNODES=-1",
+            "NNODES=two",
+            "NODE_RANK=-1",
+        ),
+        *("TP=0", "PP=x", "MAX_RESTARTS=x", "WAIT_MINUTES=-1", "MASTER_PORT=x"),
+    ],
+)
+def test_numbers_that_are_none_start_nothing(wrong: str, folder: Path) -> None:
+    """Bash complains of them in words of its own, and goes on with a single process."""
+    name, _, value = wrong.partition("=")
+    started = start(folder, 0, **{name: value})
+    assert started.communicate(timeout=60)[1].startswith(f"error: {wrong}: expected a whole number")
+    assert started.returncode == 2 and not record(folder)
+
+
 SBATCH = """#!/bin/bash
 echo "sbatch $*" >> "$RECORD"
 echo "41;cluster"
@@ -133,9 +155,14 @@ def test_shards_of_a_corpus_are_an_array_of_jobs_and_one_that_joins_them(folder:
         "-m megatron_vlmoe index-text --workers 8 --input a --output data/text --shard 3/16",
         "-m megatron_vlmoe merge-data --shards data/text",
     ]
-    for words in (("some", "data/text", "index-text"), ("0", "x", "y"), ("16",), ("4", "data/x")):
+    for words in (
+        *(("some", "data/text", "index-text"), ("0", "x", "y"), ("16",), ("4", "data/x")),
+        *(("08", "data/x", "index-text"), ("", "data/x", "index-text"), ("4", "", "index-text")),
+        *(("4", "data/x", "index-txt"), ("join", "data/x", "data/y")),
+    ):
         done = call(*words)
         assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert len(record(folder)) == 4
 
 
 # An interpreter that passes for another one, and an environment that it makes, whose pip is recorded.
@@ -180,6 +207,7 @@ def set_up(folder: Path, interpreters: dict[str, str], **variables: str) -> tupl
         ({"python3": GOOD}, {}, "python3"),
         ({"python3": OLD, "python3.12": BARE, "python3.11": GOOD}, {}, "python3.11"),
         ({"python3": GOOD, "own": GOOD}, {"PYTHON": "own"}, "own"),
+        ({"python3": GOOD, "my own": GOOD}, {"PYTHON": "my own"}, "my own"),
     ],
 )
 def test_setting_up_finds_an_interpreter(
@@ -200,6 +228,9 @@ def test_setting_up_says_what_is_missing_before_it_downloads(tmp_path: Path) -> 
         assert words in said
     done, said = set_up(tmp_path, {"python3": OLD, "own": OLD, "python3.11": GOOD}, PYTHON="own")
     assert not done and "needed: own is Python 3.10; PYTHON names" in said
+    for name in ("mkdir", "cat"):
+        done, said = set_up(tmp_path, {}, PYTHON=name)
+        assert not done and f"needed: {name} does not run, or is no Python; PYTHON" in said
     # An environment that an older interpreter has made.
     shutil.copytree(tmp_path / "tools", tmp_path / ".venv" / "bin", symlinks=True)
     (tmp_path / ".venv" / "bin" / "own").rename(tmp_path / ".venv" / "bin" / "python")

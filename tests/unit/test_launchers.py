@@ -89,6 +89,7 @@ def test_several_nodes_need_the_address_of_rank_0() -> None:
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: expected a number"),
         ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE=: expected a number"),
         ({"MASTER_PORT": "29500a"}, "MASTER_PORT=29500a: expected a number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: ports end at 65535"),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "many"}, "WORLD_SIZE=many: expected a number"),
     ],
 )

@@ -408,6 +408,8 @@ ANSWERS = {
     "heads fit",
     "--save s3://bucket/run": "--save s3://bucket/run: must be a local path: a run folder lies on a disk that all nodes"
     " see",
+    "--parallel.startup_timeout_minutes 6e5": "parallel.startup_timeout_minutes=600000 must not be above a year,"
+    " 525600",
     "--data.eval_fraction 2": "data.eval_fraction=2 is not in [0, 1)",
     "--data.num_workers -2": "data.num_workers=-2 must not be below -1",
     "--moe.balance_bias_rate 2": "moe.balance_bias_rate=2 is not in [0, 1]",
