@@ -50,9 +50,11 @@ def check_options(words: Sequence[str]) -> None:
 
     Launchers call it before torchrun, which would start every worker to find the same error in each of them.
     """
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(CHECK_OPTIONS_USAGE)
         return
+    if not words:
+        raise ConfigError("no command to check; see --help")
     command, options = words[0], words[1:]
     if command in ("pretrain", "pretrain-random"):
         parsed = parse_run("pretrain", options)

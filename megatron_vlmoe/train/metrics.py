@@ -235,12 +235,16 @@ class JsonlWriter:
 
     Args:
         resume_step: finished steps of the checkpoint that the run starts from.
+
+    Raises:
+        FileError: it cannot be read or written.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.file = self._continued(resume_step)
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self._continued(resume_step)
 
     def _continued(self, resume_step: int) -> TextIO:
         path = self.path
@@ -261,8 +265,9 @@ class JsonlWriter:
 
     def rewind(self, step: int) -> None:
         """Goes on after a step that the run has gone back to, as a resumed run does."""
-        self.file.close()
-        self.file = self._continued(step)
+        with naming(self.path):
+            self.file.close()
+            self.file = self._continued(step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line; values that are not finite become null.

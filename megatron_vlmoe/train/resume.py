@@ -30,7 +30,7 @@ from megatron_vlmoe.model.initial_values import (
     resize_text_positions,
 )
 from megatron_vlmoe.runtime.distributed import from_rank_zero, is_rank_zero, union_over_ranks
-from megatron_vlmoe.runtime.files import write_text_atomic
+from megatron_vlmoe.runtime.files import naming, write_text_atomic
 from megatron_vlmoe.train.checkpoint import (
     changed_options,
     check_architecture,
@@ -179,7 +179,11 @@ def agree_with_best(folder: Path, state: TrainState, metric: str) -> TrainState:
 
 
 def go_on_from(root: Path, step: int) -> None:
-    """Makes a step the last one of a checkpoint folder; later checkpoints are set aside. Rank 0 calls it for all."""
+    """Makes a step the last one of a checkpoint folder; later checkpoints are set aside. Rank 0 calls it for all.
+
+    Raises:
+        FileError: one cannot be moved, of those that others may not enter for example.
+    """
     later = later_checkpoints(root, step)
     if not is_tracked(root, step):
         # First: a run that dies in between goes on from here too.
@@ -200,11 +204,12 @@ def _set_aside(root: Path, paths: Iterable[Path]) -> None:
     """Moves checkpoints to a folder beside them that nothing reads."""
     for path in paths:
         target, number = root / SET_ASIDE / path.name, 1
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{path.name}.{number}")
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
+        with naming(target):
+            while target.exists():
+                number += 1
+                target = target.with_name(f"{path.name}.{number}")
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
         log.warning("%s is not what the run goes on from: it is now %s", path, target)
 
 

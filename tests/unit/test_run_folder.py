@@ -13,7 +13,7 @@ import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError
+from megatron_vlmoe.config.errors import CheckpointError, ConfigError, ConvertError, DataError
 from megatron_vlmoe.convert.checkpoints import check_output, resolve_checkpoint
 from megatron_vlmoe.train.checkpoint_files import (
     TRACKER,
@@ -239,6 +239,17 @@ def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
     assert folders(root) == [*kept, "set_aside/iter_0000004.2", "set_aside/iter_0000006"]
     assert (root / "set_aside/iter_0000004.2/mark").exists()
     assert find_checkpoint(root, "newest") == root / "iter_0000002"
+
+
+def test_what_stands_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"metrics\.jsonl: Is a directory"):
+        JsonlWriter(tmp_path / "metrics.jsonl", 0)
+    root = make(tmp_path, 2, 4, tracked=4)
+    (root / "set_aside").touch()
+    with pytest.raises(DataError, match="set_aside/iter_0000004: "):
+        go_on_from(root, 2)
+    assert folders(root) == ["iter_0000002", "iter_0000004"]
 
 
 BEST = TrainState(step=4, best_value=9.0, best_step=3, worse_evaluations=1, best_metric="val/a")
