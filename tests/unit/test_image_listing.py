@@ -13,6 +13,7 @@ import pytest
 from data_files import encoded, picture, rejects_of, tool
 from raw_tasks import Desk, put
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.indexed import IndexedReader
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.prepare.readers.images import read_images
@@ -214,9 +215,13 @@ def test_one_bad_member_spoils_its_sample_alone(
     ]
 
 
-def test_a_pipe_among_images_is_named_and_holds_up_nothing(tmp_path: Path) -> None:
+def test_a_pipe_or_device_among_images_is_named_and_holds_up_nothing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "not seekable" in str(found(tmp_path)["pipe"])
+    assert "no regular file" in str(found(tmp_path)["pipe"])
+    # It has no end, and its size is 0.
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="no regular file: .*endless.jpg"):
+        found(tmp_path)
 
 
 def test_side_folders_are_no_classes(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:

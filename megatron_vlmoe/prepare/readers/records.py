@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -136,8 +137,12 @@ class ImageFile:
         size = self.size if limit is None or self.size is None else min(self.size, limit)
         try:
             with open(self.path, "rb", opener=_open_at_once) as file:
+                found = os.fstat(file.fileno())
+                # A device that a link leads to may have no end.
+                if not stat.S_ISREG(found.st_mode):
+                    raise DataError(f"no regular file: {self.path}")
                 # Memory for all that is asked for is taken before anything is read.
-                there = os.fstat(file.fileno()).st_size - self.offset
+                there = found.st_size - self.offset
                 if size is not None and size > there:
                     raise DataError(f"{self.path} ends inside it")
                 if limit is None and (there if size is None else size) > LARGEST_FILE:
