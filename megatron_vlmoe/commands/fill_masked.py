@@ -14,7 +14,7 @@ import numpy as np
 from megatron_vlmoe.analysis.plots import picture_file
 from megatron_vlmoe.commands.options import CommandParser, dataset_prefix, output_file
 from megatron_vlmoe.config.errors import FillingError, user_files
-from megatron_vlmoe.convert.hf_config import SPM_FILE, architecture, read_config
+from megatron_vlmoe.convert.hf_config import SPM_FILE, architecture, import_config, read_config
 from megatron_vlmoe.data.manifest import check_dataset
 from megatron_vlmoe.prepare.tool import count
 from megatron_vlmoe.runtime.lazy import load
@@ -62,11 +62,15 @@ def main(words: Sequence[str]) -> None:
     arguments = build_parser().parse_args(words)
     picture_file(arguments.output)
     # Of a folder that is not there, transformers would ask the Hub.
-    kinds = read_config(arguments.model).get("architectures")
+    config = read_config(arguments.model)
+    kinds = config.get("architectures")
     if kinds != [architecture()]:
         raise FillingError(f"{arguments.model}: is {kinds}, not the export of a pretrained model")
     text = TextTokenizer(arguments.model / SPM_FILE)
     check_dataset(arguments.pairs, "pairs", text.fingerprint)
+    # transformers would take what is damaged as it is, or end with a traceback.
+    import_config(arguments.model, config)
+    load("megatron_vlmoe.convert.tensors").SafetensorsFolder(arguments.model).verify_checksums()
     try:
         from transformers import AutoModelForPreTraining, AutoProcessor
     except ImportError:

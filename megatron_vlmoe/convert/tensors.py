@@ -224,17 +224,21 @@ class SafetensorsFolder:
         """Compares the files with `SHA256SUMS`, where there is one: `save_pretrained` writes none.
 
         Raises:
-            ConvertError: naming the first file that differs.
+            ConvertError: naming the first file that differs, or SHA256SUMS where it is damaged.
         """
         sums = self.folder / SUMS_FILE
-        if not sums.is_file():
-            return
         try:
             lines = sums.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ConvertError(f"{sums}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise ConvertError(f"{sums}: damaged: invalid UTF-8 at byte {error.start}") from None
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             expected, _, name = line.partition("  ")
+            if not name or Path(name).name != name:
+                raise ConvertError(f"{sums}: damaged: line {number} is not SHA-256 and file name")
             file = self.folder / name
             if not os.path.isfile(file):  # also false for what cannot be a name
                 raise ConvertError(f"{file}: missing, though {SUMS_FILE} lists it")

@@ -33,6 +33,7 @@ HEAVY = {
     "megatron_vlmoe.convert.importing": False,
     "megatron_vlmoe.convert.inspect": False,
     "megatron_vlmoe.convert.public.command": False,
+    "megatron_vlmoe.convert.tensors": False,
     "megatron_vlmoe.convert.upcycle.run": False,
     "megatron_vlmoe.finetune.preflight": False,
     "megatron_vlmoe.finetune.run": True,

@@ -141,6 +141,8 @@ def test_tools_name_the_damaged_file(copy: Path, sound: Path) -> None:
     problems = inspect_checkpoint(copy).problems
     assert ("checksum", "__0_0.distcp") in {(problem.kind, problem.name) for problem in problems}
     (copy / SUMS_FILE).unlink()
+    with pytest.raises(ConvertError, match=rf"{SUMS_FILE}: damaged: not there"):
+        compare_checkpoints(sound, copy)
     assert ("missing", SUMS_FILE) in {(p.kind, p.name) for p in inspect_checkpoint(copy).problems}
 
 

@@ -19,6 +19,7 @@ from hf_folder import sentencepiece_model
 from safetensors.torch import load_file, save_file
 from small_checkpoints import CONFIGS, MODEL, SPARSE, random_tensors, save
 
+from megatron_vlmoe.commands.main import main
 from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.config.schema import ModelConfig, MoEConfig, RunConfig
 from megatron_vlmoe.convert.checkpoints import CheckpointReader, write_checkpoint
@@ -217,6 +218,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "SHA256SUMS").write_text(f"0  {'x' * 300}"),
         "missing, though SHA256SUMS lists it",
     ),
+    "sums without a name": (
+        lambda folder: (folder / "SHA256SUMS").write_text("x\n"),
+        "SHA256SUMS: damaged: line 1 is not SHA-256 and file name",
+    ),
+    "sums of another folder": (
+        lambda folder: (folder / "SHA256SUMS").write_text("0  ../config.json\n"),
+        "SHA256SUMS: damaged: line 1 is not SHA-256 and file name",
+    ),
+    "sums that cannot be read": (
+        lambda folder: ((folder / "SHA256SUMS").unlink(), (folder / "SHA256SUMS").mkdir()),
+        "SHA256SUMS: Is a directory",
+    ),
     "an index that is nested too deeply": (
         lambda folder: (folder / INDEX_FILE).write_text("[" * 20_000),
         f"{INDEX_FILE}: damaged (",
@@ -254,6 +267,25 @@ def test_a_damaged_folder_is_one_clear_error(run: Path, tmp_path: Path, damage: 
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
     assert not list((tmp_path / "back").rglob("*"))
+
+
+@pytest.mark.parametrize("damage", ["tampered", "truncated", "blocks that it has not"])
+def test_words_are_not_filled_by_a_damaged_folder(
+    run: Path,
+    tmp_path: Path,
+    damage: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("megatron_vlmoe.commands.fill_masked.check_dataset", lambda *_: None)
+    folder = export(run, tmp_path / "hf")
+    change, message = DAMAGE[damage]
+    change(folder)
+    capsys.readouterr()
+    words = ["--image-tokenizer", "x", "--pairs", "x", "--output", str(tmp_path / "y.png")]
+    assert main(["fill-masked", "--model", str(folder), *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_exported(run: Path, tmp_path: Path) -> None:
