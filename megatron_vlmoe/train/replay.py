@@ -18,12 +18,14 @@ from megatron_vlmoe.config.schema import ParallelConfig, RunConfig
 from megatron_vlmoe.data.batches import PretrainData
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
+from megatron_vlmoe.model.heads import VocabHead
 from megatron_vlmoe.runtime.distributed import destroy, device, initialize, resolve_precision
 from megatron_vlmoe.runtime.json_files import read_versioned
-from megatron_vlmoe.train.checkpoint import load_checkpoint
+from megatron_vlmoe.train.checkpoint import load_checkpoint, load_common
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint
 from megatron_vlmoe.train.health import FORMAT_VERSION
 from megatron_vlmoe.train.pretrain import pretraining_objective
+from megatron_vlmoe.train.rank_sums import verify_checkpoint
 from megatron_vlmoe.train.setup import TrainingParts, build_training
 from megatron_vlmoe.train.step import StepRunner
 
@@ -50,7 +52,10 @@ class Event:
             found: dict[int, list[int]] = {}
             for rank in raw["ranks"]:
                 for batch in rank["micro_batches"]:
-                    found.setdefault(int(batch["micro_batch"]), []).append(int(rank["rank"]))
+                    number = int(batch["micro_batch"])
+                    if not 0 <= number < 2**63:
+                        raise ValueError(f"micro_batch {number}")
+                    found.setdefault(number, []).append(int(rank["rank"]))
             words = str(raw["reason"]), str(raw["checkpoint"]), bool(raw["random_data"])
             return cls(int(raw["step"]), *words, dict(sorted(found.items())))
 
@@ -85,6 +90,7 @@ def replay(path: Path, load: str) -> Iterator[str]:
     parts = build_training(config, resolve_precision(config.train))
     if data.image_tokenizer is not None:
         data.image_tokenizer.to(device())
+    verify_checkpoint(checkpoint, lambda: load_common(checkpoint))
     load_checkpoint(checkpoint, config, parts, with_optimizer=False)
     yield f"step {event.step}: {event.reason}"
     yield f"weights: {checkpoint}"
@@ -137,6 +143,9 @@ def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
 
     def hook(name: str) -> Any:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(module, VocabHead):
+                # What pads a vocabulary is -inf.
+                output = output[..., : module.valid_rows]
             if not all(_is_finite(value) for value in _tensors(output)):
                 found.append(f"{name} ({type(module).__name__})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,24 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(
     assert len(list(root.glob("iter_*"))) == 2
     copied = Path(shutil.copytree(root / "iter_0000002", tmp_path / "kept"))
     train(copied, 6).refused(f"--save {copied}: is a checkpoint, not the folder of a run", code=2)
+
+
+def test_a_step_is_replayed_on_sound_weights_alone(trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    checkpoint = folder / "checkpoints" / "iter_0000004"
+    ranks = [{"rank": 0, "micro_batches": [{"micro_batch": 4}]}]
+    event = {"format_version": 1, "step": 5, "reason": "a spike", "random_data": True}
+    (folder / "health").mkdir()
+    path = folder / "health" / "step_5.json"
+    path.write_text(json.dumps({**event, "checkpoint": str(checkpoint), "ranks": ranks}))
+    said = run("-m", "megatron_vlmoe", "replay", path).succeeded().stdout
+    # What pads a vocabulary is -inf, and no cause of anything.
+    assert "micro-batch 4 (rank 0): " in said and "not finite" not in said
+    flip(checkpoint / "common.pt")
+    run("-m", "megatron_vlmoe", "replay", path).refused("common.pt: damaged", code=1)
+    ranks[0]["micro_batches"] = [{"micro_batch": -1}]
+    path.write_text(json.dumps({**event, "checkpoint": str(checkpoint), "ranks": ranks}))
+    run("-m", "megatron_vlmoe", "replay", path).refused(f"{path}: damaged", code=1)
 
 
 def test_weights_that_are_not_finite_are_not_published(trained: Path, tmp_path: Path) -> None:
