@@ -300,6 +300,18 @@ def test_a_header_of_pax_without_a_number_is_a_damaged_tar(tmp_path: Path) -> No
     assert isinstance(found, Reject) and "damaged tar" in found.reason
 
 
+def test_a_record_of_pax_of_endless_length_is_a_damaged_tar(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"comment": "x" * 40}
+    content = info.tobuf(format=tarfile.PAX_FORMAT)
+    number = b"52 comment=" + b"x" * 15
+    assert number in content
+    path = tmp_path / "x.tar"
+    path.write_bytes(content.replace(number, b"9" * 20 + b" a=xxx") + bytes(1024))
+    (found,) = read_images((str(path),))
+    assert isinstance(found, Reject) and "damaged tar" in found.reason
+
+
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
 @pytest.mark.parametrize("size", [2**50, 2**63])
 def test_a_member_that_ends_far_behind_its_tar_is_damaged_at_once(

@@ -45,7 +45,7 @@ _TAR_BUFFER = 1 << 20
 _DAMAGED_TAR = (
     *(tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, RecursionError),
     TypeError,  # tarfile asks for the number of a byte of a gzip header that has ended
-    ValueError,  # and for a place beyond all that a file can have
+    *(ValueError, OverflowError),  # and for a place beyond all that a file can have
 )
 
 
@@ -66,7 +66,10 @@ class _StrictTarInfo(tarfile.TarInfo):
             if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
                 raise tarfile.ReadError(str(error)) from error
             raise
-        except ValueError as error:  # a header of pax whose number is none
+        except (
+            ValueError,
+            OverflowError,
+        ) as error:  # a header of pax whose number is none, or endless
             raise tarfile.ReadError(str(error)) from error
 
 
