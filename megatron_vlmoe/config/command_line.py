@@ -6,6 +6,7 @@ short aliases below. Later sources win: preset, file, command line.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -44,8 +45,8 @@ PROGRAM_OPTIONS = {
 }
 """What is not an option of the configuration, with its type; None is a flag."""
 DEFAULT_PRESET = "base-32e"
-_MISFIT = (ArgumentError, TypeError, ValueError, OverflowError)
-"""What the parser raises for a value that does not fit its option."""
+_MISFIT = (ArgumentError, TypeError, ValueError, OverflowError, AttributeError, LookupError)
+"""What the parser raises for a value that does not fit its option, or is not what its YAML tag says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,7 +383,7 @@ def _converted(kind: Any, value: Any) -> Any:
     """A value of YAML or JSON in the type of an option.
 
     Raises:
-        ArgumentError, TypeError, ValueError, OverflowError: it does not fit.
+        One of `_MISFIT`: it does not fit.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     # The parser takes 0.2 ms for a value, and a whole configuration has two hundred that are of their type already.
@@ -430,7 +431,10 @@ def _wrong(kind: Any, value: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return message + did_you_mean(str(value), typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        items = yaml.safe_load(value) if isinstance(value, str) and value[:1] == "[" else value
+        items = value
+        if isinstance(value, str) and value[:1] == "[":
+            with contextlib.suppress(yaml.YAMLError):
+                items = parse_yaml(value)
         if not isinstance(items, list):
             return f"{message} as a list" + (f", as in [{items}]" if items is not None else "")
         element = typing.get_args(kind)[0]

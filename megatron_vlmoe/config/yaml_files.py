@@ -24,6 +24,8 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError("nested too deeply") from None
     except ValueError as error:  # of a date or number that looks like one and is none
         raise yaml.YAMLError(str(error)) from None
+    except (AttributeError, LookupError, TypeError):  # PyYAML relies on tags, such as !!timestamp
+        raise yaml.YAMLError("a value is not what its tag says") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -80,6 +80,8 @@ def test_latest_names_the_folder(tmp_path):
     for content in (b"global_step9", b"\xff\xfe", b"x" * 300):
         (tmp_path / "latest").write_bytes(content)
         expect("`latest` names it", tmp_path)
+    (tmp_path / "latest").write_bytes(b"x" * 5000)
+    expect(f"{'x' * 300}...: no such folder", tmp_path)
 
 
 def test_missing_experts_are_named(tmp_path):

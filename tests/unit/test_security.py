@@ -124,12 +124,27 @@ def test_a_marker_that_is_nested_too_deeply_is_damaged(checkpoint: Path) -> None
         ("train: {steps: 0x" + "f" * 5000 + "}", "Exceeds the limit"),
         ("optim: {clip_grad: 1" + "0" * 400 + "}", "expected a number"),
         ("a: &a [*a]", "aliases stand for more than 1000000 values"),
+        ("moe: {layers: '[!!bool x, 2]'}", "as a list"),
     ],
 )  # fmt: skip
 def test_yaml_that_is_more_than_values_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=reason):
+        merge_file(RunConfig(), file)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *["!!timestamp x", "!!int ''", "!!float ''", "!!bool x", "!!set [a, {b: c}]", "!!set [[]]"],
+        *["'!!timestamp x'", "'!!bool x'", "'[!!int x]'", "!!omap [a]", "!!binary \u00e9"],
+    ],
+)
+def test_a_value_that_is_not_what_its_tag_says_is_refused(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(f"train: {{steps: {value}}}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid YAML|expected a whole number"):
         merge_file(RunConfig(), file)
 
 

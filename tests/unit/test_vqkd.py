@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,13 @@ class TestImageTokenizer:
         for damaged in (text[:40], "[" * 20_000):
             config.write_text(damaged)
             self.refused(folder, "config.json: not an image tokenizer config")
+
+    def test_a_storage_without_a_name_is_no_checkpoint(self, tmp_path: Path) -> None:
+        # What torch.save writes, but for a pickle that asks for the storage 5.
+        with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+            archive.writestr("x/data.pkl", b"\x80\x02K\x05Q.")
+            archive.writestr("x/version", "3\n")
+        self.refused(tmp_path / "x.pth", "x.pth: cannot be read as a checkpoint")
 
     def refused(self, folder: Path, pattern: str) -> None:
         with pytest.raises(ValueError, match=pattern) as caught:

@@ -35,7 +35,7 @@ CONTAINERS = ("state_dict", "module", "model")
 # What wrappers put before a parameter's name: DeepSpeed and DistributedDataParallel, and Lightning's strategies.
 WRAPPERS = re.compile(r"^(module\.|_forward_module\.)+")
 # Besides what a damaged file gives: what following the names in somebody's file may.
-_UNREADABLE = (*UNREADABLE, ImportError, AssertionError)
+_UNREADABLE = (*UNREADABLE, ImportError)
 
 
 @dataclass(frozen=True)
@@ -270,9 +270,11 @@ def find_folder(location: Path) -> Path:
         raise ConvertError(f"{location}: no such folder")
     folder, latest = location, location / "latest"
     if latest.is_file():
-        folder = location / latest.read_text(errors="replace").strip()
+        name = latest.read_text(errors="replace").strip()
+        folder = location / name
         if not os.path.isdir(folder):  # also false for what cannot be a name
-            raise ConvertError(f"{folder}: no such folder, though `latest` names it")
+            shown = folder if len(name) <= 300 else f"{location / name[:300]}..."
+            raise ConvertError(f"{shown}: no such folder, though `latest` names it")
     elif not (location / DENSE_FILE).exists():
         steps = sorted(path for path in location.glob("global_step*") if path.is_dir())
         if len(steps) > 1:

@@ -314,6 +314,7 @@ def initialize_linear(module: nn.Module) -> None:
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
     *(ValueError, LookupError, AttributeError, TypeError),
+    AssertionError,  # for a tensor's storage that is called by no name
     MemoryError,  # for the length of a text, which the file says
 )
 
