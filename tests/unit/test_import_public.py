@@ -7,6 +7,7 @@ import collections
 import enum
 import functools
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,11 @@ def test_damaged_files(tmp_path):
     expect("cut off", path, "beit2")
     path.write_text("not a checkpoint")
     expect("not a file that torch.save wrote", path, "beit2")
+    # The end of an archive that goes on in a second file.
+    path.write_bytes(
+        struct.pack("<4sLQL", b"PK\6\7", 0, 0, 2) + struct.pack("<4s4H2LH", b"PK\5\6", *[0] * 7)
+    )
+    expect("cannot be read", path, "beit2")
     torch.save({"epoch": 3}, path)
     expect("no tensors under", path, "beit2")
     expect("no such file", tmp_path / "missing.pth", "beit2")

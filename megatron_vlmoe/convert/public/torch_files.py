@@ -92,7 +92,10 @@ def read_torch(path: Path, allow_pickle: bool = False) -> tuple[Any, tuple[str, 
     """
     if not path.is_file():
         raise ConvertError(f"{path}: no such file")
-    mapped = zipfile.is_zipfile(path)
+    try:
+        mapped = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise ConvertError(f"{path}: cannot be read ({one_line(error)})") from None
     with path.open("rb") as file:
         if not mapped and file.read(1) != b"\x80":
             raise ConvertError(f"{path}: not a file that torch.save wrote, or cut off")
