@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.runtime.machine import check_shared_memory, loader_workers
-from megatron_vlmoe.runtime.memory import keep_no_large_blocks
 from megatron_vlmoe.runtime.ranks import Ranks
 from megatron_vlmoe.stream.batch import Batch, map_values
 from megatron_vlmoe.stream.layout import StreamLayout
@@ -146,7 +145,7 @@ class Loader:
             persistent_workers=workers > 0,
             prefetch_factor=max(1, prefetch) if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_limit_threads,
             # The base seed of workers would otherwise be drawn from the global generator.
             generator=torch.Generator(),
         )
@@ -158,8 +157,6 @@ class Loader:
             yield batch
 
 
-def _begin_worker(worker: int) -> None:
+def _limit_threads(worker: int) -> None:
     del worker
     torch.set_num_threads(1)
-    # A training process keeps what it has freed; a worker should not keep the memory of its largest picture.
-    keep_no_large_blocks()

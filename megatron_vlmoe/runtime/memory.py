@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
 from collections.abc import Iterator
 
 # <malloc.h> of glibc.
-_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_M_MMAP_MAX = -4
 
 
 def give_back_freed_tensors(above: int = 1 << 20) -> bool:
@@ -28,41 +25,8 @@ def give_back_freed_tensors(above: int = 1 << 20) -> bool:
     Returns:
         False where the C library is another one and nothing was done.
     """
-    return _set(_M_MMAP_MAX, 1 << 16) and _set(_M_MMAP_THRESHOLD, above)
-
-
-def keep_freed_tensors() -> bool:
-    """Lets the memory of freed tensors stay with the process for the next ones, for the rest of it.
-
-    A training step needs the memory that the step before has freed. glibc returns blocks of more than 32 MB to the
-    system, and what is free at the end of its heap, and gets back pages that have to be cleared: a tenth of a step or
-    more, and much more whenever the system is short of pages.
-
-    Returns:
-        False where the C library is another one, or the user has told it what to do, and nothing was done.
-    """
-    told = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-    if any(name in os.environ for name in told) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return False
-    return _set(_M_MMAP_MAX, 0) and _set(_M_TRIM_THRESHOLD, -1)
-
-
-def keep_no_large_blocks() -> bool:
-    """Ends `keep_freed_tensors` in a forked process: glibc goes on as where it has met the largest blocks it adapts to.
-
-    Returns:
-        False where the C library is another one and nothing was done.
-    """
-    return (
-        _set(_M_MMAP_MAX, 1 << 16)
-        and _set(_M_MMAP_THRESHOLD, 32 << 20)
-        and _set(_M_TRIM_THRESHOLD, 64 << 20)
-    )
-
-
-def _set(option: int, value: int) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(option, value) == 1
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, above) == 1
 
 
 @contextlib.contextmanager

@@ -39,7 +39,6 @@ from megatron_vlmoe.model.vlmoe import (
 )
 from megatron_vlmoe.moe.router import balance_experts
 from megatron_vlmoe.runtime.distributed import agree, device
-from megatron_vlmoe.runtime.memory import keep_freed_tensors
 from megatron_vlmoe.train.checkpoint_files import FULLY_RESHARDABLE, content_metadata
 from megatron_vlmoe.train.step_graph import stream_of_hooks
 
@@ -120,8 +119,6 @@ def build_training(
     """
     check_attention_backend(config.model, precision, device())
     check_implementation(config, precision)
-    if device().type == "cpu":
-        keep_freed_tensors()
     transformer_config = build_transformer_config(config, precision)
     chunks = build_chunks(config, transformer_config, build_heads)
     frozen = freeze_unreachable(chunks, config)

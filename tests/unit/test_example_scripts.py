@@ -228,7 +228,7 @@ def test_setting_up_says_what_is_missing_before_it_downloads(tmp_path: Path) -> 
         assert words in said
     done, said = set_up(tmp_path, {"python3": OLD, "own": OLD, "python3.11": GOOD}, PYTHON="own")
     assert not done and "needed: own is Python 3.10; PYTHON names" in said
-    for name in ("mkdir", "cat"):
+    for name in ("true", "cat"):
         done, said = set_up(tmp_path, {}, PYTHON=name)
         assert not done and f"needed: {name} does not run, or is no Python; PYTHON" in said
     # An environment that an older interpreter has made.

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import gc
 import mmap
-import resource
 import weakref
 
 import numpy as np
-import pytest
 import torch
 
 from megatron_vlmoe.runtime.forked_memory import SharedPages
-from megatron_vlmoe.runtime.memory import (
-    keep_freed_tensors,
-    keep_no_large_blocks,
-    settled_objects,
-)
+from megatron_vlmoe.runtime.memory import settled_objects
 from megatron_vlmoe.train.checkpoint_writing import with_own_storage
 
 PAGE = mmap.PAGESIZE
@@ -32,32 +26,6 @@ def empty_bytes(memory: torch.Tensor) -> list[tuple[int, int]]:
     """Where there are zeros, from and to."""
     edges = torch.nonzero(torch.diff(torch.nn.functional.pad((memory == 0).int(), (1, 1))))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-
-
-def page_faults() -> int:
-    """Of making, filling and freeing 64 MB; how many depends on the size of pages."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-def test_freed_memory_stays_in_training_and_not_in_loader_workers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    try:
-        assert keep_freed_tensors()
-        first = page_faults()
-        assert page_faults() * 4 < max(first, 32)
-    finally:
-        assert keep_no_large_blocks()
-    page_faults()
-    assert page_faults() >= 32
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=10")
-    assert not keep_freed_tensors()
-    assert page_faults() >= 32
 
 
 def test_only_whole_pages_of_tensors_are_given_back() -> None:
