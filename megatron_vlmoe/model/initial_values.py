@@ -88,9 +88,8 @@ def _cut_normal(shape: Sequence[int], std: float, generator: torch.Generator) ->
     torch's own ``trunc_normal_`` draws whole tensors anew until all values lie inside, or takes quantiles too: which of
     them depends on its version. The former took 20 times as long here, minutes for a model with a billion parameters.
     """
-    share = math.erf(
-        1.0 / math.sqrt(2.0)
-    )  # of a normal distribution, within one standard deviation
+    # Of a normal distribution, within one standard deviation.
+    share = math.erf(1.0 / math.sqrt(2.0))
     value = torch.empty(tuple(shape)).uniform_(-share, share, generator=generator)
     return value.erfinv_().mul_(math.sqrt(2.0) * std).clamp_(-std, std)
 

@@ -66,10 +66,8 @@ class _StrictTarInfo(tarfile.TarInfo):
             if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
                 raise tarfile.ReadError(str(error)) from error
             raise
-        except (
-            ValueError,
-            OverflowError,
-        ) as error:  # a header of pax whose number is none, or endless
+        # A header of pax whose number is none, or endless.
+        except (ValueError, OverflowError) as error:
             raise tarfile.ReadError(str(error)) from error
 
 
