@@ -15,7 +15,7 @@ from megatron_vlmoe.convert.statistics import Distance, distance
 from megatron_vlmoe.convert.tensors import type_name, with_progress
 from megatron_vlmoe.planning.dry_run import table
 from megatron_vlmoe.planning.parameters import part_of, part_order
-from megatron_vlmoe.train.checkpoint_sums import SUMS_FILE
+from megatron_vlmoe.runtime.sums import SUMS_FILE
 
 
 class OptionDifference(NamedTuple):
@@ -90,8 +90,6 @@ def compare_checkpoints(
     first, second = open_source(left), open_source(right)
     for source in (first, second):
         for problem in source.problems:
-            if source.reader is None:
-                continue
             if problem.kind == "checksum" or problem.name == SUMS_FILE:
                 raise ConvertError(f"{source.path / problem.name}: damaged: {problem.detail}")
     readers = [source.reader for source in (first, second) if source.reader is not None]

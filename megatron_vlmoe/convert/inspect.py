@@ -34,10 +34,10 @@ from megatron_vlmoe.planning.parameters import (
     part_of,
     part_order,
 )
-from megatron_vlmoe.runtime.sums import differing_files
+from megatron_vlmoe.runtime.sums import SUMS_FILE, differing_files
 from megatron_vlmoe.stream.block_plan import block_plans, moe_layer_numbers
 from megatron_vlmoe.train.checkpoint_files import FULLY_RESHARDABLE, is_optimizer_key
-from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE, read_sums
+from megatron_vlmoe.train.checkpoint_sums import NOTE, read_sums
 from megatron_vlmoe.train.run_files import is_hugging_face
 
 _POOL = re.compile(
@@ -113,7 +113,7 @@ def open_source(location: str | Path) -> TensorSource:
     """
     folder = Path(location)
     if not folder.is_dir():
-        raise ConvertError(f"{folder}: no such folder")
+        raise ConvertError(f"{location}: no such folder")
     if is_hugging_face(folder):
         return _hugging_face(folder)
     path = resolve_checkpoint(folder)

@@ -25,11 +25,11 @@ from megatron_vlmoe.config.errors import ConvertError
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.json_files import parse_json
 from megatron_vlmoe.runtime.progress import Progress
+from megatron_vlmoe.runtime.sums import SUMS_FILE, differing_files, parse_sums, sums_lines
 
 Item = TypeVar("Item")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SUMS_FILE = "SHA256SUMS"
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -147,7 +147,7 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
         numbers = range(1, len(shards) + 1)
         files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
     values, last_of = _values(groups), {group.names[-1]: group for group in groups}
-    sums, where = [], {}
+    sums, where = {}, {}
     for file_name, shard in zip(files, shards):
         digest = hashlib.sha256()
         with (folder / file_name).open("wb") as file:
@@ -164,11 +164,11 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
                 digest.update(content)
                 if name in last_of:
                     yield last_of[name]
-        sums.append(f"{digest.hexdigest()}  {file_name}\n")
+        sums[file_name] = digest.hexdigest()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
         write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    write_text_atomic(folder / SUMS_FILE, "".join(sums))
+    write_text_atomic(folder / SUMS_FILE, *sums_lines(sums))
 
 
 def _values(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
@@ -226,28 +226,22 @@ class SafetensorsFolder:
         Raises:
             ConvertError: naming the first file that differs, or SHA256SUMS where it is damaged.
         """
-        sums = self.folder / SUMS_FILE
+        path = self.folder / SUMS_FILE
         try:
-            lines = sums.read_text(encoding="utf-8").splitlines()
+            sums = parse_sums(path.read_bytes())
         except FileNotFoundError:
             return
         except OSError as error:
-            raise ConvertError(f"{sums}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise ConvertError(f"{sums}: damaged: invalid UTF-8 at byte {error.start}") from None
-        for number, line in enumerate(lines, 1):
-            expected, _, name = line.partition("  ")
-            if not name or Path(name).name != name:
-                raise ConvertError(f"{sums}: damaged: line {number} is not SHA-256 and file name")
-            file = self.folder / name
-            if not os.path.isfile(file):  # also false for what cannot be a name
-                raise ConvertError(f"{file}: missing, though {SUMS_FILE} lists it")
-            with file.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-            if found != expected:
-                raise ConvertError(
-                    f"{file}: differs from what was exported ({SUMS_FILE}); if that was meant, delete {SUMS_FILE}"
-                )
+            raise ConvertError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ConvertError(f"{path}: damaged: {error}") from None
+        files = {self.folder / name: digest for name, digest in sums.items()}
+        if lost := [file for file in files if not file.is_file()]:
+            raise ConvertError(f"{lost[0]}: missing, though {SUMS_FILE} lists it")
+        if flaws := differing_files(files):
+            raise ConvertError(
+                f"{flaws[0][0]}: differs from what was exported ({SUMS_FILE}); if that was meant, delete {SUMS_FILE}"
+            )
 
     def _files(self) -> dict[str, str]:
         """Name of every tensor and its file; empty where there is one file without an index."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.tasks import find_task, task_names
-from megatron_vlmoe.runtime.files import StagedFile
+from megatron_vlmoe.runtime.files import StagedFile, is_remote
 from megatron_vlmoe.runtime.json_files import read_versioned
 from megatron_vlmoe.runtime.sums import differing_files
 
@@ -229,8 +229,10 @@ def load_manifest(prefix: str | Path) -> DatasetManifest:
     """Reads ``PREFIX.json``.
 
     Raises:
-        DataError: the file is missing, damaged, or of a newer format; the message names it.
+        DataError: the file is missing, damaged or of a newer format, or the prefix an address; the message names it.
     """
+    if is_remote(str(prefix)):
+        raise DataError(f"{prefix}: must be a local path; `vlmoe merge-data` fetches a dataset")
     missing = "not found (no dataset, or preprocessing did not end)"
     path, what = manifest_path(prefix), "a dataset manifest"
     return read_versioned(path, FORMAT_VERSION, what, missing, _manifest_of)

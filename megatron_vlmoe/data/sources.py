@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from megatron_vlmoe.data.order import (
     parse_blend,
 )
 from megatron_vlmoe.data.tables import SharedTables
+
+log = logging.getLogger("megatron_vlmoe")
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -98,6 +101,7 @@ def open_sources(data: DataConfig, objective: str, fingerprint: str | None) -> d
     def verified(values: Sequence[str], name: str) -> tuple[list[Source], BlendSpec]:
         spec = parse_blend(values, name)
         manifests = [check_dataset(prefix, option, fingerprint) for prefix in spec.prefixes]
+        _name_missing_shards(name, spec.prefixes, manifests)
         found = zip(spec.prefixes, manifests, strict=True)
         return [Source(prefix, m, range(m.documents)) for prefix, m in found], spec
 
@@ -114,6 +118,26 @@ def open_sources(data: DataConfig, objective: str, fingerprint: str | None) -> d
     elif fraction > 0:
         result["eval"] = Sources(tuple(rest), spec.weights)
     return result
+
+
+def _name_missing_shards(
+    option: str, prefixes: Sequence[str], manifests: Sequence[DatasetManifest]
+) -> None:
+    """A line for each preprocessing run of which some shards are given, and others are not."""
+    given: dict[tuple[str, int], dict[int, str]] = {}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if shard := manifest.shard:
+            given.setdefault((shard.work, shard.count), {})[shard.index] = prefix
+    for (_, count), shards in given.items():
+        if len(shards) < count:
+            log.warning(
+                "%s: %s is one of %d shards, of which %d are given: the others are not trained on; "
+                "merge-data makes one dataset of all",
+                option,
+                next(iter(shards.values())),
+                count,
+                len(shards),
+            )
 
 
 def split_documents(

@@ -27,9 +27,9 @@ from megatron_vlmoe.finetune.prepared import PreparedTask
 from megatron_vlmoe.planning.estimate import checkpoint_bytes
 from megatron_vlmoe.runtime.ranks import environment_rank, environment_world_size, gpu_of_process
 from megatron_vlmoe.runtime.run_lock import LOCK_FILE, holder_text
-from megatron_vlmoe.runtime.sums import differing_files
+from megatron_vlmoe.runtime.sums import SUMS_FILE, differing_files
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint, saved_common
-from megatron_vlmoe.train.checkpoint_sums import SUMS_FILE, check_files
+from megatron_vlmoe.train.checkpoint_sums import check_files
 from megatron_vlmoe.train.run_files import is_hugging_face
 
 Level = Literal["ok", "warning", "error"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_vlmoe.config.errors import ConfigError, did_you_mean, near_divisors, near_multiples
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.config.task_schema import FinetuneConfig
+from megatron_vlmoe.runtime.files import is_remote
 from megatron_vlmoe.stream.block_plan import block_plans, has_experts, moe_layer_numbers
 from megatron_vlmoe.stream.layout import StreamLayout
 from megatron_vlmoe.stream.sizes import (
@@ -222,7 +223,7 @@ def _check_any_run(config: RunConfig) -> None:
     for name, seed in seeds:
         _require(seed in SEEDS, f"{name}={seed} is not a whole number of 64 bits with its sign")
     _require(
-        "://" not in config.checkpoint.save,
+        not is_remote(config.checkpoint.save),
         f"--save {config.checkpoint.save}: must be a local path: a run folder lies on a disk that all nodes see",
     )
     _check_health(config)

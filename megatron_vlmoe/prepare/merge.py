@@ -15,9 +15,10 @@ from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.codes import CodesReader, load_codes_manifest, publish_codes
 from megatron_vlmoe.data.indexed import IndexedReader, IndexedWriter
 from megatron_vlmoe.prepare.corpora import merge_datasets
-from megatron_vlmoe.prepare.remote import Mirror, check_local, is_remote, names_in, remove_remote
+from megatron_vlmoe.prepare.remote import Mirror, check_local, names_in, remove_remote
 from megatron_vlmoe.prepare.shards import check_shards, find_shards
 from megatron_vlmoe.prepare.tasks import is_task_shard, merge_task_shards
+from megatron_vlmoe.runtime.files import is_remote
 from megatron_vlmoe.runtime.json_files import read_json
 
 

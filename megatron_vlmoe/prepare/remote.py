@@ -1,4 +1,4 @@
-"""Files at addresses that fsspec knows: s3://, gs://, hf://, file://, memory:// and others.
+"""Files at addresses that fsspec knows: s3://, gs://, hf://, file:// and others.
 
 Readers, workers and memory maps need local files. So what is remote is copied: inputs into a temporary folder when they
 are read, outputs from one when they are complete.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import load_manifest
 from megatron_vlmoe.prepare.readers.records import is_side_file
+from megatron_vlmoe.runtime.files import is_remote
 
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
@@ -33,11 +33,6 @@ _PACKAGES = {
 
 class NotThere(DataError):
     """Nothing is at an address."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is an address, as ``s3://bucket/key``."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
 def check_local(option: str, path: str) -> None:

@@ -20,7 +20,8 @@ from typing import Generic, Self, TypeVar
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.manifest import ShardRecord
-from megatron_vlmoe.prepare.remote import Mirror, is_remote, names_in
+from megatron_vlmoe.prepare.remote import Mirror, names_in
+from megatron_vlmoe.runtime.files import is_remote
 
 Item = TypeVar("Item")
 

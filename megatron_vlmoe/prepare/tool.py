@@ -56,9 +56,9 @@ from megatron_vlmoe.prepare.readers.records import (
     kinds_of,
     passed_over_line,
 )
-from megatron_vlmoe.prepare.remote import is_remote, put_file, read_remote, remove_remote
+from megatron_vlmoe.prepare.remote import put_file, read_remote, remove_remote
 from megatron_vlmoe.prepare.shards import Shard, Share
-from megatron_vlmoe.runtime.files import StagedFile, delete_left_files
+from megatron_vlmoe.runtime.files import StagedFile, delete_left_files, is_remote
 from megatron_vlmoe.runtime.helper_processes import end_with_parent, without_interrupts
 from megatron_vlmoe.tokenizers.text import TextTokenizer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -150,12 +151,19 @@ def delete_left_files(stem: str) -> None:
         left.unlink(missing_ok=True)
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is an address, as ``s3://bucket/key``."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+
+
 def publish_folder(temporary: Path, path: Path) -> None:
     """Syncs a complete folder and gives it the name ``path``, in place of what stood there. Raises FileError."""
     with naming(path):
         for inside in (*sorted(temporary.rglob("*")), temporary):
             sync(inside)
-        if path.exists():
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
         sync(path.parent)

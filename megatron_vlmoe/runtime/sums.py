@@ -1,9 +1,14 @@
-"""SHA-256 of files, several at a time: hashlib and the kernel leave the interpreter to others meanwhile."""
+"""SHA-256 of files, several at a time: hashlib and the kernel leave the interpreter to others meanwhile.
+
+The sums of a folder's files are in its SHA256SUMS, in the format of `sha256sum`, which checks them by hand:
+``sha256sum --check SHA256SUMS``.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +16,9 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+SUMS_FILE = "SHA256SUMS"
+# 255 bytes are the most that a file system takes for a name.
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n\0]{1,255})")
 _OTHER_CONTENTS = "its contents have another SHA-256"
 _BLOCK_BYTES = 1 << 22
 _MOST_THREADS = 8
@@ -65,6 +73,25 @@ def flaw_words(reason: str, record: str, others: int) -> str:
     than = f" than {record} says" if reason == _OTHER_CONTENTS else ""
     more = f"; so are {others} other files" if others > 1 else "; so is another file"
     return reason + than + (more if others else "")
+
+
+def sums_lines(sums: Mapping[str, str]) -> list[str]:
+    """The lines of SHA256SUMS, given the SHA-256 in hex by file name."""
+    return [f"{sums[name]}  {name}\n" for name in sorted(sums)]
+
+
+def parse_sums(content: bytes) -> dict[str, str]:
+    """SHA-256 in hex by file name, of what SHA256SUMS holds. Raises ValueError, which says what is damaged in it."""
+    sums: dict[str, str] = {}
+    *lines, rest = content.decode("utf-8", "replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        found = _LINE.fullmatch(line)
+        if found is None or found[2] in sums or found[2] in (".", ".."):
+            raise ValueError(f"line {number} is not SHA-256 and file name")
+        sums[found[2]] = found[1]
+    if rest:
+        raise ValueError("its last line has no end")
+    return sums
 
 
 def shared_out(sizes: Mapping[Item, int], shares: int) -> list[list[Item]]:

@@ -48,7 +48,7 @@ from megatron_vlmoe.runtime.distributed import (
 from megatron_vlmoe.runtime.files import publish_folder, write_text_atomic
 from megatron_vlmoe.runtime.optimizer_state import install_state_views
 from megatron_vlmoe.runtime.results_queue import install_results_queue
-from megatron_vlmoe.runtime.sums import reading_threads
+from megatron_vlmoe.runtime.sums import SUMS_FILE, reading_threads
 from megatron_vlmoe.stream.block_plan import has_experts
 from megatron_vlmoe.train.checkpoint_files import (
     COMMON_FILE,
@@ -66,7 +66,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     one_line,
     stored_format,
 )
-from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE
+from megatron_vlmoe.train.checkpoint_sums import NOTE
 from megatron_vlmoe.train.checkpoint_writing import ContentSaver, is_forked
 from megatron_vlmoe.train.finite import check_finite
 from megatron_vlmoe.train.rank_sums import RankSums

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Optional
@@ -122,6 +122,19 @@ def of_common(value: Any) -> dict[str, Any]:
         for name in ("config", "content_metadata", "train_state")
     ):
         raise ValueError("not what a checkpoint holds besides tensors")
+    if stored_format(common) not in (FULLY_RESHARDABLE, DP_RESHARDABLE):
+        raise ValueError(f"optimizer state in an unknown format, {stored_format(common)!r}")
+    state = common.get("train_state", {})
+    counts = [state.get(f.name, 0) for f in fields(TrainState) if f.type == "int"]
+    norms = state.get("recent_norms", ())
+    if not (
+        all(type(count) is int and count >= 0 for count in counts)
+        and isinstance(state.get("interval", {}), dict)
+        and isinstance(state.get("best_value"), (int, float, type(None)))
+        and isinstance(norms, (list, tuple))
+        and all(isinstance(norm, float) for norm in norms)
+    ):
+        raise ValueError("no state of training")
     return common
 
 
@@ -219,6 +232,8 @@ def _find(path: Path, step: Optional[str]) -> Optional[Path]:
         named = _ITERATION.fullmatch(path.name)
         if step and step != NEWEST and named and int(named[1]) != int(step):
             raise ConfigError(f"checkpoint.step={step}: {path} is one checkpoint, not a run")
+        if _marker(path) is None:
+            raise CheckpointError(f"{path}: incomplete: {_MARKER} is damaged")
         return path
     if _ITERATION.fullmatch(path.name) and path.is_dir():
         raise CheckpointError(f"{path}: incomplete: {_flaw(path)}")
@@ -305,14 +320,10 @@ def _flaw(path: Path) -> str:
     """Why an iteration folder is no complete checkpoint; empty if it is one as far as its files tell."""
     if not os.access(path, os.R_OK | os.X_OK):
         return "cannot be read (permissions)"
-    marker = path / _MARKER
-    if not marker.is_file():
+    if not (path / _MARKER).is_file():
         return f"no {_MARKER}"
-    try:
-        content = json.loads(marker.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
+    content = _marker(path)
+    if content is None:
         return f"{_MARKER} is damaged"
     for name in (METADATA_FILE, *((COMMON_FILE,) if "common_backend" in content else ())):
         if not (path / name).is_file():
@@ -333,6 +344,15 @@ def _flaw(path: Path) -> str:
         if size < end:
             return f"{name} has {size} bytes of {end}"
     return ""
+
+
+def _marker(path: Path) -> Optional[dict[str, Any]]:
+    """What megatron-core notes of how it stored a checkpoint; None if it is damaged."""
+    try:
+        content = json.loads((path / _MARKER).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and "sharded_backend" in content else None
 
 
 def check_harmless(path: Path) -> None:

@@ -1,8 +1,7 @@
-"""SHA256SUMS of a checkpoint: the SHA-256 of every file beside it, in the format of `sha256sum`.
+"""SHA256SUMS of a checkpoint: the SHA-256 of every file beside it.
 
-``cd iter_0000100 && sha256sum --check SHA256SUMS`` checks it by hand. It is written before the checkpoint gets its
-name, and what the checkpoint holds besides tensors notes that there is one: where it is gone, that is damage, and no
-checkpoint of an earlier version. Needs neither torch nor megatron-core.
+It is written before the checkpoint gets its name, and what the checkpoint holds besides tensors notes that there is
+one: where it is gone, that is damage, and no checkpoint of an earlier version. Needs neither torch nor megatron-core.
 """
 
 from __future__ import annotations
@@ -15,16 +14,19 @@ from typing import Any, Optional
 
 from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.runtime.files import write_text_atomic
-from megatron_vlmoe.runtime.sums import differing_files, flaw_words
+from megatron_vlmoe.runtime.sums import (
+    SUMS_FILE,
+    differing_files,
+    flaw_words,
+    parse_sums,
+    sums_lines,
+)
 
-SUMS_FILE = "SHA256SUMS"
 NOTE = "sums_file"
 """The note's key among what a checkpoint holds besides tensors."""
 
 log = logging.getLogger("megatron_vlmoe")
 
-# 255 bytes are the most that a file system takes for a name.
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n\0]{1,255})")
 # What a checkpoint cannot be read without; `common.pt` is not there in those of megatron-core 0.19.
 _NEEDED = (".metadata", "metadata.json")
 _PARTS = re.compile(r"\.metadata|metadata\.json|common\.pt|.*\.distcp")
@@ -39,8 +41,7 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
-    write_text_atomic(folder / SUMS_FILE, *lines)
+    write_text_atomic(folder / SUMS_FILE, *sums_lines(sums))
 
 
 def read_sums(folder: Path) -> Optional[dict[str, str]]:
@@ -51,20 +52,13 @@ def read_sums(folder: Path) -> Optional[dict[str, str]]:
     """
     path = folder / SUMS_FILE
     try:
-        content = path.read_bytes()
+        sums = parse_sums(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    sums: dict[str, str] = {}
-    *lines, rest = content.decode("utf-8", "replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        found = _LINE.fullmatch(line)
-        if found is None or found[2] in sums:
-            raise CheckpointError(f"{path}: damaged: line {number} is not SHA-256 and file name")
-        sums[found[2]] = found[1]
-    if rest:
-        raise CheckpointError(f"{path}: damaged: its last line has no end")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
     there = [name for entry in folder.iterdir() if _PARTS.fullmatch(name := entry.name)]
     for name in (*_NEEDED, *sorted(there)):
         if name not in sums:

@@ -42,7 +42,7 @@ def test_what_cannot_be_looked_at_is_a_finding(tmp_path: Path) -> None:
     """Each would be a traceback in the place of all that was found."""
     (tmp_path / "taken").touch()
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "metadata.json").write_text("{}")
+    (tmp_path / "foreign" / "metadata.json").write_text('{"sharded_backend": ""}')
     lines = {
         ("taken", ""): "--save: taken: run.lock: Not a directory",
         ("foreign", ""): "checkpoint: foreign: not a readable checkpoint",

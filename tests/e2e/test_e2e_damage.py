@@ -10,7 +10,8 @@ import pytest
 from commands import Outcome, run
 
 from megatron_vlmoe.runtime.run_lock import LOCK_FILE, run_lock
-from megatron_vlmoe.train.checkpoint_sums import SUMS_FILE, read_sums
+from megatron_vlmoe.runtime.sums import SUMS_FILE
+from megatron_vlmoe.train.checkpoint_sums import read_sums
 
 RUN = """
 -m megatron_vlmoe pretrain-random --preset tiny-8e --model.num_layers 2 --model.num_vl_layers 1

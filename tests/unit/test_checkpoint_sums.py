@@ -16,10 +16,10 @@ from megatron_vlmoe.convert.checkpoints import CheckpointReader
 from megatron_vlmoe.convert.compare import compare_checkpoints
 from megatron_vlmoe.convert.inspect import inspect_checkpoint, inspection_lines
 from megatron_vlmoe.finetune.options import saved_run
-from megatron_vlmoe.runtime.sums import shared_out
+from megatron_vlmoe.runtime.sums import SUMS_FILE, shared_out
 from megatron_vlmoe.train.checkpoint import CheckpointWriter, load_common
 from megatron_vlmoe.train.checkpoint_files import find_checkpoint, saved_common
-from megatron_vlmoe.train.checkpoint_sums import NOTE, SUMS_FILE, check_files, read_sums
+from megatron_vlmoe.train.checkpoint_sums import NOTE, check_files, read_sums
 from megatron_vlmoe.train.run_files import is_hugging_face
 
 DENSE = CONFIGS["dense"]
@@ -153,7 +153,18 @@ def test_the_configuration_of_a_damaged_checkpoint_is_not_believed(copy: Path) -
 
 
 @pytest.mark.parametrize(
-    "stored", [5, [], {"config": "no options"}, {"config": {}, "content_metadata": None}]
+    "stored",
+    [
+        5,
+        [],
+        {"config": "no options"},
+        {"config": {}, "content_metadata": None},
+        {"config": {}, "content_metadata": {"distrib_optim_sharding_type": "of tomorrow"}},
+        *({"config": {}, "train_state": {"step": step}} for step in ("four", -1, 4.0, True, None)),
+        {"config": {}, "train_state": {"step": 4, "recent_norms": "high"}},
+        {"config": {}, "train_state": {"step": 4, "interval": 4}},
+        {"config": {}, "train_state": {"step": 4, "best_value": "best"}},
+    ],
 )
 def test_what_no_checkpoint_holds_is_one_line(stored: object, copy: Path) -> None:
     torch.save(stored, copy / "common.pt")

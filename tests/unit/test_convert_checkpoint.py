@@ -212,10 +212,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "sums that are no text": (
         lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff"),
-        "SHA256SUMS: damaged: invalid UTF-8",
+        "SHA256SUMS: damaged: its last line has no end",
     ),
     "sums of no name": (
-        lambda folder: (folder / "SHA256SUMS").write_text(f"0  {'x' * 300}"),
+        lambda folder: (folder / "SHA256SUMS").write_text(f"{'0' * 64}  {'x' * 300}\n"),
+        "SHA256SUMS: damaged: line 1 is not SHA-256 and file name",
+    ),
+    "sums of a file that is not there": (
+        lambda folder: (folder / "SHA256SUMS").write_text(f"{'0' * 64}  {'x' * 255}\n"),
         "missing, though SHA256SUMS lists it",
     ),
     "sums without a name": (
@@ -223,7 +227,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "SHA256SUMS: damaged: line 1 is not SHA-256 and file name",
     ),
     "sums of another folder": (
-        lambda folder: (folder / "SHA256SUMS").write_text("0  ../config.json\n"),
+        lambda folder: (folder / "SHA256SUMS").write_text(f"{'0' * 64}  ../config.json\n"),
         "SHA256SUMS: damaged: line 1 is not SHA-256 and file name",
     ),
     "sums that cannot be read": (

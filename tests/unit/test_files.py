@@ -77,6 +77,17 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model", "model/new"]
 
 
+@pytest.mark.parametrize("target", ["there", "gone"])
+def test_a_folder_takes_the_place_of_a_link_to_one(target: str, tmp_path: Path) -> None:
+    """What the link names stays."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kept").touch()
+    (tmp_path / "made").symlink_to(tmp_path / target)
+    with folder_atomic(tmp_path / "made") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path) == ["made", "made/new", "there", "there/kept"]
+
+
 def test_what_a_killed_process_left_beside_a_folder_goes(tmp_path: Path) -> None:
     gone = 2**22 + 1  # Linux numbers no process as high
     target = tmp_path / "iter_0000004"

@@ -368,6 +368,14 @@ def test_export_equals_its_checkpoint(name: str, tmp_path: Path) -> None:
     found = compare_checkpoints(run, folder)
     assert found.equal and len(found.pairs) == len(checkpoint_shapes(config))
     assert not found.options
+    # What differs because it is damaged, is no difference between the two.
+    file = sorted(folder.glob("*.safetensors"))[0]
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        ConvertError, match=rf"{file.name}: damaged: differs from what was exported"
+    ):
+        compare_checkpoints(run, folder)
 
 
 def test_one_tensor_is_read_at_a_time(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:

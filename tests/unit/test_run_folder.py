@@ -36,7 +36,9 @@ def make(root: Path, *steps: int, tracked: Optional[int] = None) -> Path:
     for step in steps:
         folder = root / f"iter_{step:07d}"
         folder.mkdir(parents=True)
-        (folder / "metadata.json").write_text('{"common_backend": "torch"}')
+        (folder / "metadata.json").write_text(
+            '{"sharded_backend": "torch_dist", "common_backend": "torch"}'
+        )
         (folder / "common.pt").write_bytes(b"x")
         (folder / "__0_0.distcp").write_bytes(b"1234")
         (folder / ".metadata").write_bytes(pickle.dumps(CONTENTS))
@@ -139,8 +141,10 @@ def test_incomplete_checkpoint(name: str, tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "newest") == root / "iter_0000002"
     if name == "metadata.json":
         assert "incomplete" in refusal(find_checkpoint, root / "iter_0000004")
-        (root / "iter_0000004" / name).write_text("{")
-        assert "metadata.json is damaged" in refusal(find_checkpoint, tmp_path, "4")
+        for content in ("{", "{}", "[]", '{"common_backend": "torch"}'):
+            (root / "iter_0000004" / name).write_text(content)
+            for place in (tmp_path, root / "iter_0000004"):
+                assert "metadata.json is damaged" in refusal(find_checkpoint, place, "4")
 
 
 @pytest.mark.parametrize(

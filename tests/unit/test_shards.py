@@ -11,7 +11,9 @@ import pytest
 from data_files import files_of, tool
 from sharded_inputs import KINDS, Arguments, prepared, same_files, text_lines
 
+from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.data.manifest import check_dataset, load_manifest
+from megatron_vlmoe.data.sources import open_sources
 
 merge = tool("merge_datasets")
 
@@ -43,6 +45,26 @@ def test_work_is_shared_evenly(tmp_path: Path, tiny_tokenizer: str) -> None:
     documents = [load_manifest(f"{tmp_path}/p-0000{n}-of-00004").documents for n in range(4)]
     assert sum(documents) == 4000
     assert min(documents) > 900
+
+
+def test_training_on_some_shards_names_what_is_not_given(
+    tmp_path: Path, tiny_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    index, words = prepared("text", tmp_path, tiny_tokenizer)
+    words += ["--output", f"{tmp_path}/p"]
+    for number in range(3):
+        assert index([*words, "--shard", f"{number}/3"]) == 0
+    shards = [f"{tmp_path}/p-0000{number}-of-00003" for number in range(3)]
+
+    def lines(*text: str) -> list[str]:
+        caplog.clear()
+        sources = open_sources(DataConfig(text=list(text)), "texts", None)
+        assert [item.prefix for item in sources["train"].items] == list(text)
+        return caplog.messages
+
+    (line,) = lines(shards[2], shards[0])
+    assert line.startswith(f"data.text: {shards[2]} is one of 3 shards, of which 2 are given")
+    assert not lines(*shards)
 
 
 @pytest.mark.parametrize("kind", ["text", "task"])

@@ -561,7 +561,7 @@ def test_one_run_that_cannot_be_read_keeps_no_other_from_the_table(tmp_path, cap
         root = folder / "checkpoints"
         (root / "iter_16000016").mkdir(parents=True)
         (root / "latest_checkpointed_iteration.txt").write_text("16000016")
-        (root / "iter_16000016/metadata.json").write_text("{}")
+        (root / "iter_16000016/metadata.json").write_text('{"sharded_backend": ""}')
         with (root / "iter_16000016/.metadata").open("wb") as file:
             pickle.dump(Metadata(state_dict_metadata={}, storage_data={}), file)
         spoil(folder)

@@ -33,8 +33,9 @@ from megatron_vlmoe.prepare.readers.records import (
     is_tar,
     walk_files,
 )
-from megatron_vlmoe.prepare.remote import Mirror, is_remote, is_remote_folder, remote_files
+from megatron_vlmoe.prepare.remote import Mirror, is_remote_folder, remote_files
 from megatron_vlmoe.prepare.shards import Part
+from megatron_vlmoe.runtime.files import is_remote
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """How gzip, bzip2 and xz files begin."""

@@ -75,8 +75,9 @@ from megatron_vlmoe.prepare.readers.records import (
     walk_files,
 )
 from megatron_vlmoe.prepare.readers.tables import table_format
-from megatron_vlmoe.prepare.remote import Mirror, is_remote, is_remote_folder, remote_files
+from megatron_vlmoe.prepare.remote import Mirror, is_remote_folder, remote_files
 from megatron_vlmoe.prepare.shards import Part
+from megatron_vlmoe.runtime.files import is_remote
 
 _OTHER_DOWNLOADS = (
     "; a list of --format sbu or cc3m also finds files that are named as the last part of "

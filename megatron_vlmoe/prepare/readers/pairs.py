@@ -61,7 +61,8 @@ from megatron_vlmoe.prepare.readers.records import (
     walk_files,
 )
 from megatron_vlmoe.prepare.readers.tables import column_names, table_rows
-from megatron_vlmoe.prepare.remote import is_remote, is_remote_folder, remote_files
+from megatron_vlmoe.prepare.remote import is_remote_folder, remote_files
+from megatron_vlmoe.runtime.files import is_remote
 from megatron_vlmoe.runtime.json_files import parse_json
 
 DEFAULT_SPLITS = ("train", "restval")
