@@ -133,6 +133,30 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image tokenizer of random weights: 30 codes for 4 x 4 patches."""
+    import torch
+
+    from megatron_vlmoe.tokenizers.vqkd.config import build_preset
+    from megatron_vlmoe.tokenizers.vqkd.model import save_vqkd
+    from megatron_vlmoe.tokenizers.vqkd.training import build_model
+
+    config = build_preset(
+        "tiny", image_size=16, patch_size=4, width=16, num_heads=2, num_codes=30, code_dim=4
+    )
+    model = build_model(config, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        codebook = torch.randn(30, 4, generator=generator)
+        model.quantizer.codebook.copy_(torch.nn.functional.normalize(codebook, dim=1))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_vqkd(folder, model, training={})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of ours for imports of public checkpoints."""
     from public_states import write_text_model

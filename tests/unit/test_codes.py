@@ -17,7 +17,6 @@ import pytest
 import torch
 from data_files import tool
 from PIL import Image
-from torch.nn import functional as F
 
 from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.data.codes import CodesReader, check_codes
@@ -30,9 +29,6 @@ from megatron_vlmoe.prepare.codes import (
     write_codes,
 )
 from megatron_vlmoe.tokenizers.image import ImageTokenizer
-from megatron_vlmoe.tokenizers.vqkd.config import build_preset
-from megatron_vlmoe.tokenizers.vqkd.model import save_vqkd
-from megatron_vlmoe.tokenizers.vqkd.training import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(40, 30), (25, 61), (16, 16), (90, 20), (33, 47)]
@@ -51,23 +47,6 @@ def write_images(prefix: Path, images: list[bytes]) -> str:
         for data in images:
             writer.add_document([np.frombuffer(data, np.uint8)])
     return str(prefix)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = build_preset(
-        "tiny", image_size=16, patch_size=4, width=16, num_heads=2, num_codes=30, code_dim=4
-    )
-    model = build_model(config, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        codebook = torch.randn(30, 4, generator=generator)
-        model.quantizer.codebook.copy_(F.normalize(codebook, dim=1))
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_vqkd(folder, model, training={})
-    return folder
 
 
 @pytest.fixture(scope="module")

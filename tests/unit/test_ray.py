@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from data_files import tool
+from data_files import picture, tool
 from sharded_inputs import prepared, same_files
 
 from megatron_vlmoe.config.errors import DataError
@@ -37,6 +37,28 @@ def test_ray_writes_the_bytes_of_one_run(kind: str, tmp_path: Path, tiny_tokeniz
     assert index([*words, "--num-shards", "3"]) == 0
     for path in (tmp_path / "shards").glob("*.json"):
         path.write_text(path.read_text().replace(" --workers 2", ""))
+    assert same_files(tmp_path / "whole", tmp_path / "shards")
+
+
+def test_ray_writes_the_codes_of_one_run(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Each worker has an image tokenizer of its own."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(7):
+        picture(number).save(images / f"{number}.png")
+    assert tool("preprocess_images")(["--input", str(images), "--output", f"{tmp_path}/p"]) == 0
+    encode = tool("encode_images")
+    words = [
+        "--batch-size",
+        "2",
+        "--images",
+        f"{tmp_path}/p",
+        "--image-tokenizer",
+        str(tokenizer_folder),
+    ]
+    assert encode([*words, "--output", f"{tmp_path}/whole/p"]) == 0
+    words += ["--output", f"{tmp_path}/shards/p", "--executor", "ray", "--num-shards", "3"]
+    assert encode([*words, "--workers", "2"]) == 0
     assert same_files(tmp_path / "whole", tmp_path / "shards")
 
 

@@ -11,6 +11,7 @@ import pytest
 from data_files import files_of, tool
 from sharded_inputs import KINDS, Arguments, prepared, same_files, text_lines
 
+from megatron_vlmoe.config.errors import DataError
 from megatron_vlmoe.config.schema import DataConfig
 from megatron_vlmoe.data.manifest import check_dataset, load_manifest
 from megatron_vlmoe.data.sources import open_sources
@@ -220,6 +221,11 @@ def test_remote_files_are_read_and_written(
             for here, there in ((f"{bucket}/raw", raw), (f"{bucket}/{place}", f"{tmp_path}/whole")):
                 stored = stored.replace(here.encode(), there.encode())
             assert stored == expected, (place, name)
+
+
+def test_what_reads_no_address_names_it_as_it_was_given() -> None:
+    with pytest.raises(DataError, match=r"^s3://a/b: must be a local path; "):
+        load_manifest("s3://a/b")
 
 
 def test_a_manifest_is_uploaded_last(
