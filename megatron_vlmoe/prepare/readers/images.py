@@ -300,7 +300,7 @@ class ImageFinder:
         Raises NoImageError if no file, or several, may be meant; DataError if two folders of the list are looked for in
         one folder, so that one of them would get the other's pictures, or a folder cannot be listed.
         """
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) and not path.startswith("file://"):
+        if is_remote(path) and not path.startswith("file://"):
             raise NoImageError(f"{path} is a URL, not a file")
         path = path.removeprefix("file://")
         *folders, name = _parts(path) or ("",)

@@ -238,13 +238,18 @@ CAPTION_KEYS = ("caption", "captions", "text", "title", "comment", "sentences", 
 
 def as_captions(value: object) -> tuple[object, ...]:
     """One caption or a list of them, as a tuple; of COCO's {raw, tokens, ...} the raw one."""
+    if isinstance(value, str):
+        return (value,)
     captions = tuple(value) if isinstance(value, list | tuple) else (value,)
     return tuple(c.get("raw") if isinstance(c, dict) else c for c in captions)
 
 
 def find_key(record: Row, wanted: str | None, usual: tuple[str, ...]) -> str | None:
     """``wanted``, or else the first of the usual keys, if the record has it."""
-    return next((key for key in ((wanted,) if wanted else usual) if key in record), None)
+    for key in (wanted,) if wanted else usual:
+        if key in record:
+            return key
+    return None
 
 
 RowReader = Callable[[PairInput, str], Rows]
