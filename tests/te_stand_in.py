@@ -64,19 +64,23 @@ class _Base(nn.Module):
 class LayerNorm(_Base):
     def __init__(
         self,
-        hidden_size: int,
-        eps: float,
+        normalized_shape: Optional[int] = None,
+        eps: float = 1e-5,
         *,
         sequence_parallel: bool,
         params_dtype: torch.dtype,
         zero_centered_gamma: bool,
         device: str,
+        hidden_size: Optional[int] = None,
     ) -> None:
+        """megatron-core 0.16 gives the older name of the size, 0.19 the later one."""
         super().__init__()
         assert not zero_centered_gamma and device == "cpu"
         self.eps = eps
+        size = normalized_shape or hidden_size
+        assert size is not None
         for name in ("weight", "bias"):
-            value = nn.Parameter(torch.empty(hidden_size, dtype=params_dtype))
+            value = nn.Parameter(torch.empty(size, dtype=params_dtype))
             value.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(name, value)
 
@@ -234,11 +238,13 @@ class DotProductAttention(_Base):
         max_seqlen_kv: int,
         cu_seqlens_q_padded: Optional[Tensor] = None,
         cu_seqlens_kv_padded: Optional[Tensor] = None,
+        pad_between_seqs: Optional[bool] = None,
     ) -> Tensor:
         Calls.note(self, query)
         assert attention_mask is None and (qkv_format, attn_mask_type) == ("thd", "padding")
         assert cu_seqlens_q is cu_seqlens_kv and cu_seqlens_q.dtype == torch.int32
-        assert cu_seqlens_q_padded is None and max_seqlen_q == max_seqlen_kv
+        assert cu_seqlens_q_padded is None and not pad_between_seqs
+        assert max_seqlen_q == max_seqlen_kv
         ends = cu_seqlens_q.tolist()
         assert ends[0] == 0 and ends[-1] == len(query)
         parts = []
@@ -296,8 +302,8 @@ def wrappers() -> Any:
     spec = importlib.util.spec_from_file_location("te_wrappers", te_layers.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # It imports one of them when it is called.
-    sys.modules |= modules
+    # It imports one of them when it is called; its dataclasses look for their own module.
+    sys.modules |= {**modules, spec.name: module}
     spec.loader.exec_module(module)
     return module
 
