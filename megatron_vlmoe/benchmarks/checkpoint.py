@@ -42,8 +42,12 @@ def run(options: CheckpointOptions) -> Iterator[list[Row]]:
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    for name in options.preset:
-        config = parse_run("pretrain", ["--preset", name, *options.words]).config
+    words = ["--model.vocab_size", str(options.vocab_size)]
+    words += ["--model.visual_vocab_size", str(options.visual_vocab_size), *options.words]
+    runs = {
+        name: parse_run("pretrain", ["--preset", name, *words]).config for name in options.preset
+    }
+    for name, config in runs.items():
         already = dist.is_initialized()
         initialize(config.parallel, config.train.seed)
         try:

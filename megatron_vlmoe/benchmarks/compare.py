@@ -22,8 +22,12 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 import torch
 from torch import Tensor
 
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.machine import processor_name
+from megatron_vlmoe.train.failures import out_of_memory as out_of_memory
+
+_MOST_THREADS = 4096
 
 Work = Callable[[], Mapping[str, float]]
 """One repetition: does the work and returns the seconds of its phases, whose sum is the time that is compared."""
@@ -204,7 +208,9 @@ def require_close(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def use_threads(number: int) -> None:
-    """CPU threads of what is measured; 0 leaves torch's number."""
+    """CPU threads of what is measured; 0 leaves torch's number. Raises ConfigError for more than any machine has."""
+    if number > _MOST_THREADS:
+        raise ConfigError(f"--threads {number}: must be at most {_MOST_THREADS}")
     if number:
         torch.set_num_threads(number)
 

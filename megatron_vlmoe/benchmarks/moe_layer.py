@@ -306,23 +306,25 @@ def run(
     logging.getLogger("megatron").setLevel(logging.ERROR)
     initialize(ParallelConfig(), seed=1)
     known = builders()
-    for case in cases:
-        problem = make_problem(case, DTYPES[precision])
-        say(str(case))
-        failed: list[Row] = []
-        ready = []
-        for name in names:
-            try:
-                if name != "dense":
-                    check(problem, name, known[name](problem))
-                ready.append(contender(name, known[name], problem))
-            except NotRun as reason:
-                failed.append(Row(asdict(case), name, note=f"not run: {reason}"))
-            except Exception as error:
-                # Their versions and kernels are not ours to choose, and the others are to be measured all the same.
-                if name not in GPU_LAYERS:
-                    raise
-                why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                failed.append(Row(asdict(case), name, note=f"not run: {why}"))
-        yield compare(asdict(case), ready, reference="dense", rounds=rounds) + failed
-    destroy()
+    try:
+        for case in cases:
+            problem = make_problem(case, DTYPES[precision])
+            say(str(case))
+            failed: list[Row] = []
+            ready = []
+            for name in names:
+                try:
+                    if name != "dense":
+                        check(problem, name, known[name](problem))
+                    ready.append(contender(name, known[name], problem))
+                except NotRun as reason:
+                    failed.append(Row(asdict(case), name, note=f"not run: {reason}"))
+                except Exception as error:
+                    # Their versions and kernels are not ours to choose, and the others are to be measured all the same.
+                    if name not in GPU_LAYERS:
+                        raise
+                    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                    failed.append(Row(asdict(case), name, note=f"not run: {why}"))
+            yield compare(asdict(case), ready, reference="dense", rounds=rounds) + failed
+    finally:
+        destroy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,15 +21,23 @@ ExportContender = Literal[
 models of transformers have."""
 
 
+_MOST = 10**12
+_LONGEST_SIDE = 65_500
+"""Pixels of a JPEG."""
+
+
 def _require(options: Any, **least: int) -> None:
-    """Raises ConfigError for a number below what its option allows, one of several too."""
+    """Raises ConfigError for a number below what its option allows, or without reason, one of several too."""
     for name, number in least.items():
         values = getattr(options, name)
+        most = _LONGEST_SIDE if name in ("width", "height") else _MOST
         for value in values if isinstance(values, tuple) else (values,):
+            option = name.replace("_", "-")
             # Not a number is no number of seconds either.
             if not value >= number:
-                option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {value}: must be at least {number}")
+            if value > most:
+                raise ConfigError(f"--{option} {value}: must be at most {most}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class PreprocessOptions:
     clock: Literal["wall", "cpu"] = "wall"
 
     def __post_init__(self) -> None:
-        sizes = dict(texts=0, words=1, vocab_size=1, images=0, width=1, height=1, captions=1)
+        sizes = dict(texts=0, words=1, vocab_size=6, images=0, width=1, height=1, captions=1)
         _require(self, **sizes, resize_short=0, rounds=1, turn_seconds=0)
         if not self.texts and not self.images:
             raise ConfigError("nothing to measure: --texts and --images are both 0")
@@ -121,7 +130,9 @@ class CheckpointOptions:
 
     Args:
         preset: models, one case each.
-        words: more options of `pretrain` for each, as on its command line.
+        words: more options of `pretrain` for each; on the command line they stand as they are.
+        vocab_size: rows of the text head.
+        visual_vocab_size: rows of the image head.
         folder: where checkpoints are written; empty for the system's folder for temporary files.
         step_seconds: arithmetic between a background save and the next update, as a forward and backward pass is.
         rounds: turns of each contender.
@@ -132,16 +143,21 @@ class CheckpointOptions:
     """
 
     preset: tuple[str, ...] = ("small-8e",)
-    words: tuple[str, ...] = ("--model.vocab_size", "64000", "--model.visual_vocab_size", "8192")
+    words: tuple[str, ...] = ()
+    vocab_size: int = 64_000
+    visual_vocab_size: int = 8_192
     folder: str = ""
     step_seconds: float = 4.0
     rounds: int = 5
     turn_seconds: float = 2.0
 
     def __post_init__(self) -> None:
+        _require(self, vocab_size=1, visual_vocab_size=1)
         _require(self, step_seconds=0, rounds=1, turn_seconds=0)
         if not self.preset:
             raise ConfigError("nothing to measure: --preset names none")
+        if self.folder and not os.path.isdir(self.folder):
+            raise ConfigError(f"--folder {self.folder}: no such folder")
 
 
 @dataclass(frozen=True)
@@ -149,8 +165,8 @@ class ScalingOptions:
     """What is measured.
 
     Args:
-        axis: what is varied, one after the other; the rest stays as it is.
-        work: a training step, or one layer of experts forward and backward (experts and tokens alone).
+        axis: what is varied, one after the other; the rest stays as it is. Of a layer, experts and tokens.
+        work: a training step, or one layer of experts forward and backward.
         size: of the presets.
         experts: of each modality, one case each.
         samples: texts, images and pairs of a step, of every rank, one case each; of a layer texts of 128 tokens.
@@ -193,6 +209,8 @@ class ScalingOptions:
     steps: int = 1
 
     def __post_init__(self) -> None:
+        if self.work == "layer" and self.axis == ScalingOptions.axis:
+            object.__setattr__(self, "axis", ("experts", "tokens"))
         _require(self, experts=1, samples=1, lengths=1, ranks=1, base_experts=1, base_samples=1)
         _require(self, vocab_size=1, visual_vocab_size=1, rounds=1, steps=1)
 
@@ -232,5 +250,5 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         _require(self, experts=2, topk=1, batch=1, short_text=0, rounds=1, turn_seconds=0)
-        if max(self.topk, default=1) > min(self.experts, default=1):
+        if self.experts and max(self.topk, default=1) > min(self.experts):
             raise ConfigError(f"--topk {max(self.topk)} is more than --experts {min(self.experts)}")

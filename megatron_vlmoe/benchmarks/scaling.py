@@ -66,6 +66,14 @@ def check(options: ScalingOptions) -> None:
         width, experts = _width(options), max((*options.experts, options.base_experts))
         if experts > width:
             raise ConfigError(f"--experts {experts}: a layer of {options.size} has at most {width}")
+    if options.layout == "expert":
+        if "ranks" not in options.axis:
+            raise ConfigError("--layout expert needs --axis ranks: it spreads experts over them")
+        for ranks in (environment_world_size(),) if "RANK" in os.environ else options.ranks:
+            if options.base_experts % ranks:
+                raise ConfigError(
+                    f"--layout expert: --base-experts {options.base_experts} is no multiple of --ranks {ranks}"
+                )
     for length in options.lengths:
         if max(options.lengths) % length:
             raise ConfigError(f"--lengths {length} does not divide the longest of them")
@@ -144,7 +152,11 @@ def _under_torchrun(options: ScalingOptions, ranks: int) -> list[Row]:
         words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     folder = Path(tempfile.mkdtemp())
     output = folder / "rows.json"
-    reason = run_on_ranks(ranks, [*words, "--output", str(output)], folder / "output.log")
+    try:
+        reason = run_on_ranks(ranks, [*words, "--output", str(output)], folder / "output.log")
+    except BaseException:  # ended by a signal
+        shutil.rmtree(folder)
+        raise
     if reason:
         # The folder stays: the reason may name the log in it.
         raise ConfigError(f"--ranks {ranks}: {reason}")

@@ -34,6 +34,7 @@ from megatron_vlmoe.benchmarks.compare import (
 from megatron_vlmoe.benchmarks.plain_model import PLAIN_LAYERS, Layers, PlainModel
 from megatron_vlmoe.benchmarks.transformers_model import check, transformers_layers
 from megatron_vlmoe.config.command_line import parse_run
+from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.config.schema import RunConfig
 from megatron_vlmoe.data.collate import BatchShare
 from megatron_vlmoe.data.random_batches import RandomData
@@ -152,16 +153,28 @@ def run(options: StepOptions, extra: Sequence[str]) -> Iterator[list[Row]]:
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with _started(options, extra) as (ranks, configs):
-        rows = _measure(options, ranks, configs)
+        rows = _measure(options, extra, ranks, configs)
         reports = is_rank_zero()
     if reports:
         yield rows
 
 
-def _measure(options: StepOptions, ranks: Ranks, configs: dict[str, RunConfig]) -> list[Row]:
-    for config in configs.values():
-        validate(config, ranks.world_size)
+def _batch_shape(config: RunConfig) -> tuple[StreamLayout, int, int]:
+    """What batches must have in common, so that two presets read the same."""
+    objectives = config.objectives
+    return StreamLayout.of(config), objectives.num_masked_patches, objectives.caption_mask_slots
+
+
+def _measure(
+    options: StepOptions, extra: Sequence[str], ranks: Ranks, configs: dict[str, RunConfig]
+) -> list[Row]:
     first = configs[options.presets[0]]
+    for name, config in configs.items():
+        validate(config, ranks.world_size)
+        if _batch_shape(config) != _batch_shape(first):
+            raise ConfigError(
+                f"--preset {name}: reads batches of other shapes than {options.presets[0]}: measure it apart"
+            )
     # The same batches for every preset and turn, made outside the clock.
     data = RandomData(first, BatchShare.of(ranks))
     batches = list(data.loader("train", 0, options.warmup + options.steps))
@@ -189,6 +202,7 @@ def _measure(options: StepOptions, ranks: Ranks, configs: dict[str, RunConfig]) 
         "pairs": options.pairs,
         "precision": resolve_precision(first.train),
         **({"experts": options.experts} if options.experts else {}),
+        **({"options": " ".join(extra)} if extra else {}),
     }
     rows = compare(
         case,

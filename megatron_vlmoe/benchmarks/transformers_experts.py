@@ -34,7 +34,9 @@ def transformers_experts(
     Raises:
         NotRun: transformers is older than its experts.
     """
-    if not importlib.util.find_spec("transformers.integrations.moe"):
+    # Where a package is missing, one asks for its parts in vain.
+    parts = ("transformers", "transformers.integrations", "transformers.integrations.moe")
+    if not all(map(importlib.util.find_spec, parts)):
         raise NotRun("needs transformers 5")
     from transformers.integrations.moe import use_experts_implementation
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import json
 import os
+import tempfile
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,9 +24,10 @@ from megatron_vlmoe.benchmarks.options import (
 )
 from megatron_vlmoe.commands.options import CommandParser, output_file
 from megatron_vlmoe.config.command_line import did_you_mean
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, TrainingError
 from megatron_vlmoe.prepare.tool import count, positive_int
 from megatron_vlmoe.runtime.lazy import load
+from megatron_vlmoe.runtime.ranks import environment_rank
 
 SUMMARIES = {
     "moe_layer": "one feed-forward layer of experts beside a dense one and other implementations",
@@ -43,6 +47,9 @@ _OF_CLASS: dict[str, tuple[type[Any], str]] = {
     "checkpoint": (CheckpointOptions, "Checkpoints"),
     "export": (ExportOptions, "Inference of the Hugging Face model"),
 }
+
+
+_PASSES_ON = "Other options (`--section.option VALUE`) go to every preset."
 
 
 def main(words: Sequence[str]) -> None:
@@ -104,31 +111,82 @@ def _report(
     compare = load("megatron_vlmoe.benchmarks.compare")
     compare.use_threads(threads)
     path = output or compare.results_path(name)
-    try:
-        # Now, and not when there is something to write.
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror}") from None
+    _check_output(path)
     done: list[Any] = []
-    for some in rows:
-        done += some
-        compare.write_rows(path, title, done)
-        print("\n".join(compare.table(some)), flush=True)
-    # Of a run on several ranks, one has the rows.
+    try:
+        for some in rows:
+            done += some
+            compare.write_rows(path, title, done)
+            print("\n".join(compare.table(some)), flush=True)
+    except Exception as error:
+        if place := compare.out_of_memory(error):
+            raise TrainingError(
+                f"out of memory on the {place}: measure less at once, or smaller sizes"
+            ) from error
+        raise
+    # Of a run on several ranks, the first has the rows.
     if done:
         print(f"rows: {path}, table: {path.with_suffix('.md')}")
         if draw:
             draw(done, path.with_suffix(".png"))
+    elif environment_rank() == 0:
+        raise ConfigError(f"bench {name}: nothing to measure: an option names no case")
+
+
+def _check_output(path: Path) -> None:
+    """Now, and not when there is something to write: whether it can be, and would replace nothing but earlier results.
+
+    Raises:
+        ConfigError: the name is that of a table or picture, a file of it is of something else, or none can be written.
+    """
+    table, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    if path in (table, picture):
+        raise ConfigError(
+            f"--output {path}: the rows are JSON: give it a name that ends with .json"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            if not _are_rows(path.read_bytes()):
+                raise ConfigError(f"--output {path}: is not of a benchmark, and would be replaced")
+        else:
+            for file in (table, picture):
+                if file.exists():
+                    raise ConfigError(
+                        f"--output {path}: {file}, which is there without it, would be replaced"
+                    )
+        for file in (table, picture):
+            if file.is_dir():
+                raise ConfigError(f"--output {path}: {file} is a folder")
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error.strerror}") from None
+
+
+def _are_rows(content: bytes) -> bool:
+    """Whether the content of a file is empty, or rows of a benchmark."""
+    if not content.strip():
+        return True
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and "contender" in row for row in rows
+    )
 
 
 def _of_class(name: str, words: Sequence[str]) -> None:
     """A benchmark whose options are the fields of a class, which its docstring explains."""
     kind, title = _OF_CLASS[name]
-    parser = _parser(name)
+    parser = _parser(name, _PASSES_ON if name == "checkpoint" else "")
     told = docstring_parser.parse(kind.__doc__ or "").params
     about = {own.arg_name: own.description or "" for own in told}
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
+        if field.name == "words":
+            continue
         own = types[field.name]
         several = typing.get_origin(own) is tuple
         element = typing.get_args(own)[0] if several else own
@@ -145,12 +203,23 @@ def _of_class(name: str, words: Sequence[str]) -> None:
             help=f"{' '.join(about[field.name].split()).removesuffix('.')} ({shown})",
             **more,
         )
-    values = vars(parser.parse_args(words))
+    if name == "checkpoint":
+        options, others = parser.parse_passing_on(words)
+    else:
+        options, others = parser.parse_args(words), []
+    # What is named twice is measured once.
+    values: dict[str, Any] = {
+        key: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
+        for key, value in vars(options).items()
+    }
+    if others:
+        values["words"] = tuple(others)
     threads, output = values.pop("threads"), values.pop("output")
+    if name == "export" and not importlib.util.find_spec("transformers"):
+        raise ConfigError('bench export needs transformers: pip install "megatron-vlmoe[hf]"')
     if name == "export":
         # As in a program of transformers, where nobody has told torch's idle threads to sleep soon.
         os.environ.pop("GOMP_SPINCOUNT", None)
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     module = load(f"megatron_vlmoe.benchmarks.{name}")
     draw = getattr(module, "draw", None)
     _report(name, title, output, threads, module.run(kind(**values)), draw)
@@ -196,6 +265,11 @@ def _moe_layer(words: Sequence[str]) -> None:
     add("--rounds", type=positive_int, default=5, help="turns of every contender (%(default)s)")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="(%(default)s)")
     options = parser.parse_args(words)
+    for name in ("tokens", "experts", "topk", "width", "load", "gradients"):
+        # What is named twice is measured once.
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
+    if max(options.topk) > min(options.experts):
+        parser.error(f"--topk {max(options.topk)} is more than --experts {min(options.experts)}")
     for width in options.width:
         if width % 64:
             parser.error(f"--width {width} is not a multiple of 64")
@@ -231,7 +305,7 @@ def _moe_layer(words: Sequence[str]) -> None:
 def _step(words: Sequence[str]) -> None:
     parser = _parser(
         "step",
-        "Other options (`--section.option VALUE`) go to every preset. Under torchrun, ranks step together.",
+        f"{_PASSES_ON} Under torchrun, ranks step together.",
     )
     add = parser.add_argument
     add(
@@ -259,8 +333,18 @@ def _step(words: Sequence[str]) -> None:
         choices=["auto", "fp32", "bf16", "fp16"],
         help="of the model's arithmetic (%(default)s)",
     )
-    add("--vocab-size", type=int, default=64_000, help="rows of the text head (%(default)s)")
-    add("--visual-vocab-size", type=int, default=8_192, help="rows of the image head (%(default)s)")
+    add(
+        "--vocab-size",
+        type=positive_int,
+        default=64_000,
+        help="rows of the text head (%(default)s)",
+    )
+    add(
+        "--visual-vocab-size",
+        type=positive_int,
+        default=8_192,
+        help="rows of the image head (%(default)s)",
+    )
     add(
         "--caption-mask-slots",
         type=int,
@@ -299,6 +383,8 @@ def _step(words: Sequence[str]) -> None:
     if len(set(options.presets)) != len(options.presets):
         parser.error("--preset names a preset twice")
     if options.dispatcher:
+        if any(word.partition("=")[0] == "--moe.dispatcher" for word in others):
+            parser.error("--dispatcher and --moe.dispatcher are the same option: give one of them")
         others += ["--moe.dispatcher", options.dispatcher]
     values = vars(options)
     threads, output, profile, _ = (

@@ -22,7 +22,11 @@ from megatron_vlmoe.commands.table import COMMANDS
 from megatron_vlmoe.config.errors import ConfigError, UserError, did_you_mean
 from megatron_vlmoe.runtime.files import delete_unpublished
 from megatron_vlmoe.runtime.helper_processes import take_signals
-from megatron_vlmoe.runtime.ranks import adopt_launcher, environment_rank
+from megatron_vlmoe.runtime.ranks import (
+    adopt_launcher,
+    environment_rank,
+    environment_world_size,
+)
 from megatron_vlmoe.runtime.watchdog import has_other_ranks, linger, tell_other_ranks, unwatch
 from megatron_vlmoe.train.run_log import begin_run_logs, write_to_run_log
 
@@ -96,7 +100,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
         module, _, function = command.main.partition(":")
         return getattr(importlib.import_module(f"{__package__}.{module}"), function)(words)
 
-    return run_command(action, command.cleans_up)
+    # One of several ranks may be waiting for others, which only the system's own handler ends.
+    waits = command.on_ranks and environment_world_size() > 1
+    return run_command(action, command.cleans_up and not waits)
 
 
 def run_command(action: Callable[[], object], cleans_up: bool = False) -> int:

@@ -64,8 +64,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            hint = did_you_mean(str(value), action.choices)
-            listed = ", ".join(action.choices)
+            choices = [str(choice) for choice in action.choices]
+            hint, listed = did_you_mean(str(value), choices), ", ".join(choices)
             raise ConfigError(f"{_name(action)} {value}: expected one of {listed}{hint}")
 
     def parse_passing_on(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -138,9 +138,14 @@ def _name(action: argparse.Action) -> str:
 def output_file(text: str) -> Path:
     """Argument type: a file to write at the end of the work, which must not fail then. Nothing is made yet."""
     path = Path(text)
-    if path.is_dir() or text.endswith(os.sep):
-        raise argparse.ArgumentTypeError("is a folder")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        if path.is_dir() or text.endswith(os.sep):
+            raise argparse.ArgumentTypeError("is a folder")
+        if path.exists() and not path.is_file():
+            raise argparse.ArgumentTypeError("is no regular file")
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(error.strerror) from None
     if not above.is_dir():
         raise argparse.ArgumentTypeError(f"{above} is a file, not a folder")
     if not os.access(above, os.W_OK | os.X_OK):

@@ -86,7 +86,6 @@ COMMANDS = {
     "bench": _show(
         "bench:main",
         "time layers and training steps beside other implementations",
-        cleans_up=False,
         on_ranks=True,
     ),
     "plot": _show("measure:plot", "draw what runs logged: losses, accuracy, speed, experts"),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_vlmoe.moe.routing_ops import SlotRouting
 
-# Values of which 16-bit gradients are multiplied in fp32 at once.
+# Values that are multiplied at once: of 16 bits, in fp32; on a CPU, where the products are to stay in its cache.
 _PRODUCTS = 2**23
+_CACHED_PRODUCTS = 2**18
 
 
 def token_sums(
@@ -66,9 +67,21 @@ def row_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``sum_d left[s, d] * right[s, d]`` ``[S]`` for two ``[S, D]``.
 
     A product of two numbers of 16 bits is exact in fp32, where in 16 bits it is rounded, and in fp16 may overflow. Some
-    rows at a time, so that there is no copy of all of them in fp32.
+    rows at a time, so that there is no copy of all of them in fp32; on a CPU, where new memory costs more than the
+    arithmetic, no product of all of them at all.
     """
-    if left.dtype not in (torch.float16, torch.bfloat16):
+    is_narrow = left.dtype in (torch.float16, torch.bfloat16)
+    if left.device.type == "cpu":
+        size = max(1, _CACHED_PRODUCTS // left.shape[1])
+        wide = torch.float32 if is_narrow else left.dtype
+        products = left.new_empty(min(size, len(left)), left.shape[1], dtype=wide)
+        dots = left.new_empty(len(left), dtype=dtype)
+        for one, other, own in zip(left.split(size), right.split(size), dots.split(size)):
+            part = products[: len(one)]
+            torch.mul(one.to(wide), other, out=part)
+            torch.sum(part, dim=1, dtype=dtype, out=own)
+        return dots
+    if not is_narrow:
         return (left * right).sum(dim=1, dtype=dtype)
     size = max(1, _PRODUCTS // left.shape[1])
     parts = zip(left.split(size), right.split(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -28,6 +29,8 @@ LAUNCHERS = (
         *("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ),
 )
+# torchrun kills what has not ended 30 seconds after it was told to.
+_SECONDS_TO_END = 40.0
 _NUMBER = re.compile("[0-9]{1,9}")
 MASTER_PORT = "29500"
 """Where rank 0 listens if nothing else is said, as with torchrun."""
@@ -188,10 +191,21 @@ def run_on_ranks(number: int, words: Sequence[str], log: Path) -> str:
     """
     command = [sys.executable, *torchrun(number), "-m", "megatron_vlmoe", *words]
     environment = {"OMP_NUM_THREADS": "1", **program_environment()}
-    with log.open("w", encoding="utf-8") as file:
-        status = subprocess.run(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT
+        ) as launcher,
+    ):
+        try:
+            status = launcher.wait()
+        except BaseException:  # this process is told to end
+            # torchrun ends its processes then, which would go on if it were killed.
+            launcher.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(_SECONDS_TO_END)
+            launcher.kill()
+            raise
     if status == 0:
         return ""
     return first_error(log.read_text(encoding="utf-8")) or f"exit status {status}, see {log}"

@@ -63,16 +63,15 @@ def explain(error: BaseException, config: RunConfig, check_files: Callable[[], N
         DataError: a loader worker has died of a file that was changed.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError):
+    without_memory = out_of_memory(error)
+    if without_memory == "GPU":
         return f"out of memory on the GPU: {text[:200]} Take {memory_options(config)}"
     workers = [found for link in _chain(error) if (found := _WORKER.search(str(link)))]
     if workers:
         # That it was killed is the cause of that it is gone.
         worker = next((found for found in workers if found[2]), workers[0])
         return _dead_worker(worker[1], worker[2] or "", config, check_files)
-    is_host = isinstance(error, RuntimeError) and _HOST_MEMORY.search(text)
-    is_fork = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if isinstance(error, MemoryError) or is_host or is_fork:
+    if without_memory:
         data = config.data
         return (
             f"out of memory on the host: {text[:200] or 'no more to be had'}; take {memory_options(config)}, and on "
@@ -88,6 +87,15 @@ def explain(error: BaseException, config: RunConfig, check_files: Callable[[], N
             f"(parallel.distributed_timeout_minutes={config.parallel.distributed_timeout_minutes})"
         )
     return ""
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Whose memory was not enough, `GPU` or `host`; empty for an error of another kind."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "GPU"
+    is_host = isinstance(error, RuntimeError) and _HOST_MEMORY.search(str(error))
+    is_fork = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return "host" if isinstance(error, MemoryError) or is_host or is_fork else ""
 
 
 def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from commands import run
+from commands import environment, run
 from PIL import Image
+
+from megatron_vlmoe.commands.main import TERMINATED
 
 
 def bench(*words: str | Path) -> list[dict[str, Any]]:
@@ -89,3 +96,31 @@ def test_time_by_number_of_ranks(tmp_path: Path) -> None:
     assert dense["case"]["ranks"] == moe["case"]["ranks"] == 2 and moe["ratio_to_dense"]
     with Image.open(output.with_suffix(".png")) as picture:
         assert picture.width > 300
+
+
+def test_a_benchmark_that_is_ended_leaves_no_ranks_and_no_files(tmp_path: Path) -> None:
+    sizes = "--size tiny --base-samples 2 --vocab-size 200 --visual-vocab-size 16 --rounds 1000"
+    words = f"scaling --axis ranks --ranks 2 {sizes} --threads 1 --output {tmp_path / 'rows.json'}"
+    command = [sys.executable, "-m", "megatron_vlmoe", "bench", *words.split()]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    started = subprocess.Popen(
+        command, env=environment(TMPDIR=str(temporary)), stdout=subprocess.DEVNULL
+    )
+    try:
+        below: list[psutil.Process] = []
+        deadline = time.monotonic() + 120
+        # torchrun and two ranks, which have begun to measure.
+        while len(below) < 3 and time.monotonic() < deadline and started.poll() is None:
+            time.sleep(0.2)
+            below = psutil.Process(started.pid).children(recursive=True)
+        assert len(below) >= 3
+        started.terminate()
+        assert started.wait(60) == TERMINATED
+        _, alive = psutil.wait_procs(below, timeout=20)
+        assert not alive
+        assert not list(temporary.rglob("output.log"))
+    finally:
+        for process in [*below, started]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()

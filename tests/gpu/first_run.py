@@ -436,6 +436,14 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         help="checks side by side, unless they measure time (one for 3 cores, at most 5)",
     )
     options = parser.parse_args(words)
+    for name in ("total", "limit_factor"):
+        if not 0.0 < getattr(options, name) < float("inf"):
+            option, value = name.replace("_", "-"), getattr(options, name)
+            print(f"error: --{option} {value}: expected a number above 0", file=sys.stderr)
+            return 2
+    if options.jobs < 0:
+        print(f"error: --jobs {options.jobs}: expected at least 1, or 0", file=sys.stderr)
+        return 2
     known = {check.name: check for check in CHECKS}
     unknown = [name for name in options.only or () if name not in known]
     if unknown:
@@ -449,6 +457,10 @@ def main(words: Optional[Sequence[str]] = None) -> int:
             how = "alone" if check.alone else "beside others"
             print(f"{check.name:<16}{check.limit:>4.0f} s  {how:<14} {check.about}")
         return 0
+    drivers = [*Path("/dev").glob("nvidia*"), *Path("/dev").glob("dxg")]
+    if options.device == "cuda" and not drivers and not shutil.which("nvidia-smi"):
+        print("error: no NVIDIA GPU here; --device cpu rehearses without one", file=sys.stderr)
+        return 2
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_vlmoe.benchmarks import (
     checkpoint,
     data,
     export,
+    moe_layer,
     preprocess,
     scaling,
     step,
@@ -30,7 +32,7 @@ from megatron_vlmoe.benchmarks.options import (
     ScalingOptions,
 )
 from megatron_vlmoe.commands import bench
-from megatron_vlmoe.config.errors import ConfigError
+from megatron_vlmoe.config.errors import ConfigError, TrainingError
 from megatron_vlmoe.convert.hf.moe_vlmoe import VLMoEExperts
 from megatron_vlmoe.data.order import MAX_TABLE
 
@@ -142,9 +144,15 @@ def test_another_file_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.process
 def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
-    words = (*SMALL, "--model.vocab_size", "300", "--model.visual_vocab_size", "200")
     options = CheckpointOptions(
-        ("tiny-8e",), words, str(tmp_path), step_seconds=0.01, rounds=1, turn_seconds=0.0
+        preset=("tiny-8e",),
+        words=tuple(SMALL),
+        vocab_size=300,
+        visual_vocab_size=200,
+        folder=str(tmp_path),
+        step_seconds=0.01,
+        rounds=1,
+        turn_seconds=0.0,
     )
     saving, loading = checkpoint.run(options)
     found = measured(saving)
@@ -236,7 +244,7 @@ def test_a_row_is_read_as_it_was_written() -> None:
     ("change", "message"),
     [
         ({"experts": (4, 0)}, "--experts 0: must be at least 1"),
-        ({"work": "layer"}, "--axis sequence needs --work step"),
+        ({"work": "layer", "axis": ("sequence",)}, "--axis sequence needs --work step"),
         (
             {"work": "layer", "axis": ("tokens",), "base_experts": 129},
             "--experts 129: a layer of tiny has at most 128",
@@ -268,11 +276,111 @@ def test_torchrun_measures_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ("checkpoint --preset tiny-8e --rounds 0", "--rounds 0: must be at least 1"),
         ("checkpoint --presets tiny-8e --turn-seconds -1", "--turn-seconds -1.0: must be at"),
         ("data --output /dev/null/x.json", "--output /dev/null/x.json: /dev/null is a file"),
+        ("data --output /dev/full", "--output /dev/full: is no regular file"),
+        (f"data --output {'x' * 300}.json", "File name too long"),
+        ("data --color-jitter inf", "--color-jitter inf: must be at most"),
+        ("data --documents 99999999999999", "--documents 99999999999999: must be at most"),
+        ("preprocess --width 99999", "--width 99999: must be at most 65500"),
+        ("preprocess --vocab-size 5", "--vocab-size 5: must be at least 6"),
+        ("data --threads 99999999999", "--threads 99999999999: must be at most 4096"),
+        ("checkpoint --folder /none", "--folder /none: no such folder"),
+        ("checkpoint --preset tiny-8e nosuch", "nosuch"),
+        ("checkpoint --model.nosuch 4", "model.nosuch"),
+        ("scaling --axis", "bench scaling: nothing to measure"),
+        ("scaling --axis tokens --layout expert", "--layout expert needs --axis ranks"),
+        (
+            "scaling --layout expert --base-experts 3",
+            "--layout expert: --base-experts 3 is no multiple of --ranks 2",
+        ),
+        ("export --size tiny --inputs --short-text 0", "bench export: nothing to measure"),
+        ("export --experts", "bench export: nothing to measure"),
+        ("moe_layer --topk 3", "--topk 3: expected one of 1, 2"),
+        ("moe_layer --experts 1", "--topk 2 is more than --experts 1"),
+        ("step --preset tiny-8e --vocab-size 0", "--vocab-size 0: expected a whole number of at"),
+        (
+            "step --preset tiny-8e --dispatcher alltoall --moe.dispatcher dropless",
+            "--dispatcher and --moe.dispatcher are the same option",
+        ),
+        (
+            "step --preset tiny-dense small-dense --texts 1 --images 0 --pairs 0",
+            "--preset small-dense: reads batches of other shapes than tiny-dense",
+        ),
     ],
 )
-def test_numbers_that_are_no_work_are_named(words: str, message: str) -> None:
+def test_numbers_that_are_no_work_are_named(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         bench.main(words.split())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+LAYER = "moe_layer --tokens 128 --width 64 --experts 2 --topk 1 --rounds 1 --contenders dense"
+
+
+@pytest.mark.parametrize(
+    ("output", "present", "message"),
+    [
+        ("a.md", (), "the rows are JSON: give it a name that ends with .json"),
+        ("a.png", (), "the rows are JSON"),
+        ("prog.py", ("prog.py",), "prog.py: is not of a benchmark, and would be replaced"),
+        ("notes.json", ("notes.md",), "notes.md, which is there without it, would be replaced"),
+        ("notes.json", ("notes.png",), "notes.png, which is there without it"),
+    ],
+)
+def test_what_is_not_of_a_benchmark_is_not_replaced(
+    output: str, present: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    for name in present:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=message):
+        bench.main([*LAYER.split(), "--output", str(tmp_path / output)])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        name: "mine" for name in present
+    }
+
+
+def test_earlier_rows_are_replaced_and_what_is_named_twice_is_measured_once(tmp_path: Path) -> None:
+    words = [*LAYER.split(), "--output", str(tmp_path / "rows.json")]
+    bench.main(words)
+    first = json.loads((tmp_path / "rows.json").read_text())
+    bench.main([*words, "--load", "balanced", "balanced", "--gradients", "new", "new"])
+    second = json.loads((tmp_path / "rows.json").read_text())
+    assert len(first) == len(second) == 1
+    assert first[0]["case"] == second[0]["case"] and first[0]["contender"] == "dense"
+
+
+def test_a_benchmark_without_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(moe_layer, "make_problem", without)
+    with pytest.raises(TrainingError, match="out of memory on the host: measure less"):
+        bench.main([*LAYER.split(), "--output", str(tmp_path / "rows.json")])
+
+
+def test_missing_transformers_is_a_note_or_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+
+    def absent(name: str, *more: Any) -> Any:
+        if name == "transformers":
+            return None
+        if name.startswith("transformers."):
+            raise ModuleNotFoundError("No module named 'transformers'")
+        return found(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    words = LAYER.replace("--contenders dense", "--contenders transformers_eager").split()
+    bench.main([*words, "--output", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["note"] for row in rows] == ["", "not run: needs transformers 5"]
+    with pytest.raises(ConfigError, match="bench export needs transformers: pip install"):
+        bench.main(["export"])
 
 
 EXPORT = ExportOptions(

@@ -29,7 +29,7 @@ from megatron_vlmoe.moe.routing_ops import (
     sorted_slots,
     top_k_experts,
 )
-from megatron_vlmoe.moe.slots import combine_slots, weigh_rows
+from megatron_vlmoe.moe.slots import combine_slots, row_dots, weigh_rows
 from megatron_vlmoe.stream.block_plan import Branch
 
 WIDTH, INNER = 6, 10
@@ -373,3 +373,14 @@ def test_expert_choice_is_the_plain_loop() -> None:
     # A token of several experts, one of none, padding.
     chosen = slots.token_kept.sum(dim=1)
     assert chosen.max() > 1 and (chosen[:6] == 0).any() and not chosen[6:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 700])
+def test_dots_of_rows_are_computed_some_rows_at_a_time(rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(rows, 512, generator=generator).to(dtype) for _ in range(2))
+    wide = torch.promote_types(dtype, torch.float32)
+    # 16-bit products are exact in fp32.
+    expected = (left.to(wide) * right.to(wide)).sum(dim=1)
+    assert torch.equal(row_dots(left, right, wide), expected)

@@ -168,6 +168,23 @@ def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("error: no check spda; there are versions, ")
 
 
+@pytest.mark.parametrize("words", ["--jobs -3", "--total -5", "--total nan", "--limit-factor 0"])
+def test_numbers_that_are_none(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert first_run.main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words.split()[0]} ") and "expected" in line
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia*")), reason="there is a GPU")
+def test_no_gpu_is_said_before_any_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert first_run.main(["--output", str(tmp_path / "found")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: no NVIDIA GPU here; --device cpu rehearses without one"
+    assert not (tmp_path / "found").exists()
+
+
 def test_the_list_has_all_names_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
     assert first_run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -195,7 +212,7 @@ def test_what_is_missing_is_said_in_one_line(
     monkeypatch.setattr(first_run, "ALWAYS", ("pytest", "megatron-gore"))
     monkeypatch.setattr(first_run, "requirements", lambda: {"megatron-gore": "megatron-gore==1.2"})
     monkeypatch.delenv("WHEELS", raising=False)
-    assert first_run.main(["--output", str(tmp_path)]) == 2
+    assert first_run.main(["--device", "cpu", "--output", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: missing: megatron-gore==1.2; put their wheels for Python 3.")
 
