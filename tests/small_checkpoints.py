@@ -24,14 +24,13 @@ from megatron_vlmoe.convert.hf_config import CONFIG_FILE, export_config
 from megatron_vlmoe.convert.name_table import name_table
 from megatron_vlmoe.convert.tensors import Group, LazyTensor, write_folder
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
-from megatron_vlmoe.runtime.sums import SUMS_FILE, file_sha256
+from megatron_vlmoe.runtime.sums import SUMS_FILE, file_sha256, write_sums
 from megatron_vlmoe.train.checkpoint_files import (
     COMMON_FILE,
     TrainState,
     common_content,
     of_common,
 )
-from megatron_vlmoe.train.checkpoint_sums import write_sums
 
 MODEL = ModelConfig(
     num_layers=3,

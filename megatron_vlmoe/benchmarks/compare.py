@@ -25,7 +25,6 @@ from torch import Tensor
 from megatron_vlmoe.config.errors import ConfigError
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.machine import processor_name
-from megatron_vlmoe.train.failures import out_of_memory as out_of_memory
 
 _MOST_THREADS = 4096
 

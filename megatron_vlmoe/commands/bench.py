@@ -119,7 +119,7 @@ def _report(
             compare.write_rows(path, title, done)
             print("\n".join(compare.table(some)), flush=True)
     except Exception as error:
-        if place := compare.out_of_memory(error):
+        if place := load("megatron_vlmoe.train.failures").out_of_memory(error):
             raise TrainingError(
                 f"out of memory on the {place}: measure less at once, or smaller sizes"
             ) from error
@@ -148,18 +148,15 @@ def _check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-        if path.exists():
-            if not _are_rows(path.read_bytes()):
-                raise ConfigError(f"--output {path}: is not of a benchmark, and would be replaced")
-        else:
-            for file in (table, picture):
-                if file.exists():
-                    raise ConfigError(
-                        f"--output {path}: {file}, which is there without it, would be replaced"
-                    )
+        if path.exists() and not _are_rows(path.read_bytes()):
+            raise ConfigError(f"--output {path}: is not of a benchmark, and would be replaced")
         for file in (table, picture):
             if file.is_dir():
                 raise ConfigError(f"--output {path}: {file} is a folder")
+            if file.exists() and not path.exists():
+                raise ConfigError(
+                    f"--output {path}: {file}, which is there without it, would be replaced"
+                )
     except OSError as error:
         raise ConfigError(f"--output {path}: {error.strerror}") from None
 
@@ -180,11 +177,13 @@ def _are_rows(content: bytes) -> bool:
 def _of_class(name: str, words: Sequence[str]) -> None:
     """A benchmark whose options are the fields of a class, which its docstring explains."""
     kind, title = _OF_CLASS[name]
-    parser = _parser(name, _PASSES_ON if name == "checkpoint" else "")
+    fields = dataclasses.fields(kind)
+    passes_on = any(field.name == "words" for field in fields)
+    parser = _parser(name, _PASSES_ON if passes_on else "")
     told = docstring_parser.parse(kind.__doc__ or "").params
     about = {own.arg_name: own.description or "" for own in told}
     types = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
+    for field in fields:
         if field.name == "words":
             continue
         own = types[field.name]
@@ -203,26 +202,29 @@ def _of_class(name: str, words: Sequence[str]) -> None:
             help=f"{' '.join(about[field.name].split()).removesuffix('.')} ({shown})",
             **more,
         )
-    if name == "checkpoint":
-        options, others = parser.parse_passing_on(words)
-    else:
-        options, others = parser.parse_args(words), []
-    # What is named twice is measured once.
-    values: dict[str, Any] = {
-        key: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
-        for key, value in vars(options).items()
-    }
+    options, others = (
+        parser.parse_passing_on(words) if passes_on else (parser.parse_args(words), [])
+    )
+    values = _each_once(options)
     if others:
         values["words"] = tuple(others)
     threads, output = values.pop("threads"), values.pop("output")
-    if name == "export" and not importlib.util.find_spec("transformers"):
-        raise ConfigError('bench export needs transformers: pip install "megatron-vlmoe[hf]"')
     if name == "export":
+        if not importlib.util.find_spec("transformers"):
+            raise ConfigError('bench export needs transformers: pip install "megatron-vlmoe[hf]"')
         # As in a program of transformers, where nobody has told torch's idle threads to sleep soon.
         os.environ.pop("GOMP_SPINCOUNT", None)
     module = load(f"megatron_vlmoe.benchmarks.{name}")
     draw = getattr(module, "draw", None)
     _report(name, title, output, threads, module.run(kind(**values)), draw)
+
+
+def _each_once(options: argparse.Namespace) -> dict[str, Any]:
+    """The options by name, several values as a tuple: what is named twice is measured once."""
+    return {
+        key: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
+        for key, value in vars(options).items()
+    }
 
 
 def _moe_layer(words: Sequence[str]) -> None:
@@ -264,10 +266,7 @@ def _moe_layer(words: Sequence[str]) -> None:
     add("--contenders", nargs="+", metavar="NAME", help="some of them; dense is always there")
     add("--rounds", type=positive_int, default=5, help="turns of every contender (%(default)s)")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="(%(default)s)")
-    options = parser.parse_args(words)
-    for name in ("tokens", "experts", "topk", "width", "load", "gradients"):
-        # What is named twice is measured once.
-        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
+    options = argparse.Namespace(**_each_once(parser.parse_args(words)))
     if max(options.topk) > min(options.experts):
         parser.error(f"--topk {max(options.topk)} is more than --experts {min(options.experts)}")
     for width in options.width:

@@ -33,7 +33,7 @@ from megatron_vlmoe.config.task_schema import FinetuneConfig
 from megatron_vlmoe.convert.tensors import LazyTensor
 from megatron_vlmoe.planning.parameters import checkpoint_shapes
 from megatron_vlmoe.runtime.files import folder_atomic, write_text_atomic
-from megatron_vlmoe.runtime.sums import SUMS_FILE, file_sha256
+from megatron_vlmoe.runtime.sums import SUMS_FILE, file_sha256, write_sums
 from megatron_vlmoe.train.checkpoint_files import (
     COMMON_FILE,
     CONTENT_METADATA,
@@ -50,7 +50,7 @@ from megatron_vlmoe.train.checkpoint_files import (
     one_line,
     stored_format,
 )
-from megatron_vlmoe.train.checkpoint_sums import NOTE, check_files, write_sums
+from megatron_vlmoe.train.checkpoint_sums import NOTE, check_files
 
 
 class CheckpointReader:

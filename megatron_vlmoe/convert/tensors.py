@@ -21,11 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_vlmoe.config.errors import ConvertError
+from megatron_vlmoe.config.errors import ConvertError, conversion_errors
 from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.json_files import parse_json
 from megatron_vlmoe.runtime.progress import Progress
-from megatron_vlmoe.runtime.sums import SUMS_FILE, differing_files, parse_sums, sums_lines
+from megatron_vlmoe.runtime.sums import SUMS_FILE, differing_files, folder_sums, write_sums
 
 Item = TypeVar("Item")
 SINGLE_FILE = "model.safetensors"
@@ -168,7 +168,7 @@ def write_folder(folder: Path, groups: Sequence[Group], max_shard_bytes: int) ->
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
         write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    write_text_atomic(folder / SUMS_FILE, *sums_lines(sums))
+    write_sums(folder, sums)
 
 
 def _values(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
@@ -226,15 +226,8 @@ class SafetensorsFolder:
         Raises:
             ConvertError: naming the first file that differs, or SHA256SUMS where it is damaged.
         """
-        path = self.folder / SUMS_FILE
-        try:
-            sums = parse_sums(path.read_bytes())
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise ConvertError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
-            raise ConvertError(f"{path}: damaged: {error}") from None
+        with conversion_errors():
+            sums = folder_sums(self.folder) or {}
         files = {self.folder / name: digest for name, digest in sums.items()}
         if lost := [file for file in files if not file.is_file()]:
             raise ConvertError(f"{lost[0]}: missing, though {SUMS_FILE} lists it")

@@ -14,7 +14,7 @@ from megatron_vlmoe.moe.routing_ops import SlotRouting
 
 # Values that are multiplied at once: of 16 bits, in fp32; on a CPU, where the products are to stay in its cache.
 _PRODUCTS = 2**23
-_CACHED_PRODUCTS = 2**18
+_CACHED_PRODUCTS = 2**19
 
 
 def token_sums(
@@ -67,25 +67,20 @@ def row_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``sum_d left[s, d] * right[s, d]`` ``[S]`` for two ``[S, D]``.
 
     A product of two numbers of 16 bits is exact in fp32, where in 16 bits it is rounded, and in fp16 may overflow. Some
-    rows at a time, so that there is no copy of all of them in fp32; on a CPU, where new memory costs more than the
-    arithmetic, no product of all of them at all.
+    rows at a time, so that there is no copy of all of them in fp32, and on a CPU, where new memory costs more than the
+    arithmetic, no product of many rows at all.
     """
-    is_narrow = left.dtype in (torch.float16, torch.bfloat16)
-    if left.device.type == "cpu":
-        size = max(1, _CACHED_PRODUCTS // left.shape[1])
-        wide = torch.float32 if is_narrow else left.dtype
-        products = left.new_empty(min(size, len(left)), left.shape[1], dtype=wide)
-        dots = left.new_empty(len(left), dtype=dtype)
-        for one, other, own in zip(left.split(size), right.split(size), dots.split(size)):
-            part = products[: len(one)]
-            torch.mul(one.to(wide), other, out=part)
-            torch.sum(part, dim=1, dtype=dtype, out=own)
-        return dots
-    if not is_narrow:
+    is_narrow, on_cpu = left.dtype in (torch.float16, torch.bfloat16), left.device.type == "cpu"
+    size = max(1, (_CACHED_PRODUCTS if on_cpu else _PRODUCTS) // left.shape[1])
+    if not is_narrow and (not on_cpu or len(left) <= size):
         return (left * right).sum(dim=1, dtype=dtype)
-    size = max(1, _PRODUCTS // left.shape[1])
-    parts = zip(left.split(size), right.split(size))
-    return torch.cat([one.float().mul_(other).sum(dim=1, dtype=dtype) for one, other in parts])
+    wide = torch.float32 if is_narrow else left.dtype
+    products = left.new_empty(min(size, len(left)), left.shape[1], dtype=wide)
+    dots = left.new_empty(len(left), dtype=dtype)
+    for one, other, own in zip(left.split(size), right.split(size), dots.split(size)):
+        part = products[: len(one)].copy_(one).mul_(other)
+        torch.sum(part, dim=1, dtype=dtype, out=own)
+    return dots
 
 
 class _FillSlots(torch.autograd.Function):

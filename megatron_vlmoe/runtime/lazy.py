@@ -42,6 +42,7 @@ HEAVY = {
     "megatron_vlmoe.runtime.distributed": True,
     "megatron_vlmoe.tokenizers.vqkd.training": False,
     "megatron_vlmoe.train.checkpoint": True,
+    "megatron_vlmoe.train.failures": False,
     "megatron_vlmoe.train.pretrain": True,
     "megatron_vlmoe.train.replay": True,
 }

@@ -12,7 +12,10 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Optional, TypeVar
+
+from megatron_vlmoe.config.errors import CheckpointError
+from megatron_vlmoe.runtime.files import write_text_atomic
 
 Item = TypeVar("Item")
 
@@ -75,22 +78,40 @@ def flaw_words(reason: str, record: str, others: int) -> str:
     return reason + than + (more if others else "")
 
 
-def sums_lines(sums: Mapping[str, str]) -> list[str]:
-    """The lines of SHA256SUMS, given the SHA-256 in hex by file name."""
-    return [f"{sums[name]}  {name}\n" for name in sorted(sums)]
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Writes SHA256SUMS, and waits until it is on the disk.
+
+    Args:
+        sums: SHA-256 in hex by file name.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    write_text_atomic(folder / SUMS_FILE, *(f"{sums[name]}  {name}\n" for name in sorted(sums)))
 
 
-def parse_sums(content: bytes) -> dict[str, str]:
-    """SHA-256 in hex by file name, of what SHA256SUMS holds. Raises ValueError, which says what is damaged in it."""
+def folder_sums(folder: Path) -> Optional[dict[str, str]]:
+    """SHA-256 in hex by file name, as a folder's SHA256SUMS has them; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or is damaged; the message names it.
+    """
+    path = folder / SUMS_FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     sums: dict[str, str] = {}
     *lines, rest = content.decode("utf-8", "replace").split("\n")
     for number, line in enumerate(lines, 1):
         found = _LINE.fullmatch(line)
         if found is None or found[2] in sums or found[2] in (".", ".."):
-            raise ValueError(f"line {number} is not SHA-256 and file name")
+            raise CheckpointError(f"{path}: damaged: line {number} is not SHA-256 and file name")
         sums[found[2]] = found[1]
     if rest:
-        raise ValueError("its last line has no end")
+        raise CheckpointError(f"{path}: damaged: its last line has no end")
     return sums
 
 

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_vlmoe.config.errors import CheckpointError
-from megatron_vlmoe.runtime.files import write_text_atomic
 from megatron_vlmoe.runtime.sums import (
     SUMS_FILE,
     differing_files,
     flaw_words,
-    parse_sums,
-    sums_lines,
+    folder_sums,
 )
 
 NOTE = "sums_file"
@@ -32,37 +30,19 @@ _NEEDED = (".metadata", "metadata.json")
 _PARTS = re.compile(r"\.metadata|metadata\.json|common\.pt|.*\.distcp")
 
 
-def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Writes SHA256SUMS, and waits until it is on the disk.
-
-    Args:
-        sums: SHA-256 in hex by file name.
-
-    Raises:
-        FileError: it cannot be written.
-    """
-    write_text_atomic(folder / SUMS_FILE, *sums_lines(sums))
-
-
 def read_sums(folder: Path) -> Optional[dict[str, str]]:
     """SHA-256 in hex by file name; None where there is no SHA256SUMS.
 
     Raises:
         CheckpointError: it is damaged, or does not list every file that belongs to a checkpoint.
     """
-    path = folder / SUMS_FILE
-    try:
-        sums = parse_sums(path.read_bytes())
-    except FileNotFoundError:
+    sums = folder_sums(folder)
+    if sums is None:
         return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
     there = [name for entry in folder.iterdir() if _PARTS.fullmatch(name := entry.name)]
     for name in (*_NEEDED, *sorted(there)):
         if name not in sums:
-            raise CheckpointError(f"{path}: damaged: does not list {name}")
+            raise CheckpointError(f"{folder / SUMS_FILE}: damaged: does not list {name}")
     return sums
 
 

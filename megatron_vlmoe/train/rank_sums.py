@@ -14,12 +14,11 @@ import torch.distributed as dist
 
 from megatron_vlmoe.config.errors import CheckpointError
 from megatron_vlmoe.runtime.distributed import from_rank_zero
-from megatron_vlmoe.runtime.sums import differing_files, file_sha256, shared_out
+from megatron_vlmoe.runtime.sums import differing_files, file_sha256, shared_out, write_sums
 from megatron_vlmoe.train.checkpoint_sums import (
     check_note,
     flaw_line,
     read_sums,
-    write_sums,
 )
 
 # megatron-core names the files of tensors by the rank that wrote them.

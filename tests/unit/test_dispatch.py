@@ -376,7 +376,7 @@ def test_expert_choice_is_the_plain_loop() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [0, 1, 700])
+@pytest.mark.parametrize("rows", [0, 1, 700, 1100])
 def test_dots_of_rows_are_computed_some_rows_at_a_time(rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(rows, 512, generator=generator).to(dtype) for _ in range(2))

@@ -94,7 +94,8 @@ def _file_images(file: str, given: str, name: str) -> Iterator[ImageFile | Rejec
     ``name`` is what the user calls it, and ``given`` the input: the same, or a folder above.
     """
     if is_tar(file):
-        yield from _tar_images(file)
+        for member in tar_members(file):
+            yield member if isinstance(member, Reject) else as_image(member, member.record)
     elif name != given:
         below = os.path.relpath(name, given)
         yield as_image(ImageFile(given, below, file), file)
@@ -133,11 +134,6 @@ def image_parts(
 
             whole = is_tar(file) or file == given
             yield Part(file, mirror.weight_of(file) if whole else _LOOSE_IMAGE_BYTES, read)
-
-
-def _tar_images(path: str) -> Iterator[ImageFile | Reject | PassedOver]:
-    for member in tar_members(path):
-        yield member if isinstance(member, Reject) else as_image(member, member.record)
 
 
 def as_image(file: ImageFile, name: str) -> ImageFile | PassedOver | Reject:
